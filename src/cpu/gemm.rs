@@ -1,0 +1,163 @@
+//! The matrix product under convolutions, linear layers and attention.
+//!
+//! `C[m, n] = sum_k A[m, k] B[k, n]`, where a row of A is not one stretch of memory but a list of *segments*, each
+//! a pointer to contiguous numbers. So one kernel serves linear layers (one segment), convolutions (one a tap and
+//! source; a zero row where the tap falls outside) and concatenated inputs, with neither an im2col buffer nor a copy
+//! (the indirect convolution of Dukhan, arXiv 1907.02129, on a BLIS-like loop nest).
+//!
+//! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`. A register tile is 12x32 on
+//! AVX-512 (24 accumulators of 16), 6x16 on AVX2 and NEON-sized targets. Every element of C is one chain of
+//! multiply-adds in the order of k, whatever tile it falls in: results do not depend on the batch or on the threads.
+
+use super::simd::{Lanes, dispatch};
+
+/// Columns of a packed panel.
+pub const PANEL: usize = 32;
+
+/// Rows of A for which a caller must give pointers: a multiple of every instruction set's tile height.
+pub const ROWS: usize = 12;
+
+/// Length of `[k, n]` once packed.
+pub fn packed_len(k: usize, n: usize) -> usize {
+    n.div_ceil(PANEL) * k * PANEL
+}
+
+/// A stretch of k: `len` numbers of each row, `rows[i]` pointing at them.
+#[derive(Clone, Copy)]
+pub struct Segment {
+    /// How many numbers.
+    pub len: usize,
+    /// Where they are in each row.
+    pub rows: [*const f32; ROWS],
+}
+
+dispatch! {
+    /// Adds to (or, when `first`, sets) the strip `[ROWS][PANEL]` at `c` the product of the segments' rows with the
+    /// part of a panel at `b` (rows of [`PANEL`] numbers, one a k, `stride` apart).
+    ///
+    /// The caller promises: every row pointer is readable for its segment's length, `b` for the segments' total, and
+    /// `c` is writable for the strip.
+    pub fn multiply<V>(segments: &[Segment], b: *const f32, c: *mut f32, first: bool) {
+        // SAFETY: the caller's promise; `dispatch!` runs this where V's instructions exist.
+        unsafe {
+            if V::COUNT == 16 {
+                tile::<V, 12, 2>(segments, 0, b, c, first);
+            } else if V::COUNT == 8 {
+                for rows in (0..ROWS).step_by(6) {
+                    for column in (0..PANEL).step_by(16) {
+                        tile::<V, 6, 2>(segments, rows, b.add(column), c.add(rows * PANEL + column), first);
+                    }
+                }
+            } else {
+                for rows in (0..ROWS).step_by(6) {
+                    for column in (0..PANEL).step_by(8) {
+                        tile::<V, 6, 2>(segments, rows, b.add(column), c.add(rows * PANEL + column), first);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One register tile: `HEIGHT` rows by `WIDTH` registers.
+///
+/// # Safety
+/// As [`multiply`] promises.
+#[inline(always)]
+unsafe fn tile<V: Lanes, const HEIGHT: usize, const WIDTH: usize>(
+    segments: &[Segment],
+    row: usize,
+    b: *const f32,
+    c: *mut f32,
+    first: bool,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [[V::splat(0.0); WIDTH]; HEIGHT];
+        if !first {
+            for (i, line) in acc.iter_mut().enumerate() {
+                for (j, x) in line.iter_mut().enumerate() {
+                    *x = V::load(c.add(i * PANEL + j * V::COUNT));
+                }
+            }
+        }
+        let mut b = b;
+        for segment in segments {
+            let mut rows = [std::ptr::null(); HEIGHT];
+            rows.copy_from_slice(&segment.rows[row..row + HEIGHT]);
+            for k in 0..segment.len {
+                let mut columns = [V::splat(0.0); WIDTH];
+                for (j, x) in columns.iter_mut().enumerate() {
+                    *x = V::load(b.add(j * V::COUNT));
+                }
+                b = b.add(PANEL);
+                for (line, a) in acc.iter_mut().zip(&rows) {
+                    let a = V::splat(*a.add(k));
+                    for (x, column) in line.iter_mut().zip(&columns) {
+                        *x = a.mul_add(*column, *x);
+                    }
+                }
+            }
+        }
+        for (i, line) in acc.iter().enumerate() {
+            for (j, x) in line.iter().enumerate() {
+                x.store(c.add(i * PANEL + j * V::COUNT));
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Packs `columns` columns of a panel: `panel[k][j] = source[k * row + j * column]`, zeros beyond.
+    pub fn pack_panel(source: &[f32], row: usize, column: usize, columns: usize, panel: &mut [f32]) {
+        for (k, line) in panel.chunks_exact_mut(PANEL).enumerate() {
+            for (j, x) in line.iter_mut().enumerate() {
+                *x = if j < columns { source[k * row + j * column] } else { 0.0 };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Random sizes and segmentations against f64.
+    #[test]
+    fn multiply_matches_float64() {
+        let mut seed = 1u64;
+        let mut next = move || {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 33) as usize
+        };
+        for _ in 0..50 {
+            let lens: Vec<usize> = (0..1 + next() % 4).map(|_| 1 + next() % 37).collect();
+            let k: usize = lens.iter().sum();
+            let mut random = |n: usize| (0..n).map(|_| (next() % 2000) as f32 / 1000.0 - 1.0).collect::<Vec<_>>();
+            let (a, b) = (random(ROWS * k), random(k * PANEL));
+            let mut panel = vec![9.0; packed_len(k, 20)];
+            pack_panel(&b, PANEL, 1, 20, &mut panel);
+            let mut start = 0;
+            let segments: Vec<Segment> = lens
+                .iter()
+                .map(|&len| {
+                    let rows = std::array::from_fn(|i| a[i * k + start..].as_ptr());
+                    start += len;
+                    Segment { len, rows }
+                })
+                .collect();
+            let mut c = [f32::NAN; ROWS * PANEL];
+            let (head, tail) = segments.split_at(1);
+            multiply(head, panel.as_ptr(), c.as_mut_ptr(), true);
+            multiply(tail, panel[lens[0] * PANEL..].as_ptr(), c.as_mut_ptr(), false);
+            for i in 0..ROWS {
+                for j in 0..PANEL {
+                    let truth: f64 = (0..k)
+                        .map(|p| a[i * k + p] as f64 * if j < 20 { b[p * PANEL + j] as f64 } else { 0.0 })
+                        .sum();
+                    assert!((c[i * PANEL + j] as f64 - truth).abs() < 1e-5 * (k as f64).sqrt(), "{i} {j}");
+                }
+            }
+        }
+    }
+}

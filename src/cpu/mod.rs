@@ -1,0 +1,160 @@
+//! The CPU executor: fp32 arithmetic on plans, in NHWC, on rayon's threads (those of the pool it is called from).
+//!
+//! One file an op family. [`gemm`] holds the one matrix kernel, [`simd`] the instruction sets.
+
+mod attention;
+mod conv;
+mod elementwise;
+mod gemm;
+mod norm;
+mod simd;
+mod weights;
+
+pub use simd::{Isa, isa};
+pub use weights::Weights;
+
+use crate::graph::{Graph, Node, Op, Shape, TensorId};
+use crate::plan::Plan;
+use std::sync::Arc;
+
+/// Elements of scratch memory the CPU wants for a node; pass it to [`Plan::new`].
+pub fn workspace(graph: &Graph, node: &Node) -> usize {
+    match &node.op {
+        Op::Conv(conv) => conv::workspace(|t| graph.shape(t), conv),
+        Op::GroupNorm { sources, groups, .. } => {
+            let shape = graph.shape(sources.x);
+            norm::workspace(shape, graph.shape(node.output).c, *groups)
+        }
+        Op::Attention { q, k, heads, head_dim, .. } => {
+            attention::workspace(graph.shape(q.tensor), graph.shape(k.tensor), *heads, *head_dim)
+        }
+        _ => 0,
+    }
+}
+
+/// A plan with its arena and weights: writes inputs, runs, reads outputs.
+pub struct Executor {
+    plan: Arc<Plan>,
+    weights: Arc<Weights>,
+    arena: Arena,
+}
+
+impl Executor {
+    /// Allocates the arena, zeroed. `weights` must have been loaded for the plan's network.
+    pub fn new(plan: Arc<Plan>, weights: Arc<Weights>) -> Self {
+        let arena = Arena::new(plan.arena_len());
+        Executor { plan, weights, arena }
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The named input, NHWC. It keeps its value from run to run.
+    pub fn input_mut(&mut self, name: &str) -> &mut [f32] {
+        let id = self.plan.graph().input(name);
+        let (offset, len) = (self.plan.offset(id), self.plan.graph().shape(id).len());
+        &mut self.arena.numbers_mut()[offset..][..len]
+    }
+
+    /// The named output of the last run, NHWC.
+    pub fn output(&self, name: &str) -> &[f32] {
+        let id = self.plan.graph().output(name);
+        let (offset, len) = (self.plan.offset(id), self.plan.graph().shape(id).len());
+        &self.arena.numbers()[offset..][..len]
+    }
+
+    /// Runs what depends on constant inputs alone; needed once after they change.
+    pub fn prologue(&mut self) {
+        let plan = self.plan.clone();
+        plan.prologue().for_each(|(node, workspace)| self.run(&plan, node, workspace));
+    }
+
+    /// Runs one step.
+    pub fn step(&mut self) {
+        let plan = self.plan.clone();
+        plan.step().for_each(|(node, workspace)| self.run(&plan, node, workspace));
+    }
+
+    fn run(&mut self, plan: &Plan, node: &Node, workspace: (usize, usize)) {
+        let memory = Memory { plan, arena: self.arena.numbers_mut().as_mut_ptr(), workspace };
+        let (weights, out) = (&*self.weights, node.output);
+        match node.op {
+            Op::Conv(ref conv) => conv::run(conv, out, &memory, weights),
+            Op::GroupNorm { sources, weight, bias, groups, eps, scale_shift, silu } => {
+                let affine = (weights.get(weight), weights.get(bias));
+                norm::group_norm(sources, affine, groups, eps, scale_shift, silu, out, &memory)
+            }
+            Op::LayerNorm { x, weight, bias, eps } => {
+                norm::layer_norm(x, (weights.get(weight), weights.get(bias)), eps, out, &memory)
+            }
+            Op::Attention { q, k, v, heads, head_dim, scale, causal } => {
+                attention::run([q, k, v], heads, head_dim, scale, causal, out, &memory)
+            }
+            Op::Activate { x, activation } => elementwise::activate(x, activation, out, &memory),
+            Op::Embed { ids, tokens, positions } => {
+                elementwise::embed(ids, weights.get(tokens), weights.get(positions), out, &memory)
+            }
+            Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift } => {
+                elementwise::sinusoid(x, dim, flip_sin_to_cos, freq_shift, out, &memory)
+            }
+            Op::SelectToken { x, index } => elementwise::select_token(x, index, out, &memory),
+        }
+    }
+}
+
+/// What one node sees of the arena.
+struct Memory<'a> {
+    plan: &'a Plan,
+    arena: *mut f32,
+    workspace: (usize, usize),
+}
+
+impl Memory<'_> {
+    fn shape(&self, id: TensorId) -> Shape {
+        self.plan.graph().shape(id)
+    }
+
+    /// An input of the node.
+    fn read(&self, id: TensorId) -> &[f32] {
+        // SAFETY: the plan keeps the node's inputs, output and workspace apart (tested there), inside the arena.
+        unsafe { std::slice::from_raw_parts(self.arena.add(self.plan.offset(id)), self.shape(id).len()) }
+    }
+
+    /// The node's output; called once a node.
+    #[allow(clippy::mut_from_ref)]
+    fn write(&self, id: TensorId) -> &mut [f32] {
+        // SAFETY: as for `read`; nothing else refers to the output while the node runs.
+        unsafe { std::slice::from_raw_parts_mut(self.arena.add(self.plan.offset(id)), self.shape(id).len()) }
+    }
+
+    /// The node's scratch memory; called once a node.
+    #[allow(clippy::mut_from_ref)]
+    fn workspace(&self) -> &mut [f32] {
+        let (offset, len) = self.workspace;
+        // SAFETY: as for `write`.
+        unsafe { std::slice::from_raw_parts_mut(self.arena.add(offset), len) }
+    }
+}
+
+/// Zeroed numbers on cache-line boundaries.
+struct Arena(Vec<Line>);
+
+#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+impl Arena {
+    fn new(len: usize) -> Self {
+        Arena(bytemuck::zeroed_vec(len.div_ceil(16)))
+    }
+
+    fn numbers(&self) -> &[f32] {
+        bytemuck::cast_slice(&self.0)
+    }
+
+    fn numbers_mut(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}

@@ -1,0 +1,242 @@
+//! SIMD without tying the code to one instruction set: kernels are written once over [`Lanes`] and compiled for
+//! AVX-512, AVX2 and the target's baseline; the `dispatch!` macro picks at run time.
+//!
+//! The arithmetic is the same on every path but for fused multiply-adds, which the baseline may lack.
+
+use std::sync::OnceLock;
+
+/// Instruction sets a kernel is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512 F, VL, BW, DQ.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// AVX2 and FMA.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// What every machine of the target has.
+    Baseline,
+}
+
+/// The best one of this machine.
+pub fn isa() -> Isa {
+    static ISA: OnceLock<Isa> = OnceLock::new();
+    *ISA.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq");
+            if avx2 && avx512 {
+                return Isa::Avx512;
+            }
+            if avx2 {
+                return Isa::Avx2;
+            }
+        }
+        Isa::Baseline
+    })
+}
+
+/// A register of fp32 numbers.
+pub trait Lanes: Copy {
+    /// Numbers in the register.
+    const COUNT: usize;
+    /// # Safety
+    /// The instruction set must be there; `from` must be readable for `COUNT` numbers.
+    unsafe fn load(from: *const f32) -> Self;
+    /// # Safety
+    /// The instruction set must be there; `to` must be writable for `COUNT` numbers.
+    unsafe fn store(self, to: *mut f32);
+    /// # Safety
+    /// The instruction set must be there.
+    unsafe fn splat(x: f32) -> Self;
+    /// `self * b + c`.
+    ///
+    /// # Safety
+    /// The instruction set must be there.
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+}
+
+/// The baseline register: four numbers, which compilers map to SSE2 or NEON.
+impl Lanes for [f32; 4] {
+    const COUNT: usize = 4;
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[f32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[f32; 4]>().write_unaligned(self) }
+    }
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        [x; 4]
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        std::array::from_fn(|i| madd(self[i], b[i], c[i]))
+    }
+}
+
+/// `a * b + c`: fused where the target has it in its baseline, since a software fma would cost a call.
+#[inline(always)]
+fn madd(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(any(target_arch = "aarch64", target_feature = "fma")) { a.mul_add(b, c) } else { a * b + c }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::Lanes;
+    use std::arch::x86_64::*;
+
+    macro_rules! lanes {
+        ($register:ty, $count:expr, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
+            // SAFETY (of all bodies): the caller's promises, stated at the trait.
+            impl Lanes for $register {
+                const COUNT: usize = $count;
+                #[inline(always)]
+                unsafe fn load(from: *const f32) -> Self {
+                    unsafe { $load(from) }
+                }
+                #[inline(always)]
+                unsafe fn store(self, to: *mut f32) {
+                    unsafe { $store(to, self) }
+                }
+                #[inline(always)]
+                unsafe fn splat(x: f32) -> Self {
+                    unsafe { $splat(x) }
+                }
+                #[inline(always)]
+                unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+                    unsafe { $fma(self, b, c) }
+                }
+            }
+        };
+    }
+    lanes!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fmadd_ps);
+    lanes!(__m256, 8, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_fmadd_ps);
+}
+
+/// Defines a function whose body is compiled once an instruction set.
+///
+/// `fn name(args) { body }`: the optimiser vectorises the body's loops for each. `fn name<V>(args) { body }`: in the
+/// body `V` is a [`Lanes`] type of that set.
+macro_rules! dispatch {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$v:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
+        $(#[$meta])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name($($arg: $ty),*) {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body<$($v: $crate::cpu::simd::Lanes,)? const ISA: usize>($($arg: $ty),*) $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx512($($arg: $ty),*) {
+                body::<$(dispatch!(@lanes $v std::arch::x86_64::__m512),)? 2>($($arg),*)
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx2($($arg: $ty),*) {
+                body::<$(dispatch!(@lanes $v std::arch::x86_64::__m256),)? 1>($($arg),*)
+            }
+
+            match $crate::cpu::simd::isa() {
+                // SAFETY: `isa` has found the features.
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::simd::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: likewise.
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::simd::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::cpu::simd::Isa::Baseline => {
+                    body::<$(dispatch!(@lanes $v [f32; 4]),)? 0>($($arg),*)
+                }
+            }
+        }
+    };
+    (@lanes $v:ident $register:ty) => { $register };
+}
+pub(crate) use dispatch;
+
+/// `e^x` to about 2 ulp over the finite range, branch-free so that loops of it vectorise.
+///
+/// Cody and Waite's reduction `x = n ln 2 + r`, then a degree-6 polynomial on `|r| <= ln 2 / 2`.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    let x = x.clamp(-87.33, 88.37);
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+    const MAGIC: f32 = 12_582_912.0;
+    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
+    let n = shifted - MAGIC;
+    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 0.5;
+    let p = p * r * r + r + 1.0;
+    f32::from_bits(p.to_bits().wrapping_add((shifted.to_bits() << 23).wrapping_sub(MAGIC.to_bits() << 23)))
+}
+
+/// `x * sigmoid(x)`.
+#[inline(always)]
+pub fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// `x * sigmoid(1.702 x)`.
+#[inline(always)]
+pub fn quick_gelu(x: f32) -> f32 {
+    x / (1.0 + exp(-1.702 * x))
+}
+
+/// `x * Phi(x)`, with the error function of Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
+#[inline(always)]
+pub fn gelu(x: f32) -> f32 {
+    let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
+    let t = 1.0 / (1.0 + 0.327_591_1 * z);
+    let p = 1.061_405_4;
+    let p = p * t - 1.453_152;
+    let p = p * t + 1.421_413_7;
+    let p = p * t - 0.284_496_72;
+    let p = p * t + 0.254_829_6;
+    // erfc(z), the tail Phi lacks of 1 on the positive side and has on the negative.
+    let tail = 0.5 * p * t * exp(-z * z);
+    if x >= 0.0 { x - x * tail } else { x * tail }
+}
+
+#[cfg(test)]
+mod tests {
+    /// Against the standard library in f64, and erf by Simpson's rule.
+    #[test]
+    fn elementary_functions() {
+        for i in -8700..8800 {
+            let x = i as f32 * 0.01 + 0.003;
+            let truth = (x as f64).exp();
+            assert!(((super::exp(x) as f64 - truth) / truth).abs() < 3e-7, "exp({x})");
+        }
+        assert_eq!(super::exp(0.0), 1.0);
+        for i in -600..600 {
+            let x = i as f64 * 0.01;
+            let steps = 2000;
+            let h = x / steps as f64;
+            let density = |t: f64| (-0.5 * t * t).exp() / (2.0 * std::f64::consts::PI).sqrt();
+            let area: f64 = (0..steps)
+                .map(|k| k as f64 * h)
+                .map(|a| h / 6.0 * (density(a) + 4.0 * density(a + h / 2.0) + density(a + h)))
+                .sum();
+            assert!((super::gelu(x as f32) as f64 - x * (0.5 + area)).abs() < 1e-6, "gelu({x})");
+            let sigmoid = |t: f64| 1.0 / (1.0 + (-t).exp());
+            assert!((super::silu(x as f32) as f64 - x * sigmoid(x)).abs() < 1e-6);
+            assert!((super::quick_gelu(x as f32) as f64 - x * sigmoid(1.702 * x)).abs() < 1e-6);
+        }
+    }
+}

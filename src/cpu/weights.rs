@@ -1,0 +1,88 @@
+//! Weights as the CPU's operations read them: fp32, matrices packed for [`super::gemm`].
+
+use super::gemm::{PANEL, packed_len};
+use crate::Result;
+use crate::graph::{WeightId, WeightKind, WeightSpec};
+use crate::weights::Tensors;
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// A network's weights, shared by every plan of the network at whatever size.
+pub struct Weights {
+    buffers: Vec<Vec<f32>>,
+}
+
+impl Weights {
+    /// Reads and packs all of `specs`. Only one tensor at a time is held in two forms.
+    ///
+    /// # Errors
+    /// What [`Tensors::read`] finds: a tensor missing, of another shape, or not finite.
+    pub fn load(specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
+        let buffers = specs.iter().map(|spec| read(spec, tensors)).collect::<Result<_>>()?;
+        Ok(Arc::new(Weights { buffers }))
+    }
+
+    /// Bytes of memory held.
+    pub fn bytes(&self) -> usize {
+        self.buffers.iter().map(|b| b.len() * size_of::<f32>()).sum()
+    }
+
+    pub(super) fn get(&self, id: WeightId) -> &[f32] {
+        &self.buffers[id.0]
+    }
+}
+
+fn read(spec: &WeightSpec, tensors: &Tensors) -> Result<Vec<f32>> {
+    let mut all = Vec::new();
+    for (name, &outputs) in spec.names.iter().zip(&spec.outputs) {
+        let part = match spec.kind {
+            WeightKind::Vector => tensors.read(name, &[&[outputs]])?,
+            WeightKind::Table => tensors.read(name, &[&[outputs, spec.width]])?,
+            // A 1x1 convolution and a linear layer are the same matrix.
+            WeightKind::Matrix { kernel: 1, inputs, .. } => {
+                tensors.read(name, &[&[outputs, inputs], &[outputs, inputs, 1, 1]])?
+            }
+            WeightKind::Matrix { kernel, inputs, .. } => tensors.read(name, &[&[outputs, inputs, kernel, kernel]])?,
+        };
+        if spec.names.len() == 1 {
+            all = part;
+        } else {
+            all.extend_from_slice(&part);
+        }
+    }
+    Ok(match spec.kind {
+        WeightKind::Matrix { kernel, inputs, gated } => pack(&all, spec.total_outputs(), inputs, kernel, gated),
+        _ => all,
+    })
+}
+
+/// Packs `[out, in, k, k]` into panels whose rows run over taps, then input channels. Gated panels hold
+/// `PANEL / 2` values and then their gates.
+fn pack(source: &[f32], outputs: usize, inputs: usize, kernel: usize, gated: bool) -> Vec<f32> {
+    let taps = kernel * kernel;
+    let depth = taps * inputs;
+    let mut packed = vec![0.0f32; packed_len(depth, outputs)];
+    packed.par_chunks_exact_mut(depth * PANEL).enumerate().for_each(|(panel, out)| {
+        for j in 0..PANEL {
+            let Some(output) = source_column(panel, j, outputs, gated) else { continue };
+            let row = &source[output * depth..][..depth];
+            for (channel, weights) in row.chunks_exact(taps).enumerate() {
+                for (tap, &w) in weights.iter().enumerate() {
+                    out[(tap * inputs + channel) * PANEL + j] = w;
+                }
+            }
+        }
+    });
+    packed
+}
+
+/// Which output of the layer stands in column `j` of a panel.
+pub(super) fn source_column(panel: usize, j: usize, outputs: usize, gated: bool) -> Option<usize> {
+    if gated {
+        let half = PANEL / 2;
+        let value = panel * half + j % half;
+        (value < outputs / 2).then_some(if j < half { value } else { outputs / 2 + value })
+    } else {
+        Some(panel * PANEL + j).filter(|&o| o < outputs)
+    }
+}

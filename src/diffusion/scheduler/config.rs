@@ -1,0 +1,291 @@
+//! `scheduler_config.json`: how a checkpoint was trained and how it wants to be sampled.
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::names::list;
+use super::{Sampler, SamplerChoice, Spacing};
+use crate::{Error, Result};
+
+/// A `scheduler_config.json` of diffusers, under its own field names.
+///
+/// A field is `None` where the file has none (or null): what that means differs from sampler to sampler, so that the
+/// default is with the sampler. As in diffusers' `from_config`, fields of one sampler may stand in the config of
+/// another, which leaves them alone. A field that says how the model was trained is honoured or refused by all.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SchedulerConfig {
+    #[serde(rename = "_class_name")]
+    pub(super) class_name: Option<String>,
+
+    num_train_timesteps: Option<usize>,
+    pub(super) beta_start: Option<f64>,
+    pub(super) beta_end: Option<f64>,
+    pub(super) beta_schedule: Option<BetaSchedule>,
+    pub(super) trained_betas: Option<Vec<f32>>,
+    pub(super) rescale_betas_zero_snr: Option<bool>,
+    pub(super) prediction_type: Option<Prediction>,
+    variance_type: Option<String>,
+
+    pub(super) timestep_spacing: Option<Spacing>,
+    pub(super) steps_offset: Option<u32>,
+    pub(super) timestep_type: Option<TimestepType>,
+    pub(super) interpolation_type: Option<InterpolationType>,
+    use_karras_sigmas: Option<bool>,
+    use_exponential_sigmas: Option<bool>,
+    use_beta_sigmas: Option<bool>,
+    use_lu_lambdas: Option<bool>,
+    use_flow_sigmas: Option<bool>,
+    /// Read by flow sigmas alone, which are refused.
+    #[serde(rename = "flow_shift")]
+    _flow_shift: Option<f64>,
+    use_dynamic_shifting: Option<bool>,
+    /// Read by dynamic shifting alone, which is refused.
+    #[serde(rename = "time_shift_type")]
+    _time_shift_type: Option<String>,
+    pub(super) sigma_min: Option<f64>,
+    pub(super) sigma_max: Option<f64>,
+    pub(super) final_sigmas_type: Option<FinalSigma>,
+    pub(super) lambda_min_clipped: Option<f64>,
+    pub(super) set_alpha_to_one: Option<bool>,
+
+    pub(super) clip_sample: Option<bool>,
+    pub(super) clip_sample_range: Option<f64>,
+    thresholding: Option<bool>,
+    /// Read by thresholding alone, which is refused.
+    #[serde(rename = "dynamic_thresholding_ratio")]
+    _dynamic_thresholding_ratio: Option<f64>,
+    /// Read by thresholding alone, which is refused.
+    #[serde(rename = "sample_max_value")]
+    _sample_max_value: Option<f64>,
+
+    skip_prk_steps: Option<bool>,
+    pub(super) solver_order: Option<usize>,
+    pub(super) solver_type: Option<String>,
+    pub(super) algorithm_type: Option<String>,
+    pub(super) lower_order_final: Option<bool>,
+    pub(super) euler_at_final: Option<bool>,
+    pub(super) predict_x0: Option<bool>,
+    pub(super) disable_corrector: Option<Vec<usize>>,
+    solver_p: Option<Value>,
+    pub(super) original_inference_steps: Option<usize>,
+    pub(super) timestep_scaling: Option<f64>,
+
+    /// For messages.
+    #[serde(skip)]
+    path: PathBuf,
+}
+
+/// How the betas of training run from `beta_start` to `beta_end`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum BetaSchedule {
+    Linear,
+    /// Linear in the square root (latent diffusion).
+    ScaledLinear,
+    /// The cosine of arXiv 2102.09672, in which `beta_start` and `beta_end` have no part.
+    SquaredcosCapV2,
+}
+
+/// What the model predicts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Prediction {
+    Epsilon,
+    /// arXiv 2202.00512.
+    #[serde(rename = "v_prediction")]
+    Velocity,
+    Sample,
+}
+
+/// What the model sees as its timestep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum TimestepType {
+    Discrete,
+    /// A quarter of ln sigma (arXiv 2206.00364), for models that predict velocity.
+    Continuous,
+}
+
+/// How Euler finds a sigma between two timesteps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum InterpolationType {
+    Linear,
+    LogLinear,
+}
+
+/// The sigma at which the last step ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum FinalSigma {
+    Zero,
+    SigmaMin,
+}
+
+impl SchedulerConfig {
+    /// Reads the file at `path`.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        Self::parse(&text, path)
+    }
+
+    /// Parses the text of the file at `path`, which is there for messages alone.
+    pub fn parse(text: &str, path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        // Python writes the default of `lambda_min_clipped` in a way that is not JSON.
+        let text = text.replace("-Infinity", "-1.7976931348623157e308");
+        let mut fields: Map<String, Value> =
+            serde_json::from_str(&text).map_err(|e| Error::checkpoint(path, format!("not a scheduler config: {e}")))?;
+        fields.retain(|key, _| key == "_class_name" || !key.starts_with('_'));
+        // One field at a time first: serde's message about a value does not say whose it is.
+        for (key, value) in &fields {
+            let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
+            Self::deserialize(alone).map_err(|e| Error::checkpoint(path, format!("{key} = {value}: {e}")))?;
+        }
+        let parsed = Self::deserialize(Value::Object(fields)).map_err(|e| Error::checkpoint(path, e.to_string()))?;
+        let config = Self { path: path.to_path_buf(), ..parsed };
+        config.refuse_unsupported()?;
+        Ok(config)
+    }
+
+    /// Refuses what no sampler here does.
+    fn refuse_unsupported(&self) -> Result<()> {
+        let latent = "it is for pixels, not for latents; set it to false";
+        let flow = "flow matching models are not supported";
+        for (field, value, advice) in [
+            ("thresholding", self.thresholding, latent),
+            ("use_flow_sigmas", self.use_flow_sigmas, flow),
+            ("use_dynamic_shifting", self.use_dynamic_shifting, flow),
+        ] {
+            if value == Some(true) {
+                return Err(self.refuse(field, true, advice));
+            }
+        }
+        if let Some(learned @ ("learned" | "learned_range")) = self.variance_type.as_deref() {
+            return Err(self.refuse("variance_type", learned, "models that predict their variance are not supported"));
+        }
+        if let Some(solver) = &self.solver_p {
+            return Err(self.refuse("solver_p", solver, "UniPC has its own predictor here; set it to null"));
+        }
+        for (field, value) in [
+            ("sigma_min", self.sigma_min),
+            ("sigma_max", self.sigma_max),
+            ("clip_sample_range", self.clip_sample_range),
+        ] {
+            if let Some(value) = value.filter(|value| *value <= 0.0) {
+                return Err(self.refuse(field, value, "it must be positive"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The sampler that the checkpoint names.
+    pub fn sampler(&self) -> Result<Sampler> {
+        let known = list(&Sampler::ALL.map(Sampler::diffusers_name));
+        let Some(name) = self.class_name.as_deref() else {
+            let problem = format!("no _class_name: name a sampler, or put one of {known} there");
+            return Err(Error::checkpoint(&self.path, problem));
+        };
+        let own = Sampler::ALL.into_iter().find(|sampler| sampler.diffusers_name() == name);
+        own.ok_or_else(|| {
+            self.refuse("_class_name", name, &format!("supported are {known}; name one of them as the sampler"))
+        })
+    }
+
+    /// The sampler in use, if it can sample this model at all.
+    pub(super) fn chosen_sampler(&self, choice: SamplerChoice) -> Result<Sampler> {
+        let sampler = choice.sampler.map_or_else(|| self.sampler(), Ok)?;
+        if sampler == Sampler::Pndm {
+            // Absent means false in diffusers. Who names PLMS wants no Runge-Kutta steps, so that only the
+            // checkpoint's own PNDM must say so.
+            if self.skip_prk_steps.or(choice.sampler.map(|_| true)) != Some(true) {
+                let advice = "only true is supported; set it, or choose another sampler";
+                return Err(self.refuse("skip_prk_steps", false, advice));
+            }
+            if self.rescale_betas_zero_snr == Some(true) {
+                let advice = "PNDM cannot honour it; choose another sampler";
+                return Err(self.refuse("rescale_betas_zero_snr", true, advice));
+            }
+        }
+        Ok(sampler)
+    }
+
+    /// The `timestep_spacing` in use, and the spacing of the sigmas where they have one of their own.
+    pub(super) fn chosen_spacing(
+        &self,
+        sampler: Sampler,
+        choice: Option<Spacing>,
+    ) -> Result<(Spacing, Option<Spacing>)> {
+        let (default, sigmas) = match sampler {
+            Sampler::Ddim | Sampler::Pndm | Sampler::Lcm => (Spacing::Leading, false),
+            _ => (Spacing::Linspace, true),
+        };
+        let own = self.timestep_spacing.unwrap_or(default);
+        match choice {
+            Some(spacing) if sampler == Sampler::Lcm => Err(Error::usage(format!(
+                "LCM takes its steps where the model was distilled: it cannot be spaced {spacing}; leave the spacing out"
+            ))),
+            Some(spacing @ (Spacing::Karras | Spacing::Exponential)) if !sigmas => Err(Error::usage(format!(
+                "{sampler} steps on whole timesteps: it cannot be spaced {spacing}; choose leading, trailing or linspace"
+            ))),
+            Some(spacing @ (Spacing::Karras | Spacing::Exponential)) => Ok((own, Some(spacing))),
+            Some(spacing) => Ok((spacing, None)),
+            // In diffusers Euler a reads none of these flags.
+            None if sigmas && sampler != Sampler::EulerAncestral => Ok((own, self.own_sigmas(sampler)?)),
+            None => Ok((own, None)),
+        }
+    }
+
+    /// The spacing of the sigmas that the flags name.
+    fn own_sigmas(&self, sampler: Sampler) -> Result<Option<Spacing>> {
+        let lu = self.use_lu_lambdas.filter(|_| sampler == Sampler::DpmSolverMultistep);
+        for (field, value) in [("use_beta_sigmas", self.use_beta_sigmas), ("use_lu_lambdas", lu)] {
+            if value == Some(true) {
+                return Err(self.refuse(field, true, "choose another spacing, such as karras"));
+            }
+        }
+        match (self.use_karras_sigmas, self.use_exponential_sigmas) {
+            (Some(true), Some(true)) => {
+                Err(self.refuse("use_exponential_sigmas", true, "use_karras_sigmas is true too; only one can be"))
+            }
+            (Some(true), _) => Ok(Some(Spacing::Karras)),
+            (_, Some(true)) => Ok(Some(Spacing::Exponential)),
+            _ => Ok(None),
+        }
+    }
+
+    pub(super) fn num_train_timesteps(&self) -> Result<usize> {
+        let len = self.num_train_timesteps.unwrap_or(1000);
+        match len {
+            1..=1_000_000 => Ok(len),
+            _ => Err(self.refuse("num_train_timesteps", len, "it must be from 1 to 1000000")),
+        }
+    }
+
+    /// The order of a multistep solver.
+    pub(super) fn solver_order(&self) -> Result<usize> {
+        let order = self.solver_order.unwrap_or(2);
+        match order {
+            1..=3 => Ok(order),
+            _ => Err(self.refuse("solver_order", order, "supported are 1, 2 and 3")),
+        }
+    }
+
+    /// The bound on predicted samples, infinite when they are not clipped.
+    pub(super) fn clip(&self, default: bool) -> f64 {
+        match self.clip_sample.unwrap_or(default) {
+            true => self.clip_sample_range.unwrap_or(1.0),
+            false => f64::INFINITY,
+        }
+    }
+
+    /// The error about a field with a value that is not supported.
+    pub(super) fn refuse(&self, field: &str, value: impl Display, advice: &str) -> Error {
+        Error::checkpoint(&self.path, format!("{field} = {value} is not supported: {advice}"))
+    }
+}

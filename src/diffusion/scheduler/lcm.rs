@@ -1,0 +1,43 @@
+//! Multistep sampling of latent consistency models: algorithm 3 of arXiv 2310.04378.
+
+use super::{Convert, Setup, Step};
+use crate::{Error, Result};
+
+/// The standard deviation of the data in the boundary condition (arXiv 2303.01469).
+const SIGMA_DATA: f64 = 0.5;
+
+pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
+    let config = setup.config;
+    let (trained, distilled) = (setup.trained, config.original_inference_steps.unwrap_or(50));
+    if !(1..=trained).contains(&distilled) {
+        let advice = format!("it must be from 1 to num_train_timesteps = {trained}");
+        return Err(config.refuse("original_inference_steps", distilled, &advice));
+    }
+    if setup.steps > distilled {
+        let steps = setup.steps;
+        return Err(Error::usage(format!("LCM cannot sample in {steps} steps: choose from 1 to {distilled}")));
+    }
+    // Evenly among the timesteps of the distillation, from the noisiest down.
+    let stride = distilled as f64 / setup.steps as f64;
+    let at = |i: usize| (distilled - (i as f64 * stride) as usize) * (trained / distilled) - 1;
+    let timesteps: Vec<usize> = (0..setup.steps).map(at).collect();
+
+    let step = |(index, timestep): (usize, &usize)| {
+        let x0 = setup.prediction.x0(setup.table.level(*timestep)?);
+        let mut step = Step::at(*timestep as f64);
+        step.convert = Convert { x: x0.x, out: x0.out, clip: config.clip(false) };
+        // The boundary condition: the model's own answer far from the data, the sample itself at it.
+        let scaled = *timestep as f64 * config.timestep_scaling.unwrap_or(10.0);
+        let (skip, out) =
+            (SIGMA_DATA.powi(2) / (scaled.powi(2) + SIGMA_DATA.powi(2)), scaled / scaled.hypot(SIGMA_DATA));
+        let (alpha, sigma) = match timesteps.get(index + 1) {
+            Some(next) => setup.table.level(*next).map(|level| (level.alpha, level.sigma))?,
+            None => (1.0, 0.0),
+        };
+        step.next.base = alpha * skip;
+        step.next.m = alpha * out;
+        step.next.noise = sigma;
+        Ok(step)
+    };
+    timesteps.iter().enumerate().map(step).collect()
+}

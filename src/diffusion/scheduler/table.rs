@@ -1,0 +1,241 @@
+//! The noise levels of training, and which of them the steps of a sampler visit.
+
+use super::Spacing;
+use super::config::{BetaSchedule, Prediction, SchedulerConfig};
+use crate::{Error, Result};
+
+/// One noise level: `x = alpha * x0 + sigma * epsilon` with `alpha² + sigma² = 1`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Level {
+    pub alpha: f64,
+    pub sigma: f64,
+}
+
+impl Level {
+    /// From the cumulative product of training's alphas.
+    pub fn from_cumprod(alpha_cumprod: f64) -> Self {
+        Self { alpha: alpha_cumprod.sqrt(), sigma: (1.0 - alpha_cumprod).sqrt() }
+    }
+
+    /// From k-diffusion's sigma, which is `sigma / alpha`.
+    pub fn from_sigma(sigma: f64) -> Self {
+        let alpha = 1.0 / (sigma * sigma + 1.0).sqrt();
+        Self { alpha, sigma: sigma * alpha }
+    }
+
+    /// Half the logarithm of the signal-to-noise ratio.
+    pub fn lambda(self) -> f64 {
+        self.alpha.ln() - self.sigma.ln()
+    }
+}
+
+/// The weights of the noisy sample and of the model's output in a prediction.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Weights {
+    pub x: f64,
+    pub out: f64,
+}
+
+impl Prediction {
+    /// The predicted sample.
+    pub fn x0(self, at: Level) -> Weights {
+        match self {
+            Prediction::Epsilon => Weights { x: 1.0 / at.alpha, out: -at.sigma / at.alpha },
+            Prediction::Velocity => Weights { x: at.alpha, out: -at.sigma },
+            Prediction::Sample => Weights { x: 0.0, out: 1.0 },
+        }
+    }
+
+    /// The predicted noise.
+    pub fn epsilon(self, at: Level) -> Weights {
+        match self {
+            Prediction::Epsilon => Weights { x: 0.0, out: 1.0 },
+            Prediction::Velocity => Weights { x: at.sigma, out: at.alpha },
+            Prediction::Sample => Weights { x: 1.0 / at.sigma, out: -at.alpha / at.sigma },
+        }
+    }
+}
+
+/// The noise levels of training, by timestep.
+///
+/// In fp32, as the models were trained: near timestep 0 the rounding of `1 - beta` moves sigma by 2e-5.
+pub(super) struct Table {
+    alphas_cumprod: Vec<f32>,
+    /// k-diffusion's sigmas, rising.
+    sigmas: Vec<f32>,
+    log_sigmas: Vec<f32>,
+}
+
+impl Table {
+    /// The table of `config`, `trained` levels long, with the defaults of a class that has `(beta_start, beta_end, beta_schedule)`.
+    ///
+    /// `floor` lifts a last level without signal (`rescale_betas_zero_snr`) to one whose sigma is finite.
+    pub fn new(
+        config: &SchedulerConfig,
+        trained: usize,
+        defaults: (f64, f64, BetaSchedule),
+        floor: bool,
+    ) -> Result<Self> {
+        let betas = betas(config, trained, defaults)?;
+        let mut alphas_cumprod = cumprod(betas.iter().map(|beta| 1.0 - beta));
+        if config.rescale_betas_zero_snr == Some(true) {
+            alphas_cumprod = rescale_zero_terminal_snr(&alphas_cumprod);
+            if let (true, Some(last)) = (floor, alphas_cumprod.last_mut()) {
+                // diffusers' choice: the least positive number of fp16.
+                *last = 2f32.powi(-24);
+            }
+        }
+        let sigmas: Vec<f32> = alphas_cumprod.iter().map(|a| ((1.0 - a) / a).sqrt()).collect();
+        let log_sigmas = sigmas.iter().map(|sigma| (*sigma as f64).ln() as f32).collect();
+        Ok(Self { alphas_cumprod, sigmas, log_sigmas })
+    }
+
+    /// The level at a timestep.
+    pub fn level(&self, timestep: usize) -> Result<Level> {
+        let alpha_cumprod = self.alphas_cumprod.get(timestep).ok_or_else(|| {
+            let len = self.alphas_cumprod.len();
+            Error::usage(format!(
+                "timestep {timestep} lies beyond training's {len}: take fewer steps or another spacing"
+            ))
+        })?;
+        Ok(Level::from_cumprod(*alpha_cumprod as f64))
+    }
+
+    /// The level before timestep 0, at which DDIM and PNDM end.
+    pub fn final_level(&self, set_alpha_to_one: bool) -> Level {
+        Level::from_cumprod(if set_alpha_to_one { 1.0 } else { self.alphas_cumprod[0] as f64 })
+    }
+
+    /// The least and the greatest sigma.
+    pub fn sigma_range(&self) -> (f64, f64) {
+        (self.sigmas[0] as f64, self.sigmas[self.sigmas.len() - 1] as f64)
+    }
+
+    /// How many timesteps have a [`Level::lambda`] of at least `min`.
+    pub fn clipped_len(&self, min: f64) -> usize {
+        self.alphas_cumprod.iter().filter(|a| Level::from_cumprod(**a as f64).lambda() >= min).count()
+    }
+
+    /// The sigma at a timestep, whole or not.
+    pub fn sigma(&self, timestep: f64) -> f64 {
+        let last = self.sigmas.len() - 1;
+        let low = (timestep.max(0.0) as usize).min(last);
+        let (a, b) = (self.sigmas[low] as f64, self.sigmas[(low + 1).min(last)] as f64);
+        a + (b - a) * (timestep - low as f64)
+    }
+
+    /// The timestep of a sigma: [`Table::sigma`] the other way round, but linear in the logarithm.
+    pub fn timestep(&self, sigma: f64) -> f64 {
+        let log_sigma = sigma.max(1e-10).ln();
+        let above = self.log_sigmas.partition_point(|log| *log as f64 <= log_sigma);
+        let low = above.saturating_sub(1).min(self.log_sigmas.len().saturating_sub(2));
+        let (a, b) = (self.log_sigmas[low], self.log_sigmas[(low + 1).min(self.log_sigmas.len() - 1)]);
+        let weight = (a as f64 - log_sigma) / (a - b) as f64;
+        low as f64 + weight.clamp(0.0, 1.0)
+    }
+}
+
+fn betas(config: &SchedulerConfig, len: usize, defaults: (f64, f64, BetaSchedule)) -> Result<Vec<f32>> {
+    let (start, end) = (config.beta_start.unwrap_or(defaults.0), config.beta_end.unwrap_or(defaults.1));
+    for (field, beta) in [("beta_start", start), ("beta_end", end)] {
+        if !(beta > 0.0 && beta < 1.0) {
+            return Err(config.refuse(field, beta, "it must be between 0 and 1"));
+        }
+    }
+    if let Some(betas) = &config.trained_betas {
+        if betas.len() != len || !betas.iter().all(|beta| *beta > 0.0 && *beta < 1.0) {
+            let advice = format!("it must be num_train_timesteps = {len} numbers between 0 and 1");
+            return Err(config.refuse("trained_betas", format!("[{} values]", betas.len()), &advice));
+        }
+        return Ok(betas.clone());
+    }
+    let linear = |start: f64, end: f64| {
+        let (start, end) = (start as f32, end as f32);
+        let step = (end - start) / (len - 1).max(1) as f32;
+        // From both ends and with one rounding, as torch's `linspace`.
+        (0..len).map(move |i| match i < len / 2 {
+            true => step.mul_add(i as f32, start),
+            false => (-step).mul_add((len - 1 - i) as f32, end),
+        })
+    };
+    Ok(match config.beta_schedule.unwrap_or(defaults.2) {
+        BetaSchedule::Linear => linear(start, end).collect(),
+        BetaSchedule::ScaledLinear => linear(start.sqrt(), end.sqrt()).map(|root| root * root).collect(),
+        BetaSchedule::SquaredcosCapV2 => {
+            // Equation 17 of arXiv 2102.09672, with its cap.
+            let alpha_bar =
+                |i: usize| ((i as f64 / len as f64 + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
+            (0..len).map(|i| (1.0 - alpha_bar(i + 1) / alpha_bar(i)).min(0.999) as f32).collect()
+        }
+    })
+}
+
+/// Summed up in f64 and rounded at every element, as torch does.
+fn cumprod(alphas: impl Iterator<Item = f32>) -> Vec<f32> {
+    alphas
+        .scan(1.0f64, |product, alpha| {
+            *product *= alpha as f64;
+            Some(*product as f32)
+        })
+        .collect()
+}
+
+/// Algorithm 1 of arXiv 2305.08891: shifts and scales the roots so that the last is 0 and the first stays.
+fn rescale_zero_terminal_snr(alphas_cumprod: &[f32]) -> Vec<f32> {
+    let (first, last) = (alphas_cumprod[0].sqrt(), alphas_cumprod[alphas_cumprod.len() - 1].sqrt());
+    let scale = first / (first - last);
+    let rescaled: Vec<f32> = alphas_cumprod.iter().map(|a| ((a.sqrt() - last) * scale).powi(2)).collect();
+    // By way of the betas, as in training: their rounding is part of the levels that the model knows.
+    let ratios = rescaled.iter().zip(std::iter::once(&1.0).chain(&rescaled)).map(|(a, before)| a / before);
+    cumprod(ratios.map(|alpha| 1.0 - (1.0 - alpha)))
+}
+
+/// The timesteps of a spacing, from the noisiest down (table 2 of arXiv 2305.08891).
+pub(super) struct Timesteps {
+    pub spacing: Spacing,
+    pub num_train_timesteps: usize,
+    /// The timesteps below this one are used: `num_train_timesteps` unless clipped.
+    pub end: usize,
+    pub steps: usize,
+    /// Multistep solvers space one step more, and leave out timestep 0.
+    pub skip_zero: bool,
+    pub steps_offset: u32,
+}
+
+impl Timesteps {
+    /// Whole but for `Linspace`.
+    pub fn list(&self) -> Vec<f64> {
+        let points = self.steps + self.skip_zero as usize;
+        let rising = (self.skip_zero as usize..points).rev();
+        match self.spacing {
+            Spacing::Trailing => {
+                // The stride is rounded as numpy's `arange` rounds it, for the sake of ties.
+                let end = self.end as f64;
+                let stride = end - (end - self.num_train_timesteps as f64 / self.steps as f64);
+                let at = |i: usize| (end - i as f64 * stride).round_ties_even() - 1.0;
+                (0..self.steps).map(at).take_while(|timestep| *timestep >= 0.0).collect()
+            }
+            Spacing::Leading => {
+                let stride = self.end / points;
+                rising.map(|i| (i * stride + self.steps_offset as usize) as f64).collect()
+            }
+            _ => {
+                let stride = (self.end.saturating_sub(1)) as f64 / (points - 1).max(1) as f64;
+                rising.map(|i| i as f64 * stride).collect()
+            }
+        }
+    }
+}
+
+/// `steps` sigmas from `max` down to `min`.
+pub(super) fn spaced_sigmas(spacing: Spacing, max: f64, min: f64, steps: usize) -> Vec<f64> {
+    let ramp = (0..steps).map(|i| i as f64 / (steps - 1).max(1) as f64);
+    match spacing {
+        Spacing::Karras => {
+            let rho = 7.0;
+            let (max, min) = (max.powf(1.0 / rho), min.powf(1.0 / rho));
+            ramp.map(|r| (max + r * (min - max)).powf(rho)).collect()
+        }
+        _ => ramp.map(|r| (max.ln() + r * (min.ln() - max.ln())).exp()).collect(),
+    }
+}

@@ -1,0 +1,262 @@
+//! Writing a graph: one method an operation, each taking the layer's name in the checkpoint.
+
+use super::*;
+
+/// What a convolution or linear layer may have beside its weight.
+#[derive(Clone, Debug)]
+pub struct ConvOptions {
+    /// Kernel side.
+    pub kernel: usize,
+    /// Step between outputs.
+    pub stride: usize,
+    /// Zeros above and left.
+    pub pad: usize,
+    /// Zeros below and right; `pad` unless the VAE's asymmetric downsampling is meant.
+    pub pad_end: usize,
+    /// Nearest-neighbour resize first.
+    pub resize: Option<(usize, usize)>,
+    /// Whether there is a bias.
+    pub bias: bool,
+    /// `[n, 1, 1, c]` to add.
+    pub per_image: Option<TensorId>,
+    /// What follows.
+    pub activation: Activation,
+    /// What is added then.
+    pub residual: Option<TensorId>,
+    /// What multiplies the sum.
+    pub scale: f32,
+}
+
+impl Default for ConvOptions {
+    /// A linear layer with bias.
+    fn default() -> Self {
+        ConvOptions {
+            kernel: 1,
+            stride: 1,
+            pad: 0,
+            pad_end: 0,
+            resize: None,
+            bias: true,
+            per_image: None,
+            activation: Activation::None,
+            residual: None,
+            scale: 1.0,
+        }
+    }
+}
+
+impl ConvOptions {
+    /// A 3x3 convolution that keeps the size.
+    pub fn conv3x3() -> Self {
+        ConvOptions { kernel: 3, pad: 1, pad_end: 1, ..Default::default() }
+    }
+}
+
+/// Builds a [`Graph`].
+#[derive(Default)]
+pub struct GraphBuilder {
+    graph: Graph,
+}
+
+impl GraphBuilder {
+    /// An empty graph.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The finished graph.
+    pub fn finish(self) -> Graph {
+        self.graph
+    }
+
+    /// Shape of an activation made so far.
+    pub fn shape(&self, id: TensorId) -> Shape {
+        self.graph.shape(id)
+    }
+
+    /// Declares an input.
+    pub fn input(&mut self, name: &str, shape: Shape) -> TensorId {
+        let id = self.tensor(shape);
+        self.graph.inputs.push((name.to_string(), id));
+        id
+    }
+
+    /// Names an activation as an output: it is kept until the run ends.
+    pub fn output(&mut self, name: &str, id: TensorId) {
+        self.graph.outputs.push((name.to_string(), id));
+    }
+
+    /// A convolution `name.weight`, `name.bias`.
+    pub fn conv(
+        &mut self,
+        name: &str,
+        sources: impl Into<Sources>,
+        outputs: usize,
+        options: ConvOptions,
+    ) -> TensorId {
+        self.fused(name, &[name.to_string()], sources, &[outputs], options)
+    }
+
+    /// A linear layer with options.
+    pub fn linear(
+        &mut self,
+        name: &str,
+        sources: impl Into<Sources>,
+        outputs: usize,
+        options: ConvOptions,
+    ) -> TensorId {
+        self.conv(name, sources, outputs, options)
+    }
+
+    /// Several layers that read the same input, as one: their outputs stand side by side.
+    pub fn fused(
+        &mut self,
+        name: &str,
+        layers: &[String],
+        sources: impl Into<Sources>,
+        outputs: &[usize],
+        options: ConvOptions,
+    ) -> TensorId {
+        let sources = sources.into();
+        let input = self.shape(sources.x);
+        let channels: usize = sources.iter().map(|t| self.shape(t).c).sum();
+        let (h, w) = options.resize.unwrap_or((input.h, input.w));
+        let span = |size: usize| (size + options.pad + options.pad_end - options.kernel) / options.stride + 1;
+        let total: usize = outputs.iter().sum();
+        let gated = options.activation == Activation::Geglu;
+        let shape = Shape::new(input.n, span(h), span(w), if gated { total / 2 } else { total });
+
+        let weight = self.weight(WeightSpec {
+            names: layers.iter().map(|l| format!("{l}.weight")).collect(),
+            outputs: outputs.to_vec(),
+            width: channels * options.kernel * options.kernel,
+            kind: WeightKind::Matrix { kernel: options.kernel, inputs: channels, gated },
+        });
+        let bias = options.bias.then(|| {
+            self.weight(WeightSpec {
+                names: layers.iter().map(|l| format!("{l}.bias")).collect(),
+                outputs: outputs.to_vec(),
+                width: 1,
+                kind: WeightKind::Vector,
+            })
+        });
+        let conv = Conv {
+            sources,
+            weight,
+            bias,
+            kernel: options.kernel,
+            stride: options.stride,
+            pad: options.pad,
+            resize: options.resize,
+            per_image: options.per_image,
+            activation: options.activation,
+            residual: options.residual,
+            scale: options.scale,
+        };
+        self.node(name, Op::Conv(conv), shape)
+    }
+
+    /// Group normalisation.
+    pub fn group_norm(
+        &mut self,
+        name: &str,
+        sources: impl Into<Sources>,
+        groups: usize,
+        eps: f32,
+        silu: bool,
+        scale_shift: Option<TensorId>,
+    ) -> TensorId {
+        let sources = sources.into();
+        let channels = sources.iter().map(|t| self.shape(t).c).sum();
+        let shape = Shape { c: channels, ..self.shape(sources.x) };
+        let (weight, bias) = self.affine(name, channels);
+        self.node(name, Op::GroupNorm { sources, weight, bias, groups, eps, scale_shift, silu }, shape)
+    }
+
+    /// Layer normalisation.
+    pub fn layer_norm(&mut self, name: &str, x: TensorId, eps: f32) -> TensorId {
+        let shape = self.shape(x);
+        let (weight, bias) = self.affine(name, shape.c);
+        self.node(name, Op::LayerNorm { x, weight, bias, eps }, shape)
+    }
+
+    /// Attention; the result has the queries' size.
+    pub fn attention(
+        &mut self,
+        name: &str,
+        (q, k, v): (View, View, View),
+        heads: usize,
+        head_dim: usize,
+        causal: bool,
+    ) -> TensorId {
+        let shape = Shape { c: heads * head_dim, ..self.shape(q.tensor) };
+        let scale = (head_dim as f32).powf(-0.5);
+        self.node(name, Op::Attention { q, k, v, heads, head_dim, scale, causal }, shape)
+    }
+
+    /// An elementwise function.
+    pub fn activate(&mut self, name: &str, x: TensorId, activation: Activation) -> TensorId {
+        let shape = self.shape(x);
+        self.node(name, Op::Activate { x, activation }, shape)
+    }
+
+    /// Token plus position embedding.
+    pub fn embed(&mut self, tokens: (&str, usize), positions: (&str, usize), ids: TensorId, width: usize) -> TensorId {
+        let table = |(name, rows): (&str, usize)| WeightSpec {
+            names: vec![format!("{name}.weight")],
+            outputs: vec![rows],
+            width,
+            kind: WeightKind::Table,
+        };
+        let name = tokens.0;
+        let shape = Shape { c: width, ..self.shape(ids) };
+        let (tokens, positions) = (self.weight(table(tokens)), self.weight(table(positions)));
+        self.node(name, Op::Embed { ids, tokens, positions }, shape)
+    }
+
+    /// Sinusoidal embedding.
+    pub fn sinusoid(
+        &mut self,
+        name: &str,
+        x: TensorId,
+        dim: usize,
+        flip_sin_to_cos: bool,
+        freq_shift: f32,
+    ) -> TensorId {
+        let shape = self.shape(x);
+        let shape = Shape { c: shape.c * dim, ..shape };
+        self.node(name, Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift }, shape)
+    }
+
+    /// One token of each image.
+    pub fn select_token(&mut self, name: &str, x: TensorId, index: TensorId) -> TensorId {
+        let shape = self.shape(x);
+        self.node(name, Op::SelectToken { x, index }, Shape { h: 1, w: 1, ..shape })
+    }
+
+    fn affine(&mut self, name: &str, channels: usize) -> (WeightId, WeightId) {
+        let vector = |suffix: &str| WeightSpec {
+            names: vec![format!("{name}.{suffix}")],
+            outputs: vec![channels],
+            width: 1,
+            kind: WeightKind::Vector,
+        };
+        (self.weight(vector("weight")), self.weight(vector("bias")))
+    }
+
+    fn tensor(&mut self, shape: Shape) -> TensorId {
+        self.graph.shapes.push(shape);
+        TensorId(self.graph.shapes.len() - 1)
+    }
+
+    fn weight(&mut self, spec: WeightSpec) -> WeightId {
+        self.graph.weights.push(spec);
+        WeightId(self.graph.weights.len() - 1)
+    }
+
+    fn node(&mut self, name: &str, op: Op, shape: Shape) -> TensorId {
+        let output = self.tensor(shape);
+        self.graph.nodes.push(Node { name: name.to_string(), op, output });
+        output
+    }
+}

@@ -1,0 +1,364 @@
+//! Static graphs: what a network computes at one given shape, in a small set of fused operations.
+//!
+//! A graph knows shapes and weight names, and no device. Every activation is NHWC; a token sequence is an image of
+//! height 1 (`[n, 1, tokens, c]`), a vector per image is `[n, 1, 1, c]`, so nothing is ever reshaped. `[n, h, w, c]` is
+//! also a sequence of `h * w` tokens, which is how attention reads it.
+//!
+//! Names of nodes and weights are the checkpoint's own tensor names.
+
+mod builder;
+
+pub use builder::{ConvOptions, GraphBuilder};
+
+use std::fmt;
+
+/// The shape of an activation, NHWC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Images.
+    pub n: usize,
+    /// Rows.
+    pub h: usize,
+    /// Columns; tokens where `h` is 1.
+    pub w: usize,
+    /// Channels, the innermost and contiguous dimension.
+    pub c: usize,
+}
+
+impl Shape {
+    /// `[n, h, w, c]`.
+    pub fn new(n: usize, h: usize, w: usize, c: usize) -> Self {
+        Shape { n, h, w, c }
+    }
+
+    /// Tokens of one image: `h * w`.
+    pub fn tokens(&self) -> usize {
+        self.h * self.w
+    }
+
+    /// Rows of the activation seen as a matrix: `n * h * w`.
+    pub fn rows(&self) -> usize {
+        self.n * self.h * self.w
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.rows() * self.c
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{}, {}, {}, {}]", self.n, self.h, self.w, self.c)
+    }
+}
+
+/// An activation of a [`Graph`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TensorId(pub(crate) usize);
+
+/// A weight of a [`Graph`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WeightId(pub(crate) usize);
+
+/// What a weight is to the operation that reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WeightKind {
+    /// One number a channel: biases, norm scales and shifts.
+    Vector,
+    /// Rows that are looked up: token and position embeddings, `[rows, c]`.
+    Table,
+    /// The right-hand side of a convolution or linear layer, `[out, in, k, k]` or `[out, in]` in the checkpoint.
+    Matrix {
+        /// Kernel side (1 for linear layers).
+        kernel: usize,
+        /// Input channels.
+        inputs: usize,
+        /// Output columns hold a value half and a gate half (GEGLU), which an executor lays side by side.
+        gated: bool,
+    },
+}
+
+/// A weight as the checkpoint names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightSpec {
+    /// Tensor names; several are concatenated along the output dimension (fused q, k, v).
+    pub names: Vec<String>,
+    /// Output length of each name: elements of a vector, rows of a table or matrix.
+    pub outputs: Vec<usize>,
+    /// Width of a row of a table or matrix (`inputs * kernel * kernel`); 1 for vectors.
+    pub width: usize,
+    /// How it is used.
+    pub kind: WeightKind,
+}
+
+impl WeightSpec {
+    /// Output length over all names.
+    pub fn total_outputs(&self) -> usize {
+        self.outputs.iter().sum()
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.total_outputs() * self.width
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Elementwise functions that follow a matrix product or stand alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// The identity.
+    None,
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `x * Phi(x)` with the exact error function (Hendrycks and Gimpel, arXiv 1606.08415).
+    Gelu,
+    /// `x * sigmoid(1.702 x)`, as CLIP ViT-L/14 was trained.
+    QuickGelu,
+    /// `value * gelu(gate)`, halving the channels (Shazeer, arXiv 2002.05202).
+    Geglu,
+}
+
+/// One activation, or two whose channels stand one after the other (a UNet skip connection), never copied together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sources {
+    /// The first channels.
+    pub x: TensorId,
+    /// The channels after them.
+    pub skip: Option<TensorId>,
+}
+
+impl From<TensorId> for Sources {
+    fn from(x: TensorId) -> Self {
+        Sources { x, skip: None }
+    }
+}
+
+impl Sources {
+    /// The tensors in channel order.
+    pub fn iter(&self) -> impl Iterator<Item = TensorId> {
+        [Some(self.x), self.skip].into_iter().flatten()
+    }
+}
+
+/// Channels `offset..` of an activation: how attention reads its part of a fused q, k, v.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct View {
+    /// The whole activation.
+    pub tensor: TensorId,
+    /// First channel.
+    pub offset: usize,
+}
+
+/// A convolution or linear layer: `out = (activation(W * x + bias + per_image) + residual) * scale`.
+#[derive(Clone, Debug)]
+pub struct Conv {
+    /// What is convolved.
+    pub sources: Sources,
+    /// A [`WeightKind::Matrix`].
+    pub weight: WeightId,
+    /// One number an output column.
+    pub bias: Option<WeightId>,
+    /// Kernel side: 1 or 3.
+    pub kernel: usize,
+    /// 1 or 2.
+    pub stride: usize,
+    /// Zero rows above and zero columns left of the input; those below and right follow from the output's size.
+    pub pad: usize,
+    /// Nearest-neighbour resize of the input to this height and width, folded into the read.
+    pub resize: Option<(usize, usize)>,
+    /// `[n, 1, 1, c]` added to every pixel of its image (the time embedding).
+    pub per_image: Option<TensorId>,
+    /// Applied after bias and `per_image`.
+    pub activation: Activation,
+    /// Added after the activation.
+    pub residual: Option<TensorId>,
+    /// Multiplies the sum.
+    pub scale: f32,
+}
+
+/// The operations.
+#[derive(Clone, Debug)]
+pub enum Op {
+    /// See [`Conv`].
+    Conv(Conv),
+    /// Group normalisation (Wu and He, arXiv 1803.08494), optionally modulated per image and followed by SiLU.
+    GroupNorm {
+        /// What is normalised.
+        sources: Sources,
+        /// One scale a channel.
+        weight: WeightId,
+        /// One shift a channel.
+        bias: WeightId,
+        /// Number of groups.
+        groups: usize,
+        /// Added to the variance.
+        eps: f32,
+        /// `[n, 1, 1, 2c]`: `y * (1 + scale) + shift`, scales first.
+        scale_shift: Option<TensorId>,
+        /// Whether SiLU follows.
+        silu: bool,
+    },
+    /// Layer normalisation over channels.
+    LayerNorm {
+        /// What is normalised.
+        x: TensorId,
+        /// One scale a channel.
+        weight: WeightId,
+        /// One shift a channel.
+        bias: WeightId,
+        /// Added to the variance.
+        eps: f32,
+    },
+    /// `softmax(q k^T * scale) v` for each image and head.
+    Attention {
+        /// Queries, `heads * head_dim` channels.
+        q: View,
+        /// Keys, likewise.
+        k: View,
+        /// Values, likewise.
+        v: View,
+        /// Number of heads.
+        heads: usize,
+        /// Channels of a head.
+        head_dim: usize,
+        /// Multiplies the scores; `1 / sqrt(head_dim)` everywhere so far.
+        scale: f32,
+        /// Token `i` sees tokens `0..=i` only.
+        causal: bool,
+    },
+    /// An elementwise function alone.
+    Activate {
+        /// Its argument.
+        x: TensorId,
+        /// Which one; not [`Activation::Geglu`].
+        activation: Activation,
+    },
+    /// Token ids (stored as f32, exact below 2^24) to rows of `tokens` plus rows of `positions`.
+    Embed {
+        /// `[n, 1, tokens, 1]`.
+        ids: TensorId,
+        /// Table `[vocabulary, c]`.
+        tokens: WeightId,
+        /// Table `[positions, c]`.
+        positions: WeightId,
+    },
+    /// Sinusoidal embedding of each channel of `x` into `dim` channels
+    /// (Vaswani et al., arXiv 1706.03762, section 3.5, as DDPM lays it out).
+    Sinusoid {
+        /// `[n, 1, 1, k]`; the result is `[n, 1, 1, k * dim]`.
+        x: TensorId,
+        /// Channels for each input; even.
+        dim: usize,
+        /// Cosines before sines.
+        flip_sin_to_cos: bool,
+        /// Subtracted from `dim / 2` in the frequency's denominator.
+        freq_shift: f32,
+    },
+    /// One token of each image.
+    SelectToken {
+        /// `[n, 1, tokens, c]`.
+        x: TensorId,
+        /// `[n, 1, 1, 1]`, the token's index.
+        index: TensorId,
+    },
+}
+
+impl Op {
+    /// Activations the operation reads.
+    pub fn inputs(&self) -> impl Iterator<Item = TensorId> {
+        let list: [Option<TensorId>; 4] = match *self {
+            Op::Conv(ref c) => [Some(c.sources.x), c.sources.skip, c.per_image, c.residual],
+            Op::GroupNorm { sources, scale_shift, .. } => [Some(sources.x), sources.skip, scale_shift, None],
+            Op::LayerNorm { x, .. } | Op::Activate { x, .. } | Op::Sinusoid { x, .. } => [Some(x), None, None, None],
+            Op::Attention { q, k, v, .. } => [Some(q.tensor), Some(k.tensor), Some(v.tensor), None],
+            Op::Embed { ids, .. } => [Some(ids), None, None, None],
+            Op::SelectToken { x, index } => [Some(x), Some(index), None, None],
+        };
+        list.into_iter().flatten()
+    }
+}
+
+/// One operation and where its result goes.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// The checkpoint's name of the layer.
+    pub name: String,
+    /// What is computed.
+    pub op: Op,
+    /// The result.
+    pub output: TensorId,
+}
+
+/// A network at one shape. Nodes are in an order in which they can be computed.
+#[derive(Clone, Debug, Default)]
+pub struct Graph {
+    pub(crate) shapes: Vec<Shape>,
+    pub(crate) weights: Vec<WeightSpec>,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) inputs: Vec<(String, TensorId)>,
+    pub(crate) outputs: Vec<(String, TensorId)>,
+}
+
+impl Graph {
+    /// Shape of an activation.
+    pub fn shape(&self, id: TensorId) -> Shape {
+        self.shapes[id.0]
+    }
+
+    /// A weight's description.
+    pub fn weight(&self, id: WeightId) -> &WeightSpec {
+        &self.weights[id.0]
+    }
+
+    /// All weights; their order does not depend on the shape the graph was made for.
+    pub fn weights(&self) -> &[WeightSpec] {
+        &self.weights
+    }
+
+    /// The operations.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The named input.
+    ///
+    /// # Panics
+    /// If the graph has none of that name: names are fixed by the code in `models/`.
+    pub fn input(&self, name: &str) -> TensorId {
+        self.find_input(name).unwrap_or_else(|| panic!("the graph has no input `{name}`"))
+    }
+
+    /// The named input, if the graph has it.
+    pub fn find_input(&self, name: &str) -> Option<TensorId> {
+        self.inputs.iter().find(|(n, _)| n == name).map(|(_, id)| *id)
+    }
+
+    /// The named output.
+    ///
+    /// # Panics
+    /// If the graph has none of that name.
+    pub fn output(&self, name: &str) -> TensorId {
+        self.find_output(name).unwrap_or_else(|| panic!("the graph has no output `{name}`"))
+    }
+
+    /// The named output, if the graph has it.
+    pub fn find_output(&self, name: &str) -> Option<TensorId> {
+        self.outputs.iter().find(|(n, _)| n == name).map(|(_, id)| *id)
+    }
+
+    /// Number of parameters.
+    pub fn parameters(&self) -> usize {
+        self.weights.iter().map(WeightSpec::len).sum()
+    }
+}

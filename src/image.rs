@@ -1,0 +1,230 @@
+//! Pictures: network output to 8-bit RGB, PNG files, and the text in them that tells how a picture was made.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufReader, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// PNG keyword of [`GenerationInfo::parameters`], which the A1111 web UI and those after it read.
+pub const PARAMETERS_KEYWORD: &str = "parameters";
+/// PNG keyword of [`GenerationInfo::json`].
+pub const JSON_KEYWORD: &str = "respodiff";
+
+/// An 8-bit RGB picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Columns.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// `height * width * 3` bytes: rows from the top, pixels from the left, red, green, blue.
+    pub rgb: Vec<u8>,
+}
+
+impl Image {
+    /// Converts what a VAE decodes: `[3, height, width]`, values of -1 (black) to 1 (white), clamped outside.
+    ///
+    /// Rounds as diffusers' `VaeImageProcessor` does: `(x / 2 + 0.5) * 255` in f32, halves to even.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] if a value is NaN or infinite; [`Error::Usage`] if the sizes do not agree.
+    pub fn from_chw(values: &[f32], height: usize, width: usize) -> Result<Self> {
+        let plane = height.saturating_mul(width);
+        Self::from_values(values, height, width, |index| index % 3 * plane + index / 3)
+    }
+
+    /// [`Image::from_chw`] for `[height, width, 3]`.
+    ///
+    /// # Errors
+    /// As [`Image::from_chw`].
+    pub fn from_hwc(values: &[f32], height: usize, width: usize) -> Result<Self> {
+        Self::from_values(values, height, width, |index| index)
+    }
+
+    /// `source` maps an index of `rgb` to one of `values`.
+    fn from_values(values: &[f32], height: usize, width: usize, source: impl Fn(usize) -> usize) -> Result<Self> {
+        let sizes = (u32::try_from(width), u32::try_from(height));
+        let (Ok(columns @ 1..), Ok(rows @ 1..)) = sizes else {
+            return Err(Error::usage(format!("a picture of {width}x{height} pixels cannot be made")));
+        };
+        if width.checked_mul(height).and_then(|plane| plane.checked_mul(3)) != Some(values.len()) {
+            return Err(Error::usage(format!("{} values are no RGB picture of {width}x{height} pixels", values.len())));
+        }
+        if let Some(bad) = values.iter().find(|value| !value.is_finite()) {
+            return Err(Error::NonFinite(format!(
+                "the decoded picture holds {bad}: no picture is made of it; try another seed, less guidance or f32"
+            )));
+        }
+        let byte = |value: f32| ((value * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
+        let rgb = (0..values.len()).map(|index| byte(values[source(index)])).collect();
+        Ok(Image { width: columns, height: rows, rgb })
+    }
+
+    /// Encodes as PNG. Each `(keyword, text)` becomes a `tEXt` chunk when it is Latin-1, else an `iTXt` chunk.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if `rgb` does not match the size, a keyword is not 1 to 79 Latin-1 characters, or a text holds
+    /// U+0000.
+    pub fn to_png(&self, metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
+        let refused = |error: png::EncodingError| Error::usage(format!("cannot encode the picture as PNG: {error}"));
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, self.width, self.height);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_depth(png::BitDepth::Eight);
+        for &(keyword, text) in metadata {
+            if keyword.contains('\0') || text.contains('\0') {
+                return Err(Error::usage(format!("PNG text {keyword:?} cannot hold the character U+0000")));
+            }
+            let is_latin1 = text.chars().all(|c| u32::from(c) <= 0xFF);
+            let (keyword, text) = (keyword.to_string(), text.to_string());
+            let added = match is_latin1 {
+                true => encoder.add_text_chunk(keyword, text),
+                false => encoder.add_itxt_chunk(keyword, text),
+            };
+            added.map_err(refused)?;
+        }
+        let mut writer = encoder.write_header().map_err(refused)?;
+        writer.write_image_data(&self.rgb).map_err(refused)?;
+        writer.finish().map_err(refused)?;
+        Ok(bytes)
+    }
+
+    /// Writes [`Image::to_png`] to `path`, replacing a file there. The file appears whole or not at all: it is written
+    /// beside `path` and then renamed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the folder cannot be written; those of [`Image::to_png`].
+    pub fn save_png(&self, path: &Path, metadata: &[(&str, &str)]) -> Result<()> {
+        // Distinguishes threads; the process id distinguishes programs.
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let bytes = self.to_png(metadata)?;
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let partial = path.with_file_name(format!(".respodiff-{}-{count}.partial", std::process::id()));
+        let write = || {
+            let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&partial)?;
+            file.write_all(&bytes)?;
+            file.sync_all()?;
+            fs::rename(&partial, path)
+        };
+        write().map_err(|error| {
+            let _ = fs::remove_file(&partial);
+            Error::io("write", path)(error)
+        })
+    }
+}
+
+/// The text chunks of a PNG file as `(keyword, text)`: `tEXt`, `zTXt` and `iTXt`, those after the pixels included.
+///
+/// # Errors
+/// [`Error::Io`] if the file cannot be read, [`Error::Checkpoint`] if it is no whole PNG.
+pub fn read_png_text(path: &Path) -> Result<Vec<(String, String)>> {
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    let damaged = |error: png::DecodingError| match error {
+        png::DecodingError::IoError(error) if error.kind() != std::io::ErrorKind::UnexpectedEof => {
+            Error::io("read", path)(error)
+        }
+        error => Error::checkpoint(path, format!("not a whole PNG file ({error}); give another file")),
+    };
+    let mut reader = png::Decoder::new(BufReader::new(file)).read_info().map_err(damaged)?;
+    reader.finish().map_err(damaged)?;
+    let info = reader.info();
+    let latin1 = info.uncompressed_latin1_text.iter().map(|chunk| (chunk.keyword.clone(), chunk.text.clone()));
+    let mut texts: Vec<(String, String)> = latin1.collect();
+    // Decompression is limited to 2 MiB by `decompress_text`, which `get_text` alone is not.
+    for chunk in &info.compressed_latin1_text {
+        let mut chunk = chunk.clone();
+        chunk.decompress_text().map_err(damaged)?;
+        texts.push((chunk.keyword.clone(), chunk.get_text().map_err(damaged)?));
+    }
+    for chunk in &info.utf8_text {
+        let mut chunk = chunk.clone();
+        chunk.decompress_text().map_err(damaged)?;
+        texts.push((chunk.keyword.clone(), chunk.get_text().map_err(damaged)?));
+    }
+    Ok(texts)
+}
+
+/// How a picture was made, for the file that holds it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct GenerationInfo {
+    /// What was asked for.
+    pub prompt: String,
+    /// What was to be avoided; may be empty.
+    pub negative_prompt: String,
+    /// Denoising steps.
+    pub steps: usize,
+    /// Name of the sampler, such as `DPM++ 2M`.
+    pub sampler: String,
+    /// How the sampler spaces its noise levels, such as `Karras`.
+    pub spacing: String,
+    /// Classifier-free guidance scale.
+    pub guidance: f32,
+    /// Seed of the noise.
+    pub seed: u64,
+    /// Which generator drew the noise, such as `torch-cuda`.
+    pub rng: String,
+    /// Columns of pixels.
+    pub width: u32,
+    /// Rows of pixels.
+    pub height: u32,
+    /// Name of the checkpoint.
+    pub model: String,
+    /// SHA-256 of the checkpoint in hexadecimal, where it is known.
+    pub model_sha256: Option<String>,
+    /// Version of this program, such as `0.1.0`.
+    pub version: String,
+}
+
+impl GenerationInfo {
+    /// The text that the A1111 web UI writes under `parameters` (its `processing.create_infotext`).
+    ///
+    /// It is ambiguous where a prompt itself holds such lines; [`GenerationInfo::json`] never is.
+    pub fn parameters(&self) -> String {
+        let size = format!("{}x{}", self.width, self.height);
+        let version = format!("respodiff {}", self.version);
+        // A1111 tells models apart by the first ten digits.
+        let hash = self.model_sha256.as_ref().map(|hash| hash.chars().take(10).collect::<String>());
+        let fields = [
+            ("Steps", Some(self.steps.to_string())),
+            ("Sampler", Some(self.sampler.clone())),
+            ("Schedule type", Some(self.spacing.clone())),
+            ("CFG scale", Some(self.guidance.to_string())),
+            ("Seed", Some(self.seed.to_string())),
+            ("Size", Some(size)),
+            ("Model hash", hash),
+            ("Model", Some(self.model.clone())),
+            ("RNG", Some(self.rng.clone())),
+            ("Version", Some(version)),
+        ];
+        let fields: Vec<String> =
+            fields.into_iter().filter_map(|(key, value)| Some(format!("{key}: {}", quote(value?)))).collect();
+        let negative = match self.negative_prompt.as_str() {
+            "" => String::new(),
+            text => format!("\nNegative prompt: {text}"),
+        };
+        format!("{}{negative}\n{}", self.prompt, fields.join(", ")).trim().to_string()
+    }
+
+    /// All fields as one JSON object, which reads back as an equal `GenerationInfo`.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] if the guidance is not a number, which JSON cannot say.
+    pub fn json(&self) -> Result<String> {
+        if !self.guidance.is_finite() {
+            return Err(Error::NonFinite(format!("a guidance scale of {} cannot be recorded", self.guidance)));
+        }
+        serde_json::to_string(self).map_err(|error| Error::usage(format!("cannot record the parameters: {error}")))
+    }
+}
+
+/// A1111's `infotext_utils.quote`: JSON where a reader would split the value.
+fn quote(value: String) -> String {
+    match value.contains([',', '\n', ':']) {
+        true => serde_json::Value::String(value).to_string(),
+        false => value,
+    }
+}

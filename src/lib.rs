@@ -1,0 +1,3 @@
+//! respodiff
+mod error;
+pub use error::{Error, Result};

@@ -1,0 +1,370 @@
+//! CLIP's tokenizer: a prompt to the ids that a text encoder reads.
+//!
+//! The ids are those of transformers' `CLIPTokenizer` without `ftfy` (the class that a diffusers folder names), rebuilt
+//! here around the byte-pair encoder of the `tokenizers` crate. `CLIPTokenizerFast`, that crate's recipe for the same,
+//! differs on Chinese characters, control characters and special tokens.
+//!
+//! What remains different: characters younger than the Unicode version of the Python that ran transformers, which
+//! that Python drops as unassigned and this module keeps.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+
+use serde_json::Value;
+use tokenizers::models::bpe::{BPE, BpeBuilder, Merges, Vocab};
+use tokenizers::pattern::Invert;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::utils::SysRegex;
+use tokenizers::{
+    Model, NormalizedString, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior, Token,
+};
+
+use crate::{Error, Result};
+
+/// `BasicTokenizer._is_chinese_char`, for use inside a character class.
+const IDEOGRAPHS: &str = concat!(
+    r"\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{20000}-\x{2A6DF}\x{2A700}-\x{2B73F}",
+    r"\x{2B740}-\x{2B81F}\x{2B820}-\x{2CEAF}\x{F900}-\x{FAFF}\x{2F800}-\x{2FA1F}",
+);
+
+/// What `BasicTokenizer._clean_text` drops: every control, format, private and unassigned character but three spaces.
+const DROPPED: &str = r"[^\P{C}\t\n\r]|\x{FFFD}";
+
+/// Words that `CLIPTokenizer.bpe` never takes apart, whatever the special tokens are.
+const WHOLE: [&str; 2] = ["<|startoftext|>", "<|endoftext|>"];
+
+/// The most ids that a configuration may ask for.
+const MAX_LENGTH: u64 = 65_536;
+
+/// Context length when the configuration names none: that of every CLIP text encoder.
+const DEFAULT_LENGTH: usize = 77;
+
+/// A prompt as ids.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// [`Tokenizer::length`] ids: start, tokens of the prompt, end, padding.
+    pub ids: Vec<i64>,
+    /// How many of `ids` are tokens of the prompt.
+    pub tokens_used: usize,
+    /// The end of the prompt that did not fit, from its first word that is not whole in `ids`; empty when all fitted.
+    pub lost: String,
+}
+
+/// A CLIP tokenizer.
+#[derive(Debug)]
+pub struct Tokenizer {
+    bpe: BPE,
+    words: SysRegex,
+    dropped: SysRegex,
+    special: BTreeMap<String, u32>,
+    special_words: SysRegex,
+    bos: u32,
+    eos: u32,
+    pad: u32,
+    unk: u32,
+    length: usize,
+    vocab_size: usize,
+}
+
+impl Tokenizer {
+    /// Reads a diffusers `tokenizer/` folder: `vocab.json` and `merges.txt`, or else the same two inside
+    /// `tokenizer.json`; special tokens and length from `tokenizer_config.json`, `special_tokens_map.json` and
+    /// `added_tokens.json`, where these exist.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] names the file that is missing or malformed; [`Error::Io`] one that cannot be read.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let read = |name: &str| match fs::read(dir.join(name)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("read", dir.join(name))(error)),
+        };
+        let mut parts = Parts::default();
+        match (read("vocab.json")?, read("merges.txt")?) {
+            (Some(vocab), Some(merges)) => parts.vocab_and_merges(dir, &vocab, &merges)?,
+            _ => match read("tokenizer.json")? {
+                Some(bytes) => parts.tokenizer_json(&dir.join("tokenizer.json"), &bytes)?,
+                None => {
+                    return Err(Error::checkpoint(
+                        dir,
+                        "no tokenizer here: it needs vocab.json and merges.txt (or tokenizer.json); download the \
+                         folder again",
+                    ));
+                }
+            },
+        }
+        if let Some(bytes) = read("added_tokens.json")? {
+            let path = dir.join("added_tokens.json");
+            let added: BTreeMap<String, u32> =
+                serde_json::from_slice(&bytes).map_err(|error| malformed(&path, &error))?;
+            parts.added.extend(added);
+        }
+        let config = read("tokenizer_config.json")?;
+        parts.build(dir, config.as_deref(), read("special_tokens_map.json")?.as_deref())
+    }
+
+    /// Builds from the bytes of the same files, for a tokenizer that is compiled into the program.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] names the malformed file.
+    pub fn from_bytes(
+        vocab: &[u8],
+        merges: &[u8],
+        config: Option<&[u8]>,
+        special_tokens_map: Option<&[u8]>,
+    ) -> Result<Self> {
+        let mut parts = Parts::default();
+        parts.vocab_and_merges(Path::new(""), vocab, merges)?;
+        parts.build(Path::new(""), config, special_tokens_map)
+    }
+
+    /// How many ids [`Tokenizer::encode`] returns: `model_max_length`, 77 for CLIP.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// One more than the largest id: the text encoder's embedding needs at least this many rows.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Turns a prompt into ids, and tells what did not fit. A special token typed in the prompt becomes its id, as in
+    /// transformers.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the text cannot be taken apart; no text that does so is known.
+    pub fn encode(&self, prompt: &str) -> Result<Encoded> {
+        let encoding =
+            self.tokenize(prompt).map_err(|error| Error::usage(format!("cannot tokenize the prompt: {error}")))?;
+        let tokens = encoding.get_ids();
+        let tokens_used = tokens.len().min(self.length - 2);
+        let mut ids = Vec::with_capacity(self.length);
+        ids.push(i64::from(self.bos));
+        ids.extend(tokens.iter().take(tokens_used).map(|&id| i64::from(id)));
+        ids.push(i64::from(self.eos));
+        ids.resize(self.length, i64::from(self.pad));
+
+        let words = encoding.get_word_ids();
+        let first_lost = words.get(tokens_used).and_then(|word| words.iter().position(|other| other == word));
+        let lost = first_lost
+            .and_then(|index| encoding.get_offsets().get(index))
+            .and_then(|&(start, _)| prompt.get(start..))
+            .map_or_else(String::new, |rest| rest.trim_end().to_string());
+        Ok(Encoded { ids, tokens_used, lost })
+    }
+
+    fn tokenize(&self, prompt: &str) -> tokenizers::Result<tokenizers::Encoding> {
+        let whole = |word: &str, id: u32| vec![Token::new(id, word.to_string(), (0, word.len()))];
+        let mut text = PreTokenizedString::from(prompt);
+        text.split(|_, part| {
+            let pieces = part.split(&self.special_words, SplitDelimiterBehavior::Isolated)?;
+            Ok(pieces.into_iter().map(|piece| {
+                let token = self.special.get(piece.get()).map(|&id| whole(piece.get(), id));
+                (piece, token)
+            }))
+        })?;
+        text.normalize(|part| {
+            part.replace(&self.dropped, "")?;
+            part.nfc();
+            lowercase(part);
+            Ok(())
+        })?;
+        text.split(|_, part| part.split(Invert(&self.words), SplitDelimiterBehavior::Removed))?;
+        ByteLevel::new(false, false, false).pre_tokenize(&mut text)?;
+        text.tokenize(|word| {
+            let word = word.get();
+            if WHOLE.contains(&word) {
+                return Ok(whole(word, self.bpe.token_to_id(word).unwrap_or(self.unk)));
+            }
+            self.bpe.tokenize(word)
+        })?;
+        text.into_encoding(None, 0, OffsetType::Byte)
+    }
+}
+
+/// `str.lower`, which unlike `NormalizedString::lowercase` knows the Greek final sigma.
+fn lowercase(text: &mut NormalizedString) {
+    let lower = text.get().to_lowercase();
+    let changes = text.get().chars().flat_map(|c| c.to_lowercase().enumerate()).map(|(i, _)| isize::from(i > 0));
+    let dest: Vec<(char, isize)> = lower.chars().zip(changes).collect();
+    text.transform(dest, 0);
+}
+
+/// The contents of a tokenizer's files.
+#[derive(Default)]
+struct Parts {
+    vocab: Vocab,
+    merges: Merges,
+    /// Tokens beside the vocabulary, matched in the prompt as they are written.
+    added: BTreeMap<String, u32>,
+}
+
+impl Parts {
+    fn vocab_and_merges(&mut self, dir: &Path, vocab: &[u8], merges: &[u8]) -> Result<()> {
+        let (vocab_path, path) = (dir.join("vocab.json"), dir.join("merges.txt"));
+        let vocab: BTreeMap<String, u32> =
+            serde_json::from_slice(vocab).map_err(|error| malformed(&vocab_path, &error))?;
+        self.vocab = vocab.into_iter().collect();
+        let merges = std::str::from_utf8(merges).map_err(|error| malformed(&path, &error))?;
+        // The first line is a version, which transformers skips without looking.
+        for (index, line) in merges.trim().lines().enumerate().skip(1) {
+            self.merge(&path, &format!("line {}", index + 1), &line.split_whitespace().collect::<Vec<_>>())?;
+        }
+        Ok(())
+    }
+
+    fn tokenizer_json(&mut self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let json: Value = serde_json::from_slice(bytes).map_err(|error| malformed(path, &error))?;
+        let model = &json["model"];
+        let (Some(vocab), Some(merges)) = (model["vocab"].as_object(), model["merges"].as_array()) else {
+            return Err(malformed(path, &"not a byte-pair encoder, as CLIP needs"));
+        };
+        for (token, id) in vocab {
+            self.vocab.insert(token.clone(), token_id(path, token, id)?);
+        }
+        for (index, merge) in merges.iter().enumerate() {
+            let pair: Vec<&str> = match merge {
+                Value::String(pair) => pair.split_whitespace().collect(),
+                Value::Array(pair) => pair.iter().filter_map(Value::as_str).collect(),
+                _ => Vec::new(),
+            };
+            self.merge(path, &format!("merge {index}"), &pair)?;
+        }
+        for token in json["added_tokens"].as_array().into_iter().flatten() {
+            if let Some(content) = content(token) {
+                self.added.insert(content.to_string(), token_id(path, content, &token["id"])?);
+            }
+        }
+        Ok(())
+    }
+
+    fn merge(&mut self, path: &Path, place: &str, pair: &[&str]) -> Result<()> {
+        let &[left, right] = pair else {
+            return Err(malformed(path, &format!("{place} is not a pair of tokens")));
+        };
+        // `BpeBuilder` indexes past its buffer when it meets a product that is longer than every token.
+        let product = format!("{left}{right}");
+        if let Some(unknown) = [left, right, &product].into_iter().find(|token| !self.vocab.contains_key(*token)) {
+            return Err(malformed(path, &format!("{place}: token {unknown:?} is not in the vocabulary")));
+        }
+        self.merges.push((left.to_string(), right.to_string()));
+        Ok(())
+    }
+
+    fn build(mut self, dir: &Path, config: Option<&[u8]>, special_tokens_map: Option<&[u8]>) -> Result<Tokenizer> {
+        let config_path = dir.join("tokenizer_config.json");
+        let config = object(&config_path, config)?;
+        let map_path = dir.join("special_tokens_map.json");
+        let mut map = object(&map_path, special_tokens_map)?;
+        if let Some(tokens) = config["added_tokens_decoder"].as_object() {
+            // transformers lets the map overrule the configuration, unless that lists the added tokens itself.
+            map = Value::Null;
+            for (id, token) in tokens {
+                let (Some(content), Ok(id)) = (content(token), id.parse()) else {
+                    return Err(malformed(&config_path, &"added_tokens_decoder is not a map of ids to tokens"));
+                };
+                self.added.insert(content.to_string(), id);
+            }
+        }
+        let setting = |key: &str| match &map[key] {
+            Value::Null => (&config[key], config_path.as_path()),
+            value => (value, map_path.as_path()),
+        };
+        let named = |key: &str, default: &'static str| {
+            let (value, path) = setting(key);
+            (content(value).unwrap_or(default), path)
+        };
+
+        let mut special = self.added;
+        let mut add = |(token, path): (&str, &Path)| match (special.get(token), self.vocab.get(token)) {
+            (Some(&id), _) => Ok(id),
+            (None, Some(&id)) => {
+                special.insert(token.to_string(), id);
+                Ok(id)
+            }
+            (None, None) => Err(malformed(path, &format!("special token {token:?} is not in the vocabulary"))),
+        };
+        let bos = add(named("bos_token", WHOLE[0]))?;
+        let eos = add(named("eos_token", WHOLE[1]))?;
+        let pad = add(named("pad_token", WHOLE[1]))?;
+        let unk_name = named("unk_token", WHOLE[1]);
+        let unk = add(unk_name)?;
+        let (additional, path) = setting("additional_special_tokens");
+        for token in additional.as_array().into_iter().flatten().filter_map(content) {
+            add((token, path))?;
+        }
+
+        // An unset length is written as 10^30, which is no u64.
+        let length = match config["model_max_length"].as_u64() {
+            None => DEFAULT_LENGTH,
+            Some(length @ 3..=MAX_LENGTH) => length as usize,
+            Some(length) => {
+                return Err(malformed(&config_path, &format!("model_max_length {length} is not in 3..={MAX_LENGTH}")));
+            }
+        };
+        let vocab_size = self.vocab.values().chain(special.values()).max().map_or(0, |&id| id as usize + 1);
+        let bpe = BpeBuilder::new()
+            .vocab_and_merges(self.vocab, self.merges)
+            .end_of_word_suffix("</w>".to_string())
+            .unk_token(unk_name.0.to_string())
+            .build()
+            .map_err(|error| malformed(&dir.join("merges.txt"), &error))?;
+
+        // Of two special tokens that start alike, the longer one is meant.
+        let mut literals: Vec<&String> = special.keys().filter(|literal| !literal.is_empty()).collect();
+        literals.sort_by_key(|literal| std::cmp::Reverse(literal.len()));
+        let literals: Vec<String> = literals.into_iter().map(|literal| escape(literal)).collect();
+        // `CLIPTokenizer.pat`, where ideographs stand alone since `BasicTokenizer` puts spaces around them. U+0345, a
+        // mark whose case folding is a letter, falls through the ignore-case classes of Python's `regex`.
+        let words = [
+            r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)".to_string(),
+            format!(r"[{IDEOGRAPHS}]|[\p{{L}}--[{IDEOGRAPHS}]]+"),
+            r"\p{N}|[^\s\p{L}\p{N}\x{345}]+".to_string(),
+        ]
+        .join("|");
+        let regex = |pattern: &str| SysRegex::new(pattern).map_err(|error| malformed(dir, &error));
+        Ok(Tokenizer {
+            bpe,
+            words: regex(&words)?,
+            dropped: regex(DROPPED)?,
+            special_words: regex(&literals.join("|"))?,
+            special,
+            bos,
+            eos,
+            pad,
+            unk,
+            length,
+            vocab_size,
+        })
+    }
+}
+
+/// The text of a special token: a string, or an `AddedToken` object.
+fn content(token: &Value) -> Option<&str> {
+    token.as_str().or_else(|| token["content"].as_str())
+}
+
+fn token_id(path: &Path, token: &str, id: &Value) -> Result<u32> {
+    let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+    id.ok_or_else(|| malformed(path, &format!("the id of token {token:?} is not a number")))
+}
+
+fn object(path: &Path, bytes: Option<&[u8]>) -> Result<Value> {
+    let Some(bytes) = bytes else { return Ok(Value::Null) };
+    match serde_json::from_slice(bytes) {
+        Ok(value @ Value::Object(_)) => Ok(value),
+        Ok(_) => Err(malformed(path, &"not a JSON object")),
+        Err(error) => Err(malformed(path, &error)),
+    }
+}
+
+/// A literal for use in a pattern.
+fn escape(literal: &str) -> String {
+    literal.chars().map(|c| format!(r"\x{{{:x}}}", u32::from(c))).collect()
+}
+
+fn malformed(path: &Path, problem: &dyn std::fmt::Display) -> Error {
+    Error::checkpoint(path, format!("{problem}; the tokenizer is damaged, download its folder again"))
+}

@@ -1,0 +1,168 @@
+//! Plans: a graph with every buffer at a fixed place.
+//!
+//! A plan orders the nodes, gives each activation an offset in one arena by its lifetime, and splits off the
+//! *prologue*: the nodes that depend only on inputs which stay the same from step to step (a UNet's prompt keys and
+//! values). After that a step allocates nothing, looks nothing up and cannot run out of memory. Plans know no device.
+
+mod arena;
+
+use crate::graph::{Graph, Node, TensorId};
+use arena::{Interval, place};
+
+/// A compiled [`Graph`]. Offsets and lengths are in elements.
+#[derive(Debug)]
+pub struct Plan {
+    graph: Graph,
+    /// Node indices: the prologue's first, then the step's.
+    order: Vec<usize>,
+    prologue: usize,
+    offsets: Vec<usize>,
+    workspaces: Vec<(usize, usize)>,
+    arena_len: usize,
+}
+
+impl Plan {
+    /// Compiles `graph`.
+    ///
+    /// `constant` names the inputs that keep their value over many steps. `workspace` says how many elements of
+    /// scratch memory an executor wants for a node.
+    pub fn new(graph: Graph, constant: &[&str], workspace: impl Fn(&Graph, &Node) -> usize) -> Self {
+        let (order, prologue) = split_prologue(&graph, constant);
+        let steps = order.len();
+        let last = steps.saturating_sub(1);
+
+        // Lifetimes in positions of `order`. Inputs and outputs live throughout; so does what the prologue leaves to
+        // the steps, since a step runs many times after one prologue.
+        let mut lives: Vec<Interval> =
+            graph.shapes.iter().map(|s| Interval { len: s.len(), first: usize::MAX, last: 0 }).collect();
+        for (_, id) in graph.inputs.iter().chain(&graph.outputs) {
+            (lives[id.0].first, lives[id.0].last) = (0, last);
+        }
+        for (position, &node) in order.iter().enumerate() {
+            let node = &graph.nodes[node];
+            let produced = &mut lives[node.output.0];
+            produced.first = produced.first.min(position);
+            produced.last = produced.last.max(position);
+            for input in node.op.inputs() {
+                let life = &mut lives[input.0];
+                life.last = life.last.max(if life.first < prologue && position >= prologue { last } else { position });
+            }
+        }
+        for (position, &node) in order.iter().enumerate() {
+            lives.push(Interval {
+                len: workspace(&graph, &graph.nodes[node]),
+                first: position,
+                last: position,
+            });
+        }
+        let (offsets, arena_len) = place(&lives);
+        let workspaces = (0..steps).map(|i| (offsets[graph.shapes.len() + i], lives[graph.shapes.len() + i].len));
+        let workspaces = workspaces.collect();
+        Plan { order, prologue, offsets, workspaces, arena_len, graph }
+    }
+
+    /// The graph it was made of.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// Elements of the arena: all memory a run needs beside the weights.
+    pub fn arena_len(&self) -> usize {
+        self.arena_len
+    }
+
+    /// Where an activation lies in the arena.
+    pub fn offset(&self, id: TensorId) -> usize {
+        self.offsets[id.0]
+    }
+
+    /// The nodes to run once after a constant input changed, with the offset and length of their scratch memory.
+    pub fn prologue(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
+        self.range(0..self.prologue)
+    }
+
+    /// The nodes of a step, likewise.
+    pub fn step(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
+        self.range(self.prologue..self.order.len())
+    }
+
+    fn range(&self, range: std::ops::Range<usize>) -> impl Iterator<Item = (&Node, (usize, usize))> {
+        range.map(|i| (&self.graph.nodes[self.order[i]], self.workspaces[i]))
+    }
+}
+
+/// Node indices with those first whose inputs are all constant, and how many these are.
+fn split_prologue(graph: &Graph, constant: &[&str]) -> (Vec<usize>, usize) {
+    let mut fixed = vec![false; graph.shapes.len()];
+    for (name, id) in &graph.inputs {
+        fixed[id.0] = constant.contains(&name.as_str());
+    }
+    let (mut first, mut rest) = (Vec::new(), Vec::new());
+    for (index, node) in graph.nodes.iter().enumerate() {
+        let is_fixed = node.op.inputs().all(|id| fixed[id.0]);
+        fixed[node.output.0] = is_fixed;
+        if is_fixed { first.push(index) } else { rest.push(index) }
+    }
+    let prologue = first.len();
+    first.extend(rest);
+    (first, prologue)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{ConvOptions, GraphBuilder, Shape};
+
+    /// No two buffers that are alive at the same position may overlap; checked by brute force.
+    #[test]
+    fn buffers_alive_together_are_disjoint() {
+        let mut b = GraphBuilder::new();
+        let x = b.input("x", Shape::new(1, 8, 8, 16));
+        let fixed = b.input("fixed", Shape::new(1, 8, 8, 16));
+        let kept = b.linear("kept", fixed, 48, ConvOptions::default());
+        let mut h = x;
+        let mut skips = vec![];
+        for i in 0..6 {
+            let options = ConvOptions { residual: (i % 2 == 0).then_some(kept), ..ConvOptions::conv3x3() };
+            h = b.conv(&format!("c{i}"), h, 48, options);
+            skips.push(h);
+        }
+        for (i, skip) in skips.into_iter().rev().enumerate() {
+            let sources = crate::graph::Sources { x: h, skip: Some(skip) };
+            h = b.conv(&format!("u{i}"), sources, 48, ConvOptions::conv3x3());
+        }
+        b.output("h", h);
+        let plan = Plan::new(b.finish(), &["fixed"], |_, node| if node.name == "c3" { 1000 } else { 0 });
+        assert_eq!(plan.prologue().count(), 1);
+
+        let graph = plan.graph();
+        let position =
+            |id: TensorId| plan.order.iter().position(|&n| graph.nodes[n].output == id);
+        let life = |id: TensorId| {
+            if [graph.input("x"), graph.input("fixed"), graph.output("h")].contains(&id) {
+                return (0, usize::MAX);
+            }
+            let first = position(id).unwrap();
+            let uses = plan.order.iter().enumerate().filter(|(_, n)| graph.nodes[**n].op.inputs().any(|i| i == id));
+            // What the prologue made is read again in the next step.
+            (first, if first < plan.prologue { usize::MAX } else { uses.map(|(p, _)| p).max().unwrap_or(first) })
+        };
+        let span = |id: TensorId| plan.offset(id)..plan.offset(id) + graph.shape(id).len();
+        let overlap = |a: &std::ops::Range<usize>, b: &std::ops::Range<usize>| a.start < b.end && b.start < a.end;
+        for a in (0..graph.shapes.len()).map(TensorId) {
+            assert!(span(a).end <= plan.arena_len());
+            for b in (0..a.0).map(TensorId) {
+                let ((f1, l1), (f2, l2)) = (life(a), life(b));
+                if f1 <= l2 && f2 <= l1 {
+                    assert!(!overlap(&span(a), &span(b)), "{a:?} and {b:?} overlap");
+                }
+            }
+            for (p, &(offset, len)) in plan.workspaces.iter().enumerate().filter(|w| w.1.1 > 0) {
+                let (first, last) = life(a);
+                assert!(!(first..=last).contains(&p) || !overlap(&span(a), &(offset..offset + len)));
+            }
+        }
+        let total: usize = graph.shapes.iter().map(|s| s.len()).sum();
+        assert!(plan.arena_len() < total, "lifetimes save nothing: {} of {total}", plan.arena_len());
+    }
+}

@@ -1,0 +1,392 @@
+//! Checkpoints by model id: found in the Hugging Face cache, or downloaded into it.
+//!
+//! The cache is laid out as `huggingface_hub` does, so that all tools share one copy:
+//! `models--OWNER--NAME/{blobs/ETAG, snapshots/COMMIT/..., refs/REVISION}`. A download fills `blobs/` first, then links
+//! the snapshot with `model_index.json` last, then writes the ref: what was interrupted is never taken for a whole
+//! snapshot, and goes on where it stopped.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{env, thread};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use sha2::{Digest, Sha256};
+use ureq::config::RedirectAuthHeaders;
+use ureq::http::Response;
+use ureq::{Agent, Body};
+
+use crate::{Error, Result};
+use files::{Listing, RemoteFile, is_complete, is_hex, is_plain, select};
+
+mod files;
+
+/// How often a file is tried before the error is the user's.
+const ATTEMPTS: u32 = 4;
+/// The longest file list that is read, in bytes.
+const LISTING_LIMIT: u64 = 32 << 20;
+
+/// Where models are kept and where they come from.
+#[derive(Clone)]
+pub struct HubConfig {
+    /// The cache folder, which holds one `models--OWNER--NAME` for each model.
+    pub cache: PathBuf,
+    /// The server, such as `https://huggingface.co`.
+    pub endpoint: String,
+    /// Sent to the server as a bearer token.
+    pub token: Option<String>,
+    /// Never use the network.
+    pub offline: bool,
+}
+
+impl HubConfig {
+    /// Reads `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`, which mean
+    /// what they mean to `huggingface_hub`. An empty variable counts as unset.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when neither a variable nor a home folder says where the cache is.
+    pub fn from_env() -> Result<Self> {
+        let path = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let text =
+            |name: &str| env::var(name).ok().map(|value| value.trim().to_string()).filter(|value| !value.is_empty());
+        let cache = path("HF_HUB_CACHE")
+            .or_else(|| path("HF_HOME").map(|home| home.join("hub")))
+            .or_else(|| path("XDG_CACHE_HOME").map(|caches| caches.join("huggingface").join("hub")))
+            .or_else(|| env::home_dir().map(|home| home.join(".cache").join("huggingface").join("hub")))
+            .ok_or_else(|| Error::usage("there is no home folder to keep models in; set HF_HUB_CACHE to a folder"))?;
+        Ok(HubConfig {
+            cache,
+            endpoint: text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_string()),
+            token: text("HF_TOKEN"),
+            offline: text("HF_HUB_OFFLINE")
+                .is_some_and(|value| ["1", "on", "yes", "true"].contains(&value.to_lowercase().as_str())),
+        })
+    }
+}
+
+/// The folder of the model `id`, which is `owner/name` or `owner/name@revision` (a branch, tag or commit): from the
+/// cache, without asking the server for a newer commit, or else downloaded. `progress` draws a bar on a terminal's
+/// standard error.
+///
+/// # Errors
+/// [`Error::Usage`] for a malformed id; [`Error::Download`] when the server is out of reach, refuses, has no such model
+/// or sends something else than it announced; [`Error::Io`] when the cache cannot be written.
+pub fn resolve(id: &str, config: &HubConfig, progress: bool) -> Result<PathBuf> {
+    let id = ModelId::parse(id)?;
+    let repo = config.cache.join(format!("models--{}", id.name.replace('/', "--")));
+    if let Some(snapshot) = cached(&repo, id.revision) {
+        return Ok(snapshot);
+    }
+    if config.offline {
+        return Err(Error::Download(format!(
+            "{} is not (or not wholly) in {} and HF_HUB_OFFLINE forbids to download it; unset that, or give a local \
+             folder with --model DIR",
+            id.name,
+            config.cache.display()
+        )));
+    }
+    Download::new(config, &id).run(&repo, progress)
+}
+
+struct ModelId<'a> {
+    name: &'a str,
+    revision: &'a str,
+}
+
+impl<'a> ModelId<'a> {
+    fn parse(text: &'a str) -> Result<Self> {
+        let (name, revision) = text.split_once('@').unwrap_or((text, "main"));
+        let name_is_valid = name.len() <= 96
+            && name.split('/').count() == 2
+            && name.split('/').all(|part| is_plain(part) && !part.contains("--") && !part.contains(".."));
+        if name_is_valid && revision.split('/').all(is_plain) {
+            return Ok(ModelId { name, revision });
+        }
+        Err(Error::usage(format!(
+            "{text:?} is neither a file or folder nor a model id such as owner/name or owner/name@revision"
+        )))
+    }
+}
+
+/// The snapshot of a revision, if it is there and whole.
+fn cached(repo: &Path, revision: &str) -> Option<PathBuf> {
+    let commit = if is_hex(revision, 40) {
+        revision.to_string()
+    } else {
+        fs::read_to_string(repo.join("refs").join(revision)).ok()?.trim().to_string()
+    };
+    let snapshot = repo.join("snapshots").join(&commit);
+    (is_hex(&commit, 40) && is_complete(&snapshot)).then_some(snapshot)
+}
+
+/// Why a file did not come.
+enum Failure {
+    /// Another try may help.
+    Transient(String),
+    Final(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure::Final(error)
+    }
+}
+
+struct Download<'a> {
+    agent: Agent,
+    config: &'a HubConfig,
+    id: &'a ModelId<'a>,
+    endpoint: &'a str,
+}
+
+impl<'a> Download<'a> {
+    fn new(config: &'a HubConfig, id: &'a ModelId<'a>) -> Self {
+        let wait = Some(Duration::from_secs(60));
+        let agent = Agent::config_builder()
+            .http_status_as_error(false)
+            // A compressed answer would make ranges and sizes those of the compressed bytes.
+            .accept_encoding("identity")
+            .user_agent(concat!("respodiff/", env!("CARGO_PKG_VERSION")))
+            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+            .timeout_resolve(wait)
+            .timeout_connect(wait)
+            .timeout_recv_response(wait)
+            .timeout_per_read(wait)
+            .build()
+            .new_agent();
+        Download { agent, config, id, endpoint: config.endpoint.trim_end_matches('/') }
+    }
+
+    fn run(&self, repo: &Path, progress: bool) -> Result<PathBuf> {
+        let listing = self.listing()?;
+        let commit = listing.sha.clone();
+        let mut files = select(listing, self.id.name)?;
+        // The last file to be linked is the one that `cached` looks for.
+        files.sort_by_key(|file| file.path == "model_index.json");
+
+        let total = files.iter().fold(0u64, |sum, file| sum.saturating_add(file.size));
+        let bar = if progress { ProgressBar::new(total) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+        {
+            bar.set_style(style);
+        }
+        let blobs = repo.join("blobs");
+        fs::create_dir_all(&blobs).map_err(Error::io("create", &blobs))?;
+        let mut before = 0;
+        for file in &files {
+            bar.set_message(file.path.clone());
+            self.file(&commit, file, &blobs, &|have| bar.set_position(before + have))?;
+            before += file.size;
+        }
+        bar.finish_and_clear();
+
+        let snapshot = repo.join("snapshots").join(&commit);
+        for file in &files {
+            link(&snapshot, file)?;
+        }
+        if !is_hex(self.id.revision, 40) {
+            let path = repo.join("refs").join(self.id.revision);
+            let partial = path.with_file_name(format!(".{}.incomplete", std::process::id()));
+            create_parent(&path)?;
+            fs::write(&partial, &commit).map_err(Error::io("write", &partial))?;
+            fs::rename(&partial, &path).map_err(Error::io("write", &path))?;
+        }
+        Ok(snapshot)
+    }
+
+    /// Which files the revision has, with sizes and checksums.
+    fn listing(&self) -> Result<Listing> {
+        let revision = self.id.revision.replace('/', "%2F");
+        let url = format!("{}/api/models/{}/revision/{revision}?blobs=true", self.endpoint, self.id.name);
+        let mut response = self.get(&url, 0).map_err(|error| self.unreachable(&error.to_string()))?;
+        if response.status() != 200 {
+            return Err(self.refused(response.status().as_u16()));
+        }
+        let bytes = response.body_mut().with_config().limit(LISTING_LIMIT).read_to_vec();
+        let bytes = bytes.map_err(|error| self.unreachable(&error.to_string()))?;
+        match serde_json::from_slice::<Listing>(&bytes) {
+            Ok(listing) if is_hex(&listing.sha, 40) => Ok(listing),
+            _ => Err(self.unreachable("its file list is not one of a Hugging Face server")),
+        }
+    }
+
+    /// Fetches one file to `blobs/ETAG`, by way of `blobs/ETAG.incomplete`. `report` is told how many bytes are there.
+    fn file(&self, commit: &str, file: &RemoteFile, blobs: &Path, report: &dyn Fn(u64)) -> Result<()> {
+        let blob = blobs.join(file.etag());
+        let partial = blobs.join(format!("{}.incomplete", file.etag()));
+        if blob.exists() {
+            report(file.size);
+            return Ok(());
+        }
+        let open = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&partial);
+        let mut out = open.map_err(Error::io("create", &partial))?;
+        // Waits for another process at the same file. Where the file system has no locks, the checksum tells.
+        let _ = out.lock();
+        if blob.exists() {
+            report(file.size);
+            return Ok(());
+        }
+        let mut attempt = 1;
+        while let Err(failure) = self.rest(commit, file, &mut out, &partial, report) {
+            match failure {
+                Failure::Transient(_) if attempt < ATTEMPTS => thread::sleep(Duration::from_millis(250) * attempt),
+                Failure::Transient(problem) => return Err(self.unreachable(&problem)),
+                Failure::Final(error) => return Err(error),
+            }
+            attempt += 1;
+        }
+        if let Some(lfs) = &file.lfs
+            && sha256(&mut out).map_err(Error::io("read", &partial))? != lfs.sha256
+        {
+            fs::remove_file(&partial).map_err(Error::io("remove", &partial))?;
+            return Err(Error::Download(format!(
+                "{} of {} arrived damaged: its SHA-256 is not the announced one; run again to fetch it anew",
+                file.path, self.id.name
+            )));
+        }
+        out.sync_all().map_err(Error::io("write", &partial))?;
+        fs::rename(&partial, &blob).map_err(Error::io("write", &blob))
+    }
+
+    /// Appends to `out`, which is at `path`, what is missing of the file.
+    fn rest(
+        &self,
+        commit: &str,
+        file: &RemoteFile,
+        out: &mut File,
+        path: &Path,
+        report: &dyn Fn(u64),
+    ) -> Result<(), Failure> {
+        let clear = |out: &mut File| out.set_len(0).and_then(|()| out.rewind()).map_err(Error::io("write", path));
+        let transient = |problem: &str| Err(Failure::Transient(format!("{}: {problem}", file.path)));
+        let mut have = out.seek(SeekFrom::End(0)).map_err(Error::io("read", path))?;
+        if have > file.size {
+            clear(out)?;
+            have = 0;
+        }
+        report(have);
+        if have == file.size {
+            return Ok(());
+        }
+        let url = format!("{}/{}/resolve/{commit}/{}", self.endpoint, self.id.name, file.path);
+        let mut response = match self.get(&url, have) {
+            Ok(response) => response,
+            Err(error) => return transient(&error.to_string()),
+        };
+        let resumes = response.headers().get("content-range").and_then(|value| value.to_str().ok());
+        let resumes = resumes.is_some_and(|range| range.starts_with(&format!("bytes {have}-")));
+        match response.status().as_u16() {
+            206 if resumes => {}
+            200 => {
+                clear(out)?;
+                have = 0;
+            }
+            206 | 416 => {
+                clear(out)?;
+                return transient("the server does not resume where the download stopped");
+            }
+            status @ (429 | 500..=599) => return transient(&format!("the server answers {status}")),
+            status => return Err(self.refused(status).into()),
+        }
+        let mut body = response.body_mut().as_reader();
+        let mut buffer = vec![0; 1 << 18];
+        loop {
+            let count = match body.read(&mut buffer) {
+                Ok(0) if have == file.size => return Ok(()),
+                Ok(0) => return transient("the connection ended early"),
+                Ok(count) => count,
+                Err(error) => return transient(&error.to_string()),
+            };
+            if have + count as u64 > file.size {
+                clear(out)?;
+                return transient("the server sends more than it announced");
+            }
+            out.write_all(&buffer[..count]).map_err(Error::io("write", path))?;
+            have += count as u64;
+            report(have);
+        }
+    }
+
+    /// Requests `url`, from byte `from` on.
+    fn get(&self, url: &str, from: u64) -> Result<Response<Body>, ureq::Error> {
+        let mut request = self.agent.get(url);
+        if let Some(token) = &self.config.token {
+            request = request.header("Authorization", format!("Bearer {token}"));
+        }
+        if from > 0 {
+            request = request.header("Range", format!("bytes={from}-"));
+        }
+        request.call()
+    }
+
+    fn unreachable(&self, problem: &str) -> Error {
+        Error::Download(format!(
+            "cannot download {} from {}: {problem}; check the network and run again, or give a local folder with \
+             --model DIR",
+            self.id.name, self.endpoint
+        ))
+    }
+
+    fn refused(&self, status: u16) -> Error {
+        let ModelId { name, revision } = self.id;
+        let page = format!("{}/{name}", self.endpoint);
+        Error::Download(match status {
+            // The hub answers 401 for models that do not exist, too: it does not tell which private ones do.
+            401 => format!(
+                "{name} does not exist or needs a login (401): check the spelling, or accept its licence at {page} and \
+                 set HF_TOKEN"
+            ),
+            403 => format!("{name} is gated (403): accept its licence at {page} and set HF_TOKEN to your token"),
+            404 => format!(
+                "there is no {name} (revision {revision}) at {} (404): check the spelling, or give a local folder with \
+                 --model DIR",
+                self.endpoint
+            ),
+            _ => format!("{page} answers {status}; run again later, or give a local folder with --model DIR"),
+        })
+    }
+}
+
+/// SHA-256 of a whole file, in hexadecimal.
+fn sha256(file: &mut File) -> io::Result<String> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 18];
+    file.rewind()?;
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
+            count => hash.update(&buffer[..count]),
+        }
+    }
+}
+
+/// Makes `snapshot/PATH` lead to its blob.
+fn link(snapshot: &Path, file: &RemoteFile) -> Result<()> {
+    let path = snapshot.join(&file.path);
+    // `symlink_metadata` finds a link whose blob is gone, too.
+    if path.exists() {
+        return Ok(());
+    } else if path.symlink_metadata().is_ok() {
+        fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+    }
+    create_parent(&path)?;
+    let up = "../".repeat(2 + file.path.matches('/').count());
+    let target = format!("{up}blobs/{}", file.etag());
+    #[cfg(unix)]
+    let linked = std::os::unix::fs::symlink(target, &path);
+    #[cfg(windows)]
+    let linked = std::os::windows::fs::symlink_file(target.replace('/', "\\"), &path);
+    // Windows allows symbolic links to administrators and developers only, some file systems to nobody.
+    linked
+        .or_else(|_| {
+            let blob = snapshot.join("../../blobs").join(file.etag());
+            let partial = path.with_extension("incomplete");
+            fs::hard_link(&blob, &path).or_else(|_| fs::copy(&blob, &partial).and_then(|_| fs::rename(&partial, &path)))
+        })
+        .map_err(Error::io("create", &path))
+}
+
+fn create_parent(path: &Path) -> Result<()> {
+    path.parent().map_or(Ok(()), |parent| fs::create_dir_all(parent).map_err(Error::io("create", parent)))
+}

@@ -1,0 +1,146 @@
+//! Which files of a model make the checkpoint, here and on the server.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::{Error, Result};
+
+/// Folders with weights, and how the weight files in them begin.
+const WEIGHTS: [(&str, &str); 4] = [
+    ("unet", "diffusion_pytorch_model"),
+    ("vae", "diffusion_pytorch_model"),
+    ("text_encoder", "model"),
+    ("text_encoder_2", "model"),
+];
+/// Folders with configuration only.
+const CONFIGS: [&str; 3] = ["scheduler", "tokenizer", "tokenizer_2"];
+/// Variants of the weights, the preferred one first: half precision is half the download.
+const VARIANTS: [&str; 2] = [".fp16", ""];
+
+/// Whether a snapshot has weights for each of our components that its `model_index.json` names. Other tools leave
+/// snapshots of single files, of other formats, or interrupted ones.
+pub(super) fn is_complete(snapshot: &Path) -> bool {
+    let index = fs::read(snapshot.join("model_index.json")).ok();
+    let index: Option<serde_json::Value> = index.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let Some(index) = index else { return false };
+    WEIGHTS.iter().filter(|(folder, _)| index[folder][0].is_string()).all(|(folder, stem)| {
+        let entries = fs::read_dir(snapshot.join(folder)).into_iter().flatten().flatten();
+        // `exists` follows the link: one to a blob that is gone does not count.
+        let names: Vec<String> =
+            entries.filter(|e| e.path().exists()).filter_map(|e| e.file_name().into_string().ok()).collect();
+        VARIANTS.iter().any(|variant| has_weights(names.iter().map(String::as_str), stem, variant))
+    })
+}
+
+/// Whether all shards of the weights are among the names.
+fn has_weights<'a>(names: impl Iterator<Item = &'a str>, stem: &str, variant: &str) -> bool {
+    let shards: BTreeSet<(usize, usize)> = names.filter_map(|name| shard(name, stem, variant)).collect();
+    shards.iter().any(|&(_, count)| shards.iter().filter(|shard| shard.1 == count).count() == count)
+}
+
+/// Which shard of how many a weight file is: `model.safetensors` is 1 of 1. The variant stands before the shard, or
+/// after it in files of diffusers before 0.28.
+fn shard(name: &str, stem: &str, variant: &str) -> Option<(usize, usize)> {
+    let middle = name.strip_prefix(stem)?.strip_suffix(".safetensors")?;
+    let middle = middle.strip_prefix(variant).or_else(|| middle.strip_suffix(variant))?;
+    if middle.is_empty() {
+        return Some((1, 1));
+    }
+    let (index, count) = middle.strip_prefix('-')?.split_once("-of-")?;
+    Some((index.parse().ok()?, count.parse().ok()?))
+}
+
+#[derive(Deserialize)]
+pub(super) struct Listing {
+    pub(super) sha: String,
+    pub(super) siblings: Vec<RemoteFile>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RemoteFile {
+    #[serde(rename = "rfilename")]
+    pub(super) path: String,
+    pub(super) size: u64,
+    #[serde(rename = "blobId")]
+    blob_id: String,
+    pub(super) lfs: Option<Lfs>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Lfs {
+    pub(super) sha256: String,
+}
+
+impl RemoteFile {
+    /// The name in `blobs/`: what the server sends as ETag.
+    pub(super) fn etag(&self) -> &str {
+        self.lfs.as_ref().map_or(&self.blob_id, |lfs| &lfs.sha256)
+    }
+
+    fn is_wanted(&self, variant: &str) -> bool {
+        let Some((folder, name)) = self.path.split_once('/') else { return self.path == "model_index.json" };
+        // A name that would leave the folder, here or on Windows, is not plain.
+        if !is_plain(name) {
+            return false;
+        }
+        let is_config = name == "merges.txt"
+            || name.starts_with("tokenizer")
+            || (name.ends_with(".json") && !name.contains(".index."));
+        match WEIGHTS.iter().find(|weights| weights.0 == folder) {
+            Some((_, stem)) => {
+                is_config
+                    || shard(name, stem, variant).is_some()
+                    || *name == format!("{stem}.safetensors.index{variant}.json")
+            }
+            None => CONFIGS.contains(&folder) && is_config,
+        }
+    }
+}
+
+/// The files of a listing that make a checkpoint: what diffusers would load, without safety checker and other formats.
+pub(super) fn select(listing: Listing, name: &str) -> Result<Vec<RemoteFile>> {
+    let refuse = |problem: &str| {
+        Err(Error::Download(format!(
+            "{name} {problem}; give another model, or a local folder or file with --model PATH"
+        )))
+    };
+    let names = |folder: &str| {
+        let prefix = format!("{folder}/");
+        let paths = listing.siblings.iter().filter_map(move |file| file.path.strip_prefix(&prefix));
+        paths.collect::<Vec<_>>()
+    };
+    if !listing.siblings.iter().any(|file| file.path == "model_index.json") {
+        return refuse("is no diffusers model: it has no model_index.json");
+    }
+    if names("unet").is_empty() {
+        return refuse("is no Stable Diffusion model: it has no unet folder");
+    }
+    let variant = VARIANTS.iter().find(|variant| {
+        let mut present =
+            WEIGHTS.iter().map(|(folder, stem)| (names(folder), stem)).filter(|(names, _)| !names.is_empty());
+        present.all(|(names, stem)| has_weights(names.into_iter(), stem, variant))
+    });
+    let Some(variant) = variant else {
+        return refuse("does not hold its weights as safetensors");
+    };
+    let files: Vec<RemoteFile> = listing.siblings.into_iter().filter(|file| file.is_wanted(variant)).collect();
+    if files.iter().any(|file| !is_hex(file.etag(), if file.lfs.is_some() { 64 } else { 40 })) {
+        return refuse("is listed with malformed checksums");
+    }
+    Ok(files)
+}
+
+/// Whether this may be one component of a path in the cache and of a URL.
+pub(super) fn is_plain(part: &str) -> bool {
+    !part.is_empty()
+        && !part.starts_with(['.', '-'])
+        && !part.ends_with(['.', '-'])
+        && part.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+}
+
+pub(super) fn is_hex(text: &str, length: usize) -> bool {
+    text.len() == length && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}

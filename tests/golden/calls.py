@@ -1,0 +1,117 @@
+"""Records single calls of the text encoders, UNets and VAEs."""
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from build import BOS, EOS
+from common import CHECKPOINTS, VARIANTS, generator, randn, save_case
+
+#: Latent shape and timesteps of the UNet cases. The third and fourth are odd at some
+#: level, so that upsampling must go to explicit sizes.
+UNET_CASES = [
+    ((1, 8, 8), [500.0]),
+    ((2, 16, 8), [0.0, 999.0]),
+    ((3, 12, 28), [1.0]),
+    ((2, 5, 7), [499.3, 13.75]),
+    ((1, 20, 13), [999.0]),
+]
+#: Batch and latent size of the VAE cases; the image is eight times as large.
+VAE_CASES = [(1, 4, 4), (2, 3, 5), (1, 5, 7)]
+TEXT_ENCODERS = [
+    ("sd1", "text_encoder", CLIPTextModel),
+    ("sd2", "text_encoder", CLIPTextModel),
+    ("sdxl", "text_encoder", CLIPTextModel),
+    ("sdxl", "text_encoder_2", CLIPTextModelWithProjection),
+    ("odd", "text_encoder", CLIPTextModelWithProjection),
+]
+
+
+def load(kind, checkpoint, part):
+    """One part of a checkpoint, its fp16 weights widened to fp32."""
+    return kind.from_pretrained(
+        CHECKPOINTS / checkpoint,
+        subfolder=part,
+        torch_dtype=torch.float32,
+        variant=VARIANTS.get(checkpoint),
+    ).eval()
+
+
+def prompts(label, above):
+    """Token ids: a short text, one that fills all 77, one with a second end.
+
+    With `above`, the short text also has an id above the end-of-text id, and the second
+    end comes with one; only reading the end's own id finds the right place then.
+    """
+    ids = torch.randint(0, 512, (3, 77), generator=generator(label))
+    ids[:, 0] = BOS
+    ids[0, 9:] = EOS
+    ids[1, 76] = EOS
+    ids[2, 5], ids[2, 20], ids[2, 21:] = EOS, EOS, 0
+    if above:
+        ids[0, 4], ids[2, 12] = EOS + 2, EOS + 5
+    return ids
+
+
+def record_text(checkpoint, part, kind):
+    model = load(kind, checkpoint, part)
+    ids = prompts(f"{checkpoint}/{part}", above=model.config.vocab_size > EOS + 1)
+    out = model(ids, output_hidden_states=True)
+    tensors = {
+        "input_ids": ids,
+        "out.last_hidden_state": out.last_hidden_state,
+        "out.penultimate_hidden_state": out.hidden_states[-2],
+    }
+    if kind is CLIPTextModelWithProjection:
+        tensors["out.text_embeds"] = out.text_embeds
+    save_case(f"text_{checkpoint}_{part}", tensors, {"checkpoint": checkpoint, "part": part})
+
+
+def record_unet(checkpoint):
+    model = load(UNet2DConditionModel, checkpoint, "unet")
+    width = model.config.cross_attention_dim
+    width = width if isinstance(width, int) else width[0]
+    middle = []
+    model.mid_block.register_forward_hook(lambda module, inputs, out: middle.append(out))
+    for index, ((batch, height, columns), timestep) in enumerate(UNET_CASES):
+        label = f"unet_{checkpoint}_{index}"
+        inputs = {
+            "sample": randn(f"{label}/sample", batch, 4, height, columns),
+            "timestep": torch.tensor(timestep),
+            "encoder_hidden_states": randn(f"{label}/states", batch, 77, width),
+        }
+        added = {}
+        if model.config.addition_embed_type == "text_time":
+            sizes = [float(8 * height), 8.0 * columns, 4.0 * index, 16.0, 64.0, 96.0 + index]
+            added["text_embeds"] = randn(f"{label}/embeds", batch, 40)
+            added["time_ids"] = torch.tensor([sizes] * batch) + torch.arange(batch)[:, None]
+        out = model(**inputs, added_cond_kwargs=added or None).sample
+        outputs = {"out.sample": out, "out.mid": middle.pop()}
+        save_case(label, inputs | added | outputs, {"checkpoint": checkpoint})
+
+
+def record_vae(checkpoint):
+    model = load(AutoencoderKL, checkpoint, "vae")
+    for index, (batch, height, columns) in enumerate(VAE_CASES):
+        label = f"vae_{checkpoint}_{index}"
+        latents = randn(f"{label}/latents", batch, 4, height, columns) * 4
+        image = torch.rand(batch, 3, 8 * height, 8 * columns, generator=generator(label)) * 2 - 1
+        spread = model.encode(image).latent_dist
+        tensors = {
+            "latents": latents,
+            "image": image,
+            "out.image": model.decode(latents).sample,
+            "out.mean": spread.mean,
+            "out.logvar": spread.logvar,
+        }
+        save_case(label, tensors, {"checkpoint": checkpoint})
+
+
+@torch.no_grad()
+def record():
+    for checkpoint, part, kind in TEXT_ENCODERS:
+        record_text(checkpoint, part, kind)
+    for checkpoint in ("sd1", "sd2", "sdxl", "odd"):
+        record_unet(checkpoint)
+    for checkpoint in ("sd1", "sd2", "sdxl"):
+        record_vae(checkpoint)

@@ -1,0 +1,118 @@
+//! Noise against torch, and against A1111's Philox.
+
+use std::path::Path;
+
+use respodiff::Error;
+use respodiff::diffusion::noise::{NormalGenerator, Rng};
+use safetensors::SafeTensors;
+
+fn draw(generator: &mut NormalGenerator, len: usize) -> Vec<f32> {
+    let mut out = vec![f32::NAN; len];
+    generator.fill(&mut out);
+    out
+}
+
+/// torch's logarithm and cosine are vectorised and differ from the library's in the last bits.
+fn assert_close(ours: &[f32], theirs: &[f32], what: &str) {
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        assert!((a - b).abs() <= 1e-6, "{what}: element {i} is {a}, not {b}");
+    }
+}
+
+#[test]
+fn torch_cpu() {
+    let draw = |seed, len| draw(&mut NormalGenerator::new(Rng::TorchCpu, seed), len);
+    let sixteen = [
+        -1.1258398, -1.1523602, -0.2505786, -0.4338788, 0.8487103, 0.6920092, -0.3160128, -2.1152194, 0.3222749,
+        -1.2633348, 0.3499832, 0.3081339, 0.1198415, 1.237658, 1.1167772, -0.2472782,
+    ];
+    assert_close(&draw(0, 16), &sixteen, "randn(16)");
+    assert_close(&draw(0, 3), &[1.5409961, -0.2934289, -2.1787894], "randn(3)");
+    // Only the low half of the seed counts.
+    assert_eq!(draw(7, 20), draw(7 + (1 << 32), 20));
+    assert!(draw(0, 0).is_empty());
+}
+
+#[test]
+fn torch_cpu_as_recorded() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases/rng.safetensors");
+    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let recorded = SafeTensors::deserialize(&bytes).unwrap();
+    let mut draws = 0;
+    for (name, tensor) in recorded.iter() {
+        // "out.<seed>.<length>+<length>...": draws one after the other from one generator.
+        let (seed, lengths) = name.strip_prefix("out.").unwrap().split_once('.').unwrap();
+        let mut generator = NormalGenerator::new(Rng::TorchCpu, seed.parse().unwrap());
+        let ours: Vec<f32> = lengths.split('+').flat_map(|len| draw(&mut generator, len.parse().unwrap())).collect();
+        let floats = tensor.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()));
+        assert_close(&ours, &floats.collect::<Vec<f32>>(), name);
+        draws += 1;
+    }
+    assert!(draws > 10, "only {draws} draws recorded");
+}
+
+#[test]
+fn torch_cpu_goes_on_where_it_was() {
+    // The ends of draws of these lengths with torch, seed 1234: short draws keep a spare over long ones.
+    let mut generator = NormalGenerator::new(Rng::TorchCpu, 1234);
+    for (len, tail) in [
+        (3, vec![0.0461305, 0.4024028, -1.0115291]),
+        (3, vec![0.2167382, -0.6122731, 0.5036107]),
+        (16, vec![-1.0988696, -0.1706135, -1.4594387, 0.2206591, 0.2462521]),
+        (5, vec![-0.1319204, 0.8848398, -0.2610768, 0.6104171, -0.0098423]),
+        (37, vec![0.8518731, -1.4101809, -0.1071021, -0.8018113, 0.2770742]),
+        (1, vec![-1.4473404]),
+    ] {
+        let out = draw(&mut generator, len);
+        assert_close(&out[len - tail.len()..], &tail, &format!("draw of {len}"));
+    }
+    // A latent of 512 by 512 pixels, and the next.
+    let mut generator = NormalGenerator::new(Rng::TorchCpu, 42);
+    let latent = draw(&mut generator, 4 * 64 * 64);
+    assert_close(&latent[latent.len() - 4..], &[-0.8111438, -0.6357505, 0.9728097, -0.2934061], "first latent");
+    let sum: f64 = latent.iter().map(|value| *value as f64).sum();
+    assert!((sum - 149.76480043913034).abs() < 1e-2, "{sum}");
+    let latent = draw(&mut generator, 4 * 64 * 64);
+    assert_close(&latent[..4], &[-1.3046587, 1.4507034, 0.24428, -0.2798896], "second latent");
+}
+
+#[test]
+fn torch_cuda() {
+    let mut generator = NormalGenerator::new(Rng::TorchCuda, 0);
+    let first = draw(&mut generator, 12);
+    let expected = [
+        -0.9246624, -0.4253439, -2.6438458, 0.1451839, -0.1208666, -0.5797257, -0.6228516, -0.3283871, -1.0745417,
+        -0.363144, -1.6710502, 2.2655048,
+    ];
+    assert_close(&first, &expected, "first draw");
+    // A draw depends on how many came before, not on their lengths.
+    let second = draw(&mut generator, 12);
+    let mut other = NormalGenerator::new(Rng::TorchCuda, 0);
+    assert_eq!(draw(&mut other, 5), first[..5]);
+    assert_eq!(draw(&mut other, 5), second[..5]);
+    assert_ne!(first, second);
+    // Both halves of the seed count.
+    assert_ne!(draw(&mut NormalGenerator::new(Rng::TorchCuda, 1 << 32), 12), first);
+}
+
+#[test]
+fn both_are_standard_normal() {
+    for rng in Rng::ALL {
+        let values = draw(&mut NormalGenerator::new(rng, 3), 100_000);
+        let moment = |power: i32| values.iter().map(|v| (*v as f64).powi(power)).sum::<f64>() / values.len() as f64;
+        for (power, expected) in [(1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0)] {
+            assert!((moment(power) - expected).abs() < 0.1, "{rng:?}: moment {power} is {}", moment(power));
+        }
+    }
+}
+
+#[test]
+fn generators_go_by_name() {
+    for rng in Rng::ALL {
+        assert_eq!(rng.name().parse::<Rng>().unwrap(), rng);
+    }
+    assert_eq!("Torch-CUDA".parse::<Rng>().unwrap(), Rng::TorchCuda);
+    let Err(Error::Usage(message)) = "nv".parse::<Rng>() else { panic!("nv was taken") };
+    assert!(message.contains("torch-cpu") && message.contains("torch-cuda"), "{message}");
+}

@@ -1,0 +1,324 @@
+//! Samplers against diffusers, step by step, and the doors in front of them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use respodiff::Error;
+use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Spacing};
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+
+const SD15: &str = r#"{"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": false, "num_train_timesteps": 1000,
+    "set_alpha_to_one": false, "skip_prk_steps": true, "steps_offset": 1, "trained_betas": null}"#;
+
+fn config(text: &str) -> SchedulerConfig {
+    SchedulerConfig::parse(text, "scheduler_config.json").unwrap()
+}
+
+/// `SD15` with some fields changed.
+fn sd15(fields: Value) -> String {
+    let mut all: serde_json::Map<String, Value> = serde_json::from_str(SD15).unwrap();
+    all.extend(fields.as_object().unwrap().clone());
+    Value::Object(all).to_string()
+}
+
+struct Golden {
+    cases: Vec<Value>,
+    tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+}
+
+impl Golden {
+    fn load(name: &str) -> Self {
+        let path =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/cases/scheduler_{name}.safetensors"));
+        let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+        let metadata = header.metadata().as_ref().unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let floats = |data: &[u8]| data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        Self {
+            cases: serde_json::from_str(&metadata["cases"]).unwrap(),
+            tensors: tensors.iter().map(|(name, t)| (name.into(), (t.shape().into(), floats(t.data())))).collect(),
+        }
+    }
+
+    fn rows(&self, name: &str) -> Vec<&[f32]> {
+        let (shape, data) = &self.tensors[name];
+        data.chunks_exact(data.len() / shape[0]).collect()
+    }
+}
+
+fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut ours.iter().zip(theirs).map(|(a, b)| (a - b) as f64));
+    difference / norm(&mut theirs.iter().map(|v| *v as f64))
+}
+
+/// Runs all recorded cases of a sampler, each on its own trajectory from the first sample to the last.
+fn compare(name: &str) {
+    let golden = Golden::load(name);
+    let mut worst = 0f64;
+    for (index, case) in golden.cases.iter().enumerate() {
+        let spacing: Option<Spacing> = case["spacing"].as_str().map(|name| name.parse().unwrap());
+        let checkpoint = config(&case["config"].to_string());
+        let named = case["sampler"].as_str().unwrap().parse::<SamplerChoice>().unwrap().sampler;
+        // What the checkpoint names itself is left to it.
+        let choice = SamplerChoice { sampler: named.filter(|s| *s != checkpoint.sampler().unwrap()), spacing };
+        let schedule = Schedule::new(&checkpoint, choice, case["steps"].as_u64().unwrap() as usize).unwrap();
+
+        // With k-diffusion's sigmas a level without signal is at 4096, from which diffusers steps down in fp32.
+        let sigmas = matches!(schedule.sampler, Sampler::Euler | Sampler::EulerAncestral);
+        let tolerance = if sigmas && schedule.init_noise_sigma > 4000.0 { 2e-5 } else { 4e-6 };
+
+        let timesteps = golden.rows(&format!("{index}.timesteps"));
+        assert_eq!(schedule.steps.len(), timesteps.len(), "number of calls, {case}");
+        let sigma = case["init_noise_sigma"].as_f64().unwrap();
+        assert!((schedule.init_noise_sigma as f64 / sigma - 1.0).abs() < 1e-6, "init_noise_sigma {sigma}, {case}");
+
+        let inputs = golden.rows(&format!("{index}.model_input"));
+        let samples = golden.rows(&format!("{index}.prev_sample"));
+        let mut x: Vec<f32> = golden.rows("sample")[0].iter().map(|x| x * schedule.init_noise_sigma).collect();
+        let mut state = SamplerState::new(x.len());
+        for (i, step) in schedule.steps.iter().enumerate() {
+            let theirs = timesteps[i][0];
+            assert!((step.timestep - theirs).abs() <= 1e-4, "timestep {} of {theirs}, {case}", step.timestep);
+            let input: Vec<f32> = x.iter().map(|x| x * step.input_scale).collect();
+            state.step(step, golden.rows("out")[i], &mut x, golden.rows("noise")[i]);
+            for (what, ours, theirs) in [("model_input", &input, inputs[i]), ("prev_sample", &x, samples[i])] {
+                let error = relative_error(ours, theirs);
+                assert!(error <= tolerance, "{what} of call {i} is off by {error:.1e}, {case}");
+                worst = worst.max(error);
+            }
+        }
+    }
+    println!("{name}: {} cases, worst relative error {worst:.1e}", golden.cases.len());
+}
+
+#[test]
+fn ddim() {
+    compare("ddim");
+}
+
+#[test]
+fn pndm() {
+    compare("pndm");
+}
+
+#[test]
+fn euler() {
+    compare("euler");
+}
+
+#[test]
+fn euler_ancestral() {
+    compare("euler_a");
+}
+
+#[test]
+fn dpm_solver_multistep() {
+    compare("dpmpp_2m");
+}
+
+#[test]
+fn unipc() {
+    compare("unipc");
+}
+
+#[test]
+fn lcm() {
+    compare("lcm");
+}
+
+#[test]
+fn every_number_of_steps_has_finite_coefficients() {
+    for checkpoint in [
+        SD15.to_owned(),
+        sd15(json!({"prediction_type": "v_prediction"})),
+        sd15(json!({"prediction_type": "v_prediction", "rescale_betas_zero_snr": true})),
+    ] {
+        let zero_snr = checkpoint.contains("rescale_betas_zero_snr");
+        let checkpoint = config(&checkpoint);
+        for sampler in Sampler::ALL.into_iter().filter(|sampler| !(zero_snr && *sampler == Sampler::Pndm)) {
+            for spacing in std::iter::once(None).chain(Spacing::ALL.map(Some)) {
+                let choice = SamplerChoice { sampler: Some(sampler), spacing };
+                let sigmas = matches!(spacing, Some(Spacing::Karras | Spacing::Exponential));
+                let whole = matches!(sampler, Sampler::Ddim | Sampler::Pndm);
+                if (sampler == Sampler::Lcm && spacing.is_some()) || (sigmas && whole) {
+                    assert!(matches!(Schedule::new(&checkpoint, choice, 4), Err(Error::Usage(_))), "{choice:?}");
+                    continue;
+                }
+                for steps in 1..=if sampler == Sampler::Lcm { 50 } else { 100 } {
+                    let schedule = Schedule::new(&checkpoint, choice, steps).unwrap();
+                    let calls = steps + (sampler == Sampler::Pndm && steps > 1) as usize;
+                    assert_eq!(schedule.steps.len(), calls, "{choice:?} in {steps}");
+                    // Whatever the output, one run through stays finite: that is what the coefficients are for.
+                    let mut state = SamplerState::new(1);
+                    let mut x = [schedule.init_noise_sigma];
+                    schedule.steps.iter().for_each(|step| state.step(step, &[0.5], &mut x, &[0.5]));
+                    assert!(x[0].is_finite() && schedule.init_noise_sigma > 0.0, "{choice:?} in {steps}");
+                    let falling = schedule.steps.windows(2).all(|pair| pair[0].timestep >= pair[1].timestep);
+                    assert!(falling, "{choice:?} in {steps}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn samplers_go_by_many_names() {
+    use Sampler::*;
+    for (names, sampler, spacing) in [
+        ("DDIM|ddim|DDIMScheduler", Ddim, None),
+        ("PNDM|PLMS|plms|PNDMScheduler", Pndm, None),
+        ("euler|Euler|EulerDiscreteScheduler|sample_euler", Euler, None),
+        (
+            "euler_a|Euler a|EulerAncestralDiscreteScheduler|euler-ancestral|sample_euler_ancestral",
+            EulerAncestral,
+            None,
+        ),
+        ("dpmpp_2m|DPM++ 2M|DPMSolverMultistepScheduler|dpm++2m|dpm++_2m|sample_dpmpp_2m", DpmSolverMultistep, None),
+        ("UniPC|unipc|UniPCMultistepScheduler|uni_pc", UniPc, None),
+        ("LCM|lcm|LCMScheduler", Lcm, None),
+        ("DPM++ 2M Karras|dpmpp_2m_karras|dpm++2mkarras", DpmSolverMultistep, Some(Spacing::Karras)),
+        ("Euler Karras", Euler, Some(Spacing::Karras)),
+        ("Euler a Exponential", EulerAncestral, Some(Spacing::Exponential)),
+        ("euler sgm_uniform|Euler trailing|euler_simple", Euler, Some(Spacing::Trailing)),
+        ("euler_normal|EULER UNIFORM|euler linspace", Euler, Some(Spacing::Linspace)),
+        ("DDIM leading", Ddim, Some(Spacing::Leading)),
+    ] {
+        for name in names.split('|') {
+            let choice: SamplerChoice = name.parse().unwrap();
+            assert_eq!(choice, SamplerChoice { sampler: Some(sampler), spacing }, "{name}");
+        }
+    }
+    for sampler in Sampler::ALL {
+        for name in [sampler.diffusers_name(), sampler.a1111_name()] {
+            assert_eq!(name.parse::<SamplerChoice>().unwrap().sampler, Some(sampler));
+        }
+    }
+    for spacing in Spacing::ALL {
+        assert_eq!(spacing.name().parse::<Spacing>().unwrap(), spacing);
+    }
+    for unknown in ["", "karras", "Heun", "DPM++ SDE", "euler b"] {
+        let Err(Error::Usage(message)) = unknown.parse::<SamplerChoice>() else { panic!("{unknown:?} was taken") };
+        assert!(message.contains("Euler a") && message.contains("karras"), "{message}");
+    }
+    assert!(matches!("beta".parse::<Spacing>(), Err(Error::Usage(message)) if message.contains("trailing")));
+}
+
+#[test]
+fn the_checkpoint_names_the_default() {
+    let schedule = Schedule::new(&config(SD15), SamplerChoice::default(), 20).unwrap();
+    assert_eq!((schedule.sampler, schedule.spacing), (Sampler::Pndm, Some(Spacing::Leading)));
+    let karras = sd15(json!({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": true}));
+    let schedule = Schedule::new(&config(&karras), SamplerChoice::default(), 20).unwrap();
+    assert_eq!((schedule.sampler, schedule.spacing), (Sampler::DpmSolverMultistep, Some(Spacing::Karras)));
+    // What the user chose goes before what the checkpoint says.
+    let choice = SamplerChoice { sampler: None, spacing: Some(Spacing::Trailing) };
+    assert_eq!(Schedule::new(&config(&karras), choice, 20).unwrap().spacing, Some(Spacing::Trailing));
+    // Python's JSON, as diffusers writes it.
+    let clipped = r#"{"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity}"#;
+    let plain = r#"{"_class_name": "DPMSolverMultistepScheduler"}"#;
+    let schedule = |text| Schedule::new(&config(text), SamplerChoice::default(), 20).unwrap();
+    assert_eq!(schedule(clipped), schedule(plain));
+}
+
+#[test]
+fn configs_that_nothing_here_can_honour_are_refused() {
+    for (fields, needles) in [
+        (json!({"beta_schedule": "sigmoid"}), "beta_schedule sigmoid scaled_linear"),
+        (json!({"prediction_type": "flow_prediction"}), "prediction_type flow_prediction v_prediction"),
+        (json!({"timestep_spacing": "karras"}), "timestep_spacing karras trailing"),
+        (json!({"thresholding": true}), "thresholding true"),
+        (json!({"use_flow_sigmas": true}), "use_flow_sigmas true"),
+        (json!({"use_dynamic_shifting": true}), "use_dynamic_shifting true"),
+        (json!({"variance_type": "learned_range"}), "variance_type learned_range"),
+        (json!({"solver_p": {"a": 1}}), "solver_p"),
+        (json!({"final_sigmas_type": "one"}), "final_sigmas_type one sigma_min"),
+        (json!({"interpolation_type": "cubic"}), "interpolation_type cubic log_linear"),
+        (json!({"timestep_type": "odd"}), "timestep_type odd continuous"),
+        (json!({"steps_offset": -1}), "steps_offset -1"),
+        (json!({"beta_start": "0.1"}), "beta_start 0.1"),
+        (json!({"sigma_min": 0.0}), "sigma_min 0 positive"),
+        (json!({"clip_sample_range": -1.0}), "clip_sample_range -1 positive"),
+        (json!({"sigma_data": 0.5}), "sigma_data 0.5 unknown"),
+    ] {
+        let refused = SchedulerConfig::parse(&sd15(fields), "some/scheduler_config.json");
+        let Err(error @ Error::Checkpoint { .. }) = refused else { panic!("{needles} was taken") };
+        let message = error.to_string();
+        let named = needles.split(' ').all(|needle| message.contains(needle));
+        assert!(named && message.starts_with("some/scheduler_config.json: "), "{message}");
+    }
+    for text in ["", "[]", "{", r#"{"beta_start": 1e999}"#] {
+        assert!(matches!(SchedulerConfig::parse(text, "x"), Err(Error::Checkpoint { .. })), "{text}");
+    }
+    assert!(matches!(SchedulerConfig::read("no/such/file.json"), Err(Error::Io { .. })));
+}
+
+#[test]
+fn configs_that_one_sampler_cannot_honour_are_refused_by_it() {
+    for (class, fields, needles) in [
+        ("HeunDiscreteScheduler", json!({}), "_class_name HeunDiscreteScheduler EulerDiscreteScheduler"),
+        ("PNDMScheduler", json!({"skip_prk_steps": false}), "skip_prk_steps false true"),
+        ("PNDMScheduler", json!({"skip_prk_steps": null}), "skip_prk_steps false true"),
+        ("PNDMScheduler", json!({"rescale_betas_zero_snr": true}), "rescale_betas_zero_snr"),
+        ("DPMSolverMultistepScheduler", json!({"algorithm_type": "sde-dpmsolver++"}), "algorithm_type sde dpmsolver++"),
+        ("DPMSolverMultistepScheduler", json!({"solver_type": "rk4"}), "solver_type rk4 midpoint"),
+        ("DPMSolverMultistepScheduler", json!({"solver_order": 4}), "solver_order 4 3"),
+        ("DPMSolverMultistepScheduler", json!({"use_lu_lambdas": true}), "use_lu_lambdas"),
+        ("EulerDiscreteScheduler", json!({"use_beta_sigmas": true}), "use_beta_sigmas karras"),
+        (
+            "EulerDiscreteScheduler",
+            json!({"use_karras_sigmas": true, "use_exponential_sigmas": true}),
+            "use_karras_sigmas use_exponential_sigmas",
+        ),
+        ("UniPCMultistepScheduler", json!({"solver_type": "rk4"}), "solver_type rk4 bh2"),
+        ("UniPCMultistepScheduler", json!({"solver_order": 0}), "solver_order 0 3"),
+        ("UniPCMultistepScheduler", json!({"predict_x0": false}), "predict_x0 final_sigmas_type"),
+        ("LCMScheduler", json!({"original_inference_steps": 2000}), "original_inference_steps 2000 1000"),
+        ("LCMScheduler", json!({"original_inference_steps": 0}), "original_inference_steps 0"),
+        ("DDIMScheduler", json!({"num_train_timesteps": 0}), "num_train_timesteps 0"),
+        ("DDIMScheduler", json!({"beta_end": 1.5}), "beta_end 1.5"),
+        ("DDIMScheduler", json!({"trained_betas": [0.1, 0.2]}), "trained_betas 2 1000"),
+        ("DDIMScheduler", json!({"num_train_timesteps": 2, "trained_betas": [0.1, 1.0]}), "trained_betas between"),
+        ("DDIMScheduler", json!({"num_train_timesteps": 2000000}), "num_train_timesteps 2000000"),
+    ] {
+        let mut text = fields;
+        text["_class_name"] = class.into();
+        let refused = Schedule::new(&config(&sd15(text)), SamplerChoice::default(), 1);
+        let Err(error @ Error::Checkpoint { .. }) = refused else { panic!("{class} took {needles}") };
+        let message = error.to_string();
+        assert!(needles.split(' ').all(|needle| message.contains(needle)), "{message}");
+    }
+    // Another sampler takes such a checkpoint where the field says nothing about the model.
+    for fields in [
+        json!({"_class_name": "HeunDiscreteScheduler"}),
+        json!({"algorithm_type": "sde-dpmsolver++", "solver_type": "rk4", "solver_order": 4, "use_lu_lambdas": true}),
+        json!({"skip_prk_steps": false, "original_inference_steps": 0, "predict_x0": false}),
+    ] {
+        Schedule::new(&config(&sd15(fields)), "Euler".parse().unwrap(), 10).unwrap();
+    }
+}
+
+#[test]
+fn requests_that_cannot_work_are_refused() {
+    let usage = |text: &str, sampler: &str, steps, needle: &str| {
+        let refused = Schedule::new(&config(text), sampler.parse().unwrap(), steps);
+        let Err(Error::Usage(message)) = refused else { panic!("{sampler} in {steps} steps was taken") };
+        assert!(message.contains(needle), "{message}");
+    };
+    usage(SD15, "euler", 0, "0 steps: choose from 1 to 1000");
+    usage(SD15, "euler", 1001, "1001 steps: choose from 1 to 1000");
+    usage(SD15, "lcm", 51, "51 steps: choose from 1 to 50");
+    usage(SD15, "lcm karras", 4, "leave the spacing out");
+    usage(SD15, "ddim karras", 4, "choose leading, trailing or linspace");
+    // steps_offset pushes the first timestep out of the table.
+    usage(SD15, "ddim", 1000, "timestep 1000 lies beyond training's 1000");
+    // All timesteps the same.
+    usage(SD15, "dpm++ 2m leading", 1000, "no finite step");
+    // Noise predicted from a level without signal says nothing about the sample.
+    usage(&sd15(json!({"rescale_betas_zero_snr": true})), "ddim trailing", 10, "no finite step at timestep 999");
+    // Every timestep clipped away.
+    usage(&sd15(json!({"lambda_min_clipped": 50.0})), "dpm++ 2m trailing", 10, "has none");
+}
