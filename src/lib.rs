@@ -1,3 +1,19 @@
-//! respodiff
+//! Text to image with Stable Diffusion, fast, fair and safe: see the README for what it does and ARCHITECTURE.md for
+//! where things are.
+
+#![warn(missing_docs)]
+
+pub mod cpu;
+pub mod diffusion;
+pub mod engine;
 mod error;
+pub mod graph;
+pub mod image;
+mod layout;
+pub mod models;
+pub mod plan;
+pub mod weights;
+
+pub use engine::{Engine, Output, Progress, Request, Session, SessionOptions};
 pub use error::{Error, Result};
+pub use image::Image;

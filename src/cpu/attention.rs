@@ -4,9 +4,9 @@
 //! For each image and head, keys and values are packed once into panels for [`super::gemm`]; then each block of
 //! queries passes over the keys. A block's scores (`Q_BLOCK` x `K_BLOCK`) stay in the cache.
 
-use super::Memory;
 use super::gemm::{PANEL, ROWS, Segment, multiply, pack_panel, packed_len};
 use super::simd::{dispatch, exp};
+use super::{Memory, SharedOutput};
 use crate::graph::{Shape, TensorId, View};
 use rayon::prelude::*;
 
@@ -60,7 +60,7 @@ pub(super) fn run(
 
     let packed = &*packed;
     let blocks = queries.div_ceil(Q_BLOCK);
-    let output = Shared(memory.write(out).as_mut_ptr());
+    let output = SharedOutput::new(memory.write(out));
     accumulators.par_chunks_exact_mut(accumulator_len).enumerate().for_each(|(task, scratch)| {
         let (i, block) = (task / blocks, task % blocks);
         let (packed_keys, packed_values) = packed[i * (key_len + value_len)..][..key_len + value_len].split_at(key_len);
@@ -81,18 +81,13 @@ pub(super) fn run(
         for (row, total) in totals.iter().enumerate().take(count) {
             let at = (i / heads * queries + first + row) * shape.c + i % heads * head_dim;
             // SAFETY: this task alone writes these rows of this head.
-            let out = unsafe { std::slice::from_raw_parts_mut(output.0.add(at), head_dim) };
+            let out = unsafe { output.at(at, head_dim) };
             for (j, out) in out.iter_mut().enumerate() {
                 *out = sums[strip_at(row, j)] / total;
             }
         }
     });
 }
-
-/// The output, written by many threads at places of their own.
-struct Shared(*mut f32);
-// SAFETY: each task writes only its own rows of its own head.
-unsafe impl Sync for Shared {}
 
 /// Where column `j` of a query stands in `sums`: strips of `[PANEL]`-wide rows, one a panel.
 fn strip_at(row: usize, j: usize) -> usize {

@@ -7,7 +7,7 @@
 use super::gemm::{PANEL, ROWS, Segment, multiply};
 use super::simd::{dispatch, gelu, quick_gelu, silu};
 use super::weights::source_column;
-use super::{Memory, Weights};
+use super::{Memory, SharedOutput, Weights};
 use crate::graph::{Activation, Conv, Shape, TensorId};
 use rayon::prelude::*;
 
@@ -97,7 +97,7 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
     let groups = wanted.div_ceil(row_blocks).clamp(1, panels);
     let per_group = panels.div_ceil(groups);
     let groups = panels.div_ceil(per_group);
-    let out = Shared(memory.write(output).as_mut_ptr());
+    let out = SharedOutput::new(memory.write(output));
     // Row blocks vary fastest: neighbours in time share the weights.
     (0..groups * row_blocks).into_par_iter().for_each(|i| {
         let (group, block) = (i / row_blocks, i % row_blocks);
@@ -108,11 +108,6 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
         }
     });
 }
-
-/// The output, written by many threads at places of their own.
-struct Shared(*mut f32);
-// SAFETY: each strip writes only its own rows and columns.
-unsafe impl Sync for Shared {}
 
 /// Splits k into pieces of at most `K_BLOCK` channels, in the order of the packed weights.
 fn list_pieces(conv: &Conv, sources: &[Source; 2], pieces: &mut [Piece; MAX_PIECES]) -> usize {
@@ -136,7 +131,7 @@ fn list_pieces(conv: &Conv, sources: &[Source; 2], pieces: &mut [Piece; MAX_PIEC
 }
 
 /// One panel of columns for a block of rows.
-fn strip(task: &Task, rows: std::ops::Range<usize>, panel: usize, out: &Shared) {
+fn strip(task: &Task, rows: std::ops::Range<usize>, panel: usize, out: &SharedOutput) {
     let mut sums = Strip([0.0; M_BLOCK * PANEL]);
     let weight = &task.weight[panel * task.depth * PANEL..][..task.depth * PANEL];
     let mut segments = [Segment { len: 0, rows: [task.zeros.as_ptr(); ROWS] }; MAX_SEGMENTS];
@@ -176,7 +171,7 @@ fn strip(task: &Task, rows: std::ops::Range<usize>, panel: usize, out: &Shared) 
         let per_image = task.per_image.map(|v| &v[row / pixels * width + first_column..][..count]);
         let residual = task.residual.map(|v| &v[at..][..count]);
         // SAFETY: this strip alone writes these rows and columns.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.0.add(at), count) };
+        let out = unsafe { out.at(at, count) };
         finish(sums, &bias, per_image, task.conv.activation, residual, task.conv.scale, out);
     }
 }

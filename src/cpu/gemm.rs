@@ -152,9 +152,8 @@ mod tests {
             multiply(tail, panel[lens[0] * PANEL..].as_ptr(), c.as_mut_ptr(), false);
             for i in 0..ROWS {
                 for j in 0..PANEL {
-                    let truth: f64 = (0..k)
-                        .map(|p| a[i * k + p] as f64 * if j < 20 { b[p * PANEL + j] as f64 } else { 0.0 })
-                        .sum();
+                    let truth: f64 =
+                        (0..k).map(|p| a[i * k + p] as f64 * if j < 20 { b[p * PANEL + j] as f64 } else { 0.0 }).sum();
                     assert!((c[i * PANEL + j] as f64 - truth).abs() < 1e-5 * (k as f64).sqrt(), "{i} {j}");
                 }
             }

@@ -111,6 +111,36 @@ struct Memory<'a> {
     workspace: (usize, usize),
 }
 
+// SAFETY: the pointer is used only by the methods below, under their own promises; the rest is shared data.
+unsafe impl Sync for Memory<'_> {}
+
+/// A node's output, written by many threads at once, each at places of its own.
+struct SharedOutput<'a> {
+    start: *mut f32,
+    len: usize,
+    owner: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: `at` demands of its callers that no two overlap.
+unsafe impl Sync for SharedOutput<'_> {}
+
+impl<'a> SharedOutput<'a> {
+    fn new(numbers: &'a mut [f32]) -> Self {
+        SharedOutput { start: numbers.as_mut_ptr(), len: numbers.len(), owner: std::marker::PhantomData }
+    }
+
+    /// `len` numbers from `offset` on.
+    ///
+    /// # Safety
+    /// No other call may give any of them while they are in use.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn at(&self, offset: usize, len: usize) -> &mut [f32] {
+        assert!(offset + len <= self.len);
+        // SAFETY: inside the slice it was made of; the caller promises the rest.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
+    }
+}
+
 impl Memory<'_> {
     fn shape(&self, id: TensorId) -> Shape {
         self.plan.graph().shape(id)
@@ -147,7 +177,7 @@ struct Line([f32; 16]);
 
 impl Arena {
     fn new(len: usize) -> Self {
-        Arena(bytemuck::zeroed_vec(len.div_ceil(16)))
+        Arena(bytemuck::allocation::zeroed_vec(len.div_ceil(16)))
     }
 
     fn numbers(&self) -> &[f32] {

@@ -87,13 +87,7 @@ impl GraphBuilder {
     }
 
     /// A convolution `name.weight`, `name.bias`.
-    pub fn conv(
-        &mut self,
-        name: &str,
-        sources: impl Into<Sources>,
-        outputs: usize,
-        options: ConvOptions,
-    ) -> TensorId {
+    pub fn conv(&mut self, name: &str, sources: impl Into<Sources>, outputs: usize, options: ConvOptions) -> TensorId {
         self.fused(name, &[name.to_string()], sources, &[outputs], options)
     }
 

@@ -49,11 +49,7 @@ impl Plan {
             }
         }
         for (position, &node) in order.iter().enumerate() {
-            lives.push(Interval {
-                len: workspace(&graph, &graph.nodes[node]),
-                first: position,
-                last: position,
-            });
+            lives.push(Interval { len: workspace(&graph, &graph.nodes[node]), first: position, last: position });
         }
         let (offsets, arena_len) = place(&lives);
         let workspaces = (0..steps).map(|i| (offsets[graph.shapes.len() + i], lives[graph.shapes.len() + i].len));
@@ -136,8 +132,7 @@ mod tests {
         assert_eq!(plan.prologue().count(), 1);
 
         let graph = plan.graph();
-        let position =
-            |id: TensorId| plan.order.iter().position(|&n| graph.nodes[n].output == id);
+        let position = |id: TensorId| plan.order.iter().position(|&n| graph.nodes[n].output == id);
         let life = |id: TensorId| {
             if [graph.input("x"), graph.input("fixed"), graph.output("h")].contains(&id) {
                 return (0, usize::MAX);

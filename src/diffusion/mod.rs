@@ -1,0 +1,4 @@
+//! Sampling: schedules and noise. No network and no device.
+
+pub mod noise;
+pub mod scheduler;

@@ -1,0 +1,107 @@
+//! What the UNet and the VAE are both built of.
+
+use crate::graph::{ConvOptions, GraphBuilder, Sources, TensorId, View};
+
+/// How the timestep enters a resnet.
+#[derive(Clone, Copy)]
+pub(super) enum Time {
+    /// Not at all.
+    None,
+    /// Projected and added between the convolutions.
+    Add(TensorId),
+    /// Projected to the scale and shift of the second norm.
+    ScaleShift(TensorId),
+}
+
+/// A residual block: norm, SiLU and convolution, twice.
+#[derive(Clone, Copy)]
+pub(super) struct Resnet {
+    /// Groups of the norms.
+    pub groups: usize,
+    /// Added to the variance.
+    pub eps: f32,
+    /// The timestep.
+    pub time: Time,
+    /// Multiplies the result.
+    pub scale: f32,
+}
+
+impl Resnet {
+    pub(super) fn build(
+        self,
+        g: &mut GraphBuilder,
+        name: &str,
+        sources: impl Into<Sources>,
+        channels: usize,
+    ) -> TensorId {
+        let sources = sources.into();
+        let layer = |suffix: &str| format!("{name}.{suffix}");
+        let inputs: usize = sources.iter().map(|t| g.shape(t).c).sum();
+
+        let (per_image, scale_shift) = match self.time {
+            Time::None => (None, None),
+            Time::Add(time) => {
+                (Some(g.linear(&layer("time_emb_proj"), time, channels, ConvOptions::default())), None) // [n, 1, 1, c]
+            }
+            Time::ScaleShift(time) => {
+                (None, Some(g.linear(&layer("time_emb_proj"), time, 2 * channels, ConvOptions::default()))) // [n, 1, 1, 2c]
+            }
+        };
+        let residual = match inputs == channels {
+            true => sources.x,
+            false => g.conv(&layer("conv_shortcut"), sources, channels, ConvOptions::default()), // [n, h, w, c]
+        };
+
+        let x = g.group_norm(&layer("norm1"), sources, self.groups, self.eps, true, None); // [n, h, w, inputs]
+        let x = g.conv(&layer("conv1"), x, channels, ConvOptions { per_image, ..ConvOptions::conv3x3() }); // [n, h, w, c]
+        let x = g.group_norm(&layer("norm2"), x, self.groups, self.eps, true, scale_shift); // [n, h, w, c]
+        let add = ConvOptions { residual: Some(residual), scale: self.scale, ..ConvOptions::conv3x3() };
+        g.conv(&layer("conv2"), x, channels, add) // [n, h, w, c]
+    }
+}
+
+/// Attention with its projections, added to `residual`. Keys and values come from `context`, or from `x` itself.
+pub(super) fn attention(
+    g: &mut GraphBuilder,
+    name: &str,
+    x: TensorId,
+    context: Option<TensorId>,
+    residual: TensorId,
+    heads: usize,
+    bias: bool,
+) -> TensorId {
+    let channels = g.shape(x).c;
+    let layer = |suffix: &str| format!("{name}.{suffix}");
+    let options = ConvOptions { bias, ..ConvOptions::default() };
+    let view = |tensor, offset| View { tensor, offset };
+
+    let qkv = match context {
+        None => {
+            let names = ["to_q", "to_k", "to_v"].map(layer);
+            let qkv = g.fused(&layer("to_qkv"), &names, x, &[channels; 3], options); // [n, h, w, 3c]
+            (view(qkv, 0), view(qkv, channels), view(qkv, 2 * channels))
+        }
+        Some(context) => {
+            let q = g.linear(&layer("to_q"), x, channels, options.clone()); // [n, h, w, c]
+            let kv = g.fused(&layer("to_kv"), &["to_k", "to_v"].map(layer), context, &[channels; 2], options); // [n, 1, tokens, 2c]
+            (view(q, 0), view(kv, 0), view(kv, channels))
+        }
+    };
+    let x = g.attention(name, qkv, heads, channels / heads, false); // [n, h, w, c]
+    let add = ConvOptions { residual: Some(residual), ..ConvOptions::default() };
+    g.linear(&layer("to_out.0"), x, channels, add) // [n, h, w, c]
+}
+
+/// Nearest-neighbour resize to `h`, `w` and a convolution.
+pub(super) fn upsample(g: &mut GraphBuilder, name: &str, x: TensorId, (h, w): (usize, usize)) -> TensorId {
+    let options = ConvOptions { resize: Some((h, w)), ..ConvOptions::conv3x3() };
+    let channels = g.shape(x).c;
+    g.conv(&format!("{name}.upsamplers.0.conv"), x, channels, options) // [n, h, w, c]
+}
+
+/// A convolution with stride 2 and `pad` zeros above and left, one below and right.
+pub(super) fn downsample(g: &mut GraphBuilder, name: &str, x: TensorId, pad: usize) -> TensorId {
+    let options = ConvOptions { stride: 2, pad, ..ConvOptions::conv3x3() };
+    let channels = g.shape(x).c;
+    g.conv(&format!("{name}.downsamplers.0.conv"), x, channels, options) // [n, h / 2, w / 2, c]
+}

@@ -1,0 +1,428 @@
+//! Model configurations: diffusers' and transformers' `config.json`.
+//!
+//! Absent fields take the default of the class that reads them there. A field that would change what is computed in a
+//! way that the graphs cannot express is refused by name.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::reader::Reader;
+use crate::Result;
+use crate::graph::Activation;
+
+const MAX_CHANNELS: usize = 65_536;
+const MAX_LEVELS: usize = 8;
+const MAX_LAYERS: usize = 64;
+/// Token ids travel as f32, which is exact up to here.
+const MAX_VOCABULARY: usize = 1 << 24;
+
+/// Fields of a text configuration that its forward pass does not read.
+const TEXT_NOTES: &[&str] = &[
+    "add_cross_attention",
+    "attention_dropout",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "dropout",
+    "dtype",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "gradient_checkpointing",
+    "id2label",
+    "initializer_factor",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "pruned_heads",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tie_word_embeddings",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "typical_p",
+    "use_bfloat16",
+];
+
+/// A CLIP text encoder: `CLIPTextModel` or `CLIPTextModelWithProjection`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClipConfig {
+    /// Rows of the token embedding.
+    pub vocab_size: usize,
+    /// Channels of a token.
+    pub hidden_size: usize,
+    /// Channels inside the feed-forward layers.
+    pub intermediate_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Heads of a layer.
+    pub num_attention_heads: usize,
+    /// Tokens of a prompt, padding included.
+    pub max_position_embeddings: usize,
+    /// Added to the variance in layer norms.
+    pub layer_norm_eps: f32,
+    /// [`Activation::Gelu`] or [`Activation::QuickGelu`].
+    pub hidden_act: Activation,
+    /// The token that ends a prompt.
+    pub eos_token_id: i64,
+    /// Channels of the projected pooled token, where the encoder has a projection.
+    pub projection_dim: Option<usize>,
+}
+
+impl ClipConfig {
+    /// Reads a text encoder's `config.json`; `path` is for messages.
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let mut r = Reader::new(text, path)?;
+        let classes = [("CLIPTextModel", false), ("CLIPTextModelWithProjection", true)];
+        let classes = classes.map(|(name, projected)| (json!([name]), projected));
+        let projected = r.choice("architectures", classes[0].0.clone(), &classes)?;
+        r.only("model_type", &["clip_text_model".into()])?;
+        let projection_dim = r.size("projection_dim", 512, MAX_CHANNELS)?;
+        let activations = [("quick_gelu".into(), Activation::QuickGelu), ("gelu".into(), Activation::Gelu)];
+        let config = ClipConfig {
+            vocab_size: r.size("vocab_size", 49_408, MAX_VOCABULARY)?,
+            hidden_size: r.size("hidden_size", 512, MAX_CHANNELS)?,
+            intermediate_size: r.size("intermediate_size", 2048, MAX_CHANNELS)?,
+            num_hidden_layers: r.size("num_hidden_layers", 12, MAX_LAYERS)?,
+            num_attention_heads: r.size("num_attention_heads", 8, MAX_CHANNELS)?,
+            max_position_embeddings: r.size("max_position_embeddings", 77, MAX_CHANNELS)?,
+            layer_norm_eps: r.positive("layer_norm_eps", 1e-5)?,
+            hidden_act: r.choice("hidden_act", "quick_gelu".into(), &activations)?,
+            eos_token_id: r.id("eos_token_id", 49_407)?,
+            projection_dim: projected.then_some(projection_dim),
+        };
+        let (width, heads) = (config.hidden_size, config.num_attention_heads);
+        if width % heads != 0 {
+            return Err(r.error(format!("`hidden_size` {width} is not a multiple of `num_attention_heads` {heads}")));
+        }
+        r.ignore(TEXT_NOTES);
+        r.finish()?;
+        Ok(config)
+    }
+
+    /// Which token of a prompt is projected: the first end of text, or where the configuration carries the historic id
+    /// 2 for it, the largest id.
+    pub fn pooled_index(&self, ids: &[i64]) -> usize {
+        let pooled = if self.eos_token_id == 2 { ids.iter().max().copied() } else { Some(self.eos_token_id) };
+        ids.iter().position(|&id| Some(id) == pooled).unwrap_or(0)
+    }
+}
+
+/// One resolution of a UNet.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UNetLevel {
+    /// `block_out_channels`.
+    pub channels: usize,
+    /// `layers_per_block`: resnets on the way down; there is one more on the way up.
+    pub layers: usize,
+    /// `transformer_layers_per_block`: blocks of each transformer.
+    pub transformer_layers: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Whether the first attention of a block reads the prompt instead of the image.
+    pub only_cross_attention: bool,
+    /// Whether there are transformers on the way down.
+    pub down_attention: bool,
+    /// Whether there are transformers on the way up.
+    pub up_attention: bool,
+}
+
+/// SDXL's `addition_embed_type: text_time`: a pooled prompt and six numbers about the picture's size.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TextTime {
+    /// Channels of the pooled prompt.
+    pub text_embed_dim: usize,
+    /// Channels that each number is embedded into.
+    pub time_embed_dim: usize,
+}
+
+/// `UNet2DConditionModel` as Stable Diffusion 1.x, 2.x and SDXL use it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UNetConfig {
+    /// Rows and columns of the latents it was trained on, if the configuration says.
+    pub sample_size: Option<(usize, usize)>,
+    /// Channels of the latents.
+    pub in_channels: usize,
+    /// Channels of the prediction.
+    pub out_channels: usize,
+    /// From the finest to the coarsest.
+    pub levels: Vec<UNetLevel>,
+    /// Channels of a prompt's token.
+    pub cross_attention_dim: usize,
+    /// Groups of the group norms.
+    pub norm_num_groups: usize,
+    /// Added to the variance in the resnets' norms.
+    pub norm_eps: f32,
+    /// Cosines before sines in the timestep's embedding.
+    pub flip_sin_to_cos: bool,
+    /// Subtracted from the number of frequencies; 0 or 1.
+    pub freq_shift: f32,
+    /// Channels of the projected timestep.
+    pub time_embedding_dim: usize,
+    /// Divides the output of the middle block's resnets.
+    pub mid_block_scale_factor: f32,
+    /// Whether the timestep scales and shifts inside a resnet (`resnet_time_scale_shift`) or is only added.
+    pub time_scale_shift: bool,
+    /// SDXL's size conditioning.
+    pub text_time: Option<TextTime>,
+}
+
+impl UNetConfig {
+    /// Reads a UNet's `config.json`; `path` is for messages.
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let mut r = Reader::new(text, path)?;
+        r.only("_class_name", &["UNet2DConditionModel".into()])?;
+        for key in [
+            "class_embed_type",
+            "cross_attention_norm",
+            "encoder_hid_dim",
+            "encoder_hid_dim_type",
+            "num_class_embeds",
+            "reverse_transformer_layers_per_block",
+            "time_cond_proj_dim",
+            "time_embedding_act_fn",
+            "timestep_post_act",
+        ] {
+            r.only(key, &[Value::Null])?;
+        }
+        for key in ["center_input_sample", "class_embeddings_concat", "dual_cross_attention"] {
+            r.only(key, &[false.into()])?;
+        }
+        r.only("act_fn", &["silu".into(), "swish".into()])?;
+        r.only("attention_type", &["default".into()])?;
+        r.only("conv_in_kernel", &[3.into()])?;
+        r.only("conv_out_kernel", &[3.into()])?;
+        r.only("downsample_padding", &[1.into()])?;
+        r.only("mid_block_type", &["UNetMidBlock2DCrossAttn".into()])?;
+        r.only("time_embedding_type", &["positional".into()])?;
+        r.ignore(&[
+            "addition_embed_type_num_heads",
+            "dropout",
+            // Read by other kinds of blocks only.
+            "mid_block_only_cross_attention",
+            "resnet_out_scale_factor",
+            "resnet_skip_time_act",
+            // Everything is computed in f32, or accumulated in it.
+            "upcast_attention",
+            // The same matrix either way.
+            "use_linear_projection",
+        ]);
+
+        let norm_num_groups = r.size("norm_num_groups", 32, MAX_CHANNELS)?;
+        let (levels, cross_attention_dim) = levels(&mut r, norm_num_groups)?;
+        let text_time = text_time(&mut r)?;
+        let first = levels[0].channels;
+        let config = UNetConfig {
+            sample_size: sample_size(&mut r)?,
+            in_channels: r.size("in_channels", 4, MAX_CHANNELS)?,
+            out_channels: r.size("out_channels", 4, MAX_CHANNELS)?,
+            cross_attention_dim,
+            norm_num_groups,
+            norm_eps: r.positive("norm_eps", 1e-5)?,
+            flip_sin_to_cos: r.flag("flip_sin_to_cos", true)?,
+            freq_shift: r.choice("freq_shift", 0.into(), &[(0.into(), 0.0), (1.into(), 1.0)])?,
+            time_embedding_dim: match r.has("time_embedding_dim") {
+                true => r.size("time_embedding_dim", 0, MAX_CHANNELS)?,
+                false => 4 * first,
+            },
+            mid_block_scale_factor: r.positive("mid_block_scale_factor", 1.0)?,
+            time_scale_shift: r.choice(
+                "resnet_time_scale_shift",
+                "default".into(),
+                &[("default".into(), false), ("scale_shift".into(), true)],
+            )?,
+            text_time,
+            levels,
+        };
+        if first % 2 != 0 || first < 4 {
+            return Err(r.error(format!("`block_out_channels` begins with {first}; supported: an even number from 4")));
+        }
+        r.finish()?;
+        Ok(config)
+    }
+}
+
+/// What is given for each level, and the width of the prompt's tokens.
+fn levels(r: &mut Reader, groups: usize) -> Result<(Vec<UNetLevel>, usize)> {
+    let channels = r.list("block_out_channels", &[320, 640, 1280, 1280], MAX_LEVELS, MAX_CHANNELS)?;
+    let count = channels.len();
+    let layers = r.sizes("layers_per_block", 2, count, 16)?;
+    let transformer_layers = r.sizes("transformer_layers_per_block", 1, count, MAX_LAYERS)?;
+    // `attention_head_dim` has always held the number of heads; its name is a mistake too widespread to undo.
+    let default_heads = r.sizes("attention_head_dim", 8, count, MAX_CHANNELS)?;
+    let heads = match r.has("num_attention_heads") {
+        true => r.sizes("num_attention_heads", 8, count, MAX_CHANNELS)?,
+        false => default_heads,
+    };
+    let only_cross_attention = r.flags("only_cross_attention", false, count)?;
+    let blocks = ["CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"];
+    let [cross_down, down, cross_up, up] = blocks.map(Value::from);
+    let default = json!([cross_down, cross_down, cross_down, down]);
+    let down_attention = r.names("down_block_types", default, count, &[(cross_down, true), (down, false)])?;
+    let default = json!([up, cross_up, cross_up, cross_up]);
+    let mut up_attention = r.names("up_block_types", default, count, &[(cross_up, true), (up, false)])?;
+    up_attention.reverse();
+
+    let widths = r.sizes("cross_attention_dim", 1280, count, MAX_CHANNELS)?;
+    if widths.iter().any(|w| *w != widths[0]) {
+        return Err(r.error(format!("`cross_attention_dim` is {widths:?}; supported: the same at every level")));
+    }
+    let levels: Vec<_> = (0..count)
+        .map(|i| UNetLevel {
+            channels: channels[i],
+            layers: layers[i],
+            transformer_layers: transformer_layers[i],
+            heads: heads[i],
+            only_cross_attention: only_cross_attention[i],
+            down_attention: down_attention[i],
+            up_attention: up_attention[i],
+        })
+        .collect();
+    check_groups(r, &channels, groups)?;
+    for (i, level) in levels.iter().enumerate() {
+        let attends = level.down_attention || level.up_attention || i + 1 == count;
+        if attends && level.channels % level.heads != 0 {
+            let UNetLevel { channels, heads, .. } = level;
+            return Err(r.error(format!(
+                "`block_out_channels` {channels} is not a multiple of `attention_head_dim` {heads}, its number of heads"
+            )));
+        }
+    }
+    Ok((levels, widths[0]))
+}
+
+fn check_groups(r: &Reader, channels: &[usize], groups: usize) -> Result<()> {
+    match channels.iter().find(|c| *c % groups != 0) {
+        Some(c) => Err(r.error(format!("`block_out_channels` {c} is not a multiple of `norm_num_groups` {groups}"))),
+        None => Ok(()),
+    }
+}
+
+fn sample_size(r: &mut Reader) -> Result<Option<(usize, usize)>> {
+    if !r.has("sample_size") {
+        return Ok(None);
+    }
+    let size = r.sizes("sample_size", 0, 2, MAX_CHANNELS)?;
+    Ok(Some((size[0], size[1])))
+}
+
+fn text_time(r: &mut Reader) -> Result<Option<TextTime>> {
+    if !r.choice("addition_embed_type", Value::Null, &[(Value::Null, false), ("text_time".into(), true)])? {
+        r.ignore(&["addition_time_embed_dim", "projection_class_embeddings_input_dim"]);
+        return Ok(None);
+    }
+    let time_embed_dim = r.size("addition_time_embed_dim", 256, MAX_CHANNELS)?;
+    let width = r.size("projection_class_embeddings_input_dim", 2816, 16 * MAX_CHANNELS)?;
+    if time_embed_dim % 2 != 0 || time_embed_dim < 4 {
+        let problem = format!("`addition_time_embed_dim` is {time_embed_dim}; supported: an even number from 4");
+        return Err(r.error(problem));
+    }
+    match width.checked_sub(6 * time_embed_dim) {
+        Some(text_embed_dim @ 1..) => Ok(Some(TextTime { text_embed_dim, time_embed_dim })),
+        _ => Err(r.error(format!(
+            "`projection_class_embeddings_input_dim` is {width}, which leaves nothing for the prompt beside six \
+             embeddings of `addition_time_embed_dim` {time_embed_dim}"
+        ))),
+    }
+}
+
+/// `AutoencoderKL`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VaeConfig {
+    /// Channels of an image the encoder reads.
+    pub in_channels: usize,
+    /// Channels of an image the decoder makes.
+    pub out_channels: usize,
+    /// Channels of the latents.
+    pub latent_channels: usize,
+    /// From the finest level to the coarsest.
+    pub block_out_channels: Vec<usize>,
+    /// Resnets of a level in the encoder; the decoder has one more.
+    pub layers_per_block: usize,
+    /// Groups of the group norms.
+    pub norm_num_groups: usize,
+    /// Multiplies latents after encoding, divides them before decoding.
+    pub scaling_factor: f32,
+    /// Whether the weights overflow in fp16 arithmetic.
+    pub force_upcast: bool,
+    /// Whether a 1x1 convolution follows the encoder.
+    pub use_quant_conv: bool,
+    /// Whether a 1x1 convolution precedes the decoder.
+    pub use_post_quant_conv: bool,
+    /// Whether the middle blocks attend.
+    pub mid_block_add_attention: bool,
+}
+
+impl VaeConfig {
+    /// Reads a VAE's `config.json`; `path` is for messages.
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let mut r = Reader::new(text, path)?;
+        r.only("_class_name", &["AutoencoderKL".into()])?;
+        r.only("act_fn", &["silu".into(), "swish".into()])?;
+        r.only("latents_mean", &[Value::Null])?;
+        r.only("latents_std", &[Value::Null])?;
+        r.only("shift_factor", &[Value::Null, 0.into()])?;
+        r.ignore(&["sample_size"]);
+        let channels = r.list("block_out_channels", &[64], MAX_LEVELS, MAX_CHANNELS)?;
+        for (key, block) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
+            r.names(key, json!([block]), channels.len(), &[(block.into(), ())])?;
+        }
+        let norm_num_groups = r.size("norm_num_groups", 32, MAX_CHANNELS)?;
+        check_groups(&r, &channels, norm_num_groups)?;
+        let config = VaeConfig {
+            in_channels: r.size("in_channels", 3, MAX_CHANNELS)?,
+            out_channels: r.size("out_channels", 3, MAX_CHANNELS)?,
+            latent_channels: r.size("latent_channels", 4, MAX_CHANNELS)?,
+            block_out_channels: channels,
+            layers_per_block: r.size("layers_per_block", 1, 16)?,
+            norm_num_groups,
+            scaling_factor: r.positive("scaling_factor", 0.18215)?,
+            force_upcast: r.flag("force_upcast", true)?,
+            use_quant_conv: r.flag("use_quant_conv", true)?,
+            use_post_quant_conv: r.flag("use_post_quant_conv", true)?,
+            mid_block_add_attention: r.flag("mid_block_add_attention", true)?,
+        };
+        r.finish()?;
+        Ok(config)
+    }
+
+    /// How many pixels a latent is wide.
+    pub fn scale(&self) -> usize {
+        1 << (self.block_out_channels.len() - 1)
+    }
+}

@@ -1,0 +1,18 @@
+//! The networks of Stable Diffusion, read from a checkpoint's `config.json` and written down as [graphs](crate::graph).
+//!
+//! Nothing is computed here: a model is a configuration, and a function from it and a size to a graph whose nodes and
+//! weights carry the checkpoint's own tensor names. A configuration is checked when it is read, so that making a graph
+//! of it cannot fail.
+
+mod blocks;
+mod clip;
+mod config;
+mod reader;
+pub mod tokenizer;
+mod unet;
+mod vae;
+
+pub use clip::text_encoder;
+pub use config::{ClipConfig, TextTime, UNetConfig, UNetLevel, VaeConfig};
+pub use unet::unet;
+pub use vae::{vae_decoder, vae_encoder};

@@ -1,0 +1,170 @@
+//! Reading of `config.json`: every key is accounted for, so that a setting that matters is never passed over.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::{Error, Result};
+
+/// The keys of a configuration that nobody has asked for yet.
+pub(super) struct Reader<'a> {
+    keys: Map<String, Value>,
+    path: &'a Path,
+}
+
+impl<'a> Reader<'a> {
+    /// Parses `text`; `path` is for messages.
+    pub(super) fn new(text: &str, path: &'a Path) -> Result<Self> {
+        match serde_json::from_str(text) {
+            Ok(Value::Object(keys)) => Ok(Reader { keys, path }),
+            Ok(_) => Err(Error::checkpoint(path, "not a model configuration: a JSON object is expected")),
+            Err(e) => Err(Error::checkpoint(path, format!("not valid JSON: {e}"))),
+        }
+    }
+
+    /// An error about the whole file.
+    pub(super) fn error(&self, problem: impl Into<String>) -> Error {
+        Error::checkpoint(self.path, problem)
+    }
+
+    fn unsupported(&self, key: &str, value: &Value, supported: impl AsRef<str>) -> Error {
+        let mut value = value.to_string();
+        if value.len() > 200 {
+            value = value.chars().take(200).chain(['…']).collect();
+        }
+        self.error(format!("`{key}` is {value}, which is not supported; supported: {}", supported.as_ref()))
+    }
+
+    /// Whether the key is there and not null.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.keys.get(key).is_some_and(|v| !v.is_null())
+    }
+
+    /// Forgets keys that change nothing in what is computed.
+    pub(super) fn ignore(&mut self, keys: &[&str]) {
+        for key in keys {
+            self.keys.remove(*key);
+        }
+    }
+
+    /// A whole number in `1..=max`.
+    pub(super) fn size(&mut self, key: &str, default: usize, max: usize) -> Result<usize> {
+        let Some(value) = self.keys.remove(key) else { return Ok(default) };
+        self.as_size(key, &value, max)
+    }
+
+    /// Such a number for each of `count` levels, written as a list or as the one they share.
+    pub(super) fn sizes(&mut self, key: &str, default: usize, count: usize, max: usize) -> Result<Vec<usize>> {
+        let default = Value::from(default);
+        self.each(key, default, count, |r, v| r.as_size(key, v, max))
+    }
+
+    fn as_size(&self, key: &str, value: &Value, max: usize) -> Result<usize> {
+        let size = value.as_u64().and_then(|v| usize::try_from(v).ok()).filter(|v| (1..=max).contains(v));
+        size.ok_or_else(|| self.unsupported(key, value, format!("a whole number from 1 to {max}")))
+    }
+
+    /// A whole number, zero included, such as the id of a token.
+    pub(super) fn id(&mut self, key: &str, default: i64) -> Result<i64> {
+        let Some(value) = self.keys.remove(key) else { return Ok(default) };
+        value.as_i64().ok_or_else(|| self.unsupported(key, &value, "a whole number"))
+    }
+
+    /// A positive number.
+    pub(super) fn positive(&mut self, key: &str, default: f64) -> Result<f32> {
+        let value = self.keys.remove(key).unwrap_or_else(|| default.into());
+        // Far from where f32 overflows, or where its square vanishes.
+        let number = value.as_f64().filter(|v| (1e-15..=1e15).contains(v));
+        number.map(|v| v as f32).ok_or_else(|| self.unsupported(key, &value, "a positive number"))
+    }
+
+    /// True or false.
+    pub(super) fn flag(&mut self, key: &str, default: bool) -> Result<bool> {
+        let Some(value) = self.keys.remove(key) else { return Ok(default) };
+        value.as_bool().ok_or_else(|| self.unsupported(key, &value, "true, false"))
+    }
+
+    /// True or false for each level.
+    pub(super) fn flags(&mut self, key: &str, default: bool, count: usize) -> Result<Vec<bool>> {
+        self.each(key, default.into(), count, |r, v| {
+            v.as_bool().ok_or_else(|| r.unsupported(key, v, "true, false, or one of them for each block"))
+        })
+    }
+
+    /// One of a few values; `default`, which need not be among them, where there is none.
+    pub(super) fn choice<T: Copy>(&mut self, key: &str, default: Value, choices: &[(Value, T)]) -> Result<T> {
+        let value = self.keys.remove(key).unwrap_or(default);
+        self.as_choice(key, &value, choices)
+    }
+
+    /// One of a few strings for each of `count` levels.
+    pub(super) fn names<T: Copy>(
+        &mut self,
+        key: &str,
+        default: Value,
+        count: usize,
+        choices: &[(Value, T)],
+    ) -> Result<Vec<T>> {
+        let value = self.keys.remove(key).unwrap_or(default);
+        let list = self.as_list(key, &value, count)?;
+        list.iter().map(|v| self.as_choice(key, v, choices)).collect()
+    }
+
+    fn as_choice<T: Copy>(&self, key: &str, value: &Value, choices: &[(Value, T)]) -> Result<T> {
+        // 1 and 1.0 are the same setting.
+        let same = |a: &Value| a == value || (a.is_number() && a.as_f64() == value.as_f64());
+        let found = choices.iter().find(|(name, _)| same(name));
+        found.map(|(_, choice)| *choice).ok_or_else(|| {
+            let names: Vec<_> = choices.iter().map(|(name, _)| name.to_string()).collect();
+            self.unsupported(key, value, names.join(", "))
+        })
+    }
+
+    /// Refuses every value of `key` but these; the first is the default.
+    pub(super) fn only(&mut self, key: &str, allowed: &[Value]) -> Result<()> {
+        let choices: Vec<_> = allowed.iter().map(|v| (v.clone(), ())).collect();
+        self.choice(key, allowed[0].clone(), &choices)
+    }
+
+    /// A list of sizes whose length is for this key to say.
+    pub(super) fn list(&mut self, key: &str, default: &[usize], longest: usize, max: usize) -> Result<Vec<usize>> {
+        let value = self.keys.remove(key).unwrap_or_else(|| default.into());
+        match &value {
+            Value::Array(list) if (1..=longest).contains(&list.len()) => {
+                list.iter().map(|v| self.as_size(key, v, max)).collect()
+            }
+            _ => Err(self.unsupported(key, &value, format!("a list of 1 to {longest} whole numbers"))),
+        }
+    }
+
+    fn as_list<'v>(&self, key: &str, value: &'v Value, count: usize) -> Result<&'v [Value]> {
+        match value {
+            Value::Array(list) if list.len() == count => Ok(list),
+            _ => Err(self.unsupported(key, value, format!("a list of {count}, one for each of `block_out_channels`"))),
+        }
+    }
+
+    fn each<T: Clone>(
+        &mut self,
+        key: &str,
+        default: Value,
+        count: usize,
+        read: impl Fn(&Self, &Value) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let value = self.keys.remove(key).unwrap_or(default);
+        match value {
+            Value::Array(_) => self.as_list(key, &value, count)?.iter().map(|v| read(self, v)).collect(),
+            _ => Ok(vec![read(self, &value)?; count]),
+        }
+    }
+
+    /// Refuses what is left and not off. Keys that begin with `_` are notes, not settings.
+    pub(super) fn finish(self) -> Result<()> {
+        let is_set =
+            |key: &str, value: &Value| !key.starts_with('_') && !matches!(value, Value::Null | Value::Bool(false));
+        match self.keys.iter().find(|(key, value)| is_set(key, value)) {
+            Some((key, value)) => Err(self.unsupported(key, value, "leaving this field out")),
+            None => Ok(()),
+        }
+    }
+}

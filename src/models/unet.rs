@@ -1,0 +1,151 @@
+//! The denoising UNet of Stable Diffusion 1.x, 2.x and SDXL (Rombach et al., arXiv 2112.10752; Podell et al.,
+//! arXiv 2307.01952).
+
+use super::blocks::{Resnet, Time, attention, downsample, upsample};
+use super::{UNetConfig, UNetLevel};
+use crate::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape, Sources, TensorId};
+
+/// Added to the variance in the group norm that begins a transformer.
+const TRANSFORMER_EPS: f32 = 1e-6;
+/// Added to the variance in layer norms.
+const LAYER_EPS: f32 = 1e-5;
+
+/// The UNet for latents of `h` by `w` and prompts of `tokens` tokens.
+///
+/// Inputs: `sample` `[n, h, w, in_channels]`, `timestep` `[n, 1, 1, 1]`, `encoder_hidden_states`
+/// `[n, 1, tokens, cross_attention_dim]`, and for SDXL `text_embeds` `[n, 1, 1, text_embed_dim]` and `time_ids`
+/// `[n, 1, 1, 6]`. Outputs: `sample` `[n, h, w, out_channels]` and `mid`, the middle block's.
+pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize) -> Graph {
+    let mut g = GraphBuilder::new();
+    let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
+    let time = time_embedding(&mut g, config, batch);
+    let context = g.input("encoder_hidden_states", Shape::new(batch, 1, tokens, config.cross_attention_dim));
+    let mut net = UNet { config, g, time, context };
+
+    let (mut x, mut skips) = net.down(sample);
+    x = net.middle(x);
+    net.g.output("mid", x);
+    x = net.up(x, &mut skips);
+
+    let mut g = net.g;
+    x = g.group_norm("conv_norm_out", x, config.norm_num_groups, config.norm_eps, true, None); // [n, h, w, c]
+    x = g.conv("conv_out", x, config.out_channels, ConvOptions::conv3x3()); // [n, h, w, out_channels]
+    g.output("sample", x);
+    g.finish()
+}
+
+/// The timestep, and in SDXL the picture's sizes and the pooled prompt, as every resnet reads them.
+fn time_embedding(g: &mut GraphBuilder, config: &UNetConfig, batch: usize) -> TensorId {
+    let (flip, shift) = (config.flip_sin_to_cos, config.freq_shift);
+    let timestep = g.input("timestep", Shape::new(batch, 1, 1, 1));
+    let time: Sources = g.sinusoid("time_proj", timestep, config.levels[0].channels, flip, shift).into(); // [n, 1, 1, c]
+    let embed = |g: &mut GraphBuilder, name: &str, x: Sources, residual| {
+        let silu = ConvOptions { activation: Activation::Silu, ..ConvOptions::default() };
+        let x = g.linear(&format!("{name}.linear_1"), x, config.time_embedding_dim, silu); // [n, 1, 1, time]
+        let add = ConvOptions { residual, ..ConvOptions::default() };
+        g.linear(&format!("{name}.linear_2"), x, config.time_embedding_dim, add) // [n, 1, 1, time]
+    };
+    let added = config.text_time.as_ref().map(|added| {
+        let text = g.input("text_embeds", Shape::new(batch, 1, 1, added.text_embed_dim));
+        let ids = g.input("time_ids", Shape::new(batch, 1, 1, 6));
+        let ids = g.sinusoid("add_time_proj", ids, added.time_embed_dim, flip, shift); // [n, 1, 1, 6 * time_embed_dim]
+        embed(g, "add_embedding", Sources { x: text, skip: Some(ids) }, None)
+    });
+    let x = embed(g, "time_embedding", time, added);
+    // Every resnet begins with this.
+    g.activate("time_embedding.silu", x, Activation::Silu) // [n, 1, 1, time]
+}
+
+struct UNet<'a> {
+    config: &'a UNetConfig,
+    g: GraphBuilder,
+    time: TensorId,
+    context: TensorId,
+}
+
+impl UNet<'_> {
+    /// The coarsest activation, and those that the way up reads again.
+    fn down(&mut self, sample: TensorId) -> (TensorId, Vec<TensorId>) {
+        let levels = &self.config.levels;
+        let mut x = self.g.conv("conv_in", sample, levels[0].channels, ConvOptions::conv3x3()); // [n, h, w, c]
+        let mut skips = vec![x];
+        for (i, level) in levels.iter().enumerate() {
+            let name = format!("down_blocks.{i}");
+            for j in 0..level.layers {
+                x = self.resnet(&format!("{name}.resnets.{j}"), x, level.channels, 1.0);
+                if level.down_attention {
+                    x = self.transformer(&format!("{name}.attentions.{j}"), x, level, level.only_cross_attention);
+                }
+                skips.push(x);
+            }
+            if i + 1 < levels.len() {
+                x = downsample(&mut self.g, &name, x, 1); // [n, h / 2, w / 2, c], halves rounded up
+                skips.push(x);
+            }
+        }
+        (x, skips)
+    }
+
+    fn middle(&mut self, mut x: TensorId) -> TensorId {
+        let scale = self.config.mid_block_scale_factor.recip();
+        let Some(level) = self.config.levels.last() else { return x };
+        x = self.resnet("mid_block.resnets.0", x, level.channels, scale);
+        x = self.transformer("mid_block.attentions.0", x, level, false);
+        self.resnet("mid_block.resnets.1", x, level.channels, scale)
+    }
+
+    fn up(&mut self, mut x: TensorId, skips: &mut Vec<TensorId>) -> TensorId {
+        for (i, level) in self.config.levels.iter().rev().enumerate() {
+            let name = format!("up_blocks.{i}");
+            for j in 0..=level.layers {
+                let sources = Sources { x, skip: skips.pop() };
+                x = self.resnet(&format!("{name}.resnets.{j}"), sources, level.channels, 1.0);
+                if level.up_attention {
+                    x = self.transformer(&format!("{name}.attentions.{j}"), x, level, level.only_cross_attention);
+                }
+            }
+            // To the size that the next level had on the way down, which need not be twice this one.
+            if let Some(&skip) = skips.last() {
+                let Shape { h, w, .. } = self.g.shape(skip);
+                x = upsample(&mut self.g, &name, x, (h, w)); // [n, h, w, c]
+            }
+        }
+        x
+    }
+
+    fn resnet(&mut self, name: &str, sources: impl Into<Sources>, channels: usize, scale: f32) -> TensorId {
+        let time = match self.config.time_scale_shift {
+            true => Time::ScaleShift(self.time),
+            false => Time::Add(self.time),
+        };
+        let resnet = Resnet { groups: self.config.norm_num_groups, eps: self.config.norm_eps, time, scale };
+        resnet.build(&mut self.g, name, sources, channels)
+    }
+
+    fn transformer(&mut self, name: &str, image: TensorId, level: &UNetLevel, only_cross: bool) -> TensorId {
+        let channels = level.channels;
+        let groups = self.config.norm_num_groups;
+        let x = self.g.group_norm(&format!("{name}.norm"), image, groups, TRANSFORMER_EPS, false, None); // [n, h, w, c]
+        let mut x = self.g.linear(&format!("{name}.proj_in"), x, channels, ConvOptions::default()); // [n, h, w, c]
+        for i in 0..level.transformer_layers {
+            x = self.transformer_block(&format!("{name}.transformer_blocks.{i}"), x, level.heads, only_cross);
+        }
+        let add = ConvOptions { residual: Some(image), ..ConvOptions::default() };
+        self.g.linear(&format!("{name}.proj_out"), x, channels, add) // [n, h, w, c]
+    }
+
+    fn transformer_block(&mut self, name: &str, x: TensorId, heads: usize, only_cross: bool) -> TensorId {
+        let g = &mut self.g;
+        let channels = g.shape(x).c;
+        let layer = |suffix: &str| format!("{name}.{suffix}");
+        let y = g.layer_norm(&layer("norm1"), x, LAYER_EPS); // [n, h, w, c]
+        let x = attention(g, &layer("attn1"), y, only_cross.then_some(self.context), x, heads, false);
+        let y = g.layer_norm(&layer("norm2"), x, LAYER_EPS); // [n, h, w, c]
+        let x = attention(g, &layer("attn2"), y, Some(self.context), x, heads, false);
+        let y = g.layer_norm(&layer("norm3"), x, LAYER_EPS); // [n, h, w, c]
+        let geglu = ConvOptions { activation: Activation::Geglu, ..ConvOptions::default() };
+        let y = g.linear(&layer("ff.net.0.proj"), y, 8 * channels, geglu); // [n, h, w, 4c]
+        let add = ConvOptions { residual: Some(x), ..ConvOptions::default() };
+        g.linear(&layer("ff.net.2"), y, channels, add) // [n, h, w, c]
+    }
+}

@@ -1,0 +1,85 @@
+//! The autoencoder between images and latents (Rombach et al., arXiv 2112.10752).
+
+use super::VaeConfig;
+use super::blocks::{Resnet, Time, attention, downsample, upsample};
+use crate::graph::{ConvOptions, Graph, GraphBuilder, Shape, TensorId};
+
+/// Added to the variance in all norms of the VAE.
+const EPS: f32 = 1e-6;
+
+/// The decoder for latents of `h` by `w`.
+///
+/// Input: `latents` `[n, h, w, latent_channels]`, divided by the scaling factor. Output: `image`, larger by
+/// [`VaeConfig::scale`] and about -1 to 1.
+pub fn vae_decoder(config: &VaeConfig, batch: usize, h: usize, w: usize) -> Graph {
+    let mut g = GraphBuilder::new();
+    let mut x = g.input("latents", Shape::new(batch, h, w, config.latent_channels));
+    if config.use_post_quant_conv {
+        x = g.conv("post_quant_conv", x, config.latent_channels, ConvOptions::default()); // [n, h, w, latent]
+    }
+    let (levels, channels) = (config.block_out_channels.len(), &config.block_out_channels);
+    x = g.conv("decoder.conv_in", x, channels[levels - 1], ConvOptions::conv3x3()); // [n, h, w, c]
+    x = middle(&mut g, config, "decoder", x);
+    for i in 0..levels {
+        let name = format!("decoder.up_blocks.{i}");
+        for j in 0..=config.layers_per_block {
+            x = resnet(config).build(&mut g, &format!("{name}.resnets.{j}"), x, channels[levels - 1 - i]);
+        }
+        if i + 1 < levels {
+            let Shape { h, w, .. } = g.shape(x);
+            x = upsample(&mut g, &name, x, (2 * h, 2 * w)); // [n, 2h, 2w, c]
+        }
+    }
+    x = finish(&mut g, config, "decoder", x, config.out_channels);
+    g.output("image", x);
+    g.finish()
+}
+
+/// The encoder for images of `h` by `w`, both multiples of [`VaeConfig::scale`].
+///
+/// Input: `image` `[n, h, w, in_channels]` in -1 to 1. Output: `moments`, smaller by the scale, the mean's channels
+/// before the log-variance's, which is not clamped.
+pub fn vae_encoder(config: &VaeConfig, batch: usize, h: usize, w: usize) -> Graph {
+    let mut g = GraphBuilder::new();
+    let (levels, channels) = (config.block_out_channels.len(), &config.block_out_channels);
+    let mut x = g.input("image", Shape::new(batch, h, w, config.in_channels));
+    x = g.conv("encoder.conv_in", x, channels[0], ConvOptions::conv3x3()); // [n, h, w, c]
+    for (i, &channels) in channels.iter().enumerate() {
+        let name = format!("encoder.down_blocks.{i}");
+        for j in 0..config.layers_per_block {
+            x = resnet(config).build(&mut g, &format!("{name}.resnets.{j}"), x, channels);
+        }
+        if i + 1 < levels {
+            x = downsample(&mut g, &name, x, 0); // [n, h / 2, w / 2, c]
+        }
+    }
+    x = middle(&mut g, config, "encoder", x);
+    let moments = 2 * config.latent_channels;
+    x = finish(&mut g, config, "encoder", x, moments);
+    if config.use_quant_conv {
+        x = g.conv("quant_conv", x, moments, ConvOptions::default()); // [n, h, w, 2 * latent]
+    }
+    g.output("moments", x);
+    g.finish()
+}
+
+fn resnet(config: &VaeConfig) -> Resnet {
+    Resnet { groups: config.norm_num_groups, eps: EPS, time: Time::None, scale: 1.0 }
+}
+
+/// Two resnets and, between them, attention with one head.
+fn middle(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId) -> TensorId {
+    let channels = g.shape(x).c;
+    let mut x = resnet(config).build(g, &format!("{name}.mid_block.resnets.0"), x, channels);
+    if config.mid_block_add_attention {
+        let name = format!("{name}.mid_block.attentions.0");
+        let y = g.group_norm(&format!("{name}.group_norm"), x, config.norm_num_groups, EPS, false, None); // [n, h, w, c]
+        x = attention(g, &name, y, None, x, 1, true);
+    }
+    resnet(config).build(g, &format!("{name}.mid_block.resnets.1"), x, channels)
+}
+
+fn finish(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId, channels: usize) -> TensorId {
+    let x = g.group_norm(&format!("{name}.conv_norm_out"), x, config.norm_num_groups, EPS, true, None); // [n, h, w, c]
+    g.conv(&format!("{name}.conv_out"), x, channels, ConvOptions::conv3x3()) // [n, h, w, channels]
+}

@@ -1,0 +1,139 @@
+//! Checkpoints: where their files are, and the tensors in them.
+
+mod demo;
+pub mod hub;
+mod tensors;
+
+pub use tensors::Tensors;
+
+use crate::models::tokenizer::Tokenizer;
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+
+/// A diffusers checkpoint, on disk or compiled in.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// A folder as `save_pretrained` writes it.
+    Folder(PathBuf),
+    /// Files by relative path.
+    Embedded(&'static [(&'static str, &'static [u8])]),
+}
+
+impl Source {
+    /// The demo checkpoint.
+    pub fn demo() -> Self {
+        Source::Embedded(demo::FILES)
+    }
+
+    /// A folder that holds a `model_index.json` or at least one component.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it does not look like a checkpoint.
+    pub fn folder(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let parts = ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"];
+        if parts.iter().any(|part| path.join(part).is_file()) {
+            return Ok(Source::Folder(path.to_path_buf()));
+        }
+        Err(Error::checkpoint(
+            path,
+            "not a diffusers checkpoint: neither model_index.json nor unet/, vae/ or text_encoder/ with a config.json; \
+             give the folder that save_pretrained wrote",
+        ))
+    }
+
+    /// What `--model` means: nothing is the demo, else a folder, else a Hugging Face model id (taken from the local
+    /// cache, or downloaded).
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a path that is no checkpoint, [`Error::Download`] from the hub.
+    pub fn resolve(model: Option<&str>, progress: bool) -> Result<Self> {
+        let Some(model) = model else { return Ok(Self::demo()) };
+        let path = Path::new(model);
+        if path.is_dir() {
+            return Self::folder(path);
+        }
+        if path.is_file() || model.ends_with(".safetensors") {
+            return Err(Error::usage(format!(
+                "--model {model}: single files are not read yet; give a diffusers folder or a Hugging Face model id"
+            )));
+        }
+        Self::folder(hub::resolve(model, &hub::HubConfig::from_env()?, progress)?)
+    }
+
+    /// Whether the file is there.
+    pub fn has(&self, relative: &str) -> bool {
+        match self {
+            Source::Folder(folder) => folder.join(relative).is_file(),
+            Source::Embedded(files) => files.iter().any(|(name, _)| *name == relative),
+        }
+    }
+
+    /// Where the file is, for messages.
+    pub fn path(&self, relative: &str) -> PathBuf {
+        match self {
+            Source::Folder(folder) => folder.join(relative),
+            Source::Embedded(_) => Path::new("<demo>").join(relative),
+        }
+    }
+
+    /// A short name for the checkpoint.
+    pub fn name(&self) -> String {
+        match self {
+            Source::Folder(folder) => {
+                let name = folder.canonicalize().unwrap_or_else(|_| folder.clone());
+                name.file_name().map_or_else(|| "checkpoint".into(), |n| n.to_string_lossy().into_owned())
+            }
+            Source::Embedded(_) => "respodiff-demo".into(),
+        }
+    }
+
+    /// A file's bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read.
+    pub fn read(&self, relative: &str) -> Result<Vec<u8>> {
+        let path = self.path(relative);
+        match self {
+            Source::Folder(_) => std::fs::read(&path).map_err(Error::io("read", &path)),
+            Source::Embedded(files) => {
+                let file = files.iter().find(|(name, _)| *name == relative);
+                file.map(|(_, bytes)| bytes.to_vec())
+                    .ok_or_else(|| Error::checkpoint(path, "not in the demo checkpoint"))
+            }
+        }
+    }
+
+    /// A text file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read, [`Error::Checkpoint`] if it is not UTF-8.
+    pub fn read_text(&self, relative: &str) -> Result<String> {
+        String::from_utf8(self.read(relative)?)
+            .map_err(|_| Error::checkpoint(self.path(relative), "not UTF-8 text; download the file again"))
+    }
+
+    /// The tokenizer in a component's folder.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] about missing or malformed files.
+    pub fn tokenizer(&self, component: &str) -> Result<Tokenizer> {
+        match self {
+            Source::Folder(folder) => Tokenizer::load(&folder.join(component)),
+            Source::Embedded(_) => Tokenizer::from_bytes(
+                &self.read(&format!("{component}/vocab.json"))?,
+                &self.read(&format!("{component}/merges.txt"))?,
+                Some(&self.read(&format!("{component}/tokenizer_config.json"))?),
+                Some(&self.read(&format!("{component}/special_tokens_map.json"))?),
+            ),
+        }
+    }
+
+    /// The weights of a component.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there are none, or their files are damaged.
+    pub fn tensors(&self, component: &str) -> Result<Tensors> {
+        Tensors::open(self, component)
+    }
+}

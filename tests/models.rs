@@ -1,0 +1,107 @@
+//! Every network against what transformers and diffusers recorded (`tests/golden`), fp32 from the same fp16 weights.
+
+mod support;
+
+use respodiff::graph::Graph;
+use respodiff::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
+use respodiff::weights::Source;
+use std::collections::HashMap;
+use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2, run};
+
+/// Measured below 3e-6; the weakest single parameter of the golden checkpoints moves an output by 2e-4.
+const TOLERANCE: f64 = 2e-5;
+
+fn source(case: &str) -> Source {
+    let name = case.split('_').nth(1).expect("kind_checkpoint_...");
+    Source::folder(format!("{}/tests/golden/checkpoints/{name}", env!("CARGO_MANIFEST_DIR")))
+        .expect("golden checkpoint")
+}
+
+fn config(source: &Source, component: &str) -> (String, std::path::PathBuf) {
+    let file = format!("{component}/config.json");
+    (source.read_text(&file).expect("config"), source.path(&file))
+}
+
+fn compute(
+    source: &Source,
+    component: &str,
+    graph: Graph,
+    inputs: &HashMap<&str, Vec<f32>>,
+) -> HashMap<String, Vec<f32>> {
+    run(graph, &source.tensors(component).expect("weights"), inputs)
+}
+
+fn check(case: &Case, output: &str, ours: &[f32]) {
+    let error = relative_l2(ours, &case.floats(&format!("out.{output}")));
+    println!("{:28} {output:26} {error:.1e}", case.name);
+    assert!(error <= TOLERANCE, "{}: {output} is off by {error:.2e}", case.name);
+}
+
+#[test]
+fn text_encoders() {
+    for case in cases("text_", 5) {
+        let source = source(&case.name);
+        let component = if case.name.ends_with("_2") { "text_encoder_2" } else { "text_encoder" };
+        let (text, path) = config(&source, component);
+        let config = ClipConfig::parse(&text, &path).expect("config");
+        let ids = case.integers("input_ids");
+        let n = case.shape("input_ids")[0];
+        let pooled = ids.chunks(ids.len() / n).map(|row| config.pooled_index(row) as f32).collect();
+        let inputs = HashMap::from([("input_ids", ids.iter().map(|&i| i as f32).collect()), ("pooled_index", pooled)]);
+        let outputs = compute(&source, component, text_encoder(&config, n), &inputs);
+        check(&case, "last_hidden_state", &outputs["last_hidden_state"]);
+        check(&case, "penultimate_hidden_state", &outputs["penultimate_hidden_state"]);
+        if case.has("out.text_embeds") {
+            check(&case, "text_embeds", &outputs["text_embeds"]);
+        }
+    }
+}
+
+#[test]
+fn unets() {
+    for case in cases("unet_", 20) {
+        let source = source(&case.name);
+        let (text, path) = config(&source, "unet");
+        let config = UNetConfig::parse(&text, &path).expect("config");
+        let [n, c, h, w] = case.shape("sample")[..] else { panic!("sample is NCHW") };
+        let graph = unet(&config, n, h, w, case.shape("encoder_hidden_states")[1]);
+        let mid_channels = graph.shape(graph.output("mid")).c;
+        let timestep = case.floats("timestep");
+        let mut inputs = HashMap::from([
+            ("sample", nchw_to_nhwc(&case.floats("sample"), n, c)),
+            ("timestep", (0..n).map(|i| timestep[i % timestep.len()]).collect()),
+            ("encoder_hidden_states", case.floats("encoder_hidden_states")),
+        ]);
+        for name in ["text_embeds", "time_ids"] {
+            if case.has(name) {
+                inputs.insert(name, case.floats(name));
+            }
+        }
+        let outputs = compute(&source, "unet", graph, &inputs);
+        check(&case, "mid", &nhwc_to_nchw(&outputs["mid"], n, mid_channels));
+        check(&case, "sample", &nhwc_to_nchw(&outputs["sample"], n, c));
+    }
+}
+
+#[test]
+fn vaes() {
+    for case in cases("vae_", 9) {
+        let source = source(&case.name);
+        let (text, path) = config(&source, "vae");
+        let config = VaeConfig::parse(&text, &path).expect("config");
+        let [n, c, h, w] = case.shape("latents")[..] else { panic!("latents are NCHW") };
+        let inputs = HashMap::from([("latents", nchw_to_nhwc(&case.floats("latents"), n, c))]);
+        let outputs = compute(&source, "vae", vae_decoder(&config, n, h, w), &inputs);
+        check(&case, "image", &nhwc_to_nchw(&outputs["image"], n, 3));
+
+        let [n, _, h, w] = case.shape("image")[..] else { panic!("images are NCHW") };
+        let inputs = HashMap::from([("image", nchw_to_nhwc(&case.floats("image"), n, 3))]);
+        let moments =
+            nhwc_to_nchw(&compute(&source, "vae", vae_encoder(&config, n, h, w), &inputs)["moments"], n, 2 * c);
+        let image = moments.len() / n;
+        let half =
+            |offset: usize| moments.chunks(image).flat_map(|m| m[offset..][..image / 2].to_vec()).collect::<Vec<_>>();
+        check(&case, "mean", &half(0));
+        check(&case, "logvar", &half(image / 2).iter().map(|x| x.clamp(-30.0, 20.0)).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,108 @@
+//! Whole pipelines against diffusers' recorded ones, and the promise that a batch changes nothing.
+
+mod support;
+
+use respodiff::diffusion::scheduler::SchedulerConfig;
+use respodiff::engine::{Engine, Output, Request, SessionOptions};
+use respodiff::weights::Source;
+use std::ops::ControlFlow;
+use support::{cases, golden, relative_l2};
+
+fn engine(name: &str) -> Engine {
+    Engine::open(&Source::folder(golden().join("checkpoints").join(name)).unwrap()).unwrap()
+}
+
+fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Output {
+    engine.session(options).unwrap().generate(request, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+#[test]
+fn pipelines_match_diffusers() {
+    let sd = cases("pipeline_sd1_", 8).into_iter().chain(cases("pipeline_sd2_", 3));
+    // Guidance rescale is not offered.
+    for case in sd.filter(|c| !c.name.ends_with("_rescale")) {
+        let meta = case.metadata();
+        let field =
+            |name: &str| meta.get(name).unwrap_or_else(|| panic!("{}: no {name} in {meta:?}", case.name)).clone();
+        let prompt = |name: &str| match serde_json::from_str(&field(name)).unwrap() {
+            serde_json::Value::Array(list) => list[0].as_str().unwrap().to_string(),
+            _ => String::new(),
+        };
+        let scheduler = SchedulerConfig::parse(&field("scheduler_config"), "recorded").unwrap();
+        let engine = engine(case.name.split('_').nth(1).unwrap()).with_scheduler(scheduler);
+        let [batch, _, height, width] = case.shape("out.image")[..] else { panic!("images are NCHW") };
+        let guidance: f32 = field("guidance_scale").parse().unwrap();
+        let seeds: Vec<u64> =
+            field("seed").trim_matches(['[', ']']).split(',').map(|s| s.trim().parse().unwrap()).collect();
+        let request = Request {
+            prompt: prompt("prompt"),
+            negative_prompt: prompt("negative_prompt"),
+            steps: field("steps").parse().unwrap(),
+            guidance,
+            seed: seeds[0],
+            sampler: field("scheduler").parse().unwrap(),
+            ..Default::default()
+        };
+        let output = generate(&engine, SessionOptions { width, height, batch, guided: guidance > 1.0 }, &request);
+        let error = relative_l2(&output.latents, &case.floats("out.latents"));
+        println!("{:32} latents {error:.1e}", case.name);
+        assert!(error < 1e-4, "{}: latents are off by {error:.2e}", case.name);
+        for (i, (ours, theirs)) in
+            output.images.iter().zip(case.floats("out.image").chunks(3 * height * width)).enumerate()
+        {
+            let truth = respodiff::Image::from_chw(theirs, height, width).unwrap();
+            let far = ours.rgb.iter().zip(&truth.rgb).filter(|(a, b)| a.abs_diff(**b) > 1).count();
+            assert_eq!(far, 0, "{}: {far} bytes of image {i} differ by more than rounding", case.name);
+        }
+    }
+}
+
+#[test]
+fn an_image_does_not_depend_on_its_batch() {
+    let engine = engine("sd1");
+    let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true };
+    let request = |seed| Request {
+        prompt: "a doctor".into(),
+        steps: 4,
+        seed,
+        sampler: "euler a".parse().unwrap(),
+        ..Default::default()
+    };
+    let batch = generate(&engine, options, &request(7));
+    let one = batch.latents.len() / 3;
+    for i in 0..3 {
+        let alone = generate(&engine, SessionOptions { batch: 1, ..options }, &request(7 + i as u64));
+        assert_eq!(alone.latents, batch.latents[i * one..][..one], "image {i}");
+        assert_eq!(alone.images[0], batch.images[i]);
+    }
+}
+
+#[test]
+fn impossible_requests_are_refused() {
+    let engine = engine("sd1");
+    let options = SessionOptions { width: 64, height: 64, batch: 1, guided: true };
+    for (bad, word) in [
+        (SessionOptions { width: 63, ..options }, "width 63"),
+        (SessionOptions { height: 0, ..options }, "height 0"),
+        (SessionOptions { width: usize::MAX, ..options }, "8192"),
+        (SessionOptions { batch: 0, ..options }, "batch 0"),
+        (SessionOptions { width: 8192, height: 8192, batch: 256, guided: true }, "GiB"),
+    ] {
+        let error = engine.session(bad).err().expect("refused");
+        assert!(error.to_string().contains(word) && error.exit_code() == 2, "{error}");
+    }
+    let mut session = engine.session(options).unwrap();
+    let mut go = |request: Request, flow: ControlFlow<()>| session.generate(&request, &mut |_| flow);
+    let fine = Request { prompt: "a doctor".into(), steps: 2, ..Default::default() };
+    let next = ControlFlow::Continue(());
+    assert_eq!(go(Request { steps: 0, ..fine.clone() }, next).err().expect("refused").exit_code(), 2);
+    assert_eq!(go(Request { guidance: f32::NAN, ..fine.clone() }, next).err().expect("refused").exit_code(), 2);
+    assert_eq!(
+        go(Request { latents: Some(vec![0.0; 3]), ..fine.clone() }, next).err().expect("refused").exit_code(),
+        2
+    );
+    let huge = go(Request { guidance: 3e38, ..fine.clone() }, next).err().expect("refused");
+    assert!(matches!(huge, respodiff::Error::NonFinite(_)), "{huge}");
+    assert_eq!(go(fine.clone(), ControlFlow::Break(())).err().expect("refused").exit_code(), 130);
+    assert!(go(fine, next).is_ok());
+}

@@ -1,0 +1,106 @@
+//! What the tests share: golden cases, layouts, errors.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+use respodiff::graph::Graph;
+use respodiff::plan::Plan;
+use respodiff::{cpu, weights::Tensors};
+use safetensors::SafeTensors;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The golden folder.
+pub fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+}
+
+/// One recorded file.
+pub struct Case {
+    pub name: String,
+    bytes: Vec<u8>,
+}
+
+/// All cases whose name starts with `prefix`; at least `least`, so that a test cannot pass by finding none.
+pub fn cases(prefix: &str, least: usize) -> Vec<Case> {
+    let folder = golden().join("cases");
+    let mut names: Vec<String> = std::fs::read_dir(&folder)
+        .expect("tests/golden/cases")
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .filter_map(|n| Some(n.strip_suffix(".safetensors")?.to_string()))
+        .filter(|n| n.starts_with(prefix))
+        .collect();
+    names.sort();
+    assert!(names.len() >= least, "only {} cases {prefix}*", names.len());
+    let read = |name: String| Case { bytes: std::fs::read(folder.join(format!("{name}.safetensors"))).unwrap(), name };
+    names.into_iter().map(read).collect()
+}
+
+impl Case {
+    fn tensors(&self) -> SafeTensors<'_> {
+        SafeTensors::deserialize(&self.bytes).expect("a safetensors file")
+    }
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors().tensor(name).is_ok()
+    }
+    pub fn shape(&self, name: &str) -> Vec<usize> {
+        self.tensors().tensor(name).unwrap_or_else(|e| panic!("{}: {name}: {e}", self.name)).shape().to_vec()
+    }
+    pub fn floats(&self, name: &str) -> Vec<f32> {
+        let view = self.tensors().tensor(name).unwrap_or_else(|e| panic!("{}: {name}: {e}", self.name));
+        assert_eq!(view.dtype(), safetensors::Dtype::F32, "{name}");
+        view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+    pub fn integers(&self, name: &str) -> Vec<i64> {
+        let view = self.tensors().tensor(name).expect(name);
+        assert_eq!(view.dtype(), safetensors::Dtype::I64, "{name}");
+        view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+    pub fn metadata(&self) -> HashMap<String, String> {
+        SafeTensors::read_metadata(&self.bytes).expect("header").1.metadata().clone().unwrap_or_default()
+    }
+}
+
+/// Runs a graph on the CPU; all its outputs, NHWC.
+pub fn run(graph: Graph, tensors: &Tensors, inputs: &HashMap<&str, Vec<f32>>) -> HashMap<String, Vec<f32>> {
+    let names = ["last_hidden_state", "penultimate_hidden_state", "text_embeds", "sample", "mid", "image", "moments"];
+    let outputs: Vec<&str> = names.into_iter().filter(|n| graph.find_output(n).is_some()).collect();
+    let plan = Plan::new(graph, &["encoder_hidden_states", "text_embeds", "time_ids"], cpu::workspace);
+    let weights = cpu::Weights::load(plan.graph().weights(), tensors).expect("weights");
+    let mut executor = cpu::Executor::new(Arc::new(plan), weights);
+    for (name, values) in inputs {
+        if executor.plan().graph().find_input(name).is_some() {
+            executor.input_mut(name).copy_from_slice(values);
+        }
+    }
+    executor.prologue();
+    executor.step();
+    outputs.into_iter().map(|name| (name.to_string(), executor.output(name).to_vec())).collect()
+}
+
+/// `||a - b|| / ||b||`.
+pub fn relative_l2(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| (*a as f64) - (*b as f64)));
+    difference / norm(&mut b.iter().map(|b| *b as f64))
+}
+
+/// `[n, c, pixels]` to `[n, pixels, c]`.
+pub fn nchw_to_nhwc(x: &[f32], n: usize, c: usize) -> Vec<f32> {
+    transpose(x, n, c, x.len() / n / c)
+}
+
+/// `[n, pixels, c]` to `[n, c, pixels]`.
+pub fn nhwc_to_nchw(x: &[f32], n: usize, c: usize) -> Vec<f32> {
+    transpose(x, n, x.len() / n / c, c)
+}
+
+fn transpose(x: &[f32], n: usize, rows: usize, columns: usize) -> Vec<f32> {
+    assert_eq!(x.len(), n * rows * columns);
+    let at = |i: usize| {
+        let (image, rest) = (i / (rows * columns), i % (rows * columns));
+        x[(image * rows + rest % rows) * columns + rest / rows]
+    };
+    (0..x.len()).map(at).collect()
+}
