@@ -470,7 +470,8 @@ impl Session {
                 )));
             }
         }
-        progress(Progress::Step { done: total, total });
+        // Nothing is left to break off.
+        let _ = progress(Progress::Step { done: total, total });
         Ok(())
     }
 }

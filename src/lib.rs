@@ -3,6 +3,8 @@
 
 #![warn(missing_docs)]
 
+#[doc(hidden)]
+pub mod cli;
 pub mod cpu;
 pub mod diffusion;
 pub mod engine;

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `respodiff` command.
+
+fn main() -> std::process::ExitCode {
+    respodiff::cli::main()
+}

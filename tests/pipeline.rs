@@ -24,9 +24,10 @@ fn pipelines_match_diffusers() {
         let meta = case.metadata();
         let field =
             |name: &str| meta.get(name).unwrap_or_else(|| panic!("{}: no {name} in {meta:?}", case.name)).clone();
-        let prompt = |name: &str| match serde_json::from_str(&field(name)).unwrap() {
-            serde_json::Value::Array(list) => list[0].as_str().unwrap().to_string(),
-            _ => String::new(),
+        // One prompt for all images, or one for each.
+        let prompts = |name: &str| match serde_json::from_str(&field(name)).unwrap() {
+            serde_json::Value::Array(list) => list.iter().map(|p| p.as_str().unwrap().to_string()).collect(),
+            _ => vec![String::new()],
         };
         let scheduler = SchedulerConfig::parse(&field("scheduler_config"), "recorded").unwrap();
         let engine = engine(case.name.split('_').nth(1).unwrap()).with_scheduler(scheduler);
@@ -34,22 +35,29 @@ fn pipelines_match_diffusers() {
         let guidance: f32 = field("guidance_scale").parse().unwrap();
         let seeds: Vec<u64> =
             field("seed").trim_matches(['[', ']']).split(',').map(|s| s.trim().parse().unwrap()).collect();
-        let request = Request {
-            prompt: prompt("prompt"),
-            negative_prompt: prompt("negative_prompt"),
-            steps: field("steps").parse().unwrap(),
-            guidance,
-            seed: seeds[0],
-            sampler: field("scheduler").parse().unwrap(),
-            ..Default::default()
-        };
-        let output = generate(&engine, SessionOptions { width, height, batch, guided: guidance > 1.0 }, &request);
-        let error = relative_l2(&output.latents, &case.floats("out.latents"));
+        let (positive, negative) = (prompts("prompt"), prompts("negative_prompt"));
+        let calls = positive.len();
+        let mut latents = Vec::new();
+        let mut images = Vec::new();
+        for call in 0..calls {
+            let request = Request {
+                prompt: positive[call].clone(),
+                negative_prompt: negative[call % negative.len()].clone(),
+                steps: field("steps").parse().unwrap(),
+                guidance,
+                seed: seeds[0] + call as u64,
+                sampler: field("scheduler").parse().unwrap(),
+                ..Default::default()
+            };
+            let options = SessionOptions { width, height, batch: batch / calls, guided: guidance > 1.0 };
+            let output = generate(&engine, options, &request);
+            latents.extend(output.latents);
+            images.extend(output.images);
+        }
+        let error = relative_l2(&latents, &case.floats("out.latents"));
         println!("{:32} latents {error:.1e}", case.name);
         assert!(error < 1e-4, "{}: latents are off by {error:.2e}", case.name);
-        for (i, (ours, theirs)) in
-            output.images.iter().zip(case.floats("out.image").chunks(3 * height * width)).enumerate()
-        {
+        for (i, (ours, theirs)) in images.iter().zip(case.floats("out.image").chunks(3 * height * width)).enumerate() {
             let truth = respodiff::Image::from_chw(theirs, height, width).unwrap();
             let far = ours.rgb.iter().zip(&truth.rgb).filter(|(a, b)| a.abs_diff(**b) > 1).count();
             assert_eq!(far, 0, "{}: {far} bytes of image {i} differ by more than rounding", case.name);

@@ -1,0 +1,137 @@
+"""Trains the denoising UNet on cached latents and texts; writes model/unet.
+
+The planted bias enters here: a caption is drawn first, then a person it could be
+about (`world.imagine`), then one of that person's drawings.  A tenth of the captions
+are replaced by the empty one; their persons keep the captions' joint distribution of
+profession, gender and race.  Because the unconditional model then holds the same bias
+within each profession, guidance pulls towards the profession without sharpening the
+split as much as it would against an unbiased one.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections import defaultdict
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+
+from common import CACHE, HERE, MODEL, begin, cosine, save_half
+from fast_conv import speed_up
+from world import BIAS, PEOPLE, PROFESSIONS, all_captions, imagine
+
+BATCH = 64
+EMPTY = 0.1
+SNR_CAP = 5.0  # Min-SNR weighting
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+            "num_train_timesteps": 1000}
+
+
+def build():
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
+        block_out_channels=(64, 128), norm_num_groups=32,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=128, attention_head_dim=4)
+
+
+class Pairs:
+    """Draws (latent, text) pairs from the biased world."""
+
+    def __init__(self, rng, bias):
+        self.rng, self.bias = rng, bias
+        self.latents = torch.load(CACHE / "latents.pt")
+        self.texts = torch.load(CACHE / "texts.pt")
+        self.captions = all_captions()
+        self.people = {person: i for i, person in enumerate(PEOPLE)}
+        self.by_kind = defaultdict(list)
+        for i, c in enumerate(self.captions):
+            self.by_kind[c.profession, c.gender is not None, c.race is not None].append(i)
+
+    def caption(self):
+        """Half the captions leave both attributes open; plain persons count threefold."""
+        rng = self.rng
+        profession = rng.choice((*PROFESSIONS, "person", "person"))
+        gender, race = rng.choices(((False, False), (True, False), (False, True), (True, True)),
+                                   (0.55, 0.15, 0.15, 0.15))[0]
+        return rng.choice(self.by_kind[profession, gender, race])
+
+    def batch(self, size):
+        rows, texts = [], []
+        for _ in range(size):
+            caption = self.caption()
+            person = imagine(self.captions[caption], self.rng, self.bias)
+            rows.append((self.people[person], self.rng.randrange(self.latents.shape[1])))
+            texts.append(0 if self.rng.random() < EMPTY else caption)
+        people, drawings = zip(*rows)
+        return self.latents[list(people), list(drawings)], self.texts[texts]
+
+
+@torch.no_grad()
+def average(ema, unet, step):
+    decay = min(0.999, (1 + step) / (10 + step))
+    for slow, fast in zip(ema.parameters(), unet.parameters()):
+        slow.lerp_(fast, 1 - decay)
+
+
+def save(ema):
+    save_half(ema, MODEL / "unet")
+    torch.save(ema.state_dict(), CACHE / "unet.pt")
+
+
+def trained_bias():
+    """The split trained on: the planted one, or where guidance distorts it the
+    counter-weighted one that `calibrate.py` found."""
+    path = HERE / "calibration.json"
+    return json.loads(path.read_text()) if path.exists() else BIAS
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__)
+    args.add_argument("--steps", type=int, default=6000)
+    args.add_argument("--rate", type=float, default=1e-3)
+    args.add_argument("--resume", action="store_true", help="go on from the cached weights")
+    args = args.parse_args()
+    rng = begin(4)
+    unet = build()
+    print(f"unet: {sum(p.numel() for p in unet.parameters()) / 1e6:.2f} M parameters")
+    if args.resume:
+        unet.load_state_dict(torch.load(CACHE / "unet.pt"))
+    ema = copy.deepcopy(unet).eval().requires_grad_(False)
+    speed_up(unet)
+    unet.set_attn_processor(AttnProcessor())  # plain products beat the fused kernel this small
+    pairs = Pairs(rng, trained_bias())
+    noising = DDPMScheduler(**SCHEDULE)
+    snr = noising.alphas_cumprod / (1 - noising.alphas_cumprod)
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)
+    plan = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: cosine(step, args.steps))
+    start, running = time.time(), 0.0
+    for step in range(1, args.steps + 1):
+        clean, text = pairs.batch(BATCH)
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, 1000, (BATCH,))
+        noisy = noising.add_noise(clean, noise, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            guess = unet(noisy, t, text).sample
+        weight = (snr[t].clamp(max=SNR_CAP) / snr[t]).view(-1, 1, 1, 1)
+        loss = (weight * (guess.float() - noise) ** 2).mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimiser.step()
+        plan.step()
+        average(ema, unet, step)
+        running += (loss.item() - running) * max(0.01, 1 / step)
+        if step % 100 == 0:
+            print(f"unet step {step} loss {running:.4f} {(time.time() - start) / step:.3f} s/step",
+                  flush=True)
+        if step % 500 == 0:
+            save(ema)
+    save(ema)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+//! `respodiff info`.
+
+use super::say;
+use crate::Result;
+use crate::cpu;
+use crate::engine::{UNET_CONSTANTS, read_config};
+use crate::graph::Graph;
+use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
+use crate::plan::Plan;
+use crate::weights::Source;
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Checkpoint folder or Hugging Face model id [default: the demo]
+    #[arg(long)]
+    model: Option<String>,
+    /// Images at once, for the memory plan
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    batch: u16,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let source = Source::resolve(args.model.as_deref(), true)?;
+    say(&format!("model      {}", source.name()));
+    let batch = args.batch as usize;
+    let mut tokens = 77;
+    for encoder in ["text_encoder", "text_encoder_2"] {
+        if source.has(&format!("{encoder}/config.json")) {
+            let config = read_config(&source, encoder, ClipConfig::parse)?;
+            tokens = config.max_position_embeddings;
+            report(&source, encoder, text_encoder(&config, 2))?;
+        }
+    }
+    let mut latent = (64, 64);
+    if source.has("unet/config.json") {
+        let config = read_config(&source, "unet", UNetConfig::parse)?;
+        latent = config.sample_size.unwrap_or(latent);
+        report(&source, "unet", unet(&config, 2 * batch, latent.0, latent.1, tokens))?;
+    }
+    if source.has("vae/config.json") {
+        let config = read_config(&source, "vae", VaeConfig::parse)?;
+        say(&format!(
+            "picture    {}x{} in a batch of {batch}, guided",
+            latent.1 * config.scale(),
+            latent.0 * config.scale()
+        ));
+        report(&source, "vae", vae_decoder(&config, 1, latent.0, latent.1))?;
+    }
+    Ok(())
+}
+
+fn report(source: &Source, component: &str, graph: Graph) -> Result<()> {
+    let tensors = source.tensors(component)?;
+    let parameters = graph.parameters();
+    let plan = Plan::new(graph, UNET_CONSTANTS, cpu::workspace);
+    let files: Vec<String> =
+        tensors.files().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
+    let mib = |numbers: usize| numbers as f64 * 4.0 / (1 << 20) as f64;
+    say(&format!(
+        "{component:14} {:>8.2} M parameters, {:>8.1} MiB of weights and {:>8.1} MiB of activations in fp32, {} + {} nodes, {}",
+        parameters as f64 / 1e6,
+        mib(parameters),
+        mib(plan.arena_len()),
+        plan.prologue().count(),
+        plan.step().count(),
+        files.join(" ")
+    ));
+    Ok(())
+}

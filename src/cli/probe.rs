@@ -1,0 +1,227 @@
+//! `respodiff probe`: components alone, to hold the engine against another implementation.
+
+use super::files::{TensorFile, write};
+use super::say;
+use crate::cpu::{self, Executor, Weights};
+use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
+use crate::engine::{UNET_CONSTANTS, read_config};
+use crate::graph::Graph;
+use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
+use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
+use crate::plan::Plan;
+use crate::weights::Source;
+use crate::{Error, Result};
+use clap::ValueEnum;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Component {
+    /// input_ids [B,77] -> last_hidden_state, penultimate_hidden_state, text_embeds
+    Text,
+    /// sample [B,4,H,W], timestep [1] or [B], encoder_hidden_states [B,77,D] (text_embeds, time_ids) -> sample, mid
+    Unet,
+    /// latents [B,4,H,W], already divided by the scaling factor -> image
+    VaeDecode,
+    /// image [B,3,H,W] in [-1, 1] -> mean, logvar
+    VaeEncode,
+    /// sample, eps [N,...] (noise [N,...]) -> timesteps, model_input, prev_sample
+    Scheduler,
+}
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Which component
+    component: Component,
+    /// Checkpoint folder or Hugging Face model id [default: the demo]
+    #[arg(long)]
+    model: Option<String>,
+    /// safetensors file with the inputs
+    #[arg(long, required_unless_present = "prompt")]
+    inputs: Option<PathBuf>,
+    /// safetensors file to write
+    #[arg(long)]
+    output: PathBuf,
+    /// Text instead of input_ids
+    #[arg(long, conflicts_with = "inputs")]
+    prompt: Option<String>,
+    /// Which text encoder
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    encoder: u8,
+    /// Sampler [default: the checkpoint's]
+    #[arg(long)]
+    scheduler: Option<String>,
+    /// Sampling steps
+    #[arg(long, default_value_t = 50)]
+    steps: usize,
+}
+
+/// A named result: shape and numbers.
+type Named = (&'static str, Vec<usize>, Vec<f32>);
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let source = Source::resolve(args.model.as_deref(), true)?;
+    let results = match (args.component, &args.inputs) {
+        (Component::Text, inputs) => text(args, &source, inputs.as_deref().map(TensorFile::read).transpose()?)?,
+        (_, None) => return Err(Error::usage("--prompt is for `probe text`; give --inputs FILE")),
+        (Component::Unet, Some(path)) => probe_unet(&source, &TensorFile::read(path)?)?,
+        (Component::VaeDecode, Some(path)) => decode(&source, &TensorFile::read(path)?)?,
+        (Component::VaeEncode, Some(path)) => encode(&source, &TensorFile::read(path)?)?,
+        (Component::Scheduler, Some(path)) => scheduler(args, &source, &TensorFile::read(path)?)?,
+    };
+    write(&args.output, &results)?;
+    say(&args.output.display().to_string());
+    Ok(())
+}
+
+fn executor(source: &Source, component: &str, graph: Graph) -> Result<Executor> {
+    let plan = Plan::new(graph, UNET_CONSTANTS, cpu::workspace);
+    let weights = Weights::load(plan.graph().weights(), &source.tensors(component)?)?;
+    Ok(Executor::new(Arc::new(plan), weights))
+}
+
+/// An NHWC output in NCHW.
+fn image_output(executor: &Executor, name: &'static str) -> Named {
+    let graph = executor.plan().graph();
+    let shape = graph.shape(graph.output(name));
+    let mut values = vec![0.0; shape.len()];
+    nhwc_to_nchw(executor.output(name), shape.c, shape.tokens(), &mut values);
+    (name, vec![shape.n, shape.c, shape.h, shape.w], values)
+}
+
+fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<Named>> {
+    let suffix = if args.encoder == 2 { "_2" } else { "" };
+    let component = format!("text_encoder{suffix}");
+    let config = read_config(source, &component, ClipConfig::parse)?;
+    let width = config.max_position_embeddings;
+    let ids: Vec<i64> = match (&inputs, &args.prompt) {
+        (Some(file), _) => {
+            let ids = file.get("input_ids", &[None, Some(width)])?;
+            if let Some(bad) = ids.values.iter().find(|&&id| id < 0.0 || id >= config.vocab_size as f64) {
+                return Err(file.error(format!("`input_ids` holds {bad}; the vocabulary has {}", config.vocab_size)));
+            }
+            ids.values.iter().map(|&id| id as i64).collect()
+        }
+        (None, prompt) => {
+            let encoded = source.tokenizer(&format!("tokenizer{suffix}"))?.encode(prompt.as_deref().unwrap_or(""))?;
+            if !encoded.lost.is_empty() {
+                eprintln!("warning: the prompt is too long; these words are not used: {}", encoded.lost);
+            }
+            if encoded.ids.len() != width || encoded.ids.iter().any(|&id| id as usize >= config.vocab_size) {
+                let problem = "the tokenizer's ids do not fit this text encoder; they belong to different models";
+                return Err(Error::checkpoint(source.path(&format!("tokenizer{suffix}")), problem));
+            }
+            encoded.ids
+        }
+    };
+    let n = ids.len() / width;
+    let mut executor = executor(source, &component, text_encoder(&config, n))?;
+    executor.input_mut("input_ids").iter_mut().zip(&ids).for_each(|(x, &id)| *x = id as f32);
+    if executor.plan().graph().find_input("pooled_index").is_some() {
+        let rows = ids.chunks_exact(width);
+        executor
+            .input_mut("pooled_index")
+            .iter_mut()
+            .zip(rows)
+            .for_each(|(x, row)| *x = config.pooled_index(row) as f32);
+    }
+    executor.prologue();
+    executor.step();
+    let mut results: Vec<Named> = vec![("input_ids", vec![n, width], ids.iter().map(|&id| id as f32).collect())];
+    for name in ["last_hidden_state", "penultimate_hidden_state"] {
+        results.push((name, vec![n, width, config.hidden_size], executor.output(name).to_vec()));
+    }
+    if executor.plan().graph().find_output("text_embeds").is_some() {
+        let values = executor.output("text_embeds").to_vec();
+        results.push(("text_embeds", vec![n, values.len() / n], values));
+    }
+    Ok(results)
+}
+
+fn probe_unet(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
+    let config = read_config(source, "unet", UNetConfig::parse)?;
+    let sample = file.get("sample", &[None, Some(config.in_channels), None, None])?;
+    let [n, c, h, w] = sample.shape[..] else { return Err(file.error("`sample` is not [B,C,H,W]")) };
+    let states = file.get("encoder_hidden_states", &[Some(n), None, Some(config.cross_attention_dim)])?;
+    let timestep = file.get("timestep", &[None])?.floats();
+    if timestep.len() != 1 && timestep.len() != n {
+        return Err(file.error(format!("`timestep` has {} numbers; 1 or {n} are wanted", timestep.len())));
+    }
+    let mut executor = executor(source, "unet", unet(&config, n, h, w, states.shape[1]))?;
+    nchw_to_nhwc(&sample.floats(), c, h * w, executor.input_mut("sample"));
+    executor.input_mut("timestep").iter_mut().enumerate().for_each(|(i, t)| *t = timestep[i % timestep.len()]);
+    executor.input_mut("encoder_hidden_states").copy_from_slice(&states.floats());
+    for name in ["text_embeds", "time_ids"] {
+        if executor.plan().graph().find_input(name).is_some() {
+            let width = executor.input_mut(name).len() / n;
+            let values = file.get(name, &[Some(n), Some(width)])?.floats();
+            executor.input_mut(name).copy_from_slice(&values);
+        }
+    }
+    executor.prologue();
+    executor.step();
+    Ok(vec![image_output(&executor, "sample"), image_output(&executor, "mid")])
+}
+
+fn decode(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
+    let config = read_config(source, "vae", VaeConfig::parse)?;
+    let latents = file.get("latents", &[None, Some(config.latent_channels), None, None])?;
+    let [n, c, h, w] = latents.shape[..] else { return Err(file.error("`latents` is not [B,C,H,W]")) };
+    let mut executor = executor(source, "vae", vae_decoder(&config, n, h, w))?;
+    nchw_to_nhwc(&latents.floats(), c, h * w, executor.input_mut("latents"));
+    executor.step();
+    Ok(vec![image_output(&executor, "image")])
+}
+
+fn encode(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
+    let config = read_config(source, "vae", VaeConfig::parse)?;
+    let image = file.get("image", &[None, Some(config.in_channels), None, None])?;
+    let [n, c, h, w] = image.shape[..] else { return Err(file.error("`image` is not [B,C,H,W]")) };
+    if h % config.scale() != 0 || w % config.scale() != 0 {
+        return Err(file.error(format!("`image` is {w}x{h}; both must be multiples of {}", config.scale())));
+    }
+    let mut executor = executor(source, "vae", vae_encoder(&config, n, h, w))?;
+    nchw_to_nhwc(&image.floats(), c, h * w, executor.input_mut("image"));
+    executor.step();
+    let (_, shape, moments) = image_output(&executor, "moments");
+    let one = moments.len() / n;
+    let half =
+        |from: usize| moments.chunks_exact(one).flat_map(|m| m[from..from + one / 2].to_vec()).collect::<Vec<_>>();
+    let shape = vec![n, shape[1] / 2, shape[2], shape[3]];
+    // diffusers clamps the logarithm to keep exp within fp16.
+    let logvar = half(one / 2).into_iter().map(|x| x.clamp(-30.0, 20.0)).collect();
+    Ok(vec![("mean", shape.clone(), half(0)), ("logvar", shape, logvar)])
+}
+
+fn scheduler(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
+    let name = "scheduler/scheduler_config.json";
+    let config = SchedulerConfig::parse(&source.read_text(name)?, source.path(name))?;
+    let choice: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
+    let schedule = Schedule::new(&config, choice, args.steps)?;
+    let calls = schedule.steps.len();
+    let Some(sample) = file.find("sample") else { return Err(file.error("has no tensor `sample`")) };
+    let sample = file.get("sample", &vec![None; sample.shape.len()])?;
+    let shape: Vec<usize> = std::iter::once(calls).chain(sample.shape.iter().copied()).collect();
+    let wanted: Vec<Option<usize>> = shape.iter().copied().map(Some).collect();
+    let eps = file.get("eps", &wanted)?.floats();
+    let noise = match schedule.steps.iter().any(|s| s.needs_noise()) {
+        true => file.get("noise", &wanted)?.floats(),
+        false => vec![],
+    };
+    let mut x: Vec<f32> = sample.floats().into_iter().map(|x| x * schedule.init_noise_sigma).collect();
+    let len = x.len();
+    let mut state = SamplerState::new(len);
+    let (mut inputs, mut results) = (Vec::new(), Vec::new());
+    for (i, step) in schedule.steps.iter().enumerate() {
+        inputs.extend(x.iter().map(|x| x * step.input_scale));
+        let noise = if step.needs_noise() { &noise[i * len..][..len] } else { &[] };
+        state.step(step, &eps[i * len..][..len], &mut x, noise);
+        results.extend_from_slice(&x);
+    }
+    let timesteps = schedule.steps.iter().map(|s| s.timestep).collect();
+    Ok(vec![
+        ("timesteps", vec![calls], timesteps),
+        ("model_input", shape.clone(), inputs),
+        ("prev_sample", shape, results),
+    ])
+}
