@@ -212,6 +212,12 @@ impl Engine {
         (w * self.0.vae.config.scale(), h * self.0.vae.config.scale())
     }
 
+    /// Shape of a session's latents in files, `[batch, channels, height, width]`.
+    pub fn latent_shape(&self, options: SessionOptions) -> [usize; 4] {
+        let vae = &self.0.vae.config;
+        [options.batch, vae.latent_channels, options.height / vae.scale(), options.width / vae.scale()]
+    }
+
     /// The tokens of a prompt, and the words that do not fit.
     ///
     /// # Errors
@@ -240,7 +246,7 @@ impl Engine {
         let scale = self.0.vae.config.scale();
         for (name, size) in [("width", width), ("height", height)] {
             if size == 0 || size % scale != 0 || size > MAX_SIZE {
-                let near = (size.min(MAX_SIZE) / scale).max(1) * scale;
+                let near = ((size.min(MAX_SIZE) + scale / 2) / scale).max(1) * scale;
                 return Err(Error::usage(format!(
                     "{name} {size} is not possible: it must be a multiple of {scale} up to {MAX_SIZE}; {near} is near"
                 )));
@@ -305,7 +311,8 @@ fn check_fit(source: &Source, text: &ClipConfig, unet: &UNetConfig, vae: &VaeCon
     Err(Error::checkpoint(source.path("unet/config.json"), problem))
 }
 
-/// The scheduler's config, with what diffusers' StableDiffusionPipeline forces on checkpoints from before these fields.
+/// The scheduler's config, with what diffusers' StableDiffusionPipeline forces on checkpoints from before these fields:
+/// an offset of one step, and no clipping of latents as if they were pixels.
 fn read_scheduler(source: &Source) -> Result<SchedulerConfig> {
     let file = "scheduler/scheduler_config.json";
     let path = source.path(file);

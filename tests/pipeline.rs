@@ -103,14 +103,11 @@ fn impossible_requests_are_refused() {
     let mut go = |request: Request, flow: ControlFlow<()>| session.generate(&request, &mut |_| flow);
     let fine = Request { prompt: "a doctor".into(), steps: 2, ..Default::default() };
     let next = ControlFlow::Continue(());
-    assert_eq!(go(Request { steps: 0, ..fine.clone() }, next).err().expect("refused").exit_code(), 2);
-    assert_eq!(go(Request { guidance: f32::NAN, ..fine.clone() }, next).err().expect("refused").exit_code(), 2);
-    assert_eq!(
-        go(Request { latents: Some(vec![0.0; 3]), ..fine.clone() }, next).err().expect("refused").exit_code(),
-        2
-    );
-    let huge = go(Request { guidance: 3e38, ..fine.clone() }, next).err().expect("refused");
+    assert_eq!(go(Request { steps: 0, ..fine.clone() }, next).expect_err("refused").exit_code(), 2);
+    assert_eq!(go(Request { guidance: f32::NAN, ..fine.clone() }, next).expect_err("refused").exit_code(), 2);
+    assert_eq!(go(Request { latents: Some(vec![0.0; 3]), ..fine.clone() }, next).expect_err("refused").exit_code(), 2);
+    let huge = go(Request { guidance: 3e38, ..fine.clone() }, next).expect_err("refused");
     assert!(matches!(huge, respodiff::Error::NonFinite(_)), "{huge}");
-    assert_eq!(go(fine.clone(), ControlFlow::Break(())).err().expect("refused").exit_code(), 130);
+    assert_eq!(go(fine.clone(), ControlFlow::Break(())).expect_err("refused").exit_code(), 130);
     assert!(go(fine, next).is_ok());
 }

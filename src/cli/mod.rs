@@ -59,10 +59,20 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", error.to_string().replace('\n', " "));
+            complain("error", &error.to_string());
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// Warns on stderr.
+fn warn(text: &str) {
+    complain("warning", text);
+}
+
+fn complain(kind: &str, text: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "{kind}: {}", text.replace('\n', " "));
 }
 
 /// Prints a line to stdout; a reader that went away is no error.

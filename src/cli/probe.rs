@@ -1,7 +1,7 @@
 //! `respodiff probe`: components alone, to hold the engine against another implementation.
 
 use super::files::{TensorFile, write};
-use super::say;
+use super::{say, warn};
 use crate::cpu::{self, Executor, Weights};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 use crate::engine::{UNET_CONSTANTS, read_config};
@@ -105,7 +105,7 @@ fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<
         (None, prompt) => {
             let encoded = source.tokenizer(&format!("tokenizer{suffix}"))?.encode(prompt.as_deref().unwrap_or(""))?;
             if !encoded.lost.is_empty() {
-                eprintln!("warning: the prompt is too long; these words are not used: {}", encoded.lost);
+                warn(&format!("the prompt is too long; these words are not used: {}", encoded.lost));
             }
             if encoded.ids.len() != width || encoded.ids.iter().any(|&id| id as usize >= config.vocab_size) {
                 let problem = "the tokenizer's ids do not fit this text encoder; they belong to different models";

@@ -1,6 +1,6 @@
 //! `respodiff sample`.
 
-use super::{Device, files, say};
+use super::{Device, files, say, warn};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, Progress, Request, SessionOptions};
@@ -76,10 +76,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
     let source = Source::resolve(args.model.as_deref(), true)?;
     let engine = Engine::open(&source)?;
+    let schedule = engine.schedule(sampler, args.steps)?;
     for (name, prompt) in [("prompt", &args.prompt), ("negative prompt", &args.negative_prompt)] {
         let lost = engine.tokenize(prompt)?.lost;
         if !lost.is_empty() {
-            eprintln!("warning: the {name} is too long; these words are not used: {lost}");
+            warn(&format!("the {name} is too long; these words are not used: {lost}"));
         }
     }
     let (width, height) = engine.default_size();
@@ -90,7 +91,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         guided: args.guidance > 1.0,
     };
     let mut session = engine.session(options)?;
-    let shape = vec![args.batch, 4, options.height / 8, options.width / 8];
+    let shape = engine.latent_shape(options).to_vec();
     let latents = match &args.latents {
         Some(path) => {
             let wanted: Vec<Option<usize>> = shape.iter().copied().map(Some).collect();
@@ -98,7 +99,6 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
         None => None,
     };
-    let schedule = engine.schedule(sampler, args.steps)?;
     let request = Request {
         prompt: args.prompt.clone(),
         negative_prompt: args.negative_prompt.clone(),
@@ -166,7 +166,9 @@ fn random_seed() -> u64 {
 /// A file for each image, in folders that can be written to.
 fn output_files(args: &Args, seed: u64) -> Result<Vec<PathBuf>> {
     let words: String = args.prompt.chars().map(|c| if c.is_alphanumeric() { c } else { ' ' }).collect();
-    let slug: String = words.split_whitespace().collect::<Vec<_>>().join("-").chars().take(60).collect();
+    let mut slug = words.split_whitespace().collect::<Vec<_>>().join("-");
+    // File systems limit names to 255 bytes.
+    slug.truncate(slug.floor_char_boundary(100));
     let default = format!("{}-{seed}.png", if slug.is_empty() { "image" } else { &slug });
     let path = match &args.out {
         Some(path) if path.is_dir() => free_name(path.join(default), args.batch),
