@@ -73,7 +73,7 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
     group.sample_size(10).measurement_time(Duration::from_secs(5)).warm_up_time(Duration::from_millis(500));
     let networks = [
         ("text_encoder", "text, 2 prompts", text_encoder(&text, 2)),
-        ("unet", "unet, guided step", unet(&unet_config, 2, h, w, text.max_position_embeddings)),
+        ("unet", "unet, guided step", unet(&unet_config, 2, h, w, text.max_position_embeddings, 0)),
         ("vae", "vae decode", vae_decoder(&vae, 1, h, w)),
     ];
     for (component, label, graph) in networks {
@@ -106,7 +106,7 @@ fn sd15(c: &mut Criterion) {
     let text = ClipConfig::parse(SD15_TEXT, path).expect("config");
     random_weights(folder.path(), "text_encoder", SD15_TEXT, &text_encoder(&text, 1));
     let unet_config = UNetConfig::parse(SD15_UNET, path).expect("config");
-    random_weights(folder.path(), "unet", SD15_UNET, &unet(&unet_config, 1, 8, 8, 77));
+    random_weights(folder.path(), "unet", SD15_UNET, &unet(&unet_config, 1, 8, 8, 77, 0));
     let vae = VaeConfig::parse(SD15_VAE, path).expect("config");
     random_weights(folder.path(), "vae", SD15_VAE, &vae_decoder(&vae, 1, 8, 8));
     measure(c, "sd15", &Source::folder(folder.path()).expect("a checkpoint"));

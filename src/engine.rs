@@ -182,7 +182,7 @@ impl Engine {
             tokenizer: Arc::new(tokenizer),
             scheduler: read_scheduler(source)?,
             text: Network { weights: load("text_encoder", text_encoder(&text, 1))?, config: text },
-            unet: Network { weights: load("unet", unet(&unet_config, 1, 8, 8, 1))?, config: unet_config },
+            unet: Network { weights: load("unet", unet(&unet_config, 1, 8, 8, 1, 0))?, config: unet_config },
             vae: Network { weights: load("vae", vae_decoder(&vae, 1, 8, 8))?, config: vae },
         };
         Ok(Engine(Arc::new(parts)))
@@ -260,7 +260,7 @@ impl Engine {
         let tokens = self.0.text.config.max_position_embeddings;
         Ok([
             Plan::new(text_encoder(&self.0.text.config, rows), &[], cpu::workspace),
-            Plan::new(unet(&self.0.unet.config, rows * batch, h, w, tokens), UNET_CONSTANTS, cpu::workspace),
+            Plan::new(unet(&self.0.unet.config, rows * batch, h, w, tokens, 0), UNET_CONSTANTS, cpu::workspace),
             Plan::new(vae_decoder(&self.0.vae.config, 1, h, w), &[], cpu::workspace),
         ])
     }

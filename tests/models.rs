@@ -64,7 +64,7 @@ fn unets() {
         let (text, path) = config(&source, "unet");
         let config = UNetConfig::parse(&text, &path).expect("config");
         let [n, c, h, w] = case.shape("sample")[..] else { panic!("sample is NCHW") };
-        let graph = unet(&config, n, h, w, case.shape("encoder_hidden_states")[1]);
+        let graph = unet(&config, n, h, w, case.shape("encoder_hidden_states")[1], 0);
         let mid_channels = graph.shape(graph.output("mid")).c;
         let timestep = case.floats("timestep");
         let mut inputs = HashMap::from([

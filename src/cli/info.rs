@@ -35,7 +35,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if source.has("unet/config.json") {
         let config = read_config(&source, "unet", UNetConfig::parse)?;
         latent = config.sample_size.unwrap_or(latent);
-        report(&source, "unet", unet(&config, 2 * batch, latent.0, latent.1, tokens))?;
+        report(&source, "unet", unet(&config, 2 * batch, latent.0, latent.1, tokens, 0))?;
     }
     if source.has("vae/config.json") {
         let config = read_config(&source, "vae", VaeConfig::parse)?;

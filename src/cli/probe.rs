@@ -147,7 +147,7 @@ fn probe_unet(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     if timestep.len() != 1 && timestep.len() != n {
         return Err(file.error(format!("`timestep` has {} numbers; 1 or {n} are wanted", timestep.len())));
     }
-    let mut executor = executor(source, "unet", unet(&config, n, h, w, states.shape[1]))?;
+    let mut executor = executor(source, "unet", unet(&config, n, h, w, states.shape[1], 0))?;
     nchw_to_nhwc(&sample.floats(), c, h * w, executor.input_mut("sample"));
     executor.input_mut("timestep").iter_mut().enumerate().for_each(|(i, t)| *t = timestep[i % timestep.len()]);
     executor.input_mut("encoder_hidden_states").copy_from_slice(&states.floats());

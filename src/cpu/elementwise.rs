@@ -26,6 +26,22 @@ dispatch! {
     }
 }
 
+/// Each image plus its weighted sum of modules. Memory bound: one read and one write of the bottleneck.
+pub(super) fn concepts(x: TensorId, modules: TensorId, weights: TensorId, out: TensorId, memory: &Memory) {
+    let one = memory.shape(modules).tokens() * memory.shape(modules).c;
+    let slots = memory.shape(weights).c;
+    let (x, modules) = (memory.read(x), memory.read(modules));
+    let images = memory.write(out).par_chunks_exact_mut(one).zip(x.par_chunks_exact(one));
+    images.zip(memory.read(weights).par_chunks_exact(slots)).for_each(|((out, x), weights)| {
+        out.copy_from_slice(x);
+        for (module, &weight) in modules.chunks_exact(one).zip(weights) {
+            if weight != 0.0 {
+                out.iter_mut().zip(module).for_each(|(o, m)| *o += weight * m);
+            }
+        }
+    });
+}
+
 /// Rows of `tokens` and `positions`. Ids were checked against the vocabulary by whoever wrote them.
 pub(super) fn embed(ids: TensorId, tokens: &[f32], positions: &[f32], out: TensorId, memory: &Memory) {
     let shape = memory.shape(out);

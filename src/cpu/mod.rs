@@ -99,6 +99,7 @@ impl Executor {
             Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift } => {
                 elementwise::sinusoid(x, dim, flip_sin_to_cos, freq_shift, out, &memory)
             }
+            Op::Concepts { x, modules, weights } => elementwise::concepts(x, modules, weights, out, &memory),
             Op::SelectToken { x, index } => elementwise::select_token(x, index, out, &memory),
         }
     }

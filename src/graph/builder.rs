@@ -222,6 +222,12 @@ impl GraphBuilder {
         self.node(name, Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift }, shape)
     }
 
+    /// RespoDiff's transform: `modules` is `[k, h, w, c]` and `weights` `[n, 1, 1, k]`.
+    pub fn concepts(&mut self, name: &str, x: TensorId, modules: TensorId, weights: TensorId) -> TensorId {
+        let shape = self.shape(x);
+        self.node(name, Op::Concepts { x, modules, weights }, shape)
+    }
+
     /// One token of each image.
     pub fn select_token(&mut self, name: &str, x: TensorId, index: TensorId) -> TensorId {
         let shape = self.shape(x);

@@ -265,6 +265,15 @@ pub enum Op {
         /// Subtracted from `dim / 2` in the frequency's denominator.
         freq_shift: f32,
     },
+    /// RespoDiff's transform of the bottleneck (arXiv 2509.15257): `x + sum_k weights[image, k] * modules[k]`.
+    Concepts {
+        /// The middle block's output.
+        x: TensorId,
+        /// `[k, h, w, c]`: one learnt tensor a slot, shared by all images.
+        modules: TensorId,
+        /// `[n, 1, 1, k]`: how much of each an image gets; zeros leave it as it is, bit for bit.
+        weights: TensorId,
+    },
     /// One token of each image.
     SelectToken {
         /// `[n, 1, tokens, c]`.
@@ -282,6 +291,7 @@ impl Op {
             Op::GroupNorm { sources, scale_shift, .. } => [Some(sources.x), sources.skip, scale_shift, None],
             Op::LayerNorm { x, .. } | Op::Activate { x, .. } | Op::Sinusoid { x, .. } => [Some(x), None, None, None],
             Op::Attention { q, k, v, .. } => [Some(q.tensor), Some(k.tensor), Some(v.tensor), None],
+            Op::Concepts { x, modules, weights } => [Some(x), Some(modules), Some(weights), None],
             Op::Embed { ids, .. } => [Some(ids), None, None, None],
             Op::SelectToken { x, index } => [Some(x), Some(index), None, None],
         };

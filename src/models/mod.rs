@@ -14,5 +14,5 @@ mod vae;
 
 pub use clip::text_encoder;
 pub use config::{ClipConfig, TextTime, UNetConfig, UNetLevel, VaeConfig};
-pub use unet::unet;
+pub use unet::{unet, unet_halves};
 pub use vae::{vae_decoder, vae_encoder};

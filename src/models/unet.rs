@@ -10,28 +10,65 @@ const TRANSFORMER_EPS: f32 = 1e-6;
 /// Added to the variance in layer norms.
 const LAYER_EPS: f32 = 1e-5;
 
-/// The UNet for latents of `h` by `w` and prompts of `tokens` tokens.
+/// The UNet for latents of `h` by `w` and prompts of `tokens` tokens, with room for `concepts` bottleneck modules.
 ///
 /// Inputs: `sample` `[n, h, w, in_channels]`, `timestep` `[n, 1, 1, 1]`, `encoder_hidden_states`
-/// `[n, 1, tokens, cross_attention_dim]`, and for SDXL `text_embeds` `[n, 1, 1, text_embed_dim]` and `time_ids`
-/// `[n, 1, 1, 6]`. Outputs: `sample` `[n, h, w, out_channels]` and `mid`, the middle block's.
-pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize) -> Graph {
+/// `[n, 1, tokens, cross_attention_dim]`; for SDXL `text_embeds` `[n, 1, 1, text_embed_dim]` and `time_ids`
+/// `[n, 1, 1, 6]`; with concepts `modules` `[concepts, h', w', c]` and `module_weights` `[n, 1, 1, concepts]`. Outputs:
+/// `sample` `[n, h, w, out_channels]` and `mid`, the middle block's before the concepts.
+pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize, concepts: usize) -> Graph {
     let mut g = GraphBuilder::new();
     let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
     let time = time_embedding(&mut g, config, batch);
     let context = g.input("encoder_hidden_states", Shape::new(batch, 1, tokens, config.cross_attention_dim));
     let mut net = UNet { config, g, time, context };
-
-    let (mut x, mut skips) = net.down(sample);
-    x = net.middle(x);
+    let (x, mut skips) = net.down(sample);
+    let x = net.middle(x);
     net.g.output("mid", x);
-    x = net.up(x, &mut skips);
+    let x = net.concepts(x, concepts);
+    net.up(x, &mut skips);
+    net.g.finish()
+}
 
-    let mut g = net.g;
-    x = g.group_norm("conv_norm_out", x, config.norm_num_groups, config.norm_eps, true, None); // [n, h, w, c]
-    x = g.conv("conv_out", x, config.out_channels, ConvOptions::conv3x3()); // [n, h, w, out_channels]
-    g.output("sample", x);
-    g.finish()
+/// The same UNet cut after the middle block, for training: the way there, and from there on.
+///
+/// The first graph has the inputs of [`unet`] and the outputs `mid`, `time` (what the resnets read of the timestep) and
+/// `skip.0`, `skip.1`, ...; the second reads these, and `encoder_hidden_states` and the concepts as [`unet`] does, and
+/// its outputs are `sample` and `mid_shifted`, the bottleneck with its concepts.
+pub fn unet_halves(
+    config: &UNetConfig,
+    batch: usize,
+    h: usize,
+    w: usize,
+    tokens: usize,
+    concepts: usize,
+) -> (Graph, Graph) {
+    let mut g = GraphBuilder::new();
+    let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
+    let time = time_embedding(&mut g, config, batch);
+    let states = Shape::new(batch, 1, tokens, config.cross_attention_dim);
+    let context = g.input("encoder_hidden_states", states);
+    let mut first = UNet { config, g, time, context };
+    let (x, skips) = first.down(sample);
+    let x = first.middle(x);
+    first.g.output("mid", x);
+    first.g.output("time", time);
+    for (i, &skip) in skips.iter().enumerate() {
+        first.g.output(&format!("skip.{i}"), skip);
+    }
+    let first = first.g.finish();
+
+    let mut g = GraphBuilder::new();
+    let x = g.input("mid", first.shape(x));
+    let time = g.input("time", first.shape(time));
+    let context = g.input("encoder_hidden_states", states);
+    let mut skips: Vec<TensorId> =
+        skips.iter().enumerate().map(|(i, &skip)| g.input(&format!("skip.{i}"), first.shape(skip))).collect();
+    let mut second = UNet { config, g, time, context };
+    let x = second.concepts(x, concepts);
+    second.g.output("mid_shifted", x);
+    second.up(x, &mut skips);
+    (first, second.g.finish())
 }
 
 /// The timestep, and in SDXL the picture's sizes and the pooled prompt, as every resnet reads them.
@@ -94,7 +131,19 @@ impl UNet<'_> {
         self.resnet("mid_block.resnets.1", x, level.channels, scale)
     }
 
-    fn up(&mut self, mut x: TensorId, skips: &mut Vec<TensorId>) -> TensorId {
+    /// The transform of the bottleneck, where there is room for concepts.
+    fn concepts(&mut self, x: TensorId, slots: usize) -> TensorId {
+        if slots == 0 {
+            return x;
+        }
+        let shape = self.g.shape(x);
+        let modules = self.g.input("modules", Shape { n: slots, ..shape });
+        let weights = self.g.input("module_weights", Shape::new(shape.n, 1, 1, slots));
+        self.g.concepts("mid_block.concepts", x, modules, weights) // [n, h, w, c]
+    }
+
+    /// From the bottleneck to the output `sample`.
+    fn up(&mut self, mut x: TensorId, skips: &mut Vec<TensorId>) {
         for (i, level) in self.config.levels.iter().rev().enumerate() {
             let name = format!("up_blocks.{i}");
             for j in 0..=level.layers {
@@ -110,7 +159,10 @@ impl UNet<'_> {
                 x = upsample(&mut self.g, &name, x, (h, w)); // [n, h, w, c]
             }
         }
-        x
+        let (groups, eps) = (self.config.norm_num_groups, self.config.norm_eps);
+        x = self.g.group_norm("conv_norm_out", x, groups, eps, true, None); // [n, h, w, c]
+        x = self.g.conv("conv_out", x, self.config.out_channels, ConvOptions::conv3x3()); // [n, h, w, out_channels]
+        self.g.output("sample", x);
     }
 
     fn resnet(&mut self, name: &str, sources: impl Into<Sources>, channels: usize, scale: f32) -> TensorId {
