@@ -7,7 +7,7 @@
 use super::gemm::{PANEL, ROWS, Segment, multiply, pack_panel, packed_len};
 use super::simd::{dispatch, exp};
 use super::{Memory, SharedOutput};
-use crate::graph::{Shape, TensorId, View};
+use crate::graph::{Attention, Shape, TensorId, View};
 use rayon::prelude::*;
 
 /// Queries of a block.
@@ -22,20 +22,15 @@ fn sizes(keys: usize, head_dim: usize) -> (usize, usize, usize) {
 }
 
 /// Elements of scratch memory: the packed keys and values of every head, and every task's accumulators.
-pub(super) fn workspace(q: Shape, k: Shape, heads: usize, head_dim: usize) -> usize {
-    let (keys, values, accumulators) = sizes(k.tokens(), head_dim);
-    q.n * heads * (keys + values + q.tokens().div_ceil(Q_BLOCK) * accumulators)
+pub(super) fn workspace(attention: &Attention, shape: impl Fn(TensorId) -> Shape) -> usize {
+    let (q, k) = (shape(attention.q.tensor), shape(attention.k.tensor));
+    let (keys, values, accumulators) = sizes(k.tokens(), attention.head_dim);
+    q.n * attention.heads * (keys + values + q.tokens().div_ceil(Q_BLOCK) * accumulators)
 }
 
-pub(super) fn run(
-    [q, k, v]: [View; 3],
-    heads: usize,
-    head_dim: usize,
-    scale: f32,
-    causal: bool,
-    out: TensorId,
-    memory: &Memory,
-) {
+/// Runs an [`Attention`].
+pub(super) fn run(attention: &Attention, out: TensorId, memory: &Memory) {
+    let Attention { q, k, v, heads, head_dim, scale, causal } = *attention;
     let shape = memory.shape(out);
     let (queries, keys) = (shape.tokens(), memory.shape(k.tensor).tokens());
     let (key_len, value_len, accumulator_len) = sizes(keys, head_dim);

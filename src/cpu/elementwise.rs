@@ -1,29 +1,98 @@
 //! Small operations: activations alone, embeddings, token selection.
 
 use super::Memory;
-use super::simd::{dispatch, gelu, quick_gelu, silu};
+use super::simd::{dispatch, exp, gelu, gelu_slope, quick_gelu, silu, silu_slope};
 use crate::graph::{Activation, TensorId};
 use rayon::prelude::*;
 
 /// Numbers a thread takes at a time.
 const CHUNK: usize = 1 << 14;
 
+/// Runs an [`Activation`] alone.
 pub(super) fn activate(x: TensorId, activation: Activation, out: TensorId, memory: &Memory) {
-    let x = memory.read(x);
-    let chunks = memory.write(out).par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
-    chunks.for_each(|(out, x)| apply(activation, x, out));
+    let (from, to) = (memory.shape(x).c, memory.shape(out).c);
+    let rows = (CHUNK / from).max(1);
+    let chunks = memory.write(out).par_chunks_mut(rows * to).zip(memory.read(x).par_chunks(rows * from));
+    chunks.for_each(|(out, x)| apply(activation, x, to, out));
 }
 
 dispatch! {
-    fn apply(activation: Activation, x: &[f32], out: &mut [f32]) {
+    fn apply(activation: Activation, x: &[f32], channels: usize, out: &mut [f32]) {
         let f = match activation {
             Activation::Silu => return out.iter_mut().zip(x).for_each(|(o, x)| *o = silu(*x)),
+            Activation::Geglu => {
+                for (out, x) in out.chunks_exact_mut(channels).zip(x.chunks_exact(2 * channels)) {
+                    let (values, gates) = x.split_at(channels);
+                    for ((o, v), g) in out.iter_mut().zip(values).zip(gates) {
+                        *o = v * gelu(*g);
+                    }
+                }
+                return;
+            }
             Activation::Gelu => gelu,
             Activation::QuickGelu => quick_gelu,
-            Activation::None | Activation::Geglu => |x| x,
+            Activation::None => |x| x,
         };
         out.iter_mut().zip(x).for_each(|(o, x)| *o = f(*x));
     }
+}
+
+/// The gradient by the argument.
+pub(super) fn activate_gradient(x: TensorId, activation: Activation, d: TensorId, out: TensorId, memory: &Memory) {
+    let (from, to) = (memory.shape(d).c, memory.shape(out).c);
+    let rows = (CHUNK / to).max(1);
+    let chunks = memory.write(out).par_chunks_mut(rows * to).zip(memory.read(x).par_chunks(rows * to));
+    chunks.zip(memory.read(d).par_chunks(rows * from)).for_each(|((out, x), d)| slope(activation, x, d, from, out));
+}
+
+dispatch! {
+    fn slope(activation: Activation, x: &[f32], d: &[f32], channels: usize, out: &mut [f32]) {
+        match activation {
+            Activation::None => out.copy_from_slice(d),
+            Activation::Silu => out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| *o = d * silu_slope(*x)),
+            Activation::Gelu => out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| *o = d * gelu_slope(*x)),
+            Activation::QuickGelu => out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| {
+                let sigmoid = 1.0 / (1.0 + exp(-1.702 * x));
+                *o = d * sigmoid * (1.0 + 1.702 * x * (1.0 - sigmoid));
+            }),
+            Activation::Geglu => {
+                let rows = out.chunks_exact_mut(2 * channels).zip(x.chunks_exact(2 * channels));
+                for ((out, x), d) in rows.zip(d.chunks_exact(channels)) {
+                    let (values, gates) = x.split_at(channels);
+                    let (by_value, by_gate) = out.split_at_mut(channels);
+                    for i in 0..channels.min(d.len()) {
+                        by_value[i] = d[i] * gelu(gates[i]);
+                        by_gate[i] = d[i] * values[i] * gelu_slope(gates[i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `a + b`.
+pub(super) fn add(a: TensorId, b: TensorId, out: TensorId, memory: &Memory) {
+    let terms = memory.read(a).par_chunks(CHUNK).zip(memory.read(b).par_chunks(CHUNK));
+    memory.write(out).par_chunks_mut(CHUNK).zip(terms).for_each(|(out, (a, b))| {
+        out.iter_mut().zip(a.iter().zip(b)).for_each(|(o, (a, b))| *o = a + b);
+    });
+}
+
+/// Every pixel's sum over those copied from it.
+pub(super) fn resize_gradient(d: TensorId, out: TensorId, memory: &Memory) {
+    let (large, small) = (memory.shape(d), memory.shape(out));
+    let d = memory.read(d);
+    memory.write(out).par_chunks_exact_mut(small.w * small.c).enumerate().for_each(|(row, out)| {
+        let (image, y) = (row / small.h, row % small.h);
+        out.fill(0.0);
+        for from in (0..large.h).filter(|from| from * small.h / large.h == y) {
+            let line = &d[(image * large.h + from) * large.w * large.c..][..large.w * large.c];
+            for (x, pixel) in line.chunks_exact(large.c).enumerate() {
+                let out = &mut out[x * small.w / large.w * small.c..][..small.c];
+                out.iter_mut().zip(pixel).for_each(|(o, p)| *o += p);
+            }
+        }
+    });
 }
 
 /// Each image plus its weighted sum of modules. Memory bound: one read and one write of the bottleneck.

@@ -3,6 +3,7 @@
 //! One file an op family. [`gemm`] holds the one matrix kernel, [`simd`] the instruction sets.
 
 mod attention;
+mod attention_gradient;
 mod conv;
 mod elementwise;
 mod gemm;
@@ -21,13 +22,10 @@ use std::sync::Arc;
 pub fn workspace(graph: &Graph, node: &Node) -> usize {
     match &node.op {
         Op::Conv(conv) => conv::workspace(|t| graph.shape(t), conv),
-        Op::GroupNorm { sources, groups, .. } => {
-            let shape = graph.shape(sources.x);
-            norm::workspace(shape, graph.shape(node.output).c, *groups)
-        }
-        Op::Attention { q, k, heads, head_dim, .. } => {
-            attention::workspace(graph.shape(q.tensor), graph.shape(k.tensor), *heads, *head_dim)
-        }
+        Op::GroupNorm(norm) => norm::workspace(norm, |t| graph.shape(t)),
+        Op::GroupNormGradient { of, .. } => norm::gradient_workspace(of, |t| graph.shape(t)),
+        Op::Attention(attention) => attention::workspace(attention, |t| graph.shape(t)),
+        Op::AttentionGradient { of, fused, .. } => attention_gradient::workspace(of, *fused, |t| graph.shape(t)),
         _ => 0,
     }
 }
@@ -77,21 +75,30 @@ impl Executor {
         plan.step().for_each(|(node, workspace)| self.run(&plan, node, workspace));
     }
 
+    /// Runs the reverse half, from the last step's activations and the seed in the input `d.<output>`.
+    pub fn backward(&mut self) {
+        let plan = self.plan.clone();
+        plan.backward().for_each(|(node, workspace)| self.run(&plan, node, workspace));
+    }
+
     fn run(&mut self, plan: &Plan, node: &Node, workspace: (usize, usize)) {
         let memory = Memory { plan, arena: self.arena.numbers_mut().as_mut_ptr(), workspace };
         let (weights, out) = (&*self.weights, node.output);
         match node.op {
             Op::Conv(ref conv) => conv::run(conv, out, &memory, weights),
-            Op::GroupNorm { sources, weight, bias, groups, eps, scale_shift, silu } => {
-                let affine = (weights.get(weight), weights.get(bias));
-                norm::group_norm(sources, affine, groups, eps, scale_shift, silu, out, &memory)
-            }
+            Op::GroupNorm(ref norm) => norm::group_norm(norm, weights, out, &memory),
+            Op::GroupNormGradient { ref of, d } => norm::group_norm_gradient(of, weights, d, out, &memory),
             Op::LayerNorm { x, weight, bias, eps } => {
                 norm::layer_norm(x, (weights.get(weight), weights.get(bias)), eps, out, &memory)
             }
-            Op::Attention { q, k, v, heads, head_dim, scale, causal } => {
-                attention::run([q, k, v], heads, head_dim, scale, causal, out, &memory)
+            Op::LayerNormGradient { x, weight, eps, d } => {
+                norm::layer_norm_gradient(x, weights.get(weight), eps, d, out, &memory)
             }
+            Op::Attention(ref attention) => attention::run(attention, out, &memory),
+            Op::AttentionGradient { ref of, fused, d } => attention_gradient::run(of, fused, d, out, &memory),
+            Op::Add { a, b } => elementwise::add(a, b, out, &memory),
+            Op::ActivateGradient { x, activation, d } => elementwise::activate_gradient(x, activation, d, out, &memory),
+            Op::ResizeGradient { d } => elementwise::resize_gradient(d, out, &memory),
             Op::Activate { x, activation } => elementwise::activate(x, activation, out, &memory),
             Op::Embed { ids, tokens, positions } => {
                 elementwise::embed(ids, weights.get(tokens), weights.get(positions), out, &memory)

@@ -192,25 +192,48 @@ pub fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
+/// The derivative of [`silu`].
+#[inline(always)]
+pub fn silu_slope(x: f32) -> f32 {
+    let sigmoid = 1.0 / (1.0 + exp(-x));
+    sigmoid * (1.0 + x * (1.0 - sigmoid))
+}
+
 /// `x * sigmoid(1.702 x)`.
 #[inline(always)]
 pub fn quick_gelu(x: f32) -> f32 {
     x / (1.0 + exp(-1.702 * x))
 }
 
-/// `x * Phi(x)`, with the error function of Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
+/// `1 - erf(z)` for `z >= 0`, by Abramowitz and Stegun 7.1.26 (absolute error below 1.5e-7).
 #[inline(always)]
-pub fn gelu(x: f32) -> f32 {
-    let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
+fn erfc(z: f32) -> f32 {
     let t = 1.0 / (1.0 + 0.327_591_1 * z);
     let p = 1.061_405_4;
     let p = p * t - 1.453_152;
     let p = p * t + 1.421_413_7;
     let p = p * t - 0.284_496_72;
     let p = p * t + 0.254_829_6;
-    // erfc(z), the tail Phi lacks of 1 on the positive side and has on the negative.
-    let tail = 0.5 * p * t * exp(-z * z);
+    p * t * exp(-z * z)
+}
+
+/// `x * Phi(x)`.
+#[inline(always)]
+pub fn gelu(x: f32) -> f32 {
+    // The tail Phi lacks of 1 on the positive side and has on the negative.
+    let tail = 0.5 * erfc(x.abs() * std::f32::consts::FRAC_1_SQRT_2);
     if x >= 0.0 { x - x * tail } else { x * tail }
+}
+
+/// The derivative of [`gelu`]: `Phi(x) + x phi(x)`.
+#[inline(always)]
+pub fn gelu_slope(x: f32) -> f32 {
+    const DENSITY_AT_0: f32 = 0.398_942_3;
+    // Phi(x) is gelu(x) / x, which is no way to compute it near zero.
+    let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
+    let tail = 0.5 * erfc(z);
+    let phi = if x >= 0.0 { 1.0 - tail } else { tail };
+    phi + x * DENSITY_AT_0 * exp(-z * z)
 }
 
 #[cfg(test)]

@@ -5,11 +5,13 @@ use crate::Result;
 use crate::graph::{WeightId, WeightKind, WeightSpec};
 use crate::weights::Tensors;
 use rayon::prelude::*;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// A network's weights, shared by every plan of the network at whatever size.
 pub struct Weights {
-    buffers: Vec<Vec<f32>>,
+    buffers: Vec<Arc<Vec<f32>>>,
+    places: HashMap<WeightSpec, usize>,
 }
 
 impl Weights {
@@ -18,8 +20,21 @@ impl Weights {
     /// # Errors
     /// What [`Tensors::read`] finds: a tensor missing, of another shape, or not finite.
     pub fn load(specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
-        let buffers = specs.iter().map(|spec| read(spec, tensors)).collect::<Result<_>>()?;
-        Ok(Arc::new(Weights { buffers }))
+        Self::load_beside(specs, tensors, &[])
+    }
+
+    /// The same, taking what `others` of the same checkpoint hold in the same form from them.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn load_beside(specs: &[WeightSpec], tensors: &Tensors, others: &[&Weights]) -> Result<Arc<Self>> {
+        let find = |spec: &WeightSpec| {
+            others.iter().find_map(|other| other.places.get(spec).map(|&place| other.buffers[place].clone()))
+        };
+        let load = |spec| find(spec).map_or_else(|| Ok(Arc::new(read(spec, tensors)?)), Ok);
+        let buffers = specs.iter().map(load).collect::<Result<_>>()?;
+        let places = specs.iter().enumerate().map(|(place, spec)| (spec.clone(), place)).collect();
+        Ok(Arc::new(Weights { buffers, places }))
     }
 
     /// Bytes of memory held.
@@ -39,10 +54,12 @@ fn read(spec: &WeightSpec, tensors: &Tensors) -> Result<Vec<f32>> {
             WeightKind::Vector => tensors.read(name, &[&[outputs]])?,
             WeightKind::Table => tensors.read(name, &[&[outputs, spec.width]])?,
             // A 1x1 convolution and a linear layer are the same matrix.
-            WeightKind::Matrix { kernel: 1, inputs, .. } => {
+            WeightKind::Matrix { kernel: 1, inputs, .. } | WeightKind::Mirrored { kernel: 1, inputs, .. } => {
                 tensors.read(name, &[&[outputs, inputs], &[outputs, inputs, 1, 1]])?
             }
-            WeightKind::Matrix { kernel, inputs, .. } => tensors.read(name, &[&[outputs, inputs, kernel, kernel]])?,
+            WeightKind::Matrix { kernel, inputs, .. } | WeightKind::Mirrored { kernel, inputs, .. } => {
+                tensors.read(name, &[&[outputs, inputs, kernel, kernel]])?
+            }
         };
         if spec.names.len() == 1 {
             all = part;
@@ -52,7 +69,10 @@ fn read(spec: &WeightSpec, tensors: &Tensors) -> Result<Vec<f32>> {
     }
     Ok(match spec.kind {
         WeightKind::Matrix { kernel, inputs, gated } => pack(&all, spec.total_outputs(), inputs, kernel, gated),
-        _ => all,
+        WeightKind::Mirrored { kernel, inputs, wanted } => {
+            pack_mirrored(&all, spec.total_outputs(), inputs, kernel, wanted)
+        }
+        WeightKind::Vector | WeightKind::Table => all,
     })
 }
 
@@ -70,6 +90,24 @@ fn pack(source: &[f32], outputs: usize, inputs: usize, kernel: usize, gated: boo
                 for (tap, &w) in weights.iter().enumerate() {
                     out[(tap * inputs + channel) * PANEL + j] = w;
                 }
+            }
+        }
+    });
+    packed
+}
+
+/// Packs `[out, in, k, k]` for the data gradient: a panel's rows run over mirrored taps, then the layer's outputs, its
+/// columns over the first `wanted` of the layer's inputs.
+fn pack_mirrored(source: &[f32], outputs: usize, inputs: usize, kernel: usize, wanted: usize) -> Vec<f32> {
+    let taps = kernel * kernel;
+    let depth = taps * outputs;
+    let mut packed = vec![0.0f32; packed_len(depth, wanted)];
+    packed.par_chunks_exact_mut(depth * PANEL).enumerate().for_each(|(panel, out)| {
+        let columns = PANEL.min(wanted - panel * PANEL);
+        for (k, line) in out.chunks_exact_mut(PANEL).enumerate() {
+            let (tap, output) = (taps - 1 - k / outputs, k % outputs);
+            for (j, x) in line[..columns].iter_mut().enumerate() {
+                *x = source[(output * inputs + panel * PANEL + j) * taps + tap];
             }
         }
     });

@@ -55,7 +55,7 @@ impl ConvOptions {
 /// Builds a [`Graph`].
 #[derive(Default)]
 pub struct GraphBuilder {
-    graph: Graph,
+    pub(super) graph: Graph,
 }
 
 impl GraphBuilder {
@@ -164,7 +164,7 @@ impl GraphBuilder {
         let channels = sources.iter().map(|t| self.shape(t).c).sum();
         let shape = Shape { c: channels, ..self.shape(sources.x) };
         let (weight, bias) = self.affine(name, channels);
-        self.node(name, Op::GroupNorm { sources, weight, bias, groups, eps, scale_shift, silu }, shape)
+        self.node(name, Op::GroupNorm(GroupNorm { sources, weight, bias, groups, eps, scale_shift, silu }), shape)
     }
 
     /// Layer normalisation.
@@ -185,12 +185,13 @@ impl GraphBuilder {
     ) -> TensorId {
         let shape = Shape { c: heads * head_dim, ..self.shape(q.tensor) };
         let scale = (head_dim as f32).powf(-0.5);
-        self.node(name, Op::Attention { q, k, v, heads, head_dim, scale, causal }, shape)
+        self.node(name, Op::Attention(Attention { q, k, v, heads, head_dim, scale, causal }), shape)
     }
 
     /// An elementwise function.
     pub fn activate(&mut self, name: &str, x: TensorId, activation: Activation) -> TensorId {
         let shape = self.shape(x);
+        let shape = Shape { c: if activation == Activation::Geglu { shape.c / 2 } else { shape.c }, ..shape };
         self.node(name, Op::Activate { x, activation }, shape)
     }
 
@@ -244,17 +245,17 @@ impl GraphBuilder {
         (self.weight(vector("weight")), self.weight(vector("bias")))
     }
 
-    fn tensor(&mut self, shape: Shape) -> TensorId {
+    pub(super) fn tensor(&mut self, shape: Shape) -> TensorId {
         self.graph.shapes.push(shape);
         TensorId(self.graph.shapes.len() - 1)
     }
 
-    fn weight(&mut self, spec: WeightSpec) -> WeightId {
+    pub(super) fn weight(&mut self, spec: WeightSpec) -> WeightId {
         self.graph.weights.push(spec);
         WeightId(self.graph.weights.len() - 1)
     }
 
-    fn node(&mut self, name: &str, op: Op, shape: Shape) -> TensorId {
+    pub(super) fn node(&mut self, name: &str, op: Op, shape: Shape) -> TensorId {
         let output = self.tensor(shape);
         self.graph.nodes.push(Node { name: name.to_string(), op, output });
         output

@@ -7,6 +7,7 @@
 //! Names of nodes and weights are the checkpoint's own tensor names.
 
 mod builder;
+mod reverse;
 
 pub use builder::{ConvOptions, GraphBuilder};
 
@@ -67,7 +68,7 @@ pub struct TensorId(pub(crate) usize);
 pub struct WeightId(pub(crate) usize);
 
 /// What a weight is to the operation that reads it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum WeightKind {
     /// One number a channel: biases, norm scales and shifts.
     Vector,
@@ -82,10 +83,19 @@ pub enum WeightKind {
         /// Output columns hold a value half and a gate half (GEGLU), which an executor lays side by side.
         gated: bool,
     },
+    /// A [`WeightKind::Matrix`] read backwards, for data gradients: outputs become inputs, and taps are mirrored.
+    Mirrored {
+        /// Kernel side.
+        kernel: usize,
+        /// Input channels of the layer.
+        inputs: usize,
+        /// How many of them, the first, a gradient is wanted for.
+        wanted: usize,
+    },
 }
 
 /// A weight as the checkpoint names it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct WeightSpec {
     /// Tensor names; several are concatenated along the output dimension (fused q, k, v).
     pub names: Vec<String>,
@@ -125,7 +135,7 @@ pub enum Activation {
     Gelu,
     /// `x * sigmoid(1.702 x)`, as CLIP ViT-L/14 was trained.
     QuickGelu,
-    /// `value * gelu(gate)`, halving the channels (Shazeer, arXiv 2002.05202).
+    /// `value * gelu(gate)`, values before gates, halving the channels (Shazeer, arXiv 2002.05202).
     Geglu,
 }
 
@@ -187,28 +197,51 @@ pub struct Conv {
     pub scale: f32,
 }
 
+/// Group normalisation (Wu and He, arXiv 1803.08494), optionally modulated per image and followed by SiLU.
+#[derive(Clone, Copy, Debug)]
+pub struct GroupNorm {
+    /// What is normalised.
+    pub sources: Sources,
+    /// One scale a channel.
+    pub weight: WeightId,
+    /// One shift a channel.
+    pub bias: WeightId,
+    /// Number of groups.
+    pub groups: usize,
+    /// Added to the variance.
+    pub eps: f32,
+    /// `[n, 1, 1, 2c]`: `y * (1 + scale) + shift`, scales first.
+    pub scale_shift: Option<TensorId>,
+    /// Whether SiLU follows.
+    pub silu: bool,
+}
+
+/// `softmax(q k^T * scale) v` for each image and head.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention {
+    /// Queries, `heads * head_dim` channels.
+    pub q: View,
+    /// Keys, likewise.
+    pub k: View,
+    /// Values, likewise.
+    pub v: View,
+    /// Number of heads.
+    pub heads: usize,
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// Multiplies the scores; `1 / sqrt(head_dim)` everywhere so far.
+    pub scale: f32,
+    /// Token `i` sees tokens `0..=i` only.
+    pub causal: bool,
+}
+
 /// The operations.
 #[derive(Clone, Debug)]
 pub enum Op {
     /// See [`Conv`].
     Conv(Conv),
-    /// Group normalisation (Wu and He, arXiv 1803.08494), optionally modulated per image and followed by SiLU.
-    GroupNorm {
-        /// What is normalised.
-        sources: Sources,
-        /// One scale a channel.
-        weight: WeightId,
-        /// One shift a channel.
-        bias: WeightId,
-        /// Number of groups.
-        groups: usize,
-        /// Added to the variance.
-        eps: f32,
-        /// `[n, 1, 1, 2c]`: `y * (1 + scale) + shift`, scales first.
-        scale_shift: Option<TensorId>,
-        /// Whether SiLU follows.
-        silu: bool,
-    },
+    /// See [`GroupNorm`].
+    GroupNorm(GroupNorm),
     /// Layer normalisation over channels.
     LayerNorm {
         /// What is normalised.
@@ -220,29 +253,63 @@ pub enum Op {
         /// Added to the variance.
         eps: f32,
     },
-    /// `softmax(q k^T * scale) v` for each image and head.
-    Attention {
-        /// Queries, `heads * head_dim` channels.
-        q: View,
-        /// Keys, likewise.
-        k: View,
-        /// Values, likewise.
-        v: View,
-        /// Number of heads.
-        heads: usize,
-        /// Channels of a head.
-        head_dim: usize,
-        /// Multiplies the scores; `1 / sqrt(head_dim)` everywhere so far.
-        scale: f32,
-        /// Token `i` sees tokens `0..=i` only.
-        causal: bool,
-    },
+    /// See [`Attention`].
+    Attention(Attention),
     /// An elementwise function alone.
     Activate {
         /// Its argument.
         x: TensorId,
-        /// Which one; not [`Activation::Geglu`].
+        /// Which one.
         activation: Activation,
+    },
+    /// `a + b`.
+    Add {
+        /// One term.
+        a: TensorId,
+        /// The other.
+        b: TensorId,
+    },
+    /// Gradient of [`Op::GroupNorm`] by the first of its sources.
+    GroupNormGradient {
+        /// The operation.
+        of: GroupNorm,
+        /// Gradient by its result.
+        d: TensorId,
+    },
+    /// Gradient of [`Op::LayerNorm`] by its input.
+    LayerNormGradient {
+        /// What was normalised.
+        x: TensorId,
+        /// One scale a channel.
+        weight: WeightId,
+        /// Added to the variance.
+        eps: f32,
+        /// Gradient by the result.
+        d: TensorId,
+    },
+    /// Gradient of [`Op::Attention`]: by the queries alone, `[n, h, w, heads * head_dim]`, or by queries, keys and
+    /// values where these are views of one tensor, laid out as that tensor.
+    AttentionGradient {
+        /// The operation.
+        of: Attention,
+        /// Whether keys and values want gradients too.
+        fused: bool,
+        /// Gradient by its result.
+        d: TensorId,
+    },
+    /// Gradient of [`Op::Activate`].
+    ActivateGradient {
+        /// The function's argument.
+        x: TensorId,
+        /// Which function.
+        activation: Activation,
+        /// Gradient by its result.
+        d: TensorId,
+    },
+    /// Gradient of a nearest-neighbour resize: every pixel gathers those that were copied from it.
+    ResizeGradient {
+        /// Gradient by the larger image; the result's size is the smaller's.
+        d: TensorId,
     },
     /// Token ids (stored as f32, exact below 2^24) to rows of `tokens` plus rows of `positions`.
     Embed {
@@ -288,12 +355,19 @@ impl Op {
     pub fn inputs(&self) -> impl Iterator<Item = TensorId> {
         let list: [Option<TensorId>; 4] = match *self {
             Op::Conv(ref c) => [Some(c.sources.x), c.sources.skip, c.per_image, c.residual],
-            Op::GroupNorm { sources, scale_shift, .. } => [Some(sources.x), sources.skip, scale_shift, None],
+            Op::GroupNorm(ref norm) => [Some(norm.sources.x), norm.sources.skip, norm.scale_shift, None],
+            Op::GroupNormGradient { ref of, d } => [Some(of.sources.x), of.sources.skip, of.scale_shift, Some(d)],
             Op::LayerNorm { x, .. } | Op::Activate { x, .. } | Op::Sinusoid { x, .. } => [Some(x), None, None, None],
-            Op::Attention { q, k, v, .. } => [Some(q.tensor), Some(k.tensor), Some(v.tensor), None],
+            Op::LayerNormGradient { x, d, .. } | Op::ActivateGradient { x, d, .. } => [Some(x), Some(d), None, None],
+            Op::Attention(ref a) => [Some(a.q.tensor), Some(a.k.tensor), Some(a.v.tensor), None],
+            Op::AttentionGradient { ref of, d, .. } => {
+                [Some(of.q.tensor), Some(of.k.tensor), Some(of.v.tensor), Some(d)]
+            }
+            Op::Add { a, b } => [Some(a), Some(b), None, None],
             Op::Concepts { x, modules, weights } => [Some(x), Some(modules), Some(weights), None],
             Op::Embed { ids, .. } => [Some(ids), None, None, None],
             Op::SelectToken { x, index } => [Some(x), Some(index), None, None],
+            Op::ResizeGradient { d } => [Some(d), None, None, None],
         };
         list.into_iter().flatten()
     }
@@ -318,6 +392,8 @@ pub struct Graph {
     pub(crate) nodes: Vec<Node>,
     pub(crate) inputs: Vec<(String, TensorId)>,
     pub(crate) outputs: Vec<(String, TensorId)>,
+    /// The gradient that a reverse half starts from; see [`Graph::with_gradient`].
+    pub(crate) seed: Option<TensorId>,
 }
 
 impl Graph {

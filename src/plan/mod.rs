@@ -2,7 +2,7 @@
 //!
 //! A plan orders the nodes, gives each activation an offset in one arena by its lifetime, and splits off the
 //! *prologue*: the nodes that depend only on inputs which stay the same from step to step (a UNet's prompt keys and
-//! values). After that a step allocates nothing, looks nothing up and cannot run out of memory. Plans know no device.
+//! values), and for training the *backward* nodes, which need the gradient that a step's result gave. After that a step allocates nothing, looks nothing up and cannot run out of memory. Plans know no device.
 
 mod arena;
 
@@ -13,9 +13,11 @@ use arena::{Interval, place};
 #[derive(Debug)]
 pub struct Plan {
     graph: Graph,
-    /// Node indices: the prologue's first, then the step's.
+    /// Node indices: the prologue's first, then the step's, then the backward ones.
     order: Vec<usize>,
     prologue: usize,
+    /// Where the backward nodes begin.
+    backward: usize,
     offsets: Vec<usize>,
     workspaces: Vec<(usize, usize)>,
     arena_len: usize,
@@ -27,7 +29,7 @@ impl Plan {
     /// `constant` names the inputs that keep their value over many steps. `workspace` says how many elements of
     /// scratch memory an executor wants for a node.
     pub fn new(graph: Graph, constant: &[&str], workspace: impl Fn(&Graph, &Node) -> usize) -> Self {
-        let (order, prologue) = split_prologue(&graph, constant);
+        let (order, prologue, backward) = phases(&graph, constant);
         let steps = order.len();
         let last = steps.saturating_sub(1);
 
@@ -54,7 +56,7 @@ impl Plan {
         let (offsets, arena_len) = place(&lives);
         let workspaces = (0..steps).map(|i| (offsets[graph.shapes.len() + i], lives[graph.shapes.len() + i].len));
         let workspaces = workspaces.collect();
-        Plan { order, prologue, offsets, workspaces, arena_len, graph }
+        Plan { order, prologue, backward, offsets, workspaces, arena_len, graph }
     }
 
     /// The graph it was made of.
@@ -79,7 +81,12 @@ impl Plan {
 
     /// The nodes of a step, likewise.
     pub fn step(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
-        self.range(self.prologue..self.order.len())
+        self.range(self.prologue..self.backward)
+    }
+
+    /// The nodes of [`Graph::with_gradient`]'s reverse half, likewise.
+    pub fn backward(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
+        self.range(self.backward..self.order.len())
     }
 
     fn range(&self, range: std::ops::Range<usize>) -> impl Iterator<Item = (&Node, (usize, usize))> {
@@ -87,21 +94,28 @@ impl Plan {
     }
 }
 
-/// Node indices with those first whose inputs are all constant, and how many these are.
-fn split_prologue(graph: &Graph, constant: &[&str]) -> (Vec<usize>, usize) {
-    let mut fixed = vec![false; graph.shapes.len()];
+/// Node indices in three phases, and where the second and third begin: nodes whose inputs are all constant, the rest,
+/// and those that depend on the seed of a reverse half.
+fn phases(graph: &Graph, constant: &[&str]) -> (Vec<usize>, usize, usize) {
+    const PROLOGUE: usize = 0;
+    const STEP: usize = 1;
+    const BACKWARD: usize = 2;
+    let mut phase = vec![PROLOGUE; graph.shapes.len()];
     for (name, id) in &graph.inputs {
-        fixed[id.0] = constant.contains(&name.as_str());
+        phase[id.0] = if constant.contains(&name.as_str()) { PROLOGUE } else { STEP };
     }
-    let (mut first, mut rest) = (Vec::new(), Vec::new());
+    if let Some(seed) = graph.seed {
+        phase[seed.0] = BACKWARD;
+    }
+    let mut nodes: [Vec<usize>; 3] = Default::default();
     for (index, node) in graph.nodes.iter().enumerate() {
-        let is_fixed = node.op.inputs().all(|id| fixed[id.0]);
-        fixed[node.output.0] = is_fixed;
-        if is_fixed { first.push(index) } else { rest.push(index) }
+        let latest = node.op.inputs().map(|id| phase[id.0]).max().unwrap_or(PROLOGUE);
+        phase[node.output.0] = latest;
+        nodes[latest].push(index);
     }
-    let prologue = first.len();
-    first.extend(rest);
-    (first, prologue)
+    let [prologue, step, backward] = nodes.each_ref().map(Vec::len);
+    debug_assert_eq!(prologue + step + backward, graph.nodes.len());
+    (nodes.concat(), prologue, prologue + step)
 }
 
 #[cfg(test)]

@@ -1,0 +1,179 @@
+//! The reverse graph: gradients of an output by an activation before it, weights frozen.
+
+use super::*;
+use std::collections::HashMap;
+
+impl Graph {
+    /// The graph with its reverse half: the gradient of `sum(seed * output)` by the activation `by`.
+    ///
+    /// `output` names an output, `by` an input or an output. The result has one more input, `d.<output>` (the seed), and one more output,
+    /// `d.<by>`. Only what lies between the two is differentiated, and by data alone; what the reverse half reads of
+    /// the forward half is kept by the plan as long as it is read. An activation fused into a convolution on the way
+    /// is taken out of it, as its gradient needs its argument.
+    ///
+    /// # Panics
+    /// If an operation on the way has no gradient here: a stride, a scaled residual, a wanted skip, or an input of the
+    /// network. The up half of a UNet has none.
+    pub fn with_gradient(self, output: &str, by: &str) -> Graph {
+        let (from, to) = (self.output(output), self.find_input(by).unwrap_or_else(|| self.output(by)));
+        let mut reverse = Reverse::new(self, to);
+        let shape = reverse.builder.shape(from);
+        let seed = reverse.builder.input(&format!("d.{output}"), shape);
+        reverse.builder.graph.seed = Some(seed);
+        reverse.gradients.insert(from, seed);
+        for index in (0..reverse.builder.graph.nodes.len()).rev() {
+            reverse.node(index);
+        }
+        let gradient = reverse.gradients[&to];
+        reverse.builder.output(&format!("d.{by}"), gradient);
+        reverse.builder.finish()
+    }
+}
+
+struct Reverse {
+    builder: GraphBuilder,
+    /// Which activations depend on the one asked for.
+    depends: Vec<bool>,
+    gradients: HashMap<TensorId, TensorId>,
+}
+
+impl Reverse {
+    fn new(graph: Graph, by: TensorId) -> Self {
+        let mut depends = vec![false; graph.shapes.len()];
+        depends[by.0] = true;
+        for node in &graph.nodes {
+            depends[node.output.0] |= node.op.inputs().any(|id| depends[id.0]);
+        }
+        let mut reverse = Reverse { builder: GraphBuilder { graph }, depends, gradients: HashMap::new() };
+        reverse.part_activations();
+        reverse
+    }
+
+    fn wants(&self, id: TensorId) -> bool {
+        self.depends.get(id.0).is_some_and(|&depends| depends)
+    }
+
+    /// Takes activations out of the convolutions that are to be differentiated.
+    fn part_activations(&mut self) {
+        let nodes = std::mem::take(&mut self.builder.graph.nodes);
+        for mut node in nodes {
+            let wanted = node.op.inputs().any(|id| self.wants(id));
+            match &mut node.op {
+                Op::Conv(conv) if wanted && conv.activation != Activation::None => {
+                    assert!(conv.residual.is_none() && conv.scale == 1.0, "{}: activation under a residual", node.name);
+                    let activation = std::mem::replace(&mut conv.activation, Activation::None);
+                    let spec = &mut self.builder.graph.weights[conv.weight.0];
+                    if let WeightKind::Matrix { gated, .. } = &mut spec.kind {
+                        *gated = false;
+                    }
+                    let shape = Shape { c: spec.total_outputs(), ..self.builder.shape(node.output) };
+                    let x = self.builder.tensor(shape);
+                    self.depends.resize(x.0 + 1, false);
+                    self.depends[x.0] = true;
+                    let op = Op::Activate { x, activation };
+                    let name = format!("{}.activation", node.name);
+                    let apply = Node { name, op, output: node.output };
+                    node.output = x;
+                    self.builder.graph.nodes.extend([node, apply]);
+                }
+                _ => self.builder.graph.nodes.push(node),
+            }
+        }
+    }
+
+    /// Adds to the gradient of `id` what it gets from one of its readers.
+    fn give(&mut self, id: TensorId, gradient: TensorId) {
+        let sum = match self.gradients.get(&id) {
+            None => gradient,
+            Some(&other) => {
+                let shape = self.builder.shape(id);
+                self.builder.node("gradient.add", Op::Add { a: other, b: gradient }, shape)
+            }
+        };
+        self.gradients.insert(id, sum);
+    }
+
+    /// Passes the gradient of a node's result on to what it read.
+    fn node(&mut self, index: usize) {
+        let node = self.builder.graph.nodes[index].clone();
+        if !node.op.inputs().any(|id| self.wants(id)) {
+            return;
+        }
+        let Some(&d) = self.gradients.get(&node.output) else { return };
+        let name = format!("{}.gradient", node.name);
+        match node.op {
+            Op::Conv(conv) => self.conv(&name, conv, d),
+            Op::GroupNorm(of) => {
+                assert!(!of.sources.skip.is_some_and(|t| self.wants(t)), "{name}: by a skip connection");
+                let shape = self.builder.shape(of.sources.x);
+                let dx = self.builder.node(&name, Op::GroupNormGradient { of, d }, shape);
+                self.give(of.sources.x, dx);
+            }
+            Op::LayerNorm { x, weight, eps, .. } => {
+                let shape = self.builder.shape(x);
+                let dx = self.builder.node(&name, Op::LayerNormGradient { x, weight, eps, d }, shape);
+                self.give(x, dx);
+            }
+            Op::Attention(of) => {
+                let fused = self.wants(of.k.tensor);
+                assert!(!fused || (of.q.tensor == of.k.tensor && of.k.tensor == of.v.tensor), "{name}: parted views");
+                let shape = self.builder.shape(of.q.tensor);
+                let dx = self.builder.node(&name, Op::AttentionGradient { of, fused, d }, shape);
+                self.give(of.q.tensor, dx);
+            }
+            Op::Activate { x, activation } => {
+                let shape = self.builder.shape(x);
+                let dx = self.builder.node(&name, Op::ActivateGradient { x, activation, d }, shape);
+                self.give(x, dx);
+            }
+            Op::Add { a, b } => [a, b]
+                .into_iter()
+                .filter(|&t| self.wants(t))
+                .collect::<Vec<_>>()
+                .into_iter()
+                .for_each(|t| self.give(t, d)),
+            Op::Concepts { x, .. } => self.give(x, d),
+            op => panic!("{name}: {op:?} has no gradient"),
+        }
+    }
+
+    /// A convolution's data gradient is a convolution with the mirrored weight.
+    fn conv(&mut self, name: &str, conv: Conv, d: TensorId) {
+        assert!(conv.stride == 1 && conv.scale == 1.0, "{name}: a strided or scaled convolution");
+        assert!(!conv.per_image.is_some_and(|t| self.wants(t)), "{name}: by what is added per image");
+        assert!(!conv.sources.skip.is_some_and(|t| self.wants(t)), "{name}: by a skip connection");
+        if let Some(residual) = conv.residual.filter(|&t| self.wants(t)) {
+            self.give(residual, d);
+        }
+        let x = conv.sources.x;
+        if !self.wants(x) {
+            return;
+        }
+        let shape = self.builder.shape(x);
+        let (h, w) = conv.resize.unwrap_or((shape.h, shape.w));
+        let spec = self.builder.graph.weight(conv.weight).clone();
+        let inputs = spec.width / (conv.kernel * conv.kernel);
+        let kind = WeightKind::Mirrored { kernel: conv.kernel, inputs, wanted: shape.c };
+        let weight = self.builder.weight(WeightSpec { kind, ..spec });
+        // The gradient so far is the residual, which spares an addition; through a resize it has the smaller size.
+        let residual = if conv.resize.is_none() { self.gradients.remove(&x) } else { None };
+        let mirrored = Conv {
+            sources: d.into(),
+            weight,
+            bias: None,
+            kernel: conv.kernel,
+            stride: 1,
+            pad: conv.kernel - 1 - conv.pad,
+            resize: None,
+            per_image: None,
+            activation: Activation::None,
+            residual,
+            scale: 1.0,
+        };
+        let mut dx = self.builder.node(name, Op::Conv(mirrored), Shape { h, w, ..shape });
+        if conv.resize.is_some() {
+            dx = self.builder.node(&format!("{name}.resize"), Op::ResizeGradient { d: dx }, shape);
+        }
+        self.give(x, dx);
+    }
+}

@@ -1,0 +1,388 @@
+//! The reverse half, op by op: against central differences of plain f64 loops, on odd shapes.
+
+mod support;
+
+use respodiff::cpu::{Executor, Weights, workspace};
+use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape, Sources, TensorId, View};
+use respodiff::plan::Plan;
+use respodiff::weights::Source;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+type Numbers = Vec<f64>;
+
+/// Seeded numbers in -1..1.
+fn random(len: usize, seed: u64) -> Numbers {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f64 / (1u64 << 23) as f64 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn narrow(x: &[f64]) -> Vec<f32> {
+    x.iter().map(|&x| x as f32).collect()
+}
+
+/// Weights of a graph from a checkpoint written for it, so that packing is tested as well; returned by name.
+fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut by_name = HashMap::new();
+    let mut tensors = Vec::new();
+    for spec in graph.weights() {
+        for (name, &outputs) in spec.names.iter().zip(&spec.outputs) {
+            let numbers = random(outputs * spec.width, 77 + name.len() as u64 * 13 + outputs as u64);
+            if by_name.insert(name.clone(), numbers.iter().map(|&x| x as f32 as f64).collect()).is_none() {
+                let shape = match spec.kind {
+                    respodiff::graph::WeightKind::Matrix { kernel, inputs, .. }
+                    | respodiff::graph::WeightKind::Mirrored { kernel, inputs, .. } => {
+                        vec![outputs, inputs, kernel, kernel]
+                    }
+                    _ => vec![outputs],
+                };
+                let bytes: Vec<u8> = numbers.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
+                tensors.push((name.clone(), shape, bytes));
+            }
+        }
+    }
+    let views = tensors
+        .iter()
+        .map(|(n, s, b)| (n, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, s.clone(), b).unwrap()));
+    std::fs::create_dir(folder.path().join("unet")).unwrap();
+    std::fs::write(folder.path().join("unet/config.json"), "{}").unwrap();
+    let bytes = safetensors::serialize(views, None).unwrap();
+    std::fs::write(folder.path().join("unet/diffusion_pytorch_model.safetensors"), bytes).unwrap();
+    (folder, by_name)
+}
+
+/// Compares the executor's forward and reverse half with a plain function of `x` (numbers in, numbers out) by central
+/// differences. The graph reads `x`, perhaps `other`, and writes `y`.
+fn check(
+    label: &str,
+    build: impl FnOnce(&mut GraphBuilder, TensorId, Option<TensorId>) -> TensorId,
+    x_shape: Shape,
+    other: Option<Shape>,
+    plain: impl Fn(&[f64], &[f64], &HashMap<String, Numbers>) -> Numbers,
+) {
+    let mut g = GraphBuilder::new();
+    let x = g.input("x", x_shape);
+    let second = other.map(|shape| g.input("other", shape));
+    let y = build(&mut g, x, second);
+    g.output("y", y);
+    let graph = g.finish().with_gradient("y", "x");
+    let (folder, by_name) = weights(&graph);
+    let plan = Plan::new(graph, &[], workspace);
+    let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
+    let loaded = Weights::load(plan.graph().weights(), &tensors).unwrap();
+    let mut executor = Executor::new(Arc::new(plan), loaded);
+
+    let x: Numbers = narrow(&random(x_shape.len(), 5)).iter().map(|&v| v as f64).collect();
+    let rest: Numbers = narrow(&random(other.map_or(0, |s| s.len()), 9)).iter().map(|&v| v as f64).collect();
+    executor.input_mut("x").copy_from_slice(&narrow(&x));
+    if other.is_some() {
+        executor.input_mut("other").copy_from_slice(&narrow(&rest));
+    }
+    executor.prologue();
+    executor.step();
+    let truth = plain(&x, &rest, &by_name);
+    let error = support::relative_l2(executor.output("y"), &narrow(&truth));
+    assert!(error < 1e-5, "{label}: forward off by {error:e}");
+
+    let seed = random(truth.len(), 11);
+    executor.input_mut("d.y").copy_from_slice(&narrow(&seed));
+    executor.backward();
+    let ours = executor.output("d.x").to_vec();
+    let step = 1e-5;
+    let value = |x: &[f64]| plain(x, &rest, &by_name).iter().zip(&seed).map(|(y, d)| y * d).sum::<f64>();
+    let mut shifted = x.clone();
+    let numeric: Vec<f32> = (0..x.len())
+        .map(|i| {
+            shifted[i] = x[i] + step;
+            let above = value(&shifted);
+            shifted[i] = x[i] - step;
+            let below = value(&shifted);
+            shifted[i] = x[i];
+            ((above - below) / (2.0 * step)) as f32
+        })
+        .collect();
+    let error = support::relative_l2(&ours, &numeric);
+    println!("{label:40} {error:.1e}");
+    assert!(error < 2e-5, "{label}: gradient off by {error:e}");
+}
+
+fn gelu(x: f64) -> f64 {
+    // erf by its Taylor series: exact to f64 for the small arguments here.
+    let z = x / 2f64.sqrt();
+    let (mut term, mut sum) = (z, z);
+    for n in 1..60 {
+        term *= -z * z / n as f64;
+        sum += term / (2 * n + 1) as f64;
+    }
+    0.5 * x * (1.0 + sum * 2.0 / std::f64::consts::PI.sqrt())
+}
+
+fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+/// A plain convolution of `[n, h, w, c]` (channels `c`, of which the weight reads all), stride 1.
+fn conv(
+    x: &[f64],
+    shape: Shape,
+    weight: &[f64],
+    bias: &[f64],
+    kernel: usize,
+    resize: Option<(usize, usize)>,
+) -> Numbers {
+    let (outputs, pad) = (bias.len(), kernel / 2);
+    let (h, w) = resize.unwrap_or((shape.h, shape.w));
+    let mut out = vec![0.0; shape.n * h * w * outputs];
+    for n in 0..shape.n {
+        for (y, x0, o) in (0..h * w * outputs).map(|i| (i / outputs / w, i / outputs % w, i % outputs)) {
+            let mut sum = bias[o];
+            for (ky, kx, c) in
+                (0..kernel * kernel * shape.c).map(|i| (i / shape.c / kernel, i / shape.c % kernel, i % shape.c))
+            {
+                let (sy, sx) = (y + ky, x0 + kx);
+                if sy < pad || sx < pad || sy - pad >= h || sx - pad >= w {
+                    continue;
+                }
+                let (sy, sx) = ((sy - pad) * shape.h / h, (sx - pad) * shape.w / w);
+                sum += weight[((o * shape.c + c) * kernel + ky) * kernel + kx]
+                    * x[((n * shape.h + sy) * shape.w + sx) * shape.c + c];
+            }
+            out[((n * h + y) * w + x0) * outputs + o] = sum;
+        }
+    }
+    out
+}
+
+#[test]
+fn convolutions() {
+    for (kernel, c, outputs, resize) in
+        [(1, 5, 7, None), (3, 5, 35, None), (3, 33, 4, None), (3, 6, 5, Some((8, 10))), (3, 4, 9, Some((7, 9)))]
+    {
+        let shape = Shape::new(2, 4, 5, c);
+        let options = ConvOptions { resize, ..if kernel == 3 { ConvOptions::conv3x3() } else { Default::default() } };
+        check(
+            &format!("conv {kernel} {c} {outputs} {resize:?}"),
+            |g, x, _| g.conv("a", x, outputs, options),
+            shape,
+            None,
+            |x, _, w| conv(x, shape, &w["a.weight"], &w["a.bias"], kernel, resize),
+        );
+    }
+}
+
+#[test]
+fn residuals_and_sums() {
+    // x is read three times: as a residual, by a convolution with a residual, and by a norm.
+    let shape = Shape::new(2, 3, 3, 6);
+    check(
+        "residual",
+        |g, x, _| {
+            let a = g.layer_norm("n", x, 1e-5);
+            let b = g.linear("b", a, 6, ConvOptions { residual: Some(x), ..Default::default() });
+            g.conv("c", x, 6, ConvOptions { residual: Some(b), ..ConvOptions::conv3x3() })
+        },
+        shape,
+        None,
+        |x, _, w| {
+            let a = layer_norm(x, 6, &w["n.weight"], &w["n.bias"]);
+            let b = conv(&a, shape, &w["b.weight"], &w["b.bias"], 1, None);
+            let c = conv(x, shape, &w["c.weight"], &w["c.bias"], 3, None);
+            (0..x.len()).map(|i| x[i] + b[i] + c[i]).collect()
+        },
+    );
+}
+
+#[test]
+fn a_skip_connection_stays_as_it_is() {
+    let (shape, skip) = (Shape::new(2, 3, 4, 6), Shape::new(2, 3, 4, 10));
+    let together = |x: &[f64], other: &[f64]| -> Numbers {
+        x.chunks(6).zip(other.chunks(10)).flat_map(|(a, b)| a.iter().chain(b).copied().collect::<Vec<_>>()).collect()
+    };
+    let whole = Shape::new(2, 3, 4, 16);
+    for silu_follows in [false, true] {
+        check(
+            "conv of norm of two sources",
+            |g, x, other| {
+                let sources = Sources { x, skip: other };
+                let a = g.group_norm("n", sources, 4, 1e-5, silu_follows, None);
+                let b = g.conv("b", sources, 5, ConvOptions::conv3x3());
+                g.conv("c", a, 5, ConvOptions { residual: Some(b), ..ConvOptions::conv3x3() })
+            },
+            shape,
+            Some(skip),
+            |x, other, w| {
+                let x = together(x, other);
+                let a = group_norm(&x, whole, 4, (&w["n.weight"], &w["n.bias"]), None, silu_follows);
+                let b = conv(&x, whole, &w["b.weight"], &w["b.bias"], 3, None);
+                let c = conv(&a, whole, &w["c.weight"], &w["c.bias"], 3, None);
+                b.iter().zip(c).map(|(b, c)| b + c).collect()
+            },
+        );
+    }
+}
+
+fn layer_norm(x: &[f64], channels: usize, weight: &[f64], bias: &[f64]) -> Numbers {
+    x.chunks(channels)
+        .flat_map(|row| {
+            let mean = row.iter().sum::<f64>() / channels as f64;
+            let variance = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / channels as f64;
+            (0..channels).map(|c| (row[c] - mean) / (variance + 1e-5).sqrt() * weight[c] + bias[c]).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn group_norm(
+    x: &[f64],
+    shape: Shape,
+    groups: usize,
+    (weight, bias): (&[f64], &[f64]),
+    modulation: Option<&[f64]>,
+    with_silu: bool,
+) -> Numbers {
+    let (pixels, c, per_group) = (shape.tokens(), shape.c, shape.c / groups);
+    let mut out = vec![0.0; x.len()];
+    for (n, group) in (0..shape.n * groups).map(|i| (i / groups, i % groups)) {
+        let places: Vec<usize> = (0..pixels * per_group)
+            .map(|i| (n * pixels + i / per_group) * c + group * per_group + i % per_group)
+            .collect();
+        let mean = places.iter().map(|&i| x[i]).sum::<f64>() / places.len() as f64;
+        let variance = places.iter().map(|&i| (x[i] - mean).powi(2)).sum::<f64>() / places.len() as f64;
+        for i in places {
+            let channel = i % c;
+            let mut y = (x[i] - mean) / (variance + 1e-5).sqrt() * weight[channel] + bias[channel];
+            if let Some(m) = modulation {
+                y = y * (1.0 + m[n * 2 * c + channel]) + m[n * 2 * c + c + channel];
+            }
+            out[i] = if with_silu { silu(y) } else { y };
+        }
+    }
+    out
+}
+
+#[test]
+fn norms() {
+    // 9 x 9 pixels are more than one stretch.
+    for (shape, groups) in [(Shape::new(2, 3, 5, 12), 3), (Shape::new(1, 9, 9, 6), 2), (Shape::new(2, 1, 2, 8), 8)] {
+        for with_silu in [false, true] {
+            check(
+                &format!("group norm {shape} {groups} {with_silu}"),
+                |g, x, _| g.group_norm("n", x, groups, 1e-5, with_silu, None),
+                shape,
+                None,
+                |x, _, w| group_norm(x, shape, groups, (&w["n.weight"], &w["n.bias"]), None, with_silu),
+            );
+        }
+        let modulation = Shape::new(shape.n, 1, 1, 2 * shape.c);
+        check(
+            &format!("group norm {shape} modulated"),
+            |g, x, other| g.group_norm("n", x, groups, 1e-5, true, other),
+            shape,
+            Some(modulation),
+            |x, m, w| group_norm(x, shape, groups, (&w["n.weight"], &w["n.bias"]), Some(m), true),
+        );
+    }
+    for shape in [Shape::new(2, 3, 5, 12), Shape::new(1, 9, 9, 37)] {
+        check(
+            &format!("layer norm {shape}"),
+            |g, x, _| g.layer_norm("n", x, 1e-5),
+            shape,
+            None,
+            |x, _, w| layer_norm(x, shape.c, &w["n.weight"], &w["n.bias"]),
+        );
+    }
+}
+
+/// Queries and keys `[n, tokens, width]` with the views' offsets.
+fn attention(
+    (q, q_width): (&[f64], usize),
+    (kv, kv_width): (&[f64], usize),
+    n: usize,
+    heads: usize,
+    dim: usize,
+    offsets: [usize; 3],
+) -> Numbers {
+    let (queries, keys) = (q.len() / n / q_width, kv.len() / n / kv_width);
+    let mut out = vec![0.0; n * queries * heads * dim];
+    for (image, head, i) in (0..n * heads * queries).map(|i| (i / queries / heads, i / queries % heads, i % queries)) {
+        let part = |data: &[f64], width: usize, tokens: usize, token: usize, offset: usize| {
+            data[(image * tokens + token) * width + offset + head * dim..][..dim].to_vec()
+        };
+        let query = part(q, q_width, queries, i, offsets[0]);
+        let scores: Numbers = (0..keys)
+            .map(|j| part(kv, kv_width, keys, j, offsets[1]).iter().zip(&query).map(|(k, q)| k * q).sum::<f64>())
+            .map(|s: f64| (s / (dim as f64).sqrt()).exp())
+            .collect();
+        let total: f64 = scores.iter().sum();
+        for (j, s) in scores.iter().enumerate() {
+            for (c, v) in part(kv, kv_width, keys, j, offsets[2]).iter().enumerate() {
+                out[(image * queries + i) * heads * dim + head * dim + c] += s / total * v;
+            }
+        }
+    }
+    out
+}
+
+#[test]
+fn attentions() {
+    for (n, h, w, heads, dim) in [(2, 3, 5, 2, 4), (1, 5, 11, 1, 40), (1, 1, 3, 3, 33), (1, 7, 7, 1, 6)] {
+        let width = heads * dim;
+        let shape = Shape::new(n, h, w, 3 * width);
+        let view = |tensor, part| View { tensor, offset: part * width };
+        check(
+            &format!("self attention {shape} {heads}"),
+            |g, x, _| g.attention("a", (view(x, 0), view(x, 1), view(x, 2)), heads, dim, false),
+            shape,
+            None,
+            |x, _, _| attention((x, 3 * width), (x, 3 * width), n, heads, dim, [0, width, 2 * width]),
+        );
+        let (shape, other) = (Shape::new(n, h, w, width), Shape::new(n, 1, 37, 2 * width));
+        check(
+            &format!("cross attention {shape} {heads}"),
+            |g, x, other| {
+                let other = other.expect("a second input");
+                g.attention("a", (view(x, 0), view(other, 0), view(other, 1)), heads, dim, false)
+            },
+            shape,
+            Some(other),
+            |x, other, _| attention((x, width), (other, 2 * width), n, heads, dim, [0, 0, width]),
+        );
+    }
+}
+
+#[test]
+fn activations() {
+    let shape = Shape::new(2, 3, 5, 10);
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    for (activation, f) in [
+        (Activation::Silu, &silu as &dyn Fn(f64) -> f64),
+        (Activation::Gelu, &gelu),
+        (Activation::QuickGelu, &|x| x * sigmoid(1.702 * x)),
+        (Activation::None, &|x| x),
+    ] {
+        check(
+            &format!("{activation:?}"),
+            |g, x, _| g.activate("a", x, activation),
+            shape,
+            None,
+            |x, _, _| x.iter().map(|&v| f(v)).collect(),
+        );
+    }
+    // Fused into a convolution, which the reverse graph takes apart.
+    check(
+        "geglu of a linear layer",
+        |g, x, _| g.linear("a", x, 14, ConvOptions { activation: Activation::Geglu, ..Default::default() }),
+        shape,
+        None,
+        |x, _, w| {
+            let y = conv(x, shape, &w["a.weight"], &w["a.bias"], 1, None);
+            y.chunks(14).flat_map(|row| (0..7).map(|i| row[i] * gelu(row[7 + i])).collect::<Vec<_>>()).collect()
+        },
+    );
+}
