@@ -14,6 +14,7 @@ pub mod image;
 mod layout;
 pub mod models;
 pub mod plan;
+pub mod respodiff;
 pub mod weights;
 
 pub use engine::{Engine, Output, Progress, Request, Session, SessionOptions};

@@ -49,6 +49,11 @@ impl Executor {
         &self.plan
     }
 
+    /// The weights.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
     /// The named input, NHWC. It keeps its value from run to run.
     pub fn input_mut(&mut self, name: &str) -> &mut [f32] {
         let id = self.plan.graph().input(name);

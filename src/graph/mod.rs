@@ -443,6 +443,11 @@ impl Graph {
         self.outputs.iter().find(|(n, _)| n == name).map(|(_, id)| *id)
     }
 
+    /// Names of the outputs.
+    pub fn outputs(&self) -> impl Iterator<Item = &str> {
+        self.outputs.iter().map(|(name, _)| name.as_str())
+    }
+
     /// Number of parameters.
     pub fn parameters(&self) -> usize {
         self.weights.iter().map(WeightSpec::len).sum()

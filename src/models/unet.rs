@@ -33,16 +33,8 @@ pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize
 /// The same UNet cut after the middle block, for training: the way there, and from there on.
 ///
 /// The first graph has the inputs of [`unet`] and the outputs `mid`, `time` (what the resnets read of the timestep) and
-/// `skip.0`, `skip.1`, ...; the second reads these, and `encoder_hidden_states` and the concepts as [`unet`] does, and
-/// its outputs are `sample` and `mid_shifted`, the bottleneck with its concepts.
-pub fn unet_halves(
-    config: &UNetConfig,
-    batch: usize,
-    h: usize,
-    w: usize,
-    tokens: usize,
-    concepts: usize,
-) -> (Graph, Graph) {
+/// `skip.0`, `skip.1`, ...; the second reads these and `encoder_hidden_states`, and its output is `sample`.
+pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize) -> (Graph, Graph) {
     let mut g = GraphBuilder::new();
     let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
     let time = time_embedding(&mut g, config, batch);
@@ -65,8 +57,6 @@ pub fn unet_halves(
     let mut skips: Vec<TensorId> =
         skips.iter().enumerate().map(|(i, &skip)| g.input(&format!("skip.{i}"), first.shape(skip))).collect();
     let mut second = UNet { config, g, time, context };
-    let x = second.concepts(x, concepts);
-    second.g.output("mid_shifted", x);
     second.up(x, &mut skips);
     (first, second.g.finish())
 }

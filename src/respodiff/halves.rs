@@ -1,0 +1,108 @@
+//! The UNet cut at the bottleneck, on the CPU: one pass down serves several passes up, and gradients flow up there.
+
+use crate::Result;
+use crate::cpu::{self, Executor, Weights};
+use crate::engine::UNET_CONSTANTS;
+use crate::graph::{Graph, Shape};
+use crate::models::{UNetConfig, unet_halves};
+use crate::plan::Plan;
+use crate::weights::Tensors;
+use std::sync::Arc;
+
+/// Both halves of a UNet for a number of rows. Everything is NHWC.
+pub struct Halves {
+    down: Executor,
+    up: Executor,
+    /// What the way down leaves to the way up: `time` and the skip connections.
+    passed: Vec<String>,
+}
+
+impl Halves {
+    /// Plans and allocates for latents of `h` by `w` and prompts of `tokens` tokens, taking weights from `beside`
+    /// where it holds them. With `gradient` the way up can be run backwards.
+    ///
+    /// # Errors
+    /// What the weights have wrong.
+    pub fn new(
+        config: &UNetConfig,
+        tensors: &Tensors,
+        beside: &[&Weights],
+        (rows, h, w, tokens): (usize, usize, usize, usize),
+        gradient: bool,
+    ) -> Result<Self> {
+        let (down, up) = unet_halves(config, rows, h, w, tokens);
+        let up = if gradient { up.with_gradient("sample", "mid") } else { up };
+        let passed = down.outputs().filter(|&name| name != "mid").map(str::to_string).collect();
+        let executor = |graph: Graph| -> Result<Executor> {
+            let plan = Plan::new(graph, UNET_CONSTANTS, cpu::workspace);
+            let weights = Weights::load_beside(plan.graph().weights(), tensors, beside)?;
+            Ok(Executor::new(Arc::new(plan), weights))
+        };
+        Ok(Halves { down: executor(down)?, up: executor(up)?, passed })
+    }
+
+    /// The weights of both halves, for others to share.
+    pub fn weights(&self) -> [&Weights; 2] {
+        [self.down.weights(), self.up.weights()]
+    }
+
+    /// Bytes of both arenas.
+    pub fn arena_bytes(&self) -> usize {
+        (self.down.plan().arena_len() + self.up.plan().arena_len()) * size_of::<f32>()
+    }
+
+    /// Shape of the bottleneck.
+    pub fn mid_shape(&self) -> Shape {
+        let graph = self.down.plan().graph();
+        graph.shape(graph.output("mid"))
+    }
+
+    /// What the rows are conditioned on: `encoder_hidden_states`, and for SDXL `text_embeds` and `time_ids`.
+    ///
+    /// # Panics
+    /// If an input is missing or of another length.
+    pub fn condition(&mut self, inputs: &[(&str, &[f32])]) {
+        for half in [&mut self.down, &mut self.up] {
+            for name in
+                UNET_CONSTANTS.iter().filter(|name| half.plan().graph().find_input(name).is_some()).collect::<Vec<_>>()
+            {
+                let values = inputs.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no `{name}`")).1;
+                half.input_mut(name).copy_from_slice(values);
+            }
+            half.prologue();
+        }
+    }
+
+    /// The way down for latents `[rows, h, w, c]`; the result is the bottleneck [`Halves::mid`].
+    pub fn descend(&mut self, latents: &[f32], timestep: f32) {
+        self.down.input_mut("sample").copy_from_slice(latents);
+        self.down.input_mut("timestep").fill(timestep);
+        self.down.step();
+        for name in &self.passed {
+            self.up.input_mut(name).copy_from_slice(self.down.output(name));
+        }
+    }
+
+    /// The bottleneck of the last way down.
+    pub fn mid(&self) -> &[f32] {
+        self.down.output("mid")
+    }
+
+    /// The bottleneck from which the next way up starts.
+    pub fn start_mut(&mut self) -> &mut [f32] {
+        self.up.input_mut("mid")
+    }
+
+    /// The way up: the prediction.
+    pub fn ascend(&mut self) -> &[f32] {
+        self.up.step();
+        self.up.output("sample")
+    }
+
+    /// The gradient of `sum(seed * prediction)` by the bottleneck the last way up started from.
+    pub fn gradient(&mut self, seed: &[f32]) -> &[f32] {
+        self.up.input_mut("d.sample").copy_from_slice(seed);
+        self.up.backward();
+        self.up.output("d.mid")
+    }
+}

@@ -1,0 +1,94 @@
+//! The two losses of RespoDiff and their gradients (arXiv 2509.15257, section 3).
+
+use super::Halves;
+
+/// Latents at a timestep, already passed down with the neutral prompt, and what is wanted of them.
+///
+/// All numbers are NHWC; modules and their gradients are `[h, w, c]`, one for all rows.
+pub struct Objective<'a> {
+    halves: &'a mut Halves,
+    mid: Vec<f32>,
+}
+
+/// A loss and its gradient by a module.
+pub struct Slope {
+    /// The mean over all numbers of the prediction.
+    pub loss: f64,
+    /// By the module.
+    pub gradient: Vec<f32>,
+}
+
+impl<'a> Objective<'a> {
+    /// For the last way down of `halves`, which must have been made with a gradient.
+    pub fn new(halves: &'a mut Halves) -> Self {
+        let mid = halves.mid().to_vec();
+        Objective { halves, mid }
+    }
+
+    /// The prediction from the bottleneck with the sum of `modules` added.
+    pub fn predict(&mut self, modules: &[&[f32]]) -> Vec<f32> {
+        let start = self.halves.start_mut();
+        start.copy_from_slice(&self.mid);
+        for module in modules {
+            for row in start.chunks_exact_mut(module.len()) {
+                row.iter_mut().zip(*module).for_each(|(x, m)| *x += m);
+            }
+        }
+        self.halves.ascend().to_vec()
+    }
+
+    /// `weight * mean((g(h + sum of modules) - target)^2)`, and its gradient by any of the modules. The loss is given
+    /// without the weight.
+    ///
+    /// `L_resp` is this with RAM alone and the responsible target; `L_sem` with RAM and SAM, and the neutral
+    /// prediction [`Objective::predict`] of no modules as the target.
+    pub fn match_score(&mut self, modules: &[&[f32]], target: &[f32], weight: f64) -> Slope {
+        let prediction = self.predict(modules);
+        let n = prediction.len() as f64;
+        let loss = prediction.iter().zip(target).map(|(p, t)| (*p as f64 - *t as f64).powi(2)).sum::<f64>() / n;
+        let seed: Vec<f32> =
+            prediction.iter().zip(target).map(|(p, t)| (2.0 * weight / n * (*p as f64 - *t as f64)) as f32).collect();
+        let module = self.mid.len() / self.halves.mid_shape().n;
+        let mut gradient = vec![0.0f32; module];
+        for row in self.halves.gradient(&seed).chunks_exact(module) {
+            gradient.iter_mut().zip(row).for_each(|(g, x)| *g += x);
+        }
+        Slope { loss, gradient }
+    }
+}
+
+/// Adam (Kingma and Ba, arXiv 1412.6980) as PyTorch computes it, without weight decay.
+#[derive(Clone, Debug, Default)]
+pub struct Adam {
+    /// Steps taken.
+    pub steps: u64,
+    /// Running mean of the gradient.
+    pub first: Vec<f32>,
+    /// Running mean of its square.
+    pub second: Vec<f32>,
+}
+
+impl Adam {
+    const BETAS: (f64, f64) = (0.9, 0.999);
+    const EPS: f64 = 1e-8;
+
+    /// For a module of `len` numbers.
+    pub fn new(len: usize) -> Self {
+        Adam { steps: 0, first: vec![0.0; len], second: vec![0.0; len] }
+    }
+
+    /// Moves `module` against `gradient`.
+    pub fn step(&mut self, module: &mut [f32], gradient: &[f32], rate: f64) {
+        self.steps += 1;
+        let (b1, b2) = Self::BETAS;
+        let size = rate / (1.0 - b1.powf(self.steps as f64));
+        let correction = (1.0 - b2.powf(self.steps as f64)).sqrt();
+        let moments = self.first.iter_mut().zip(&mut self.second);
+        for ((x, g), (m, v)) in module.iter_mut().zip(gradient).zip(moments) {
+            let g = *g as f64;
+            *m = (*m as f64 + (1.0 - b1) * (g - *m as f64)) as f32;
+            *v = (b2 * *v as f64 + (1.0 - b2) * g * g) as f32;
+            *x -= (size * *m as f64 / ((*v as f64).sqrt() / correction + Self::EPS)) as f32;
+        }
+    }
+}

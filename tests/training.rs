@@ -1,0 +1,105 @@
+//! Losses, gradients and short trainings against PyTorch autograd in float64 (`tests/golden/gradients.py`).
+
+mod support;
+
+use respodiff::models::UNetConfig;
+use respodiff::respodiff::{Adam, Halves, Objective};
+use respodiff::weights::Source;
+use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2};
+
+/// fp32 against float64; PyTorch's own fp32 is up to 5e-5 off on the same cases.
+const TOLERANCE: f64 = 1e-4;
+
+fn source(case: &Case) -> Source {
+    let name = case.name.split('_').nth(1).expect("kind_checkpoint");
+    Source::folder(support::golden().join("checkpoints").join(name)).expect("golden checkpoint")
+}
+
+fn config(source: &Source) -> UNetConfig {
+    UNetConfig::parse(&source.read_text("unet/config.json").unwrap(), &source.path("unet/config.json")).unwrap()
+}
+
+/// Halves with the case's latents passed down; `suffix` picks the step of a training.
+fn descend(case: &Case, halves: &mut Halves, suffix: &str) {
+    let name = |n: &str| format!("{n}{suffix}");
+    let shape = case.shape(&name("latents"));
+    let states = case.floats(&name("neutral_embeds")).repeat(shape[0]);
+    let extra = |n: &str| if case.has(&name(n)) { case.floats(&name(n)) } else { vec![] };
+    let (embeds, ids) = (extra("text_embeds"), extra("time_ids"));
+    halves.condition(&[("encoder_hidden_states", &states), ("text_embeds", &embeds), ("time_ids", &ids)]);
+    let latents = nchw_to_nhwc(&case.floats(&name("latents")), shape[0], shape[1]);
+    halves.descend(&latents, case.floats(&name("timestep"))[0]);
+}
+
+fn halves(case: &Case, suffix: &str) -> Halves {
+    let source = source(case);
+    let shape = case.shape(&format!("latents{suffix}"));
+    let sizes = (shape[0], shape[2], shape[3], case.shape(&format!("neutral_embeds{suffix}"))[1]);
+    Halves::new(&config(&source), &source.tensors("unet").unwrap(), &[], sizes, true).unwrap()
+}
+
+#[test]
+fn gradients_of_both_losses() {
+    for case in cases("gradient_", 4) {
+        let mut halves = halves(&case, "");
+        descend(&case, &mut halves, "");
+        let channels = halves.mid_shape().c;
+        let module = |name: &str| nchw_to_nhwc(&case.floats(name), 1, channels);
+        let (ram, sam) = (module("ram"), module("sam"));
+        let target = nchw_to_nhwc(&case.floats("target"), case.shape("target")[0], 4);
+        let lambda: f64 = case.metadata()["lambda"].parse().unwrap();
+
+        let mut objective = Objective::new(&mut halves);
+        let resp = objective.match_score(&[&ram], &target, 1.0);
+        let neutral = objective.predict(&[]);
+        let sem = objective.match_score(&[&ram, &sam], &neutral, lambda);
+        for (name, ours) in [("resp", resp.loss), ("sem", sem.loss)] {
+            let truth = case.floats(&format!("out.loss_{name}"))[0] as f64;
+            assert!((ours - truth).abs() < TOLERANCE * truth, "{}: loss_{name} {ours} for {truth}", case.name);
+        }
+        for (name, ours) in [("ram", resp.gradient), ("sam", sem.gradient)] {
+            let truth = case.floats(&format!("out.grad_{name}"));
+            let error = relative_l2(&nhwc_to_nchw(&ours, 1, channels), &truth);
+            println!("{:20} grad_{name} {error:.1e}", case.name);
+            assert!(error < TOLERANCE, "{}: grad_{name} is off by {error:.2e}", case.name);
+        }
+    }
+}
+
+#[test]
+fn trajectories_of_adam() {
+    for case in cases("training_", 4) {
+        let mut halves = halves(&case, ".0");
+        let metadata = case.metadata();
+        let lambda: f64 = metadata["lambda"].parse().unwrap();
+        let rates: std::collections::HashMap<String, f64> = serde_json::from_str(&metadata["rates"]).unwrap();
+        let channels = halves.mid_shape().c;
+        let first = |name: &str| nchw_to_nhwc(&case.floats(name), 1, channels);
+        let (mut ram, mut sam) = (first("ram"), first("sam"));
+        let len = ram.len();
+        let (mut adam_ram, mut adam_sam) = (Adam::new(len), Adam::new(len));
+        for step in 0..metadata["steps"].parse::<usize>().unwrap() {
+            descend(&case, &mut halves, &format!(".{step}"));
+            let target = case.floats(&format!("target.{step}"));
+            let target = nchw_to_nhwc(&target, case.shape("target.0")[0], 4);
+            let mut objective = Objective::new(&mut halves);
+            let resp = objective.match_score(&[&ram], &target, 1.0);
+            adam_ram.step(&mut ram, &resp.gradient, rates["ram"]);
+            let neutral = objective.predict(&[]);
+            let sem = objective.match_score(&[&ram, &sam], &neutral, lambda);
+            adam_sam.step(&mut sam, &sem.gradient, rates["sam"]);
+            let losses = case.floats(&format!("out.losses.{step}"));
+            for (ours, truth) in [resp.loss, sem.loss].into_iter().zip(losses) {
+                assert!((ours - truth as f64).abs() < 1e-3 * truth as f64, "{} step {step}: {ours} {truth}", case.name);
+            }
+        }
+        for (name, ours) in [("ram", &ram), ("sam", &sam)] {
+            // Of how far the module moved.
+            let moved = |to: &[f32]| -> Vec<f32> { to.iter().zip(case.floats(name)).map(|(a, b)| a - b).collect() };
+            let ours = nhwc_to_nchw(ours, 1, channels);
+            let error = relative_l2(&moved(&ours), &moved(&case.floats(&format!("out.{name}"))));
+            println!("{:20} {name} {error:.1e}", case.name);
+            assert!(error < 1e-3, "{}: {name} is off by {error:.2e}", case.name);
+        }
+    }
+}
