@@ -2,8 +2,9 @@
 
 mod support;
 
+use respodiff::graph::Shape;
 use respodiff::models::UNetConfig;
-use respodiff::respodiff::{Adam, Halves, Objective};
+use respodiff::respodiff::{Adam, Form, Halves, Module, Objective};
 use respodiff::weights::Source;
 use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2};
 
@@ -38,13 +39,17 @@ fn halves(case: &Case, suffix: &str) -> Halves {
     Halves::new(&config(&source), &source.tensors("unet").unwrap(), &[], sizes, true).unwrap()
 }
 
+fn constant(case: &Case, name: &str, shape: Shape) -> Module {
+    Module::with_parameters(Form::Constant, shape, nchw_to_nhwc(&case.floats(name), 1, shape.c)).expect("its size")
+}
+
 #[test]
 fn gradients_of_both_losses() {
     for case in cases("gradient_", 4) {
         let mut halves = halves(&case, "");
         descend(&case, &mut halves, "");
-        let channels = halves.mid_shape().c;
-        let module = |name: &str| nchw_to_nhwc(&case.floats(name), 1, channels);
+        let shape = halves.mid_shape();
+        let module = |name: &str| constant(&case, name, shape);
         let (ram, sam) = (module("ram"), module("sam"));
         let target = nchw_to_nhwc(&case.floats("target"), case.shape("target")[0], 4);
         let lambda: f64 = case.metadata()["lambda"].parse().unwrap();
@@ -57,9 +62,10 @@ fn gradients_of_both_losses() {
             let truth = case.floats(&format!("out.loss_{name}"))[0] as f64;
             assert!((ours - truth).abs() < TOLERANCE * truth, "{}: loss_{name} {ours} for {truth}", case.name);
         }
-        for (name, ours) in [("ram", resp.gradient), ("sam", sem.gradient)] {
+        let gradients = [ram.gradient(objective.mid(), &resp.by_shift), sam.gradient(objective.mid(), &sem.by_shift)];
+        for (name, ours) in ["ram", "sam"].into_iter().zip(gradients) {
             let truth = case.floats(&format!("out.grad_{name}"));
-            let error = relative_l2(&nhwc_to_nchw(&ours, 1, channels), &truth);
+            let error = relative_l2(&nhwc_to_nchw(&ours, 1, shape.c), &truth);
             println!("{:20} grad_{name} {error:.1e}", case.name);
             assert!(error < TOLERANCE, "{}: grad_{name} is off by {error:.2e}", case.name);
         }
@@ -73,10 +79,9 @@ fn trajectories_of_adam() {
         let metadata = case.metadata();
         let lambda: f64 = metadata["lambda"].parse().unwrap();
         let rates: std::collections::HashMap<String, f64> = serde_json::from_str(&metadata["rates"]).unwrap();
-        let channels = halves.mid_shape().c;
-        let first = |name: &str| nchw_to_nhwc(&case.floats(name), 1, channels);
-        let (mut ram, mut sam) = (first("ram"), first("sam"));
-        let len = ram.len();
+        let shape = halves.mid_shape();
+        let (mut ram, mut sam) = (constant(&case, "ram", shape), constant(&case, "sam", shape));
+        let len = ram.parameters.len();
         let (mut adam_ram, mut adam_sam) = (Adam::new(len), Adam::new(len));
         for step in 0..metadata["steps"].parse::<usize>().unwrap() {
             descend(&case, &mut halves, &format!(".{step}"));
@@ -84,10 +89,12 @@ fn trajectories_of_adam() {
             let target = nchw_to_nhwc(&target, case.shape("target.0")[0], 4);
             let mut objective = Objective::new(&mut halves);
             let resp = objective.match_score(&[&ram], &target, 1.0);
-            adam_ram.step(&mut ram, &resp.gradient, rates["ram"]);
+            let ram_gradient = ram.gradient(objective.mid(), &resp.by_shift);
+            adam_ram.step(&mut ram.parameters, &ram_gradient, rates["ram"]);
             let neutral = objective.predict(&[]);
             let sem = objective.match_score(&[&ram, &sam], &neutral, lambda);
-            adam_sam.step(&mut sam, &sem.gradient, rates["sam"]);
+            let sam_gradient = sam.gradient(objective.mid(), &sem.by_shift);
+            adam_sam.step(&mut sam.parameters, &sam_gradient, rates["sam"]);
             let losses = case.floats(&format!("out.losses.{step}"));
             for (ours, truth) in [resp.loss, sem.loss].into_iter().zip(losses) {
                 assert!((ours - truth as f64).abs() < 1e-3 * truth as f64, "{} step {step}: {ours} {truth}", case.name);
@@ -96,7 +103,7 @@ fn trajectories_of_adam() {
         for (name, ours) in [("ram", &ram), ("sam", &sam)] {
             // Of how far the module moved.
             let moved = |to: &[f32]| -> Vec<f32> { to.iter().zip(case.floats(name)).map(|(a, b)| a - b).collect() };
-            let ours = nhwc_to_nchw(ours, 1, channels);
+            let ours = nhwc_to_nchw(&ours.parameters, 1, shape.c);
             let error = relative_l2(&moved(&ours), &moved(&case.floats(&format!("out.{name}"))));
             println!("{:20} {name} {error:.1e}", case.name);
             assert!(error < 1e-3, "{}: {name} is off by {error:.2e}", case.name);

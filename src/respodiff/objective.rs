@@ -1,21 +1,19 @@
 //! The two losses of RespoDiff and their gradients (arXiv 2509.15257, section 3).
 
-use super::Halves;
+use super::{Halves, Module};
 
-/// Latents at a timestep, already passed down with the neutral prompt, and what is wanted of them.
-///
-/// All numbers are NHWC; modules and their gradients are `[h, w, c]`, one for all rows.
+/// Latents at a timestep, already passed down with the neutral prompt. All numbers are NHWC.
 pub struct Objective<'a> {
     halves: &'a mut Halves,
     mid: Vec<f32>,
 }
 
-/// A loss and its gradient by a module.
+/// A loss and its gradient.
 pub struct Slope {
     /// The mean over all numbers of the prediction.
     pub loss: f64,
-    /// By the module.
-    pub gradient: Vec<f32>,
+    /// By what the modules add to the bottleneck, `[rows, h, w, c]`; for [`Module::gradient`].
+    pub by_shift: Vec<f32>,
 }
 
 impl<'a> Objective<'a> {
@@ -25,35 +23,35 @@ impl<'a> Objective<'a> {
         Objective { halves, mid }
     }
 
-    /// The prediction from the bottleneck with the sum of `modules` added.
-    pub fn predict(&mut self, modules: &[&[f32]]) -> Vec<f32> {
+    /// The bottleneck.
+    pub fn mid(&self) -> &[f32] {
+        &self.mid
+    }
+
+    /// The prediction from the bottleneck with what `modules` add.
+    pub fn predict(&mut self, modules: &[&Module]) -> Vec<f32> {
         let start = self.halves.start_mut();
         start.copy_from_slice(&self.mid);
         for module in modules {
-            for row in start.chunks_exact_mut(module.len()) {
-                row.iter_mut().zip(*module).for_each(|(x, m)| *x += m);
+            let one = module.shape().len();
+            for (mid, start) in self.mid.chunks_exact(one).zip(start.chunks_exact_mut(one)) {
+                module.add_to(mid, 1.0, start);
             }
         }
         self.halves.ascend().to_vec()
     }
 
-    /// `weight * mean((g(h + sum of modules) - target)^2)`, and its gradient by any of the modules. The loss is given
-    /// without the weight.
+    /// `mean((g(h + sum of modules) - target)^2)`, and the gradient of `weight` times it.
     ///
-    /// `L_resp` is this with RAM alone and the responsible target; `L_sem` with RAM and SAM, and the neutral
-    /// prediction [`Objective::predict`] of no modules as the target.
-    pub fn match_score(&mut self, modules: &[&[f32]], target: &[f32], weight: f64) -> Slope {
+    /// `L_resp` is this with RAM alone and the responsible target; `L_sem` with RAM and SAM, lambda as the weight, and
+    /// the neutral prediction ([`Objective::predict`] of no modules) as the target.
+    pub fn match_score(&mut self, modules: &[&Module], target: &[f32], weight: f64) -> Slope {
         let prediction = self.predict(modules);
         let n = prediction.len() as f64;
         let loss = prediction.iter().zip(target).map(|(p, t)| (*p as f64 - *t as f64).powi(2)).sum::<f64>() / n;
         let seed: Vec<f32> =
             prediction.iter().zip(target).map(|(p, t)| (2.0 * weight / n * (*p as f64 - *t as f64)) as f32).collect();
-        let module = self.mid.len() / self.halves.mid_shape().n;
-        let mut gradient = vec![0.0f32; module];
-        for row in self.halves.gradient(&seed).chunks_exact(module) {
-            gradient.iter_mut().zip(row).for_each(|(g, x)| *g += x);
-        }
-        Slope { loss, gradient }
+        Slope { loss, by_shift: self.halves.gradient(&seed).to_vec() }
     }
 }
 

@@ -1,0 +1,250 @@
+//! What is learnt: a function of the bottleneck that is added to it.
+//!
+//! The method's own is a constant, whatever the bottleneck holds. The networks are for its ablation; the paper does not
+//! publish their sizes, so these are ours: `mlp` is two layers at each pixel, `conv` three 3x3 convolutions, both with
+//! [`HIDDEN_DIVISOR`]-fold fewer channels inside, SiLU between, and a last layer that starts at zero.
+
+use crate::graph::Shape;
+
+/// Channels of the bottleneck for each channel inside a network.
+const HIDDEN_DIVISOR: usize = 2;
+
+/// How a module is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Form {
+    /// One learnt tensor of the bottleneck's shape.
+    Constant,
+    /// Two linear layers at each pixel.
+    Mlp,
+    /// Three 3x3 convolutions.
+    Conv,
+}
+
+/// One layer of a network: weights `[out][k * k][in]`, then biases.
+#[derive(Clone, Copy, Debug)]
+struct Layer {
+    kernel: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Layer {
+    fn len(self) -> usize {
+        self.outputs * (self.kernel * self.kernel * self.inputs + 1)
+    }
+}
+
+/// A learnt function from the bottleneck `[n, h, w, c]` to what is added to it.
+#[derive(Clone, Debug)]
+pub struct Module {
+    form: Form,
+    /// Of one image; `n` is 1.
+    shape: Shape,
+    /// All that is learnt. A constant is `[h, w, c]`.
+    pub parameters: Vec<f32>,
+}
+
+impl Module {
+    /// A module that adds nothing yet, for a bottleneck of `shape`. `draw` gives numbers in -1..1 for a network's inner
+    /// layers.
+    pub fn new(form: Form, shape: Shape, mut draw: impl FnMut() -> f32) -> Self {
+        let shape = Shape { n: 1, ..shape };
+        let mut module = Module { form, shape, parameters: Vec::new() };
+        if form == Form::Constant {
+            module.parameters = vec![0.0; shape.len()];
+            return module;
+        }
+        let layers = module.layers();
+        for (i, layer) in layers.iter().enumerate() {
+            let inputs = layer.kernel * layer.kernel * layer.inputs;
+            // He's uniform bound; SiLU passes about half as ReLU does.
+            let bound = if i + 1 < layers.len() { (6.0 / inputs as f32).sqrt() } else { 0.0 };
+            module.parameters.extend((0..layer.outputs * inputs).map(|_| bound * draw()));
+            module.parameters.extend(std::iter::repeat_n(0.0, layer.outputs));
+        }
+        module
+    }
+
+    /// A module with given parameters, if there are as many as the form has.
+    pub fn with_parameters(form: Form, shape: Shape, parameters: Vec<f32>) -> Option<Self> {
+        let module = Module { form, shape: Shape { n: 1, ..shape }, parameters };
+        let wanted = match form {
+            Form::Constant => module.shape.len(),
+            _ => module.layers().iter().map(|l| l.len()).sum(),
+        };
+        (module.parameters.len() == wanted).then_some(module)
+    }
+
+    /// How it is made.
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
+    /// Shape of one image's bottleneck.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    fn layers(&self) -> Vec<Layer> {
+        let c = self.shape.c;
+        let hidden = (c / HIDDEN_DIVISOR).max(1);
+        let layer = |kernel, inputs, outputs| Layer { kernel, inputs, outputs };
+        match self.form {
+            Form::Constant => vec![],
+            Form::Mlp => vec![layer(1, c, hidden), layer(1, hidden, c)],
+            Form::Conv => vec![layer(3, c, hidden), layer(3, hidden, hidden), layer(3, hidden, c)],
+        }
+    }
+
+    /// Adds `weight` times its value at `mid` to `out`, both `[h, w, c]` of one image.
+    pub fn add_to(&self, mid: &[f32], weight: f32, out: &mut [f32]) {
+        let add = |out: &mut [f32], value: &[f32]| out.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
+        match self.form {
+            Form::Constant => add(out, &self.parameters),
+            _ => add(out, self.activations(mid).last().map_or(&[][..], |v| v)),
+        }
+    }
+
+    /// The gradient by the parameters, given the gradient `d` by the module's value at `mid`; both of any number of
+    /// images. The gradient by `mid` through a network is not wanted: what lies below the bottleneck is frozen.
+    pub fn gradient(&self, mid: &[f32], d: &[f32]) -> Vec<f32> {
+        let one = self.shape.len();
+        let mut gradient = vec![0.0; self.parameters.len()];
+        for (mid, d) in mid.chunks_exact(one).zip(d.chunks_exact(one)) {
+            match self.form {
+                Form::Constant => gradient.iter_mut().zip(d).for_each(|(g, d)| *g += d),
+                _ => self.network_gradient(mid, d, &mut gradient),
+            }
+        }
+        gradient
+    }
+
+    /// The results of every layer for one image, before SiLU.
+    fn activations(&self, mid: &[f32]) -> Vec<Vec<f32>> {
+        let mut results: Vec<Vec<f32>> = Vec::new();
+        let mut start = 0;
+        for layer in self.layers() {
+            let input = results.last().map_or_else(|| mid.to_vec(), |x| x.iter().map(|&x| silu(x)).collect());
+            let (weights, biases) = self.parameters[start..start + layer.len()].split_at(layer.len() - layer.outputs);
+            let mut out = vec![0.0; self.shape.tokens() * layer.outputs];
+            out.chunks_exact_mut(layer.outputs).for_each(|pixel| pixel.copy_from_slice(biases));
+            self.taps(layer, |tap, from, to| {
+                let x = &input[from * layer.inputs..][..layer.inputs];
+                let out = &mut out[to * layer.outputs..][..layer.outputs];
+                for (o, out) in out.iter_mut().enumerate() {
+                    let row = &weights[(o * layer.kernel * layer.kernel + tap) * layer.inputs..][..layer.inputs];
+                    *out += dot(row, x);
+                }
+            });
+            start += layer.len();
+            results.push(out);
+        }
+        results
+    }
+
+    fn network_gradient(&self, mid: &[f32], d: &[f32], gradient: &mut [f32]) {
+        let layers = self.layers();
+        let results = self.activations(mid);
+        let mut d = d.to_vec();
+        let mut end = self.parameters.len();
+        for (i, &layer) in layers.iter().enumerate().rev() {
+            let start = end - layer.len();
+            let weights = &self.parameters[start..end - layer.outputs];
+            let (by_weight, by_bias) = gradient[start..end].split_at_mut(layer.len() - layer.outputs);
+            let input: Vec<f32> = if i == 0 { mid.to_vec() } else { results[i - 1].iter().map(|&x| silu(x)).collect() };
+            for pixel in d.chunks_exact(layer.outputs) {
+                by_bias.iter_mut().zip(pixel).for_each(|(b, d)| *b += d);
+            }
+            let mut below = vec![0.0; input.len()];
+            self.taps(layer, |tap, from, to| {
+                let x = &input[from * layer.inputs..][..layer.inputs];
+                let below = &mut below[from * layer.inputs..][..layer.inputs];
+                for (o, &d) in d[to * layer.outputs..][..layer.outputs].iter().enumerate() {
+                    let row = (o * layer.kernel * layer.kernel + tap) * layer.inputs;
+                    by_weight[row..][..layer.inputs].iter_mut().zip(x).for_each(|(g, x)| *g += d * x);
+                    below.iter_mut().zip(&weights[row..][..layer.inputs]).for_each(|(b, w)| *b += d * w);
+                }
+            });
+            if i > 0 {
+                below.iter_mut().zip(&results[i - 1]).for_each(|(b, &x)| *b *= silu_slope(x));
+            }
+            d = below;
+            end = start;
+        }
+    }
+
+    /// Calls with every tap, input pixel and output pixel of a convolution that keeps the size.
+    fn taps(&self, layer: Layer, mut each: impl FnMut(usize, usize, usize)) {
+        let (h, w, pad) = (self.shape.h, self.shape.w, layer.kernel / 2);
+        for tap in 0..layer.kernel * layer.kernel {
+            let (ky, kx) = (tap / layer.kernel, tap % layer.kernel);
+            for to in 0..h * w {
+                let (y, x) = ((to / w + ky).wrapping_sub(pad), (to % w + kx).wrapping_sub(pad));
+                if y < h && x < w {
+                    each(tap, y * w + x, to);
+                }
+            }
+        }
+    }
+}
+
+/// In 16 lanes, which vectorise.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; 16];
+    for (a, b) in a.chunks(16).zip(b.chunks(16)) {
+        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += a * b;
+        }
+    }
+    lanes.iter().sum()
+}
+
+fn silu(x: f32) -> f32 {
+    x / (1.0 + (-x).exp())
+}
+
+fn silu_slope(x: f32) -> f32 {
+    let sigmoid = 1.0 / (1.0 + (-x).exp());
+    sigmoid * (1.0 + x * (1.0 - sigmoid))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of every form, against central differences.
+    #[test]
+    fn gradients_of_parameters() {
+        for form in [Form::Constant, Form::Mlp, Form::Conv] {
+            let shape = Shape::new(1, 3, 4, 6);
+            let mut state = 9u32;
+            let mut draw = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+            };
+            let mut module = Module::new(form, shape, &mut draw);
+            module.parameters.iter_mut().for_each(|p| *p += 0.3 * draw());
+            let mid: Vec<f32> = (0..2 * shape.len()).map(|_| draw()).collect();
+            let d: Vec<f32> = (0..2 * shape.len()).map(|_| draw()).collect();
+            let value = |module: &Module| -> f64 {
+                let mut out = vec![0.0; mid.len()];
+                for (mid, out) in mid.chunks_exact(shape.len()).zip(out.chunks_exact_mut(shape.len())) {
+                    module.add_to(mid, 1.0, out);
+                }
+                out.iter().zip(&d).map(|(o, d)| *o as f64 * *d as f64).sum()
+            };
+            let ours = module.gradient(&mid, &d);
+            let scale = ours.iter().map(|g| g.abs()).fold(0.0, f32::max) as f64;
+            for (i, &gradient) in ours.iter().enumerate() {
+                let step = 1e-2f32;
+                let mut moved = module.clone();
+                moved.parameters[i] += step;
+                let above = value(&moved);
+                moved.parameters[i] -= 2.0 * step;
+                let numeric = (above - value(&moved)) / (2.0 * step as f64);
+                assert!((gradient as f64 - numeric).abs() < 2e-3 * scale, "{form:?} {i}: {gradient} {numeric}");
+            }
+        }
+    }
+}
