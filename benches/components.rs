@@ -33,8 +33,9 @@ fn random_weights(folder: &Path, component: &str, config: &str, graph: &Graph) {
             let shape = match spec.kind {
                 WeightKind::Vector => vec![outputs],
                 WeightKind::Table => vec![outputs, spec.width],
-                WeightKind::Matrix { kernel: 1, inputs, .. } => vec![outputs, inputs],
-                WeightKind::Matrix { kernel, inputs, .. } => vec![outputs, inputs, kernel, kernel],
+                WeightKind::Matrix { kernel, inputs, .. } | WeightKind::Mirrored { kernel, inputs, .. } => {
+                    vec![outputs, inputs, kernel, kernel]
+                }
             };
             let scale = 1.0 / (spec.width as f32).sqrt();
             let bytes: Vec<u8> = (0..shape.iter().product::<usize>())

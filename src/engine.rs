@@ -3,12 +3,13 @@
 use crate::cpu::{self, Executor, Weights};
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
-use crate::graph::Graph;
+use crate::graph::{Graph, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::models::tokenizer::{Encoded, Tokenizer};
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
 use crate::plan::Plan;
-use crate::weights::Source;
+use crate::respodiff::{Concept, Form, Module};
+use crate::weights::{Source, Tensors};
 use crate::{Error, Image, Result};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ pub struct Engine(Arc<Parts>);
 
 #[derive(Clone)]
 struct Parts {
-    name: String,
+    source: Source,
     tokenizer: Arc<Tokenizer>,
     text: Network<ClipConfig>,
     unet: Network<UNetConfig>,
@@ -52,6 +53,8 @@ pub struct SessionOptions {
     pub batch: usize,
     /// Whether classifier-free guidance (Ho and Salimans, arXiv 2207.12598) doubles the UNet's batch.
     pub guided: bool,
+    /// Whether requests may shift the bottleneck by concepts.
+    pub concepts: bool,
 }
 
 /// One call for images.
@@ -73,6 +76,8 @@ pub struct Request {
     pub rng: Rng,
     /// Unit noise to start from instead of the seed's, `[batch, c, height / 8, width / 8]`.
     pub latents: Option<Vec<f32>>,
+    /// For each image its concepts and their weights, which add up; empty for none at all.
+    pub concepts: Vec<Vec<(Arc<Concept>, f32)>>,
 }
 
 impl Default for Request {
@@ -87,6 +92,7 @@ impl Default for Request {
             seed: 0,
             rng: Rng::default(),
             latents: None,
+            concepts: Vec::new(),
         }
     }
 }
@@ -178,7 +184,7 @@ impl Engine {
         }
         let load = |component: &str, graph: Graph| Weights::load(graph.weights(), &source.tensors(component)?);
         let parts = Parts {
-            name: source.name(),
+            source: source.clone(),
             tokenizer: Arc::new(tokenizer),
             scheduler: read_scheduler(source)?,
             text: Network { weights: load("text_encoder", text_encoder(&text, 1))?, config: text },
@@ -189,8 +195,55 @@ impl Engine {
     }
 
     /// The checkpoint's name.
-    pub fn name(&self) -> &str {
-        &self.0.name
+    pub fn name(&self) -> String {
+        self.0.source.name()
+    }
+
+    /// Which UNet it is, whatever file format and precision it came in; see [`crate::weights::Tensors::fingerprint`].
+    ///
+    /// # Errors
+    /// What the weights have wrong.
+    pub fn fingerprint(&self) -> Result<String> {
+        self.0.source.tensors("unet")?.fingerprint()
+    }
+
+    /// Shape of one image's bottleneck.
+    pub fn bottleneck(&self, options: SessionOptions) -> Shape {
+        // Every level but the last halves the size, rounding up.
+        let levels = &self.0.unet.config.levels;
+        let [_, _, h, w] = self.latent_shape(options);
+        let halved = |size: usize| (1..levels.len()).fold(size, |size, _| size.div_ceil(2));
+        Shape::new(1, halved(h), halved(w), levels.last().map_or(0, |level| level.channels))
+    }
+
+    /// The UNet and its weights, for training.
+    pub(crate) fn unet(&self) -> Result<(&UNetConfig, Tensors, &Weights)> {
+        Ok((&self.0.unet.config, self.0.source.tensors("unet")?, &self.0.unet.weights))
+    }
+
+    /// The hidden states of prompts, `[prompts, tokens, c]`.
+    ///
+    /// # Errors
+    /// What the tokenizer finds.
+    pub(crate) fn states(&self, prompts: &[&str]) -> Result<Vec<f32>> {
+        let plan = Plan::new(text_encoder(&self.0.text.config, prompts.len()), &[], cpu::workspace);
+        let mut text = Executor::new(Arc::new(plan), self.0.text.weights.clone());
+        self.encode(&mut text, prompts)?;
+        Ok(text.output("last_hidden_state").to_vec())
+    }
+
+    /// Runs a text encoder, made for as many, on prompts.
+    fn encode(&self, text: &mut Executor, prompts: &[&str]) -> Result<()> {
+        let per_prompt = self.0.text.config.max_position_embeddings;
+        for (prompt, row) in prompts.iter().zip(text.input_mut("input_ids").chunks_exact_mut(per_prompt)) {
+            let ids = self.0.tokenizer.encode(prompt)?.ids;
+            // A shorter tokenizer leaves the rest as the last token, its padding.
+            let last = ids.last().copied().unwrap_or(0);
+            let ids = ids.into_iter().chain(std::iter::repeat(last));
+            row.iter_mut().zip(ids).for_each(|(r, id)| *r = id as f32);
+        }
+        text.step();
+        Ok(())
     }
 
     /// The same checkpoint with another scheduler configuration.
@@ -242,7 +295,7 @@ impl Engine {
     }
 
     fn plans(&self, options: SessionOptions) -> Result<[Plan; 3]> {
-        let SessionOptions { width, height, batch, guided } = options;
+        let SessionOptions { width, height, batch, guided, concepts } = options;
         let scale = self.0.vae.config.scale();
         for (name, size) in [("width", width), ("height", height)] {
             if size == 0 || size % scale != 0 || size > MAX_SIZE {
@@ -258,9 +311,10 @@ impl Engine {
         let rows = if guided { 2 } else { 1 };
         let (h, w) = (height / scale, width / scale);
         let tokens = self.0.text.config.max_position_embeddings;
+        let shifted = if concepts { batch } else { 0 };
         Ok([
             Plan::new(text_encoder(&self.0.text.config, rows), &[], cpu::workspace),
-            Plan::new(unet(&self.0.unet.config, rows * batch, h, w, tokens, 0), UNET_CONSTANTS, cpu::workspace),
+            Plan::new(unet(&self.0.unet.config, rows * batch, h, w, tokens, shifted), UNET_CONSTANTS, cpu::workspace),
             Plan::new(vae_decoder(&self.0.vae.config, 1, h, w), &[], cpu::workspace),
         ])
     }
@@ -363,13 +417,17 @@ impl Session {
                 request.guidance
             )));
         }
+        let concepts = Concepts::new(self.engine.bottleneck(self.options), self.options, request)?;
+        if self.options.concepts {
+            self.unet.input_mut("shift").copy_from_slice(&concepts.shift);
+        }
         self.encode(request)?;
         let mut generators: Vec<NormalGenerator> = (0..self.options.batch as u64)
             .map(|i| NormalGenerator::new(request.rng, request.seed.wrapping_add(i)))
             .collect();
         let mut latents = self.initial_latents(request, &mut generators)?;
         latents.iter_mut().for_each(|x| *x *= schedule.init_noise_sigma);
-        self.denoise(&schedule, request.guidance, &mut generators, &mut latents, progress)?;
+        self.denoise(&schedule, request.guidance, &concepts, &mut generators, &mut latents, progress)?;
         let (c, pixels) = self.latent_size();
         let mut output = Output { images: Vec::new(), latents: vec![0.0; latents.len()] };
         nhwc_to_nchw(&latents, c, pixels, &mut output.latents);
@@ -397,15 +455,7 @@ impl Session {
     fn encode(&mut self, request: &Request) -> Result<()> {
         let prompts = [request.negative_prompt.as_str(), request.prompt.as_str()];
         let prompts = if self.options.guided { &prompts[..] } else { &prompts[1..] };
-        let per_prompt = self.engine.0.text.config.max_position_embeddings;
-        for (prompt, row) in prompts.iter().zip(self.text.input_mut("input_ids").chunks_exact_mut(per_prompt)) {
-            let ids = self.engine.0.tokenizer.encode(prompt)?.ids;
-            // A shorter tokenizer leaves the rest as the last token, its padding.
-            let last = ids.last().copied().unwrap_or(0);
-            let ids = ids.into_iter().chain(std::iter::repeat(last));
-            row.iter_mut().zip(ids).for_each(|(r, id)| *r = id as f32);
-        }
-        self.text.step();
+        self.engine.clone().encode(&mut self.text, prompts)?;
         let states = self.text.output("last_hidden_state");
         let one = states.len() / prompts.len();
         let rows = self.unet.input_mut("encoder_hidden_states").chunks_exact_mut(one);
@@ -439,6 +489,7 @@ impl Session {
         &mut self,
         schedule: &Schedule,
         guidance: f32,
+        concepts: &Concepts,
         generators: &mut [NormalGenerator],
         latents: &mut [f32],
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
@@ -456,7 +507,10 @@ impl Session {
                 half.iter_mut().zip(&*latents).for_each(|(s, x)| *s = x * step.input_scale);
             }
             self.unet.input_mut("timestep").fill(step.timestep);
-            self.unet.step();
+            match concepts.networks.is_empty() {
+                true => self.unet.step(),
+                false => self.unet.step_shifting(|mid, shift| concepts.follow(mid, shift)),
+            }
             let out = self.unet.output("sample");
             if self.options.guided {
                 let (without, with) = out.split_at(latents.len());
@@ -480,6 +534,61 @@ impl Session {
         // Nothing is left to break off.
         let _ = progress(Progress::Step { done: total, total });
         Ok(())
+    }
+}
+
+/// What a request adds to the bottleneck.
+struct Concepts {
+    /// The sum of each image's constants, `[batch, h, w, c]`.
+    shift: Vec<f32>,
+    /// Networks, whose value follows the bottleneck: image, module, weight.
+    networks: Vec<(usize, Module, f32)>,
+}
+
+impl Concepts {
+    fn new(shape: Shape, options: SessionOptions, request: &Request) -> Result<Self> {
+        let mut concepts = Concepts { shift: vec![0.0; options.batch * shape.len()], networks: Vec::new() };
+        if request.concepts.is_empty() {
+            return Ok(concepts);
+        }
+        if request.concepts.len() != options.batch || !options.concepts {
+            return Err(Error::usage(format!(
+                "concepts for {} images, where the session is for {}{}; list the concepts of every image",
+                request.concepts.len(),
+                options.batch,
+                if options.concepts { "" } else { " without concepts" }
+            )));
+        }
+        for (image, list) in request.concepts.iter().enumerate() {
+            for (concept, weight) in list {
+                if !weight.is_finite() {
+                    return Err(Error::usage(format!(
+                        "weight {weight} of `{}` is no number",
+                        concept.metadata.concept
+                    )));
+                }
+                for module in concept.modules(shape)? {
+                    match module.form() {
+                        Form::Constant => {
+                            let shift = &mut concepts.shift[image * shape.len()..][..shape.len()];
+                            module.add_to(&[], *weight, shift);
+                        }
+                        _ => concepts.networks.push((image, module, *weight)),
+                    }
+                }
+            }
+        }
+        Ok(concepts)
+    }
+
+    /// The shift for the bottleneck `mid` of all rows, the shifted ones last.
+    fn follow(&self, mid: &[f32], shift: &mut [f32]) {
+        shift.copy_from_slice(&self.shift);
+        let mid = &mid[mid.len() - shift.len()..];
+        for (image, module, weight) in &self.networks {
+            let range = image * module.shape().len()..(image + 1) * module.shape().len();
+            module.add_to(&mid[range.clone()], *weight, &mut shift[range]);
+        }
     }
 }
 

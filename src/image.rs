@@ -1,9 +1,8 @@
 //! Pictures: network output to 8-bit RGB, PNG files, and the text in them that tells how a picture was made.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufReader, Write};
+use std::fs::File;
+use std::io::BufReader;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -99,21 +98,7 @@ impl Image {
     /// # Errors
     /// [`Error::Io`] if the folder cannot be written; those of [`Image::to_png`].
     pub fn save_png(&self, path: &Path, metadata: &[(&str, &str)]) -> Result<()> {
-        // Distinguishes threads; the process id distinguishes programs.
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let bytes = self.to_png(metadata)?;
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let partial = path.with_file_name(format!(".respodiff-{}-{count}.partial", std::process::id()));
-        let write = || {
-            let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&partial)?;
-            file.write_all(&bytes)?;
-            file.sync_all()?;
-            fs::rename(&partial, path)
-        };
-        write().map_err(|error| {
-            let _ = fs::remove_file(&partial);
-            Error::io("write", path)(error)
-        })
+        crate::files::write(path, &self.to_png(metadata)?)
     }
 }
 

@@ -49,7 +49,8 @@ fn pipelines_match_diffusers() {
                 sampler: field("scheduler").parse().unwrap(),
                 ..Default::default()
             };
-            let options = SessionOptions { width, height, batch: batch / calls, guided: guidance > 1.0 };
+            let options =
+                SessionOptions { width, height, batch: batch / calls, guided: guidance > 1.0, concepts: false };
             let output = generate(&engine, options, &request);
             latents.extend(output.latents);
             images.extend(output.images);
@@ -68,7 +69,7 @@ fn pipelines_match_diffusers() {
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
     let engine = engine("sd1");
-    let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true };
+    let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true, concepts: false };
     let request = |seed| Request {
         prompt: "a doctor".into(),
         steps: 4,
@@ -88,13 +89,13 @@ fn an_image_does_not_depend_on_its_batch() {
 #[test]
 fn impossible_requests_are_refused() {
     let engine = engine("sd1");
-    let options = SessionOptions { width: 64, height: 64, batch: 1, guided: true };
+    let options = SessionOptions { width: 64, height: 64, batch: 1, guided: true, concepts: false };
     for (bad, word) in [
         (SessionOptions { width: 63, ..options }, "width 63"),
         (SessionOptions { height: 0, ..options }, "height 0"),
         (SessionOptions { width: usize::MAX, ..options }, "8192"),
         (SessionOptions { batch: 0, ..options }, "batch 0"),
-        (SessionOptions { width: 8192, height: 8192, batch: 256, guided: true }, "GiB"),
+        (SessionOptions { width: 8192, height: 8192, batch: 256, guided: true, concepts: false }, "GiB"),
     ] {
         let error = engine.session(bad).err().expect("refused");
         assert!(error.to_string().contains(word) && error.exit_code() == 2, "{error}");

@@ -99,11 +99,5 @@ pub fn write(path: &Path, tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> Result<()
     let bytes = views
         .and_then(|views| safetensors::serialize(views, None))
         .map_err(|e| Error::checkpoint(path, format!("cannot be written: {e}")))?;
-    let mut draft = path.as_os_str().to_owned();
-    draft.push(format!(".{}.tmp", std::process::id()));
-    let draft = PathBuf::from(draft);
-    std::fs::write(&draft, bytes).and_then(|()| std::fs::rename(&draft, path)).map_err(|e| {
-        let _ = std::fs::remove_file(&draft);
-        Error::io("write", path)(e)
-    })
+    crate::files::write(path, &bytes)
 }

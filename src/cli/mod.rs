@@ -4,10 +4,15 @@ mod files;
 mod info;
 mod probe;
 mod sample;
+mod train;
 
 use crate::{Error, Result};
 use clap::{Parser, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Text to image with Stable Diffusion: fast, fair and safe.
 #[derive(Parser)]
@@ -21,6 +26,8 @@ struct Cli {
 enum Command {
     /// Make pictures of a prompt
     Sample(Box<sample::Args>),
+    /// Learn a concept: RAM and SAM at the bottleneck
+    Train(Box<train::Args>),
     /// Run one component on tensors from a file, in diffusers' order (NCHW, fp32)
     Probe(probe::Args),
     /// Show a checkpoint's components, parameters and memory plan
@@ -53,6 +60,7 @@ impl Device {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Sample(args) => sample::run(&args),
+        Command::Train(args) => train::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Info(args) => info::run(&args),
     };
@@ -63,6 +71,46 @@ pub fn main() -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// A flag that Ctrl-C raises; a second Ctrl-C ends the process at once.
+fn interrupt_flag() -> Arc<AtomicBool> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let raised = flag.clone();
+    // A second handler in one process is refused; the run then ends by the system's own.
+    let _ = ctrlc::set_handler(move || {
+        if raised.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    });
+    flag
+}
+
+/// A progress bar on stderr.
+fn progress_bar(total: u64, template: &str) -> ProgressBar {
+    let bar = ProgressBar::new(total);
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Finds now, not after minutes of work, whether a file can be written.
+fn check_writable(file: &Path) -> Result<()> {
+    let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let test = folder.join(format!(".respodiff-{}", std::process::id()));
+    std::fs::write(&test, []).map_err(Error::io("write to the folder", folder))?;
+    let _ = std::fs::remove_file(test);
+    if file.is_dir() {
+        return Err(Error::usage(format!("{} is a folder; give a file's name", file.display())));
+    }
+    Ok(())
+}
+
+/// From the clock: a seed only has to differ from run to run, and is printed.
+fn random_seed() -> u64 {
+    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::from(time.subsec_nanos()) ^ time.as_secs() & 0xffff_ffff
 }
 
 /// Warns on stderr.

@@ -5,10 +5,11 @@ use super::{say, warn};
 use crate::cpu::{self, Executor, Weights};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 use crate::engine::{UNET_CONSTANTS, read_config};
-use crate::graph::Graph;
+use crate::graph::{Graph, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
 use crate::plan::Plan;
+use crate::respodiff::{Form, Halves, Module, Objective};
 use crate::weights::Source;
 use crate::{Error, Result};
 use clap::ValueEnum;
@@ -19,12 +20,16 @@ use std::sync::Arc;
 enum Component {
     /// input_ids [B,77] -> last_hidden_state, penultimate_hidden_state, text_embeds
     Text,
-    /// sample [B,4,H,W], timestep [1] or [B], encoder_hidden_states [B,77,D] (text_embeds, time_ids) -> sample, mid
+    /// sample [B,4,H,W], timestep [1] or [B], encoder_hidden_states [B,77,D] (text_embeds, time_ids; ram, sam [C,R,R],
+    /// added to the bottleneck) -> sample, mid
     Unet,
     /// latents [B,4,H,W], already divided by the scaling factor -> image
     VaeDecode,
     /// image [B,3,H,W] in [-1, 1] -> mean, logvar
     VaeEncode,
+    /// latents [B,4,H,W], timestep [1], neutral_embeds [1,77,D], target [B,4,H,W], ram, sam [C,R,R] (text_embeds,
+    /// time_ids) -> loss_resp, loss_sem, grad_ram (of L_resp), grad_sam (of lambda L_sem)
+    Grad,
     /// sample, eps [N,...] (noise [N,...]) -> timesteps, model_input, prev_sample
     Scheduler,
 }
@@ -54,6 +59,9 @@ pub(super) struct Args {
     /// Sampling steps
     #[arg(long, default_value_t = 50)]
     steps: usize,
+    /// Weight of L_sem
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    lambda: f64,
 }
 
 /// A named result: shape and numbers.
@@ -65,6 +73,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         (Component::Text, inputs) => text(args, &source, inputs.as_deref().map(TensorFile::read).transpose()?)?,
         (_, None) => return Err(Error::usage("--prompt is for `probe text`; give --inputs FILE")),
         (Component::Unet, Some(path)) => probe_unet(&source, &TensorFile::read(path)?)?,
+        (Component::Grad, Some(path)) => grad(args, &source, &TensorFile::read(path)?)?,
         (Component::VaeDecode, Some(path)) => decode(&source, &TensorFile::read(path)?)?,
         (Component::VaeEncode, Some(path)) => encode(&source, &TensorFile::read(path)?)?,
         (Component::Scheduler, Some(path)) => scheduler(args, &source, &TensorFile::read(path)?)?,
@@ -147,7 +156,15 @@ fn probe_unet(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     if timestep.len() != 1 && timestep.len() != n {
         return Err(file.error(format!("`timestep` has {} numbers; 1 or {n} are wanted", timestep.len())));
     }
-    let mut executor = executor(source, "unet", unet(&config, n, h, w, states.shape[1], 0))?;
+    let modules: Vec<&str> = ["ram", "sam"].into_iter().filter(|name| file.find(name).is_some()).collect();
+    let shifted = if modules.is_empty() { 0 } else { n };
+    let mut executor = executor(source, "unet", unet(&config, n, h, w, states.shape[1], shifted))?;
+    for name in modules {
+        let graph = executor.plan().graph();
+        let module = constant(file, name, graph.shape(graph.input("shift")))?;
+        let shift = executor.input_mut("shift");
+        shift.chunks_exact_mut(module.shape().len()).for_each(|image| module.add_to(&[], 1.0, image));
+    }
     nchw_to_nhwc(&sample.floats(), c, h * w, executor.input_mut("sample"));
     executor.input_mut("timestep").iter_mut().enumerate().for_each(|(i, t)| *t = timestep[i % timestep.len()]);
     executor.input_mut("encoder_hidden_states").copy_from_slice(&states.floats());
@@ -161,6 +178,57 @@ fn probe_unet(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     executor.prologue();
     executor.step();
     Ok(vec![image_output(&executor, "sample"), image_output(&executor, "mid")])
+}
+
+/// A module from a file, NCHW.
+fn constant(file: &TensorFile, name: &str, shape: Shape) -> Result<Module> {
+    let values = file.get(name, &[Some(shape.c), Some(shape.h), Some(shape.w)])?.floats();
+    let mut parameters = vec![0.0; values.len()];
+    nchw_to_nhwc(&values, shape.c, shape.tokens(), &mut parameters);
+    Module::with_parameters(Form::Constant, shape, parameters).ok_or_else(|| file.error("holds another shape"))
+}
+
+fn grad(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
+    let config = read_config(source, "unet", UNetConfig::parse)?;
+    let latents = file.get("latents", &[None, Some(config.in_channels), None, None])?;
+    let [n, _, h, w] = latents.shape[..] else { return Err(file.error("`latents` is not [B,C,H,W]")) };
+    let states = file.get("neutral_embeds", &[Some(1), None, Some(config.cross_attention_dim)])?;
+    let wanted = [Some(n), Some(config.out_channels), Some(h), Some(w)];
+    let sizes = (n, h, w, states.shape[1]);
+    let mut halves = Halves::new(&config, &source.tensors("unet")?, &[], sizes, true)?;
+    let extra = |name: &str, width: Option<usize>| -> Result<Vec<f32>> {
+        width.map_or(Ok(vec![]), |width| Ok(file.get(name, &[Some(n), Some(width)])?.floats()))
+    };
+    let embeds = extra("text_embeds", config.text_time.as_ref().map(|t| t.text_embed_dim))?;
+    let ids = extra("time_ids", config.text_time.as_ref().map(|_| 6))?;
+    let states = states.floats().repeat(n);
+    halves.condition(&[("encoder_hidden_states", &states), ("text_embeds", &embeds), ("time_ids", &ids)]);
+    let nhwc = |values: &[f32]| {
+        let mut out = vec![0.0; values.len()];
+        nchw_to_nhwc(values, values.len() / (n * h * w), h * w, &mut out);
+        out
+    };
+    let target = nhwc(&file.get("target", &wanted)?.floats());
+    let timestep = file.get("timestep", &[Some(1)])?.floats()[0];
+    let shape = Shape { n: 1, ..halves.mid_shape() };
+    let (ram, sam) = (constant(file, "ram", shape)?, constant(file, "sam", shape)?);
+    halves.descend(&nhwc(&latents.floats()), timestep);
+    let mut objective = Objective::new(&mut halves);
+    let resp = objective.match_score(&[&ram], &target, 1.0);
+    let neutral = objective.predict(&[]);
+    let sem = objective.match_score(&[&ram, &sam], &neutral, args.lambda);
+    let gradient = |module: &Module, by_shift: &[f32]| {
+        let mut nchw = vec![0.0; shape.len()];
+        nhwc_to_nchw(&module.gradient(objective.mid(), by_shift), shape.c, shape.tokens(), &mut nchw);
+        (vec![shape.c, shape.h, shape.w], nchw)
+    };
+    let (by_ram, by_sam) = (gradient(&ram, &resp.by_shift), gradient(&sam, &sem.by_shift));
+    Ok(vec![
+        ("loss_resp", vec![1], vec![resp.loss as f32]),
+        ("loss_sem", vec![1], vec![sem.loss as f32]),
+        ("grad_ram", by_ram.0, by_ram.1),
+        ("grad_sam", by_sam.0, by_sam.1),
+    ])
 }
 
 fn decode(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {

@@ -1,17 +1,15 @@
 //! `respodiff sample`.
 
-use super::{Device, files, say, warn};
+use super::{Device, check_writable, files, interrupt_flag, progress_bar, random_seed, say, warn};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, Progress, Request, SessionOptions};
 use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD};
 use crate::weights::Source;
 use crate::{Error, Result};
-use indicatif::{ProgressBar, ProgressStyle};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -89,6 +87,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         height: args.height.unwrap_or(height),
         batch: args.batch,
         guided: args.guidance > 1.0,
+        concepts: false,
     };
     let mut session = engine.session(options)?;
     let shape = engine.latent_shape(options).to_vec();
@@ -108,16 +107,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
         seed,
         rng,
         latents,
+        concepts: Vec::new(),
     };
 
-    let cancelled = Arc::new(AtomicBool::new(false));
-    let flag = cancelled.clone();
-    // A second handler in one process is refused; the run then ends by the system's own.
-    let _ = ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed));
-    let bar = ProgressBar::new(schedule.steps.len() as u64);
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} {per_sec} {eta} {msg}") {
-        bar.set_style(style);
-    }
+    let cancelled = interrupt_flag();
+    let bar = progress_bar(schedule.steps.len() as u64, "{bar:30} {pos}/{len} {per_sec} {eta} {msg}");
     let output = session.generate(&request, &mut |progress| {
         match progress {
             Progress::Step { done, .. } => bar.set_position(done as u64),
@@ -140,7 +134,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             rng: rng.name().into(),
             width: options.width as u32,
             height: options.height as u32,
-            model: engine.name().into(),
+            model: engine.name(),
             model_sha256: None,
             version: env!("CARGO_PKG_VERSION").into(),
         };
@@ -157,12 +151,6 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// From the clock: a seed only has to differ from run to run, and is printed with the picture.
-fn random_seed() -> u64 {
-    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    u64::from(time.subsec_nanos()) ^ time.as_secs() & 0xffff_ffff
-}
-
 /// A file for each image, in folders that can be written to.
 fn output_files(args: &Args, seed: u64) -> Result<Vec<PathBuf>> {
     let words: String = args.prompt.chars().map(|c| if c.is_alphanumeric() { c } else { ' ' }).collect();
@@ -176,14 +164,7 @@ fn output_files(args: &Args, seed: u64) -> Result<Vec<PathBuf>> {
         None => free_name(PathBuf::from(default), args.batch),
     };
     for file in [Some(&path), args.save_latents.as_ref()].into_iter().flatten() {
-        let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        // Found now, not after minutes of sampling.
-        let test = folder.join(format!(".respodiff-{}", std::process::id()));
-        std::fs::write(&test, []).map_err(Error::io("write to the folder", folder))?;
-        let _ = std::fs::remove_file(test);
-        if file.is_dir() {
-            return Err(Error::usage(format!("{} is a folder; give a file's name", file.display())));
-        }
+        check_writable(file)?;
     }
     Ok(numbered(&path, args.batch))
 }

@@ -95,20 +95,15 @@ pub(super) fn resize_gradient(d: TensorId, out: TensorId, memory: &Memory) {
     });
 }
 
-/// Each image plus its weighted sum of modules. Memory bound: one read and one write of the bottleneck.
-pub(super) fn concepts(x: TensorId, modules: TensorId, weights: TensorId, out: TensorId, memory: &Memory) {
-    let one = memory.shape(modules).tokens() * memory.shape(modules).c;
-    let slots = memory.shape(weights).c;
-    let (x, modules) = (memory.read(x), memory.read(modules));
-    let images = memory.write(out).par_chunks_exact_mut(one).zip(x.par_chunks_exact(one));
-    images.zip(memory.read(weights).par_chunks_exact(slots)).for_each(|((out, x), weights)| {
-        out.copy_from_slice(x);
-        for (module, &weight) in modules.chunks_exact(one).zip(weights) {
-            if weight != 0.0 {
-                out.iter_mut().zip(module).for_each(|(o, m)| *o += weight * m);
-            }
-        }
-    });
+/// The last images, each plus its own tensor. Memory bound: one read and one write of the bottleneck, one read of the
+/// shift.
+pub(super) fn shift(x: TensorId, shift: TensorId, out: TensorId, memory: &Memory) {
+    let (x, shift) = (memory.read(x), memory.read(shift));
+    let (out, shifted) = memory.write(out).split_at_mut(x.len() - shift.len());
+    let (plain, x) = x.split_at(out.len());
+    out.copy_from_slice(plain);
+    let chunks = shifted.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).zip(shift.par_chunks(CHUNK));
+    chunks.for_each(|((out, x), s)| out.iter_mut().zip(x.iter().zip(s)).for_each(|(o, (x, s))| *o = x + s));
 }
 
 /// Rows of `tokens` and `positions`. Ids were checked against the vocabulary by whoever wrote them.

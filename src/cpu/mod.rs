@@ -80,6 +80,19 @@ impl Executor {
         plan.step().for_each(|(node, workspace)| self.run(&plan, node, workspace));
     }
 
+    /// Runs one step, stopping before the first [`Op::Shift`] to let `fill` write its shift from the numbers it shifts.
+    pub fn step_shifting(&mut self, fill: impl FnOnce(&[f32], &mut [f32])) {
+        let plan = self.plan.clone();
+        let mut fill = Some(fill);
+        for (node, workspace) in plan.step() {
+            if let (Op::Shift { x, shift }, true) = (&node.op, fill.is_some()) {
+                let memory = Memory { plan: &plan, arena: self.arena.numbers_mut().as_mut_ptr(), workspace };
+                fill.take().into_iter().for_each(|fill| fill(memory.read(*x), memory.write(*shift)));
+            }
+            self.run(&plan, node, workspace);
+        }
+    }
+
     /// Runs the reverse half, from the last step's activations and the seed in the input `d.<output>`.
     pub fn backward(&mut self) {
         let plan = self.plan.clone();
@@ -111,7 +124,7 @@ impl Executor {
             Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift } => {
                 elementwise::sinusoid(x, dim, flip_sin_to_cos, freq_shift, out, &memory)
             }
-            Op::Concepts { x, modules, weights } => elementwise::concepts(x, modules, weights, out, &memory),
+            Op::Shift { x, shift } => elementwise::shift(x, shift, out, &memory),
             Op::SelectToken { x, index } => elementwise::select_token(x, index, out, &memory),
         }
     }

@@ -223,10 +223,10 @@ impl GraphBuilder {
         self.node(name, Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift }, shape)
     }
 
-    /// RespoDiff's transform: `modules` is `[k, h, w, c]` and `weights` `[n, 1, 1, k]`.
-    pub fn concepts(&mut self, name: &str, x: TensorId, modules: TensorId, weights: TensorId) -> TensorId {
+    /// Adds to each of the last images a tensor of its own.
+    pub fn shift(&mut self, name: &str, x: TensorId, shift: TensorId) -> TensorId {
         let shape = self.shape(x);
-        self.node(name, Op::Concepts { x, modules, weights }, shape)
+        self.node(name, Op::Shift { x, shift }, shape)
     }
 
     /// One token of each image.

@@ -332,14 +332,12 @@ pub enum Op {
         /// Subtracted from `dim / 2` in the frequency's denominator.
         freq_shift: f32,
     },
-    /// RespoDiff's transform of the bottleneck (arXiv 2509.15257): `x + sum_k weights[image, k] * modules[k]`.
-    Concepts {
-        /// The middle block's output.
+    /// RespoDiff's transform of the bottleneck (arXiv 2509.15257): each of the last images plus a tensor of its own.
+    Shift {
+        /// `[n, h, w, c]`, the middle block's output.
         x: TensorId,
-        /// `[k, h, w, c]`: one learnt tensor a slot, shared by all images.
-        modules: TensorId,
-        /// `[n, 1, 1, k]`: how much of each an image gets; zeros leave it as it is, bit for bit.
-        weights: TensorId,
+        /// `[m, h, w, c]` for the last `m` images, the conditional half: what an image's concepts add up to.
+        shift: TensorId,
     },
     /// One token of each image.
     SelectToken {
@@ -364,7 +362,7 @@ impl Op {
                 [Some(of.q.tensor), Some(of.k.tensor), Some(of.v.tensor), Some(d)]
             }
             Op::Add { a, b } => [Some(a), Some(b), None, None],
-            Op::Concepts { x, modules, weights } => [Some(x), Some(modules), Some(weights), None],
+            Op::Shift { x, shift } => [Some(x), Some(shift), None, None],
             Op::Embed { ids, .. } => [Some(ids), None, None, None],
             Op::SelectToken { x, index } => [Some(x), Some(index), None, None],
             Op::ResizeGradient { d } => [Some(d), None, None, None],

@@ -132,7 +132,7 @@ impl Reverse {
                 .collect::<Vec<_>>()
                 .into_iter()
                 .for_each(|t| self.give(t, d)),
-            Op::Concepts { x, .. } => self.give(x, d),
+            Op::Shift { x, .. } => self.give(x, d),
             op => panic!("{name}: {op:?} has no gradient"),
         }
     }

@@ -10,13 +10,14 @@ const TRANSFORMER_EPS: f32 = 1e-6;
 /// Added to the variance in layer norms.
 const LAYER_EPS: f32 = 1e-5;
 
-/// The UNet for latents of `h` by `w` and prompts of `tokens` tokens, with room for `concepts` bottleneck modules.
+/// The UNet for latents of `h` by `w` and prompts of `tokens` tokens, the bottleneck of whose last `shifted` images can
+/// be shifted.
 ///
 /// Inputs: `sample` `[n, h, w, in_channels]`, `timestep` `[n, 1, 1, 1]`, `encoder_hidden_states`
 /// `[n, 1, tokens, cross_attention_dim]`; for SDXL `text_embeds` `[n, 1, 1, text_embed_dim]` and `time_ids`
-/// `[n, 1, 1, 6]`; with concepts `modules` `[concepts, h', w', c]` and `module_weights` `[n, 1, 1, concepts]`. Outputs:
-/// `sample` `[n, h, w, out_channels]` and `mid`, the middle block's before the concepts.
-pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize, concepts: usize) -> Graph {
+/// `[n, 1, 1, 6]`; unless `shifted` is 0 `shift` `[shifted, h', w', c]`. Outputs: `sample` `[n, h, w, out_channels]` and
+/// `mid`, the middle block's before the shift.
+pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize, shifted: usize) -> Graph {
     let mut g = GraphBuilder::new();
     let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
     let time = time_embedding(&mut g, config, batch);
@@ -25,7 +26,7 @@ pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize
     let (x, mut skips) = net.down(sample);
     let x = net.middle(x);
     net.g.output("mid", x);
-    let x = net.concepts(x, concepts);
+    let x = net.shift(x, shifted);
     net.up(x, &mut skips);
     net.g.finish()
 }
@@ -121,15 +122,13 @@ impl UNet<'_> {
         self.resnet("mid_block.resnets.1", x, level.channels, scale)
     }
 
-    /// The transform of the bottleneck, where there is room for concepts.
-    fn concepts(&mut self, x: TensorId, slots: usize) -> TensorId {
-        if slots == 0 {
+    /// The transform of the bottleneck, where any is wanted.
+    fn shift(&mut self, x: TensorId, shifted: usize) -> TensorId {
+        if shifted == 0 {
             return x;
         }
-        let shape = self.g.shape(x);
-        let modules = self.g.input("modules", Shape { n: slots, ..shape });
-        let weights = self.g.input("module_weights", Shape::new(shape.n, 1, 1, slots));
-        self.g.concepts("mid_block.concepts", x, modules, weights) // [n, h, w, c]
+        let shift = self.g.input("shift", Shape { n: shifted, ..self.g.shape(x) });
+        self.g.shift("mid_block.shift", x, shift) // [n, h, w, c]
     }
 
     /// From the bottleneck to the output `sample`.

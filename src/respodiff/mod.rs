@@ -1,9 +1,18 @@
 //! RespoDiff (arXiv 2509.15257): learnt tensors at the UNet's bottleneck, and how they are learnt.
 
+mod checkpoint;
+mod concept;
 mod halves;
 mod module;
 mod objective;
+mod plot;
+mod recipe;
+mod trainer;
 
+pub use concept::{Concept, Kind, Metadata};
 pub use halves::Halves;
 pub use module::{Form, Module};
 pub use objective::{Adam, Objective, Slope};
+pub use plot::{loss_plot, sheet};
+pub use recipe::{Recipe, Variant};
+pub use trainer::{Losses, Task, Times, Trainer};

@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
+use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -118,6 +119,28 @@ impl Tensors {
     /// Names and shapes of all tensors.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &[usize])> {
         self.index.iter().map(|(name, e)| (name.as_str(), e.shape.as_slice()))
+    }
+
+    /// Which model these weights are, whatever file format and precision they are stored in: a SHA-256 of all names and
+    /// shapes, and of the short tensors (biases, norms) rounded to fp16. Fine-tuning moves those as well.
+    ///
+    /// # Errors
+    /// As [`Tensors::read`].
+    pub fn fingerprint(&self) -> Result<String> {
+        const SHORT: usize = 8192;
+        let mut names: Vec<&String> = self.index.keys().collect();
+        names.sort();
+        let mut hash = Sha256::new();
+        for name in names {
+            let shape = &self.index[name].shape;
+            hash.update(format!("{name} {shape:?}\n"));
+            if shape.iter().product::<usize>() <= SHORT {
+                let values: Vec<u16> =
+                    self.read(name, &[shape])?.iter().map(|&x| f16::from_f32(x).to_bits().to_le()).collect();
+                hash.update(bytemuck::cast_slice::<u16, u8>(&values));
+            }
+        }
+        Ok(hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// The tensor in fp32, row-major, whose shape must be one of `shapes`.

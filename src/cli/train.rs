@@ -1,0 +1,212 @@
+//! `respodiff train`.
+
+use super::{check_writable, interrupt_flag, progress_bar, say, warn};
+use crate::engine::{Engine, Request, SessionOptions};
+use crate::image::Image;
+use crate::respodiff::{Kind, Recipe, Task, Trainer, Variant, loss_plot, sheet};
+use crate::weights::Source;
+use crate::{Error, Result};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+#[derive(clap::Args)]
+#[command(group = clap::ArgGroup::new("task").required(true))]
+pub(super) struct Args {
+    /// Learn to move toward this: "a woman"
+    #[arg(long, group = "task")]
+    target: Option<String>,
+    /// Learn to move away from this: "violence"
+    #[arg(long, group = "task", requires = "neutral")]
+    avoid: Option<String>,
+    /// The prompt it is learnt on [default: "a person" with --target]
+    #[arg(long)]
+    neutral: Option<String>,
+    /// Concept file to write
+    #[arg(long)]
+    out: PathBuf,
+    /// Checkpoint folder or Hugging Face model id [default: the demo]
+    #[arg(long)]
+    model: Option<String>,
+    /// default, official (the authors' code), or a TOML file with fields of a recipe
+    #[arg(long, default_value = "default")]
+    recipe: String,
+    /// Steps of training
+    #[arg(long)]
+    iterations: Option<u64>,
+    /// Latents of a step
+    #[arg(long)]
+    batch: Option<usize>,
+    /// Adam's rate for RAM
+    #[arg(long)]
+    lr_ram: Option<f64>,
+    /// Adam's rate for SAM
+    #[arg(long)]
+    lr_sam: Option<f64>,
+    /// Weight of L_sem
+    #[arg(long)]
+    lambda: Option<f64>,
+    /// constant, or for comparison ram-only, shared, mlp, conv
+    #[arg(long)]
+    variant: Option<Variant>,
+    /// Steps of training from one rollout: faster, on latents that are less independent
+    #[arg(long)]
+    latents_per_rollout: Option<usize>,
+    /// What the training draws
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Pixels, a multiple of 8 [default: the checkpoint's]
+    #[arg(long)]
+    width: Option<usize>,
+    /// Pixels, a multiple of 8 [default: the checkpoint's]
+    #[arg(long)]
+    height: Option<usize>,
+    /// Go on from OUT.checkpoint
+    #[arg(long)]
+    resume: bool,
+}
+
+impl Args {
+    fn task(&self) -> Task {
+        let (kind, concept) = match (&self.target, &self.avoid) {
+            (Some(target), _) => (Kind::Fair, target),
+            (None, avoid) => (Kind::Safe, avoid.as_ref().unwrap_or(&self.recipe)),
+        };
+        Task { kind, concept: concept.clone(), neutral: self.neutral.clone().unwrap_or_else(|| "a person".into()) }
+    }
+
+    fn recipe(&self, task: &Task) -> Result<Recipe> {
+        let mut recipe = Recipe::named(&self.recipe, task.kind, &task.concept)?;
+        let set = |field: &mut f64, flag: Option<f64>| *field = flag.unwrap_or(*field);
+        set(&mut recipe.lr_ram, self.lr_ram);
+        set(&mut recipe.lr_sam, self.lr_sam);
+        set(&mut recipe.lambda, self.lambda);
+        recipe.iterations = self.iterations.unwrap_or(recipe.iterations);
+        recipe.batch = self.batch.unwrap_or(recipe.batch);
+        recipe.variant = self.variant.unwrap_or(recipe.variant);
+        recipe.latents_per_rollout = self.latents_per_rollout.unwrap_or(recipe.latents_per_rollout);
+        Ok(recipe)
+    }
+}
+
+/// How often a checkpoint is written.
+const SAVE_EVERY: Duration = Duration::from_secs(20);
+/// Pictures of a row of the before/after sheet.
+const SHEET: usize = 8;
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let task = args.task();
+    let recipe = args.recipe(&task)?;
+    recipe.check()?;
+    check_writable(&args.out)?;
+    let beside = |suffix: &str| args.out.with_extension(suffix);
+    let checkpoint = beside("checkpoint");
+    if !args.resume && checkpoint.exists() {
+        return Err(Error::usage(format!(
+            "{} is there from a training that did not end; go on with --resume, or delete it",
+            checkpoint.display()
+        )));
+    }
+
+    let engine = Engine::open(&Source::resolve(args.model.as_deref(), true)?)?;
+    let (width, height) = engine.default_size();
+    let size = (args.width.unwrap_or(width), args.height.unwrap_or(height));
+    let mut trainer = Trainer::new(&engine, task.clone(), recipe.clone(), args.seed, size)?;
+    if args.resume && checkpoint.exists() {
+        trainer.resume(&checkpoint)?;
+    }
+    let began = Instant::now();
+    let from = trainer.history().len();
+    let result = train(&mut trainer, recipe.iterations, &checkpoint);
+    let done = trainer.history().len();
+    if done > from {
+        report_time(&trainer, done - from, began.elapsed());
+    }
+    match result {
+        Ok(()) => {}
+        Err(Error::Cancelled(why)) => return Err(Error::Cancelled(why)),
+        Err(error) => {
+            trainer.concept().save(&args.out)?;
+            warn(&format!("{} holds the concept as of iteration {done}", args.out.display()));
+            return Err(error);
+        }
+    }
+
+    let concept = trainer.concept();
+    concept.save(&args.out)?;
+    say(&args.out.display().to_string());
+    // Done: what is left is to show it, and another training may begin.
+    let _ = std::fs::remove_file(&checkpoint);
+    trainer.warnings().iter().for_each(|w| warn(w));
+    let plot = beside("losses.png");
+    loss_plot(trainer.history(), &task.concept).save_png(&plot, &[])?;
+    say(&plot.display().to_string());
+
+    let options = SessionOptions { width: size.0, height: size.1, batch: SHEET, guided: true, concepts: true };
+    let mut session = engine.session(options)?;
+    let concept = Arc::new(concept);
+    let mut row = |concepts: Vec<_>| -> Result<Vec<Image>> {
+        let request = Request { prompt: task.neutral.clone(), seed: args.seed, concepts, ..Default::default() };
+        Ok(session.generate(&request, &mut |_| ControlFlow::Continue(()))?.images)
+    };
+    let rows = [row(vec![])?, row(vec![vec![(concept, 1.0)]; SHEET])?];
+    let path = beside("sheet.png");
+    sheet(&rows).save_png(&path, &[])?;
+    say(&path.display().to_string());
+    Ok(())
+}
+
+/// Trains to the end, writing checkpoints between rollouts.
+fn train(trainer: &mut Trainer, iterations: u64, checkpoint: &Path) -> Result<()> {
+    let cancelled: Arc<AtomicBool> = interrupt_flag();
+    let bar = progress_bar(iterations, "{bar:30} {pos}/{len} {per_sec} {eta} {msg}");
+    bar.set_position(trainer.history().len() as u64);
+    bar.reset_eta();
+    let mut saved = Instant::now();
+    let mut outcome = Ok(());
+    while (trainer.history().len() as u64) < iterations {
+        let stopping = cancelled.load(Ordering::Relaxed);
+        if trainer.between_rollouts() && (stopping || saved.elapsed() > SAVE_EVERY) {
+            outcome = trainer.save(checkpoint);
+            saved = Instant::now();
+        }
+        if stopping && outcome.is_ok() && trainer.between_rollouts() {
+            outcome = Err(Error::Cancelled(format!(
+                "{} of {iterations} iterations are in {}; go on with --resume",
+                trainer.history().len(),
+                checkpoint.display()
+            )));
+        }
+        if outcome.is_ok() {
+            outcome = trainer.iterate().map(|losses| {
+                bar.set_message(format!("L_resp {:.2e}  L_sem {:.2e}", losses.resp, losses.sem));
+                bar.inc(1);
+            });
+        }
+        if outcome.is_err() {
+            break;
+        }
+    }
+    bar.finish_and_clear();
+    outcome
+}
+
+fn report_time(trainer: &Trainer, iterations: usize, elapsed: Duration) {
+    let times = &trainer.times;
+    let each = |d: Duration| 1e3 * d.as_secs_f64() / iterations as f64;
+    super::complain(
+        "trained",
+        &format!(
+            "{iterations} iterations at {:.2}/s: {:.1} ms rollout, {:.1} ms target, {:.1} ms L_resp, {:.1} ms L_sem; \
+             {:.1} MiB of activations",
+            iterations as f64 / elapsed.as_secs_f64(),
+            each(times.rollout),
+            each(times.target),
+            each(times.predictions),
+            each(times.backward),
+            trainer.memory() as f64 / (1 << 20) as f64
+        ),
+    );
+}

@@ -1,0 +1,337 @@
+//! Concept files: one safetensors file a concept.
+//!
+//! Tensors `ram` and `sam`, `[c, h, w]` in fp16 or fp32 (a network's parameters, `[p]`, for the ablation's forms), and
+//! what they are in the file's metadata, one string a field. Fields this version does not know are kept.
+
+use super::{Form, Module};
+use crate::graph::Shape;
+use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
+use crate::{Error, Result};
+use half::f16;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Version of the file format.
+const FORMAT: u32 = 1;
+/// Longest side of a bottleneck, and most channels: beyond lies a damaged file.
+const MAX_SIDE: usize = 4096;
+
+/// What a concept is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Moves toward an attribute ("a woman").
+    #[default]
+    Fair,
+    /// Moves away from something ("violence").
+    Safe,
+}
+
+impl Kind {
+    /// As files and reports write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Fair => "fair",
+            Kind::Safe => "safe",
+        }
+    }
+}
+
+/// Where a concept comes from.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Metadata {
+    /// What it is called: the prompt it was trained for.
+    pub concept: String,
+    /// What it is for.
+    pub kind: Kind,
+    /// The prompt it moves away from, or from which it moves.
+    pub neutral: String,
+    /// The checkpoint it was trained on.
+    pub base_model: String,
+    /// That checkpoint's [`crate::weights::Tensors::fingerprint`]; empty if unknown.
+    pub fingerprint: String,
+    /// How it was trained, as TOML.
+    pub recipe: String,
+    /// Steps of training.
+    pub iterations: u64,
+    /// `L_resp` and `L_sem` over the last tenth of the training.
+    pub losses: Option<[f64; 2]>,
+    /// What other programs wrote.
+    pub other: BTreeMap<String, String>,
+}
+
+/// A learnt concept: RAM, which moves toward it, and SAM, which moves back toward the neutral prompt's meaning.
+#[derive(Clone, Debug)]
+pub struct Concept {
+    /// Where it comes from.
+    pub metadata: Metadata,
+    /// Responsible-concept alignment module.
+    pub ram: Module,
+    /// Semantic alignment module; absent where RAM was trained alone.
+    pub sam: Option<Module>,
+}
+
+impl Concept {
+    /// Shape of the bottleneck it was trained at.
+    pub fn shape(&self) -> Shape {
+        self.ram.shape()
+    }
+
+    /// What it adds to a bottleneck that looks like `shape`: RAM and SAM.
+    ///
+    /// A constant learnt at another size is resampled, bilinearly with half-pixel centres, so that what was learnt for
+    /// a place in the picture stays there; networks are the same at every size.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the channels differ: the concept is for another model.
+    pub fn modules(&self, shape: Shape) -> Result<Vec<Module>> {
+        if shape.c != self.shape().c {
+            return Err(Error::usage(format!(
+                "the concept `{}` is for a bottleneck of {} channels where this model has {}; it was trained on {}",
+                self.metadata.concept,
+                self.shape().c,
+                shape.c,
+                if self.metadata.base_model.is_empty() { "another model" } else { &self.metadata.base_model }
+            )));
+        }
+        let at_size = |module: &Module| {
+            let parameters = match module.form() {
+                Form::Constant => resample(&module.parameters, module.shape(), shape),
+                _ => module.parameters.clone(),
+            };
+            Module::with_parameters(module.form(), shape, parameters).expect("as many parameters at every size")
+        };
+        Ok([Some(&self.ram), self.sam.as_ref()].into_iter().flatten().map(at_size).collect())
+    }
+
+    /// Reads a concept file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read, [`Error::Checkpoint`] if it is damaged or no concept.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        Self::parse(&bytes, path)
+    }
+
+    /// The same from memory; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`Concept::load`].
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
+        let damaged = |e: safetensors::SafeTensorError| {
+            Error::checkpoint(path, format!("not a whole safetensors file ({e}); get or train the concept again"))
+        };
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
+        let tensors = SafeTensors::deserialize(bytes).map_err(damaged)?;
+        let mut fields: BTreeMap<String, String> =
+            header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
+        let mut take = |name: &str| fields.remove(name).unwrap_or_default();
+        let bad = |problem: String| Error::checkpoint(path, problem);
+
+        let format = take("format");
+        if !format.is_empty() && format.parse::<u32>().is_ok_and(|f| f > FORMAT) {
+            return Err(bad(format!(
+                "concept format {format} is newer than this program's {FORMAT}; update respodiff"
+            )));
+        }
+        let form = match take("form").as_str() {
+            "" | "constant" => Form::Constant,
+            "mlp" => Form::Mlp,
+            "conv" => Form::Conv,
+            other => return Err(bad(format!("unknown form `{other}`; constant, mlp and conv are read"))),
+        };
+        let kind = match take("kind").as_str() {
+            "" | "fair" => Kind::Fair,
+            "safe" => Kind::Safe,
+            other => return Err(bad(format!("unknown kind `{other}`; fair and safe are read"))),
+        };
+        let shape = take("bottleneck");
+        let shape: Option<[usize; 3]> = match shape.is_empty() {
+            true => None,
+            false => Some(
+                serde_json::from_str(&shape).map_err(|e| bad(format!("`bottleneck` {shape} is not [c, h, w]: {e}")))?,
+            ),
+        };
+        let mut metadata = Metadata {
+            concept: take("concept"),
+            kind,
+            neutral: take("neutral"),
+            base_model: take("base_model"),
+            fingerprint: take("fingerprint"),
+            recipe: take("recipe"),
+            iterations: take("iterations").parse().unwrap_or_default(),
+            losses: serde_json::from_str(&take("losses")).ok(),
+            other: fields,
+        };
+        if metadata.concept.is_empty() {
+            metadata.concept = path.file_stem().map_or_else(|| "concept".into(), |s| s.to_string_lossy().into_owned());
+        }
+        let module = |name: &str| -> Result<Option<Module>> {
+            let Ok(view) = tensors.tensor(name) else { return Ok(None) };
+            let [c, h, w] = match (form, view.shape(), shape) {
+                (Form::Constant, &[c, h, w], _) => [c, h, w],
+                (Form::Mlp | Form::Conv, [_], Some(shape)) => shape,
+                _ => return Err(bad(format!("tensor `{name}` has shape {:?}; [c, h, w] is wanted", view.shape()))),
+            };
+            if [c, h, w].iter().any(|&d| d == 0 || d > MAX_SIDE) {
+                return Err(bad(format!(
+                    "tensor `{name}` has shape [{c}, {h}, {w}]; 1 to {MAX_SIDE} each are possible"
+                )));
+            }
+            let values = numbers(&view).map_err(|problem| bad(format!("tensor `{name}` {problem}")))?;
+            let shape = Shape::new(1, h, w, c);
+            let parameters = match form {
+                Form::Constant => {
+                    let mut nhwc = vec![0.0; values.len()];
+                    nchw_to_nhwc(&values, c, h * w, &mut nhwc);
+                    nhwc
+                }
+                _ => values,
+            };
+            let count = parameters.len();
+            Module::with_parameters(form, shape, parameters)
+                .ok_or_else(|| bad(format!("tensor `{name}` holds {count} numbers, not what its form has")))
+                .map(Some)
+        };
+        let Some(ram) = module("ram")? else {
+            return Err(bad(
+                "has no tensor `ram`; this is no concept file (`respodiff concept import` reads .pth)".into()
+            ));
+        };
+        let sam = module("sam")?;
+        if sam.as_ref().is_some_and(|sam| sam.shape() != ram.shape()) {
+            return Err(bad("`ram` and `sam` differ in shape; the file is damaged".into()));
+        }
+        Ok(Concept { metadata, ram, sam })
+    }
+
+    /// The file's bytes, fp32.
+    fn bytes(&self) -> Result<Vec<u8>> {
+        let shape = self.shape();
+        let tensor = |module: &Module| -> (Vec<usize>, Vec<f32>) {
+            if module.form() != Form::Constant {
+                return (vec![module.parameters.len()], module.parameters.clone());
+            }
+            let mut nchw = vec![0.0; module.parameters.len()];
+            nhwc_to_nchw(&module.parameters, shape.c, shape.tokens(), &mut nchw);
+            (vec![shape.c, shape.h, shape.w], nchw)
+        };
+        let tensors: Vec<(&str, (Vec<usize>, Vec<f32>))> = [("ram", Some(&self.ram)), ("sam", self.sam.as_ref())]
+            .into_iter()
+            .filter_map(|(name, module)| Some((name, tensor(module?))))
+            .collect();
+        let views = tensors
+            .iter()
+            .map(|(name, (shape, values))| {
+                TensorView::new(Dtype::F32, shape.clone(), bytemuck::cast_slice(values)).map(|view| (*name, view))
+            })
+            .collect::<std::result::Result<Vec<_>, _>>();
+        let m = &self.metadata;
+        let form = match self.ram.form() {
+            Form::Constant => "constant",
+            Form::Mlp => "mlp",
+            Form::Conv => "conv",
+        };
+        let losses = m.losses.map_or_else(String::new, |[resp, sem]| format!("[{resp:e},{sem:e}]"));
+        let fields = [
+            ("format", FORMAT.to_string()),
+            ("form", form.into()),
+            ("concept", m.concept.clone()),
+            ("kind", m.kind.name().into()),
+            ("neutral", m.neutral.clone()),
+            ("base_model", m.base_model.clone()),
+            ("fingerprint", m.fingerprint.clone()),
+            ("bottleneck", format!("[{},{},{}]", shape.c, shape.h, shape.w)),
+            ("recipe", m.recipe.clone()),
+            ("iterations", m.iterations.to_string()),
+            ("losses", losses),
+        ];
+        let fields = fields.map(|(k, v)| (k.to_string(), v));
+        let all = m.other.clone().into_iter().chain(fields).collect();
+        views
+            .and_then(|views| safetensors::serialize(views, Some(all)))
+            .map_err(|e| Error::usage(format!("the concept `{}` cannot be written: {e}", m.concept)))
+    }
+
+    /// Writes the file, whole or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
+        crate::files::write(path.as_ref(), &self.bytes()?)
+    }
+
+    /// `sum of weight * concept` as one concept.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if there is none, they differ in channels, or one is a network.
+    pub fn merge(parts: &[(Concept, f32)]) -> Result<Concept> {
+        let Some((first, _)) = parts.first() else { return Err(Error::usage("nothing to merge: give concept files")) };
+        let shape = first.shape();
+        let mut ram = vec![0.0f32; shape.len()];
+        let mut sam = vec![0.0f32; shape.len()];
+        for (concept, weight) in parts {
+            if concept.ram.form() != Form::Constant {
+                return Err(Error::usage(format!(
+                    "the concept `{}` is a network, which cannot be merged; give several --concept instead",
+                    concept.metadata.concept
+                )));
+            }
+            let modules = concept.modules(shape)?;
+            for (sum, module) in [&mut ram, &mut sam].into_iter().zip(&modules) {
+                sum.iter_mut().zip(&module.parameters).for_each(|(s, p)| *s += weight * p);
+            }
+        }
+        let name: Vec<String> = parts.iter().map(|(c, w)| format!("{}:{w}", c.metadata.concept)).collect();
+        let constant = |parameters| Module::with_parameters(Form::Constant, shape, parameters).expect("its own size");
+        let metadata = Metadata {
+            concept: name.join(" + "),
+            iterations: 0,
+            recipe: String::new(),
+            losses: None,
+            ..first.metadata.clone()
+        };
+        let has_sam = parts.iter().any(|(c, _)| c.sam.is_some());
+        Ok(Concept { metadata, ram: constant(ram), sam: has_sam.then(|| constant(sam)) })
+    }
+}
+
+/// A tensor's numbers in fp32, or what is wrong with it.
+fn numbers(view: &TensorView) -> std::result::Result<Vec<f32>, String> {
+    let data = view.data();
+    let values: Vec<f32> = match view.dtype() {
+        Dtype::F16 => data.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::F32 => data.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+        other => return Err(format!("holds {other:?} numbers; F16 and F32 are read")),
+    };
+    match values.iter().find(|x| !x.is_finite()) {
+        Some(bad) => Err(format!("holds {bad}; the concept is damaged or its training diverged")),
+        None => Ok(values),
+    }
+}
+
+/// Bilinear, per channel, with half-pixel centres and clamped edges; the identity at the same size.
+fn resample(values: &[f32], from: Shape, to: Shape) -> Vec<f32> {
+    let along = |i: usize, from: usize, to: usize| {
+        let at = ((i as f32 + 0.5) * from as f32 / to as f32 - 0.5).clamp(0.0, (from - 1) as f32);
+        let low = at as usize;
+        (low, (low + 1).min(from - 1), at - low as f32)
+    };
+    let mut out = Vec::with_capacity(to.tokens() * to.c);
+    for y in 0..to.h {
+        let (top, bottom, down) = along(y, from.h, to.h);
+        for x in 0..to.w {
+            let (left, right, across) = along(x, from.w, to.w);
+            let pixel = |y: usize, x: usize| &values[(y * from.w + x) * from.c..][..from.c];
+            for c in 0..to.c {
+                let upper = pixel(top, left)[c] * (1.0 - across) + pixel(top, right)[c] * across;
+                let lower = pixel(bottom, left)[c] * (1.0 - across) + pixel(bottom, right)[c] * across;
+                out.push(upper * (1.0 - down) + lower * down);
+            }
+        }
+    }
+    out
+}

@@ -1,0 +1,184 @@
+//! How a concept is trained: the paper's table, the official code's, and ours.
+
+use super::Kind;
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// Which modules are learnt; the ablation of the paper's table 5.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Variant {
+    /// RAM and SAM, a tensor each: the method.
+    #[default]
+    Constant,
+    /// RAM alone.
+    RamOnly,
+    /// One tensor for both losses.
+    Shared,
+    /// RAM and SAM as two layers at each pixel ([`super::Form::Mlp`]).
+    Mlp,
+    /// RAM and SAM as three convolutions ([`super::Form::Conv`]).
+    Conv,
+}
+
+impl Variant {
+    /// All of them.
+    pub const ALL: [Variant; 5] = [Variant::Constant, Variant::RamOnly, Variant::Shared, Variant::Mlp, Variant::Conv];
+
+    /// As recipes write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Variant::Constant => "constant",
+            Variant::RamOnly => "ram-only",
+            Variant::Shared => "shared",
+            Variant::Mlp => "mlp",
+            Variant::Conv => "conv",
+        }
+    }
+}
+
+impl std::str::FromStr for Variant {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|v| v.name() == name).ok_or_else(|| {
+            let known: Vec<&str> = Self::ALL.iter().map(|v| v.name()).collect();
+            Error::usage(format!("unknown variant `{name}`; give one of {}", known.join(", ")))
+        })
+    }
+}
+
+/// Everything about a training but its prompts and seed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Steps of RAM and of SAM.
+    pub iterations: u64,
+    /// Latents of a step.
+    pub batch: usize,
+    /// Adam's rate for RAM.
+    pub lr_ram: f64,
+    /// Adam's rate for SAM.
+    pub lr_sam: f64,
+    /// Weight of `L_sem`.
+    pub lambda: f64,
+    /// Which modules are learnt.
+    pub variant: Variant,
+    /// How far the target leads: `base + target_guidance * (toward - base)`.
+    pub target_guidance: f32,
+    /// Guidance scale of the rollouts.
+    pub rollout_guidance: f32,
+    /// DDIM steps of a whole rollout.
+    pub rollout_steps: usize,
+    /// Steps of training, each at a noise level of its own, from one rollout.
+    pub latents_per_rollout: usize,
+    /// Constants begin uniform in plus or minus this.
+    pub init: f32,
+    /// Added to the timestep of the latents in the losses. The official code evaluates the networks at 1000 - 20 k on
+    /// latents of 981 - 20 k.
+    pub timestep_offset: f32,
+}
+
+impl Recipe {
+    /// Ours: from zero, at the latents' own timestep, several latents a rollout, several images a step.
+    pub fn default_for(kind: Kind) -> Self {
+        Recipe {
+            iterations: 600,
+            batch: 8,
+            lr_ram: 1e-2,
+            lr_sam: 1e-3,
+            lambda: 1.0,
+            variant: Variant::Constant,
+            target_guidance: match kind {
+                Kind::Fair => 4.0,
+                Kind::Safe => 12.0,
+            },
+            rollout_guidance: 3.0,
+            rollout_steps: 50,
+            latents_per_rollout: 4,
+            init: 0.0,
+            timestep_offset: 0.0,
+        }
+    }
+
+    /// The authors' code, quirks included; rates and lambda by the concept, as their table has them.
+    pub fn official(kind: Kind, concept: &str) -> Self {
+        let race = ["asian", "black", "white"].iter().any(|r| concept.to_lowercase().contains(r));
+        let woman = concept.to_lowercase().contains("woman");
+        let (lr_ram, lr_sam, lambda) = match (kind, race, woman) {
+            (Kind::Fair, true, _) => (1e-1, 1e-2, 0.3),
+            (Kind::Fair, false, true) => (1e-2, 1e-3, 1.0),
+            _ => (1e-2, 1e-4, 1.0),
+        };
+        Recipe {
+            iterations: 5000,
+            batch: 1,
+            lr_ram,
+            lr_sam,
+            lambda,
+            latents_per_rollout: 1,
+            // 0.1 sqrt(10): what PyTorch's linear layer of ten inputs draws.
+            init: 0.316_227_77,
+            timestep_offset: 19.0,
+            ..Self::default_for(kind)
+        }
+    }
+
+    /// `default`, `official`, or a TOML file whose fields stand over the default's.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be read, [`Error::Checkpoint`] for fields that are unknown or of no use.
+    pub fn named(name: &str, kind: Kind, concept: &str) -> Result<Self> {
+        match name {
+            "default" => return Ok(Self::default_for(kind)),
+            "official" => return Ok(Self::official(kind, concept)),
+            _ => {}
+        }
+        let path = Path::new(name);
+        if path.extension().is_none() && !path.exists() {
+            return Err(Error::usage(format!("unknown recipe `{name}`; give default, official or a TOML file")));
+        }
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let bad = |e: toml::de::Error| {
+            Error::checkpoint(path, format!("not a recipe: {}", e.to_string().trim().replace('\n', " ")))
+        };
+        let given: toml::Table = toml::from_str(&text).map_err(bad)?;
+        let mut all = toml::Table::try_from(Self::default_for(kind))
+            .map_err(|e| Error::checkpoint(path, format!("not a recipe: {e}")))?;
+        all.extend(given);
+        all.try_into().map_err(bad)
+    }
+
+    /// As a TOML file.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).unwrap_or_default()
+    }
+
+    /// Whether it can be trained.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] naming the field.
+    pub fn check(&self) -> Result<()> {
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        for (name, fine) in [
+            ("iterations", self.iterations > 0),
+            ("batch", (1..=256).contains(&self.batch)),
+            ("lr_ram", positive(self.lr_ram)),
+            ("lr_sam", positive(self.lr_sam)),
+            ("lambda", self.lambda.is_finite() && self.lambda >= 0.0),
+            ("target_guidance", self.target_guidance.is_finite()),
+            ("rollout_guidance", self.rollout_guidance.is_finite()),
+            ("rollout_steps", (2..=1000).contains(&self.rollout_steps)),
+            ("latents_per_rollout", (1..self.rollout_steps).contains(&self.latents_per_rollout)),
+            ("init", self.init.is_finite() && self.init >= 0.0),
+            ("timestep_offset", self.timestep_offset.is_finite()),
+        ] {
+            if !fine {
+                return Err(Error::usage(format!(
+                    "the recipe's `{name}` is out of range: see `respodiff train --help`"
+                )));
+            }
+        }
+        Ok(())
+    }
+}

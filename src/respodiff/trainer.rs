@@ -1,0 +1,389 @@
+//! Training of a concept (arXiv 2509.15257, algorithm 1).
+//!
+//! A rollout brings noise to a random noise level under the neutral prompt and the modules so far. There the target is
+//! computed, then `L_resp` moves RAM and, with the new RAM, `L_sem` moves SAM. The three predictions of the neutral
+//! prompt share one way down ([`Halves`]); those at guidance 1 have no unconditional half.
+
+use super::{Adam, Concept, Form, Halves, Kind, Metadata, Module, Objective, Recipe, Variant};
+use crate::diffusion::noise::{NormalGenerator, Rng};
+use crate::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, Spacing};
+use crate::engine::{Engine, SessionOptions};
+use crate::layout::nchw_to_nhwc;
+use crate::{Error, Result};
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// What is trained: the prompts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// Toward a concept, or away from it.
+    pub kind: Kind,
+    /// The prompt of the concept: what to move toward ([`Kind::Fair`]) or away from ([`Kind::Safe`]).
+    pub concept: String,
+    /// The prompt that it is learnt on.
+    pub neutral: String,
+}
+
+/// The losses of an iteration, `L_sem` without lambda. It is 0 where there is no SAM.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Losses {
+    /// Distance to the responsible target.
+    pub resp: f64,
+    /// Distance to the neutral prompt's prediction.
+    pub sem: f64,
+}
+
+/// Where the time went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Times {
+    /// Bringing noise to a noise level.
+    pub rollout: Duration,
+    /// The responsible target.
+    pub target: Duration,
+    /// Passes of the neutral prompt.
+    pub predictions: Duration,
+    /// Gradients and steps.
+    pub backward: Duration,
+}
+
+/// A training under way.
+pub struct Trainer {
+    task: Task,
+    recipe: Recipe,
+    seed: u64,
+    base_model: String,
+    fingerprint: String,
+    schedule: Schedule,
+    /// Channels and pixels of an image's latents.
+    size: (usize, usize),
+    guided: Halves,
+    neutral: Halves,
+    /// Hidden states of the guided rows, for the rollout and for the target.
+    rollout_states: Vec<f32>,
+    target_states: Vec<f32>,
+    pub(super) state: State,
+    rollout: Rollout,
+    /// Where the time went so far.
+    pub times: Times,
+}
+
+/// What a checkpoint holds: between two rollouts nothing else is left.
+#[derive(Clone, Debug)]
+pub(super) struct State {
+    pub ram: Module,
+    pub sam: Option<Module>,
+    pub adam: [Adam; 2],
+    pub history: Vec<Losses>,
+    pub rollouts: u64,
+}
+
+struct Rollout {
+    latents: Vec<f32>,
+    sampler: SamplerState,
+    /// Steps taken.
+    step: usize,
+    /// Noise levels yet to train at, rising.
+    levels: VecDeque<usize>,
+}
+
+impl Trainer {
+    /// Plans and allocates a training at a picture size.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a recipe or size that cannot be, and what the weights have wrong.
+    pub fn new(
+        engine: &Engine,
+        task: Task,
+        recipe: Recipe,
+        seed: u64,
+        (width, height): (usize, usize),
+    ) -> Result<Self> {
+        recipe.check()?;
+        let options = SessionOptions { width, height, batch: recipe.batch, guided: true, concepts: true };
+        engine.memory(options)?;
+        let choice = SamplerChoice { sampler: Some(Sampler::Ddim), spacing: Some(Spacing::Leading) };
+        let schedule = engine.schedule(choice, recipe.rollout_steps)?;
+        let [batch, channels, h, w] = engine.latent_shape(options);
+
+        // The target leads from the first prompt toward the second.
+        let (base, toward) = match task.kind {
+            Kind::Fair => ("", task.concept.as_str()),
+            Kind::Safe => (task.concept.as_str(), task.neutral.as_str()),
+        };
+        let states = engine.states(&["", &task.neutral, base, toward])?;
+        let one = states.len() / 4;
+        let rows = |i: usize| states[i * one..][..one].repeat(batch);
+        let (config, tensors, weights) = engine.unet()?;
+        let tokens = one / config.cross_attention_dim;
+        let guided = Halves::new(config, &tensors, &[weights], (2 * batch, h, w, tokens), false)?;
+        let mut neutral = Halves::new(config, &tensors, &[weights], (batch, h, w, tokens), true)?;
+        neutral.condition(&[("encoder_hidden_states", &rows(1))]);
+
+        let shape = engine.bottleneck(options);
+        let form = match recipe.variant {
+            Variant::Constant | Variant::RamOnly | Variant::Shared => Form::Constant,
+            Variant::Mlp => Form::Mlp,
+            Variant::Conv => Form::Conv,
+        };
+        let mut draws = Draws::new(seed, u64::MAX);
+        let mut module = || {
+            let mut module = Module::new(form, shape, || draws.unit() * 2.0 - 1.0);
+            if form == Form::Constant {
+                module.parameters.iter_mut().for_each(|p| *p = recipe.init * (draws.unit() * 2.0 - 1.0));
+            }
+            module
+        };
+        let ram = module();
+        let sam = matches!(recipe.variant, Variant::Constant | Variant::Mlp | Variant::Conv).then(module);
+        let adam = [ram.parameters.len(), sam.as_ref().map_or(0, |s| s.parameters.len())].map(Adam::new);
+        Ok(Trainer {
+            seed,
+            base_model: engine.name(),
+            fingerprint: engine.fingerprint()?,
+            schedule,
+            size: (channels, h * w),
+            guided,
+            neutral,
+            rollout_states: [rows(0), rows(1)].concat(),
+            target_states: [rows(2), rows(3)].concat(),
+            state: State { ram, sam, adam, history: Vec::new(), rollouts: 0 },
+            rollout: Rollout {
+                latents: vec![0.0; batch * channels * h * w],
+                sampler: SamplerState::new(batch * channels * h * w),
+                step: 0,
+                levels: VecDeque::new(),
+            },
+            times: Times::default(),
+            task,
+            recipe,
+        })
+    }
+
+    /// What it is trained by.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// What is trained.
+    pub fn task(&self) -> &Task {
+        &self.task
+    }
+
+    /// The seed.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The model it is trained on: name and fingerprint.
+    pub fn base(&self) -> (&str, &str) {
+        (&self.base_model, &self.fingerprint)
+    }
+
+    /// Losses of all iterations so far.
+    pub fn history(&self) -> &[Losses] {
+        &self.state.history
+    }
+
+    /// Whether a rollout has just been used up, so that a checkpoint holds everything.
+    pub fn between_rollouts(&self) -> bool {
+        self.rollout.levels.is_empty()
+    }
+
+    /// Bytes of the plans' arenas.
+    pub fn memory(&self) -> usize {
+        self.guided.arena_bytes() + self.neutral.arena_bytes()
+    }
+
+    /// One step of RAM and of SAM.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] if a loss or module is no number any more; the modules stay as they were before.
+    pub fn iterate(&mut self) -> Result<Losses> {
+        let start = Instant::now();
+        if self.rollout.levels.is_empty() {
+            self.begin_rollout();
+        }
+        let level = self.rollout.levels.pop_front().unwrap_or_default();
+        while self.rollout.step < level {
+            self.roll();
+        }
+        let timestep = self.schedule.steps[level].timestep + self.recipe.timestep_offset;
+        let rolled = Instant::now();
+        let target = self.target(timestep);
+        let aimed = Instant::now();
+
+        let before = self.state.clone();
+        let recipe = &self.recipe;
+        let State { ram, sam, adam, .. } = &mut self.state;
+        self.neutral.descend(&self.rollout.latents, timestep);
+        let mut objective = Objective::new(&mut self.neutral);
+        let resp = objective.match_score(&[ram], &target, 1.0);
+        let mut gradient = ram.gradient(objective.mid(), &resp.by_shift);
+        let mut losses = Losses { resp: resp.loss, sem: 0.0 };
+        let stepped = Instant::now();
+        // Shared: one tensor, moved by both losses at once.
+        if recipe.variant == Variant::Shared {
+            let neutral = objective.predict(&[]);
+            let sem = objective.match_score(&[ram], &neutral, recipe.lambda);
+            let other = ram.gradient(objective.mid(), &sem.by_shift);
+            gradient.iter_mut().zip(other).for_each(|(g, o)| *g += o);
+            losses.sem = sem.loss;
+        }
+        adam[0].step(&mut ram.parameters, &gradient, recipe.lr_ram);
+        if let Some(sam) = sam {
+            let neutral = objective.predict(&[]);
+            let sem = objective.match_score(&[ram, sam], &neutral, recipe.lambda);
+            let gradient = sam.gradient(objective.mid(), &sem.by_shift);
+            adam[1].step(&mut sam.parameters, &gradient, recipe.lr_sam);
+            losses.sem = sem.loss;
+        }
+        let finite = |m: &Module| m.parameters.iter().all(|x| x.is_finite());
+        if !losses.resp.is_finite() || !losses.sem.is_finite() || !finite(ram) || !sam.as_ref().is_none_or(finite) {
+            let iteration = before.history.len() + 1;
+            self.state = before;
+            return Err(Error::NonFinite(format!(
+                "iteration {iteration} gave NaN or infinity; the modules before it are kept; lower the learning rates"
+            )));
+        }
+        self.state.history.push(losses);
+        let end = Instant::now();
+        self.times.rollout += rolled - start;
+        self.times.target += aimed - rolled;
+        self.times.predictions += stepped - aimed;
+        self.times.backward += end - stepped;
+        Ok(losses)
+    }
+
+    /// New noise, and the noise levels that it will be trained at: `U{0..=rollout_steps - 2}` each.
+    fn begin_rollout(&mut self) {
+        let (channels, pixels) = self.size;
+        let index = self.state.rollouts;
+        let mut draws = Draws::new(self.seed, index);
+        let mut noise = NormalGenerator::new(Rng::TorchCpu, draws.next());
+        let mut image = vec![0.0; channels * pixels];
+        for latents in self.rollout.latents.chunks_exact_mut(channels * pixels) {
+            noise.fill(&mut image);
+            nchw_to_nhwc(&image, channels, pixels, latents);
+            latents.iter_mut().for_each(|x| *x *= self.schedule.init_noise_sigma);
+        }
+        let last = self.recipe.rollout_steps as u64 - 1;
+        let mut levels: Vec<usize> =
+            (0..self.recipe.latents_per_rollout).map(|_| (draws.next() % last) as usize).collect();
+        levels.sort_unstable();
+        self.rollout.levels = levels.into();
+        self.rollout.step = 0;
+        self.rollout.sampler = SamplerState::new(self.rollout.latents.len());
+        self.state.rollouts += 1;
+        self.guided.condition(&[("encoder_hidden_states", &self.rollout_states)]);
+    }
+
+    /// One DDIM step under the neutral prompt, its conditional half shifted by the modules.
+    fn roll(&mut self) {
+        let step = &self.schedule.steps[self.rollout.step];
+        let shifts = [Some(&self.state.ram), self.state.sam.as_ref()];
+        let prediction = predict(
+            &mut self.guided,
+            &self.rollout.latents,
+            step.timestep,
+            self.recipe.rollout_guidance,
+            &shifts.into_iter().flatten().collect::<Vec<_>>(),
+        );
+        self.rollout.sampler.step(step, &prediction, &mut self.rollout.latents, &[]);
+        self.rollout.step += 1;
+    }
+
+    /// What the responsible prediction is.
+    fn target(&mut self, timestep: f32) -> Vec<f32> {
+        self.guided.condition(&[("encoder_hidden_states", &self.target_states)]);
+        let target = predict(&mut self.guided, &self.rollout.latents, timestep, self.recipe.target_guidance, &[]);
+        if !self.rollout.levels.is_empty() {
+            self.guided.condition(&[("encoder_hidden_states", &self.rollout_states)]);
+        }
+        target
+    }
+
+    /// The concept as learnt so far.
+    pub fn concept(&self) -> Concept {
+        let State { ram, sam, history, .. } = &self.state;
+        let tail = &history[history.len() - history.len().div_ceil(10)..];
+        let mean = |f: fn(&Losses) -> f64| tail.iter().map(f).sum::<f64>() / tail.len() as f64;
+        let metadata = Metadata {
+            concept: self.task.concept.clone(),
+            kind: self.task.kind,
+            neutral: self.task.neutral.clone(),
+            base_model: self.base_model.clone(),
+            fingerprint: self.fingerprint.clone(),
+            recipe: self.recipe.to_toml(),
+            iterations: history.len() as u64,
+            losses: (!tail.is_empty()).then(|| [mean(|l| l.resp), mean(|l| l.sem)]),
+            ..Default::default()
+        };
+        Concept { metadata, ram: ram.clone(), sam: sam.clone() }
+    }
+
+    /// What looks wrong with the result: training that had no effect, or RAM and SAM that cancel.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let history = &self.state.history;
+        let tenth = history.len().div_ceil(10);
+        if history.len() >= 20 {
+            let mean = |part: &[Losses]| part.iter().map(|l| l.resp).sum::<f64>() / part.len() as f64;
+            let (first, last) = (mean(&history[..tenth]), mean(&history[history.len() - tenth..]));
+            if last > 0.99 * first {
+                warnings.push(format!(
+                    "L_resp hardly fell ({first:.2e} to {last:.2e}); train longer, or at a higher --lr-ram"
+                ));
+            }
+        }
+        if let (Form::Constant, Some(sam)) = (self.state.ram.form(), &self.state.sam) {
+            let (ram, sam) = (&self.state.ram.parameters, &sam.parameters);
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>();
+            let (r, s, both) = (dot(ram, ram).sqrt(), dot(sam, sam).sqrt(), dot(ram, sam));
+            if r > 0.0 && both < -0.8 * r * s && s > 0.6 * r {
+                warnings.push("RAM and SAM all but cancel; lower --lambda or --lr-sam".into());
+            }
+        }
+        warnings
+    }
+}
+
+/// The guided prediction of latents `[n, h, w, c]`: unconditional rows first, the conditional ones shifted by `modules`.
+fn predict(halves: &mut Halves, latents: &[f32], timestep: f32, guidance: f32, modules: &[&Module]) -> Vec<f32> {
+    halves.descend(&[latents, latents].concat(), timestep);
+    let mid = halves.mid().to_vec();
+    let start = halves.start_mut();
+    start.copy_from_slice(&mid);
+    let half = mid.len() / 2;
+    for module in modules {
+        let one = module.shape().len();
+        for (mid, start) in mid[half..].chunks_exact(one).zip(start[half..].chunks_exact_mut(one)) {
+            module.add_to(mid, 1.0, start);
+        }
+    }
+    let out = halves.ascend();
+    let (without, with) = out.split_at(out.len() / 2);
+    without.iter().zip(with).map(|(u, c)| u + guidance * (c - u)).collect()
+}
+
+/// Random numbers that depend on a seed and a position alone, so that a resumed training draws what it would have
+/// (SplitMix64, Steele et al. 2014).
+struct Draws(u64);
+
+impl Draws {
+    fn new(seed: u64, position: u64) -> Self {
+        let mut start = Draws(seed);
+        Draws(start.next() ^ position.wrapping_mul(0xd134_2543_de82_ef95))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// In 0..1.
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 24) as f32
+    }
+}
