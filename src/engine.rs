@@ -117,12 +117,18 @@ pub enum Progress {
 }
 
 /// What a run made.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Output {
     /// The pictures.
     pub images: Vec<Image>,
     /// The final latents, `[batch, c, height / 8, width / 8]`, as the UNet sees them (the VAE's scale not yet undone).
     pub latents: Vec<f32>,
+}
+
+impl std::fmt::Debug for Output {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Output {{ images: {:?}, latents: [{} numbers] }}", self.images, self.latents.len())
+    }
 }
 
 /// Bytes of memory, known before anything is allocated.

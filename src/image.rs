@@ -14,7 +14,7 @@ pub const PARAMETERS_KEYWORD: &str = "parameters";
 pub const JSON_KEYWORD: &str = "respodiff";
 
 /// An 8-bit RGB picture.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Image {
     /// Columns.
     pub width: u32,
@@ -22,6 +22,12 @@ pub struct Image {
     pub height: u32,
     /// `height * width * 3` bytes: rows from the top, pixels from the left, red, green, blue.
     pub rgb: Vec<u8>,
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Image {{ {}x{} }}", self.width, self.height)
+    }
 }
 
 impl Image {

@@ -41,15 +41,25 @@ fn refused(folder: &Path, words: &[&str]) {
 
 const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
 
+/// The smallest file of the checkpoint, so that many versions of it can be tried.
+fn file_to_damage(folder: &Path) -> (PathBuf, Vec<u8>, usize) {
+    let file = folder.join(UNET);
+    let whole = fs::read(&file).unwrap();
+    let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    (file, whole, header)
+}
+
 #[test]
 fn truncated_weights() {
     let folder = copy("sd1");
-    let file = folder.path().join(UNET);
-    let whole = fs::read(&file).unwrap();
-    for len in [0, 1, 7, 8, 9, 100, whole.len() / 2, whole.len() - 1] {
+    let (file, whole, header) = file_to_damage(folder.path());
+    let spread = (0..40).map(|i| whole.len() * i / 40);
+    for len in (0..12).chain(header..header + 12).chain(whole.len() - 5..whole.len()).chain(spread) {
         fs::write(&file, &whole[..len]).unwrap();
         refused(folder.path(), &[UNET, "download"]);
     }
+    fs::write(&file, [&whole[..], &[0]].concat()).unwrap();
+    refused(folder.path(), &[UNET, "download"]);
     fs::write(&file, &whole).unwrap();
     assert!(open(folder.path()).is_ok());
 }
@@ -57,31 +67,118 @@ fn truncated_weights() {
 #[test]
 fn corrupt_headers() {
     let folder = copy("sd1");
-    let file = folder.path().join(UNET);
-    let whole = fs::read(&file).unwrap();
-    let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
-    for position in (0..header + 8).step_by(header / 150) {
+    let (file, whole, header) = file_to_damage(folder.path());
+    for bit in 0..64 {
+        let mut bytes = whole.clone();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        fs::write(&file, &bytes).unwrap();
+        refused(folder.path(), &[UNET]);
+    }
+    for position in (8..header + 8).step_by(header / 150) {
         let mut bytes = whole.clone();
         bytes[position] ^= 0x15;
         fs::write(&file, &bytes).unwrap();
         // A flip in a name that is not read, or in white space, may be harmless; a panic never is.
         let _ = open(folder.path());
     }
-    let mut bytes = whole.clone();
-    bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes());
-    fs::write(&file, &bytes).unwrap();
-    refused(folder.path(), &[UNET]);
+}
+
+/// The file with another header, its numbers the same.
+fn with_header(whole: &[u8], header: usize, change: impl FnOnce(&mut String)) -> Vec<u8> {
+    let mut text = String::from_utf8(whole[8..8 + header].to_vec()).unwrap();
+    change(&mut text);
+    [&(text.len() as u64).to_le_bytes(), text.as_bytes(), &whole[8 + header..]].concat()
 }
 
 #[test]
-fn weights_that_are_not_numbers() {
+fn tensors_that_are_not_what_they_should_be() {
     let folder = copy("sd1");
-    let file = folder.path().join(UNET);
-    let mut bytes = fs::read(&file).unwrap();
-    let end = bytes.len();
-    bytes[end - 2..].copy_from_slice(&0x7e00u16.to_le_bytes());
-    fs::write(&file, &bytes).unwrap();
-    refused(folder.path(), &[UNET, "NaN", "tensor `"]);
+    let (file, whole, header) = file_to_damage(folder.path());
+    for (number, word) in [(0x7e00u16, "NaN"), (0x7c00, "inf"), (0xfc00, "-inf")] {
+        let mut bytes = whole.clone();
+        let end = bytes.len();
+        bytes[end - 2..].copy_from_slice(&number.to_le_bytes());
+        fs::write(&file, &bytes).unwrap();
+        refused(folder.path(), &[UNET, word, "tensor `"]);
+    }
+    let name = "\"conv_in.bias\"";
+    for (word, change) in [
+        ("I16", Box::new(|t: &mut String| *t = t.replacen("\"F16\"", "\"I16\"", 1)) as Box<dyn Fn(&mut String)>),
+        ("missing", Box::new(|t: &mut String| *t = t.replace(name, "\"conv_in.bios\""))),
+        ("", Box::new(|t: &mut String| *t = t.replace(name, "\"conv_in.weight\""))),
+    ] {
+        fs::write(&file, with_header(&whole, header, change)).unwrap();
+        refused(folder.path(), &[UNET, word]);
+    }
+    // A bias of [32] as [16, 2]: as many numbers, another shape.
+    let reshaped = with_header(&whole, header, |t| {
+        let at = t.find(name).unwrap();
+        let shape = at + t[at..].find("\"shape\":[").unwrap() + 9;
+        let end = shape + t[shape..].find(']').unwrap();
+        let len: usize = t[shape..end].parse().unwrap();
+        t.replace_range(shape..end, &format!("{},2", len / 2));
+    });
+    fs::write(&file, reshaped).unwrap();
+    refused(folder.path(), &[UNET, "conv_in.bias", "shape"]);
+}
+
+#[test]
+fn pickles_are_not_opened() {
+    let folder = copy("sd1");
+    fs::rename(folder.path().join(UNET), folder.path().join("unet/diffusion_pytorch_model.bin")).unwrap();
+    refused(folder.path(), &["unet", ".bin", "safe_serialization"]);
+}
+
+#[test]
+fn tokenizers_of_another_model() {
+    let folder = copy("sd1");
+    let vocabulary = folder.path().join("tokenizer/vocab.json");
+    let mut words: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&fs::read(&vocabulary).unwrap()).unwrap();
+    words.insert("toomuch</w>".into(), 100_000.into());
+    fs::write(&vocabulary, serde_json::to_vec(&words).unwrap()).unwrap();
+    refused(folder.path(), &["tokenizer", "100001"]);
+    fs::write(&vocabulary, "{\"a\": ").unwrap();
+    refused(folder.path(), &["vocab.json"]);
+}
+
+/// Every size of every config, absurd: refused by name, at once, and without an allocation to match.
+#[test]
+fn absurd_sizes() {
+    use serde_json::{Value, json};
+    let absurd =
+        [json!(0), json!(-1), json!(1_000_000_000_000u64), json!(u64::MAX), json!(2.5), json!("64"), json!([])];
+    let fields = [
+        (
+            "text_encoder",
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads \
+            max_position_embeddings",
+        ),
+        (
+            "unet",
+            "in_channels out_channels norm_num_groups cross_attention_dim layers_per_block attention_head_dim \
+            block_out_channels sample_size transformer_layers_per_block time_embedding_dim",
+        ),
+        ("vae", "in_channels out_channels latent_channels norm_num_groups layers_per_block block_out_channels"),
+    ];
+    let mut tried = 0;
+    for (component, names) in fields {
+        let folder = copy("sd1");
+        let path = folder.path().join(component).join("config.json");
+        let config: serde_json::Map<String, Value> = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        for name in names.split_whitespace() {
+            for value in &absurd {
+                let mut config = config.clone();
+                config.insert(name.into(), value.clone());
+                fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+                let error = open(folder.path()).err().unwrap_or_else(|| panic!("{component} {name} {value}: taken"));
+                let error = error.to_string();
+                assert!(error.contains(name) && error.contains("config.json"), "{component} {name} {value}: {error}");
+                tried += 1;
+            }
+        }
+    }
+    assert!(tried > 100);
 }
 
 #[test]

@@ -75,12 +75,21 @@ fn refuses_in_one_line() {
         (&["sample", "x", "--rng", "dice"], 2, "torch-cpu"),
         (&["sample", "x", "--device", "cuda"], 1, "cpu"),
         (&["sample", "x", "--out", "no/such/folder/x.png"], 1, "no/such/folder"),
+        (&["sample", "x", "--save-latents", "no/such/folder/l.st"], 1, "no/such/folder"),
+        (&["sample", "x", "--save-latents", "."], 2, "folder"),
         (&["sample", "x", "--model", "./nowhere"], 2, "nowhere"),
         (&["sample", "x", "--latents", "missing.st"], 1, "missing.st"),
         (&["sample", "x", "--model", model.to_str().unwrap()], 1, "SDXL"),
         (&["sample"], 2, "PROMPT"),
         (&["probe", "unet", "--inputs", "missing.st", "--output", "o.st"], 1, "missing.st"),
         (&["info", "--model", "./nowhere"], 2, "nowhere"),
+        (&["train", "--out", "c.safetensors"], 2, "--target"),
+        (&["train", "--avoid", "violence", "--out", "c.safetensors"], 2, "--neutral"),
+        (&["train", "--target", "x", "--out", "no/such/folder/c"], 1, "no/such/folder"),
+        (&["train", "--target", "x", "--out", "c", "--recipe", "nonsense"], 2, "official"),
+        (&["train", "--target", "x", "--out", "c", "--batch", "0"], 2, "batch"),
+        (&["train", "--target", "x", "--out", "c", "--lr-ram", "NaN"], 2, "lr_ram"),
+        (&["train", "--target", "x", "--out", "c", "--variant", "gan"], 2, "ram-only"),
     ] {
         let output = respodiff(folder.path(), args);
         let error = text(&output.stderr);
@@ -135,4 +144,141 @@ fn info_tells_components_and_memory() {
         output.status.success() && ["text_encoder", "unet", "vae", "MiB"].iter().all(|w| report.contains(w)),
         "{report}"
     );
+}
+
+/// Named fp32 tensors of a file.
+fn tensors(path: &Path) -> std::collections::HashMap<String, (Vec<usize>, Vec<f32>)> {
+    let bytes = std::fs::read(path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let floats = |data: &[u8]| data.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    file.iter().map(|(name, view)| (name.to_string(), (view.shape().to_vec(), floats(view.data())))).collect()
+}
+
+fn write(path: &Path, named: &[(&str, Vec<usize>, &[f32])]) {
+    let views = named.iter().map(|(name, shape, values)| {
+        let bytes = bytemuck::cast_slice(values);
+        (*name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn probes_the_second_text_encoder_and_prompts() {
+    let folder = tempfile::tempdir().unwrap();
+    let case = support::cases("text_sdxl_text_encoder_2", 1).remove(0);
+    let model = support::golden().join("checkpoints/sdxl");
+    let inputs = support::golden().join("cases/text_sdxl_text_encoder_2.safetensors");
+    let model = model.to_str().unwrap();
+    let args = ["probe", "text", "--encoder", "2", "--model", model, "--output", "o.st"];
+    let output = respodiff(folder.path(), &[&args[..], &["--inputs", inputs.to_str().unwrap()]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let ours = tensors(&folder.path().join("o.st"));
+    for name in ["last_hidden_state", "penultimate_hidden_state", "text_embeds"] {
+        let error = support::relative_l2(&ours[name].1, &case.floats(&format!("out.{name}")));
+        assert!(error < 2e-5, "{name}: {error}");
+    }
+    // A prompt gives what its own ids give.
+    let output = respodiff(folder.path(), &[&args[..], &["--prompt", "a photo of a cat"]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let first = tensors(&folder.path().join("o.st"));
+    assert_eq!(first["input_ids"].0, [1, 77]);
+    write(&folder.path().join("ids.st"), &[("input_ids", vec![1, 77], &first["input_ids"].1)]);
+    assert!(respodiff(folder.path(), &[&args[..], &["--inputs", "ids.st"]].concat()).status.success());
+    assert_eq!(tensors(&folder.path().join("o.st"))["text_embeds"], first["text_embeds"]);
+}
+
+#[test]
+fn probes_schedulers() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = std::fs::read(support::golden().join("cases/scheduler_euler_a.safetensors")).unwrap();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let cases: Vec<serde_json::Value> = serde_json::from_str(&header.metadata().as_ref().unwrap()["cases"]).unwrap();
+    // One whose config is the golden checkpoint's own, up to the class.
+    let (index, case) = cases
+        .iter()
+        .enumerate()
+        .find(|(_, c)| c["spacing"].is_null() && c["steps"] == 10 && c["config"]["_class_name"] == "PNDMScheduler")
+        .expect("a plain case");
+    assert_eq!(case["config"]["beta_end"], 0.012);
+    let golden = tensors(&support::golden().join("cases/scheduler_euler_a.safetensors"));
+    let calls = golden[&format!("{index}.timesteps")].0[0];
+    let first = |name: &str| {
+        let (shape, values) = &golden[name];
+        let shape = [&[calls], &shape[1..]].concat();
+        let len = shape.iter().product();
+        (shape, values[..len].to_vec())
+    };
+    let (eps, noise) = (first("out"), first("noise"));
+    let sample = &golden["sample"];
+    let given: [(&str, Vec<usize>, &[f32]); 3] =
+        [("sample", sample.0.clone(), &sample.1), ("eps", eps.0, &eps.1), ("noise", noise.0, &noise.1)];
+    write(&folder.path().join("in.st"), &given);
+    let model = support::golden().join("checkpoints/sd1");
+    let args = ["probe", "scheduler", "--model", model.to_str().unwrap(), "--inputs", "in.st", "--output", "o.st"];
+    let output = respodiff(folder.path(), &[&args[..], &["--scheduler", "Euler a", "--steps", "10"]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let ours = tensors(&folder.path().join("o.st"));
+    for name in ["timesteps", "model_input", "prev_sample"] {
+        let error = support::relative_l2(&ours[name].1, &golden[&format!("{index}.{name}")].1);
+        assert!(error < 4e-6, "{name}: {error}");
+    }
+}
+
+#[test]
+fn saved_latents_are_those_of_diffusers() {
+    let folder = tempfile::tempdir().unwrap();
+    let case = support::cases("pipeline_sd1_pndm", 1).remove(0);
+    let meta = case.metadata();
+    let prompt: Vec<String> = serde_json::from_str(&meta["prompt"]).unwrap();
+    let [_, _, height, width] = case.shape("out.image")[..] else { panic!("NCHW") };
+    let (model, height, width) = (support::golden().join("checkpoints/sd1"), height.to_string(), width.to_string());
+    let seed = meta["seed"].trim_matches(['[', ']']).to_string();
+    let args = ["sample", &prompt[0], "--model", model.to_str().unwrap(), "--steps", &meta["steps"]];
+    let size = ["--seed", &seed, "--width", &width, "--height", &height, "--guidance", &meta["guidance_scale"]];
+    let files = ["--out", "x.png", "--save-latents", "l.st"];
+    let output = respodiff(folder.path(), &[&args[..], &size, &files].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let ours = &tensors(&folder.path().join("l.st"))["latents"];
+    assert_eq!(ours.0, case.shape("out.latents"));
+    let error = support::relative_l2(&ours.1, &case.floats("out.latents"));
+    assert!(error < 1e-4, "{error}");
+}
+
+#[cfg(unix)]
+#[test]
+fn interrupted_runs_leave_nothing_half_done() {
+    use std::time::Duration;
+    for (signal, code) in [("-INT", Some(130)), ("-KILL", None)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
+            .args(["sample", "a cook", "--steps", "900", "--batch", "16", "--out", "x.png"])
+            .current_dir(folder.path())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(700));
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        let status = child.wait().unwrap();
+        assert_eq!(status.code(), code, "{signal}");
+        let mut error = String::new();
+        std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut error).unwrap();
+        assert!(code.is_none() || error.contains("interrupted: stopped after"), "{error}");
+        assert!(files(folder.path()).is_empty(), "{signal} left {:?}", files(folder.path()));
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
+        .arg("info")
+        .current_dir(folder.path())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && !text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
 }
