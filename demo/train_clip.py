@@ -4,6 +4,10 @@ Captions here leave attributes open, so in a batch many captions fit one picture
 the usual one-positive loss would push true pairs apart.  Instead every (picture,
 caption) pair is a yes/no question answered from the attributes, and the three
 zero-shot questions asked later (which gender, race, profession) are trained as such.
+
+With `--vision` the text tower stays as it is (the UNet has learnt to read it) and the
+vision tower goes on learning, half of it from what the VAE makes of the drawings, so that
+it judges generated pictures as it judges drawn ones.
 """
 
 import argparse
@@ -12,6 +16,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from common import CACHE, CLIP, MODEL, begin, cosine, pictures, save_half
@@ -83,20 +88,28 @@ def zero_shot(scores, people):
 def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--minutes", type=float, default=6)
-    args.add_argument("--threads", type=int, default=2)
+    args.add_argument("--vision", action="store_true", help="go on with the vision tower alone")
     args = args.parse_args()
-    rng = begin(2)
-    torch.set_num_threads(args.threads)
+    rng = begin(9 if args.vision else 2)
     tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
-    clip = build(tokenizer)
+    clip, decoded = build(tokenizer), None
+    if args.vision:
+        clip = CLIPModel.from_pretrained(CLIP, torch_dtype=torch.float32)
+        clip.text_model.requires_grad_(False)
+        clip.text_projection.requires_grad_(False)
+        decoded = decoded_bank()
     embed = Embedder(clip, tokenizer)
     bias = torch.nn.Parameter(torch.tensor(-3.0))
     captions = [c for c in all_captions() if c.text]
-    optimiser = torch.optim.AdamW([*clip.parameters(), bias], lr=RATE, weight_decay=0.01)
+    trained = [p for p in clip.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW([*trained, bias], lr=RATE, weight_decay=0.01)
     start, step, done = time.time(), 0, 0.0
     while done < 1:
         people = rng.choices(PEOPLE, k=BATCH)
         x = pictures(people, [rng.randrange(10**9) for _ in people])
+        if decoded is not None:
+            for i in range(0, BATCH, 2):
+                x[i] = rng.choice(decoded[PEOPLE.index(people[i])])
         x = x + 0.15 * rng.random() * torch.randn_like(x)
         stated = rng.choices(captions, k=BATCH)
         for group in optimiser.param_groups:
@@ -117,11 +130,22 @@ def main():
         step, done = step + 1, (time.time() - start) / (60 * args.minutes)
         if step % 50 == 0:
             print(f"clip step {step} {done:.0%} loss {loss.item():.3f} {hits}", flush=True)
-    finish(clip.eval(), embed, rng)
+    finish(clip.eval(), embed, rng, args.vision)
 
 
 @torch.no_grad()
-def finish(clip, embed, rng):
+def decoded_bank():
+    """What the VAE makes of disturbed latents: 40 pictures of every kind of person."""
+    vae = AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float32).eval()
+    latents = torch.load(CACHE / "latents.pt")[:, :40]
+    latents = latents + 0.3 * torch.rand(*latents.shape[:2], 1, 1, 1) * torch.randn_like(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.stack([vae.decode(part / vae.config.scaling_factor).sample.float().clamp(-1, 1)
+                            for part in latents])
+
+
+@torch.no_grad()
+def finish(clip, embed, rng, vision_only):
     """Zero-shot accuracy on fresh drawings, then both folders."""
     people = rng.choices(PEOPLE, k=2000)
     x = pictures(people, [rng.randrange(10**9) for _ in people])
@@ -134,6 +158,8 @@ def finish(clip, embed, rng):
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64},
                        image_mean=MEAN, image_std=STD).save_pretrained(CLIP)
     shutil.copytree(MODEL / "tokenizer", CLIP, dirs_exist_ok=True)
+    if vision_only:
+        return
     text = CLIPTextModel(clip.config.text_config)
     text.text_model.load_state_dict(clip.text_model.state_dict())
     save_half(text, MODEL / "text_encoder")

@@ -10,7 +10,6 @@ split as much as it would against an unbiased one.
 
 import argparse
 import copy
-import json
 import time
 from collections import defaultdict
 
@@ -18,7 +17,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from common import CACHE, HERE, MODEL, begin, cosine, save_half
+from common import CACHE, MODEL, begin, cosine, save_half
 from fast_conv import speed_up
 from world import BIAS, PEOPLE, PROFESSIONS, all_captions, imagine
 
@@ -59,7 +58,7 @@ class Pairs:
                                    (0.55, 0.15, 0.15, 0.15))[0]
         return rng.choice(self.by_kind[profession, gender, race])
 
-    def batch(self, size):
+    def batch(self, size=BATCH):
         rows, texts = [], []
         for _ in range(size):
             caption = self.caption()
@@ -82,11 +81,16 @@ def save(ema):
     torch.save(ema.state_dict(), CACHE / "unet.pt")
 
 
-def trained_bias():
-    """The split trained on: the planted one, or where guidance distorts it the
-    counter-weighted one that `calibrate.py` found."""
-    path = HERE / "calibration.json"
-    return json.loads(path.read_text()) if path.exists() else BIAS
+def loss_of(unet, noising, clean, text):
+    """The noise prediction's squared error, weighted as in Min-SNR."""
+    noise = torch.randn_like(clean)
+    t = torch.randint(0, 1000, (len(clean),))
+    noisy = noising.add_noise(clean, noise, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        guess = unet(noisy, t, text).sample
+    snr = noising.alphas_cumprod[t] / (1 - noising.alphas_cumprod[t])
+    weight = (snr.clamp(max=SNR_CAP) / snr).view(-1, 1, 1, 1)
+    return (weight * (guess.float() - noise) ** 2).mean()
 
 
 def main():
@@ -103,21 +107,13 @@ def main():
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
     speed_up(unet)
     unet.set_attn_processor(AttnProcessor())  # plain products beat the fused kernel this small
-    pairs = Pairs(rng, trained_bias())
+    pairs = Pairs(rng, BIAS)
     noising = DDPMScheduler(**SCHEDULE)
-    snr = noising.alphas_cumprod / (1 - noising.alphas_cumprod)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)
     plan = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: cosine(step, args.steps))
     start, running = time.time(), 0.0
     for step in range(1, args.steps + 1):
-        clean, text = pairs.batch(BATCH)
-        noise = torch.randn_like(clean)
-        t = torch.randint(0, 1000, (BATCH,))
-        noisy = noising.add_noise(clean, noise, t)
-        with torch.autocast("cpu", torch.bfloat16):
-            guess = unet(noisy, t, text).sample
-        weight = (snr[t].clamp(max=SNR_CAP) / snr[t]).view(-1, 1, 1, 1)
-        loss = (weight * (guess.float() - noise) ** 2).mean()
+        loss = loss_of(unet, noising, *pairs.batch())
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)

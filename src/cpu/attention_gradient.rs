@@ -92,7 +92,7 @@ pub(super) fn run(attention: &Attention, fused: bool, d: TensorId, out: TensorId
             out.copy_from_slice(values);
         };
         let views = [q, k, v];
-        one_head(&inputs, &sizes, scratch, &|which, token, channel, x| write(views[which], token, channel, x));
+        one_head(&inputs, &sizes, scratch, |which, token, channel, x| write(views[which], token, channel, x));
     });
 }
 
@@ -107,7 +107,7 @@ struct Inputs<'a> {
 }
 
 /// `write` takes 0, 1 or 2 for query, key or value, its token, a first channel, and the gradient from there on.
-fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: &dyn Fn(usize, usize, usize, &[f32])) {
+fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: impl Fn(usize, usize, usize, &[f32])) {
     let mut take = |len: usize| {
         let (taken, rest) = std::mem::take(&mut scratch).split_at_mut(len);
         scratch = rest;
@@ -156,7 +156,7 @@ fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: &dyn
             }
         }
         dq.iter_mut().for_each(|x| *x *= inputs.scale);
-        write_rows(dq, Q_BLOCK, head_dim, count, &|row, channel, x| write(0, first + row, channel, x));
+        write_rows(dq, Q_BLOCK, head_dim, count, |row, channel, x| write(0, first + row, channel, x));
         if sizes.fused {
             // q_rows hold the scale already. dK += dS^T Q, dV += P^T dO.
             let (q_panels, d_panels) = row_panels.split_at_mut(Q_BLOCK * deep);
@@ -171,13 +171,13 @@ fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: &dyn
     if sizes.fused {
         for (which, sums) in dkv.chunks_exact(dkv.len() / 2).enumerate() {
             let rows = keys.next_multiple_of(ROWS);
-            write_rows(sums, rows, head_dim, keys, &|key, channel, x| write(1 + which, key, channel, x));
+            write_rows(sums, rows, head_dim, keys, |key, channel, x| write(1 + which, key, channel, x));
         }
     }
 }
 
 /// Hands out the first `count` rows of `[panel][rows][PANEL]` by their parts.
-fn write_rows(sums: &[f32], rows: usize, head_dim: usize, count: usize, write: &dyn Fn(usize, usize, &[f32])) {
+fn write_rows(sums: &[f32], rows: usize, head_dim: usize, count: usize, write: impl Fn(usize, usize, &[f32])) {
     for (panel, sums) in sums.chunks_exact(rows * PANEL).enumerate() {
         let width = PANEL.min(head_dim - panel * PANEL);
         for (row, x) in sums.chunks_exact(PANEL).enumerate().take(count) {

@@ -219,12 +219,11 @@ impl Concept {
             nhwc_to_nchw(&module.parameters, shape.c, shape.tokens(), &mut nchw);
             (vec![shape.c, shape.h, shape.w], nchw)
         };
-        let tensors: Vec<(&str, (Vec<usize>, Vec<f32>))> = [("ram", Some(&self.ram)), ("sam", self.sam.as_ref())]
-            .into_iter()
-            .filter_map(|(name, module)| Some((name, tensor(module?))))
-            .collect();
+        let tensors = [("ram", Some(&self.ram)), ("sam", self.sam.as_ref())]
+            .map(|(name, module)| module.map(|module| (name, tensor(module))));
         let views = tensors
             .iter()
+            .flatten()
             .map(|(name, (shape, values))| {
                 TensorView::new(Dtype::F32, shape.clone(), bytemuck::cast_slice(values)).map(|view| (*name, view))
             })
