@@ -62,7 +62,7 @@ def main():
     args.add_argument("--steps", type=int, default=400, help="training steps of a round")
     args.add_argument("--count", type=int, default=64, help="samples of a profession in a round")
     args.add_argument("--rate", type=float, default=4e-4)
-    args.add_argument("--resume", action="store_true", help="go on from calibration.json")
+    args.add_argument("--resume", action="store_true", help="go on from calibration.json and what measure.py found")
     args = args.parse_args()
     rng = begin(7)
     judge, _ = trained_judge(rng, 600)
@@ -71,6 +71,11 @@ def main():
     if args.resume:
         kept = json.loads((HERE / "calibration.json").read_text())
         trained = {p: [[s["woman"], 1 - s["woman"]], [s[r] for r in RACES]] for p, s in kept.items()}
+        report = json.loads((HERE / "measured.json").read_text())
+        for p, row in report[f"guidance {GUIDANCE}"]["professions"].items():
+            seen, count = row["network"], report["pictures of each"]
+            shares = [[seen["woman"], 1 - seen["woman"]], [seen[r] for r in RACES]]
+            trained[p] = [moved(t, g, s, count) for t, g, s in zip(trained[p], target[p], shares)]
     unet = build()
     unet.load_state_dict(torch.load(CACHE / "unet.pt"))
     ema = copy.deepcopy(unet).eval().requires_grad_(False)

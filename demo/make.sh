@@ -6,8 +6,9 @@ cd "$(dirname "$0")"
 python3 -m venv venv
 venv/bin/pip install --quiet -r requirements.txt
 for step in tokenizer.py train_vae.py train_clip.py cache.py train_unet.py \
-    "train_vae.py --decoder" "train_clip.py --vision" calibrate.py \
-    "calibrate.py --resume --rounds 9 --count 96 --rate 3e-4" pack.py measure.py; do
+    "train_vae.py --decoder" "train_clip.py --vision" pack.py \
+    calibrate.py measure.py "calibrate.py --resume --rounds 9 --rate 3e-4" measure.py \
+    "calibrate.py --resume --rounds 3 --steps 300 --count 100 --rate 1e-4" measure.py; do
     echo "== $step"
     # shellcheck disable=SC2086
     venv/bin/python $step
