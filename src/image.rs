@@ -166,6 +166,9 @@ pub struct GenerationInfo {
     pub model: String,
     /// SHA-256 of the checkpoint in hexadecimal, where it is known.
     pub model_sha256: Option<String>,
+    /// Concepts that shifted the bottleneck, and their weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub concepts: Vec<(String, f32)>,
     /// Version of this program, such as `0.1.0`.
     pub version: String,
 }
@@ -179,6 +182,7 @@ impl GenerationInfo {
         let version = format!("respodiff {}", self.version);
         // A1111 tells models apart by the first ten digits.
         let hash = self.model_sha256.as_ref().map(|hash| hash.chars().take(10).collect::<String>());
+        let concepts: Vec<String> = self.concepts.iter().map(|(name, weight)| format!("{name}:{weight}")).collect();
         let fields = [
             ("Steps", Some(self.steps.to_string())),
             ("Sampler", Some(self.sampler.clone())),
@@ -189,6 +193,7 @@ impl GenerationInfo {
             ("Model hash", hash),
             ("Model", Some(self.model.clone())),
             ("RNG", Some(self.rng.clone())),
+            ("Concepts", Some(concepts.join(", ")).filter(|c| !c.is_empty())),
             ("Version", Some(version)),
         ];
         let fields: Vec<String> =

@@ -19,6 +19,7 @@ fn info() -> GenerationInfo {
         height: 512,
         model: "v1-5".to_string(),
         model_sha256: Some("6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa".to_string()),
+        concepts: vec![],
         version: "0.1.0".to_string(),
     }
 }

@@ -1,6 +1,6 @@
 //! `respodiff sample`.
 
-use super::{Device, check_writable, files, interrupt_flag, progress_bar, random_seed, say, warn};
+use super::{Device, check_writable, concepts, files, interrupt_flag, progress_bar, random_seed, say, warn};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, Progress, Request, SessionOptions};
@@ -57,6 +57,8 @@ pub(super) struct Args {
     /// PNG file or folder; a batch adds -0, -1, ... [default: the prompt and seed, in this folder]
     #[arg(long)]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    concepts: concepts::Flags,
     /// Where to compute
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     device: Device,
@@ -87,7 +89,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         height: args.height.unwrap_or(height),
         batch: args.batch,
         guided: args.guidance > 1.0,
-        concepts: false,
+        concepts: args.concepts.any(),
     };
     let mut session = engine.session(options)?;
     let shape = engine.latent_shape(options).to_vec();
@@ -98,6 +100,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
         None => None,
     };
+    let assignment = match options.concepts {
+        true => args.concepts.assign(&engine, &args.prompt, args.batch, seed)?,
+        false => Vec::new(),
+    };
     let request = Request {
         prompt: args.prompt.clone(),
         negative_prompt: args.negative_prompt.clone(),
@@ -107,7 +113,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         seed,
         rng,
         latents,
-        concepts: Vec::new(),
+        concepts: assignment.clone(),
     };
 
     let cancelled = interrupt_flag();
@@ -122,6 +128,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     bar.finish_and_clear();
     let output = output?;
 
+    let mut manifest = Vec::new();
     for (i, (image, path)) in output.images.iter().zip(&files).enumerate() {
         let info = GenerationInfo {
             prompt: args.prompt.clone(),
@@ -136,9 +143,20 @@ pub(super) fn run(args: &Args) -> Result<()> {
             height: options.height as u32,
             model: engine.name(),
             model_sha256: None,
+            concepts: assignment
+                .get(i)
+                .map_or_else(Vec::new, |list| list.iter().map(|(c, w)| (c.metadata.concept.clone(), *w)).collect()),
             version: env!("CARGO_PKG_VERSION").into(),
         };
         image.save_png(path, &[(PARAMETERS_KEYWORD, &info.parameters()), (JSON_KEYWORD, &info.json()?)])?;
+        say(&path.display().to_string());
+        manifest.push(serde_json::json!({"file": path.file_name().map(|n| n.to_string_lossy()), "info": info}));
+    }
+    if options.concepts {
+        // Which image got what, for audits.
+        let path = files[0].with_extension("json");
+        let text = serde_json::to_string_pretty(&manifest).unwrap_or_default() + "\n";
+        crate::files::write(&path, text.as_bytes())?;
         say(&path.display().to_string());
     }
     if let Some(path) = &args.save_latents {

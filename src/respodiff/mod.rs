@@ -1,5 +1,6 @@
 //! RespoDiff (arXiv 2509.15257): learnt tensors at the UNet's bottleneck, and how they are learnt.
 
+mod balance;
 mod checkpoint;
 mod concept;
 mod halves;
@@ -9,6 +10,7 @@ mod plot;
 mod recipe;
 mod trainer;
 
+pub use balance::{Group, assign, quotas};
 pub use concept::{Concept, Kind, Metadata};
 pub use halves::Halves;
 pub use module::{Form, Module};

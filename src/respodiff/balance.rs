@@ -1,0 +1,193 @@
+//! Who gets which concept: exact quotas over the images asked for, or independent draws.
+
+use super::Concept;
+use super::trainer::Draws;
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// Concepts of which each image gets one, such as "a woman" and "a man".
+#[derive(Clone, Debug)]
+pub struct Group {
+    /// The concepts.
+    pub members: Vec<Arc<Concept>>,
+    /// The share of images each is meant to have; they add up to 1.
+    pub shares: Vec<f64>,
+}
+
+impl Group {
+    /// Even shares, or those given, which are normalised.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for fewer than two members, another number of shares, or shares that are no proportions.
+    pub fn new(members: Vec<Arc<Concept>>, shares: Option<Vec<f64>>) -> Result<Self> {
+        if members.len() < 2 {
+            return Err(Error::usage("a group to balance has two concepts or more: --balance A,B"));
+        }
+        let shares = shares.unwrap_or_else(|| vec![1.0; members.len()]);
+        if shares.len() != members.len() {
+            return Err(Error::usage(format!("{} shares for {} concepts; give one each", shares.len(), members.len())));
+        }
+        let total: f64 = shares.iter().sum();
+        if shares.iter().any(|s| !s.is_finite() || *s < 0.0) || total <= 0.0 {
+            return Err(Error::usage("shares to balance are positive numbers, such as 0.6,0.4"));
+        }
+        Ok(Group { members, shares: shares.into_iter().map(|s| s / total).collect() })
+    }
+
+    /// The word by which a prompt names an attribute of the group, if it does: then the prompt's author has decided.
+    ///
+    /// Compared are whole words, lower case: those of the concepts' own prompts (but for articles, "person" and the
+    /// like), and for the genders the usual other words. A thing's colour ("a white coat") counts as well, as no list
+    /// of words can tell.
+    pub fn named_in(&self, prompt: &str) -> Option<String> {
+        const PLAIN: [&str; 8] = ["a", "an", "the", "person", "people", "of", "race", "photo"];
+        const GENDERS: [&str; 24] = [
+            "woman",
+            "women",
+            "female",
+            "females",
+            "girl",
+            "girls",
+            "lady",
+            "ladies",
+            "she",
+            "her",
+            "mother",
+            "wife",
+            "man",
+            "men",
+            "male",
+            "males",
+            "boy",
+            "boys",
+            "gentleman",
+            "gentlemen",
+            "he",
+            "his",
+            "father",
+            "husband",
+        ];
+        let words = |text: &str| -> Vec<String> {
+            let lower = text.to_lowercase();
+            lower.split(|c: char| !c.is_alphanumeric()).filter(|w| !w.is_empty()).map(str::to_string).collect()
+        };
+        let mut names: Vec<String> = self.members.iter().flat_map(|m| words(&m.metadata.concept)).collect();
+        names.retain(|w| !PLAIN.contains(&w.as_str()));
+        if names.iter().any(|n| GENDERS.contains(&n.as_str())) {
+            names.extend(GENDERS.map(str::to_string));
+        }
+        words(prompt).into_iter().find(|word| names.contains(word))
+    }
+}
+
+/// For each image the member of each group it gets.
+///
+/// With `random` every image draws for itself. Otherwise each group's counts are its shares of `images` to the nearest
+/// image (largest remainders), groups are crossed as evenly as that allows, and the order is shuffled by `seed`.
+pub fn assign(groups: &[Group], images: usize, seed: u64, random: bool) -> Vec<Vec<usize>> {
+    let mut draws = Draws::new(seed, 0xba1a_9ce0);
+    if random {
+        let mut draw = |group: &Group| {
+            let at = f64::from(draws.unit());
+            let mut sum = 0.0;
+            let found = group.shares.iter().position(|share| {
+                sum += share;
+                at < sum
+            });
+            found.unwrap_or(group.shares.len() - 1)
+        };
+        return (0..images).map(|_| groups.iter().map(&mut draw).collect()).collect();
+    }
+    let mut rows: Vec<Vec<usize>> = vec![Vec::new(); images];
+    for group in groups {
+        // Next to each other stand the images that agree so far; handing out to whoever is furthest behind spreads
+        // this group over each such stretch.
+        rows.sort();
+        let quotas = quotas(&group.shares, images);
+        let mut given = vec![0usize; quotas.len()];
+        for (i, row) in rows.iter_mut().enumerate() {
+            let behind = |&member: &usize| group.shares[member] * (i + 1) as f64 - given[member] as f64;
+            let open = (0..quotas.len()).filter(|&m| given[m] < quotas[m]);
+            let member = open.max_by(|a, b| behind(a).total_cmp(&behind(b)).then(b.cmp(a))).unwrap_or(0);
+            given[member] += 1;
+            row.push(member);
+        }
+    }
+    // Fisher and Yates.
+    for i in (1..rows.len()).rev() {
+        rows.swap(i, (draws.next() % (i as u64 + 1)) as usize);
+    }
+    rows
+}
+
+/// Whole counts that add up to `images`, by largest remainders; of equal remainders the first.
+pub fn quotas(shares: &[f64], images: usize) -> Vec<usize> {
+    let exact: Vec<f64> = shares.iter().map(|s| s * images as f64).collect();
+    let mut counts: Vec<usize> = exact.iter().map(|e| (e + 1e-9).floor() as usize).collect();
+    let mut order: Vec<usize> = (0..shares.len()).collect();
+    let remainder = |i: usize| exact[i] - counts[i] as f64;
+    let remainders: Vec<f64> = (0..shares.len()).map(remainder).collect();
+    order.sort_by(|&a, &b| remainders[b].total_cmp(&remainders[a]));
+    let left = images.saturating_sub(counts.iter().sum());
+    order.iter().cycle().take(left).for_each(|&i| counts[i] += 1);
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Shape;
+    use crate::respodiff::{Form, Metadata, Module};
+
+    fn group(names: &[&str], shares: Option<Vec<f64>>) -> Group {
+        let concept = |name: &&str| {
+            let ram = Module::with_parameters(Form::Constant, Shape::new(1, 1, 1, 1), vec![0.0]).unwrap();
+            let metadata = Metadata { concept: name.to_string(), ..Default::default() };
+            Arc::new(Concept { metadata, ram, sam: None })
+        };
+        Group::new(names.iter().map(concept).collect(), shares).unwrap()
+    }
+
+    #[test]
+    fn quotas_are_exact() {
+        let genders = group(&["a woman", "a man"], Some(vec![3.0, 2.0]));
+        let races = group(&["an asian-race person", "a black-race person", "a white-race person"], None);
+        for images in [1, 2, 5, 7, 30, 150] {
+            let rows = assign(&[genders.clone(), races.clone()], images, 3, false);
+            for (g, group) in [&genders, &races].into_iter().enumerate() {
+                let counts: Vec<usize> =
+                    (0..group.shares.len()).map(|m| rows.iter().filter(|row| row[g] == m).count()).collect();
+                assert_eq!(counts, quotas(&group.shares, images), "{images}");
+                assert!(counts.iter().zip(&group.shares).all(|(&c, s)| (c as f64 - s * images as f64).abs() < 1.0));
+            }
+            // Crossed: within two images of independence.
+            for (a, b) in (0..2).flat_map(|a| (0..3).map(move |b| (a, b))) {
+                let joint = rows.iter().filter(|row| row[0] == a && row[1] == b).count() as f64;
+                let even = genders.shares[a] * races.shares[b] * images as f64;
+                assert!((joint - even).abs() <= 2.0, "{images}: {a} {b} {joint} {even}");
+            }
+        }
+        let rows = assign(std::slice::from_ref(&genders), 150, 3, false);
+        assert_eq!(rows, assign(std::slice::from_ref(&genders), 150, 3, false));
+        assert_ne!(rows, assign(std::slice::from_ref(&genders), 150, 4, false));
+        let random = assign(&[genders], 20_000, 3, true);
+        let women = random.iter().filter(|row| row[0] == 0).count() as f64 / 20_000.0;
+        assert!((women - 0.6).abs() < 0.02, "{women}");
+    }
+
+    #[test]
+    fn prompts_that_name_an_attribute() {
+        let genders = group(&["a woman", "a man"], None);
+        let races = group(&["a black-race person", "a white-race person"], None);
+        for (prompt, gender, race) in [
+            ("a photo of a doctor", None, None),
+            ("a female doctor", Some("female"), None),
+            ("portrait of a Black chef, a man", Some("man"), Some("black")),
+            ("a woman's work, a person of any race", Some("woman"), None),
+            ("a human manager", None, None),
+        ] {
+            assert_eq!(genders.named_in(prompt).as_deref(), gender, "{prompt}");
+            assert_eq!(races.named_in(prompt).as_deref(), race, "{prompt}");
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Concepts in a session and their files.
+
+mod support;
+
+use respodiff::engine::{Engine, Output, Request, SessionOptions};
+use respodiff::graph::Shape;
+use respodiff::respodiff::{Concept, Form, Kind, Metadata, Module};
+use respodiff::weights::Source;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::sync::Arc;
+
+fn module(form: Form, shape: Shape, seed: u32) -> Module {
+    let mut state = seed;
+    let mut draw = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let mut module = Module::new(form, shape, &mut draw);
+    module.parameters.iter_mut().for_each(|p| *p += 0.4 * draw());
+    module
+}
+
+fn concept(form: Form, shape: Shape, seed: u32) -> Arc<Concept> {
+    let metadata = Metadata { concept: format!("number {seed}"), ..Default::default() };
+    Arc::new(Concept { metadata, ram: module(form, shape, seed), sam: Some(module(form, shape, seed + 1)) })
+}
+
+fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Output {
+    engine.session(options).unwrap().generate(request, &mut |_| ControlFlow::Continue(())).unwrap()
+}
+
+#[test]
+fn each_image_has_its_own_concepts() {
+    let source = Source::folder(support::golden().join("checkpoints/sd1")).unwrap();
+    let engine = Engine::open(&source).unwrap();
+    let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true, concepts: true };
+    let shape = engine.bottleneck(options);
+    let (a, b) = (concept(Form::Constant, shape, 1), concept(Form::Constant, shape, 2));
+    let network = concept(Form::Conv, shape, 3);
+    let lists = vec![vec![(a.clone(), 0.5), (b.clone(), -1.0)], vec![], vec![(b.clone(), 0.7), (network.clone(), 1.0)]];
+    let request = |seed, concepts| Request { prompt: "a cat".into(), steps: 3, seed, concepts, ..Default::default() };
+    let together = generate(&engine, options, &request(5, lists.clone()));
+    let one = together.latents.len() / 3;
+    let single = SessionOptions { batch: 1, ..options };
+    let plain = SessionOptions { concepts: false, ..single };
+    for (i, list) in lists.iter().enumerate() {
+        let seed = 5 + i as u64;
+        let alone = generate(&engine, single, &request(seed, vec![list.clone()]));
+        assert_eq!(alone.latents, together.latents[i * one..][..one], "image {i}");
+        let without = generate(&engine, plain, &request(seed, vec![]));
+        assert_eq!(alone.latents == without.latents, list.is_empty(), "image {i}");
+        // Weights of zero change nothing, bit for bit.
+        let zero = list.iter().map(|(c, _)| (c.clone(), 0.0)).collect();
+        assert_eq!(generate(&engine, single, &request(seed, vec![zero])).latents, without.latents);
+    }
+    let mut session = engine.session(single).unwrap();
+    let mut refused = |concepts: Vec<Vec<(Arc<Concept>, f32)>>, word: &str| {
+        let error = session.generate(&request(0, concepts), &mut |_| ControlFlow::Continue(())).unwrap_err();
+        assert!(error.to_string().contains(word), "{error}");
+    };
+    refused(vec![vec![], vec![]], "2 images");
+    refused(vec![vec![(a, f32::NAN)]], "NaN");
+    refused(vec![vec![(concept(Form::Constant, Shape { c: 7, ..shape }, 4), 1.0)]], "7");
+}
+
+/// Against the UNet with the shift given by `probe`'s golden route: RAM and SAM of a training case.
+#[test]
+fn the_shift_is_added_to_the_conditional_half() {
+    use respodiff::models::{UNetConfig, unet};
+    for case in support::cases("gradient_", 4) {
+        let name = case.name.split('_').nth(1).unwrap();
+        let source = Source::folder(support::golden().join("checkpoints").join(name)).unwrap();
+        let config =
+            UNetConfig::parse(&source.read_text("unet/config.json").unwrap(), Path::new("config.json")).unwrap();
+        let [n, c, h, w] = case.shape("latents")[..] else { panic!("NCHW") };
+        let graph = unet(&config, n, h, w, 77, n);
+        let shape = graph.shape(graph.input("shift"));
+        let ram = support::nchw_to_nhwc(&case.floats("ram"), 1, shape.c);
+        let mut inputs = std::collections::HashMap::from([
+            ("sample", support::nchw_to_nhwc(&case.floats("latents"), n, c)),
+            ("timestep", vec![case.floats("timestep")[0]; n]),
+            ("encoder_hidden_states", case.floats("neutral_embeds").repeat(n)),
+            ("shift", ram.repeat(n)),
+        ]);
+        for extra in ["text_embeds", "time_ids"].into_iter().filter(|e| case.has(e)) {
+            inputs.insert(extra, case.floats(extra));
+        }
+        let outputs = support::run(graph, &source.tensors("unet").unwrap(), &inputs);
+        // L_resp is the mean square of this prediction's distance to the target: PyTorch's, in float64.
+        let target = support::nchw_to_nhwc(&case.floats("target"), n, c);
+        let loss = outputs["sample"].iter().zip(&target).map(|(a, b)| ((a - b) as f64).powi(2)).sum::<f64>()
+            / target.len() as f64;
+        let truth = case.floats("out.loss_resp")[0] as f64;
+        assert!((loss - truth).abs() < 1e-5 * truth, "{}: {loss} for {truth}", case.name);
+    }
+}
+
+#[test]
+fn files_read_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("c.safetensors");
+    for form in [Form::Constant, Form::Mlp, Form::Conv] {
+        let shape = Shape::new(1, 2, 3, 5);
+        let metadata = Metadata {
+            concept: "violence, \"quoted\"".into(),
+            kind: Kind::Safe,
+            neutral: "a scene".into(),
+            base_model: "m".into(),
+            fingerprint: "f00d".into(),
+            recipe: "lambda = 1.0\n".into(),
+            iterations: 7,
+            losses: Some([0.25, 0.125]),
+            other: [("author".to_string(), "someone".to_string())].into(),
+        };
+        let saved =
+            Concept { metadata, ram: module(form, shape, 1), sam: (form != Form::Mlp).then(|| module(form, shape, 2)) };
+        saved.save(&path).unwrap();
+        let read = Concept::load(&path).unwrap();
+        assert_eq!(read.metadata, saved.metadata);
+        assert_eq!((read.ram.form(), read.ram.shape()), (form, shape));
+        assert_eq!(read.ram.parameters, saved.ram.parameters);
+        assert_eq!(read.sam.map(|s| s.parameters), saved.sam.map(|s| s.parameters));
+        // Cut anywhere it is refused by name.
+        let whole = std::fs::read(&path).unwrap();
+        for len in (0..whole.len()).step_by(23) {
+            let error = Concept::parse(&whole[..len], &path).unwrap_err().to_string();
+            assert!(error.contains("c.safetensors") && !error.contains('\n'), "{error}");
+        }
+    }
+}
+
+#[test]
+fn other_sizes() {
+    // A ramp stays a ramp: bilinear with half-pixel centres, away from the clamped edges.
+    let shape = Shape::new(1, 4, 4, 2);
+    let ramp: Vec<f32> = (0..16).flat_map(|i| [(i % 4) as f32, (i / 4) as f32]).collect();
+    let ram = Module::with_parameters(Form::Constant, shape, ramp.clone()).unwrap();
+    let concept = Concept { metadata: Metadata::default(), ram, sam: None };
+    assert_eq!(concept.modules(shape).unwrap()[0].parameters, ramp);
+    let large = concept.modules(Shape::new(1, 8, 6, 2)).unwrap().remove(0).parameters;
+    for (y, x) in (0..8).flat_map(|y| (0..6).map(move |x| (y, x))) {
+        let (down, across) = ((y as f32 + 0.5) * 0.5 - 0.5, (x as f32 + 0.5) * 4.0 / 6.0 - 0.5);
+        let at = (y * 6 + x) * 2;
+        assert!(
+            (large[at] - across.clamp(0.0, 3.0)).abs() < 1e-6 && (large[at + 1] - down.clamp(0.0, 3.0)).abs() < 1e-6
+        );
+    }
+    let merged = Concept::merge(&[(concept.clone(), 2.0), (concept.clone(), -0.5)]).unwrap();
+    assert!(merged.ram.parameters.iter().zip(&ramp).all(|(m, r)| (m - 1.5 * r).abs() < 1e-6));
+}
+
+#[test]
+fn trainings_resume_to_the_same_result() {
+    use respodiff::respodiff::{Recipe, Task, Trainer};
+    let engine = Engine::open(&Source::demo()).unwrap();
+    let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
+    let recipe = Recipe { batch: 2, rollout_steps: 6, latents_per_rollout: 2, ..Recipe::default_for(Kind::Fair) };
+    let trainer = |seed| Trainer::new(&engine, task.clone(), recipe.clone(), seed, (64, 64)).unwrap();
+    let mut whole = trainer(3);
+    (0..8).for_each(|_| drop(whole.iterate().unwrap()));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("checkpoint");
+    let mut first = trainer(3);
+    (0..4).for_each(|_| drop(first.iterate().unwrap()));
+    assert!(first.between_rollouts());
+    first.save(&path).unwrap();
+    let mut second = trainer(3);
+    second.resume(&path).unwrap();
+    (0..4).for_each(|_| drop(second.iterate().unwrap()));
+    assert_eq!(second.concept().ram.parameters, whole.concept().ram.parameters);
+    assert_eq!(second.concept().sam.unwrap().parameters, whole.concept().sam.unwrap().parameters);
+    assert_eq!(second.history(), whole.history());
+    // Another training's checkpoint, and a cut one, are refused.
+    assert!(trainer(4).resume(&path).unwrap_err().to_string().contains("another training"));
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    assert!(trainer(3).resume(&path).unwrap_err().to_string().contains("not a whole"));
+}
