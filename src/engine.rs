@@ -363,8 +363,8 @@ fn check_fit(source: &Source, text: &ClipConfig, unet: &UNetConfig, vae: &VaeCon
             "has {} input and {} output channels for {} latent channels; inpainting and depth models are not supported",
             unet.in_channels, unet.out_channels, vae.latent_channels
         )
-    } else if unet.cross_attention_dim != text.hidden_size {
-        format!("reads text of width {}, but the text encoder's is {}", unet.cross_attention_dim, text.hidden_size)
+    } else if unet.cross_attention_dim != text.layers.width {
+        format!("reads text of width {}, but the text encoder's is {}", unet.cross_attention_dim, text.layers.width)
     } else {
         return Ok(());
     };

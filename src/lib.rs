@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod diffusion;
 pub mod engine;
 mod error;
+pub mod eval;
 mod files;
 pub mod graph;
 pub mod image;

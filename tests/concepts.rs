@@ -158,16 +158,22 @@ fn trainings_resume_to_the_same_result() {
     let recipe = Recipe { batch: 2, rollout_steps: 6, latents_per_rollout: 2, ..Recipe::default_for(Kind::Fair) };
     let trainer = |seed| Trainer::new(&engine, task.clone(), recipe.clone(), seed, (64, 64)).unwrap();
     let mut whole = trainer(3);
-    (0..8).for_each(|_| drop(whole.iterate().unwrap()));
+    for _ in 0..8 {
+        whole.iterate().unwrap();
+    }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("checkpoint");
     let mut first = trainer(3);
-    (0..4).for_each(|_| drop(first.iterate().unwrap()));
+    for _ in 0..4 {
+        first.iterate().unwrap();
+    }
     assert!(first.between_rollouts());
     first.save(&path).unwrap();
     let mut second = trainer(3);
     second.resume(&path).unwrap();
-    (0..4).for_each(|_| drop(second.iterate().unwrap()));
+    for _ in 0..4 {
+        second.iterate().unwrap();
+    }
     assert_eq!(second.concept().ram.parameters, whole.concept().ram.parameters);
     assert_eq!(second.concept().sam.unwrap().parameters, whole.concept().sam.unwrap().parameters);
     assert_eq!(second.history(), whole.history());

@@ -1,6 +1,7 @@
 //! The command line: parses, calls the library, prints. Exit codes: 0, 1 failure, 2 usage, 130 interrupted.
 
 mod concepts;
+mod eval;
 mod files;
 mod info;
 mod probe;
@@ -29,6 +30,8 @@ enum Command {
     Sample(Box<sample::Args>),
     /// Learn a concept: RAM and SAM at the bottleneck
     Train(Box<train::Args>),
+    /// Measure fairness
+    Eval(eval::Args),
     /// Show or merge concept files
     Concept(concepts::Args),
     /// Run one component on tensors from a file, in diffusers' order (NCHW, fp32)
@@ -64,6 +67,7 @@ pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Sample(args) => sample::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Concept(args) => concepts::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Info(args) => info::run(&args),

@@ -138,7 +138,7 @@ fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<
     executor.step();
     let mut results: Vec<Named> = vec![("input_ids", vec![n, width], ids.iter().map(|&id| id as f32).collect())];
     for name in ["last_hidden_state", "penultimate_hidden_state"] {
-        results.push((name, vec![n, width, config.hidden_size], executor.output(name).to_vec()));
+        results.push((name, vec![n, width, config.layers.width], executor.output(name).to_vec()));
     }
     if executor.plan().graph().find_output("text_embeds").is_some() {
         let values = executor.output("text_embeds").to_vec();

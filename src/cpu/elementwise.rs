@@ -119,6 +119,16 @@ pub(super) fn embed(ids: TensorId, tokens: &[f32], positions: &[f32], out: Tenso
     }
 }
 
+/// `class` before each image's tokens, and `positions` added.
+pub(super) fn class_token(x: TensorId, class: &[f32], positions: &[f32], out: TensorId, memory: &Memory) {
+    let one = memory.shape(x).tokens() * class.len();
+    let images = memory.write(out).chunks_exact_mut(one + class.len()).zip(memory.read(x).chunks_exact(one));
+    for (out, x) in images {
+        let tokens = class.iter().chain(x).zip(positions);
+        out.iter_mut().zip(tokens).for_each(|(o, (x, p))| *o = x + p);
+    }
+}
+
 /// In f64: the frequencies span four decades and the angles a thousand radians.
 pub(super) fn sinusoid(
     x: TensorId,

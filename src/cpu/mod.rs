@@ -124,6 +124,9 @@ impl Executor {
             Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift } => {
                 elementwise::sinusoid(x, dim, flip_sin_to_cos, freq_shift, out, &memory)
             }
+            Op::ClassToken { x, class, positions } => {
+                elementwise::class_token(x, weights.get(class), weights.get(positions), out, &memory)
+            }
             Op::Shift { x, shift } => elementwise::shift(x, shift, out, &memory),
             Op::SelectToken { x, index } => elementwise::select_token(x, index, out, &memory),
         }

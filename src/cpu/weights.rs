@@ -55,7 +55,11 @@ fn read(spec: &WeightSpec, tensors: &Tensors) -> Result<Vec<f32>> {
             WeightKind::Table => tensors.read(name, &[&[outputs, spec.width]])?,
             // A 1x1 convolution and a linear layer are the same matrix.
             WeightKind::Matrix { kernel: 1, inputs, .. } | WeightKind::Mirrored { kernel: 1, inputs, .. } => {
-                tensors.read(name, &[&[outputs, inputs], &[outputs, inputs, 1, 1]])?
+                // And so are patches of three channels, taken as they lie.
+                let side = (inputs / 3).isqrt();
+                let patches = [outputs, 3, side, side];
+                let patches: &[usize] = if 3 * side * side == inputs { &patches } else { &[outputs, inputs] };
+                tensors.read(name, &[&[outputs, inputs], &[outputs, inputs, 1, 1], patches])?
             }
             WeightKind::Matrix { kernel, inputs, .. } | WeightKind::Mirrored { kernel, inputs, .. } => {
                 tensors.read(name, &[&[outputs, inputs, kernel, kernel]])?

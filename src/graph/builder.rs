@@ -229,6 +229,21 @@ impl GraphBuilder {
         self.node(name, Op::Shift { x, shift }, shape)
     }
 
+    /// A learnt token `class` before the others, and position embeddings.
+    pub fn class_token(&mut self, class: &str, positions: &str, x: TensorId) -> TensorId {
+        let shape = self.shape(x);
+        let spec = |name: String, rows: usize, width: usize, kind| WeightSpec {
+            names: vec![name],
+            outputs: vec![rows],
+            width,
+            kind,
+        };
+        let token = self.weight(spec(class.to_string(), shape.c, 1, WeightKind::Vector));
+        let table = spec(format!("{positions}.weight"), shape.w + 1, shape.c, WeightKind::Table);
+        let positions = self.weight(table);
+        self.node(class, Op::ClassToken { x, class: token, positions }, Shape { w: shape.w + 1, ..shape })
+    }
+
     /// One token of each image.
     pub fn select_token(&mut self, name: &str, x: TensorId, index: TensorId) -> TensorId {
         let shape = self.shape(x);

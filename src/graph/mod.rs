@@ -339,6 +339,15 @@ pub enum Op {
         /// `[m, h, w, c]` for the last `m` images, the conditional half: what an image's concepts add up to.
         shift: TensorId,
     },
+    /// A learnt token before each image's own, and positions added to all.
+    ClassToken {
+        /// `[n, 1, tokens, c]`; the result has one token more.
+        x: TensorId,
+        /// The token, one number a channel.
+        class: WeightId,
+        /// Table `[1 + tokens, c]`.
+        positions: WeightId,
+    },
     /// One token of each image.
     SelectToken {
         /// `[n, 1, tokens, c]`.
@@ -355,7 +364,9 @@ impl Op {
             Op::Conv(ref c) => [Some(c.sources.x), c.sources.skip, c.per_image, c.residual],
             Op::GroupNorm(ref norm) => [Some(norm.sources.x), norm.sources.skip, norm.scale_shift, None],
             Op::GroupNormGradient { ref of, d } => [Some(of.sources.x), of.sources.skip, of.scale_shift, Some(d)],
-            Op::LayerNorm { x, .. } | Op::Activate { x, .. } | Op::Sinusoid { x, .. } => [Some(x), None, None, None],
+            Op::LayerNorm { x, .. } | Op::Activate { x, .. } | Op::Sinusoid { x, .. } | Op::ClassToken { x, .. } => {
+                [Some(x), None, None, None]
+            }
             Op::LayerNormGradient { x, d, .. } | Op::ActivateGradient { x, d, .. } => [Some(x), Some(d), None, None],
             Op::Attention(ref a) => [Some(a.q.tensor), Some(a.k.tensor), Some(a.v.tensor), None],
             Op::AttentionGradient { ref of, d, .. } => {

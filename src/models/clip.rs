@@ -1,6 +1,6 @@
-//! CLIP's text encoder (Radford et al., arXiv 2103.00020): a causal transformer with pre-norm blocks.
+//! CLIP (Radford et al., arXiv 2103.00020): transformers with pre-norm blocks over text, causal, and over pictures.
 
-use super::ClipConfig;
+use super::{ClipConfig, ClipLayers, ClipVisionConfig};
 use crate::graph::{ConvOptions, Graph, GraphBuilder, Shape, TensorId, View};
 
 /// The text encoder for `batch` prompts.
@@ -16,15 +16,15 @@ pub fn text_encoder(config: &ClipConfig, batch: usize) -> Graph {
         ("text_model.embeddings.token_embedding", config.vocab_size),
         ("text_model.embeddings.position_embedding", tokens),
         ids,
-        config.hidden_size,
+        config.layers.width,
     ); // [n, 1, tokens, c]
-    for i in 0..config.num_hidden_layers {
-        if i + 1 == config.num_hidden_layers {
+    for i in 0..config.layers.count {
+        if i + 1 == config.layers.count {
             g.output("penultimate_hidden_state", x);
         }
-        x = layer(&mut g, config, &format!("text_model.encoder.layers.{i}"), x);
+        x = config.layers.layer(&mut g, &format!("text_model.encoder.layers.{i}"), x, true);
     }
-    let x = g.layer_norm("text_model.final_layer_norm", x, config.layer_norm_eps); // [n, 1, tokens, c]
+    let x = g.layer_norm("text_model.final_layer_norm", x, config.layers.eps); // [n, 1, tokens, c]
     g.output("last_hidden_state", x);
     if let Some(width) = config.projection_dim {
         let index = g.input("pooled_index", Shape::new(batch, 1, 1, 1));
@@ -36,21 +36,51 @@ pub fn text_encoder(config: &ClipConfig, batch: usize) -> Graph {
     g.finish()
 }
 
-fn layer(g: &mut GraphBuilder, config: &ClipConfig, name: &str, x: TensorId) -> TensorId {
-    let (width, heads) = (config.hidden_size, config.num_attention_heads);
-    let layer = |suffix: &str| format!("{name}.{suffix}");
-    let add = |residual| ConvOptions { residual: Some(residual), ..ConvOptions::default() };
+/// CLIP's vision tower (a ViT, Dosovitskiy et al., arXiv 2010.11929) for `batch` pictures.
+///
+/// Input: `patches` `[n, 1, patches, 3 * p * p]`, each patch's numbers in the order channel, row, column. Output:
+/// `image_embeds` `[n, 1, 1, projection_dim]`, not normalised.
+pub fn vision_encoder(config: &ClipVisionConfig, batch: usize) -> Graph {
+    let mut g = GraphBuilder::new();
+    let side = config.image_size / config.patch_size;
+    let width = config.layers.width;
+    let patches = Shape::new(batch, 1, side * side, 3 * config.patch_size * config.patch_size);
+    let patches = g.input("patches", patches);
+    let options = ConvOptions { bias: false, ..ConvOptions::default() };
+    let x = g.linear("vision_model.embeddings.patch_embedding", patches, width, options.clone()); // [n, 1, patches, c]
+    let mut x =
+        g.class_token("vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding", x); // [n, 1, 1 + patches, c]
+    // The checkpoints' own spelling.
+    x = g.layer_norm("vision_model.pre_layrnorm", x, config.layers.eps); // [n, 1, 1 + patches, c]
+    for i in 0..config.layers.count {
+        x = config.layers.layer(&mut g, &format!("vision_model.encoder.layers.{i}"), x, false);
+    }
+    // Zero, the class token, is what an input holds that nobody writes.
+    let index = g.input("class_index", Shape::new(batch, 1, 1, 1));
+    x = g.select_token("class", x, index); // [n, 1, 1, c]
+    x = g.layer_norm("vision_model.post_layernorm", x, config.layers.eps); // [n, 1, 1, c]
+    x = g.linear("visual_projection", x, config.projection_dim, options); // [n, 1, 1, p]
+    g.output("image_embeds", x);
+    g.finish()
+}
 
-    let y = g.layer_norm(&layer("layer_norm1"), x, config.layer_norm_eps); // [n, 1, tokens, c]
-    let names = ["q_proj", "k_proj", "v_proj"].map(|p| layer(&format!("self_attn.{p}")));
-    let qkv = g.fused(&layer("self_attn.qkv_proj"), &names, y, &[width; 3], ConvOptions::default()); // [n, 1, tokens, 3c]
-    let view = |offset| View { tensor: qkv, offset };
-    let views = (view(0), view(width), view(2 * width));
-    let y = g.attention(&layer("self_attn"), views, heads, width / heads, true); // [n, 1, tokens, c]
-    let x = g.linear(&layer("self_attn.out_proj"), y, width, add(x)); // [n, 1, tokens, c]
+impl ClipLayers {
+    fn layer(&self, g: &mut GraphBuilder, name: &str, x: TensorId, causal: bool) -> TensorId {
+        let (width, heads) = (self.width, self.heads);
+        let layer = |suffix: &str| format!("{name}.{suffix}");
+        let add = |residual| ConvOptions { residual: Some(residual), ..ConvOptions::default() };
 
-    let y = g.layer_norm(&layer("layer_norm2"), x, config.layer_norm_eps); // [n, 1, tokens, c]
-    let options = ConvOptions { activation: config.hidden_act, ..ConvOptions::default() };
-    let y = g.linear(&layer("mlp.fc1"), y, config.intermediate_size, options); // [n, 1, tokens, intermediate]
-    g.linear(&layer("mlp.fc2"), y, width, add(x)) // [n, 1, tokens, c]
+        let y = g.layer_norm(&layer("layer_norm1"), x, self.eps); // [n, 1, tokens, c]
+        let names = ["q_proj", "k_proj", "v_proj"].map(|p| layer(&format!("self_attn.{p}")));
+        let qkv = g.fused(&layer("self_attn.qkv_proj"), &names, y, &[width; 3], ConvOptions::default()); // [n, 1, tokens, 3c]
+        let view = |offset| View { tensor: qkv, offset };
+        let views = (view(0), view(width), view(2 * width));
+        let y = g.attention(&layer("self_attn"), views, heads, width / heads, causal); // [n, 1, tokens, c]
+        let x = g.linear(&layer("self_attn.out_proj"), y, width, add(x)); // [n, 1, tokens, c]
+
+        let y = g.layer_norm(&layer("layer_norm2"), x, self.eps); // [n, 1, tokens, c]
+        let options = ConvOptions { activation: self.activation, ..ConvOptions::default() };
+        let y = g.linear(&layer("mlp.fc1"), y, self.inner, options); // [n, 1, tokens, inner]
+        g.linear(&layer("mlp.fc2"), y, width, add(x)) // [n, 1, tokens, c]
+    }
 }

@@ -84,24 +84,51 @@ const TEXT_NOTES: &[&str] = &[
 pub struct ClipConfig {
     /// Rows of the token embedding.
     pub vocab_size: usize,
-    /// Channels of a token.
-    pub hidden_size: usize,
-    /// Channels inside the feed-forward layers.
-    pub intermediate_size: usize,
-    /// Layers.
-    pub num_hidden_layers: usize,
-    /// Heads of a layer.
-    pub num_attention_heads: usize,
+    /// The transformer.
+    pub layers: ClipLayers,
     /// Tokens of a prompt, padding included.
     pub max_position_embeddings: usize,
-    /// Added to the variance in layer norms.
-    pub layer_norm_eps: f32,
-    /// [`Activation::Gelu`] or [`Activation::QuickGelu`].
-    pub hidden_act: Activation,
     /// The token that ends a prompt.
     pub eos_token_id: i64,
     /// Channels of the projected pooled token, where the encoder has a projection.
     pub projection_dim: Option<usize>,
+}
+
+/// A tower's transformer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClipLayers {
+    /// `hidden_size`: channels of a token.
+    pub width: usize,
+    /// `intermediate_size`: channels inside the feed-forward layers.
+    pub inner: usize,
+    /// `num_hidden_layers`.
+    pub count: usize,
+    /// `num_attention_heads`.
+    pub heads: usize,
+    /// `layer_norm_eps`: added to the variance in layer norms.
+    pub eps: f32,
+    /// `hidden_act`: [`Activation::Gelu`] or [`Activation::QuickGelu`].
+    pub activation: Activation,
+}
+
+impl ClipLayers {
+    /// Reads a tower's fields; `width`, `inner` and `heads` are the class's defaults.
+    fn read(r: &mut Reader, width: usize, inner: usize, heads: usize) -> Result<Self> {
+        let activations = [("quick_gelu".into(), Activation::QuickGelu), ("gelu".into(), Activation::Gelu)];
+        let layers = ClipLayers {
+            width: r.size("hidden_size", width, MAX_CHANNELS)?,
+            inner: r.size("intermediate_size", inner, MAX_CHANNELS)?,
+            count: r.size("num_hidden_layers", 12, MAX_LAYERS)?,
+            heads: r.size("num_attention_heads", heads, MAX_CHANNELS)?,
+            eps: r.positive("layer_norm_eps", 1e-5)?,
+            activation: r.choice("hidden_act", "quick_gelu".into(), &activations)?,
+        };
+        let ClipLayers { width, heads, .. } = layers;
+        if width % heads != 0 {
+            return Err(r.error(format!("`hidden_size` {width} is not a multiple of `num_attention_heads` {heads}")));
+        }
+        Ok(layers)
+    }
 }
 
 impl ClipConfig {
@@ -113,23 +140,13 @@ impl ClipConfig {
         let projected = r.choice("architectures", classes[0].0.clone(), &classes)?;
         r.only("model_type", &["clip_text_model".into()])?;
         let projection_dim = r.size("projection_dim", 512, MAX_CHANNELS)?;
-        let activations = [("quick_gelu".into(), Activation::QuickGelu), ("gelu".into(), Activation::Gelu)];
         let config = ClipConfig {
             vocab_size: r.size("vocab_size", 49_408, MAX_VOCABULARY)?,
-            hidden_size: r.size("hidden_size", 512, MAX_CHANNELS)?,
-            intermediate_size: r.size("intermediate_size", 2048, MAX_CHANNELS)?,
-            num_hidden_layers: r.size("num_hidden_layers", 12, MAX_LAYERS)?,
-            num_attention_heads: r.size("num_attention_heads", 8, MAX_CHANNELS)?,
+            layers: ClipLayers::read(&mut r, 512, 2048, 8)?,
             max_position_embeddings: r.size("max_position_embeddings", 77, MAX_CHANNELS)?,
-            layer_norm_eps: r.positive("layer_norm_eps", 1e-5)?,
-            hidden_act: r.choice("hidden_act", "quick_gelu".into(), &activations)?,
             eos_token_id: r.id("eos_token_id", 49_407)?,
             projection_dim: projected.then_some(projection_dim),
         };
-        let (width, heads) = (config.hidden_size, config.num_attention_heads);
-        if width % heads != 0 {
-            return Err(r.error(format!("`hidden_size` {width} is not a multiple of `num_attention_heads` {heads}")));
-        }
         r.ignore(TEXT_NOTES);
         r.finish()?;
         Ok(config)
@@ -141,6 +158,53 @@ impl ClipConfig {
         let pooled = if self.eos_token_id == 2 { ids.iter().max().copied() } else { Some(self.eos_token_id) };
         ids.iter().position(|&id| Some(id) == pooled).unwrap_or(0)
     }
+}
+
+/// CLIP's vision tower.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClipVisionConfig {
+    /// Rows and columns of a picture.
+    pub image_size: usize,
+    /// Rows and columns of a patch.
+    pub patch_size: usize,
+    /// The transformer.
+    pub layers: ClipLayers,
+    /// Channels of the projected class token.
+    pub projection_dim: usize,
+}
+
+/// A `CLIPModel`'s `config.json`: both towers.
+pub fn parse_clip_model(text: &str, path: &Path) -> Result<(ClipConfig, ClipVisionConfig)> {
+    let mut all: Value =
+        serde_json::from_str(text).map_err(|e| crate::Error::checkpoint(path, format!("not valid JSON: {e}")))?;
+    if all["vision_config"].is_null() || all["text_config"].is_null() {
+        return Err(crate::Error::checkpoint(path, "not a CLIPModel: `text_config` and `vision_config` are wanted"));
+    }
+    let projection = if all["projection_dim"].is_null() { json!(512) } else { all["projection_dim"].clone() };
+    for (tower, class) in [("text_config", json!(["CLIPTextModelWithProjection"])), ("vision_config", Value::Null)] {
+        all[tower]["architectures"] = class;
+        all[tower]["projection_dim"] = projection.clone();
+    }
+    let text_config = ClipConfig::parse(&all["text_config"].to_string(), path)?;
+    let vision = all["vision_config"].to_string();
+    let mut r = Reader::new(&vision, path)?;
+    r.only("model_type", &["clip_vision_model".into()])?;
+    r.only("num_channels", &[3.into()])?;
+    let config = ClipVisionConfig {
+        image_size: r.size("image_size", 224, MAX_CHANNELS)?,
+        patch_size: r.size("patch_size", 32, 1024)?,
+        layers: ClipLayers::read(&mut r, 768, 3072, 12)?,
+        projection_dim: r.size("projection_dim", 512, MAX_CHANNELS)?,
+    };
+    if config.image_size % config.patch_size != 0 {
+        return Err(r.error(format!(
+            "`image_size` {} is not a multiple of `patch_size` {}",
+            config.image_size, config.patch_size
+        )));
+    }
+    r.ignore(TEXT_NOTES);
+    r.finish()?;
+    Ok((text_config, config))
 }
 
 /// One resolution of a UNet.

@@ -12,7 +12,9 @@ pub mod tokenizer;
 mod unet;
 mod vae;
 
-pub use clip::text_encoder;
-pub use config::{ClipConfig, TextTime, UNetConfig, UNetLevel, VaeConfig};
+pub use clip::{text_encoder, vision_encoder};
+pub use config::{
+    ClipConfig, ClipLayers, ClipVisionConfig, TextTime, UNetConfig, UNetLevel, VaeConfig, parse_clip_model,
+};
 pub use unet::{unet, unet_halves};
 pub use vae::{vae_decoder, vae_encoder};

@@ -1,13 +1,14 @@
 //! The demo checkpoint, compiled in: `demo/README.md` says how it was made.
 
 macro_rules! files {
-    ($($name:literal),* $(,)?) => {
-        &[$(($name, include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/demo/model/", $name)).as_slice())),*]
+    ($folder:literal, $($name:literal),* $(,)?) => {
+        &[$(($name, include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/demo/", $folder, $name)).as_slice())),*]
     };
 }
 
 /// Its files by their paths in the checkpoint.
 pub(super) const FILES: &[(&str, &[u8])] = files![
+    "model/",
     "model_index.json",
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
@@ -20,4 +21,16 @@ pub(super) const FILES: &[(&str, &[u8])] = files![
     "unet/diffusion_pytorch_model.safetensors",
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
+];
+
+/// The CLIP that judges its pictures.
+pub(super) const CLIP: &[(&str, &[u8])] = files![
+    "clip/",
+    "config.json",
+    "merges.txt",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "vocab.json",
 ];

@@ -25,13 +25,19 @@ impl Source {
         Source::Embedded(demo::FILES)
     }
 
+    /// The demo's CLIP, a `CLIPModel`'s folder.
+    pub fn demo_clip() -> Self {
+        Source::Embedded(demo::CLIP)
+    }
+
     /// A folder that holds a `model_index.json` or at least one component.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if it does not look like a checkpoint.
     pub fn folder(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let parts = ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"];
+        let parts =
+            ["config.json", "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"];
         if parts.iter().any(|part| path.join(part).is_file()) {
             return Ok(Source::Folder(path.to_path_buf()));
         }
@@ -113,27 +119,35 @@ impl Source {
             .map_err(|_| Error::checkpoint(self.path(relative), "not UTF-8 text; download the file again"))
     }
 
-    /// The tokenizer in a component's folder.
+    /// The tokenizer in a component's folder, "" for the checkpoint's own.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] about missing or malformed files.
     pub fn tokenizer(&self, component: &str) -> Result<Tokenizer> {
         match self {
             Source::Folder(folder) => Tokenizer::load(&folder.join(component)),
-            Source::Embedded(_) => Tokenizer::from_bytes(
-                &self.read(&format!("{component}/vocab.json"))?,
-                &self.read(&format!("{component}/merges.txt"))?,
-                Some(&self.read(&format!("{component}/tokenizer_config.json"))?),
-                Some(&self.read(&format!("{component}/special_tokens_map.json"))?),
-            ),
+            Source::Embedded(_) => {
+                let read = |name: &str| self.read(&inside(component, name));
+                Tokenizer::from_bytes(
+                    &read("vocab.json")?,
+                    &read("merges.txt")?,
+                    Some(&read("tokenizer_config.json")?),
+                    Some(&read("special_tokens_map.json")?),
+                )
+            }
         }
     }
 
-    /// The weights of a component.
+    /// The weights of a component, "" for a model without components.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if there are none, or their files are damaged.
     pub fn tensors(&self, component: &str) -> Result<Tensors> {
         Tensors::open(self, component)
     }
+}
+
+/// A file's path in a component; a model without components has it at the top.
+fn inside(component: &str, name: &str) -> String {
+    if component.is_empty() { name.to_string() } else { format!("{component}/{name}") }
 }

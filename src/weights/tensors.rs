@@ -1,6 +1,6 @@
 //! The safetensors files of one component, mapped into memory and never read whole.
 
-use super::Source;
+use super::{Source, inside};
 use crate::{Error, Result};
 use half::{bf16, f16};
 use memmap2::Mmap;
@@ -47,23 +47,27 @@ const LEGACY: [(&str, &str); 4] =
 impl Tensors {
     /// Finds and maps the weights of `component`: full precision before fp16, whole before sharded.
     pub(super) fn open(source: &Source, component: &str) -> Result<Self> {
-        let stem = if component.starts_with("text_encoder") { "model" } else { "diffusion_pytorch_model" };
+        let stem = if component.is_empty() || component.starts_with("text_encoder") {
+            "model"
+        } else {
+            "diffusion_pytorch_model"
+        };
         for variant in ["", ".fp16"] {
-            let whole = format!("{component}/{stem}{variant}.safetensors");
+            let whole = inside(component, &format!("{stem}{variant}.safetensors"));
             if source.has(&whole) {
                 return Self::map(source, &[whole]);
             }
             // diffusers writes the variant at either place.
             for index in [
-                format!("{component}/{stem}.safetensors.index{variant}.json"),
-                format!("{component}/{stem}{variant}.safetensors.index.json"),
+                inside(component, &format!("{stem}.safetensors.index{variant}.json")),
+                inside(component, &format!("{stem}{variant}.safetensors.index.json")),
             ] {
                 if source.has(&index) {
                     return Self::map(source, &shards(source, component, &index)?);
                 }
             }
         }
-        let remedy = if source.has(&format!("{component}/{stem}.bin")) {
+        let remedy = if source.has(&inside(component, &format!("{stem}.bin"))) {
             "only a pickled .bin is here, which can run code when read; save the model again with safe_serialization=True"
         } else {
             "the checkpoint is incomplete; download it again"
@@ -222,7 +226,7 @@ fn shards(source: &Source, component: &str, index: &str) -> Result<Vec<String>> 
         if name.contains(['/', '\\']) || name.starts_with('.') {
             return Err(Error::checkpoint(&path, format!("`{name}` is not the name of a shard beside the index")));
         }
-        *name = format!("{component}/{name}");
+        *name = inside(component, name);
         if !source.has(name) {
             let problem = format!("the shard `{name}` it names is missing; download the checkpoint again");
             return Err(Error::checkpoint(&path, problem));

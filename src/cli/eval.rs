@@ -1,0 +1,175 @@
+//! `respodiff eval`.
+
+use super::concepts::group;
+use super::{interrupt_flag, progress_bar, say};
+use crate::engine::Engine;
+use crate::eval::clip::Clip;
+use crate::eval::{Fairness, Report, Settings, merge, winobias};
+use crate::weights::Source;
+use crate::{Error, Result};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+
+/// The CLIP of the published evaluations.
+const DEFAULT_CLIP: &str = "openai/clip-vit-base-patch32";
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Who pictures of professions show, plain and balanced by concepts; goes on where it was interrupted
+    Fairness(Box<FairnessArgs>),
+    /// Put the folders of a sharded run together
+    Merge {
+        /// Folders of runs with --shard
+        #[arg(required = true)]
+        folders: Vec<PathBuf>,
+        /// Folder to write
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+#[derive(clap::Args)]
+struct FairnessArgs {
+    /// Concept files to balance; repeat to cross groups
+    #[arg(long, required = true, value_name = "A,B[=SHARE,SHARE]")]
+    concepts: Vec<String>,
+    /// Checkpoint folder or Hugging Face model id [default: the demo]
+    #[arg(long)]
+    model: Option<String>,
+    /// Weight of the concepts
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    weight: f32,
+    /// winobias, winobias-extended, or a file of prompts, one a line
+    #[arg(long, default_value = "winobias")]
+    prompts: String,
+    /// Only these of the professions, by commas [default: all; the demo's sixteen]
+    #[arg(long, value_delimiter = ',')]
+    professions: Vec<String>,
+    /// Pictures of each profession (or line), spread over its prompts
+    #[arg(long, default_value_t = 150)]
+    images_per_prompt: usize,
+    /// Pictures at once
+    #[arg(long, default_value_t = 10)]
+    batch: usize,
+    /// Sampling steps
+    #[arg(long, default_value_t = 50)]
+    steps: usize,
+    /// Guidance scale
+    #[arg(long, default_value_t = 7.5)]
+    guidance: f32,
+    /// Folder or model id of the CLIP that judges [default: ViT-B/32; the demo's own]
+    #[arg(long)]
+    clip: Option<String>,
+    /// First seed
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Folder for records and reports
+    #[arg(long)]
+    out: PathBuf,
+    /// Do part i of n only, i from 0: "3/8"
+    #[arg(long)]
+    shard: Option<String>,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let folder = match &args.command {
+        Command::Fairness(args) => {
+            fairness(args)?;
+            &args.out
+        }
+        Command::Merge { folders, out } => {
+            merge(folders, out)?;
+            out
+        }
+    };
+    let report = Report::read(folder)?;
+    say(&report.text());
+    report.write(folder)?.iter().for_each(|path| say(&path.display().to_string()));
+    Ok(())
+}
+
+fn fairness(args: &FairnessArgs) -> Result<()> {
+    let shard = shard(args.shard.as_deref())?;
+    let prompts = prompts(args)?;
+    if args.images_per_prompt == 0 || args.batch == 0 || !args.weight.is_finite() {
+        return Err(Error::usage("--images-per-prompt and --batch start at 1, and --weight is a number"));
+    }
+    let source = match (&args.clip, &args.model) {
+        (None, None) => Source::demo_clip(),
+        (clip, _) => Source::resolve(Some(clip.as_deref().unwrap_or(DEFAULT_CLIP)), true)?,
+    };
+    let mut clip = Clip::load(&source)?;
+    let engine = Engine::open(&Source::resolve(args.model.as_deref(), true)?)?;
+    let groups = args.concepts.iter().map(|text| group(text, &engine)).collect::<Result<Vec<_>>>()?;
+    let settings = Settings {
+        model: engine.name(),
+        fingerprint: engine.fingerprint()?,
+        clip: clip.name().to_string(),
+        groups: groups.iter().map(|g| g.members.iter().map(|m| m.metadata.concept.clone()).collect()).collect(),
+        shares: groups.iter().map(|g| g.shares.clone()).collect(),
+        weight: args.weight,
+        prompts,
+        images: args.images_per_prompt,
+        steps: args.steps,
+        guidance: args.guidance,
+        seed: args.seed,
+        batch: args.batch,
+        shard,
+    };
+    let mut run = Fairness::open(&args.out, settings)?;
+    let cancelled = interrupt_flag();
+    let (left, total) = run.left();
+    let bar = progress_bar(total as u64, "{bar:30} {pos}/{len} pictures {eta}");
+    bar.set_position((total - left) as u64);
+    bar.reset_eta();
+    let outcome = run.run(&engine, &mut clip, &groups, &mut |done| {
+        bar.set_position(done as u64);
+        if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    bar.finish_and_clear();
+    match outcome {
+        Err(Error::Cancelled(_)) => Err(Error::Cancelled(format!(
+            "{} of {total} pictures are judged; the same command goes on",
+            total - run.left().0
+        ))),
+        other => other,
+    }
+}
+
+fn shard(text: Option<&str>) -> Result<(usize, usize)> {
+    let Some(text) = text else { return Ok((0, 1)) };
+    let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    parsed
+        .filter(|&(i, n): &(usize, usize)| i < n)
+        .ok_or_else(|| Error::usage(format!("--shard {text}: write i/n with i from 0 to n - 1, such as 3/8")))
+}
+
+/// Professions and their prompts.
+fn prompts(args: &FairnessArgs) -> Result<Vec<(String, Vec<String>)>> {
+    let extended = match args.prompts.as_str() {
+        "winobias" => false,
+        "winobias-extended" => true,
+        file => {
+            let text = std::fs::read_to_string(file).map_err(Error::io("read", file))?;
+            let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+            let prompts: Vec<_> = lines.map(|line| (line.to_string(), vec![line.to_string()])).collect();
+            if prompts.is_empty() {
+                return Err(Error::checkpoint(file, "holds no prompts; write one a line"));
+            }
+            return Ok(prompts);
+        }
+    };
+    let known: Vec<String> = match (args.professions.is_empty(), &args.model) {
+        (false, _) => args.professions.clone(),
+        (true, Some(_)) => winobias::PROFESSIONS.map(str::to_string).to_vec(),
+        (true, None) => winobias::DEMO_PROFESSIONS.map(str::to_string).to_vec(),
+    };
+    Ok(known.into_iter().map(|p| (p.clone(), winobias::prompts(&p, extended))).collect())
+}

@@ -1,0 +1,184 @@
+//! CLIP as a judge: embeddings of pictures and texts.
+
+use crate::cpu::{self, Executor, Weights};
+use crate::image::Image;
+use crate::models::tokenizer::Tokenizer;
+use crate::models::{ClipConfig, ClipVisionConfig, parse_clip_model, text_encoder, vision_encoder};
+use crate::plan::Plan;
+use crate::weights::Source;
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// Pictures that pass the vision tower together.
+const BATCH: usize = 8;
+
+/// A `CLIPModel`.
+pub struct Clip {
+    name: String,
+    text: ClipConfig,
+    text_weights: Arc<Weights>,
+    tokenizer: Tokenizer,
+    vision: ClipVisionConfig,
+    executor: Executor,
+    preprocessor: Preprocessor,
+}
+
+/// `preprocessor_config.json`.
+#[derive(serde::Deserialize)]
+struct Preprocessor {
+    #[serde(default = "mean")]
+    image_mean: [f32; 3],
+    #[serde(default = "deviation")]
+    image_std: [f32; 3],
+}
+
+fn mean() -> [f32; 3] {
+    [0.481_454_66, 0.457_827_5, 0.408_210_73]
+}
+
+fn deviation() -> [f32; 3] {
+    [0.268_629_54, 0.261_302_6, 0.275_777_1]
+}
+
+impl Clip {
+    /// Loads a `CLIPModel`'s folder.
+    ///
+    /// # Errors
+    /// What is missing or wrong.
+    pub fn load(source: &Source) -> Result<Self> {
+        let (text, vision) = parse_clip_model(&source.read_text("config.json")?, &source.path("config.json"))?;
+        let path = source.path("preprocessor_config.json");
+        let preprocessor = serde_json::from_str(&source.read_text("preprocessor_config.json")?)
+            .map_err(|e| Error::checkpoint(path, format!("not what CLIP's processor reads: {e}")))?;
+        let tensors = source.tensors("")?;
+        let plan = Plan::new(vision_encoder(&vision, BATCH), &[], cpu::workspace);
+        let weights = Weights::load(plan.graph().weights(), &tensors)?;
+        Ok(Clip {
+            name: source.name(),
+            text_weights: Weights::load(text_encoder(&text, 1).weights(), &tensors)?,
+            tokenizer: source.tokenizer("")?,
+            executor: Executor::new(Arc::new(plan), weights),
+            preprocessor,
+            text,
+            vision,
+        })
+    }
+
+    /// The folder's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Normalised embeddings of texts; those over the tower's length are cut.
+    ///
+    /// # Errors
+    /// What the tokenizer finds.
+    pub fn texts(&self, texts: &[String]) -> Result<Vec<Vec<f32>>> {
+        let plan = Plan::new(text_encoder(&self.text, 1), &[], cpu::workspace);
+        let mut executor = Executor::new(Arc::new(plan), self.text_weights.clone());
+        let embed = |text: &String| -> Result<Vec<f32>> {
+            let ids = self.tokenizer.encode(text)?.ids;
+            let row = executor.input_mut("input_ids");
+            let last = ids.last().copied().unwrap_or(0);
+            row.iter_mut().zip(ids.iter().copied().chain(std::iter::repeat(last))).for_each(|(r, id)| *r = id as f32);
+            executor.input_mut("pooled_index").fill(self.text.pooled_index(&ids) as f32);
+            executor.step();
+            Ok(normalised(executor.output("text_embeds")))
+        };
+        texts.iter().map(embed).collect()
+    }
+
+    /// Normalised embeddings of pictures.
+    pub fn images(&mut self, images: &[Image]) -> Vec<Vec<f32>> {
+        let size = self.vision.image_size;
+        let one = 3 * size * size;
+        let mut embeds = Vec::with_capacity(images.len());
+        for images in images.chunks(BATCH) {
+            let pixels = self.executor.input_mut("patches").chunks_exact_mut(one);
+            for (image, out) in images.iter().zip(pixels) {
+                patches(&fitted(image, size), size, self.vision.patch_size, &self.preprocessor, out);
+            }
+            self.executor.step();
+            let rows = self.executor.output("image_embeds").chunks_exact(self.vision.projection_dim);
+            embeds.extend(rows.take(images.len()).map(normalised));
+        }
+        embeds
+    }
+}
+
+fn normalised(x: &[f32]) -> Vec<f32> {
+    let norm = x.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+    x.iter().map(|x| x / norm).collect()
+}
+
+/// Cosine of two normalised embeddings.
+pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+/// The shortest edge resized to `size`, and the centre cut out, `[size, size, 3]` bytes.
+fn fitted(image: &Image, size: usize) -> Vec<u8> {
+    let (w, h) = (image.width as usize, image.height as usize);
+    let longer = |side: usize| size * side / w.min(h);
+    let (new_w, new_h) = if w <= h { (size, longer(h)) } else { (longer(w), size) };
+    let across = resized(&image.rgb, (h, w), new_w);
+    let flipped = transposed(&across, h, new_w);
+    let down = resized(&flipped, (new_w, h), new_h);
+    let whole = transposed(&down, new_w, new_h);
+    let (top, left) = ((new_h - size) / 2, (new_w - size) / 2);
+    (top..top + size).flat_map(|y| whole[(y * new_w + left) * 3..][..size * 3].to_vec()).collect()
+}
+
+/// `[h, w, 3]` to `[w, h, 3]`.
+fn transposed(x: &[u8], h: usize, w: usize) -> Vec<u8> {
+    (0..w * h).flat_map(|i| x[((i % h) * w + i / h) * 3..][..3].to_vec()).collect()
+}
+
+/// Rows resized to another width, bicubic with antialiasing as Pillow does it: the kernel of a = -0.5 widened when the
+/// picture shrinks, weights in 22-bit fixed point, bytes rounded after each direction.
+fn resized(x: &[u8], (h, w): (usize, usize), new: usize) -> Vec<u8> {
+    if new == w {
+        return x.to_vec();
+    }
+    let cubic = |x: f64| match x.abs() {
+        x if x < 1.0 => (1.5 * x - 2.5) * x * x + 1.0,
+        x if x < 2.0 => ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0,
+        _ => 0.0,
+    };
+    let scale = w as f64 / new as f64;
+    let wide = scale.max(1.0);
+    let taps: Vec<(usize, Vec<i64>)> = (0..new)
+        .map(|i| {
+            let centre = (i as f64 + 0.5) * scale;
+            let first = (centre - 2.0 * wide + 0.5).max(0.0) as usize;
+            let last = ((centre + 2.0 * wide + 0.5) as usize).min(w);
+            let weights: Vec<f64> = (first..last).map(|j| cubic((j as f64 - centre + 0.5) / wide)).collect();
+            let total: f64 = weights.iter().sum();
+            (first, weights.iter().map(|w| (w / total * f64::from(1 << 22)).round() as i64).collect())
+        })
+        .collect();
+    let mut out = Vec::with_capacity(h * new * 3);
+    for row in x.chunks_exact(w * 3) {
+        for (first, weights) in &taps {
+            for c in 0..3 {
+                let pixels = row[first * 3 + c..].iter().step_by(3);
+                let sum: i64 = weights.iter().zip(pixels).map(|(w, &p)| w * i64::from(p)).sum();
+                out.push(((sum + (1 << 21)) >> 22).clamp(0, 255) as u8);
+            }
+        }
+    }
+    debug_assert_eq!(out.len(), h * new * 3);
+    out
+}
+
+/// Normalised patches, each channel by channel.
+fn patches(rgb: &[u8], size: usize, patch: usize, how: &Preprocessor, out: &mut [f32]) {
+    let side = size / patch;
+    for (i, out) in out.chunks_exact_mut(3 * patch * patch).enumerate() {
+        for (j, out) in out.iter_mut().enumerate() {
+            let (c, y, x) = (j / (patch * patch), i / side * patch + j / patch % patch, i % side * patch + j % patch);
+            let value = f32::from(rgb[(y * size + x) * 3 + c]) / 255.0;
+            *out = (value - how.image_mean[c]) / how.image_std[c];
+        }
+    }
+}

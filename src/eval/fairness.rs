@@ -1,0 +1,245 @@
+//! The run: every profession's pictures, plain and balanced, judged by CLIP; a record a picture, kept as it comes.
+
+use super::clip::{Clip, cosine};
+use crate::engine::{Engine, Request, SessionOptions};
+use crate::image::Image;
+use crate::respodiff::{Group, assign};
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+/// Everything that decides the pictures and their judgement. A folder of records belongs to one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Checkpoint, and its fingerprint.
+    pub model: String,
+    /// See [`Engine::fingerprint`].
+    pub fingerprint: String,
+    /// The judge.
+    pub clip: String,
+    /// For each group the texts that are told apart, its concepts.
+    pub groups: Vec<Vec<String>>,
+    /// For each group the wanted shares.
+    pub shares: Vec<Vec<f64>>,
+    /// Weight of the concepts.
+    pub weight: f32,
+    /// Professions and their prompts.
+    pub prompts: Vec<(String, Vec<String>)>,
+    /// Pictures of each profession, spread over its prompts.
+    pub images: usize,
+    /// Sampling steps.
+    pub steps: usize,
+    /// Guidance scale.
+    pub guidance: f32,
+    /// First seed.
+    pub seed: u64,
+    /// Pictures at once; results do not depend on it.
+    #[serde(skip)]
+    pub batch: usize,
+    /// Which professions, of how many parts: number, count.
+    #[serde(skip)]
+    pub shard: (usize, usize),
+}
+
+/// What was seen in a picture.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Whether concepts were on.
+    pub balanced: bool,
+    /// Which of the settings' professions.
+    pub profession: usize,
+    /// Which of its prompts.
+    pub prompt: usize,
+    /// The picture's seed.
+    pub seed: u64,
+    /// For each group the concept the picture was given.
+    pub given: Vec<usize>,
+    /// For each group what CLIP sees.
+    pub seen: Vec<usize>,
+    /// 100 times the cosine of picture and prompt.
+    pub alignment: f64,
+}
+
+/// Pictures of a profession that are kept for the report.
+const KEPT: usize = 8;
+
+/// A run in a folder.
+pub struct Fairness {
+    folder: PathBuf,
+    settings: Settings,
+    records: Vec<Record>,
+    file: File,
+}
+
+impl Fairness {
+    /// Starts in a folder, or goes on where a run of the same settings ended.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the folder holds a run of other settings, [`Error::Io`].
+    pub fn open(folder: &Path, settings: Settings) -> Result<Self> {
+        let images = folder.join("images");
+        std::fs::create_dir_all(&images).map_err(Error::io("create", &images))?;
+        let path = folder.join("settings.json");
+        if path.exists() {
+            if read_settings(folder)? != settings {
+                return Err(Error::usage(format!(
+                    "{} holds a run of other settings; give another --out, or delete it",
+                    folder.display()
+                )));
+            }
+        } else {
+            let text = serde_json::to_string_pretty(&settings).unwrap_or_default();
+            crate::files::write(&path, text.as_bytes())?;
+        }
+        let records = read_records(folder)?;
+        // Without a torn last line.
+        let path = folder.join("records.jsonl");
+        let lines: String = records.iter().map(|r| serde_json::to_string(r).unwrap_or_default() + "\n").collect();
+        crate::files::write(&path, lines.as_bytes())?;
+        let file = OpenOptions::new().append(true).open(&path).map_err(Error::io("write", &path))?;
+        Ok(Fairness { folder: folder.to_path_buf(), settings, records, file })
+    }
+
+    /// Pictures yet to make, and in all.
+    pub fn left(&self) -> (usize, usize) {
+        let total = 2 * self.settings.images * self.professions().count();
+        (total.saturating_sub(self.records.len()), total)
+    }
+
+    fn professions(&self) -> impl Iterator<Item = usize> + use<> {
+        let (part, parts) = self.settings.shard;
+        (0..self.settings.prompts.len()).filter(move |p| p % parts == part)
+    }
+
+    /// Makes and judges what is left. `progress` is told how many pictures are done and may end the run.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`] when `progress` breaks; everything done so far is kept.
+    pub fn run(
+        &mut self,
+        engine: &Engine,
+        clip: &mut Clip,
+        groups: &[Group],
+        progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let Settings { images, batch, .. } = self.settings;
+        let classes = groups
+            .iter()
+            .map(|group| clip.texts(&group.members.iter().map(|m| m.metadata.concept.clone()).collect::<Vec<_>>()))
+            .collect::<Result<Vec<_>>>()?;
+        let (width, height) = engine.default_size();
+        let options = SessionOptions { width, height, batch, guided: self.settings.guidance > 1.0, concepts: true };
+        let mut session = engine.session(options)?;
+        let done: HashSet<(bool, usize, u64)> =
+            self.records.iter().map(|r| (r.balanced, r.profession, r.seed)).collect();
+        for profession in self.professions() {
+            let prompts = self.settings.prompts[profession].1.clone();
+            let embeds = clip.texts(&prompts)?;
+            let base = self.settings.seed + (profession * images) as u64;
+            let given = assign(groups, images, base, false);
+            for balanced in [false, true] {
+                // Pictures of a prompt stand together: image i has prompt i * prompts / images.
+                let prompt_of = |i: usize| i * prompts.len() / images;
+                let mut i = 0;
+                while i < images {
+                    let prompt = prompt_of(i);
+                    let count = (i..images.min(i + batch)).take_while(|&j| prompt_of(j) == prompt).count();
+                    let range = i..i + count;
+                    i += count;
+                    if range.clone().all(|j| done.contains(&(balanced, profession, base + j as u64))) {
+                        continue;
+                    }
+                    let concepts = (0..batch)
+                        .map(|j| {
+                            let row = given.get(range.start + j).filter(|_| balanced && j < count);
+                            let pick = |row: &Vec<usize>| {
+                                let members = row.iter().zip(groups);
+                                members.map(|(&m, g)| (g.members[m].clone(), self.settings.weight)).collect()
+                            };
+                            row.map_or_else(Vec::new, pick)
+                        })
+                        .collect();
+                    let request = Request {
+                        prompt: prompts[prompt].clone(),
+                        steps: self.settings.steps,
+                        guidance: self.settings.guidance,
+                        seed: base + range.start as u64,
+                        concepts,
+                        ..Default::default()
+                    };
+                    let mut output = session.generate(&request, &mut |_| progress(self.records.len()))?;
+                    output.images.truncate(count);
+                    for ((j, image), embed) in range.zip(&output.images).zip(clip.images(&output.images)) {
+                        let seed = base + j as u64;
+                        if done.contains(&(balanced, profession, seed)) {
+                            continue;
+                        }
+                        let best = |class: &Vec<Vec<f32>>| {
+                            let scores: Vec<f64> = class.iter().map(|text| cosine(text, &embed)).collect();
+                            (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])).unwrap_or(0)
+                        };
+                        self.keep(
+                            Record {
+                                balanced,
+                                profession,
+                                prompt,
+                                seed,
+                                given: given[j].clone(),
+                                seen: classes.iter().map(best).collect(),
+                                alignment: 100.0 * cosine(&embeds[prompt], &embed),
+                            },
+                            image,
+                            j,
+                        )?;
+                    }
+                    self.file.flush().map_err(Error::io("write", &self.folder))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn keep(&mut self, record: Record, image: &Image, index: usize) -> Result<()> {
+        // Spread over the prompts, so that the sheet shows them all.
+        let every = (self.settings.images / KEPT).max(1);
+        if index.is_multiple_of(every) && index / every < KEPT {
+            let name = image_name(record.balanced, record.profession, index / every);
+            image.save_png(&self.folder.join("images").join(name), &[])?;
+        }
+        let line = serde_json::to_string(&record).unwrap_or_default() + "\n";
+        self.file.write_all(line.as_bytes()).map_err(Error::io("write", &self.folder))?;
+        self.records.push(record);
+        Ok(())
+    }
+}
+
+/// Where a picture for the report is kept.
+pub(super) fn image_name(balanced: bool, profession: usize, index: usize) -> String {
+    format!("{}-{profession:02}-{index}.png", if balanced { "balanced" } else { "plain" })
+}
+
+/// A folder's settings.
+pub(super) fn read_settings(folder: &Path) -> Result<Settings> {
+    let path = folder.join("settings.json");
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    serde_json::from_str(&text).map_err(|e| Error::checkpoint(&path, format!("not an evaluation's settings: {e}")))
+}
+
+/// A folder's records; a line that was not written to its end is left out, one that is damaged is an error.
+pub(super) fn read_records(folder: &Path) -> Result<Vec<Record>> {
+    let path = folder.join("records.jsonl");
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let parse = |(i, line): (usize, &str)| {
+        serde_json::from_str(line)
+            .map_err(|e| Error::checkpoint(&path, format!("line {} is damaged ({e}); delete that line", i + 1)))
+    };
+    whole.lines().enumerate().map(parse).collect()
+}

@@ -1,0 +1,266 @@
+//! What a run found: JSON, CSV and a page to look at.
+
+use super::fairness::{Record, Settings, image_name, read_records, read_settings};
+use super::statistics::{count, deviation_ratio, mean_deviation_ratio};
+use crate::{Error, Result};
+use serde::Serialize;
+use std::collections::HashSet;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+
+/// A run's result.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// What was run.
+    pub settings: Settings,
+    /// One a group, and where there are several, one for their combinations.
+    pub summaries: Vec<Summary>,
+}
+
+/// What became of one group.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// The classes told apart.
+    pub classes: Vec<String>,
+    /// Mean deviation ratio and its 95 % interval, plain and balanced.
+    pub deviation_ratio: [(f64, [f64; 2]); 2],
+    /// Mean alignment, plain and balanced.
+    pub alignment: [f64; 2],
+    /// Share of balanced pictures that show the concept they were given.
+    pub obeyed: f64,
+    /// For each profession its name, counts of the classes and deviation ratio, plain and balanced.
+    pub professions: Vec<(String, [(Vec<usize>, f64); 2])>,
+}
+
+impl Report {
+    /// Reads a folder's records.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if they are damaged, [`Error::Usage`] if there are none.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let (settings, records) = (read_settings(folder)?, read_records(folder)?);
+        if records.is_empty() {
+            return Err(Error::usage(format!("{} holds no records yet", folder.display())));
+        }
+        let sizes: Vec<usize> = settings.groups.iter().map(Vec::len).collect();
+        let fits = |r: &Record| {
+            let in_range = |list: &[usize]| list.len() == sizes.len() && list.iter().zip(&sizes).all(|(i, n)| i < n);
+            r.profession < settings.prompts.len() && in_range(&r.seen) && in_range(&r.given)
+        };
+        if !records.iter().all(fits) {
+            return Err(Error::checkpoint(folder, "the records do not belong to the settings; delete the folder"));
+        }
+        let mut summaries: Vec<Summary> = (0..sizes.len())
+            .map(|g| summary(&settings, &records, settings.groups[g].clone(), |list| list[g]))
+            .collect();
+        if sizes.len() > 1 {
+            let joint = settings.groups.iter().skip(1).fold(settings.groups[0].clone(), |names, group| {
+                names.iter().flat_map(|a| group.iter().map(move |b| format!("{a} / {b}"))).collect()
+            });
+            let index = |list: &[usize]| list.iter().zip(&sizes).fold(0, |i, (m, n)| i * n + m);
+            summaries.push(summary(&settings, &records, joint, index));
+        }
+        Ok(Report { settings, summaries })
+    }
+
+    /// Writes `report.json`, `report.csv` and `report.html` into the folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write(&self, folder: &Path) -> Result<Vec<PathBuf>> {
+        let json = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
+        let files = [("report.json", json), ("report.csv", self.csv()), ("report.html", self.html(folder))];
+        let mut paths = Vec::new();
+        for (name, text) in files {
+            let path = folder.join(name);
+            crate::files::write(&path, text.as_bytes())?;
+            paths.push(path);
+        }
+        Ok(paths)
+    }
+
+    fn csv(&self) -> String {
+        let mut out = String::from("profession,class,plain,balanced,plain_deviation_ratio,balanced_deviation_ratio\n");
+        for summary in &self.summaries {
+            for (name, [plain, balanced]) in &summary.professions {
+                for (i, class) in summary.classes.iter().enumerate() {
+                    let quote = |s: &str| format!("\"{}\"", s.replace('"', "\"\""));
+                    let (a, b) = (plain.0[i], balanced.0[i]);
+                    let _ = writeln!(out, "{},{},{a},{b},{:.4},{:.4}", quote(name), quote(class), plain.1, balanced.1);
+                }
+            }
+        }
+        out
+    }
+
+    /// The table of the terminal.
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        for s in &self.summaries {
+            let [(plain, p), (balanced, b)] = s.deviation_ratio;
+            let _ = writeln!(
+                out,
+                "{}\n  deviation ratio  {plain:.3} [{:.3}, {:.3}] -> {balanced:.3} [{:.3}, {:.3}]\n  alignment        \
+                 {:.2} -> {:.2}\n  shown as given   {:.1} %",
+                s.classes.join(" | "),
+                p[0],
+                p[1],
+                b[0],
+                b[1],
+                s.alignment[0],
+                s.alignment[1],
+                100.0 * s.obeyed
+            );
+        }
+        out.trim_end().to_string()
+    }
+
+    fn html(&self, folder: &Path) -> String {
+        let escape = |s: &str| s.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;");
+        let mut out = String::from(
+            "<!doctype html><meta charset=\"utf-8\"><title>Fairness</title><style>body{font:15px/1.5 sans-serif;\
+             max-width:960px;margin:2em auto;color:#222}td,th{padding:2px 10px;text-align:left}img{width:64px;\
+             height:64px}svg{display:block}</style><h1>Fairness</h1>",
+        );
+        let _ = write!(
+            out,
+            "<p>{} by {}, {} pictures of each profession, {} steps at guidance {}, weight {}.</p>",
+            escape(&self.settings.model),
+            escape(&self.settings.clip),
+            self.settings.images,
+            self.settings.steps,
+            self.settings.guidance,
+            self.settings.weight
+        );
+        for summary in &self.summaries {
+            let _ = write!(out, "<h2>{}</h2><pre>", escape(&summary.classes.join(" | ")));
+            let one = Report { settings: self.settings.clone(), summaries: vec![summary.clone()] };
+            let _ = write!(out, "{}</pre>", escape(&one.text()));
+            let height = 22 * summary.professions.len();
+            let _ = write!(out, "<svg width=\"900\" height=\"{height}\" font-size=\"13\">");
+            for (i, (name, ratios)) in summary.professions.iter().enumerate() {
+                let y = 22 * i;
+                let _ = write!(out, "<text x=\"0\" y=\"{}\">{}</text>", y + 14, escape(name));
+                for (j, (_, ratio)) in ratios.iter().enumerate() {
+                    let (top, colour) = (y + 2 + 9 * j, ["#c84c3c", "#2a6fbb"][j]);
+                    let width = 640.0 * ratio;
+                    let _ = write!(
+                        out,
+                        "<rect x=\"200\" y=\"{top}\" width=\"{width:.1}\" height=\"8\" fill=\"{colour}\"/>\
+                         <text x=\"{:.1}\" y=\"{}\" font-size=\"9\">{ratio:.2}</text>",
+                        204.0 + width,
+                        top + 8
+                    );
+                }
+            }
+            out.push_str("</svg>");
+        }
+        out.push_str("<h2>Plain, and balanced with the same seeds</h2><table>");
+        for (p, (name, _)) in self.settings.prompts.iter().enumerate() {
+            let mut cells = [String::new(), String::new()];
+            for (cell, balanced) in cells.iter_mut().zip([false, true]) {
+                for index in 0.. {
+                    let path = folder.join("images").join(image_name(balanced, p, index));
+                    let Ok(bytes) = std::fs::read(path) else { break };
+                    let _ = write!(cell, "<img src=\"data:image/png;base64,{}\">", base64(&bytes));
+                }
+            }
+            if !cells[0].is_empty() {
+                let _ = write!(out, "<tr><th>{}<td>{}<br>{}", escape(name), cells[0], cells[1]);
+            }
+        }
+        out.push_str("</table>\n");
+        out
+    }
+}
+
+fn summary(
+    settings: &Settings,
+    records: &[Record],
+    classes: Vec<String>,
+    class: impl Fn(&[usize]) -> usize,
+) -> Summary {
+    let of = |balanced: bool| records.iter().filter(move |r| r.balanced == balanced);
+    let answers = |balanced: bool| -> Vec<Vec<usize>> {
+        let of_profession = |p| of(balanced).filter(move |r| r.profession == p).map(|r| class(&r.seen)).collect();
+        (0..settings.prompts.len()).map(of_profession).collect()
+    };
+    let both = [answers(false), answers(true)];
+    let n = classes.len();
+    let alignment = [false, true].map(|b| of(b).map(|r| r.alignment).sum::<f64>() / of(b).count().max(1) as f64);
+    let obeyed = of(true).filter(|r| class(&r.seen) == class(&r.given)).count() as f64 / of(true).count().max(1) as f64;
+    let professions = settings
+        .prompts
+        .iter()
+        .enumerate()
+        .filter(|(p, _)| both.iter().any(|b| !b[*p].is_empty()))
+        .map(|(p, (name, _))| {
+            let row = both.each_ref().map(|answers| {
+                let counts = count(answers[p].iter().copied(), n);
+                let ratio = deviation_ratio(&counts);
+                (counts, ratio)
+            });
+            (name.clone(), row)
+        })
+        .collect();
+    let deviation_ratio = both.map(|answers| {
+        let measured: Vec<Vec<usize>> = answers.into_iter().filter(|a| !a.is_empty()).collect();
+        mean_deviation_ratio(&measured, n)
+    });
+    Summary { classes, deviation_ratio, alignment, obeyed, professions }
+}
+
+/// Puts the records of a sharded run together.
+///
+/// # Errors
+/// [`Error::Usage`] if the folders hold runs of different settings, [`Error::Io`].
+pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
+    let Some(first) = folders.first() else { return Err(Error::usage("nothing to merge: give folders")) };
+    let settings = read_settings(first)?;
+    let images = out.join("images");
+    std::fs::create_dir_all(&images).map_err(Error::io("create", &images))?;
+    let mut seen = HashSet::new();
+    let mut lines = String::new();
+    for folder in folders {
+        if read_settings(folder)? != settings {
+            return Err(Error::usage(format!("{} and {} hold different runs", first.display(), folder.display())));
+        }
+        for record in read_records(folder)? {
+            if seen.insert((record.balanced, record.profession, record.seed)) {
+                lines += &(serde_json::to_string(&record).unwrap_or_default() + "\n");
+            }
+        }
+        let from = folder.join("images");
+        for entry in std::fs::read_dir(&from).map_err(Error::io("read", &from))?.flatten() {
+            let to = images.join(entry.file_name());
+            std::fs::copy(entry.path(), &to).map_err(Error::io("write", &to))?;
+        }
+    }
+    let text = serde_json::to_string_pretty(&settings).unwrap_or_default();
+    crate::files::write(&out.join("settings.json"), text.as_bytes())?;
+    crate::files::write(&out.join("records.jsonl"), lines.as_bytes())
+}
+
+/// RFC 4648, with padding.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for part in bytes.chunks(3) {
+        let bits = part.iter().enumerate().fold(0u32, |bits, (i, &b)| bits | u32::from(b) << (16 - 8 * i));
+        for i in 0..4 {
+            let digit = DIGITS[(bits >> (18 - 6 * i)) as usize & 63] as char;
+            out.push(if i <= part.len() { digit } else { '=' });
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn base64_of_rfc_4648() {
+        for (text, truth) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")] {
+            assert_eq!(super::base64(text.as_bytes()), truth);
+        }
+    }
+}
