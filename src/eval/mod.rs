@@ -7,5 +7,5 @@ mod statistics;
 pub mod winobias;
 
 pub use fairness::{Fairness, Record, Settings};
-pub use report::{Report, Summary, merge};
+pub use report::{Report, Row, Summary, merge};
 pub use statistics::{count, deviation_ratio, mean_deviation_ratio};

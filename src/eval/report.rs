@@ -28,8 +28,19 @@ pub struct Summary {
     pub alignment: [f64; 2],
     /// Share of balanced pictures that show the concept they were given.
     pub obeyed: f64,
-    /// For each profession its name, counts of the classes and deviation ratio, plain and balanced.
-    pub professions: Vec<(String, [(Vec<usize>, f64); 2])>,
+    /// Each profession.
+    pub professions: Vec<Row>,
+}
+
+/// One profession's counts of the classes and deviation ratio, plain and balanced.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// The profession.
+    pub name: String,
+    /// Pictures of each class.
+    pub counts: [Vec<usize>; 2],
+    /// See [`deviation_ratio`].
+    pub deviation_ratio: [f64; 2],
 }
 
 impl Report {
@@ -82,11 +93,11 @@ impl Report {
     fn csv(&self) -> String {
         let mut out = String::from("profession,class,plain,balanced,plain_deviation_ratio,balanced_deviation_ratio\n");
         for summary in &self.summaries {
-            for (name, [plain, balanced]) in &summary.professions {
+            for Row { name, counts: [plain, balanced], deviation_ratio: [before, after] } in &summary.professions {
                 for (i, class) in summary.classes.iter().enumerate() {
                     let quote = |s: &str| format!("\"{}\"", s.replace('"', "\"\""));
-                    let (a, b) = (plain.0[i], balanced.0[i]);
-                    let _ = writeln!(out, "{},{},{a},{b},{:.4},{:.4}", quote(name), quote(class), plain.1, balanced.1);
+                    let (a, b) = (plain[i], balanced[i]);
+                    let _ = writeln!(out, "{},{},{a},{b},{before:.4},{after:.4}", quote(name), quote(class));
                 }
             }
         }
@@ -138,10 +149,10 @@ impl Report {
             let _ = write!(out, "{}</pre>", escape(&one.text()));
             let height = 22 * summary.professions.len();
             let _ = write!(out, "<svg width=\"900\" height=\"{height}\" font-size=\"13\">");
-            for (i, (name, ratios)) in summary.professions.iter().enumerate() {
+            for (i, row) in summary.professions.iter().enumerate() {
                 let y = 22 * i;
-                let _ = write!(out, "<text x=\"0\" y=\"{}\">{}</text>", y + 14, escape(name));
-                for (j, (_, ratio)) in ratios.iter().enumerate() {
+                let _ = write!(out, "<text x=\"0\" y=\"{}\">{}</text>", y + 14, escape(&row.name));
+                for (j, ratio) in row.deviation_ratio.iter().enumerate() {
                     let (top, colour) = (y + 2 + 9 * j, ["#c84c3c", "#2a6fbb"][j]);
                     let width = 640.0 * ratio;
                     let _ = write!(
@@ -195,12 +206,8 @@ fn summary(
         .enumerate()
         .filter(|(p, _)| both.iter().any(|b| !b[*p].is_empty()))
         .map(|(p, (name, _))| {
-            let row = both.each_ref().map(|answers| {
-                let counts = count(answers[p].iter().copied(), n);
-                let ratio = deviation_ratio(&counts);
-                (counts, ratio)
-            });
-            (name.clone(), row)
+            let counts = both.each_ref().map(|answers| count(answers[p].iter().copied(), n));
+            Row { name: name.clone(), deviation_ratio: counts.each_ref().map(|c| deviation_ratio(c)), counts }
         })
         .collect();
     let deviation_ratio = both.map(|answers| {

@@ -196,7 +196,7 @@ pub fn parse_clip_model(text: &str, path: &Path) -> Result<(ClipConfig, ClipVisi
         layers: ClipLayers::read(&mut r, 768, 3072, 12)?,
         projection_dim: r.size("projection_dim", 512, MAX_CHANNELS)?,
     };
-    if config.image_size % config.patch_size != 0 {
+    if !config.image_size.is_multiple_of(config.patch_size) {
         return Err(r.error(format!(
             "`image_size` {} is not a multiple of `patch_size` {}",
             config.image_size, config.patch_size
