@@ -45,6 +45,14 @@ pub struct Settings {
     pub shard: (usize, usize),
 }
 
+impl Settings {
+    /// Whether the pictures and their judgement are the same, whatever batch or shard makes them.
+    pub(super) fn same_run(&self, other: &Self) -> bool {
+        let kept = |s: &Self| Settings { batch: 0, shard: (0, 0), ..s.clone() };
+        kept(self) == kept(other)
+    }
+}
+
 /// What was seen in a picture.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -85,7 +93,7 @@ impl Fairness {
         std::fs::create_dir_all(&images).map_err(Error::io("create", &images))?;
         let path = folder.join("settings.json");
         if path.exists() {
-            if read_settings(folder)? != settings {
+            if !read_settings(folder)?.same_run(&settings) {
                 return Err(Error::usage(format!(
                     "{} holds a run of other settings; give another --out, or delete it",
                     folder.display()

@@ -229,7 +229,7 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
     let mut seen = HashSet::new();
     let mut lines = String::new();
     for folder in folders {
-        if read_settings(folder)? != settings {
+        if !read_settings(folder)?.same_run(&settings) {
             return Err(Error::usage(format!("{} and {} hold different runs", first.display(), folder.display())));
         }
         for record in read_records(folder)? {

@@ -1,0 +1,118 @@
+//! Evaluation: CLIP's towers and processor against transformers, and runs that are cut, sharded and resumed.
+
+mod support;
+
+use respodiff::Image;
+use respodiff::eval::clip::{Clip, cosine};
+use respodiff::weights::Source;
+use std::path::Path;
+use std::process::{Command, Output};
+
+#[test]
+fn embeddings_match_transformers() {
+    let mut clip = Clip::load(&Source::folder(support::golden().join("checkpoints/clip")).unwrap()).unwrap();
+    let case = support::cases("clip_images", 1).remove(0);
+    let mut images = Vec::new();
+    let mut truths = Vec::new();
+    for index in (0..).take_while(|i| case.has(&format!("image.{i}"))) {
+        let shape = case.shape(&format!("image.{index}"));
+        let rgb = case.integers(&format!("image.{index}")).iter().map(|&x| x as u8).collect();
+        images.push(Image { width: shape[1] as u32, height: shape[0] as u32, rgb });
+        truths.push(case.floats(&format!("out.image.{index}")));
+    }
+    assert!(images.len() >= 5);
+    for (i, (ours, truth)) in clip.images(&images).iter().zip(&truths).enumerate() {
+        let error = support::relative_l2(ours, truth);
+        println!("image {i}: {error:.1e}");
+        assert!(error < 1e-4, "image {i} is off by {error:.2e}");
+    }
+    let texts: Vec<String> = serde_json::from_str(&case.metadata()["texts"]).unwrap();
+    let ours = clip.texts(&texts).unwrap().concat();
+    let error = support::relative_l2(&ours, &case.floats("out.texts"));
+    assert!(error < 1e-4, "texts are off by {error:.2e}");
+}
+
+#[test]
+fn the_demos_clip_tells_its_texts_apart() {
+    let clip = Clip::load(&Source::demo_clip()).unwrap();
+    let texts = ["a photo of a doctor", "a photo of a nurse", "a woman", "a man"].map(str::to_string);
+    let embeds = clip.texts(&texts).unwrap();
+    for (i, a) in embeds.iter().enumerate() {
+        assert!((cosine(a, a) - 1.0).abs() < 1e-5);
+        assert!(embeds[..i].iter().all(|b| cosine(a, b) < 0.9), "{}", texts[i]);
+    }
+}
+
+fn respodiff(folder: &Path, args: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_respodiff")).args(args.split(' ')).current_dir(folder).output().unwrap()
+}
+
+#[test]
+fn runs_resume_and_merge() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let text = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    for (target, file) in [("woman", "w.safetensors"), ("man", "m.safetensors")] {
+        let args = format!("train --target {target} --out {file} --iterations 2 --batch 1");
+        let output = respodiff(path, &args);
+        assert!(output.status.success(), "{}", text(&output));
+    }
+    let eval = "eval fairness --concepts w.safetensors,m.safetensors --professions doctor,nurse --images-per-prompt 5 \
+                --batch 2 --steps 2";
+    let run = |extra: &str| {
+        let output = respodiff(path, &format!("{eval} {extra}"));
+        assert!(output.status.success(), "{}", text(&output));
+    };
+    let records = |out: &str| {
+        let text = std::fs::read_to_string(path.join(out).join("records.jsonl")).unwrap();
+        let mut lines: Vec<String> = text.lines().map(str::to_string).collect();
+        lines.sort();
+        lines
+    };
+    run("--out whole");
+    assert_eq!(records("whole").len(), 20);
+    // Cut within a line, it goes on to the same result.
+    let file = path.join("whole/records.jsonl");
+    let whole = std::fs::read(&file).unwrap();
+    let all = records("whole");
+    std::fs::write(&file, &whole[..whole.len() * 2 / 3]).unwrap();
+    run("--out whole");
+    assert_eq!(records("whole"), all);
+    // In two parts likewise.
+    run("--out a --shard 0/2");
+    run("--out b --shard 1/2");
+    let output = respodiff(path, "eval merge a b --out merged");
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(records("merged"), all);
+    assert_eq!(
+        std::fs::read(path.join("merged/report.csv")).unwrap(),
+        std::fs::read(path.join("whole/report.csv")).unwrap()
+    );
+    let page = std::fs::read_to_string(path.join("merged/report.html")).unwrap();
+    assert!(page.contains("doctor") && page.contains("data:image/png;base64,"));
+    for (args, code, word) in [
+        (format!("{eval} --out whole --guidance 2"), 2, "other settings"),
+        (format!("{eval} --out x --shard 2/2"), 2, "--shard"),
+        (format!("{eval} --out x --clip ./nowhere"), 2, "nowhere"),
+        (format!("{eval} --out x --prompts none.txt"), 1, "none.txt"),
+        ("eval merge nothing --out y".to_string(), 1, "nothing"),
+        ("eval fairness --concepts w.safetensors --out x".to_string(), 2, "two concepts"),
+        ("concept show records.txt".to_string(), 1, "records.txt"),
+        ("sample x --concept w.safetensors:much".to_string(), 2, "weight"),
+        ("sample x --concept none.safetensors".to_string(), 1, "none.safetensors"),
+    ] {
+        let output = respodiff(path, &args);
+        let error = text(&output);
+        assert_eq!(output.status.code(), Some(code), "{args}: {error}");
+        assert!(error.contains(word) && !error.contains("panicked"), "{args}: {error}");
+    }
+    // Balanced samples say who got what.
+    let args = "sample doctor --steps 2 --batch 4 --balance w.safetensors,m.safetensors --seed 3 --out s.png";
+    let output = respodiff(path, args);
+    assert!(output.status.success(), "{}", text(&output));
+    let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(path.join("s-0.json")).unwrap()).unwrap();
+    let women = manifest.as_array().unwrap().iter().filter(|m| m["info"]["concepts"][0][0] == "woman").count();
+    assert_eq!((manifest.as_array().unwrap().len(), women), (4, 2), "{manifest}");
+    let tags = respodiff::image::read_png_text(&path.join("s-1.png")).unwrap();
+    assert!(tags.iter().any(|(k, v)| k == "parameters" && v.contains("Concepts: ")), "{tags:?}");
+}
