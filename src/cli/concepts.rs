@@ -1,8 +1,10 @@
 //! The flags that choose concepts, and `respodiff concept`.
 
 use super::{check_writable, say, warn};
-use crate::engine::Engine;
-use crate::respodiff::{Concept, Form, Group, assign};
+use crate::engine::{Engine, read_config};
+use crate::models::UNetConfig;
+use crate::respodiff::{Concept, Form, Group, assign, import};
+use crate::weights::Source;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -118,6 +120,23 @@ enum Command {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
+    /// Take a concept out of the official code's .pth or SDisc's matrix; nothing in the file is run
+    Import {
+        /// The file
+        file: PathBuf,
+        /// Checkpoint folder or Hugging Face model id it was trained on [default: the demo]
+        #[arg(long)]
+        model: Option<String>,
+        /// Which concept: "a woman"
+        #[arg(long)]
+        concept: String,
+        /// Its column, if the name is not one of the file's
+        #[arg(long)]
+        column: Option<usize>,
+        /// Concept file to write
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Add concepts up to one
     Merge {
         /// Concept files and their weights
@@ -132,6 +151,18 @@ enum Command {
 pub(super) fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Show { files } => files.iter().try_for_each(|file| show(file)),
+        Command::Import { file, model, concept, column, out } => {
+            check_writable(out)?;
+            let source = Source::resolve(model.as_deref(), true)?;
+            let config = read_config(&source, "unet", UNetConfig::parse)?;
+            let channels = config.levels.last().map_or(0, |level| level.channels);
+            let mut concept = import(file, concept, *column, channels)?;
+            concept.metadata.base_model = source.name();
+            concept.metadata.fingerprint = source.tensors("unet")?.fingerprint()?;
+            concept.save(out)?;
+            say(&out.display().to_string());
+            Ok(())
+        }
         Command::Merge { files, out } => {
             check_writable(out)?;
             let parts = files

@@ -32,7 +32,7 @@ enum Command {
     Train(Box<train::Args>),
     /// Measure fairness
     Eval(eval::Args),
-    /// Show or merge concept files
+    /// Show, merge or import concept files
     Concept(concepts::Args),
     /// Run one component on tensors from a file, in diffusers' order (NCHW, fp32)
     Probe(probe::Args),

@@ -1,0 +1,412 @@
+//! Tensors out of `torch.save` files, with nothing executed.
+//!
+//! A pickle is a program. Of its instructions only those are known here that tensors in dictionaries need, and of the
+//! functions it may name only those that put a tensor together; any other is refused by name.
+
+use crate::{Error, Result};
+use half::{bf16, f16};
+use std::cell::RefCell;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::Path;
+use std::rc::Rc;
+
+/// Instructions a file may have: hundreds of tensors' worth, and few enough that no nesting exhausts the stack.
+const MAX_INSTRUCTIONS: usize = 20_000;
+/// Bytes of a pickle.
+const MAX_PICKLE: u64 = 1 << 20;
+/// Numbers of a tensor.
+const MAX_NUMBERS: usize = 1 << 28;
+
+/// A tensor of a file, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    /// Keys that lead to it, joined by dots; empty if it is all there is.
+    pub name: String,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// Numbers.
+    pub values: Vec<f32>,
+}
+
+/// All tensors of a file that `torch.save` wrote (the zip format, PyTorch 1.6 and later).
+///
+/// # Errors
+/// [`Error::Io`], or [`Error::Checkpoint`] if the file is damaged, of the older format, or asks for anything else than
+/// tensors.
+pub fn tensors(path: &Path) -> Result<Vec<Tensor>> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|e| {
+        Error::checkpoint(
+            path,
+            format!("not a zip file as torch.save writes them since PyTorch 1.6 ({e}); save it anew"),
+        )
+    })?;
+    let pickle = archive.file_names().find(|name| name.ends_with("/data.pkl")).map(str::to_string);
+    let bad = |problem: String| Error::checkpoint(path, problem);
+    let Some(pickle) = pickle else { return Err(bad("holds no data.pkl; this is no torch.save file".into())) };
+    let folder = pickle.trim_end_matches("data.pkl").to_string();
+    let program = member(&mut archive, &pickle, MAX_PICKLE).map_err(bad)?;
+    let value = Machine::new(&program).run().map_err(bad)?;
+    let mut found = Vec::new();
+    collect(&value, String::new(), &mut found);
+    let mut read = |(name, lazy): (String, Lazy)| -> std::result::Result<Tensor, String> {
+        let size = lazy.kind.size();
+        let bytes = member(&mut archive, &format!("{folder}data/{}", lazy.storage), (MAX_NUMBERS * size) as u64)?;
+        let values = lazy.gather(&bytes).map_err(|problem| format!("tensor `{name}` {problem}"))?;
+        Ok(Tensor { name, shape: lazy.shape, values })
+    };
+    found.into_iter().map(|entry| read(entry).map_err(bad)).collect()
+}
+
+fn member(
+    archive: &mut zip::ZipArchive<BufReader<File>>,
+    name: &str,
+    limit: u64,
+) -> std::result::Result<Vec<u8>, String> {
+    let damaged = |e: &dyn std::fmt::Display| format!("its member {name} cannot be read ({e}); get the file again");
+    let mut file = archive.by_name(name).map_err(|e| damaged(&e))?;
+    if file.size() > limit {
+        return Err(format!("its member {name} has {} bytes, which is too large", file.size()));
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(|e| damaged(&e))?;
+    Ok(bytes)
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Float,
+    Double,
+    Half,
+    BFloat16,
+}
+
+impl Kind {
+    fn size(self) -> usize {
+        match self {
+            Kind::Half | Kind::BFloat16 => 2,
+            Kind::Float => 4,
+            Kind::Double => 8,
+        }
+    }
+}
+
+/// A tensor whose numbers are still in the archive.
+#[derive(Clone, Debug)]
+struct Lazy {
+    kind: Kind,
+    storage: String,
+    offset: usize,
+    shape: Vec<usize>,
+    strides: Vec<usize>,
+}
+
+impl Lazy {
+    fn gather(&self, bytes: &[u8]) -> std::result::Result<Vec<f32>, String> {
+        let len = self.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= MAX_NUMBERS);
+        let len = len.ok_or_else(|| format!("of shape {:?} is too large", self.shape))?;
+        let last = self.shape.iter().zip(&self.strides).try_fold(self.offset, |at, (&d, &s)| {
+            d.saturating_sub(1).checked_mul(s).and_then(|step| at.checked_add(step))
+        });
+        let size = self.kind.size();
+        if len > 0 && last.is_none_or(|last| last >= bytes.len() / size) {
+            return Err("reaches beyond its storage; the file is damaged".into());
+        }
+        let number = |at: usize| -> f32 {
+            let b = &bytes[at * size..][..size];
+            match self.kind {
+                Kind::Half => f16::from_le_bytes([b[0], b[1]]).to_f32(),
+                Kind::BFloat16 => bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+                Kind::Float => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+                Kind::Double => f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32,
+            }
+        };
+        let place = |mut index: usize| {
+            let mut at = self.offset;
+            for (&d, &s) in self.shape.iter().zip(&self.strides).rev() {
+                at += index % d * s;
+                index /= d;
+            }
+            at
+        };
+        Ok((0..len).map(|i| number(place(i))).collect())
+    }
+}
+
+/// What instructions pass to each other. Dictionaries and lists are shared, as they are filled after they are stored.
+#[derive(Clone, Debug)]
+enum Value {
+    Mark,
+    Nothing,
+    Int(i64),
+    Text(String),
+    Tuple(Rc<Vec<Value>>),
+    List(Rc<RefCell<Vec<Value>>>),
+    Dict(Rc<RefCell<Vec<(Value, Value)>>>),
+    Function(Function),
+    Storage(Kind, String),
+    Tensor(Rc<Lazy>),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Function {
+    Storage(Kind),
+    RebuildTensor,
+    RebuildParameter,
+    OrderedDict,
+}
+
+impl Function {
+    fn named(module: &str, name: &str) -> Option<Self> {
+        Some(match (module, name) {
+            ("torch", "FloatStorage") => Function::Storage(Kind::Float),
+            ("torch", "DoubleStorage") => Function::Storage(Kind::Double),
+            ("torch", "HalfStorage") => Function::Storage(Kind::Half),
+            ("torch", "BFloat16Storage") => Function::Storage(Kind::BFloat16),
+            ("torch._utils", "_rebuild_tensor_v2") => Function::RebuildTensor,
+            ("torch._utils", "_rebuild_parameter") => Function::RebuildParameter,
+            ("collections", "OrderedDict") => Function::OrderedDict,
+            _ => return None,
+        })
+    }
+}
+
+struct Machine<'a> {
+    program: &'a [u8],
+    at: usize,
+    stack: Vec<Value>,
+    memo: Vec<(u32, Value)>,
+}
+
+type Outcome<T> = std::result::Result<T, String>;
+
+impl<'a> Machine<'a> {
+    fn new(program: &'a [u8]) -> Self {
+        Machine { program, at: 0, stack: Vec::new(), memo: Vec::new() }
+    }
+
+    fn take(&mut self, len: usize) -> Outcome<&'a [u8]> {
+        let end = self.at.checked_add(len).filter(|&end| end <= self.program.len());
+        let end = end.ok_or("its pickle ends in the middle; get the file again")?;
+        let bytes = &self.program[self.at..end];
+        self.at = end;
+        Ok(bytes)
+    }
+
+    fn number(&mut self, len: usize) -> Outcome<u64> {
+        Ok(self.take(len)?.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b)))
+    }
+
+    fn line(&mut self) -> Outcome<String> {
+        let rest = &self.program[self.at..];
+        let len = rest.iter().position(|&b| b == b'\n').ok_or("its pickle ends in the middle; get the file again")?;
+        let line = String::from_utf8_lossy(self.take(len)?).into_owned();
+        self.at += 1;
+        Ok(line)
+    }
+
+    fn text(&mut self, len: u64) -> Outcome<Value> {
+        let len = usize::try_from(len).map_err(|_| "a text in its pickle is too long")?;
+        Ok(Value::Text(String::from_utf8_lossy(self.take(len)?).into_owned()))
+    }
+
+    fn pop(&mut self) -> Outcome<Value> {
+        self.stack.pop().ok_or_else(|| "its pickle is damaged: an empty stack".into())
+    }
+
+    fn since_mark(&mut self) -> Outcome<Vec<Value>> {
+        let mark = self.stack.iter().rposition(|v| matches!(v, Value::Mark));
+        let mark = mark.ok_or("its pickle is damaged: no mark")?;
+        let values = self.stack.split_off(mark + 1);
+        self.stack.pop();
+        Ok(values)
+    }
+
+    fn tuple(&mut self, len: usize) -> Outcome<Value> {
+        let start = self.stack.len().checked_sub(len).ok_or("its pickle is damaged: an empty stack")?;
+        Ok(Value::Tuple(Rc::new(self.stack.split_off(start))))
+    }
+
+    fn remember(&mut self, key: u64) -> Outcome<()> {
+        let value = self.stack.last().cloned().ok_or("its pickle is damaged: an empty stack")?;
+        self.memo.push((key as u32, value));
+        Ok(())
+    }
+
+    fn recall(&mut self, key: u64) -> Outcome<Value> {
+        let found = self.memo.iter().rev().find(|(k, _)| u64::from(*k) == key);
+        found.map(|(_, v)| v.clone()).ok_or_else(|| "its pickle is damaged: nothing in the memo".into())
+    }
+
+    fn set(&mut self, pairs: Vec<Value>) -> Outcome<()> {
+        let Some(Value::Dict(dict)) = self.stack.last() else { return Err("its pickle is damaged: no dict".into()) };
+        let mut values = pairs.into_iter();
+        while let (Some(key), Some(value)) = (values.next(), values.next()) {
+            dict.borrow_mut().push((key, value));
+        }
+        Ok(())
+    }
+
+    fn append(&mut self, values: Vec<Value>) -> Outcome<()> {
+        let Some(Value::List(list)) = self.stack.last() else { return Err("its pickle is damaged: no list".into()) };
+        list.borrow_mut().extend(values);
+        Ok(())
+    }
+
+    fn run(mut self) -> Outcome<Value> {
+        for _ in 0..MAX_INSTRUCTIONS {
+            let instruction = self.take(1)?[0];
+            let value = match instruction {
+                0x80 => {
+                    self.take(1)?;
+                    continue;
+                }
+                b'(' => Value::Mark,
+                b'N' | 0x88 | 0x89 => Value::Nothing,
+                b'}' => Value::Dict(Rc::default()),
+                b']' => Value::List(Rc::default()),
+                b')' => self.tuple(0)?,
+                0x85..=0x87 => self.tuple(usize::from(instruction) - 0x84)?,
+                b't' => Value::Tuple(Rc::new(self.since_mark()?)),
+                b'J' => Value::Int(i64::from(self.number(4)? as u32 as i32)),
+                b'K' => Value::Int(self.number(1)? as i64),
+                b'M' => Value::Int(self.number(2)? as i64),
+                0x8a => match self.number(1)? {
+                    len @ 0..=8 => {
+                        let shift = 64 - 8 * len as u32;
+                        let bits = self.number(len as usize)? as i64;
+                        Value::Int(if len == 0 { 0 } else { bits << shift >> shift })
+                    }
+                    _ => return Err("a number in its pickle is too large".into()),
+                },
+                b'G' => {
+                    self.take(8)?;
+                    Value::Nothing
+                }
+                b'X' => {
+                    let len = self.number(4)?;
+                    self.text(len)?
+                }
+                0x8c => {
+                    let len = self.number(1)?;
+                    self.text(len)?
+                }
+                b'c' => {
+                    let (module, name) = (self.line()?, self.line()?);
+                    let known = Function::named(&module, &name);
+                    Value::Function(known.ok_or_else(|| {
+                        format!(
+                            "asks for `{module}.{name}`, which is no tensor's part; nothing was run, do not trust it"
+                        )
+                    })?)
+                }
+                b'Q' => self.persistent()?,
+                b'R' => self.call()?,
+                b'q' | b'r' => {
+                    let key = self.number(if instruction == b'q' { 1 } else { 4 })?;
+                    self.remember(key)?;
+                    continue;
+                }
+                b'h' | b'j' => {
+                    let key = self.number(if instruction == b'h' { 1 } else { 4 })?;
+                    self.recall(key)?
+                }
+                b's' => {
+                    let (value, key) = (self.pop()?, self.pop()?);
+                    self.set(vec![key, value])?;
+                    continue;
+                }
+                b'u' => {
+                    let pairs = self.since_mark()?;
+                    self.set(pairs)?;
+                    continue;
+                }
+                b'a' => {
+                    let value = self.pop()?;
+                    self.append(vec![value])?;
+                    continue;
+                }
+                b'e' => {
+                    let values = self.since_mark()?;
+                    self.append(values)?;
+                    continue;
+                }
+                // Attributes of a dictionary, such as a state dict's versions: not read.
+                b'b' => {
+                    self.pop()?;
+                    continue;
+                }
+                b'.' => return self.pop(),
+                other => {
+                    return Err(format!("its pickle has the instruction {other:#04x}, which tensors do not need"));
+                }
+            };
+            self.stack.push(value);
+        }
+        Err("its pickle is too long for a concept".into())
+    }
+
+    /// `("storage", kind, key, device, length)`.
+    fn persistent(&mut self) -> Outcome<Value> {
+        let Value::Tuple(id) = self.pop()? else { return Err("its pickle is damaged: no storage".into()) };
+        match &id[..] {
+            [Value::Text(tag), Value::Function(Function::Storage(kind)), Value::Text(key), ..] if tag == "storage" => {
+                // It becomes a file's name in the archive.
+                match key.bytes().all(|b| b.is_ascii_alphanumeric()) {
+                    true => Ok(Value::Storage(*kind, key.clone())),
+                    false => Err(format!("a storage is called {key:?}; the file is damaged")),
+                }
+            }
+            _ => Err("its pickle is damaged: no storage".into()),
+        }
+    }
+
+    fn call(&mut self) -> Outcome<Value> {
+        let (Value::Tuple(arguments), function) = (self.pop()?, self.pop()?) else {
+            return Err("its pickle is damaged: a call without arguments".into());
+        };
+        let sizes = |value: &Value| -> Option<Vec<usize>> {
+            let Value::Tuple(list) = value else { return None };
+            let size = |v: &Value| match v {
+                Value::Int(i) => usize::try_from(*i).ok(),
+                _ => None,
+            };
+            list.iter().map(size).collect()
+        };
+        match (function, &arguments[..]) {
+            (Value::Function(Function::OrderedDict), []) => Ok(Value::Dict(Rc::default())),
+            (Value::Function(Function::RebuildParameter), [Value::Tensor(tensor), ..]) => {
+                Ok(Value::Tensor(tensor.clone()))
+            }
+            (
+                Value::Function(Function::RebuildTensor),
+                [Value::Storage(kind, storage), Value::Int(offset), shape, strides, ..],
+            ) => {
+                let lazy = sizes(shape).zip(sizes(strides)).zip(usize::try_from(*offset).ok());
+                let ((shape, strides), offset) = lazy.ok_or("its pickle is damaged: a tensor's shape")?;
+                if shape.len() != strides.len() {
+                    return Err("its pickle is damaged: a tensor's shape".into());
+                }
+                Ok(Value::Tensor(Rc::new(Lazy { kind: *kind, storage: storage.clone(), offset, shape, strides })))
+            }
+            _ => Err("its pickle makes a call that tensors do not need; nothing was run, do not trust it".into()),
+        }
+    }
+}
+
+/// Tensors in dictionaries, two levels deep at most: a state dict, or one inside a checkpoint.
+fn collect(value: &Value, name: String, found: &mut Vec<(String, Lazy)>) {
+    match value {
+        Value::Tensor(tensor) => found.push((name, Lazy::clone(tensor))),
+        Value::Dict(dict) if name.matches('/').count() < 2 => {
+            for (key, value) in dict.borrow().iter() {
+                if let Value::Text(key) = key {
+                    let name = if name.is_empty() { key.clone() } else { format!("{name}/{key}") };
+                    collect(value, name, found);
+                }
+            }
+        }
+        _ => {}
+    }
+}
