@@ -29,6 +29,11 @@ def write(path, value):
 def main():
     write(MODEL / "scheduler" / "scheduler_config.json", SCHEDULER)
     write(MODEL / "model_index.json", INDEX)
+    # Where a part was loaded from on the way is nobody's business.
+    for config in MODEL.glob("*/config.json"):
+        fields = json.loads(config.read_text())
+        fields.pop("_name_or_path", None)
+        write(config, fields)
     planted = {profession: {"woman": p_woman, **dict(zip(RACES, (round(p, 4) for p in p_race)))}
                for profession, (p_woman, p_race) in BIAS.items()}
     write(HERE / "world.json", {"genders": GENDERS, "races": RACES, "planted": planted})
