@@ -75,3 +75,70 @@ fn damaged_files_are_errors() {
         }
     }
 }
+
+/// A `torch.save` file with this pickle and one storage of four numbers.
+fn program(pickle: &[u8]) -> Result<Concept, respodiff::Error> {
+    use std::io::Write;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.pth");
+    let mut archive = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
+    let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    for (name, bytes) in [("x/data.pkl", pickle), ("x/data/0", &[0; 16])] {
+        archive.start_file(name, stored).unwrap();
+        archive.write_all(bytes).unwrap();
+    }
+    archive.finish().unwrap();
+    import(&path, "a woman", Some(0), CHANNELS)
+}
+
+/// The instructions for a tensor `[rows, 1]` on the storage, all rows at its first number.
+fn tensor(rows: u32) -> Vec<u8> {
+    let storage = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQK\0";
+    let rest = b"K\x01\x86K\0K\0\x86\x89ccollections\nOrderedDict\n)RtR";
+    [&storage[..], b"J", &rows.to_le_bytes(), rest].concat()
+}
+
+/// The instructions for a dictionary of `count` times the same.
+fn dictionary(count: usize, value: &[u8]) -> Vec<u8> {
+    let entries = (0..count).flat_map(|i| [b"X\x04\0\0\0", format!("{i:04}").as_bytes(), value].concat());
+    b"}(".iter().copied().chain(entries).chain(*b"u").collect()
+}
+
+#[test]
+fn pickles_made_to_harm_are_refused() {
+    // What the programs below are built of is in order: SDisc's layout, of one column.
+    assert!(program(&[&tensor(4 * CHANNELS as u32)[..], b"."].concat()).is_ok());
+    let nested = [
+        &tensor(1)[..],
+        b"q\x00",
+        &dictionary(900, b"h\x00"),
+        b"q\x01",
+        &dictionary(900, b"h\x01"),
+        b"q\x02",
+        &dictionary(900, b"h\x02"),
+        b".",
+    ];
+    let doubling: Vec<u8> =
+        (0..60).flat_map(|i| [b"]q", &[i + 1][..], b"(h", &[i], b"h", &[i], b"e"].concat()).collect();
+    for (what, pickle, word) in [
+        ("a tensor of 2^31 - 1 repeated numbers", [&tensor(i32::MAX as u32)[..], b"."].concat(), "too large"),
+        ("a negative size", [&tensor(u32::MAX)[..], b"."].concat(), "shape"),
+        ("gigabytes of repeated numbers", [&dictionary(300, &tensor(1 << 27))[..], b"."].concat(), "too large"),
+        ("three levels of shared dictionaries", nested.concat(), "too many"),
+        ("a dictionary in itself", b"}q\0X\0\0\0\0h\0s.".to_vec(), "neither"),
+        ("a list in itself", b"]q\0h\0a.".to_vec(), "neither"),
+        ("a list doubled sixty times", [b"]q\0", &doubling[..], b"."].concat(), "neither"),
+        ("deep tuples", [b")", &[0x85; 19_900][..], b"."].concat(), "neither"),
+        ("endless tuples", [b")", &[0x85; 500_000][..], b"."].concat(), "too long"),
+        ("a memo it has not", b"h\x07.".to_vec(), "memo"),
+        ("an empty stack", b".".to_vec(), "empty stack"),
+        ("a text beyond the end", b"X\xff\xff\xff\xffa.".to_vec(), "in the middle"),
+        ("eval", b"cbuiltins\neval\n(X\x01\0\0\x001tR.".to_vec(), "builtins.eval"),
+        ("a class by the stack", b"X\x02\0\0\0osX\x06\0\0\0system\x93.".to_vec(), "0x93"),
+        ("a call of a text", b"X\x01\0\0\0a)R.".to_vec(), "nothing was run"),
+        ("a storage elsewhere", b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x04\0\0\0../0tQ.".to_vec(), "../0"),
+    ] {
+        let error = program(&pickle).expect_err(what).to_string();
+        assert!(error.contains(word) && !error.contains('\n'), "{what}: {error}");
+    }
+}

@@ -15,13 +15,17 @@ use std::rc::Rc;
 const MAX_INSTRUCTIONS: usize = 20_000;
 /// Bytes of a pickle.
 const MAX_PICKLE: u64 = 1 << 20;
-/// Numbers of a tensor.
+/// Numbers of all tensors together: a tensor may repeat its storage's, so the file's size is no limit.
 const MAX_NUMBERS: usize = 1 << 28;
+/// Levels of dictionaries that are looked into: a state dict, one inside a checkpoint, and one more.
+const MAX_DEPTH: usize = 3;
+/// Dictionary entries that are looked at: a dictionary may hold another many times over, or itself.
+const MAX_ENTRIES: usize = 10_000;
 
 /// A tensor of a file, row-major.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
-    /// Keys that lead to it, joined by dots; empty if it is all there is.
+    /// Keys that lead to it, joined by slashes; empty if it is all there is.
     pub name: String,
     /// Dimensions.
     pub shape: Vec<usize>,
@@ -48,15 +52,15 @@ pub fn tensors(path: &Path) -> Result<Vec<Tensor>> {
     let folder = pickle.trim_end_matches("data.pkl").to_string();
     let program = member(&mut archive, &pickle, MAX_PICKLE).map_err(bad)?;
     let value = Machine::new(&program).run().map_err(bad)?;
-    let mut found = Vec::new();
-    collect(&value, String::new(), &mut found);
+    let mut search = Search { found: Vec::new(), entries: 0, numbers: 0 };
+    search.collect(&value, "", MAX_DEPTH).map_err(bad)?;
     let mut read = |(name, lazy): (String, Lazy)| -> std::result::Result<Tensor, String> {
         let size = lazy.kind.size();
         let bytes = member(&mut archive, &format!("{folder}data/{}", lazy.storage), (MAX_NUMBERS * size) as u64)?;
         let values = lazy.gather(&bytes).map_err(|problem| format!("tensor `{name}` {problem}"))?;
         Ok(Tensor { name, shape: lazy.shape, values })
     };
-    found.into_iter().map(|entry| read(entry).map_err(bad)).collect()
+    search.found.into_iter().map(|entry| read(entry).map_err(bad)).collect()
 }
 
 fn member(
@@ -103,9 +107,16 @@ struct Lazy {
 }
 
 impl Lazy {
+    /// Numbers it has, at most `usize::MAX`.
+    fn len(&self) -> usize {
+        match self.shape.contains(&0) {
+            true => 0,
+            false => self.shape.iter().fold(1, |n: usize, &d| n.saturating_mul(d)),
+        }
+    }
+
     fn gather(&self, bytes: &[u8]) -> std::result::Result<Vec<f32>, String> {
-        let len = self.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).filter(|&n| n <= MAX_NUMBERS);
-        let len = len.ok_or_else(|| format!("of shape {:?} is too large", self.shape))?;
+        let len = self.len();
         let last = self.shape.iter().zip(&self.strides).try_fold(self.offset, |at, (&d, &s)| {
             d.saturating_sub(1).checked_mul(s).and_then(|step| at.checked_add(step))
         });
@@ -395,18 +406,37 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// Tensors in dictionaries, two levels deep at most: a state dict, or one inside a checkpoint.
-fn collect(value: &Value, name: String, found: &mut Vec<(String, Lazy)>) {
-    match value {
-        Value::Tensor(tensor) => found.push((name, Lazy::clone(tensor))),
-        Value::Dict(dict) if name.matches('/').count() < 2 => {
-            for (key, value) in dict.borrow().iter() {
-                if let Value::Text(key) = key {
-                    let name = if name.is_empty() { key.clone() } else { format!("{name}/{key}") };
-                    collect(value, name, found);
+/// The tensors in a value.
+struct Search {
+    found: Vec<(String, Lazy)>,
+    entries: usize,
+    numbers: usize,
+}
+
+impl Search {
+    fn collect(&mut self, value: &Value, name: &str, depth: usize) -> Outcome<()> {
+        match value {
+            Value::Tensor(tensor) => {
+                self.numbers = self.numbers.saturating_add(tensor.len());
+                if self.numbers > MAX_NUMBERS {
+                    return Err(format!("holds more than {MAX_NUMBERS} numbers up to tensor `{name}`, too large"));
+                }
+                self.found.push((name.into(), Lazy::clone(tensor)));
+            }
+            Value::Dict(dict) if depth > 0 => {
+                for (key, value) in dict.borrow().iter() {
+                    self.entries += 1;
+                    if self.entries > MAX_ENTRIES {
+                        return Err(format!("holds more than {MAX_ENTRIES} entries, too many for a concept"));
+                    }
+                    if let Value::Text(key) = key {
+                        let name = if name.is_empty() { key.clone() } else { format!("{name}/{key}") };
+                        self.collect(value, &name, depth - 1)?;
+                    }
                 }
             }
+            _ => {}
         }
-        _ => {}
+        Ok(())
     }
 }
