@@ -6,6 +6,8 @@ use respodiff::engine::{Engine, Output, Request, SessionOptions};
 use respodiff::graph::Shape;
 use respodiff::respodiff::{Concept, Form, Kind, Metadata, Module};
 use respodiff::weights::Source;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -94,6 +96,118 @@ fn the_shift_is_added_to_the_conditional_half() {
         let truth = case.floats("out.loss_resp")[0] as f64;
         assert!((loss - truth).abs() < 1e-5 * truth, "{}: {loss} for {truth}", case.name);
     }
+}
+
+/// A pipeline whose middle block has a hook in diffusers (`tests/golden/concepts.py`), and its first UNet call alone.
+#[test]
+fn pipelines_with_concepts_match_diffusers() {
+    use respodiff::diffusion::scheduler::SchedulerConfig;
+    use respodiff::models::{UNetConfig, unet};
+    let case = support::cases("concepts_sd1", 1).remove(0);
+    let meta = case.metadata();
+    let source = Source::folder(support::golden().join("checkpoints/sd1")).unwrap();
+    let scheduler = SchedulerConfig::parse(&meta["scheduler_config"], "recorded").unwrap();
+    let engine = Engine::open(&source).unwrap().with_scheduler(scheduler);
+    let size = |name: &str| meta[name].parse().unwrap();
+    let options =
+        SessionOptions { width: size("width"), height: size("height"), batch: 2, guided: true, concepts: true };
+    let folder = tempfile::tempdir().unwrap();
+    let load = |name: &str| {
+        let part = |part: &str| {
+            let tensor = format!("{part}.{name}");
+            let numbers = case.floats(&tensor);
+            (part.to_string(), Dtype::F32, case.shape(&tensor), bytemuck::cast_slice(&numbers).to_vec())
+        };
+        let path = folder.path().join(name);
+        std::fs::write(&path, file(&[part("ram"), part("sam")], &[])).unwrap();
+        Arc::new(Concept::load(path).unwrap())
+    };
+    let images: Vec<Vec<(String, f32)>> = serde_json::from_str(&meta["images"]).unwrap();
+    let concepts: Vec<Vec<_>> =
+        images.iter().map(|image| image.iter().map(|(name, weight)| (load(name), *weight)).collect()).collect();
+    let prompts: Vec<String> = serde_json::from_str(&meta["prompt"]).unwrap();
+    let request = Request {
+        prompt: prompts[0].clone(),
+        steps: size("steps"),
+        seed: meta["seed"].parse().unwrap(),
+        sampler: "ddim".parse().unwrap(),
+        concepts: concepts.clone(),
+        ..Default::default()
+    };
+    let error = support::relative_l2(&generate(&engine, options, &request).latents, &case.floats("out.latents"));
+    println!("latents {error:.1e}");
+    assert!(error < 1e-4, "latents are off by {error:.2e}");
+
+    let config = UNetConfig::parse(&source.read_text("unet/config.json").unwrap(), Path::new("config.json")).unwrap();
+    let [n, c, h, w] = case.shape("sample")[..] else { panic!("NCHW") };
+    let graph = unet(&config, n, h, w, case.shape("encoder_hidden_states")[1], images.len());
+    let shape = engine.bottleneck(options);
+    let mut shift = vec![0.0; images.len() * shape.len()];
+    for (list, shift) in concepts.iter().zip(shift.chunks_exact_mut(shape.len())) {
+        for (concept, weight) in list {
+            concept.modules(shape).unwrap().iter().for_each(|module| module.add_to(&[], *weight, shift));
+        }
+    }
+    let inputs = std::collections::HashMap::from([
+        ("sample", support::nchw_to_nhwc(&case.floats("sample"), n, c)),
+        ("timestep", vec![case.floats("timestep")[0]; n]),
+        ("encoder_hidden_states", case.floats("encoder_hidden_states")),
+        ("shift", shift),
+    ]);
+    let ours = support::nhwc_to_nchw(&support::run(graph, &source.tensors("unet").unwrap(), &inputs)["sample"], n, c);
+    let error = support::relative_l2(&ours, &case.floats("out.sample"));
+    assert!(error < 1e-4, "the UNet is off by {error:.2e}");
+}
+
+/// A safetensors file.
+fn file(tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)], metadata: &[(&str, &str)]) -> Vec<u8> {
+    let views = tensors
+        .iter()
+        .map(|(name, dtype, shape, bytes)| (name, TensorView::new(*dtype, shape.clone(), bytes).expect("a tensor")));
+    let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    safetensors::serialize(views, Some(metadata)).unwrap()
+}
+
+#[test]
+fn files_of_others() {
+    let tensor = |name: &str, shape: &[usize], numbers: &[f32]| {
+        (name.to_string(), Dtype::F32, shape.to_vec(), bytemuck::cast_slice(numbers).to_vec())
+    };
+    let parse = |tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)], metadata: &[(&str, &str)]| {
+        Concept::parse(&file(tensors, metadata), Path::new("folder/smile.safetensors"))
+    };
+    let numbers = [0.5f32, -1.0, 2.0, 0.25, 8.0, -0.125];
+    let ram = || tensor("ram", &[3, 1, 2], &numbers);
+    // Tensors alone are enough: [c, h, w] in either precision, called after the file.
+    let plain = parse(&[ram()], &[]).unwrap();
+    assert_eq!((plain.metadata.concept.as_str(), plain.sam.is_none()), ("smile", true));
+    assert_eq!(plain.ram.parameters, [0.5, 2.0, 8.0, -1.0, 0.25, -0.125]);
+    let halves: Vec<u8> = numbers.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
+    let half = parse(&[("ram".into(), Dtype::F16, vec![3, 1, 2], halves)], &[]).unwrap();
+    assert_eq!(half.ram.parameters, plain.ram.parameters);
+
+    let refused = |tensors: &[_], metadata: &[(&str, &str)], word: &str| {
+        let error = parse(tensors, metadata).expect_err(word).to_string();
+        let whole = error.contains(word) && error.contains("smile.safetensors") && !error.contains('\n');
+        assert!(whole, "`{word}` is not in: {error}");
+    };
+    let mut nan = numbers;
+    nan[4] = f32::NAN;
+    let mut infinite = numbers;
+    infinite[0] = f32::INFINITY;
+    refused(&[tensor("sam", &[3, 1, 2], &numbers)], &[], "no tensor `ram`");
+    refused(&[tensor("ram", &[3, 2], &numbers)], &[], "[3, 2]");
+    refused(&[tensor("ram", &[1, 3, 1, 2], &numbers)], &[], "[1, 3, 1, 2]");
+    refused(&[tensor("ram", &[3, 0, 2], &[])], &[], "[3, 0, 2]");
+    refused(&[ram(), tensor("sam", &[3, 2, 1], &numbers)], &[], "differ in shape");
+    refused(&[tensor("ram", &[3, 1, 2], &nan)], &[], "NaN");
+    refused(&[ram(), tensor("sam", &[3, 1, 2], &infinite)], &[], "inf");
+    refused(&[("ram".into(), Dtype::I64, vec![1, 1, 1], vec![0; 8])], &[], "I64");
+    refused(&[ram()], &[("format", "2")], "update respodiff");
+    refused(&[ram()], &[("kind", "evil")], "evil");
+    refused(&[ram()], &[("form", "spiral")], "spiral");
+    refused(&[tensor("ram", &[6], &numbers)], &[("form", "mlp"), ("bottleneck", "[3,1,2]")], "6 numbers");
+    refused(&[tensor("ram", &[6], &numbers)], &[("form", "mlp"), ("bottleneck", "[3,1")], "bottleneck");
 }
 
 #[test]
