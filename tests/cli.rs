@@ -61,6 +61,51 @@ fn given_noise_is_the_seeds_noise() {
     assert_eq!(sample(&["--seed", "3"], "a.png"), sample(&["--latents", "noise.st", "--seed", "9"], "b.png"));
 }
 
+/// Pictures, their concepts and the manifest are the same in one batch and in several.
+#[test]
+fn batches_of_one_run_are_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let concepts = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/concepts");
+    let file = |name: &str| concepts.join(name).display().to_string();
+    let genders = format!("{},{}=3,2", file("woman.safetensors"), file("man.safetensors"));
+    let races = format!("{},{}", file("asian.safetensors"), file("black.safetensors"));
+    let (always, base) = (format!("{}:0.25", file("white.safetensors")), ["--steps", "2", "--seed", "8"]);
+    let balance = ["--balance", &genders, "--balance", &races, "--concept", &always];
+    let run = |prompt: &str, extra: &[&str]| {
+        let output = respodiff(folder.path(), &[&["sample", prompt], &base[..], &balance, extra].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        output
+    };
+    run("a doctor", &["--batch", "5", "--out", "a.png", "--save-latents", "a.st"]);
+    run("a doctor", &["--images", "5", "--batch", "2", "--out", "b.png", "--save-latents", "b.st"]);
+    let path = |name: String| folder.path().join(name);
+    for i in 0..5 {
+        let bytes = |run: &str| std::fs::read(path(format!("{run}-{i}.png"))).unwrap();
+        assert_eq!(bytes("a"), bytes("b"), "image {i}");
+    }
+    assert_eq!(tensors(&path("a.st".into())), tensors(&path("b.st".into())));
+    // Noise from a file is cut into batches likewise.
+    run("a doctor", &["--images", "5", "--batch", "3", "--latents", "a.st", "--out", "c.png"]);
+    let manifest = |run: &str| -> Vec<serde_json::Value> {
+        let bytes = std::fs::read(path(format!("{run}-0.json"))).unwrap();
+        serde_json::from_slice(&bytes).unwrap()
+    };
+    let (one, several) = (manifest("a"), manifest("b"));
+    let infos = |list: &[serde_json::Value]| list.iter().map(|image| image["info"].clone()).collect::<Vec<_>>();
+    assert_eq!(infos(&one), infos(&several));
+    let count = |name: &str| one.iter().filter(|m| m["info"]["concepts"].to_string().contains(name)).count();
+    assert_eq!((count("a woman"), count("a man"), count("white"), one.len()), (3, 2, 5, 5), "{one:?}");
+    assert_eq!(several[4]["file"], "b-4.png");
+    assert_eq!(several[4]["info"]["seed"], 12);
+
+    // Genders are left to a prompt that names one, races are still balanced.
+    let output = run("a female doctor", &["--batch", "2", "--out", "d.png"]);
+    assert!(text(&output.stderr).contains("`female`"), "{}", text(&output.stderr));
+    assert!(manifest("d").iter().all(|m| m["info"]["concepts"].as_array().unwrap().len() == 2));
+    run("a female doctor", &["--batch", "2", "--out", "e.png", "--respect-prompt", "false"]);
+    assert!(manifest("e").iter().all(|m| m["info"]["concepts"].as_array().unwrap().len() == 3));
+}
+
 #[test]
 fn refuses_in_one_line() {
     let folder = tempfile::tempdir().unwrap();
@@ -69,6 +114,9 @@ fn refuses_in_one_line() {
         (&["sample", "x", "--width", "63"][..], 2, "64"),
         (&["sample", "x", "--steps", "0"], 2, "steps"),
         (&["sample", "x", "--batch", "0"], 2, "batch"),
+        (&["sample", "x", "--batch", "0", "--images", "3"], 2, "batch"),
+        (&["sample", "x", "--batch", "18446744073709551615"], 2, "18446744073709551615"),
+        (&["sample", "x", "--images", "0"], 2, "images"),
         (&["sample", "x", "--scheduler", "nonsense"], 2, "DDIM"),
         (&["sample", "x", "--spacing", "nonsense"], 2, "karras"),
         (&["sample", "x", "--guidance", "NaN"], 2, "guidance"),
@@ -265,6 +313,38 @@ fn interrupted_runs_leave_nothing_half_done() {
         assert!(code.is_none() || error.contains("interrupted: stopped after"), "{error}");
         assert!(files(folder.path()).is_empty(), "{signal} left {:?}", files(folder.path()));
     }
+}
+
+/// Whole batches that were made before are kept, and the manifest lists them.
+#[cfg(unix)]
+#[test]
+fn interrupted_runs_keep_what_they_saved() {
+    use std::io::BufRead;
+    let folder = tempfile::tempdir().unwrap();
+    let concept = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/concepts/man.safetensors");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
+        .args(["sample", "a cook", "--steps", "40", "--images", "500", "--out", "x.png", "--concept"])
+        .arg(concept)
+        .current_dir(folder.path())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut lines = lines.map(|line| line.unwrap());
+    assert_eq!(lines.next().as_deref(), Some("x-0.png"));
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let printed = 1 + lines.filter(|line| line.ends_with(".png")).count();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(
+        text(&output.stderr).contains(&format!("{printed} of 500 pictures were saved")),
+        "{}",
+        text(&output.stderr)
+    );
+    let manifest: Vec<serde_json::Value> =
+        serde_json::from_slice(&std::fs::read(folder.path().join("x-0.json")).unwrap()).unwrap();
+    assert_eq!((manifest.len(), files(folder.path()).len()), (printed, printed + 1));
 }
 
 #[cfg(unix)]

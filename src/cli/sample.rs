@@ -6,10 +6,13 @@ use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, Progress, Request, SessionOptions};
 use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD};
 use crate::weights::Source;
-use crate::{Error, Result};
+use crate::{Error, Image, Result};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+
+/// Most images of a run.
+const MAX_IMAGES: usize = 1_000_000;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -42,19 +45,22 @@ pub(super) struct Args {
     /// Images at once
     #[arg(long, default_value_t = 1)]
     batch: usize,
+    /// Images in all, in as many batches as that takes [default: one batch]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_IMAGES as i64))]
+    images: Option<u32>,
     /// Pixels, a multiple of 8 [default: the checkpoint's]
     #[arg(long)]
     width: Option<usize>,
     /// Pixels, a multiple of 8 [default: the checkpoint's]
     #[arg(long)]
     height: Option<usize>,
-    /// Start from this file's unit noise: safetensors, `latents` [B,4,H/8,W/8]
+    /// Start from this file's unit noise: safetensors, `latents` [IMAGES,4,H/8,W/8]
     #[arg(long)]
     latents: Option<PathBuf>,
     /// Write the final latents to this file
     #[arg(long)]
     save_latents: Option<PathBuf>,
-    /// PNG file or folder; a batch adds -0, -1, ... [default: the prompt and seed, in this folder]
+    /// PNG file or folder; several images add -0, -1, ... [default: the prompt and seed, in this folder]
     #[arg(long)]
     out: Option<PathBuf>,
     #[command(flatten)]
@@ -84,15 +90,16 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
     }
     let (width, height) = engine.default_size();
-    let options = SessionOptions {
+    let images = args.total();
+    let mut options = SessionOptions {
         width: args.width.unwrap_or(width),
         height: args.height.unwrap_or(height),
-        batch: args.batch,
+        batch: args.batch.min(images),
         guided: args.guidance > 1.0,
         concepts: args.concepts.any(),
     };
     let mut session = engine.session(options)?;
-    let shape = engine.latent_shape(options).to_vec();
+    let shape = engine.latent_shape(SessionOptions { batch: images, ..options }).to_vec();
     let latents = match &args.latents {
         Some(path) => {
             let wanted: Vec<Option<usize>> = shape.iter().copied().map(Some).collect();
@@ -101,72 +108,129 @@ pub(super) fn run(args: &Args) -> Result<()> {
         None => None,
     };
     let assignment = match options.concepts {
-        true => args.concepts.assign(&engine, &args.prompt, args.batch, seed)?,
-        false => Vec::new(),
+        true => args.concepts.assign(&engine, &args.prompt, images, seed)?,
+        false => vec![Vec::new(); images],
     };
-    let request = Request {
+    let info = GenerationInfo {
         prompt: args.prompt.clone(),
         negative_prompt: args.negative_prompt.clone(),
         steps: args.steps,
+        sampler: schedule.sampler.a1111_name().into(),
+        spacing: schedule.spacing.map_or("Automatic", Spacing::a1111_name).into(),
         guidance: args.guidance,
-        sampler,
         seed,
-        rng,
-        latents,
-        concepts: assignment.clone(),
+        rng: rng.name().into(),
+        width: options.width as u32,
+        height: options.height as u32,
+        model: engine.name(),
+        model_sha256: None,
+        concepts: Vec::new(),
+        version: env!("CARGO_PKG_VERSION").into(),
     };
+    let mut saved =
+        Saved { files: &files, assignment: &assignment, audited: options.concepts, manifest: Vec::new(), info };
 
     let cancelled = interrupt_flag();
-    let bar = progress_bar(schedule.steps.len() as u64, "{bar:30} {pos}/{len} {per_sec} {eta} {msg}");
-    let output = session.generate(&request, &mut |progress| {
-        match progress {
-            Progress::Step { done, .. } => bar.set_position(done as u64),
-            Progress::Decoded { done, total } => bar.set_message(format!("decoded {done}/{total}")),
+    let (batch, steps) = (options.batch, schedule.steps.len());
+    let bar = progress_bar((images.div_ceil(batch) * steps) as u64, "{bar:30} {pos}/{len} {per_sec} {eta} {msg}");
+    let one: usize = shape[1..].iter().product();
+    let mut final_latents = Vec::with_capacity(images * one);
+    for start in (0..images).step_by(batch) {
+        let end = images.min(start + batch);
+        if end - start < options.batch {
+            // The last batch is smaller. Its session needs the room of the other.
+            options.batch = end - start;
+            drop(session);
+            session = engine.session(options)?;
         }
-        if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    });
-    bar.finish_and_clear();
-    let output = output?;
-
-    let mut manifest = Vec::new();
-    for (i, (image, path)) in output.images.iter().zip(&files).enumerate() {
-        let info = GenerationInfo {
+        let request = Request {
             prompt: args.prompt.clone(),
             negative_prompt: args.negative_prompt.clone(),
             steps: args.steps,
-            sampler: schedule.sampler.a1111_name().into(),
-            spacing: schedule.spacing.map_or("Automatic", Spacing::a1111_name).into(),
             guidance: args.guidance,
-            seed: seed.wrapping_add(i as u64),
-            rng: rng.name().into(),
-            width: options.width as u32,
-            height: options.height as u32,
-            model: engine.name(),
-            model_sha256: None,
-            concepts: assignment
-                .get(i)
-                .map_or_else(Vec::new, |list| list.iter().map(|(c, w)| (c.metadata.concept.clone(), *w)).collect()),
-            version: env!("CARGO_PKG_VERSION").into(),
+            sampler,
+            seed: seed.wrapping_add(start as u64),
+            rng,
+            latents: latents.as_ref().map(|all| all[start * one..end * one].to_vec()),
+            concepts: if options.concepts { assignment[start..end].to_vec() } else { Vec::new() },
         };
-        image.save_png(path, &[(PARAMETERS_KEYWORD, &info.parameters()), (JSON_KEYWORD, &info.json()?)])?;
-        say(&path.display().to_string());
-        manifest.push(serde_json::json!({"file": path.file_name().map(|n| n.to_string_lossy()), "info": info}));
+        let output = session.generate(&request, &mut |progress| {
+            match progress {
+                Progress::Step { done, .. } => bar.set_position((start / batch * steps + done) as u64),
+                Progress::Decoded { done, .. } => bar.set_message(format!("decoded {}/{images}", start + done)),
+            }
+            if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        let output = match output {
+            Err(Error::Cancelled(_)) if start > 0 => break,
+            output => output?,
+        };
+        final_latents.extend_from_slice(&output.latents);
+        // Printed lines and the bar would mix.
+        bar.suspend(|| saved.add(&output.images))?;
+        if output.images.len() < options.batch {
+            break;
+        }
     }
+    bar.finish_and_clear();
     if options.concepts {
-        // Which image got what, for audits.
-        let path = files[0].with_extension("json");
-        let text = serde_json::to_string_pretty(&manifest).unwrap_or_default() + "\n";
-        crate::files::write(&path, text.as_bytes())?;
-        say(&path.display().to_string());
+        say(&saved.manifest_path().display().to_string());
     }
     if let Some(path) = &args.save_latents {
-        files::write(path, &[("latents", shape, output.latents)])?;
+        let shape = [&[final_latents.len() / one], &shape[1..]].concat();
+        files::write(path, &[("latents", shape, final_latents)])?;
         say(&path.display().to_string());
     }
-    if output.images.len() < args.batch {
-        return Err(Error::Cancelled(format!("{} of {} pictures were saved", output.images.len(), args.batch)));
+    if saved.manifest.len() < images {
+        return Err(Error::Cancelled(format!("{} of {images} pictures were saved", saved.manifest.len())));
     }
     Ok(())
+}
+
+impl Args {
+    /// Images in all.
+    fn total(&self) -> usize {
+        self.images.map_or(self.batch, |images| images as usize)
+    }
+}
+
+/// The pictures written so far.
+struct Saved<'a> {
+    files: &'a [PathBuf],
+    assignment: &'a concepts::Assignment,
+    /// Whether a manifest is kept.
+    audited: bool,
+    manifest: Vec<serde_json::Value>,
+    /// Of the first image, without concepts.
+    info: GenerationInfo,
+}
+
+impl Saved<'_> {
+    /// Writes the next pictures, and after every batch which picture got what so far.
+    fn add(&mut self, images: &[Image]) -> Result<()> {
+        for image in images {
+            let i = self.manifest.len();
+            let (path, list) = (&self.files[i], &self.assignment[i]);
+            let info = GenerationInfo {
+                seed: self.info.seed.wrapping_add(i as u64),
+                concepts: list.iter().map(|(c, w)| (c.metadata.concept.clone(), *w)).collect(),
+                ..self.info.clone()
+            };
+            image.save_png(path, &[(PARAMETERS_KEYWORD, &info.parameters()), (JSON_KEYWORD, &info.json()?)])?;
+            say(&path.display().to_string());
+            self.manifest
+                .push(serde_json::json!({"file": path.file_name().map(|n| n.to_string_lossy()), "info": info}));
+        }
+        if self.audited {
+            let text = serde_json::to_string_pretty(&self.manifest).unwrap_or_default() + "\n";
+            crate::files::write(&self.manifest_path(), text.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    fn manifest_path(&self) -> PathBuf {
+        self.files[0].with_extension("json")
+    }
 }
 
 /// A file for each image, in folders that can be written to.
@@ -177,31 +241,32 @@ fn output_files(args: &Args, seed: u64) -> Result<Vec<PathBuf>> {
     slug.truncate(slug.floor_char_boundary(100));
     let default = format!("{}-{seed}.png", if slug.is_empty() { "image" } else { &slug });
     let path = match &args.out {
-        Some(path) if path.is_dir() => free_name(path.join(default), args.batch),
+        Some(path) if path.is_dir() => free_name(path.join(default), args.total()),
         Some(path) => path.clone(),
-        None => free_name(PathBuf::from(default), args.batch),
+        None => free_name(PathBuf::from(default), args.total()),
     };
     for file in [Some(&path), args.save_latents.as_ref()].into_iter().flatten() {
         check_writable(file)?;
     }
-    Ok(numbered(&path, args.batch))
+    Ok(numbered(&path, args.total()))
 }
 
-fn numbered(path: &Path, batch: usize) -> Vec<PathBuf> {
-    if batch == 1 {
+fn numbered(path: &Path, images: usize) -> Vec<PathBuf> {
+    if images == 1 {
         return vec![path.to_path_buf()];
     }
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let extension = path.extension().map_or("png".into(), |e| e.to_string_lossy());
-    (0..batch.min(256)).map(|i| path.with_file_name(format!("{stem}-{i}.{extension}"))).collect()
+    // A batch beyond is refused later, with the right words.
+    (0..images.min(MAX_IMAGES)).map(|i| path.with_file_name(format!("{stem}-{i}.{extension}"))).collect()
 }
 
 /// The first of `name.png`, `name_1.png`, ... that would overwrite nothing: only a name the user gave does.
-fn free_name(path: PathBuf, batch: usize) -> PathBuf {
+fn free_name(path: PathBuf, images: usize) -> PathBuf {
     let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let mut candidate = path.clone();
     let mut count = 1;
-    while numbered(&candidate, batch).iter().any(|p| p.exists()) {
+    while numbered(&candidate, images).iter().any(|p| p.exists()) {
         candidate = path.with_file_name(format!("{stem}_{count}.png"));
         count += 1;
     }
