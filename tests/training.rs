@@ -8,7 +8,8 @@ use respodiff::respodiff::{Adam, Form, Halves, Module, Objective};
 use respodiff::weights::Source;
 use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2};
 
-/// fp32 against float64; PyTorch's own fp32 is up to 5e-5 off on the same cases.
+/// fp32 against float64: ours is up to 7e-5 off, PyTorch's own fp32 up to 4e-5. Smaller bottlenecks, whose norms are over a
+/// few numbers, lose another digit in both.
 const TOLERANCE: f64 = 1e-4;
 
 fn source(case: &Case) -> Source {
