@@ -106,6 +106,10 @@ fn runs_resume_and_merge() {
         assert_eq!(output.status.code(), Some(code), "{args}: {error}");
         assert!(error.contains(word) && !error.contains("panicked"), "{args}: {error}");
     }
+    // A concept of the same name that was trained on is another.
+    assert!(respodiff(path, "train --target man --out m.safetensors --iterations 3 --batch 1").status.success());
+    let output = respodiff(path, &format!("{eval} --out whole"));
+    assert!(output.status.code() == Some(2) && text(&output).contains("other settings"), "{}", text(&output));
     // Balanced samples say who got what.
     let args = "sample doctor --steps 2 --batch 4 --balance w.safetensors,m.safetensors --seed 3 --out s.png";
     let output = respodiff(path, args);

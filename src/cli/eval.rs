@@ -112,6 +112,8 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
         model: engine.name(),
         fingerprint: engine.fingerprint()?,
         clip: clip.name().to_string(),
+        clip_fingerprint: clip.fingerprint().to_string(),
+        concepts: groups.iter().map(|g| g.members.iter().map(|m| m.fingerprint()).collect()).collect(),
         groups: groups.iter().map(|g| g.members.iter().map(|m| m.metadata.concept.clone()).collect()).collect(),
         shares: groups.iter().map(|g| g.shares.clone()).collect(),
         weight: args.weight,

@@ -15,6 +15,7 @@ const BATCH: usize = 8;
 /// A `CLIPModel`.
 pub struct Clip {
     name: String,
+    fingerprint: String,
     text: ClipConfig,
     text_weights: Arc<Weights>,
     tokenizer: Tokenizer,
@@ -55,6 +56,7 @@ impl Clip {
         let weights = Weights::load(plan.graph().weights(), &tensors)?;
         Ok(Clip {
             name: source.name(),
+            fingerprint: tensors.fingerprint()?,
             text_weights: Weights::load(text_encoder(&text, 1).weights(), &tensors)?,
             tokenizer: source.tokenizer("")?,
             executor: Executor::new(Arc::new(plan), weights),
@@ -62,6 +64,11 @@ impl Clip {
             text,
             vision,
         })
+    }
+
+    /// Which CLIP it is; see [`crate::weights::Tensors::fingerprint`].
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// The folder's name.
@@ -77,11 +84,9 @@ impl Clip {
         let plan = Plan::new(text_encoder(&self.text, 1), &[], cpu::workspace);
         let mut executor = Executor::new(Arc::new(plan), self.text_weights.clone());
         let embed = |text: &String| -> Result<Vec<f32>> {
-            let ids = self.tokenizer.encode(text)?.ids;
-            let row = executor.input_mut("input_ids");
-            let last = ids.last().copied().unwrap_or(0);
-            row.iter_mut().zip(ids.iter().copied().chain(std::iter::repeat(last))).for_each(|(r, id)| *r = id as f32);
-            executor.input_mut("pooled_index").fill(self.text.pooled_index(&ids) as f32);
+            let encoded = self.tokenizer.encode(text)?;
+            encoded.fill(executor.input_mut("input_ids"));
+            executor.input_mut("pooled_index").fill(self.text.pooled_index(&encoded.ids) as f32);
             executor.step();
             Ok(normalised(executor.output("text_embeds")))
         };

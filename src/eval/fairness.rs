@@ -21,8 +21,12 @@ pub struct Settings {
     pub fingerprint: String,
     /// The judge.
     pub clip: String,
+    /// The judge's [`crate::weights::Tensors::fingerprint`].
+    pub clip_fingerprint: String,
     /// For each group the texts that are told apart, its concepts.
     pub groups: Vec<Vec<String>>,
+    /// For each group its concepts' [`crate::respodiff::Concept::fingerprint`]: names may stay while training goes on.
+    pub concepts: Vec<Vec<String>>,
     /// For each group the wanted shares.
     pub shares: Vec<Vec<f64>>,
     /// Weight of the concepts.

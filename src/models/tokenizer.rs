@@ -52,6 +52,16 @@ pub struct Encoded {
     pub lost: String,
 }
 
+impl Encoded {
+    /// Writes the ids as a text encoder reads them; the rest of a longer row is the last one, the padding.
+    pub(crate) fn fill(&self, row: &mut [f32]) {
+        let padding = self.ids.last().copied().unwrap_or(0);
+        row.iter_mut()
+            .zip(self.ids.iter().copied().chain(std::iter::repeat(padding)))
+            .for_each(|(r, id)| *r = id as f32);
+    }
+}
+
 /// A CLIP tokenizer.
 #[derive(Debug)]
 pub struct Tokenizer {

@@ -10,6 +10,7 @@ use crate::{Error, Result};
 use half::f16;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -104,6 +105,15 @@ impl Concept {
             Module::with_parameters(module.form(), shape, parameters).expect("as many parameters at every size")
         };
         Ok([Some(&self.ram), self.sam.as_ref()].into_iter().flatten().map(at_size).collect())
+    }
+
+    /// Which modules these are: a SHA-256 of their numbers.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for module in [Some(&self.ram), self.sam.as_ref()].into_iter().flatten() {
+            hash.update(bytemuck::cast_slice::<f32, u8>(&module.parameters));
+        }
+        hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Reads a concept file.
