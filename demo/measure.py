@@ -106,9 +106,9 @@ def sheet(rows):
 
 
 @torch.no_grad()
-def measure(judges, pipe, guidance, count):
+def measure(judges, pipe, guidance, count, seed):
     """Shares of every profession by every judge, and the first pictures."""
-    generator = torch.Generator().manual_seed(6)
+    generator = torch.Generator().manual_seed(seed)
     table, rows = {}, []
     for profession, prompt in zip(PROFESSIONS, PROFESSION_PROMPTS):
         x = sampling.sample(pipe, [prompt] * count, guidance, generator)
@@ -133,15 +133,16 @@ def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--count", type=int, default=120, help="pictures of each profession")
     args.add_argument("--guidance", type=float, nargs="+", default=[7.5, 3.0])
+    args.add_argument("--seed", type=int, default=6, help="of the noise; not one that was calibrated on")
     args.add_argument("--judge-steps", type=int, default=600)
     args = args.parse_args()
     rng = begin(6)
     judge, accuracy = trained_judge(rng, args.judge_steps)
     judges = {"network": judge, "clip": clip_judge()}
-    report = {"judge, on drawings": accuracy, "pictures of each": args.count, "steps": 50}
+    report = {"judge, on drawings": accuracy, "pictures of each": args.count, "steps": 50, "seed": args.seed}
     pipe = sampling.load()
     for guidance in args.guidance:
-        table, rows = measure(judges, pipe, guidance, args.count)
+        table, rows = measure(judges, pipe, guidance, args.count, args.seed)
         report[f"guidance {guidance}"] = {"summary": summary(table), "professions": table}
         print(guidance, summary(table), flush=True)
         if guidance == args.guidance[0]:
