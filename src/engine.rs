@@ -8,7 +8,7 @@ use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::models::tokenizer::{Encoded, Tokenizer};
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
 use crate::plan::Plan;
-use crate::respodiff::{Concept, Form, Module};
+use crate::respodiff::{Concept, Shift};
 use crate::weights::{Source, Tensors};
 use crate::{Error, Image, Result};
 use std::ops::ControlFlow;
@@ -242,11 +242,7 @@ impl Engine {
     fn encode(&self, text: &mut Executor, prompts: &[&str]) -> Result<()> {
         let per_prompt = self.0.text.config.max_position_embeddings;
         for (prompt, row) in prompts.iter().zip(text.input_mut("input_ids").chunks_exact_mut(per_prompt)) {
-            let ids = self.0.tokenizer.encode(prompt)?.ids;
-            // A shorter tokenizer leaves the rest as the last token, its padding.
-            let last = ids.last().copied().unwrap_or(0);
-            let ids = ids.into_iter().chain(std::iter::repeat(last));
-            row.iter_mut().zip(ids).for_each(|(r, id)| *r = id as f32);
+            self.0.tokenizer.encode(prompt)?.fill(row);
         }
         text.step();
         Ok(())
@@ -423,9 +419,17 @@ impl Session {
                 request.guidance
             )));
         }
-        let concepts = Concepts::new(self.engine.bottleneck(self.options), self.options, request)?;
+        if !request.concepts.is_empty() && (!self.options.concepts || request.concepts.len() != self.options.batch) {
+            return Err(Error::usage(format!(
+                "concepts for {} images, where the session is for {}{}; list the concepts of every image",
+                request.concepts.len(),
+                self.options.batch,
+                if self.options.concepts { "" } else { " without concepts" }
+            )));
+        }
+        let shift = Shift::new(self.engine.bottleneck(self.options), self.options.batch, &request.concepts)?;
         if self.options.concepts {
-            self.unet.input_mut("shift").copy_from_slice(&concepts.shift);
+            self.unet.input_mut("shift").copy_from_slice(shift.constant());
         }
         self.encode(request)?;
         let mut generators: Vec<NormalGenerator> = (0..self.options.batch as u64)
@@ -433,7 +437,7 @@ impl Session {
             .collect();
         let mut latents = self.initial_latents(request, &mut generators)?;
         latents.iter_mut().for_each(|x| *x *= schedule.init_noise_sigma);
-        self.denoise(&schedule, request.guidance, &concepts, &mut generators, &mut latents, progress)?;
+        self.denoise(&schedule, request.guidance, &shift, &mut generators, &mut latents, progress)?;
         let (c, pixels) = self.latent_size();
         let mut output = Output { images: Vec::new(), latents: vec![0.0; latents.len()] };
         nhwc_to_nchw(&latents, c, pixels, &mut output.latents);
@@ -495,7 +499,7 @@ impl Session {
         &mut self,
         schedule: &Schedule,
         guidance: f32,
-        concepts: &Concepts,
+        shift: &Shift,
         generators: &mut [NormalGenerator],
         latents: &mut [f32],
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
@@ -513,9 +517,9 @@ impl Session {
                 half.iter_mut().zip(&*latents).for_each(|(s, x)| *s = x * step.input_scale);
             }
             self.unet.input_mut("timestep").fill(step.timestep);
-            match concepts.networks.is_empty() {
+            match shift.is_constant() {
                 true => self.unet.step(),
-                false => self.unet.step_shifting(|mid, shift| concepts.follow(mid, shift)),
+                false => self.unet.step_shifting(|mid, out| shift.follow(mid, out)),
             }
             let out = self.unet.output("sample");
             if self.options.guided {
@@ -540,61 +544,6 @@ impl Session {
         // Nothing is left to break off.
         let _ = progress(Progress::Step { done: total, total });
         Ok(())
-    }
-}
-
-/// What a request adds to the bottleneck.
-struct Concepts {
-    /// The sum of each image's constants, `[batch, h, w, c]`.
-    shift: Vec<f32>,
-    /// Networks, whose value follows the bottleneck: image, module, weight.
-    networks: Vec<(usize, Module, f32)>,
-}
-
-impl Concepts {
-    fn new(shape: Shape, options: SessionOptions, request: &Request) -> Result<Self> {
-        let mut concepts = Concepts { shift: vec![0.0; options.batch * shape.len()], networks: Vec::new() };
-        if request.concepts.is_empty() {
-            return Ok(concepts);
-        }
-        if request.concepts.len() != options.batch || !options.concepts {
-            return Err(Error::usage(format!(
-                "concepts for {} images, where the session is for {}{}; list the concepts of every image",
-                request.concepts.len(),
-                options.batch,
-                if options.concepts { "" } else { " without concepts" }
-            )));
-        }
-        for (image, list) in request.concepts.iter().enumerate() {
-            for (concept, weight) in list {
-                if !weight.is_finite() {
-                    return Err(Error::usage(format!(
-                        "weight {weight} of `{}` is no number",
-                        concept.metadata.concept
-                    )));
-                }
-                for module in concept.modules(shape)? {
-                    match module.form() {
-                        Form::Constant => {
-                            let shift = &mut concepts.shift[image * shape.len()..][..shape.len()];
-                            module.add_to(&[], *weight, shift);
-                        }
-                        _ => concepts.networks.push((image, module, *weight)),
-                    }
-                }
-            }
-        }
-        Ok(concepts)
-    }
-
-    /// The shift for the bottleneck `mid` of all rows, the shifted ones last.
-    fn follow(&self, mid: &[f32], shift: &mut [f32]) {
-        shift.copy_from_slice(&self.shift);
-        let mid = &mid[mid.len() - shift.len()..];
-        for (image, module, weight) in &self.networks {
-            let range = image * module.shape().len()..(image + 1) * module.shape().len();
-            module.add_to(&mid[range.clone()], *weight, &mut shift[range]);
-        }
     }
 }
 

@@ -66,9 +66,9 @@ fn each_image_has_its_own_concepts() {
     refused(vec![vec![(concept(Form::Constant, Shape { c: 7, ..shape }, 4), 1.0)]], "7");
 }
 
-/// Against the UNet with the shift given by `probe`'s golden route: RAM and SAM of a training case.
+/// One call with every row shifted, against PyTorch in float64; which half is shifted is for the pipeline to show.
 #[test]
-fn the_shift_is_added_to_the_conditional_half() {
+fn a_shifted_call_predicts_what_pytorch_does() {
     use respodiff::models::{UNetConfig, unet};
     for case in support::cases("gradient_", 4) {
         let name = case.name.split('_').nth(1).unwrap();

@@ -63,18 +63,19 @@ pub(super) struct Args {
     /// Pixels, a multiple of 8 [default: the checkpoint's]
     #[arg(long)]
     height: Option<usize>,
-    /// Go on from OUT.checkpoint
+    /// Go on from OUT's .checkpoint, if there is one
     #[arg(long)]
     resume: bool,
 }
 
 impl Args {
-    fn task(&self) -> Task {
+    fn task(&self) -> Result<Task> {
         let (kind, concept) = match (&self.target, &self.avoid) {
-            (Some(target), _) => (Kind::Fair, target),
-            (None, avoid) => (Kind::Safe, avoid.as_ref().unwrap_or(&self.recipe)),
+            (Some(target), _) => (Kind::Fair, target.clone()),
+            (None, Some(avoid)) => (Kind::Safe, avoid.clone()),
+            (None, None) => return Err(Error::usage("give what to learn: --target or --avoid")),
         };
-        Task { kind, concept: concept.clone(), neutral: self.neutral.clone().unwrap_or_else(|| "a person".into()) }
+        Ok(Task { kind, concept, neutral: self.neutral.clone().unwrap_or_else(|| "a person".into()) })
     }
 
     fn recipe(&self, task: &Task) -> Result<Recipe> {
@@ -97,7 +98,7 @@ const SAVE_EVERY: Duration = Duration::from_secs(20);
 const SHEET: usize = 8;
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let task = args.task();
+    let task = args.task()?;
     let recipe = args.recipe(&task)?;
     recipe.check()?;
     check_writable(&args.out)?;

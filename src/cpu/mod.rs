@@ -12,6 +12,7 @@ mod simd;
 mod weights;
 
 pub use simd::{Isa, isa};
+pub(crate) use simd::{silu, silu_slope};
 pub use weights::Weights;
 
 use crate::graph::{Graph, Node, Op, Shape, TensorId};
@@ -80,14 +81,15 @@ impl Executor {
         plan.step().for_each(|(node, workspace)| self.run(&plan, node, workspace));
     }
 
-    /// Runs one step, stopping before the first [`Op::Shift`] to let `fill` write its shift from the numbers it shifts.
-    pub fn step_shifting(&mut self, fill: impl FnOnce(&[f32], &mut [f32])) {
+    /// Runs one step, stopping before an [`Op::Shift`] to let `fill` write its shift from the numbers it shifts.
+    pub fn step_shifting(&mut self, fill: impl Fn(&[f32], &mut [f32])) {
         let plan = self.plan.clone();
-        let mut fill = Some(fill);
+        let range = |id| plan.offset(id)..plan.offset(id) + plan.graph().shape(id).len();
         for (node, workspace) in plan.step() {
-            if let (Op::Shift { x, shift }, true) = (&node.op, fill.is_some()) {
-                let memory = Memory { plan: &plan, arena: self.arena.numbers_mut().as_mut_ptr(), workspace };
-                fill.take().into_iter().for_each(|fill| fill(memory.read(*x), memory.write(*shift)));
+            if let Op::Shift { x, shift } = node.op {
+                // A copy, so that one slice may be written while the other is read; the bottleneck is small.
+                let x = self.arena.numbers()[range(x)].to_vec();
+                fill(&x, &mut self.arena.numbers_mut()[range(shift)]);
             }
             self.run(&plan, node, workspace);
         }

@@ -1,5 +1,6 @@
 //! The UNet cut at the bottleneck, on the CPU: one pass down serves several passes up, and gradients flow up there.
 
+use super::Module;
 use crate::Result;
 use crate::cpu::{self, Executor, Weights};
 use crate::engine::UNET_CONSTANTS;
@@ -88,13 +89,18 @@ impl Halves {
         self.down.output("mid")
     }
 
-    /// The bottleneck from which the next way up starts.
-    pub fn start_mut(&mut self) -> &mut [f32] {
-        self.up.input_mut("mid")
-    }
-
-    /// The way up: the prediction.
-    pub fn ascend(&mut self) -> &[f32] {
+    /// The way up, the prediction, from the bottleneck of the last way down, to whose rows from `first` on `modules`
+    /// add.
+    pub fn ascend(&mut self, modules: &[&Module], first: usize) -> &[f32] {
+        let mid = self.down.output("mid");
+        let start = self.up.input_mut("mid");
+        start.copy_from_slice(mid);
+        for module in modules {
+            let one = module.shape().len();
+            for (mid, start) in mid.chunks_exact(one).zip(start.chunks_exact_mut(one)).skip(first) {
+                module.add_to(mid, 1.0, start);
+            }
+        }
         self.up.step();
         self.up.output("sample")
     }

@@ -10,6 +10,7 @@ mod objective;
 mod pickle;
 mod plot;
 mod recipe;
+mod shift;
 mod trainer;
 
 pub use balance::{Group, assign, quotas};
@@ -20,4 +21,5 @@ pub use module::{Form, Module};
 pub use objective::{Adam, Objective, Slope};
 pub use plot::{loss_plot, sheet};
 pub use recipe::{Recipe, Variant};
+pub(crate) use shift::Shift;
 pub use trainer::{Losses, Task, Times, Trainer};

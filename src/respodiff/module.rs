@@ -4,6 +4,7 @@
 //! publish their sizes, so these are ours: `mlp` is two layers at each pixel, `conv` three 3x3 convolutions, both with
 //! [`HIDDEN_DIVISOR`]-fold fewer channels inside, SiLU between, and a last layer that starts at zero.
 
+use crate::cpu::{silu, silu_slope};
 use crate::graph::Shape;
 
 /// Channels of the bottleneck for each channel inside a network.
@@ -198,15 +199,6 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
     }
     lanes.iter().sum()
-}
-
-fn silu(x: f32) -> f32 {
-    x / (1.0 + (-x).exp())
-}
-
-fn silu_slope(x: f32) -> f32 {
-    let sigmoid = 1.0 / (1.0 + (-x).exp());
-    sigmoid * (1.0 + x * (1.0 - sigmoid))
 }
 
 #[cfg(test)]

@@ -3,10 +3,7 @@
 use super::{Halves, Module};
 
 /// Latents at a timestep, already passed down with the neutral prompt. All numbers are NHWC.
-pub struct Objective<'a> {
-    halves: &'a mut Halves,
-    mid: Vec<f32>,
-}
+pub struct Objective<'a>(&'a mut Halves);
 
 /// A loss and its gradient.
 pub struct Slope {
@@ -19,26 +16,17 @@ pub struct Slope {
 impl<'a> Objective<'a> {
     /// For the last way down of `halves`, which must have been made with a gradient.
     pub fn new(halves: &'a mut Halves) -> Self {
-        let mid = halves.mid().to_vec();
-        Objective { halves, mid }
+        Objective(halves)
     }
 
     /// The bottleneck.
     pub fn mid(&self) -> &[f32] {
-        &self.mid
+        self.0.mid()
     }
 
     /// The prediction from the bottleneck with what `modules` add.
     pub fn predict(&mut self, modules: &[&Module]) -> Vec<f32> {
-        let start = self.halves.start_mut();
-        start.copy_from_slice(&self.mid);
-        for module in modules {
-            let one = module.shape().len();
-            for (mid, start) in self.mid.chunks_exact(one).zip(start.chunks_exact_mut(one)) {
-                module.add_to(mid, 1.0, start);
-            }
-        }
-        self.halves.ascend().to_vec()
+        self.0.ascend(modules, 0).to_vec()
     }
 
     /// `mean((g(h + sum of modules) - target)^2)`, and the gradient of `weight` times it.
@@ -51,7 +39,7 @@ impl<'a> Objective<'a> {
         let loss = prediction.iter().zip(target).map(|(p, t)| (*p as f64 - *t as f64).powi(2)).sum::<f64>() / n;
         let seed: Vec<f32> =
             prediction.iter().zip(target).map(|(p, t)| (2.0 * weight / n * (*p as f64 - *t as f64)) as f32).collect();
-        Slope { loss, by_shift: self.halves.gradient(&seed).to_vec() }
+        Slope { loss, by_shift: self.0.gradient(&seed).to_vec() }
     }
 }
 

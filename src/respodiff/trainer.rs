@@ -350,17 +350,7 @@ impl Trainer {
 /// The guided prediction of latents `[n, h, w, c]`: unconditional rows first, the conditional ones shifted by `modules`.
 fn predict(halves: &mut Halves, latents: &[f32], timestep: f32, guidance: f32, modules: &[&Module]) -> Vec<f32> {
     halves.descend(&[latents, latents].concat(), timestep);
-    let mid = halves.mid().to_vec();
-    let start = halves.start_mut();
-    start.copy_from_slice(&mid);
-    let half = mid.len() / 2;
-    for module in modules {
-        let one = module.shape().len();
-        for (mid, start) in mid[half..].chunks_exact(one).zip(start[half..].chunks_exact_mut(one)) {
-            module.add_to(mid, 1.0, start);
-        }
-    }
-    let out = halves.ascend();
+    let out = halves.ascend(modules, halves.mid_shape().n / 2);
     let (without, with) = out.split_at(out.len() / 2);
     without.iter().zip(with).map(|(u, c)| u + guidance * (c - u)).collect()
 }

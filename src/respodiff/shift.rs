@@ -1,0 +1,59 @@
+//! What the concepts of a run's images add to the bottleneck: summed once, but for networks, which follow it.
+
+use super::{Concept, Form, Module};
+use crate::graph::Shape;
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// The shifts of a run's images.
+pub(crate) struct Shift {
+    /// The sum of each image's constants, `[images, h, w, c]`.
+    constant: Vec<f32>,
+    /// Image, module, weight.
+    networks: Vec<(usize, Module, f32)>,
+}
+
+impl Shift {
+    /// Of `lists`, each image's concepts and weights, at a bottleneck of `shape`; images beyond the lists have none.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a weight that is no number, or a concept of another model.
+    pub(crate) fn new(shape: Shape, images: usize, lists: &[Vec<(Arc<Concept>, f32)>]) -> Result<Self> {
+        let mut shift = Shift { constant: vec![0.0; images * shape.len()], networks: Vec::new() };
+        for (image, (list, sum)) in lists.iter().zip(shift.constant.chunks_exact_mut(shape.len())).enumerate() {
+            for (concept, weight) in list {
+                if !weight.is_finite() {
+                    let name = &concept.metadata.concept;
+                    return Err(Error::usage(format!("weight {weight} of `{name}` is no number")));
+                }
+                for module in concept.modules(shape)? {
+                    match module.form() {
+                        Form::Constant => module.add_to(&[], *weight, sum),
+                        _ => shift.networks.push((image, module, *weight)),
+                    }
+                }
+            }
+        }
+        Ok(shift)
+    }
+
+    /// The part that stays the same from step to step, `[images, h, w, c]`.
+    pub(crate) fn constant(&self) -> &[f32] {
+        &self.constant
+    }
+
+    /// Whether that is all of it.
+    pub(crate) fn is_constant(&self) -> bool {
+        self.networks.is_empty()
+    }
+
+    /// All of it, for the bottleneck `mid` of a step's rows, whose last are the images.
+    pub(crate) fn follow(&self, mid: &[f32], out: &mut [f32]) {
+        out.copy_from_slice(&self.constant);
+        let mid = &mid[mid.len() - out.len()..];
+        for (image, module, weight) in &self.networks {
+            let range = image * module.shape().len()..(image + 1) * module.shape().len();
+            module.add_to(&mid[range.clone()], *weight, &mut out[range]);
+        }
+    }
+}
