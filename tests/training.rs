@@ -111,3 +111,49 @@ fn trajectories_of_adam() {
         }
     }
 }
+
+/// Whole trainings: noise, rollouts, targets, both losses and both steps.
+#[test]
+fn trainers_do_what_the_paper_says() {
+    use respodiff::Engine;
+    use respodiff::respodiff::{Kind, Recipe, Task, Trainer};
+    for case in cases("trainer_", 2) {
+        let metadata = case.metadata();
+        let given: serde_json::Value = serde_json::from_str(&metadata["recipe"]).unwrap();
+        let number = |name: &str| given[name].as_f64().unwrap_or_else(|| panic!("{name}"));
+        let kind = if given["kind"] == "fair" { Kind::Fair } else { Kind::Safe };
+        let recipe = Recipe {
+            batch: number("batch") as usize,
+            lr_ram: number("lr_ram"),
+            lr_sam: number("lr_sam"),
+            lambda: number("lambda"),
+            rollout_steps: number("rollout_steps") as usize,
+            latents_per_rollout: number("latents_per_rollout") as usize,
+            target_guidance: number("target_guidance") as f32,
+            timestep_offset: number("timestep_offset") as f32,
+            init: number("init") as f32,
+            ..Recipe::default_for(kind)
+        };
+        let task =
+            Task { kind, concept: given["concept"].as_str().unwrap().into(), neutral: metadata["neutral"].clone() };
+        let folder = support::golden().join("checkpoints").join(&metadata["checkpoint"]);
+        let engine = Engine::open(&Source::folder(folder).unwrap()).unwrap();
+        let size = (metadata["width"].parse().unwrap(), metadata["height"].parse().unwrap());
+        let mut trainer = Trainer::new(&engine, task, recipe, metadata["seed"].parse().unwrap(), size).unwrap();
+        for (i, truth) in case.floats("out.losses").chunks(2).enumerate() {
+            let losses = trainer.iterate().unwrap();
+            for (ours, truth) in [losses.resp, losses.sem].into_iter().zip(truth) {
+                let error = (ours / *truth as f64 - 1.0).abs();
+                assert!(error < 1e-3, "{} iteration {i}: loss {ours} for {truth}", case.name);
+            }
+        }
+        let concept = trainer.concept();
+        for (name, ours) in [("ram", &concept.ram), ("sam", concept.sam.as_ref().unwrap())] {
+            let moved = |to: &[f32]| -> Vec<f32> { to.iter().zip(case.floats(name)).map(|(a, b)| a - b).collect() };
+            let ours = nhwc_to_nchw(&ours.parameters, 1, ours.shape().c);
+            let error = relative_l2(&moved(&ours), &moved(&case.floats(&format!("out.{name}"))));
+            println!("{:20} {name} {error:.1e}", case.name);
+            assert!(error < 1e-3, "{}: {name} moved elsewhere by {error:.2e}", case.name);
+        }
+    }
+}
