@@ -78,8 +78,8 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
         ("vae", "vae decode", vae_decoder(&vae, 1, h, w)),
     ];
     for (component, label, graph) in networks {
-        let plan = Plan::new(graph, &["encoder_hidden_states"], cpu::workspace);
-        println!("{name} {component}: arena {:.1} MiB", plan.arena_len() as f64 / (1 << 18) as f64);
+        let plan = Plan::new(graph, &["encoder_hidden_states"], &cpu::Fp32);
+        println!("{name} {component}: arena {:.1} MiB", plan.arena_bytes() as f64 / (1 << 20) as f64);
         let tensors = source.tensors(component).expect("weights");
         let weights = cpu::Weights::load(plan.graph().weights(), &tensors).expect("weights");
         let mut executor = cpu::Executor::new(Arc::new(plan), weights);

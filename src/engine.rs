@@ -232,7 +232,7 @@ impl Engine {
     /// # Errors
     /// What the tokenizer finds.
     pub(crate) fn states(&self, prompts: &[&str]) -> Result<Vec<f32>> {
-        let plan = Plan::new(text_encoder(&self.0.text.config, prompts.len()), &[], cpu::workspace);
+        let plan = Plan::new(text_encoder(&self.0.text.config, prompts.len()), &[], &cpu::Fp32);
         let mut text = Executor::new(Arc::new(plan), self.0.text.weights.clone());
         self.encode(&mut text, prompts)?;
         Ok(text.output("last_hidden_state").to_vec())
@@ -290,7 +290,7 @@ impl Engine {
     }
 
     fn memory_of(&self, [text, unet, vae]: &[Plan; 3]) -> Memory {
-        let bytes = |plan: &Plan| plan.arena_len() * size_of::<f32>();
+        let bytes = Plan::arena_bytes;
         let parts = &*self.0;
         let weights = parts.text.weights.bytes() + parts.unet.weights.bytes() + parts.vae.weights.bytes();
         Memory { weights, text: bytes(text), unet: bytes(unet), vae: bytes(vae) }
@@ -315,9 +315,9 @@ impl Engine {
         let tokens = self.0.text.config.max_position_embeddings;
         let shifted = if concepts { batch } else { 0 };
         Ok([
-            Plan::new(text_encoder(&self.0.text.config, rows), &[], cpu::workspace),
-            Plan::new(unet(&self.0.unet.config, rows * batch, h, w, tokens, shifted), UNET_CONSTANTS, cpu::workspace),
-            Plan::new(vae_decoder(&self.0.vae.config, 1, h, w), &[], cpu::workspace),
+            Plan::new(text_encoder(&self.0.text.config, rows), &[], &cpu::Fp32),
+            Plan::new(unet(&self.0.unet.config, rows * batch, h, w, tokens, shifted), UNET_CONSTANTS, &cpu::Fp32),
+            Plan::new(vae_decoder(&self.0.vae.config, 1, h, w), &[], &cpu::Fp32),
         ])
     }
 

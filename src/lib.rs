@@ -6,6 +6,7 @@
 #[doc(hidden)]
 pub mod cli;
 pub mod cpu;
+pub mod cuda;
 pub mod diffusion;
 pub mod engine;
 mod error;

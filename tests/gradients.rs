@@ -2,7 +2,7 @@
 
 mod support;
 
-use respodiff::cpu::{Executor, Weights, workspace};
+use respodiff::cpu::{Executor, Fp32, Weights};
 use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape, Sources, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -74,7 +74,7 @@ fn check(
     g.output("y", y);
     let graph = g.finish().with_gradient("y", "x");
     let (folder, by_name) = weights(&graph);
-    let plan = Plan::new(graph, &[], workspace);
+    let plan = Plan::new(graph, &[], &Fp32);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
     let loaded = Weights::load(plan.graph().weights(), &tensors).unwrap();
     let mut executor = Executor::new(Arc::new(plan), loaded);

@@ -52,15 +52,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
 fn report(source: &Source, component: &str, graph: Graph) -> Result<()> {
     let tensors = source.tensors(component)?;
     let parameters = graph.parameters();
-    let plan = Plan::new(graph, UNET_CONSTANTS, cpu::workspace);
+    let plan = Plan::new(graph, UNET_CONSTANTS, &cpu::Fp32);
     let files: Vec<String> =
         tensors.files().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
-    let mib = |numbers: usize| numbers as f64 * 4.0 / (1 << 20) as f64;
+    let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     say(&format!(
         "{component:14} {:>8.2} M parameters, {:>8.1} MiB of weights and {:>8.1} MiB of activations in fp32, {} + {} nodes, {}",
         parameters as f64 / 1e6,
-        mib(parameters),
-        mib(plan.arena_len()),
+        mib(parameters * size_of::<f32>()),
+        mib(plan.arena_bytes()),
         plan.prologue().count(),
         plan.step().count(),
         files.join(" ")

@@ -84,7 +84,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 fn executor(source: &Source, component: &str, graph: Graph) -> Result<Executor> {
-    let plan = Plan::new(graph, UNET_CONSTANTS, cpu::workspace);
+    let plan = Plan::new(graph, UNET_CONSTANTS, &cpu::Fp32);
     let weights = Weights::load(plan.graph().weights(), &source.tensors(component)?)?;
     Ok(Executor::new(Arc::new(plan), weights))
 }

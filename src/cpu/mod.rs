@@ -16,22 +16,39 @@ pub(crate) use simd::{silu, silu_slope};
 pub use weights::Weights;
 
 use crate::graph::{Graph, Node, Op, Shape, TensorId};
-use crate::plan::Plan;
+use crate::plan::{Plan, Storage};
+use std::ops::Range;
 use std::sync::Arc;
 
-/// Elements of scratch memory the CPU wants for a node; pass it to [`Plan::new`].
-pub fn workspace(graph: &Graph, node: &Node) -> usize {
-    match &node.op {
-        Op::Conv(conv) => conv::workspace(|t| graph.shape(t), conv),
-        Op::GroupNorm(norm) => norm::workspace(norm, |t| graph.shape(t)),
-        Op::GroupNormGradient { of, .. } => norm::gradient_workspace(of, |t| graph.shape(t)),
-        Op::Attention(attention) => attention::workspace(attention, |t| graph.shape(t)),
-        Op::AttentionGradient { of, fused, .. } => attention_gradient::workspace(of, *fused, |t| graph.shape(t)),
-        _ => 0,
+/// Activations in fp32: what to make plans with for the CPU.
+pub struct Fp32;
+
+impl Storage for Fp32 {
+    fn tensor(&self, graph: &Graph, id: TensorId) -> usize {
+        graph.shape(id).len() * size_of::<f32>()
+    }
+
+    fn workspace(&self, graph: &Graph, node: &Node) -> usize {
+        let shape = |t| graph.shape(t);
+        let numbers = match &node.op {
+            Op::Conv(conv) => conv::workspace(shape, conv),
+            Op::GroupNorm(norm) => norm::workspace(norm, shape),
+            Op::GroupNormGradient { of, .. } => norm::gradient_workspace(of, shape),
+            Op::Attention(attention) => attention::workspace(attention, shape),
+            Op::AttentionGradient { of, fused, .. } => attention_gradient::workspace(of, *fused, shape),
+            _ => 0,
+        };
+        numbers * size_of::<f32>()
     }
 }
 
-/// A plan with its arena and weights: writes inputs, runs, reads outputs.
+/// Where an activation's numbers lie among the arena's.
+fn range(plan: &Plan, id: TensorId) -> Range<usize> {
+    let start = plan.offset(id) / size_of::<f32>();
+    start..start + plan.graph().shape(id).len()
+}
+
+/// A plan (made with [`Fp32`]) with its arena and weights: writes inputs, runs, reads outputs.
 pub struct Executor {
     plan: Arc<Plan>,
     weights: Arc<Weights>,
@@ -41,7 +58,7 @@ pub struct Executor {
 impl Executor {
     /// Allocates the arena, zeroed. `weights` must have been loaded for the plan's network.
     pub fn new(plan: Arc<Plan>, weights: Arc<Weights>) -> Self {
-        let arena = Arena::new(plan.arena_len());
+        let arena = Arena::new(plan.arena_bytes() / size_of::<f32>());
         Executor { plan, weights, arena }
     }
 
@@ -57,16 +74,13 @@ impl Executor {
 
     /// The named input, NHWC. It keeps its value from run to run.
     pub fn input_mut(&mut self, name: &str) -> &mut [f32] {
-        let id = self.plan.graph().input(name);
-        let (offset, len) = (self.plan.offset(id), self.plan.graph().shape(id).len());
-        &mut self.arena.numbers_mut()[offset..][..len]
+        let range = range(&self.plan, self.plan.graph().input(name));
+        &mut self.arena.numbers_mut()[range]
     }
 
     /// The named output of the last run, NHWC.
     pub fn output(&self, name: &str) -> &[f32] {
-        let id = self.plan.graph().output(name);
-        let (offset, len) = (self.plan.offset(id), self.plan.graph().shape(id).len());
-        &self.arena.numbers()[offset..][..len]
+        &self.arena.numbers()[range(&self.plan, self.plan.graph().output(name))]
     }
 
     /// Runs what depends on constant inputs alone; needed once after they change.
@@ -84,12 +98,11 @@ impl Executor {
     /// Runs one step, stopping before an [`Op::Shift`] to let `fill` write its shift from the numbers it shifts.
     pub fn step_shifting(&mut self, fill: impl Fn(&[f32], &mut [f32])) {
         let plan = self.plan.clone();
-        let range = |id| plan.offset(id)..plan.offset(id) + plan.graph().shape(id).len();
         for (node, workspace) in plan.step() {
             if let Op::Shift { x, shift } = node.op {
                 // A copy, so that one slice may be written while the other is read; the bottleneck is small.
-                let x = self.arena.numbers()[range(x)].to_vec();
-                fill(&x, &mut self.arena.numbers_mut()[range(shift)]);
+                let x = self.arena.numbers()[range(&plan, x)].to_vec();
+                fill(&x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
             }
             self.run(&plan, node, workspace);
         }
@@ -180,20 +193,20 @@ impl Memory<'_> {
     /// An input of the node.
     fn read(&self, id: TensorId) -> &[f32] {
         // SAFETY: the plan keeps the node's inputs, output and workspace apart (tested there), inside the arena.
-        unsafe { std::slice::from_raw_parts(self.arena.add(self.plan.offset(id)), self.shape(id).len()) }
+        unsafe { std::slice::from_raw_parts(self.arena.add(range(self.plan, id).start), self.shape(id).len()) }
     }
 
     /// The node's output; called once a node.
     #[allow(clippy::mut_from_ref)]
     fn write(&self, id: TensorId) -> &mut [f32] {
         // SAFETY: as for `read`; nothing else refers to the output while the node runs.
-        unsafe { std::slice::from_raw_parts_mut(self.arena.add(self.plan.offset(id)), self.shape(id).len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.arena.add(range(self.plan, id).start), self.shape(id).len()) }
     }
 
     /// The node's scratch memory; called once a node.
     #[allow(clippy::mut_from_ref)]
     fn workspace(&self) -> &mut [f32] {
-        let (offset, len) = self.workspace;
+        let (offset, len) = (self.workspace.0 / size_of::<f32>(), self.workspace.1 / size_of::<f32>());
         // SAFETY: as for `write`.
         unsafe { std::slice::from_raw_parts_mut(self.arena.add(offset), len) }
     }

@@ -48,29 +48,7 @@ impl Weights {
 }
 
 fn read(spec: &WeightSpec, tensors: &Tensors) -> Result<Vec<f32>> {
-    let mut all = Vec::new();
-    for (name, &outputs) in spec.names.iter().zip(&spec.outputs) {
-        let part = match spec.kind {
-            WeightKind::Vector => tensors.read(name, &[&[outputs]])?,
-            WeightKind::Table => tensors.read(name, &[&[outputs, spec.width]])?,
-            // A 1x1 convolution and a linear layer are the same matrix.
-            WeightKind::Matrix { kernel: 1, inputs, .. } | WeightKind::Mirrored { kernel: 1, inputs, .. } => {
-                // And so are patches of three channels, taken as they lie.
-                let side = (inputs / 3).isqrt();
-                let patches = [outputs, 3, side, side];
-                let patches: &[usize] = if 3 * side * side == inputs { &patches } else { &[outputs, inputs] };
-                tensors.read(name, &[&[outputs, inputs], &[outputs, inputs, 1, 1], patches])?
-            }
-            WeightKind::Matrix { kernel, inputs, .. } | WeightKind::Mirrored { kernel, inputs, .. } => {
-                tensors.read(name, &[&[outputs, inputs, kernel, kernel]])?
-            }
-        };
-        if spec.names.len() == 1 {
-            all = part;
-        } else {
-            all.extend_from_slice(&part);
-        }
-    }
+    let all = tensors.read_weight(spec)?;
     Ok(match spec.kind {
         WeightKind::Matrix { kernel, inputs, gated } => pack(&all, spec.total_outputs(), inputs, kernel, gated),
         WeightKind::Mirrored { kernel, inputs, wanted } => {

@@ -52,7 +52,7 @@ impl Clip {
         let preprocessor = serde_json::from_str(&source.read_text("preprocessor_config.json")?)
             .map_err(|e| Error::checkpoint(path, format!("not what CLIP's processor reads: {e}")))?;
         let tensors = source.tensors("")?;
-        let plan = Plan::new(vision_encoder(&vision, BATCH), &[], cpu::workspace);
+        let plan = Plan::new(vision_encoder(&vision, BATCH), &[], &cpu::Fp32);
         let weights = Weights::load(plan.graph().weights(), &tensors)?;
         Ok(Clip {
             name: source.name(),
@@ -81,7 +81,7 @@ impl Clip {
     /// # Errors
     /// What the tokenizer finds.
     pub fn texts(&self, texts: &[String]) -> Result<Vec<Vec<f32>>> {
-        let plan = Plan::new(text_encoder(&self.text, 1), &[], cpu::workspace);
+        let plan = Plan::new(text_encoder(&self.text, 1), &[], &cpu::Fp32);
         let mut executor = Executor::new(Arc::new(plan), self.text_weights.clone());
         let embed = |text: &String| -> Result<Vec<f32>> {
             let encoded = self.tokenizer.encode(text)?;

@@ -3,7 +3,7 @@
 //! Greedy by size: the largest first, each into the smallest gap between those already placed that are alive at the
 //! same time (Pisarchyk and Lee, arXiv 2001.03288, "greedy by size for offset calculation").
 
-/// A buffer of `len` elements that is alive from position `first` to `last`, both included.
+/// A buffer of `len` bytes that is alive from position `first` to `last`, both included.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Interval {
     pub len: usize,
@@ -11,8 +11,8 @@ pub(super) struct Interval {
     pub last: usize,
 }
 
-/// Buffers start at multiples of this many elements: 64 bytes of fp32, a cache line and an AVX-512 register.
-const ALIGN: usize = 16;
+/// Buffers start at multiples of this many bytes: two cache lines of a CPU, one of a GPU.
+const ALIGN: usize = 128;
 
 /// Offsets of the buffers and the length of the arena.
 pub(super) fn place(intervals: &[Interval]) -> (Vec<usize>, usize) {

@@ -9,7 +9,16 @@ mod arena;
 use crate::graph::{Graph, Node, TensorId};
 use arena::{Interval, place};
 
-/// A compiled [`Graph`]. Offsets and lengths are in elements.
+/// How an executor stores what flows through a graph.
+pub trait Storage {
+    /// Bytes of an activation.
+    fn tensor(&self, graph: &Graph, id: TensorId) -> usize;
+
+    /// Bytes of scratch memory wanted while a node runs.
+    fn workspace(&self, graph: &Graph, node: &Node) -> usize;
+}
+
+/// A compiled [`Graph`]. Offsets and lengths are in bytes.
 #[derive(Debug)]
 pub struct Plan {
     graph: Graph,
@@ -20,23 +29,22 @@ pub struct Plan {
     backward: usize,
     offsets: Vec<usize>,
     workspaces: Vec<(usize, usize)>,
-    arena_len: usize,
+    arena_bytes: usize,
 }
 
 impl Plan {
     /// Compiles `graph`.
     ///
-    /// `constant` names the inputs that keep their value over many steps. `workspace` says how many elements of
-    /// scratch memory an executor wants for a node.
-    pub fn new(graph: Graph, constant: &[&str], workspace: impl Fn(&Graph, &Node) -> usize) -> Self {
+    /// `constant` names the inputs that keep their value over many steps.
+    pub fn new(graph: Graph, constant: &[&str], storage: &dyn Storage) -> Self {
         let (order, prologue, backward) = phases(&graph, constant);
         let steps = order.len();
         let last = steps.saturating_sub(1);
 
         // Lifetimes in positions of `order`. Inputs and outputs live throughout; so does what the prologue leaves to
         // the steps, since a step runs many times after one prologue.
-        let mut lives: Vec<Interval> =
-            graph.shapes.iter().map(|s| Interval { len: s.len(), first: usize::MAX, last: 0 }).collect();
+        let life = |i| Interval { len: storage.tensor(&graph, TensorId(i)), first: usize::MAX, last: 0 };
+        let mut lives: Vec<Interval> = (0..graph.shapes.len()).map(life).collect();
         for (_, id) in graph.inputs.iter().chain(&graph.outputs) {
             (lives[id.0].first, lives[id.0].last) = (0, last);
         }
@@ -51,12 +59,16 @@ impl Plan {
             }
         }
         for (position, &node) in order.iter().enumerate() {
-            lives.push(Interval { len: workspace(&graph, &graph.nodes[node]), first: position, last: position });
+            lives.push(Interval {
+                len: storage.workspace(&graph, &graph.nodes[node]),
+                first: position,
+                last: position,
+            });
         }
-        let (offsets, arena_len) = place(&lives);
+        let (offsets, arena_bytes) = place(&lives);
         let workspaces = (0..steps).map(|i| (offsets[graph.shapes.len() + i], lives[graph.shapes.len() + i].len));
         let workspaces = workspaces.collect();
-        Plan { order, prologue, backward, offsets, workspaces, arena_len, graph }
+        Plan { order, prologue, backward, offsets, workspaces, arena_bytes, graph }
     }
 
     /// The graph it was made of.
@@ -64,9 +76,9 @@ impl Plan {
         &self.graph
     }
 
-    /// Elements of the arena: all memory a run needs beside the weights.
-    pub fn arena_len(&self) -> usize {
-        self.arena_len
+    /// Size of the arena: all memory a run needs beside the weights.
+    pub fn arena_bytes(&self) -> usize {
+        self.arena_bytes
     }
 
     /// Where an activation lies in the arena.
@@ -142,7 +154,17 @@ mod tests {
             h = b.conv(&format!("u{i}"), sources, 48, ConvOptions::conv3x3());
         }
         b.output("h", h);
-        let plan = Plan::new(b.finish(), &["fixed"], |_, node| if node.name == "c3" { 1000 } else { 0 });
+        struct Bytes;
+        impl Storage for Bytes {
+            fn tensor(&self, graph: &Graph, id: TensorId) -> usize {
+                graph.shape(id).len()
+            }
+
+            fn workspace(&self, _: &Graph, node: &Node) -> usize {
+                if node.name == "c3" { 1000 } else { 0 }
+            }
+        }
+        let plan = Plan::new(b.finish(), &["fixed"], &Bytes);
         assert_eq!(plan.prologue().count(), 1);
 
         let graph = plan.graph();
@@ -159,7 +181,7 @@ mod tests {
         let span = |id: TensorId| plan.offset(id)..plan.offset(id) + graph.shape(id).len();
         let overlap = |a: &std::ops::Range<usize>, b: &std::ops::Range<usize>| a.start < b.end && b.start < a.end;
         for a in (0..graph.shapes.len()).map(TensorId) {
-            assert!(span(a).end <= plan.arena_len());
+            assert!(span(a).end <= plan.arena_bytes());
             for b in (0..a.0).map(TensorId) {
                 let ((f1, l1), (f2, l2)) = (life(a), life(b));
                 if f1 <= l2 && f2 <= l1 {
@@ -172,6 +194,6 @@ mod tests {
             }
         }
         let total: usize = graph.shapes.iter().map(|s| s.len()).sum();
-        assert!(plan.arena_len() < total, "lifetimes save nothing: {} of {total}", plan.arena_len());
+        assert!(plan.arena_bytes() < total, "lifetimes save nothing: {} of {total}", plan.arena_bytes());
     }
 }

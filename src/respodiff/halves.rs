@@ -35,7 +35,7 @@ impl Halves {
         let up = if gradient { up.with_gradient("sample", "mid") } else { up };
         let passed = down.outputs().filter(|&name| name != "mid").map(str::to_string).collect();
         let executor = |graph: Graph| -> Result<Executor> {
-            let plan = Plan::new(graph, UNET_CONSTANTS, cpu::workspace);
+            let plan = Plan::new(graph, UNET_CONSTANTS, &cpu::Fp32);
             let weights = Weights::load_beside(plan.graph().weights(), tensors, beside)?;
             Ok(Executor::new(Arc::new(plan), weights))
         };
@@ -49,7 +49,7 @@ impl Halves {
 
     /// Bytes of both arenas.
     pub fn arena_bytes(&self) -> usize {
-        (self.down.plan().arena_len() + self.up.plan().arena_len()) * size_of::<f32>()
+        self.down.plan().arena_bytes() + self.up.plan().arena_bytes()
     }
 
     /// Shape of the bottleneck.

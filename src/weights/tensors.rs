@@ -1,6 +1,7 @@
 //! The safetensors files of one component, mapped into memory and never read whole.
 
 use super::{Source, inside};
+use crate::graph::{WeightKind, WeightSpec};
 use crate::{Error, Result};
 use half::{bf16, f16};
 use memmap2::Mmap;
@@ -145,6 +146,37 @@ impl Tensors {
             }
         }
         Ok(hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// The tensors of a weight in fp32, one after the other as it lists them.
+    ///
+    /// # Errors
+    /// As [`Tensors::read`].
+    pub fn read_weight(&self, spec: &WeightSpec) -> Result<Vec<f32>> {
+        let mut all = Vec::new();
+        for (name, &outputs) in spec.names.iter().zip(&spec.outputs) {
+            let part = match spec.kind {
+                WeightKind::Vector => self.read(name, &[&[outputs]])?,
+                WeightKind::Table => self.read(name, &[&[outputs, spec.width]])?,
+                // A 1x1 convolution and a linear layer are the same matrix.
+                WeightKind::Matrix { kernel: 1, inputs, .. } | WeightKind::Mirrored { kernel: 1, inputs, .. } => {
+                    // And so are patches of three channels, taken as they lie.
+                    let side = (inputs / 3).isqrt();
+                    let patches = [outputs, 3, side, side];
+                    let patches: &[usize] = if 3 * side * side == inputs { &patches } else { &[outputs, inputs] };
+                    self.read(name, &[&[outputs, inputs], &[outputs, inputs, 1, 1], patches])?
+                }
+                WeightKind::Matrix { kernel, inputs, .. } | WeightKind::Mirrored { kernel, inputs, .. } => {
+                    self.read(name, &[&[outputs, inputs, kernel, kernel]])?
+                }
+            };
+            if spec.names.len() == 1 {
+                all = part;
+            } else {
+                all.extend_from_slice(&part);
+            }
+        }
+        Ok(all)
     }
 
     /// The tensor in fp32, row-major, whose shape must be one of `shapes`.

@@ -65,7 +65,7 @@ impl Case {
 pub fn run(graph: Graph, tensors: &Tensors, inputs: &HashMap<&str, Vec<f32>>) -> HashMap<String, Vec<f32>> {
     let names = ["last_hidden_state", "penultimate_hidden_state", "text_embeds", "sample", "mid", "image", "moments"];
     let outputs: Vec<&str> = names.into_iter().filter(|n| graph.find_output(n).is_some()).collect();
-    let plan = Plan::new(graph, &["encoder_hidden_states", "text_embeds", "time_ids"], cpu::workspace);
+    let plan = Plan::new(graph, &["encoder_hidden_states", "text_embeds", "time_ids"], &cpu::Fp32);
     let weights = cpu::Weights::load(plan.graph().weights(), tensors).expect("weights");
     let mut executor = cpu::Executor::new(Arc::new(plan), weights);
     for (name, values) in inputs {

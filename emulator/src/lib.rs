@@ -1,0 +1,224 @@
+//! Runs CUDA kernels on the CPU, more harshly than a GPU would.
+//!
+//! The threads of a block are fibers. Asynchronous copies and matrix products land at the earliest or the latest moment
+//! that is legal, their destinations poisoned until then; every plain load and store is checked for bounds, alignment and
+//! races. What a kernel gets away with on hardware, it does not get away with here.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+
+/// In which order ready threads run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Round robin over warps.
+    Ordered = 0,
+    /// Any thread that is ready.
+    Random = 1,
+    /// Warps with random priorities, sometimes dealt anew: one runs as far ahead as the barriers let it.
+    Priority = 2,
+}
+
+/// When asynchronous results land.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Landing {
+    /// At once.
+    Eager = 0,
+    /// When somebody waits for them.
+    Lazy = 1,
+    /// In between.
+    Random = 2,
+}
+
+/// How a launch is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Schedule {
+    /// Of everything random.
+    pub seed: u64,
+    /// Order of threads.
+    pub order: Order,
+    /// Landing of asynchronous results.
+    pub landing: Landing,
+    /// Blocks that run at the same time, for kernels whose blocks wait for each other.
+    pub resident: u32,
+    /// Whether races are looked for; three to five times slower.
+    pub races: bool,
+}
+
+impl Schedule {
+    /// The fastest: nothing hostile but poison and bounds.
+    pub const QUICK: Schedule =
+        Schedule { seed: 1, order: Order::Ordered, landing: Landing::Lazy, resident: 1, races: false };
+
+    /// The five a kernel has to pass.
+    pub fn hostile(seed: u64) -> [Schedule; 5] {
+        let of = |order, landing, races| Schedule { seed, order, landing, resident: 1, races };
+        [
+            of(Order::Ordered, Landing::Eager, false),
+            of(Order::Ordered, Landing::Lazy, false),
+            of(Order::Priority, Landing::Eager, false),
+            of(Order::Priority, Landing::Lazy, false),
+            of(Order::Ordered, Landing::Lazy, true),
+        ]
+    }
+}
+
+/// What a kernel did wrong: where, and what it should have waited for.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Fault(pub String);
+
+/// What a launch did, for tests of the emulator and of kernels' shapes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Switches between threads.
+    pub switches: u64,
+    /// Collective operations of warps.
+    pub collectives: u64,
+    /// mma.sync instructions.
+    pub mma: u64,
+    /// wgmma instructions.
+    pub wgmma: u64,
+    /// Bytes by TMA.
+    pub tma_bytes: u64,
+    /// Asynchronous operations.
+    pub asynchronous: u64,
+    /// Barriers passed.
+    pub barriers: u64,
+    /// Blocks run.
+    pub blocks: u64,
+    /// ldmatrix phases, and those beyond one a row of eight: bank conflicts.
+    pub ldmatrix_phases: u64,
+    /// See `ldmatrix_phases`.
+    pub ldmatrix_conflicts: u64,
+}
+
+#[repr(C)]
+struct Config {
+    seed: u64,
+    order: c_int,
+    landing: c_int,
+    resident: c_int,
+    races: c_int,
+}
+
+unsafe extern "C" {
+    fn emu_malloc(bytes: usize) -> *mut c_void;
+    fn emu_free(memory: *mut c_void);
+    fn emu_launch(
+        name: *const c_char,
+        gx: u32,
+        gy: u32,
+        gz: u32,
+        bx: u32,
+        by: u32,
+        bz: u32,
+        shared: u32,
+        args: *mut *mut c_void,
+        config: *const Config,
+        counters: *mut Counters,
+        error: *mut c_char,
+        error_len: usize,
+    ) -> c_int;
+}
+
+/// Global memory, its end against a guard page; poisoned (all ones, NaN) when new.
+pub struct Memory {
+    start: *mut c_void,
+    bytes: usize,
+}
+
+// SAFETY: plain memory; launches that use it are `unsafe`.
+unsafe impl Send for Memory {}
+// SAFETY: likewise.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Poisoned memory.
+    pub fn new(bytes: usize) -> Self {
+        // SAFETY: any size is fine; freed once, in `drop`.
+        Memory { start: unsafe { emu_malloc(bytes.max(1)) }, bytes }
+    }
+
+    /// Where it begins, as a kernel's pointer.
+    pub fn address(&self) -> u64 {
+        self.start as u64
+    }
+
+    /// Its size.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: made by `emu_malloc`.
+        unsafe { emu_free(self.start) }
+    }
+}
+
+/// Runs a kernel that takes one structure by value.
+///
+/// # Safety
+/// `params` is what the kernel of that name expects; the memory it points to is alive and used by nobody else.
+///
+/// # Errors
+/// The first fault found; results are then worthless.
+pub unsafe fn launch(
+    kernel: &str,
+    grid: [u32; 3],
+    block: u32,
+    shared: u32,
+    params: &[u8],
+    schedule: &Schedule,
+) -> Result<Counters, Fault> {
+    let name = CString::new(kernel).map_err(|_| Fault("a kernel's name holds a zero".into()))?;
+    let config = Config {
+        seed: schedule.seed,
+        order: schedule.order as c_int,
+        landing: schedule.landing as c_int,
+        resident: schedule.resident as c_int,
+        races: c_int::from(schedule.races),
+    };
+    // Parameters may ask for 64-byte alignment (tensor maps).
+    #[repr(C, align(64))]
+    #[derive(Clone, Copy)]
+    struct Line([u8; 64]);
+    let mut aligned = vec![Line([0; 64]); params.len().div_ceil(64).max(1)];
+    // SAFETY: as many bytes as there are.
+    unsafe { std::ptr::copy_nonoverlapping(params.as_ptr(), aligned.as_mut_ptr().cast(), params.len()) };
+    let mut args = [aligned.as_mut_ptr().cast::<c_void>()];
+    let mut counters = Counters::default();
+    let mut error = vec![0 as c_char; 4096];
+    // SAFETY: pointers to live locals; the rest is the caller's promise.
+    let code = unsafe {
+        let [x, y, z] = grid;
+        let (config, counters) = (&raw const config, &raw mut counters);
+        emu_launch(
+            name.as_ptr(),
+            x,
+            y,
+            z,
+            block,
+            1,
+            1,
+            shared,
+            args.as_mut_ptr(),
+            config,
+            counters,
+            error.as_mut_ptr(),
+            error.len(),
+        )
+    };
+    if code == 0 {
+        return Ok(counters);
+    }
+    // SAFETY: the runtime ends it with a zero.
+    let text = unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy().into_owned();
+    Err(Fault(format!("{kernel}: {text}")))
+}

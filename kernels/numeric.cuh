@@ -1,0 +1,52 @@
+// Vectors of eight halves, conversions that never overflow to infinity, and sums over a warp or block.
+#pragma once
+#include "ptx.cuh"
+
+// fp16's greatest finite number. What lies beyond is stored as it: an image may clip, but never becomes NaN.
+constexpr float HALF_MAX = 65504.0f;
+
+__device__ __forceinline__ __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -HALF_MAX), HALF_MAX)); }
+
+// 16 bytes: what one thread moves at a time.
+struct __align__(16) Half8 {
+    __half2 pairs[4];
+};
+
+__device__ __forceinline__ void unpack(const Half8& v, float (&x)[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 f = __half22float2(v.pairs[i]);
+        x[2 * i] = f.x;
+        x[2 * i + 1] = f.y;
+    }
+}
+
+__device__ __forceinline__ Half8 pack(const float (&x)[8]) {
+    Half8 v;
+#pragma unroll
+    for (int i = 0; i < 4; i++) v.pairs[i] = __halves2half2(to_half(x[2 * i]), to_half(x[2 * i + 1]));
+    return v;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
+__device__ __forceinline__ float quick_gelu(float x) { return x * sigmoid(1.702f * x); }
+
+// graph::Activation, in its order.
+enum Activation { NONE, SILU, GELU, QUICK_GELU, GEGLU };
+
+__device__ __forceinline__ float activation_of(float x, int activation) {
+    switch (activation) {
+        case SILU: return silu(x);
+        case GELU: return gelu(x);
+        case QUICK_GELU: return quick_gelu(x);
+        default: return x;
+    }
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}

@@ -1,0 +1,192 @@
+//! What a plan needs of a machine that runs the kernels: memory, copies, launches, and lists of launches replayed as one.
+
+use crate::Result;
+use std::sync::Arc;
+
+/// What decides tiles and splits; a plan for one device can be made on another machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Compute capability, 80 for 8.0.
+    pub capability: u32,
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of shared memory that one block may ask for.
+    pub shared: u32,
+}
+
+impl Limits {
+    /// An A100's.
+    pub const A100: Limits = Limits { capability: 80, multiprocessors: 108, shared: 163 << 10 };
+    /// An H100 SXM's or H200's.
+    pub const H100: Limits = Limits { capability: 90, multiprocessors: 132, shared: 227 << 10 };
+}
+
+/// One kernel over a grid of blocks. Every kernel takes one structure by value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Launch {
+    /// The kernel's name in `kernels/`.
+    pub kernel: &'static str,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+    /// The bytes of the kernel's structure.
+    pub params: Box<[u8]>,
+}
+
+impl Launch {
+    /// A launch with `params`, the mirror of the kernel's structure.
+    pub fn new(
+        kernel: &'static str,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        params: &impl bytemuck::NoUninit,
+    ) -> Self {
+        let params = bytemuck::bytes_of(params).into();
+        Launch { kernel, grid: grid.map(|n| n as u32), block: block as u32, shared: shared as u32, params }
+    }
+}
+
+/// A machine that runs kernels: a GPU or the emulator. Work is done in the order in which it was given.
+pub trait Device: Send + Sync {
+    /// Its name.
+    fn name(&self) -> String;
+
+    /// What it offers.
+    fn limits(&self) -> Limits;
+
+    /// Takes memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if there is not enough.
+    fn allocate(&self, bytes: usize) -> Result<u64>;
+
+    /// Gives memory back.
+    ///
+    /// # Safety
+    /// `address` came from [`Device::allocate`] and is not used again.
+    unsafe fn free(&self, address: u64);
+
+    /// Copies to the device; `bytes` may be reused at once.
+    ///
+    /// # Safety
+    /// The memory at `address` is as long and belongs to the caller.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word.
+    unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()>;
+
+    /// Copies from the device, after all work given before.
+    ///
+    /// # Safety
+    /// As for [`Device::upload`].
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word, also about work given before.
+    unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
+
+    /// Runs kernels one after the other.
+    ///
+    /// # Safety
+    /// The structures' pointers are valid for what the kernels do with them.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`]: an unknown kernel, or a fault.
+    unsafe fn run(&self, launches: &[Launch]) -> Result<()>;
+
+    /// Prepares launches for being run many times at little cost.
+    ///
+    /// # Safety
+    /// As for [`Device::run`], whenever the recording is replayed.
+    ///
+    /// # Errors
+    /// As for [`Device::run`].
+    unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>>;
+}
+
+/// Launches that were prepared; see [`Device::record`].
+pub trait Recording: Send {
+    /// Runs them.
+    ///
+    /// # Errors
+    /// As for [`Device::run`].
+    fn replay(&self) -> Result<()>;
+}
+
+/// Memory on a device.
+pub struct Buffer {
+    device: Arc<dyn Device>,
+    address: u64,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Takes memory; what it holds is not defined.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if there is not enough.
+    pub fn new(device: &Arc<dyn Device>, bytes: usize) -> Result<Self> {
+        Ok(Buffer { address: device.allocate(bytes)?, device: device.clone(), bytes })
+    }
+
+    /// Takes memory and fills it.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if there is not enough.
+    pub fn from_bytes(device: &Arc<dyn Device>, bytes: &[u8]) -> Result<Self> {
+        let buffer = Self::new(device, bytes.len())?;
+        buffer.write(0, bytes)?;
+        Ok(buffer)
+    }
+
+    /// Where it begins.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Its size in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Copies `bytes` to `offset`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
+        assert!(offset + bytes.len() <= self.bytes);
+        // SAFETY: inside this buffer.
+        unsafe { self.device.upload(self.address + offset as u64, bytes) }
+    }
+
+    /// Copies from `offset`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word, also about work given before.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    pub fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
+        assert!(offset + bytes.len() <= self.bytes);
+        // SAFETY: inside this buffer.
+        unsafe { self.device.download(self.address + offset as u64, bytes) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: from `allocate`, and gone with this.
+        unsafe { self.device.free(self.address) }
+    }
+}

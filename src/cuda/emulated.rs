@@ -1,0 +1,79 @@
+//! The emulator as a device: every launch of the engine, on the CPU, under a hostile schedule.
+
+use super::device::{Device, Launch, Limits, Recording};
+use crate::{Error, Result};
+use respodiff_emulated_kernels::{Memory, Schedule, launch};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+/// Runs kernels on the CPU; pretends to be a GPU of given limits.
+pub struct Emulated {
+    limits: Limits,
+    schedule: Schedule,
+    memory: Mutex<HashMap<u64, Memory>>,
+}
+
+impl Emulated {
+    /// A device of `limits` whose launches all run under `schedule`.
+    pub fn new(limits: Limits, schedule: Schedule) -> Arc<dyn Device> {
+        Arc::new(Emulated { limits, schedule, memory: Mutex::default() })
+    }
+}
+
+impl Device for Emulated {
+    fn name(&self) -> String {
+        "emulated".into()
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64> {
+        let memory = Memory::new(bytes);
+        let address = memory.address();
+        self.memory.lock().unwrap_or_else(|e| e.into_inner()).insert(address, memory);
+        Ok(address)
+    }
+
+    unsafe fn free(&self, address: u64) {
+        self.memory.lock().unwrap_or_else(|e| e.into_inner()).remove(&address);
+    }
+
+    unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        // SAFETY: the caller's promise; emulated memory is the host's.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    unsafe fn run(&self, launches: &[Launch]) -> Result<()> {
+        for Launch { kernel, grid, block, shared, params } in launches {
+            // SAFETY: the caller's promise.
+            let outcome = unsafe { launch(kernel, *grid, *block, *shared, params, &self.schedule) };
+            outcome.map_err(|fault| Error::Device(fault.to_string()))?;
+        }
+        Ok(())
+    }
+
+    unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>> {
+        Ok(Box::new(Recorded { device: self, launches: launches.to_vec() }))
+    }
+}
+
+struct Recorded {
+    device: Arc<Emulated>,
+    launches: Vec<Launch>,
+}
+
+impl Recording for Recorded {
+    fn replay(&self) -> Result<()> {
+        // SAFETY: promised when it was recorded.
+        unsafe { self.device.run(&self.launches) }
+    }
+}

@@ -1,0 +1,119 @@
+//! The CUDA executor: plans as lists of launches of the kernels in `kernels/`, on a GPU or on the emulator.
+//!
+//! One file an op family, of the same name as its kernels. fp16 storage, fp32 accumulation, NHWC.
+//!
+//! Sums never depend on the batch: whatever decides the order in which numbers are added (splits of a depth, tiles of
+//! keys, stretches of pixels) is a function of one image's shape. So an image is the same bits alone or among others.
+
+mod attention;
+mod conv;
+mod device;
+mod elementwise;
+#[cfg(feature = "emulated")]
+mod emulated;
+mod norm;
+mod program;
+mod weights;
+
+pub use device::{Buffer, Device, Launch, Limits, Recording};
+#[cfg(feature = "emulated")]
+pub use emulated::Emulated;
+pub use program::Element;
+pub use weights::Weights;
+
+use crate::Result;
+use crate::graph::{Graph, Node, TensorId};
+use crate::plan::{Plan, Storage};
+use half::f16;
+use program::Program;
+use std::sync::Arc;
+
+impl Storage for Limits {
+    fn tensor(&self, graph: &Graph, id: TensorId) -> usize {
+        graph.shape(id).len() * Element::of(graph, id).bytes()
+    }
+
+    fn workspace(&self, graph: &Graph, node: &Node) -> usize {
+        program::workspace(graph, node, *self)
+    }
+}
+
+/// A plan on a device with its arena and weights: writes inputs, runs, reads outputs.
+pub struct Executor {
+    plan: Arc<Plan>,
+    /// Kept alive: the launches point into it.
+    _weights: Arc<Weights>,
+    device: Arc<dyn Device>,
+    arena: Buffer,
+    prologue: Vec<Launch>,
+    step: Box<dyn Recording>,
+}
+
+impl Executor {
+    /// Allocates the arena and prepares the launches. `plan` was made with the device's [`Limits`] as storage, `weights`
+    /// loaded for the plan's network.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] when memory is short or an operation has no kernel.
+    pub fn new(device: &Arc<dyn Device>, plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
+        let arena = Buffer::from_bytes(device, &vec![0; plan.arena_bytes()])?;
+        let program = Program::new(&plan, &weights, device.limits(), arena.address())?;
+        // SAFETY: the launches read and write the arena and read the weights, both of which live as long as `self`.
+        let step = unsafe { device.clone().record(&program.step)? };
+        Ok(Executor { plan, _weights: weights, device: device.clone(), arena, prologue: program.prologue, step })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Writes the named input, NHWC. It keeps its value from run to run.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word.
+    pub fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        let graph = self.plan.graph();
+        let id = graph.input(name);
+        assert_eq!(values.len(), graph.shape(id).len(), "input `{name}`");
+        match Element::of(graph, id) {
+            Element::F32 => self.arena.write(self.plan.offset(id), bytemuck::cast_slice(values)),
+            Element::F16 => {
+                let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
+                self.arena.write(self.plan.offset(id), bytemuck::cast_slice(&halves))
+            }
+        }
+    }
+
+    /// Reads the named output of the last run, NHWC.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`]: the driver's word, also about the run.
+    pub fn read(&self, name: &str) -> Result<Vec<f32>> {
+        let graph = self.plan.graph();
+        let id = graph.output(name);
+        let mut bytes = vec![0; graph.shape(id).len() * Element::of(graph, id).bytes()];
+        self.arena.read(self.plan.offset(id), &mut bytes)?;
+        Ok(match Element::of(graph, id) {
+            Element::F32 => bytemuck::pod_collect_to_vec(&bytes),
+            Element::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        })
+    }
+
+    /// Runs what depends on constant inputs alone; needed once after they change.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word, or the emulator's about a faulty kernel.
+    pub fn prologue(&mut self) -> Result<()> {
+        // SAFETY: as in `new`.
+        unsafe { self.device.run(&self.prologue) }
+    }
+
+    /// Runs one step.
+    ///
+    /// # Errors
+    /// As for [`Executor::prologue`].
+    pub fn step(&mut self) -> Result<()> {
+        self.step.replay()
+    }
+}

@@ -1,0 +1,131 @@
+//! A plan as lists of kernel launches: what each node becomes, and how its activations are stored.
+
+use super::device::{Launch, Limits};
+use super::weights::Weights;
+use super::{attention, conv, elementwise, norm};
+use crate::graph::{Activation, Graph, Node, Op, Shape, TensorId, WeightId};
+use crate::plan::Plan;
+use crate::{Error, Result};
+
+/// How an activation is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// What flows between layers.
+    F16,
+    /// Indices and timesteps, which are exact, and what a network ends in.
+    F32,
+}
+
+impl Element {
+    /// How `graph` stores an activation: fp16, but for numbers that are no activations (token ids, indices, timesteps) and
+    /// for results of a last matrix product, whose rounding guidance would multiply.
+    pub fn of(graph: &Graph, id: TensorId) -> Self {
+        let reads = |node: &Node| node.op.inputs().any(|input| input == id);
+        let exact = |node: &Node| match node.op {
+            Op::Embed { ids, .. } => ids == id,
+            Op::Sinusoid { x, .. } => x == id,
+            Op::SelectToken { index, .. } => index == id,
+            _ => false,
+        };
+        let last = |node: &Node| node.output == id && matches!(node.op, Op::Conv(_));
+        let nodes = graph.nodes();
+        if nodes.iter().any(exact) || (nodes.iter().any(last) && !nodes.iter().any(reads)) {
+            Element::F32
+        } else {
+            Element::F16
+        }
+    }
+
+    /// Bytes of one number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Element::F16 => 2,
+            Element::F32 => 4,
+        }
+    }
+}
+
+/// What the launches of one node are made from.
+pub(super) struct Site<'a> {
+    pub limits: Limits,
+    plan: &'a Plan,
+    weights: &'a Weights,
+    arena: u64,
+    workspace: (usize, usize),
+}
+
+impl Site<'_> {
+    pub fn graph(&self) -> &Graph {
+        self.plan.graph()
+    }
+
+    pub fn shape(&self, id: TensorId) -> Shape {
+        self.graph().shape(id)
+    }
+
+    /// Where an activation lies.
+    pub fn address(&self, id: TensorId) -> u64 {
+        self.arena + self.plan.offset(id) as u64
+    }
+
+    /// Where an activation lies that may be missing: 0 then.
+    pub fn optional(&self, id: Option<TensorId>) -> u64 {
+        id.map_or(0, |id| self.address(id))
+    }
+
+    pub fn element(&self, id: TensorId) -> Element {
+        Element::of(self.graph(), id)
+    }
+
+    pub fn weight(&self, id: WeightId) -> u64 {
+        self.weights.address(id)
+    }
+
+    /// The node's scratch memory: as many bytes as its family's `workspace` said.
+    pub fn workspace(&self) -> u64 {
+        self.arena + self.workspace.0 as u64
+    }
+}
+
+/// The launches of a plan's phases.
+pub(super) struct Program {
+    pub prologue: Vec<Launch>,
+    pub step: Vec<Launch>,
+}
+
+impl Program {
+    /// # Errors
+    /// [`Error::Device`] for an operation that has no kernel.
+    pub fn new(plan: &Plan, weights: &Weights, limits: Limits, arena: u64) -> Result<Self> {
+        let lower = |nodes: &mut dyn Iterator<Item = (&Node, (usize, usize))>| {
+            let mut launches = Vec::new();
+            for (node, workspace) in nodes {
+                let site = Site { limits, plan, weights, arena, workspace };
+                lower(node, &site, &mut launches)?;
+            }
+            Ok::<_, Error>(launches)
+        };
+        Ok(Program { prologue: lower(&mut plan.prologue())?, step: lower(&mut plan.step())? })
+    }
+}
+
+fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
+    let out = node.output;
+    match node.op {
+        Op::Activate { x, activation } if activation != Activation::Geglu => {
+            launches.push(elementwise::activate(x, activation, out, site));
+        }
+        _ => {
+            return Err(Error::Device(format!("{}: this operation runs on the CPU only; use --device cpu", node.name)));
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of scratch memory that a node's kernels want.
+pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
+    let _ = (graph, limits);
+    match &node.op {
+        _ => 0,
+    }
+}

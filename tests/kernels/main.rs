@@ -1,0 +1,174 @@
+//! Every kernel, through the launches the engine makes of a graph, against plain f64 loops: on the emulator under hostile
+//! schedules, or with RESPODIFF_TEST_DEVICE=cuda on a GPU.
+//!
+//! Tolerances are a rule: twice the error of the same loops with every intermediate result rounded to fp16, and a floor.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod elementwise;
+
+use half::f16;
+use respodiff::cuda::{Device, Emulated, Executor, Limits, Weights};
+use respodiff::graph::{Graph, GraphBuilder, Shape, TensorId, WeightKind};
+use respodiff::plan::Plan;
+use respodiff::weights::Source;
+use respodiff_emulated_kernels::Schedule;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+pub type Numbers = Vec<f64>;
+
+/// What a plain loop does with its intermediate results: nothing, or rounding to fp16.
+pub type Round = fn(f64) -> f64;
+
+/// The nearest fp16 number, at most its greatest.
+pub fn to_half(x: f64) -> f64 {
+    f16::from_f64(x.clamp(-65504.0, 65504.0)).to_f64()
+}
+
+/// Seeded fp16 numbers in -1..1.
+pub fn random(len: usize, seed: u64) -> Numbers {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        to_half((state >> 40) as f64 / (1u64 << 23) as f64 - 1.0)
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// The devices a kernel is tested on.
+pub fn devices() -> Vec<(String, Arc<dyn Device>)> {
+    let emulated = |schedule: Schedule| (format!("{schedule:?}"), Emulated::new(Limits::A100, schedule));
+    Schedule::hostile(7).map(emulated).into()
+}
+
+/// A graph's weights: fp16 numbers, of a size that keeps sums near 1.
+fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut by_name = HashMap::new();
+    let mut tensors = Vec::new();
+    for spec in graph.weights() {
+        for (name, &outputs) in spec.names.iter().zip(&spec.outputs) {
+            let scale = 1.0 / (spec.width as f64).sqrt();
+            let seed = 77 + name.len() as u64 * 13 + outputs as u64;
+            let numbers: Numbers = random(outputs * spec.width, seed).iter().map(|x| to_half(x * scale)).collect();
+            let shape = match spec.kind {
+                WeightKind::Matrix { kernel, inputs, .. } | WeightKind::Mirrored { kernel, inputs, .. } => {
+                    vec![outputs, inputs, kernel, kernel]
+                }
+                WeightKind::Table => vec![outputs, spec.width],
+                WeightKind::Vector => vec![outputs],
+            };
+            let bytes: Vec<u8> = numbers.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
+            tensors.push((name.clone(), shape, bytes));
+            by_name.insert(name.clone(), numbers);
+        }
+    }
+    let view =
+        |shape: &Vec<usize>, bytes| safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+    let views = tensors.iter().map(|(name, shape, bytes)| (name, view(shape, bytes).unwrap()));
+    std::fs::create_dir(folder.path().join("unet")).unwrap();
+    std::fs::write(folder.path().join("unet/config.json"), "{}").unwrap();
+    let bytes = safetensors::serialize(views, None).unwrap();
+    std::fs::write(folder.path().join("unet/diffusion_pytorch_model.safetensors"), bytes).unwrap();
+    (folder, by_name)
+}
+
+/// What a plain loop computes from: the inputs in the order of their shapes, and the weights by name.
+pub struct Given {
+    pub inputs: Vec<Numbers>,
+    pub weights: HashMap<String, Numbers>,
+}
+
+/// Builds a graph whose inputs have `shapes` and random contents, runs it on every device, and compares its output with
+/// `plain`. All devices must agree bit for bit.
+pub fn check(
+    label: &str,
+    shapes: &[Shape],
+    build: impl FnOnce(&mut GraphBuilder, &[TensorId]) -> TensorId,
+    plain: impl Fn(&Given, Round) -> Numbers,
+) {
+    let inputs = shapes.iter().enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64)).collect();
+    check_with(label, shapes, inputs, build, plain);
+}
+
+/// The same with given inputs, which fp16 can hold.
+pub fn check_with(
+    label: &str,
+    shapes: &[Shape],
+    inputs: Vec<Numbers>,
+    build: impl FnOnce(&mut GraphBuilder, &[TensorId]) -> TensorId,
+    plain: impl Fn(&Given, Round) -> Numbers,
+) {
+    let mut g = GraphBuilder::new();
+    let names: Vec<String> = (0..shapes.len()).map(|i| format!("input{i}")).collect();
+    let ids: Vec<TensorId> = names.iter().zip(shapes).map(|(name, &shape)| g.input(name, shape)).collect();
+    let out = build(&mut g, &ids);
+    g.output("out", out);
+    let graph = g.finish();
+    let (folder, by_name) = weights(&graph);
+    let given = Given { inputs, weights: by_name };
+    let truth = plain(&given, |x| x);
+    let naive = plain(&given, to_half);
+    let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
+    let mut first: Option<Vec<f32>> = None;
+    for (device_label, device) in devices() {
+        let plan = Arc::new(Plan::new(graph.clone(), &[], &device.limits()));
+        let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
+        let mut executor = Executor::new(&device, plan, weights).unwrap();
+        for (name, values) in names.iter().zip(&given.inputs) {
+            let values: Vec<f32> = values.iter().map(|&x| x as f32).collect();
+            executor.write(name, &values).unwrap();
+        }
+        let run = executor.prologue().and_then(|()| executor.step());
+        run.unwrap_or_else(|fault| panic!("{label}, {device_label}: {fault}"));
+        let ours = executor.read("out").unwrap();
+        within(&format!("{label}, {device_label}"), &ours, &truth, &naive);
+        let same = first.get_or_insert_with(|| ours.clone());
+        assert!(
+            same.iter().zip(&ours).all(|(a, b)| a.to_bits() == b.to_bits()),
+            "{label}: bits depend on the schedule"
+        );
+    }
+}
+
+/// Every number within twice the worst error of the naive fp16 loop, and a floor of one rounding of the result.
+pub fn within(label: &str, ours: &[f32], truth: &[f64], naive: &[f64]) {
+    assert_eq!(ours.len(), truth.len(), "{label}");
+    let scale = truth.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+    let worst_naive = naive.iter().zip(truth).fold(0.0f64, |m, (n, t)| m.max((n - t).abs()));
+    let limit = 2.0 * worst_naive + scale * 2f64.powi(-11);
+    let error = |i: usize| (ours[i] as f64 - truth[i]).abs();
+    // NaN is the worst of all.
+    let worst = (0..ours.len()).max_by(|&a, &b| error(a).total_cmp(&error(b))).unwrap();
+    assert!(
+        error(worst) <= limit,
+        "{label}: element {worst} is {} where {} is right; off by {:.2e}, allowed {limit:.2e}",
+        ours[worst],
+        truth[worst],
+        error(worst)
+    );
+}
+
+/// The function of an [`Activation`], but for GEGLU.
+pub fn activated(x: f64, activation: respodiff::graph::Activation) -> f64 {
+    use respodiff::graph::Activation::*;
+    match activation {
+        None | Geglu => x,
+        Silu => x / (1.0 + (-x).exp()),
+        QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Gelu => {
+            // erf by its Taylor series: exact to f64 for arguments of a few units.
+            let z = x / 2f64.sqrt();
+            let (mut term, mut sum) = (z, z);
+            for n in 1..100 {
+                term *= -z * z / n as f64;
+                sum += term / (2 * n + 1) as f64;
+            }
+            0.5 * x * (1.0 + sum * 2.0 / std::f64::consts::PI.sqrt())
+        }
+    }
+}
