@@ -159,7 +159,7 @@ fn strip(task: &Task, rows: std::ops::Range<usize>, panel: usize, out: &SharedOu
     let mut bias = [0.0; PANEL];
     if let Some(values) = task.bias {
         for (j, b) in bias.iter_mut().enumerate() {
-            *b = source_column(panel, j, task.columns, gated).map_or(0.0, |c| values[c]);
+            *b = source_column(panel, j, task.columns, gated).map_or(0.0, |c| task.conv.bias_gain * values[c]);
         }
     }
     let width = task.output.c;
@@ -172,7 +172,7 @@ fn strip(task: &Task, rows: std::ops::Range<usize>, panel: usize, out: &SharedOu
         let residual = task.residual.map(|v| &v[at..][..count]);
         // SAFETY: this strip alone writes these rows and columns.
         let out = unsafe { out.at(at, count) };
-        finish(sums, &bias, per_image, task.conv.activation, residual, task.conv.scale, out);
+        finish(sums, task.conv.gain, &bias, per_image, task.conv.activation, residual, task.conv.scale, out);
     }
 }
 
@@ -213,6 +213,7 @@ dispatch! {
     /// The epilogue for one row of a strip.
     fn finish(
         sums: &mut [f32],
+        gain: f32,
         bias: &[f32; PANEL],
         per_image: Option<&[f32]>,
         activation: Activation,
@@ -221,7 +222,7 @@ dispatch! {
         out: &mut [f32],
     ) {
         for (x, b) in sums.iter_mut().zip(bias) {
-            *x += b;
+            *x = *x * gain + b;
         }
         if let Some(values) = per_image {
             for (x, v) in sums.iter_mut().zip(values) {

@@ -19,6 +19,10 @@ pub struct ConvOptions {
     pub bias: bool,
     /// `[n, 1, 1, c]` to add.
     pub per_image: Option<TensorId>,
+    /// What multiplies the product.
+    pub gain: f32,
+    /// What multiplies the bias.
+    pub bias_gain: f32,
     /// What follows.
     pub activation: Activation,
     /// What is added then.
@@ -38,6 +42,8 @@ impl Default for ConvOptions {
             resize: None,
             bias: true,
             per_image: None,
+            gain: 1.0,
+            bias_gain: 1.0,
             activation: Activation::None,
             residual: None,
             scale: 1.0,
@@ -143,6 +149,8 @@ impl GraphBuilder {
             pad: options.pad,
             resize: options.resize,
             per_image: options.per_image,
+            gain: options.gain,
+            bias_gain: options.bias_gain,
             activation: options.activation,
             residual: options.residual,
             scale: options.scale,

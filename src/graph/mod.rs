@@ -170,7 +170,8 @@ pub struct View {
     pub offset: usize,
 }
 
-/// A convolution or linear layer: `out = (activation(W * x + bias + per_image) + residual) * scale`.
+/// A convolution or linear layer:
+/// `out = (activation(gain * W * x + bias_gain * bias + per_image) + residual) * scale`.
 #[derive(Clone, Debug)]
 pub struct Conv {
     /// What is convolved.
@@ -189,6 +190,10 @@ pub struct Conv {
     pub resize: Option<(usize, usize)>,
     /// `[n, 1, 1, c]` added to every pixel of its image (the time embedding).
     pub per_image: Option<TensorId>,
+    /// Multiplies the product: with `bias_gain`, how a network is scaled down that would leave fp16's range.
+    pub gain: f32,
+    /// Multiplies the bias.
+    pub bias_gain: f32,
     /// Applied after bias and `per_image`.
     pub activation: Activation,
     /// Added after the activation.

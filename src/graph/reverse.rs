@@ -166,6 +166,8 @@ impl Reverse {
             pad: conv.kernel - 1 - conv.pad,
             resize: None,
             per_image: None,
+            gain: conv.gain,
+            bias_gain: 1.0,
             activation: Activation::None,
             residual,
             scale: 1.0,
