@@ -53,11 +53,13 @@ def record(args):
     kinds = {f"text_{checkpoint}_{part}": (kind, checkpoint, part) for checkpoint, part, kind in TEXT_ENCODERS}
     errors = {}
     for path in sorted(CASES.glob("*.safetensors")):
-        name, case = path.stem, read(path)
-        family, checkpoint = name.split("_")[0], name.split("_")[1]
+        name = path.stem
         if name in kinds:
+            case = read(path)
             results = text(*kinds[name], case)
-        elif family in ("unet", "vae"):
+        elif name.startswith(("unet_", "vae_")):
+            family, checkpoint, _ = name.split("_")
+            case = read(path)
             results = {"unet": unet, "vae": vae}[family](checkpoint, case)
         else:
             continue
