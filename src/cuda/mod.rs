@@ -13,6 +13,7 @@ mod elementwise;
 mod emulated;
 mod norm;
 mod program;
+mod tiles;
 mod weights;
 
 pub use device::{Buffer, Device, Launch, Limits, Recording};

@@ -112,6 +112,9 @@ impl Program {
 fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
     let out = node.output;
     match node.op {
+        Op::Conv(ref op) => conv::conv(op, out, site, launches),
+        // Written along with what is shifted.
+        Op::Shift { x, .. } if conv::makes(site.graph(), x) => {}
         Op::Activate { x, activation } if activation != Activation::Geglu => {
             launches.push(elementwise::activate(x, activation, out, site));
         }
@@ -124,8 +127,8 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
 
 /// Bytes of scratch memory that a node's kernels want.
 pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
-    let _ = (graph, limits);
-    match &node.op {
+    match node.op {
+        Op::Conv(ref op) => conv::workspace(graph, op, node.output, limits),
         _ => 0,
     }
 }

@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod conv;
 mod elementwise;
 
 use half::f16;
@@ -39,9 +40,9 @@ pub fn random(len: usize, seed: u64) -> Numbers {
     (0..len).map(|_| next()).collect()
 }
 
-/// The devices a kernel is tested on.
-pub fn devices() -> Vec<(String, Arc<dyn Device>)> {
-    let emulated = |schedule: Schedule| (format!("{schedule:?}"), Emulated::new(Limits::A100, schedule));
+/// The devices a kernel is tested on, of given limits where they are not real.
+pub fn devices(limits: Limits) -> Vec<(String, Arc<dyn Device>)> {
+    let emulated = |schedule: Schedule| (format!("{schedule:?}"), Emulated::new(limits, schedule));
     Schedule::hostile(7).map(emulated).into()
 }
 
@@ -92,11 +93,12 @@ pub fn check(
     plain: impl Fn(&Given, Round) -> Numbers,
 ) {
     let inputs = shapes.iter().enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64)).collect();
-    check_with(label, shapes, inputs, build, plain);
+    check_with(Limits::A100, label, shapes, inputs, build, plain);
 }
 
-/// The same with given inputs, which fp16 can hold.
+/// The same on devices of given limits, with given inputs, which fp16 can hold.
 pub fn check_with(
+    limits: Limits,
     label: &str,
     shapes: &[Shape],
     inputs: Vec<Numbers>,
@@ -115,7 +117,7 @@ pub fn check_with(
     let naive = plain(&given, to_half);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
     let mut first: Option<Vec<f32>> = None;
-    for (device_label, device) in devices() {
+    for (device_label, device) in devices(limits) {
         let plan = Arc::new(Plan::new(graph.clone(), &[], &device.limits()));
         let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
         let mut executor = Executor::new(&device, plan, weights).unwrap();
