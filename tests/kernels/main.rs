@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod attention;
 mod elementwise;
 
 use half::f16;
@@ -95,14 +96,14 @@ pub fn check(
     check_with(label, shapes, inputs, build, plain);
 }
 
-/// The same with given inputs, which fp16 can hold.
+/// The same with given inputs, which fp16 can hold. Returns the output.
 pub fn check_with(
     label: &str,
     shapes: &[Shape],
     inputs: Vec<Numbers>,
     build: impl FnOnce(&mut GraphBuilder, &[TensorId]) -> TensorId,
     plain: impl Fn(&Given, Round) -> Numbers,
-) {
+) -> Vec<f32> {
     let mut g = GraphBuilder::new();
     let names: Vec<String> = (0..shapes.len()).map(|i| format!("input{i}")).collect();
     let ids: Vec<TensorId> = names.iter().zip(shapes).map(|(name, &shape)| g.input(name, shape)).collect();
@@ -133,6 +134,7 @@ pub fn check_with(
             "{label}: bits depend on the schedule"
         );
     }
+    first.expect("a device")
 }
 
 /// Every number within twice the worst error of the naive fp16 loop, and a floor of one rounding of the result.
