@@ -118,6 +118,7 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
         Op::Activate { x, activation } if activation != Activation::Geglu => {
             launches.push(elementwise::activate(x, activation, out, site));
         }
+        Op::Attention(ref of) => launches.push(attention::attention(of, out, site)?),
         _ => {
             return Err(Error::Device(format!("{}: this operation runs on the CPU only; use --device cpu", node.name)));
         }

@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod attention;
 mod conv;
 mod elementwise;
 
@@ -96,7 +97,7 @@ pub fn check(
     check_with(Limits::A100, label, shapes, inputs, build, plain);
 }
 
-/// The same on devices of given limits, with given inputs, which fp16 can hold.
+/// The same on devices of given limits, with given inputs, which fp16 can hold. Returns the output.
 pub fn check_with(
     limits: Limits,
     label: &str,
@@ -104,7 +105,7 @@ pub fn check_with(
     inputs: Vec<Numbers>,
     build: impl FnOnce(&mut GraphBuilder, &[TensorId]) -> TensorId,
     plain: impl Fn(&Given, Round) -> Numbers,
-) {
+) -> Vec<f32> {
     let mut g = GraphBuilder::new();
     let names: Vec<String> = (0..shapes.len()).map(|i| format!("input{i}")).collect();
     let ids: Vec<TensorId> = names.iter().zip(shapes).map(|(name, &shape)| g.input(name, shape)).collect();
@@ -135,6 +136,7 @@ pub fn check_with(
             "{label}: bits depend on the schedule"
         );
     }
+    first.expect("a device")
 }
 
 /// Every number within twice the worst error of the naive fp16 loop, and a floor of one rounding of the result.
