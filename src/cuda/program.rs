@@ -112,6 +112,20 @@ impl Program {
 fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
     let out = node.output;
     match node.op {
+        Op::GroupNorm(ref norm) => norm::group_norm(norm, out, site, launches),
+        Op::LayerNorm { x, weight, bias, eps } => {
+            launches.push(norm::layer_norm(x, (weight, bias), eps, out, site));
+        }
+        Op::Embed { ids, tokens, positions } => {
+            launches.push(elementwise::embed(ids, tokens, positions, out, site));
+        }
+        Op::ClassToken { x, class, positions } => {
+            launches.push(elementwise::class_token(x, class, positions, out, site));
+        }
+        Op::SelectToken { x, index } => launches.push(elementwise::select_token(x, index, out, site)),
+        Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift } => {
+            launches.push(elementwise::sinusoid(x, dim, flip_sin_to_cos, freq_shift, out, site));
+        }
         Op::Activate { x, activation } if activation != Activation::Geglu => {
             launches.push(elementwise::activate(x, activation, out, site));
         }
@@ -124,8 +138,9 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
 
 /// Bytes of scratch memory that a node's kernels want.
 pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
-    let _ = (graph, limits);
+    let _ = limits;
     match &node.op {
+        Op::GroupNorm(norm) => norm::workspace(graph, norm),
         _ => 0,
     }
 }

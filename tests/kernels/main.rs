@@ -7,6 +7,7 @@
 mod support;
 
 mod elementwise;
+mod norm;
 
 use half::f16;
 use respodiff::cuda::{Device, Emulated, Executor, Limits, Weights};
