@@ -107,7 +107,7 @@ impl Case {
     fn check_with(&self, what: &str, inputs: Vec<Numbers>) -> Vec<f32> {
         let label = format!("{what}: {self:?}");
         let plain = |given: &Given, round: Round| self.plain(&given.inputs, round);
-        check_with(&label, &self.shapes(), inputs, |g, x| self.build(g, x), plain)
+        check_with(Limits::A100, &label, &self.shapes(), inputs, |g, x| self.build(g, x), plain)
     }
 }
 

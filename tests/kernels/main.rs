@@ -9,6 +9,7 @@ mod support;
 mod attention;
 mod conv;
 mod elementwise;
+mod norm;
 
 use half::f16;
 use respodiff::cuda::{Device, Emulated, Executor, Limits, Weights};
