@@ -12,7 +12,7 @@ use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2, run};
 
 /// Of the CPU. Measured below 3e-6; the weakest single parameter of the golden checkpoints moves an output by 2e-4.
 const TOLERANCE: f64 = 2e-5;
-/// Of the kernels, and not more than twice PyTorch's own error in fp16.
+/// Of the kernels, and not more than twice PyTorch's own error in fp16; where PyTorch itself leaves this, PyTorch's error.
 #[cfg(feature = "emulated")]
 const HALF_TOLERANCE: f64 = 1e-2;
 
@@ -30,7 +30,14 @@ fn places() -> Vec<Place> {
     let emulated = {
         use respodiff::cuda::{Emulated, Limits};
         let device = Device::Cuda(Emulated::new(Limits::A100, Emulated::QUICK));
-        Place { name: "emulated", device, tolerance: |case, output| HALF_TOLERANCE.min(2.0 * half_error(case, output)) }
+        Place {
+            name: "emulated",
+            device,
+            tolerance: |case, output| {
+                let theirs = half_error(case, output);
+                HALF_TOLERANCE.max(theirs).min(2.0 * theirs)
+            },
+        }
     };
     #[cfg(feature = "emulated")]
     return vec![cpu, emulated];

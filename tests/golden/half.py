@@ -1,4 +1,7 @@
-"""Records how far PyTorch itself is off when it computes the recorded calls in fp16."""
+"""Records how far PyTorch itself is off when it computes the recorded calls in fp16.
+
+A rounding more or less can move a tiny network's result tenfold, so one run says little of what fp16 can do: recorded is
+the worst of the call itself and eight more whose inputs are moved by a thousandth, each against fp32 on the same inputs."""
 
 import json
 
@@ -6,8 +9,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 
-from calls import TEXT_ENCODERS
-from common import CASES, CHECKPOINTS, VARIANTS
+import calls
+from common import CASES, CHECKPOINTS, VARIANTS, randn
+
+NEARBY = 8
 
 
 def load(kind, checkpoint, part):
@@ -25,43 +30,55 @@ def read(path):
         return {key: file.get_tensor(key) for key in file.keys()}
 
 
-def text(kind, checkpoint, part, case):
-    out = load(kind, checkpoint, part)(case["input_ids"], output_hidden_states=True)
+def text(model, case):
+    out = model(case["input_ids"], output_hidden_states=True)
     results = {"last_hidden_state": out.last_hidden_state, "penultimate_hidden_state": out.hidden_states[-2]}
     return results | ({"text_embeds": out.text_embeds} if "out.text_embeds" in case else {})
 
 
-def unet(checkpoint, case):
-    model = load(UNet2DConditionModel, checkpoint, "unet")
+def unet(model, case):
     middle = []
-    model.mid_block.register_forward_hook(lambda module, inputs, out: middle.append(out))
-    added = {key: case[key].half() if key == "text_embeds" else case[key] for key in ("text_embeds", "time_ids") if key in case}
-    states = case["encoder_hidden_states"].half()
-    out = model(case["sample"].half(), case["timestep"], states, added_cond_kwargs=added or None).sample
+    hook = model.mid_block.register_forward_hook(lambda module, inputs, out: middle.append(out))
+    added = {key: case[key] for key in ("text_embeds", "time_ids") if key in case}
+    inputs = [case[key] for key in ("sample", "timestep", "encoder_hidden_states")]
+    out = model(*inputs, added_cond_kwargs=added or None).sample
+    hook.remove()
     return {"sample": out, "mid": middle.pop()}
 
 
-def vae(checkpoint, case):
-    model = load(AutoencoderKL, checkpoint, "vae")
-    spread = model.encode(case["image"].half()).latent_dist
-    image = model.decode(case["latents"].half()).sample
-    return {"image": image, "mean": spread.mean, "logvar": spread.logvar}
+def vae(model, case):
+    spread = model.encode(case["image"]).latent_dist
+    return {"image": model.decode(case["latents"]).sample, "mean": spread.mean, "logvar": spread.logvar}
+
+
+def moved(case, label):
+    """The same call with its activations moved by a thousandth."""
+    numbers = ("sample", "encoder_hidden_states", "text_embeds", "latents", "image")
+    return case | {k: case[k] + 1e-3 * randn(f"{label}/{k}", *case[k].shape) for k in numbers if k in case}
+
+
+def halved(case):
+    """The inputs in fp16, but for timesteps and sizes, which are no activations."""
+    return {k: v.half() if v.is_floating_point() and k not in ("timestep", "time_ids") else v for k, v in case.items()}
 
 
 @torch.no_grad()
 def record(args):
-    kinds = {f"text_{checkpoint}_{part}": (kind, checkpoint, part) for checkpoint, part, kind in TEXT_ENCODERS}
+    texts = {f"text_{checkpoint}_{part}": (kind, checkpoint, part) for checkpoint, part, kind in calls.TEXT_ENCODERS}
+    parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     errors = {}
     for path in sorted(CASES.glob("*.safetensors")):
         name = path.stem
-        if name in kinds:
-            case = read(path)
-            results = text(*kinds[name], case)
+        if name in texts:
+            run, model = text, texts[name]
         elif name.startswith(("unet_", "vae_")):
             family, checkpoint, _ = name.split("_")
-            case = read(path)
-            results = {"unet": unet, "vae": vae}[family](checkpoint, case)
+            run, model = {"unet": unet, "vae": vae}[family], (parts[family], checkpoint, family)
         else:
             continue
-        errors[name] = {key: error(value, case[f"out.{key}"]) for key, value in results.items()}
+        single, half = calls.load(*model), load(*model)
+        case = read(path)
+        inputs = [case] + [moved(case, f"half/{name}/{i}") for i in range(NEARBY if run is not text else 0)]
+        pairs = [(run(half, halved(x)), run(single, x)) for x in inputs]
+        errors[name] = {key: max(error(ours[key], truth[key]) for ours, truth in pairs) for key in pairs[0][0]}
     (CASES / "half.json").write_text(json.dumps(errors, indent=1) + "\n")
