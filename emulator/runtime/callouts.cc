@@ -59,6 +59,17 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
+// -fsanitize=alignment: a 16-byte load of which the compiler keeps one number is still one of 16 bytes on the device.
+struct Misaligned {
+    const char* file;
+    uint32_t line, column;
+    const void* type;
+    uint8_t log_alignment, kind;
+};
+void __ubsan_handle_type_mismatch_v1(Misaligned* what, void* p) {
+    emu::fail_at({what->file, (int)what->line}, "misaligned access at %p, which needs %d bytes", p, 1 << what->log_alignment);
+}
+
 // clang's calls for what gcc leaves to libc.
 void* __tsan_memcpy(void* to, const void* from, size_t bytes) { return emu::copy_checked(to, from, bytes); }
 void* __tsan_memmove(void* to, const void* from, size_t bytes) { return emu::copy_checked(to, from, bytes); }

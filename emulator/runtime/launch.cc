@@ -31,7 +31,7 @@ static void start_thread(Block& b, Thread& t, const Launch& launch, uint3 block_
     t.shared = b.shared;
     t.shared_bytes = b.shared_bytes;
     t.done = false;
-    t.copy_group = t.store_group = 0;
+    t.copy_group = t.store_group = t.yields = 0;
     t.products = t.product_groups = 0;
     t.wgmma_fenced = false;
 }
@@ -73,6 +73,7 @@ static void tidy(Block& b, bool abandoned) {
     for (Warpgroup& g : b.warpgroups)
         if (g.done || !g.groups.empty() || abandoned) g = Warpgroup();
     if (!abandoned && !racing()) return;
+    b.yielded = Waiting();
     for (NamedBarrier& bar : b.barriers) bar = NamedBarrier();
     for (auto& warp : b.meetings)
         for (Meeting& m : warp) m.arrived = 0;

@@ -139,7 +139,7 @@ struct Copy {                   // cp.async
 };
 
 struct Store {                  // TMA store: read from shared memory first, written to global memory later
-    const CUtensorMap* map;
+    CUtensorMap map;            // a copy: the kernel's may be gone when it ends
     uint32_t src, bytes;
     int coordinates[5], group;
     bool read;
@@ -162,7 +162,7 @@ struct Thread : Fiber {
     Reason reason;
     std::vector<Copy> copies;
     std::vector<Store> stores;
-    int copy_group, store_group;
+    int copy_group, store_group, yields;
     uint32_t products, product_groups;
     bool wgmma_fenced;
     Clocks clocks;
@@ -176,6 +176,7 @@ struct Block {
     std::vector<std::unique_ptr<Thread>> all;       // as many as any launch has needed
     uint32_t ready[WARPS_MOST], ready_warps, current_warp, priority[WARPS_MOST];
 
+    Waiting yielded;            // until nobody else can run
     NamedBarrier barriers[16];
     Meeting meetings[WARPS_MOST][4];
     std::vector<std::unique_ptr<MBarrier>> mbarriers;

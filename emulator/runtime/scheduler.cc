@@ -4,6 +4,8 @@
 
 namespace emu {
 
+constexpr int YIELDS_MOST = 1 << 20;
+
 static uint32_t nth_bit(uint32_t bits, uint32_t n) { return __builtin_ctz(_pdep_u32(1u << n, bits)); }
 
 void make_ready(Block& b, int warp, uint32_t lanes) {
@@ -84,9 +86,11 @@ Thread* pick() {
             default: return pick_by_priority(*b);
             }
         }
-        // Nobody can run: now the latest results must come.
-        if (k.flights.empty()) return nullptr;
-        land(k.config.order == ORDERED ? 0 : k.random() % k.flights.size());
+        // Nobody can run: now the latest results must come, and those look again who only poll.
+        bool landed = !k.flights.empty();
+        if (landed) land(k.config.order == ORDERED ? 0 : k.random() % k.flights.size());
+        for (auto& b : k.blocks) wake(*b, b->yielded);
+        if (!landed && !pick_block()) return nullptr;
     }
 }
 
@@ -108,8 +112,9 @@ void wait_in(Waiting& waiting, const Reason& reason) {
 }
 
 void yield_now() {
-    make_ready(*self()->block, self()->warp, 1u << self()->lane);
-    wait_for({});
+    if (++self()->yields > YIELDS_MOST)
+        fail_at(Site(), "deadlock: the thread has yielded %d times; what it waits for does not come (too few resident blocks?)", YIELDS_MOST);
+    wait_in(self()->block->yielded, {});
 }
 
 void run_thread() {

@@ -87,7 +87,7 @@ static void read_tile(Block& b, Store& s) {
 static void write_tile(Block& b, Store& s) {
     read_tile(b, s);
     TensorMap t;
-    memcpy(&t, s.map, sizeof t);
+    memcpy(&t, &s.map, sizeof t);
     each_piece(t, s.coordinates, s.src, [&](uint32_t offset, unsigned char* to, int first, int end) {
         memcpy(to + first, &s.data[offset - (s.src - SHARED_START) + first], end - first);
     });
@@ -98,7 +98,7 @@ void tma_store(const CUtensorMap* map, uint32_t src, int rank, const int* c, con
     Thread& me = *self();
     Site site(f, l);
     TensorMap t = decode(map, rank, "TMA store", site);
-    Store s{map, src, tile_bytes(t), {}, me.store_group, false, {}, site, 0};
+    Store s{*map, src, tile_bytes(t), {}, me.store_group, false, {}, site, 0};
     for (int i = 0; i < rank; i++) s.coordinates[i] = c[i];
     shared_at(*me.block, src, s.bytes, 128, "TMA store", site);
     s.race_clock = tma_read(me, src - SHARED_START, s.bytes, site);
