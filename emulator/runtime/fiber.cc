@@ -36,11 +36,6 @@ void make_threads(Block& block, int threads) {
     }
 }
 
-void free_threads(Block& block) {
-    for (auto& t : block.all) munmap(t->stack, STACK_BYTES);
-    block.all.clear();
-}
-
 static void begin() {
     run_thread();
     abort();

@@ -27,7 +27,6 @@ static size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 // ---- shared memory: one mapping a block, of which launches use the end ------------------------
 
 unsigned char* map_shared() { return map_guarded(pages(SHARED_MOST)); }
-void unmap_shared(unsigned char* mapping) { munmap(mapping, pages(SHARED_MOST) + 2 * GUARD); }
 unsigned char* fit_shared(unsigned char* mapping, uint32_t bytes) {
     return mapping + GUARD + pages(SHARED_MOST) - (bytes + 1023) / 1024 * 1024;     // aligned as kernels may expect
 }

@@ -232,7 +232,6 @@ extern __thread Worker* worker __attribute__((tls_model("initial-exec")));
 
 // ---- fiber.cc ----
 void make_threads(Block& block, int threads);
-void free_threads(Block& block);
 void enter(Thread* thread);                         // from the worker
 void leave();                                       // to the worker
 void switch_to(Thread* thread);                     // from a thread
@@ -253,7 +252,6 @@ void run_thread();                                  // the kernel, again and aga
 // ---- memory.cc ----
 unsigned char* map_shared();                        // the most a block may have
 unsigned char* fit_shared(unsigned char* mapping, uint32_t bytes);  // flush with the guard page
-void unmap_shared(unsigned char* mapping);
 void global_access(const void* pointer, size_t bytes, bool write, const Site& site);
 void forget_buffers();                              // before a launch: some may have been freed
 bool run_guarded(void (*body)());                   // false: a memory fault, described in worker->error
