@@ -15,7 +15,7 @@ fn main() {
         .std("c++17")
         .opt_level(2)
         .flags(["-xc++", "-g1", "-mavx2", "-mfma", "-mf16c", "-mbmi2", "-ffp-contract=off", "-fno-exceptions"])
-        .flags(["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"])
+        .flags(["-fsanitize=thread", "-fsanitize=alignment", "--param", "tsan-instrument-func-entry-exit=0"])
         .flags(["-Wno-psabi", "-Wno-unknown-pragmas"])
         .warnings(false)
         .include(runtime)
