@@ -46,7 +46,9 @@ fn main() {
             }
         }
     } else {
-        println!("cargo::warning=no nvcc: building without CUDA kernels, for the CPU only (README.md, Build for a GPU)");
+        println!(
+            "cargo::warning=no nvcc: building without CUDA kernels, for the CPU only (README.md, Build for a GPU)"
+        );
     }
     fs::write(out.join("compiled.rs"), table(&families)).expect("OUT_DIR can be written");
 }
@@ -89,7 +91,8 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<Family>, String> {
     let mut sources: Vec<PathBuf> = Vec::new();
     let mut common = DefaultHasher::new();
     (version.stdout, FLAGS).hash(&mut common);
-    let mut files: Vec<PathBuf> = fs::read_dir("kernels").expect("kernels/").flatten().map(|file| file.path()).collect();
+    let mut files: Vec<PathBuf> =
+        fs::read_dir("kernels").expect("kernels/").flatten().map(|file| file.path()).collect();
     files.sort();
     for file in files {
         match file.extension().and_then(|e| e.to_str()) {

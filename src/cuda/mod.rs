@@ -16,7 +16,7 @@ mod norm;
 mod program;
 mod weights;
 
-pub use device::{Buffer, Device, Launch, Limits, Recording};
+pub use device::{Buffer, Device, Launch, Limits, Recording, TensorTiles};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;
 pub use program::Element;
