@@ -197,7 +197,8 @@ impl TensorMap {
         let mut map = TensorMap([0; 16]);
         let (sizes, strides, boxes) = (sizes.as_ptr(), strides.as_ptr(), tile.as_ptr());
         // SAFETY: as many numbers as the rank says.
-        if fits && unsafe { emu_tensor_map(&mut map, element, rank as u32, start, sizes, strides, boxes, swizzle) } == 0 {
+        if fits && unsafe { emu_tensor_map(&mut map, element, rank as u32, start, sizes, strides, boxes, swizzle) } == 0
+        {
             return Ok(map);
         }
         Err(Fault(format!("no tensor map of rank {rank}, tile {tile:?}, swizzle {swizzle}: alignment, size or rank")))
