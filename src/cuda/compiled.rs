@@ -16,9 +16,11 @@ pub struct Resources {
 }
 
 /// The driver reads fatbins in place.
+#[allow(dead_code)] // a build without nvcc has none
 #[repr(C, align(64))]
 struct Aligned<T: ?Sized>(T);
 
+#[allow(unused_macros)] // likewise
 macro_rules! aligned {
     ($path:literal) => {{
         static FATBIN: &Aligned<[u8]> = &Aligned(*include_bytes!($path));
