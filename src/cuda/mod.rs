@@ -6,6 +6,7 @@
 //! keys, stretches of pixels) is a function of one image's shape. So an image is the same bits alone or among others.
 
 mod attention;
+pub mod compiled;
 mod conv;
 mod device;
 mod elementwise;
@@ -17,7 +18,7 @@ mod sampler;
 mod tiles;
 mod weights;
 
-pub use device::{Buffer, Device, Launch, Limits, Recording};
+pub use device::{Buffer, Device, Launch, Limits, Recording, TensorTiles};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;
 pub use program::Element;

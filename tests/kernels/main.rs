@@ -7,9 +7,11 @@
 mod support;
 
 mod attention;
+mod conformance;
 mod conv;
 mod elementwise;
 mod norm;
+mod sources;
 
 use half::f16;
 use respodiff::cuda::{Device, Emulated, Executor, Limits, Weights};
