@@ -94,13 +94,17 @@ template <int W> struct Place {
     // f(pixel, its channels) for the pixels of this thread.
     template <class F> __device__ __forceinline__ void each_pixel(const __half* source, int stride, F f) const {
         for (int pixel = begin + lane; pixel < end; pixel += AHEAD * lanes) {
-            float x[AHEAD][W];
+            Halves<W> ahead[AHEAD];
 #pragma unroll
             for (int i = 0; i < AHEAD; i++)
-                if (pixel + i * lanes < end) load_halves(source + int64_t(pixel + i * lanes) * stride, x[i]);
+                if (pixel + i * lanes < end) ahead[i] = load_halves<W>(source + int64_t(pixel + i * lanes) * stride);
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-                if (pixel + i * lanes < end) f(pixel + i * lanes, x[i]);
+            for (int i = 0; i < AHEAD; i++) {
+                if (pixel + i * lanes >= end) break;
+                float x[W];
+                unpack(ahead[i], x);
+                f(pixel + i * lanes, x);
+            }
         }
     }
 
@@ -114,7 +118,7 @@ __device__ __forceinline__ void stretch_moments(const GroupNormParams& p, const 
     place.each_column(p, [&](int channel, const __half* source, int stride) {
         float pivot[W] = {}, sum[W] = {}, squares[W] = {};
         int count = place.count(place.lane);
-        if (count > 0) load_halves(source + int64_t(place.begin + place.lane) * stride, pivot);
+        if (count > 0) unpack(load_halves<W>(source + int64_t(place.begin + place.lane) * stride), pivot);
         place.each_pixel(source, stride, [&](int, const float(&x)[W]) {
 #pragma unroll
             for (int j = 0; j < W; j++) {
@@ -215,15 +219,16 @@ template <int W> __device__ __forceinline__ void whole_kernel(const GroupNormPar
     apply(p, place, groups);
 }
 
-#define GROUP_NORM(name, body, W) \
-    KERNEL __launch_bounds__(THREADS) name##_##W(const __grid_constant__ GroupNormParams p) { body<W>(p); } \
+// Three blocks a multiprocessor keep 48 KB of loads in flight there; images that are one stretch do not fill it.
+#define GROUP_NORM(name, body, W, BLOCKS) \
+    KERNEL __launch_bounds__(THREADS, BLOCKS) name##_##W(const __grid_constant__ GroupNormParams p) { body<W>(p); } \
     EXPORT(name##_##W)
-GROUP_NORM(group_norm_statistics, statistics_kernel, 8)
-GROUP_NORM(group_norm_statistics, statistics_kernel, 1)
-GROUP_NORM(group_norm_apply, apply_kernel, 8)
-GROUP_NORM(group_norm_apply, apply_kernel, 1)
-GROUP_NORM(group_norm, whole_kernel, 8)
-GROUP_NORM(group_norm, whole_kernel, 1)
+GROUP_NORM(group_norm_statistics, statistics_kernel, 8, 3)
+GROUP_NORM(group_norm_statistics, statistics_kernel, 1, 3)
+GROUP_NORM(group_norm_apply, apply_kernel, 8, 3)
+GROUP_NORM(group_norm_apply, apply_kernel, 1, 3)
+GROUP_NORM(group_norm, whole_kernel, 8, 1)
+GROUP_NORM(group_norm, whole_kernel, 1, 1)
 
 struct LayerNormParams {
     const __half* x;
@@ -264,7 +269,7 @@ template <int W> __device__ __forceinline__ void layer_norm_kernel(const LayerNo
     float sum = 0.0f, squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < SLOTS; i++)
-        if (column + i * threads < columns) load_halves(from + (column + i * threads) * W, x[i]);
+        if (column + i * threads < columns) unpack(load_halves<W>(from + (column + i * threads) * W), x[i]);
 #pragma unroll
     for (int i = 0; i < SLOTS; i++)
 #pragma unroll

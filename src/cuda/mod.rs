@@ -13,12 +13,14 @@ mod elementwise;
 mod emulated;
 mod norm;
 mod program;
+mod sampler;
 mod weights;
 
 pub use device::{Buffer, Device, Launch, Limits, Recording};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;
 pub use program::Element;
+pub use sampler::{DeviceSampler, StepNoise};
 pub use weights::Weights;
 
 use crate::Result;

@@ -8,6 +8,7 @@ mod support;
 
 mod elementwise;
 mod norm;
+mod sampler;
 
 use half::f16;
 use respodiff::cuda::{Device, Emulated, Executor, Limits, Weights};
