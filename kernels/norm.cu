@@ -157,12 +157,14 @@ template <int W>
 __device__ __forceinline__ void apply(const GroupNormParams& p, const Place<W>& place, const float2* groups) {
     place.each_column(p, [&](int channel, const __half* source, int stride) {
         float scale[W], shift[W];
+        load_floats(p.weight + place.first + channel, scale);
+        load_floats(p.bias + place.first + channel, shift);
 #pragma unroll
         for (int j = 0; j < W; j++) {
             float2 group = groups[(channel + j) / p.per_group];
             int c = place.first + channel + j;
-            scale[j] = p.weight[c] * group.y;
-            shift[j] = p.bias[c] - group.x * scale[j];
+            scale[j] *= group.y;
+            shift[j] -= group.x * scale[j];
             if (p.scale_shift) {
                 const __half* modulation = p.scale_shift + place.image * 2 * p.channels + c;
                 float factor = 1.0f + __half2float(modulation[0]);
@@ -265,32 +267,39 @@ template <int W> __device__ __forceinline__ void layer_norm_kernel(const LayerNo
     int columns = row < p.rows ? p.channels / W : 0;
     int column = threadIdx.x % threads;
     const __half* from = p.x + row * p.channels;
-    float x[SLOTS][W];
+    Halves<W> kept[SLOTS];
+#pragma unroll
+    for (int i = 0; i < SLOTS; i++)
+        if (column + i * threads < columns) kept[i] = load_halves<W>(from + (column + i * threads) * W);
+    // f(first channel, channels) for what this thread keeps.
+    auto each = [&](auto f) {
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) {
+            if (column + i * threads >= columns) break;
+            float x[W];
+            unpack(kept[i], x);
+            f((column + i * threads) * W, x);
+        }
+    };
     float sum = 0.0f, squares = 0.0f;
+    each([&](int, float(&x)[W]) {
 #pragma unroll
-    for (int i = 0; i < SLOTS; i++)
-        if (column + i * threads < columns) unpack(load_halves<W>(from + (column + i * threads) * W), x[i]);
-#pragma unroll
-    for (int i = 0; i < SLOTS; i++)
-#pragma unroll
-        for (int j = 0; j < W; j++)
-            if (column + i * threads < columns) sum += x[i][j];
+        for (int j = 0; j < W; j++) sum += x[j];
+    });
     float mean = row_sum(sum, p.warps) / p.channels;
+    each([&](int, float(&x)[W]) {
 #pragma unroll
-    for (int i = 0; i < SLOTS; i++)
-#pragma unroll
-        for (int j = 0; j < W; j++)
-            if (column + i * threads < columns) squares += (x[i][j] - mean) * (x[i][j] - mean);
+        for (int j = 0; j < W; j++) squares += (x[j] - mean) * (x[j] - mean);
+    });
     float inverse = rsqrtf(row_sum(squares, p.warps) / p.channels + p.eps);
+    each([&](int channel, float(&x)[W]) {
+        float weight[W], bias[W];
+        load_floats(p.weight + channel, weight);
+        load_floats(p.bias + channel, bias);
 #pragma unroll
-    for (int i = 0; i < SLOTS; i++) {
-        int channel = (column + i * threads) * W;
-        if (column + i * threads >= columns) break;
-#pragma unroll
-        for (int j = 0; j < W; j++)
-            x[i][j] = (x[i][j] - mean) * inverse * p.weight[channel + j] + p.bias[channel + j];
-        store_halves(p.out + row * p.channels + channel, x[i]);
-    }
+        for (int j = 0; j < W; j++) x[j] = (x[j] - mean) * inverse * weight[j] + bias[j];
+        store_halves(p.out + row * p.channels + channel, x);
+    });
 }
 
 // A block is four rows of one warp, or one row of up to 32.

@@ -7,12 +7,20 @@ constexpr float HALF_MAX = 65504.0f;
 
 __device__ __forceinline__ __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -HALF_MAX), HALF_MAX)); }
 
-// 16 bytes: what one thread moves at a time.
-struct __align__(16) Half8 {
+// 16 bytes: what one thread moves at a time. Copied as one word: pair by pair, the compiler would make it four loads.
+union __align__(16) Half8 {
+    uint4 word;
     __half2 pairs[4];
+
+    __device__ __forceinline__ Half8() {}
+    __device__ __forceinline__ Half8(const Half8& v) : word(v.word) {}
+    __device__ __forceinline__ Half8& operator=(const Half8& v) {
+        word = v.word;
+        return *this;
+    }
 };
 
-__device__ __forceinline__ void unpack(const Half8& v, float (&x)[8]) {
+__device__ __forceinline__ void unpack(Half8 v, float (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float2 f = __half22float2(v.pairs[i]);
@@ -44,6 +52,19 @@ template <int W> __device__ __forceinline__ Halves<W> load_halves(const __half* 
 template <int W> __device__ __forceinline__ void store_halves(__half* to, const float (&x)[W]) {
     if constexpr (W == 8) *reinterpret_cast<Half8*>(to) = pack(x);
     else *to = to_half(x[0]);
+}
+
+// As many floats, likewise.
+template <int W> __device__ __forceinline__ void load_floats(const float* from, float (&x)[W]) {
+    if constexpr (W == 8) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float4 v = reinterpret_cast<const float4*>(from)[i];
+            x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
+        }
+    } else {
+        x[0] = from[0];
+    }
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }

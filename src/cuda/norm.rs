@@ -162,3 +162,28 @@ pub(super) fn layer_norm(
     let shared = if warps == 1 { 0 } else { warps * size_of::<f32>() };
     Launch::new(kernel, [shape.rows().div_ceil(rows), 1, 1], 32 * warps * rows, shared, &params)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every group norm of SD 1.5 and SDXL at their sizes: whole groups and sectors, everything covered, blocks enough
+    /// for a GPU where an image is cut, and stretches few enough for every block to read them.
+    #[test]
+    fn cuts_of_real_layers() {
+        let unet = [320, 640, 960, 1280, 1920, 2560].map(|c| (c, [8, 16, 32, 64, 128]));
+        let vae = [128, 256, 512].map(|c| (c, [64, 128, 256, 512, 1024]));
+        for (channels, sides) in unet.into_iter().chain(vae) {
+            for side in sides {
+                let (per_group, pixels) = (channels / 32, side * side);
+                let cut = Cut::new(&[channels], per_group, pixels);
+                let label = format!("{side}x{side}x{channels}: {cut:?}");
+                assert!(cut.width == VECTOR && cut.slab % per_group == 0 && cut.slab % 16 == 0, "{label}");
+                assert!(cut.slab >= 64 && cut.slabs * cut.slab >= channels, "{label}");
+                assert!((cut.slabs - 1) * cut.slab < channels && (cut.stretches - 1) * cut.stretch < pixels, "{label}");
+                assert!(cut.stretches * cut.stretch >= pixels && cut.stretches <= 256, "{label}");
+                assert!(cut.stretches == 1 || cut.stretches * cut.slabs >= 24, "{label}");
+            }
+        }
+    }
+}

@@ -156,8 +156,10 @@ fn every_sampler_steps_as_on_the_cpu() {
             for sampler in Sampler::ALL {
                 for fields in [r#""clip_sample": false"#, r#""clip_sample": true, "prediction_type": "v_prediction""#] {
                     let choice = SamplerChoice { sampler: Some(sampler), spacing: None };
-                    let schedule = Schedule::new(&config(fields), choice, 6).unwrap();
-                    for rng in Rng::ALL {
+                    let schedule = Schedule::new(&config(fields), choice, 5).unwrap();
+                    // Where no step wants noise, its generator matters to the first latents alone.
+                    let noisy = schedule.steps.iter().any(|step| step.needs_noise());
+                    for rng in Rng::ALL.into_iter().filter(|rng| noisy || *rng == Rng::TorchCpu) {
                         let label = format!("{name}, {sampler:?}, {fields}, guided {guided}, {rng:?}");
                         session.check(&label, &schedule, rng);
                     }
@@ -216,7 +218,7 @@ fn a_finished_sampler_stays() {
     (0..2).for_each(|_| replay());
     let done = session.sampler.read_latents().unwrap();
     replay();
-    assert_eq!(session.sampler.read_latents().unwrap(), done);
+    assert!(session.sampler.read_latents().unwrap() == done);
 }
 
 #[test]
