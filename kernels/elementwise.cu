@@ -53,7 +53,7 @@ template <int W> __device__ __forceinline__ bool row_place(const RowParams& p, R
 
 template <int W> __device__ __forceinline__ void add_and_store(const RowParams& p, RowPlace at, float (&x)[W], int position) {
     float y[W];
-    load_halves(p.positions + int64_t(position) * p.channels + at.channel, y);
+    unpack(load_halves<W>(p.positions + int64_t(position) * p.channels + at.channel), y);
 #pragma unroll
     for (int j = 0; j < W; j++) x[j] += y[j];
     store_halves(p.out + at.row * p.channels + at.channel, x);
@@ -64,7 +64,7 @@ template <int W> __device__ __forceinline__ void embed(const RowParams& p) {
     RowPlace at;
     if (!row_place<W>(p, at)) return;
     float x[W];
-    load_halves(p.table + int64_t(p.index[at.row]) * p.channels + at.channel, x);
+    unpack(load_halves<W>(p.table + int64_t(p.index[at.row]) * p.channels + at.channel), x);
     add_and_store(p, at, x, at.row % p.tokens);
 }
 
@@ -79,7 +79,7 @@ template <int W> __device__ __forceinline__ void class_token(const RowParams& p)
 #pragma unroll
         for (int j = 0; j < W; j++) x[j] = p.class_token[at.channel + j];
     } else {
-        load_halves(p.x + (at.row - image - 1) * p.channels + at.channel, x);
+        unpack(load_halves<W>(p.x + (at.row - image - 1) * p.channels + at.channel), x);
     }
     add_and_store(p, at, x, token);
 }
@@ -89,7 +89,7 @@ template <int W> __device__ __forceinline__ void select_token(const RowParams& p
     RowPlace at;
     if (!row_place<W>(p, at)) return;
     float x[W];
-    load_halves(p.x + (at.row * p.tokens + int64_t(p.index[at.row])) * p.channels + at.channel, x);
+    unpack(load_halves<W>(p.x + (at.row * p.tokens + int64_t(p.index[at.row])) * p.channels + at.channel), x);
     store_halves(p.out + at.row * p.channels + at.channel, x);
 }
 

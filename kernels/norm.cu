@@ -94,13 +94,17 @@ template <int W> struct Place {
     // f(pixel, its channels) for the pixels of this thread.
     template <class F> __device__ __forceinline__ void each_pixel(const __half* source, int stride, F f) const {
         for (int pixel = begin + lane; pixel < end; pixel += AHEAD * lanes) {
-            float x[AHEAD][W];
+            Halves<W> ahead[AHEAD];
 #pragma unroll
             for (int i = 0; i < AHEAD; i++)
-                if (pixel + i * lanes < end) load_halves(source + int64_t(pixel + i * lanes) * stride, x[i]);
+                if (pixel + i * lanes < end) ahead[i] = load_halves<W>(source + int64_t(pixel + i * lanes) * stride);
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-                if (pixel + i * lanes < end) f(pixel + i * lanes, x[i]);
+            for (int i = 0; i < AHEAD; i++) {
+                if (pixel + i * lanes >= end) break;
+                float x[W];
+                unpack(ahead[i], x);
+                f(pixel + i * lanes, x);
+            }
         }
     }
 
@@ -114,7 +118,7 @@ __device__ __forceinline__ void stretch_moments(const GroupNormParams& p, const 
     place.each_column(p, [&](int channel, const __half* source, int stride) {
         float pivot[W] = {}, sum[W] = {}, squares[W] = {};
         int count = place.count(place.lane);
-        if (count > 0) load_halves(source + int64_t(place.begin + place.lane) * stride, pivot);
+        if (count > 0) unpack(load_halves<W>(source + int64_t(place.begin + place.lane) * stride), pivot);
         place.each_pixel(source, stride, [&](int, const float(&x)[W]) {
 #pragma unroll
             for (int j = 0; j < W; j++) {
@@ -153,12 +157,14 @@ template <int W>
 __device__ __forceinline__ void apply(const GroupNormParams& p, const Place<W>& place, const float2* groups) {
     place.each_column(p, [&](int channel, const __half* source, int stride) {
         float scale[W], shift[W];
+        load_floats(p.weight + place.first + channel, scale);
+        load_floats(p.bias + place.first + channel, shift);
 #pragma unroll
         for (int j = 0; j < W; j++) {
             float2 group = groups[(channel + j) / p.per_group];
             int c = place.first + channel + j;
-            scale[j] = p.weight[c] * group.y;
-            shift[j] = p.bias[c] - group.x * scale[j];
+            scale[j] *= group.y;
+            shift[j] -= group.x * scale[j];
             if (p.scale_shift) {
                 const __half* modulation = p.scale_shift + place.image * 2 * p.channels + c;
                 float factor = 1.0f + __half2float(modulation[0]);
@@ -215,15 +221,16 @@ template <int W> __device__ __forceinline__ void whole_kernel(const GroupNormPar
     apply(p, place, groups);
 }
 
-#define GROUP_NORM(name, body, W) \
-    KERNEL __launch_bounds__(THREADS) name##_##W(const __grid_constant__ GroupNormParams p) { body<W>(p); } \
+// Three blocks a multiprocessor keep 48 KB of loads in flight there; images that are one stretch do not fill it.
+#define GROUP_NORM(name, body, W, BLOCKS) \
+    KERNEL __launch_bounds__(THREADS, BLOCKS) name##_##W(const __grid_constant__ GroupNormParams p) { body<W>(p); } \
     EXPORT(name##_##W)
-GROUP_NORM(group_norm_statistics, statistics_kernel, 8)
-GROUP_NORM(group_norm_statistics, statistics_kernel, 1)
-GROUP_NORM(group_norm_apply, apply_kernel, 8)
-GROUP_NORM(group_norm_apply, apply_kernel, 1)
-GROUP_NORM(group_norm, whole_kernel, 8)
-GROUP_NORM(group_norm, whole_kernel, 1)
+GROUP_NORM(group_norm_statistics, statistics_kernel, 8, 3)
+GROUP_NORM(group_norm_statistics, statistics_kernel, 1, 3)
+GROUP_NORM(group_norm_apply, apply_kernel, 8, 3)
+GROUP_NORM(group_norm_apply, apply_kernel, 1, 3)
+GROUP_NORM(group_norm, whole_kernel, 8, 1)
+GROUP_NORM(group_norm, whole_kernel, 1, 1)
 
 struct LayerNormParams {
     const __half* x;
@@ -260,32 +267,39 @@ template <int W> __device__ __forceinline__ void layer_norm_kernel(const LayerNo
     int columns = row < p.rows ? p.channels / W : 0;
     int column = threadIdx.x % threads;
     const __half* from = p.x + row * p.channels;
-    float x[SLOTS][W];
+    Halves<W> kept[SLOTS];
+#pragma unroll
+    for (int i = 0; i < SLOTS; i++)
+        if (column + i * threads < columns) kept[i] = load_halves<W>(from + (column + i * threads) * W);
+    // f(first channel, channels) for what this thread keeps.
+    auto each = [&](auto f) {
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) {
+            if (column + i * threads >= columns) break;
+            float x[W];
+            unpack(kept[i], x);
+            f((column + i * threads) * W, x);
+        }
+    };
     float sum = 0.0f, squares = 0.0f;
+    each([&](int, float(&x)[W]) {
 #pragma unroll
-    for (int i = 0; i < SLOTS; i++)
-        if (column + i * threads < columns) load_halves(from + (column + i * threads) * W, x[i]);
-#pragma unroll
-    for (int i = 0; i < SLOTS; i++)
-#pragma unroll
-        for (int j = 0; j < W; j++)
-            if (column + i * threads < columns) sum += x[i][j];
+        for (int j = 0; j < W; j++) sum += x[j];
+    });
     float mean = row_sum(sum, p.warps) / p.channels;
+    each([&](int, float(&x)[W]) {
 #pragma unroll
-    for (int i = 0; i < SLOTS; i++)
-#pragma unroll
-        for (int j = 0; j < W; j++)
-            if (column + i * threads < columns) squares += (x[i][j] - mean) * (x[i][j] - mean);
+        for (int j = 0; j < W; j++) squares += (x[j] - mean) * (x[j] - mean);
+    });
     float inverse = rsqrtf(row_sum(squares, p.warps) / p.channels + p.eps);
+    each([&](int channel, float(&x)[W]) {
+        float weight[W], bias[W];
+        load_floats(p.weight + channel, weight);
+        load_floats(p.bias + channel, bias);
 #pragma unroll
-    for (int i = 0; i < SLOTS; i++) {
-        int channel = (column + i * threads) * W;
-        if (column + i * threads >= columns) break;
-#pragma unroll
-        for (int j = 0; j < W; j++)
-            x[i][j] = (x[i][j] - mean) * inverse * p.weight[channel + j] + p.bias[channel + j];
-        store_halves(p.out + row * p.channels + channel, x[i]);
-    }
+        for (int j = 0; j < W; j++) x[j] = (x[j] - mean) * inverse * weight[j] + bias[j];
+        store_halves(p.out + row * p.channels + channel, x);
+    });
 }
 
 // A block is four rows of one warp, or one row of up to 32.

@@ -36,15 +36,35 @@ __device__ __forceinline__ Half8 pack(const float (&x)[8]) {
     return v;
 }
 
-// W halves as floats, W being 8 (at a multiple of 16 bytes) or 1: the vector and the element-wise path of one kernel.
-template <int W> __device__ __forceinline__ void load_halves(const __half* from, float (&x)[W]) {
-    if constexpr (W == 8) unpack(*reinterpret_cast<const Half8*>(from), x);
-    else x[0] = __half2float(*from);
+__device__ __forceinline__ void unpack(__half v, float (&x)[1]) { x[0] = __half2float(v); }
+
+// W halves as they lie in memory, W being 8 (at a multiple of 16 bytes) or 1: the vector and the element-wise path of one
+// kernel.
+template <int W> struct HalvesOf;
+template <> struct HalvesOf<8> { using Type = Half8; };
+template <> struct HalvesOf<1> { using Type = __half; };
+template <int W> using Halves = typename HalvesOf<W>::Type;
+
+template <int W> __device__ __forceinline__ Halves<W> load_halves(const __half* from) {
+    return *reinterpret_cast<const Halves<W>*>(from);
 }
 
 template <int W> __device__ __forceinline__ void store_halves(__half* to, const float (&x)[W]) {
     if constexpr (W == 8) *reinterpret_cast<Half8*>(to) = pack(x);
     else *to = to_half(x[0]);
+}
+
+// As many floats, likewise.
+template <int W> __device__ __forceinline__ void load_floats(const float* from, float (&x)[W]) {
+    if constexpr (W == 8) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float4 v = reinterpret_cast<const float4*>(from)[i];
+            x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
+        }
+    } else {
+        x[0] = from[0];
+    }
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }

@@ -92,16 +92,16 @@ struct PrepareParams {
     int32_t unused;
 };
 
-// The UNet's inputs: the scaled latents for each half of a guided batch, and the timestep.
+// The UNet's inputs: the scaled latents for each half of a guided batch, and the timestep. Past the last step, nothing.
 KERNEL __launch_bounds__(256) prepare(const __grid_constant__ PrepareParams p) {
     int i = index(), step = p.run->next;
+    if (i == 0) p.run->current = step;
     if (step >= p.run->steps) return;
     if (i < p.length) {
         __half x = to_half(p.latents[i] * p.steps[step].input_scale);
         for (int copy = 0; copy < p.copies; copy++) p.sample[copy * p.length + i] = x;
     }
     if (i < p.rows) p.timestep[i] = p.steps[step].timestep;
-    if (i == 0) p.run->current = step;
 }
 EXPORT(prepare)
 

@@ -46,16 +46,16 @@ struct Cut {
 impl Cut {
     /// For channels of the sources, in order.
     fn new(sources: &[usize], per_group: usize, pixels: usize) -> Self {
-        // A slab fills sectors of 32 bytes and has at least 128 bytes of a pixel. A stretch keeps every thread busy with
-        // eight vectors, which makes enough blocks for a GPU from the smallest image that is cut at all; and there are
-        // no more than 256, all of which every block of the second kernel reads.
+        // A slab fills sectors of 32 bytes and has at least 128 bytes of a pixel. A stretch gives every thread eight
+        // vectors, two rounds of loads, which is 20 blocks for the smallest image that is cut at all and hundreds for most;
+        // and there are no more than 256, all of which every block of the second kernel reads.
         const SECTOR: usize = 16;
         const SLAB: usize = 64;
         const STRETCH: usize = 8 * THREADS;
-        const UNCUT: usize = 3 * STRETCH;
+        const UNCUT: usize = 4 * STRETCH;
         const STRETCHES: usize = 256;
         let channels: usize = sources.iter().sum();
-        let width = if sources.iter().all(|c| c % VECTOR == 0) { VECTOR } else { 1 };
+        let width = if sources.iter().all(|c| c.is_multiple_of(VECTOR)) { VECTOR } else { 1 };
         let unit = per_group / gcd(per_group, SECTOR) * SECTOR;
         let slab = (unit * SLAB.div_ceil(unit)).min(channels);
         let columns = pixels * (slab / width);
@@ -145,7 +145,7 @@ pub(super) fn layer_norm(
     const ROWS: usize = 4;
     let shape = site.shape(out);
     let (kernel, columns) =
-        if shape.c % VECTOR == 0 { ("layer_norm_8", shape.c / VECTOR) } else { ("layer_norm_1", shape.c) };
+        if shape.c.is_multiple_of(VECTOR) { ("layer_norm_8", shape.c / VECTOR) } else { ("layer_norm_1", shape.c) };
     let warps = columns.div_ceil(32 * SLOTS);
     let rows = if warps == 1 { ROWS } else { 1 };
     let params = LayerNormParams {
@@ -161,4 +161,32 @@ pub(super) fn layer_norm(
     };
     let shared = if warps == 1 { 0 } else { warps * size_of::<f32>() };
     Launch::new(kernel, [shape.rows().div_ceil(rows), 1, 1], 32 * warps * rows, shared, &params)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every group norm of SD 1.5 and SDXL at their sizes: whole groups and sectors, everything covered, blocks enough
+    /// for a GPU where an image is cut, and stretches few enough for every block to read them.
+    #[test]
+    fn cuts_of_real_layers() {
+        let unet = [320, 640, 960, 1280, 1920, 2560].map(|c| (c, [8, 16, 32, 64, 128]));
+        let vae = [128, 256, 512].map(|c| (c, [64, 128, 256, 512, 1024]));
+        for (channels, sides) in unet.into_iter().chain(vae) {
+            for side in sides {
+                let (per_group, pixels) = (channels / 32, side * side);
+                let cut = Cut::new(&[channels], per_group, pixels);
+                let label = format!("{side}x{side}x{channels}: {cut:?}");
+                assert!(
+                    cut.width == VECTOR && cut.slab.is_multiple_of(per_group) && cut.slab.is_multiple_of(16),
+                    "{label}"
+                );
+                assert!(cut.slab >= 64 && cut.slabs * cut.slab >= channels, "{label}");
+                assert!((cut.slabs - 1) * cut.slab < channels && (cut.stretches - 1) * cut.stretch < pixels, "{label}");
+                assert!(cut.stretches * cut.stretch >= pixels && cut.stretches <= 256, "{label}");
+                assert!(cut.stretches == 1 || cut.stretches * cut.slabs >= 20, "{label}");
+            }
+        }
+    }
 }

@@ -11,6 +11,7 @@ mod conformance;
 mod conv;
 mod elementwise;
 mod norm;
+mod sampler;
 mod sources;
 
 use half::f16;

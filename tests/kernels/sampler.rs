@@ -1,0 +1,266 @@
+//! `kernels/sampler.cu`, against the sampler, the noise and the pictures of the CPU.
+
+use super::*;
+use respodiff::Image;
+use respodiff::cuda::{Buffer, DeviceSampler, Launch, StepNoise};
+use respodiff::diffusion::noise::{NormalGenerator, Rng};
+use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig};
+
+/// An odd size, of more threads than a block has.
+const LATENTS: Shape = Shape { n: 3, h: 9, w: 5, c: 4 };
+const SEED: u64 = u64::MAX - 1;
+
+fn config(fields: &str) -> SchedulerConfig {
+    let text = format!(
+        r#"{{"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+        "beta_schedule": "scaled_linear", "steps_offset": 1, {fields}}}"#
+    );
+    SchedulerConfig::parse(&text, "scheduler_config.json").unwrap()
+}
+
+fn run(device: &Arc<dyn Device>, launch: Launch) {
+    // SAFETY: the callers' buffers are alive and as long as the launches say.
+    unsafe { device.run(&[launch]) }.unwrap();
+}
+
+fn floats(buffer: &Buffer, len: usize) -> Vec<f32> {
+    let mut values = vec![0f32; len];
+    buffer.read(0, bytemuck::cast_slice_mut(&mut values)).unwrap();
+    values
+}
+
+fn halves(buffer: &Buffer, len: usize) -> Vec<f16> {
+    let mut values = vec![f16::ZERO; len];
+    buffer.read(0, bytemuck::cast_slice_mut(&mut values)).unwrap();
+    values
+}
+
+fn generators(rng: Rng) -> Vec<NormalGenerator> {
+    (0..LATENTS.n as u64).map(|i| NormalGenerator::new(rng, SEED.wrapping_add(i))).collect()
+}
+
+/// One draw of every image, NCHW turned to NHWC.
+fn draw(generators: &mut [NormalGenerator]) -> Vec<f32> {
+    let (pixels, channels) = (LATENTS.tokens(), LATENTS.c);
+    let mut nchw = vec![0f32; pixels * channels];
+    let images = generators.iter_mut().flat_map(|generator| {
+        generator.fill(&mut nchw);
+        (0..pixels * channels).map(|i| nchw[i % channels * pixels + i / channels]).collect::<Vec<f32>>()
+    });
+    images.collect()
+}
+
+/// The greatest difference in units of the greatest number; NaN is infinite.
+fn error(ours: &[f32], theirs: &[f32]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    let scale = theirs.iter().fold(0f32, |m, x| m.max(x.abs()));
+    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0f32, |m, d| {
+        if d <= m {
+            m
+        } else if d.is_nan() {
+            f32::INFINITY
+        } else {
+            d
+        }
+    }) / scale
+}
+
+/// A session: a sampler with the buffers of the UNet that it would feed.
+struct Session {
+    device: Arc<dyn Device>,
+    sampler: DeviceSampler,
+    guided: bool,
+    sample: Buffer,
+    timestep: Buffer,
+    out: Buffer,
+    recordings: [Box<dyn respodiff::cuda::Recording>; 2],
+}
+
+impl Session {
+    fn new(device: &Arc<dyn Device>, guided: bool) -> Self {
+        let rows = if guided { 2 } else { 1 };
+        let sampler = DeviceSampler::new(device, LATENTS, 20).unwrap();
+        let sample = Buffer::new(device, rows * LATENTS.len() * 2).unwrap();
+        let timestep = Buffer::new(device, rows * LATENTS.n * 4).unwrap();
+        let out = Buffer::new(device, rows * LATENTS.len() * 4).unwrap();
+        // One recording for all steps of all samplers: nothing in it may depend on them.
+        let record = |launch| {
+            // SAFETY: the buffers live as long as the recordings, in the same structure.
+            unsafe { device.clone().record(&[launch]) }.unwrap()
+        };
+        let recordings = [
+            record(sampler.prepare(sample.address(), timestep.address(), guided)),
+            record(sampler.guide_and_step(out.address(), guided)),
+        ];
+        Session { device: device.clone(), sampler, guided, sample, timestep, out, recordings }
+    }
+
+    /// Samples with a "model" that is a random multiple of its input plus random numbers, next to the CPU's sampler, which
+    /// is given the same outputs.
+    fn check(&self, label: &str, schedule: &Schedule, rng: Rng) {
+        let guidance = 7.5;
+        let rows = if self.guided { 2 } else { 1 };
+        let mut generators = generators(rng);
+        let noise = match rng {
+            Rng::TorchCpu => StepNoise::Written,
+            Rng::TorchCuda => StepNoise::Drawn { seed: SEED, drawn: 1 },
+        };
+        self.sampler.begin(&schedule.steps, guidance, noise).unwrap();
+        let mut x = draw(&mut generators);
+        x.iter_mut().for_each(|x| *x *= schedule.init_noise_sigma);
+        match rng {
+            Rng::TorchCpu => self.sampler.write_latents(&x).unwrap(),
+            Rng::TorchCuda => run(&self.device, self.sampler.draw(SEED, schedule.init_noise_sigma)),
+        }
+        let mut state = SamplerState::new(x.len());
+        for (i, step) in schedule.steps.iter().enumerate() {
+            let label = format!("{label}, step {i}");
+            self.recordings[0].replay().unwrap();
+            assert_eq!(floats(&self.timestep, rows * LATENTS.n), vec![step.timestep; rows * LATENTS.n], "{label}");
+            let input = halves(&self.sample, rows * x.len());
+            for (ours, x) in input.iter().zip(x.iter().cycle()) {
+                // Where the two latents differ in the last place, fp16 may round them to neighbours.
+                let theirs = f16::from_f32(x * step.input_scale);
+                let apart = (ours.to_f32() - theirs.to_f32()).abs();
+                assert!(apart <= theirs.to_f32().abs() / 1024.0, "{label}: {ours} of {theirs}");
+            }
+            let factor = random(2, i as u64 + 1);
+            let shift = random(input.len(), 50 + i as u64);
+            let out: Vec<f32> =
+                input.iter().zip(&shift).map(|(x, s)| (factor[0] * x.to_f64() + factor[1] + s) as f32).collect();
+            self.out.write(0, bytemuck::cast_slice(&out)).unwrap();
+            let prediction: Vec<f32> = match self.guided {
+                true => (0..x.len()).map(|j| out[j] + guidance * (out[x.len() + j] - out[j])).collect(),
+                false => out,
+            };
+            let noise = if step.needs_noise() { draw(&mut generators) } else { Vec::new() };
+            if step.needs_noise() && rng == Rng::TorchCpu {
+                self.sampler.write_noise(&noise).unwrap();
+            }
+            self.recordings[1].replay().unwrap();
+            state.step(step, &prediction, &mut x, &noise);
+            let error = error(&self.sampler.read_latents().unwrap(), &x);
+            // A step rounds some ten terms in f32; a GPU may fuse products and sums.
+            assert!(error <= 4e-6, "{label}: latents are off by {error:.1e}");
+        }
+        assert_eq!(self.sampler.fault().unwrap(), None, "{label}");
+    }
+}
+
+#[test]
+fn every_sampler_steps_as_on_the_cpu() {
+    for (name, device) in devices() {
+        for guided in [true, false] {
+            // In turns on one session: what a sampler leaves behind must not matter to the next.
+            let session = Session::new(&device, guided);
+            for sampler in Sampler::ALL {
+                for fields in [r#""clip_sample": false"#, r#""clip_sample": true, "prediction_type": "v_prediction""#] {
+                    let choice = SamplerChoice { sampler: Some(sampler), spacing: None };
+                    let schedule = Schedule::new(&config(fields), choice, 5).unwrap();
+                    // Where no step wants noise, its generator matters to the first latents alone.
+                    let noisy = schedule.steps.iter().any(|step| step.needs_noise());
+                    for rng in Rng::ALL.into_iter().filter(|rng| noisy || *rng == Rng::TorchCpu) {
+                        let label = format!("{name}, {sampler:?}, {fields}, guided {guided}, {rng:?}");
+                        session.check(&label, &schedule, rng);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Numbers by the CPU's generator, to an error in the last place.
+#[test]
+fn noise() {
+    for (name, device) in devices() {
+        let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
+        run(&device, sampler.draw(SEED, 14.6146));
+        let theirs: Vec<f32> = draw(&mut generators(Rng::TorchCuda)).iter().map(|x| x * 14.6146).collect();
+        let ours = sampler.read_latents().unwrap();
+        for (i, (a, b)) in ours.iter().zip(&theirs).enumerate() {
+            assert!((a - b).abs() <= b.abs() * 2.5e-7, "{name}: number {i} is {a} where {b} is right");
+        }
+    }
+}
+
+#[test]
+fn latents_that_are_not_finite_are_found_in_their_step() {
+    let schedule = Schedule::new(&config(r#""clip_sample": true"#), "DDIM".parse().unwrap(), 5).unwrap();
+    for (name, device) in devices() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let session = Session::new(&device, true);
+            session.sampler.begin(&schedule.steps, 2.0, StepNoise::Written).unwrap();
+            session.sampler.write_latents(&vec![0.5; LATENTS.len()]).unwrap();
+            let mut out = vec![0.25f32; 2 * LATENTS.len()];
+            for step in 0..5 {
+                if step == 3 {
+                    out[LATENTS.len() + 300] = bad;
+                }
+                session.out.write(0, bytemuck::cast_slice(&out)).unwrap();
+                session.recordings.iter().for_each(|recording| recording.replay().unwrap());
+                let expected = (step >= 3).then_some(3);
+                assert_eq!(session.sampler.fault().unwrap(), expected, "{name}: {bad} in step 3, after step {step}");
+            }
+        }
+    }
+}
+
+/// Replays past the last step change nothing.
+#[test]
+fn a_finished_sampler_stays() {
+    let schedule = Schedule::new(&config(r#""clip_sample": false"#), "Euler".parse().unwrap(), 2).unwrap();
+    let (_, device) = devices().remove(0);
+    let session = Session::new(&device, false);
+    session.sampler.begin(&schedule.steps, 1.0, StepNoise::Written).unwrap();
+    session.sampler.write_latents(&vec![0.5; LATENTS.len()]).unwrap();
+    session.out.write(0, bytemuck::cast_slice(&vec![0.25f32; LATENTS.len()])).unwrap();
+    let replay = || session.recordings.iter().for_each(|recording| recording.replay().unwrap());
+    (0..2).for_each(|_| replay());
+    let done = session.sampler.read_latents().unwrap();
+    replay();
+    assert!(session.sampler.read_latents().unwrap() == done);
+}
+
+#[test]
+fn latents_for_vae() {
+    let latents: Vec<f32> = random(LATENTS.len(), 4).iter().map(|&x| 3.0 * x as f32).collect();
+    let one = LATENTS.len() / LATENTS.n;
+    for (name, device) in devices() {
+        let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
+        sampler.write_latents(&latents).unwrap();
+        let out = Buffer::new(&device, one * 2).unwrap();
+        for (image, latents) in latents.chunks_exact(one).enumerate() {
+            run(&device, sampler.latents_for_vae(image, 0.18215, out.address()));
+            let theirs: Vec<f16> = latents.iter().map(|x| f16::from_f32(x / 0.18215)).collect();
+            assert_eq!(halves(&out, one), theirs, "{name}, image {image}");
+        }
+    }
+}
+
+#[test]
+fn to_rgb8() {
+    for (name, device) in devices() {
+        for (height, width) in [(5, 7), (32, 24), (1, 1)] {
+            let length = height * width * 3;
+            let mut values: Vec<f32> = random(length, 6).iter().map(|&x| 1.25 * x as f32).collect();
+            // Half-way between bytes, which go to the even one.
+            values.iter_mut().step_by(5).enumerate().for_each(|(i, x)| *x = (i % 255) as f32 / 127.5 - 254.0 / 255.0);
+            let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
+            sampler.begin(&[], 1.0, StepNoise::Written).unwrap();
+            let x = Buffer::from_bytes(&device, bytemuck::cast_slice(&values)).unwrap();
+            let out = Buffer::new(&device, length).unwrap();
+            run(&device, sampler.to_rgb8(x.address(), length, out.address()));
+            let mut rgb = vec![0; length];
+            out.read(0, &mut rgb).unwrap();
+            assert_eq!(rgb, Image::from_hwc(&values, height, width).unwrap().rgb, "{name}, {width}x{height}");
+            assert!(!sampler.picture_fault().unwrap(), "{name}");
+            for bad in [f32::NAN, f32::NEG_INFINITY] {
+                sampler.begin(&[], 1.0, StepNoise::Written).unwrap();
+                values[length - 1] = bad;
+                x.write(0, bytemuck::cast_slice(&values)).unwrap();
+                run(&device, sampler.to_rgb8(x.address(), length, out.address()));
+                assert!(sampler.picture_fault().unwrap(), "{name}: {bad}");
+            }
+        }
+    }
+}
