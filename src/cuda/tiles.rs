@@ -31,9 +31,9 @@ pub(super) struct Tile {
 /// The candidates. Channels are multiples of 160 in Stable Diffusion's UNets and of 128 in its VAEs.
 #[rustfmt::skip]
 pub(super) const TILES: [Tile; 11] = [
-    Tile { kernel: "conv_128x160", rows: 128, columns: 160, warps_down: 2, stages: 3, resident: 1, vector: true },
-    Tile { kernel: "conv_128x128", rows: 128, columns: 128, warps_down: 2, stages: 3, resident: 1, vector: true },
-    Tile { kernel: "conv_128x80", rows: 128, columns: 80, warps_down: 4, stages: 3, resident: 1, vector: true },
+    Tile { kernel: "conv_128x160", rows: 128, columns: 160, warps_down: 2, stages: 4, resident: 1, vector: true },
+    Tile { kernel: "conv_128x128", rows: 128, columns: 128, warps_down: 2, stages: 4, resident: 1, vector: true },
+    Tile { kernel: "conv_128x80", rows: 128, columns: 80, warps_down: 4, stages: 3, resident: 2, vector: true },
     Tile { kernel: "conv_64x160", rows: 64, columns: 160, warps_down: 2, stages: 3, resident: 2, vector: true },
     Tile { kernel: "conv_64x80", rows: 64, columns: 80, warps_down: 4, stages: 4, resident: 2, vector: true },
     Tile { kernel: "conv_64x64", rows: 64, columns: 64, warps_down: 2, stages: 4, resident: 2, vector: true },
