@@ -58,7 +58,7 @@ pub(super) fn makes(graph: &Graph, x: TensorId) -> bool {
 }
 
 /// The product of one image, and how it is computed for all.
-fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> (Product, Choice) {
+pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> (Product, Choice) {
     let shape = graph.shape(out);
     let channels: usize = conv.sources.iter().map(|id| graph.shape(id).c).sum();
     let one = Product {
