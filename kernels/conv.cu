@@ -251,8 +251,8 @@ template <int ROWS, int COLUMNS, int WARPS_DOWN, int STAGES, bool VECTOR> PTX_FN
     const int first_chunk = blockIdx.y * p.steps * CHUNKS;
     Pixels<ROWS> pixels;
     pixels.begin(p, first_row, first_chunk);
-    const int64_t depth = int64_t(p.kernel) * p.kernel * p.depth;
-    const __half* weight = p.weight + (first_column + thread / CHUNKS) * depth + (first_chunk + thread % CHUNKS) * 8;
+    const int depth = p.kernel * p.kernel * p.depth;
+    int weight = (first_column + thread / CHUNKS) * depth + (first_chunk + thread % CHUNKS) * 8;
 
     auto fetch = [&](int slot) {
         pixels.template fetch<VECTOR>(p, slot * STAGE);
@@ -262,7 +262,7 @@ template <int ROWS, int COLUMNS, int WARPS_DOWN, int STAGES, bool VECTOR> PTX_FN
             if (COLUMNS % LANES != 0 && column >= COLUMNS) continue;
             const bool in = pixels.inside(p) && first_column + column < p.columns;
             const uint32_t to = shared + slot * STAGE + ROWS * ROW_BYTES + swizzled(column, thread % CHUNKS);
-            cp_async16(to, in ? weight + i * LANES * depth : p.weight, in);
+            cp_async16(to, p.weight + (in ? weight + i * LANES * depth : 0), in);
         }
         weight += STEP;
         pixels.advance(p);
@@ -338,9 +338,9 @@ template <int ROWS, int COLUMNS, int WARPS_DOWN, int STAGES, bool VECTOR> PTX_FN
 #define CONV(name, resident, ...)                                                                                        \
     KERNEL __launch_bounds__(THREADS, resident) name(const __grid_constant__ ConvParams p) { conv<__VA_ARGS__>(p); } \
     EXPORT(name)
-CONV(conv_128x160, 1, 128, 160, 2, 3, true)
-CONV(conv_128x128, 1, 128, 128, 2, 3, true)
-CONV(conv_128x80, 1, 128, 80, 4, 3, true)
+CONV(conv_128x160, 1, 128, 160, 2, 4, true)
+CONV(conv_128x128, 1, 128, 128, 2, 4, true)
+CONV(conv_128x80, 2, 128, 80, 4, 3, true)
 CONV(conv_64x160, 2, 64, 160, 2, 3, true)
 CONV(conv_64x80, 2, 64, 80, 4, 4, true)
 CONV(conv_64x64, 2, 64, 64, 2, 4, true)

@@ -2,7 +2,7 @@
 
 use super::device::{Launch, Limits};
 use super::program::{Element, Site};
-use super::tiles::{Choice, Product, THREADS, choose};
+use super::tiles::{Choice, Product, THREADS, Tile, choose};
 use super::weights::CHUNK;
 use crate::graph::{Conv, Graph, Op, Shape, TensorId};
 use bytemuck::NoUninit;
@@ -58,7 +58,7 @@ pub(super) fn makes(graph: &Graph, x: TensorId) -> bool {
 }
 
 /// The product of one image, and how it is computed for all.
-fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> (Product, Choice) {
+pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> (Product, Choice) {
     let shape = graph.shape(out);
     let channels: usize = conv.sources.iter().map(|id| graph.shape(id).c).sum();
     let one = Product {
@@ -121,9 +121,114 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site, launches: &mut Vec<L
         bias_gain: conv.bias_gain,
         scale: conv.scale,
     };
-    launches.push(Launch::new(tile.kernel, [tile.count(&all), splits, 1], THREADS, tile.shared(), &params));
-    if splits > 1 {
-        let threads = all.rows * output.c.div_ceil(CHUNK);
-        launches.push(Launch::new("conv_finish", [threads.div_ceil(THREADS), 1, 1], THREADS, 0, &params));
+    launches.extend(launch(tile, &all, splits, &params));
+}
+
+/// The product, and where its depth is in parts what adds them up.
+fn launch(tile: &Tile, product: &Product, splits: usize, params: &ConvParams) -> impl Iterator<Item = Launch> {
+    let multiply = Launch::new(tile.kernel, [tile.count(product), splits, 1], THREADS, tile.shared(), params);
+    let threads = product.rows * (params.channels as usize).div_ceil(CHUNK);
+    let finish = || Launch::new("conv_finish", [threads.div_ceil(THREADS), 1, 1], THREADS, 0, params);
+    std::iter::once(multiply).chain((splits > 1).then(finish))
+}
+
+#[cfg(all(test, feature = "emulated"))]
+mod tests {
+    use super::super::tiles::{STEP, TILES};
+    use super::super::{Buffer, Device, Emulated};
+    use super::*;
+    use crate::graph::Activation;
+    use half::f16;
+    use respodiff_emulated_kernels::Schedule;
+    use std::sync::Arc;
+
+    /// Numbers in -1..1 that look random.
+    fn numbers(len: usize, seed: u32) -> impl Iterator<Item = f32> {
+        (0..len as u32).map(move |i| {
+            let mixed = (i + 1).wrapping_mul(2_654_435_761).wrapping_add(seed).wrapping_mul(2_246_822_519);
+            (mixed >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+    }
+
+    fn halves(device: &Arc<dyn Device>, len: usize, seed: u32) -> Buffer {
+        let halves: Vec<f16> = numbers(len, seed).map(f16::from_f32).collect();
+        Buffer::from_bytes(device, bytemuck::cast_slice(&halves)).unwrap()
+    }
+
+    /// Every tile makes the same bits, whatever the schedule: of a 3x3 convolution of two sources with all that can follow,
+    /// whose rows and columns fill no tile, and of the same with a gate.
+    #[test]
+    fn tiles_agree_bit_for_bit() {
+        let (images, h, w, x, skip, columns) = (2, 5, 7, 24, 16, 88);
+        let (rows, depth) = (images * h * w, x + skip);
+        for (splits, activation) in
+            [(1, Activation::Silu), (3, Activation::None), (1, Activation::Geglu), (2, Activation::Geglu)]
+        {
+            let channels = if activation == Activation::Geglu { columns / 2 } else { columns };
+            let mut first: Option<Vec<u8>> = None;
+            for schedule in Schedule::hostile(11) {
+                let device = Emulated::new(Limits::A100, schedule);
+                let bias: Vec<f32> = numbers(columns, 1).collect();
+                let bias = Buffer::from_bytes(&device, bytemuck::cast_slice(&bias)).unwrap();
+                let buffers: Vec<Buffer> =
+                    [rows * x, rows * skip, columns * 9 * depth, images * channels, rows * channels, h * w * channels]
+                        .iter()
+                        .enumerate()
+                        .map(|(i, &len)| halves(&device, len, i as u32))
+                        .collect();
+                let [source, second, weight, per_image, residual, shift] =
+                    [0, 1, 2, 3, 4, 5].map(|i| buffers[i].address());
+                let product = Product { rows, columns, depth: 9 * depth, vector: true };
+                let partial = Buffer::new(&device, product.partial_bytes(splits)).unwrap();
+                for tile in &TILES {
+                    let out = Buffer::new(&device, rows * channels * 2).unwrap();
+                    let shifted = Buffer::new(&device, rows * channels * 2).unwrap();
+                    let params = ConvParams {
+                        sources: [source, second],
+                        weight,
+                        bias: bias.address(),
+                        per_image,
+                        residual,
+                        out: out.address(),
+                        shift,
+                        shifted: shifted.address(),
+                        partial: partial.address(),
+                        source_channels: [x as i32, skip as i32],
+                        depth: depth as i32,
+                        height: h as i32,
+                        width: w as i32,
+                        seen_height: h as i32,
+                        seen_width: w as i32,
+                        out_height: h as i32,
+                        out_width: w as i32,
+                        kernel: 3,
+                        stride: 1,
+                        pad: 1,
+                        rows: rows as i32,
+                        pixels: (h * w) as i32,
+                        columns: columns as i32,
+                        channels: channels as i32,
+                        splits: splits as i32,
+                        steps: product.depth.div_ceil(STEP).div_ceil(splits) as i32,
+                        activation: activation as i32,
+                        full: 0,
+                        first_shifted: 1,
+                        gain: 0.75,
+                        bias_gain: 1.5,
+                        scale: 0.5,
+                    };
+                    let launches: Vec<Launch> = launch(tile, &product, splits, &params).collect();
+                    // SAFETY: the buffers are as long as the structure says.
+                    let run = unsafe { device.run(&launches) };
+                    run.unwrap_or_else(|fault| panic!("{}, {schedule:?}: {fault}", tile.kernel));
+                    let mut bits = vec![0; 2 * out.len()];
+                    let (mid, end) = bits.split_at_mut(out.len());
+                    out.read(0, mid).unwrap();
+                    shifted.read(0, end).unwrap();
+                    let first = first.get_or_insert_with(|| bits.clone());
+                    assert!(*first == bits, "{}, {splits} splits, {activation:?}, {schedule:?}", tile.kernel);
+                }
+            }
+        }
     }
 }
