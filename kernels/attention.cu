@@ -281,8 +281,12 @@ template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __h
             if (T::SPLIT > 1 && lane % 4 == 0) shared_sums[s.part * T::ROWS + s.row + i * 16 + h * 8 + lane / 4] = sum;
         }
     }
-    // All are done with the queries, and the sums are there.
-    if constexpr (T::SPLIT > 1) named_bar_sync(1 + s.group, 32 * T::SPLIT);
+    // The rows' warps are done with the queries, and the sums are there.
+    if constexpr (T::SPLIT > 1) {
+        named_bar_sync(1 + s.group, 32 * T::SPLIT);
+    } else {
+        __syncwarp();
+    }
     __half* tile = reinterpret_cast<__half*>(dyn_smem());
 #pragma unroll
     for (int i = 0; i < T::PIECES; i++) {
