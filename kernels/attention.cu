@@ -86,7 +86,7 @@ template <class T, int ROWS> PTX_FN void load(uint32_t offset, const __half* fro
         int rows = chunk * 8 < head_dim ? count - first : 0;
 #pragma unroll
         for (int row = 0; row < ROWS; row += PASS) {
-            if (row + PASS <= ROWS || first + row < ROWS) cp_async16(to + row * T::STRIDE * 16, row < rows ? source : from, row < rows);
+            if (row + PASS <= ROWS || first + row < ROWS) cp_async16(to + row * T::STRIDE * 16, source, row < rows);
             source += PASS * width;
         }
     } else {
@@ -114,9 +114,10 @@ PTX_FN uint32_t bits_of(__half2 pair) {
 // What a warp knows of its rows. In fragments, a lane holds of each piece the rows `lane / 4` and 8 below it.
 template <class T> struct State {
     float out[T::GROUPS][T::PIECES][T::AT_ONCE][4];
-    // log2 of what weights are relative to, and this lane's part of their sum.
+    // log2 of what weights are relative to, and their sum: one more column of `out`, as if of values 1, so that it is the sum
+    // of the weights as rounded.
     float reference[T::PIECES][2];
-    float sum[T::PIECES][2];
+    float sum[T::PIECES][1][4];
     uint32_t q[T::KEEP_Q ? T::STEPS : 1][T::PIECES][4];
     // Row group, which of the warps that share it, and the first row in the tile.
     int group, part, row;
@@ -202,7 +203,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
 #pragma unroll
         for (int i = 0; i < T::PIECES; i++) {
 #pragma unroll
-            for (int h = 0; h < 2; h++) s.sum[i][h] *= factors[i][h];
+            for (int j = 0; j < 4; j++) s.sum[i][0][j] *= factors[i][j / 2];
 #pragma unroll
             for (int j = 0; j < T::COLUMNS * 4; j++) s.out[j / 4 / T::AT_ONCE][i][j / 4 % T::AT_ONCE][j % 4] *= factors[i][j % 4 / 2];
         }
@@ -218,7 +219,6 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
             for (int h = 0; h < 2; h++) {
                 float x = exp2_approx(fmaf(scores[i][j][h * 2], exponent, -s.reference[i][h]));
                 float y = exp2_approx(fmaf(scores[i][j][h * 2 + 1], exponent, -s.reference[i][h]));
-                s.sum[i][h] += x + y;
                 weights[j / 2][i][j % 2 * 2 + h] = bits_of(__floats2half2_rn(x, y));
             }
         }
@@ -235,15 +235,19 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
     }
     next();
 
+    constexpr uint32_t ONES = 0x3c003c00;
+    uint32_t ones[1][2] = {{ONES, ONES}};
     uint32_t values = smem + T::V_AT + stage * T::STAGE + (first - s.part * OWN + lane % 16) * T::STRIDE * 16;
 #pragma unroll
     for (int depth = 0; depth < KEYS / 16; depth++) {
-        uint32_t own[T::PIECES][4];
+        uint32_t gathered[T::PIECES][4];
         if constexpr (T::SPLIT > 1) {
 #pragma unroll
             for (int i = 0; i < T::PIECES; i++)
-                load_a<KEYS / 8>(own[i], p + (i * 16 + lane % 16) * T::P_STRIDE * 16, depth * 2);
+                load_a<KEYS / 8>(gathered[i], p + (i * 16 + lane % 16) * T::P_STRIDE * 16, depth * 2);
         }
+        auto& a = T::SPLIT > 1 ? gathered : weights[depth % (OWN / 16)];
+        mma_tile<T::PIECES, 1>(s.sum, a, ones);
 #pragma unroll
         for (int group = 0; group < T::GROUPS; group++) {
             uint32_t b[T::AT_ONCE][2];
@@ -257,11 +261,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
                 b[j][0] = r[0], b[j][1] = r[1];
                 if (pair) b[j + 1][0] = r[2], b[j + 1][1] = r[3];
             }
-            if constexpr (T::SPLIT > 1) {
-                mma_tile<T::PIECES, T::AT_ONCE>(s.out[group], own, b);
-            } else {
-                mma_tile<T::PIECES, T::AT_ONCE>(s.out[group], weights[depth], b);
-            }
+            mma_tile<T::PIECES, T::AT_ONCE>(s.out[group], a, b);
         }
     }
 }
@@ -269,33 +269,15 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
 // Divides by the sums and writes the rows that there are, through the queries' place in shared memory.
 template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __half* out, int rows) {
     int lane = threadIdx.x % 32;
-    float* shared_sums = reinterpret_cast<float*>(dyn_smem() + T::TOPS_AT);
-#pragma unroll
-    for (int i = 0; i < T::PIECES; i++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float sum = s.sum[i][h];
-            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-            s.sum[i][h] = sum;
-            if (T::SPLIT > 1 && lane % 4 == 0) shared_sums[s.part * T::ROWS + s.row + i * 16 + h * 8 + lane / 4] = sum;
-        }
-    }
-    // The rows' warps are done with the queries, and the sums are there.
-    if constexpr (T::SPLIT > 1) {
-        named_bar_sync(1 + s.group, 32 * T::SPLIT);
-    } else {
-        __syncwarp();
-    }
+    // All lanes are done with the queries.
+    __syncwarp();
     __half* tile = reinterpret_cast<__half*>(dyn_smem());
 #pragma unroll
     for (int i = 0; i < T::PIECES; i++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int row = s.row + i * 16 + h * 8 + lane / 4;
-            float sum = s.sum[i][h];
-            if (T::SPLIT > 1) sum = shared_sums[row] + shared_sums[T::ROWS + row];
-            float inverse = 1.0f / sum;
+            float inverse = 1.0f / s.sum[i][0][h * 2];
 #pragma unroll
             for (int j = 0; j < T::COLUMNS; j++) {
                 const float* x = &s.out[j / T::AT_ONCE][i][j % T::AT_ONCE][h * 2];
@@ -313,7 +295,7 @@ template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __h
         const __half* from = tile + row * T::STRIDE * 8 + column;
         __half* to = out + int64_t(row) * width + column;
         if constexpr (T::VECTOR) {
-            *reinterpret_cast<Half8*>(to) = *reinterpret_cast<const Half8*>(from);
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
         } else {
             for (int j = 0; j < 8 && column + j < p.head_dim; j++) to[j] = from[j];
         }
