@@ -309,22 +309,21 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
     const __half* k = p.k + int64_t(blockIdx.z) * p.keys * p.k_width + blockIdx.y * p.head_dim;
     const __half* v = p.v + int64_t(blockIdx.z) * p.keys * p.v_width + blockIdx.y * p.head_dim;
     int keys = p.causal ? min(p.keys, first_query + rows) : p.keys;
-    int tiles = (keys + T::KEYS - 1) / T::KEYS;
-    auto load_keys = [&](int tile) {
-        if (tile >= tiles) return;
-        int first = tile * T::KEYS;
-        uint32_t at = T::K_AT + tile % T::STAGES * T::STAGE;
-        load<T, T::KEYS>(at, k + int64_t(first) * p.k_width, p.k_width, keys - first, p.head_dim);
+    // The tile of keys, or values, from `first` on, if there is one.
+    auto stage_of = [](int first) { return first / T::KEYS % T::STAGES; };
+    auto load_keys = [&](int first) {
+        if (first >= keys) return;
+        const __half* from = k + int64_t(first) * p.k_width;
+        load<T, T::KEYS>(T::K_AT + stage_of(first) * T::STAGE, from, p.k_width, keys - first, p.head_dim);
     };
-    auto load_values = [&](int tile) {
-        if (tile >= tiles) return;
-        int first = tile * T::KEYS;
-        uint32_t at = T::V_AT + tile % T::STAGES * T::STAGE;
-        load<T, T::KEYS>(at, v + int64_t(first) * p.v_width, p.v_width, keys - first, p.head_dim);
+    auto load_values = [&](int first) {
+        if (first >= keys) return;
+        const __half* from = v + int64_t(first) * p.v_width;
+        load<T, T::KEYS>(T::V_AT + stage_of(first) * T::STAGE, from, p.v_width, keys - first, p.head_dim);
     };
 
     State<T> s = {};
-    s.group = threadIdx.x / 32 % 4, s.part = threadIdx.x / 128, s.row = s.group * T::PIECES * 16;
+    s.group = threadIdx.x / 32 % 4, s.part = T::SPLIT > 1 ? threadIdx.x / 128 : 0, s.row = s.group * T::PIECES * 16;
 #pragma unroll
     for (int i = 0; i < T::PIECES; i++) s.reference[i][0] = s.reference[i][1] = -INFINITY;
 
@@ -338,27 +337,27 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
 #pragma unroll
         for (int step = 0; step < T::STEPS; step++) load_q<T>(s.q[step], s, step);
     }
-    for (int tile = 0; tile < tiles; tile++) {
+    for (int tile = 0; tile < keys; tile += T::KEYS) {
         // This tile's keys are there, and all are done with the tile before.
         cp_async_wait<0>();
         __syncthreads();
-        if (T::STAGES > 1) load_keys(tile + 1);
-        load_values(tile + T::STAGES - 1);
+        if (T::STAGES > 1) load_keys(tile + T::KEYS);
+        load_values(tile + (T::STAGES - 1) * T::KEYS);
         cp_async_commit();
         auto next = [&] {
             if constexpr (T::STAGES == 1) {
                 // The values and all weights are there, and all are done with the keys.
                 cp_async_wait<0>();
                 __syncthreads();
-                load_keys(tile + 1);
+                load_keys(tile + T::KEYS);
                 cp_async_commit();
             }
         };
-        int stage = tile % T::STAGES, count = keys - tile * T::KEYS;
+        int stage = stage_of(tile), count = keys - tile;
         if (count >= T::KEYS && !p.causal) {
             advance<T, T::KEYS, false>(s, stage, 0, T::KEYS, T::KEYS, p.exponent, next);
         } else {
-            int seen = p.causal ? first_query + 1 - tile * T::KEYS : T::KEYS;
+            int seen = p.causal ? first_query + 1 - tile : T::KEYS;
             for (int first = 0; first < min(count, T::KEYS); first += T::TAIL)
                 advance<T, T::TAIL, true>(s, stage, first, count, seen, p.exponent, next);
         }
