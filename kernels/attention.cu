@@ -114,10 +114,11 @@ PTX_FN uint32_t bits_of(__half2 pair) {
 // What a warp knows of its rows. In fragments, a lane holds of each piece the rows `lane / 4` and 8 below it.
 template <class T> struct State {
     float out[T::GROUPS][T::PIECES][T::AT_ONCE][4];
-    // log2 of what weights are relative to, and their sum: one more column of `out`, as if of values 1, so that it is the sum
-    // of the weights as rounded.
+    // log2 of what weights are relative to.
     float reference[T::PIECES][2];
-    float sum[T::PIECES][1][4];
+    // The sums of the weights as rounded, by the tensor cores: columns as if of values 1, even ones for piece 0, odd ones for
+    // piece 1. That of piece i's row h is sum[h * 2 + i].
+    float sum[4];
     uint32_t q[T::KEEP_Q ? T::STEPS : 1][T::PIECES][4];
     // Row group, which of the warps that share it, and the first row in the tile.
     int group, part, row;
@@ -203,7 +204,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
 #pragma unroll
         for (int i = 0; i < T::PIECES; i++) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) s.sum[i][0][j] *= factors[i][j / 2];
+            for (int h = 0; h < 2; h++) s.sum[h * 2 + i] *= factors[i][h];
 #pragma unroll
             for (int j = 0; j < T::COLUMNS * 4; j++) s.out[j / 4 / T::AT_ONCE][i][j / 4 % T::AT_ONCE][j % 4] *= factors[i][j % 4 / 2];
         }
@@ -235,8 +236,6 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
     }
     next();
 
-    constexpr uint32_t ONES = 0x3c003c00;
-    uint32_t ones[1][2] = {{ONES, ONES}};
     uint32_t values = smem + T::V_AT + stage * T::STAGE + (first - s.part * OWN + lane % 16) * T::STRIDE * 16;
 #pragma unroll
     for (int depth = 0; depth < KEYS / 16; depth++) {
@@ -247,7 +246,12 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
                 load_a<KEYS / 8>(gathered[i], p + (i * 16 + lane % 16) * T::P_STRIDE * 16, depth * 2);
         }
         auto& a = T::SPLIT > 1 ? gathered : weights[depth % (OWN / 16)];
-        mma_tile<T::PIECES, 1>(s.sum, a, ones);
+#pragma unroll
+        for (int i = 0; i < T::PIECES; i++) {
+            uint32_t ones = lane / 4 % 2 == i ? 0x3c003c00 : 0;
+            uint32_t b[2] = {ones, ones};
+            mma_m16n8k16(s.sum, a[i], b);
+        }
 #pragma unroll
         for (int group = 0; group < T::GROUPS; group++) {
             uint32_t b[T::AT_ONCE][2];
@@ -277,7 +281,7 @@ template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __h
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int row = s.row + i * 16 + h * 8 + lane / 4;
-            float inverse = 1.0f / s.sum[i][0][h * 2];
+            float inverse = 1.0f / s.sum[h * 2 + i];
 #pragma unroll
             for (int j = 0; j < T::COLUMNS; j++) {
                 const float* x = &s.out[j / T::AT_ONCE][i][j % T::AT_ONCE][h * 2];
