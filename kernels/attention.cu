@@ -19,8 +19,10 @@
 // those before it, go 16 at a time under a mask: 77 keys cost 80.
 //
 // Memory: q once, out once, k and v once for every block of queries of a head (L2 serves all but the first).
-// Bound: 4 * queries * keys * WIDTH flops on the tensor cores (at 40: 88 for 80, the scores' depth being a multiple of 16)
-// beside one exp2 a score, 16 a clock and multiprocessor. At 40 the two are about equal; from 64 on mma.sync is the bound.
+// Bound: 4 * queries * keys * WIDTH flops on the tensor cores (at 40, 96 are done for 80: the scores' depth is filled up to 48,
+// and the weights' sum is one more column of 8) beside one exp2 a score, 16 a clock and multiprocessor. At 40 both take about
+// as long, and issuing everything a little longer, so that a polynomial in exp2's place would not pay; from 64 on mma.sync
+// is the bound.
 //
 // Results do not depend on ROWS nor on what other rows hold: only the keys' number decides the order of sums.
 #include "numeric.cuh"
@@ -80,7 +82,7 @@ template <class T, int ROWS> PTX_FN void load(uint32_t offset, const __half* fro
     constexpr int PASS = T::THREADS / T::CHUNKS;
     int first = threadIdx.x / T::CHUNKS, chunk = threadIdx.x % T::CHUNKS;
     if (first >= PASS) return;
-    const __half* source = from + int64_t(first) * width + chunk * 8;
+    const __half* source = from + (first * width + chunk * 8);
     if constexpr (T::VECTOR) {
         uint32_t to = smem_u32(dyn_smem()) + offset + (first * T::STRIDE + chunk) * 16;
         int rows = chunk * 8 < head_dim ? count - first : 0;
@@ -206,7 +208,8 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
 #pragma unroll
             for (int h = 0; h < 2; h++) s.sum[h * 2 + i] *= factors[i][h];
 #pragma unroll
-            for (int j = 0; j < T::COLUMNS * 4; j++) s.out[j / 4 / T::AT_ONCE][i][j / 4 % T::AT_ONCE][j % 4] *= factors[i][j % 4 / 2];
+            for (int j = 0; j < T::COLUMNS * 4; j++)
+                s.out[j / 4 / T::AT_ONCE][i][j / 4 % T::AT_ONCE][j % 4] *= factors[i][j % 4 / 2];
         }
     }
 
