@@ -19,8 +19,10 @@
 // those before it, go 16 at a time under a mask: 77 keys cost 80.
 //
 // Memory: q once, out once, k and v once for every block of queries of a head (L2 serves all but the first).
-// Bound: 4 * queries * keys * WIDTH flops on the tensor cores (at 40: 88 for 80, the scores' depth being a multiple of 16)
-// beside one exp2 a score, 16 a clock and multiprocessor. At 40 the two are about equal; from 64 on mma.sync is the bound.
+// Bound: 4 * queries * keys * WIDTH flops on the tensor cores (at 40, 96 are done for 80: the scores' depth is filled up to 48,
+// and the weights' sum is one more column of 8) beside one exp2 a score, 16 a clock and multiprocessor. At 40 both take about
+// as long, and issuing everything a little longer, so that a polynomial in exp2's place would not pay; from 64 on mma.sync
+// is the bound.
 //
 // Results do not depend on ROWS nor on what other rows hold: only the keys' number decides the order of sums.
 #include "numeric.cuh"
@@ -80,13 +82,13 @@ template <class T, int ROWS> PTX_FN void load(uint32_t offset, const __half* fro
     constexpr int PASS = T::THREADS / T::CHUNKS;
     int first = threadIdx.x / T::CHUNKS, chunk = threadIdx.x % T::CHUNKS;
     if (first >= PASS) return;
-    const __half* source = from + int64_t(first) * width + chunk * 8;
+    const __half* source = from + (first * width + chunk * 8);
     if constexpr (T::VECTOR) {
         uint32_t to = smem_u32(dyn_smem()) + offset + (first * T::STRIDE + chunk) * 16;
         int rows = chunk * 8 < head_dim ? count - first : 0;
 #pragma unroll
         for (int row = 0; row < ROWS; row += PASS) {
-            if (row + PASS <= ROWS || first + row < ROWS) cp_async16(to + row * T::STRIDE * 16, row < rows ? source : from, row < rows);
+            if (row + PASS <= ROWS || first + row < ROWS) cp_async16(to + row * T::STRIDE * 16, source, row < rows);
             source += PASS * width;
         }
     } else {
@@ -114,9 +116,11 @@ PTX_FN uint32_t bits_of(__half2 pair) {
 // What a warp knows of its rows. In fragments, a lane holds of each piece the rows `lane / 4` and 8 below it.
 template <class T> struct State {
     float out[T::GROUPS][T::PIECES][T::AT_ONCE][4];
-    // log2 of what weights are relative to, and this lane's part of their sum.
+    // log2 of what weights are relative to.
     float reference[T::PIECES][2];
-    float sum[T::PIECES][2];
+    // The sums of the weights as rounded, by the tensor cores: columns as if of values 1, even ones for piece 0, odd ones for
+    // piece 1. That of piece i's row h is sum[h * 2 + i].
+    float sum[4];
     uint32_t q[T::KEEP_Q ? T::STEPS : 1][T::PIECES][4];
     // Row group, which of the warps that share it, and the first row in the tile.
     int group, part, row;
@@ -202,9 +206,10 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
 #pragma unroll
         for (int i = 0; i < T::PIECES; i++) {
 #pragma unroll
-            for (int h = 0; h < 2; h++) s.sum[i][h] *= factors[i][h];
+            for (int h = 0; h < 2; h++) s.sum[h * 2 + i] *= factors[i][h];
 #pragma unroll
-            for (int j = 0; j < T::COLUMNS * 4; j++) s.out[j / 4 / T::AT_ONCE][i][j / 4 % T::AT_ONCE][j % 4] *= factors[i][j % 4 / 2];
+            for (int j = 0; j < T::COLUMNS * 4; j++)
+                s.out[j / 4 / T::AT_ONCE][i][j / 4 % T::AT_ONCE][j % 4] *= factors[i][j % 4 / 2];
         }
     }
 
@@ -218,7 +223,6 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
             for (int h = 0; h < 2; h++) {
                 float x = exp2_approx(fmaf(scores[i][j][h * 2], exponent, -s.reference[i][h]));
                 float y = exp2_approx(fmaf(scores[i][j][h * 2 + 1], exponent, -s.reference[i][h]));
-                s.sum[i][h] += x + y;
                 weights[j / 2][i][j % 2 * 2 + h] = bits_of(__floats2half2_rn(x, y));
             }
         }
@@ -238,11 +242,18 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
     uint32_t values = smem + T::V_AT + stage * T::STAGE + (first - s.part * OWN + lane % 16) * T::STRIDE * 16;
 #pragma unroll
     for (int depth = 0; depth < KEYS / 16; depth++) {
-        uint32_t own[T::PIECES][4];
+        uint32_t gathered[T::PIECES][4];
         if constexpr (T::SPLIT > 1) {
 #pragma unroll
             for (int i = 0; i < T::PIECES; i++)
-                load_a<KEYS / 8>(own[i], p + (i * 16 + lane % 16) * T::P_STRIDE * 16, depth * 2);
+                load_a<KEYS / 8>(gathered[i], p + (i * 16 + lane % 16) * T::P_STRIDE * 16, depth * 2);
+        }
+        auto& a = T::SPLIT > 1 ? gathered : weights[depth % (OWN / 16)];
+#pragma unroll
+        for (int i = 0; i < T::PIECES; i++) {
+            uint32_t ones = lane / 4 % 2 == i ? 0x3c003c00 : 0;
+            uint32_t b[2] = {ones, ones};
+            mma_m16n8k16(s.sum, a[i], b);
         }
 #pragma unroll
         for (int group = 0; group < T::GROUPS; group++) {
@@ -257,11 +268,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
                 b[j][0] = r[0], b[j][1] = r[1];
                 if (pair) b[j + 1][0] = r[2], b[j + 1][1] = r[3];
             }
-            if constexpr (T::SPLIT > 1) {
-                mma_tile<T::PIECES, T::AT_ONCE>(s.out[group], own, b);
-            } else {
-                mma_tile<T::PIECES, T::AT_ONCE>(s.out[group], weights[depth], b);
-            }
+            mma_tile<T::PIECES, T::AT_ONCE>(s.out[group], a, b);
         }
     }
 }
@@ -269,29 +276,15 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
 // Divides by the sums and writes the rows that there are, through the queries' place in shared memory.
 template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __half* out, int rows) {
     int lane = threadIdx.x % 32;
-    float* shared_sums = reinterpret_cast<float*>(dyn_smem() + T::TOPS_AT);
-#pragma unroll
-    for (int i = 0; i < T::PIECES; i++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float sum = s.sum[i][h];
-            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-            s.sum[i][h] = sum;
-            if (T::SPLIT > 1 && lane % 4 == 0) shared_sums[s.part * T::ROWS + s.row + i * 16 + h * 8 + lane / 4] = sum;
-        }
-    }
-    // All are done with the queries, and the sums are there.
-    if constexpr (T::SPLIT > 1) named_bar_sync(1 + s.group, 32 * T::SPLIT);
+    // All lanes are done with the queries.
+    __syncwarp();
     __half* tile = reinterpret_cast<__half*>(dyn_smem());
 #pragma unroll
     for (int i = 0; i < T::PIECES; i++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int row = s.row + i * 16 + h * 8 + lane / 4;
-            float sum = s.sum[i][h];
-            if (T::SPLIT > 1) sum = shared_sums[row] + shared_sums[T::ROWS + row];
-            float inverse = 1.0f / sum;
+            float inverse = 1.0f / s.sum[h * 2 + i];
 #pragma unroll
             for (int j = 0; j < T::COLUMNS; j++) {
                 const float* x = &s.out[j / T::AT_ONCE][i][j % T::AT_ONCE][h * 2];
@@ -309,7 +302,7 @@ template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __h
         const __half* from = tile + row * T::STRIDE * 8 + column;
         __half* to = out + int64_t(row) * width + column;
         if constexpr (T::VECTOR) {
-            *reinterpret_cast<Half8*>(to) = *reinterpret_cast<const Half8*>(from);
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
         } else {
             for (int j = 0; j < 8 && column + j < p.head_dim; j++) to[j] = from[j];
         }
@@ -323,22 +316,21 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
     const __half* k = p.k + int64_t(blockIdx.z) * p.keys * p.k_width + blockIdx.y * p.head_dim;
     const __half* v = p.v + int64_t(blockIdx.z) * p.keys * p.v_width + blockIdx.y * p.head_dim;
     int keys = p.causal ? min(p.keys, first_query + rows) : p.keys;
-    int tiles = (keys + T::KEYS - 1) / T::KEYS;
-    auto load_keys = [&](int tile) {
-        if (tile >= tiles) return;
-        int first = tile * T::KEYS;
-        uint32_t at = T::K_AT + tile % T::STAGES * T::STAGE;
-        load<T, T::KEYS>(at, k + int64_t(first) * p.k_width, p.k_width, keys - first, p.head_dim);
+    // The tile of keys, or values, from `first` on, if there is one.
+    auto stage_of = [](int first) { return first / T::KEYS % T::STAGES; };
+    auto load_keys = [&](int first) {
+        if (first >= keys) return;
+        const __half* from = k + int64_t(first) * p.k_width;
+        load<T, T::KEYS>(T::K_AT + stage_of(first) * T::STAGE, from, p.k_width, keys - first, p.head_dim);
     };
-    auto load_values = [&](int tile) {
-        if (tile >= tiles) return;
-        int first = tile * T::KEYS;
-        uint32_t at = T::V_AT + tile % T::STAGES * T::STAGE;
-        load<T, T::KEYS>(at, v + int64_t(first) * p.v_width, p.v_width, keys - first, p.head_dim);
+    auto load_values = [&](int first) {
+        if (first >= keys) return;
+        const __half* from = v + int64_t(first) * p.v_width;
+        load<T, T::KEYS>(T::V_AT + stage_of(first) * T::STAGE, from, p.v_width, keys - first, p.head_dim);
     };
 
     State<T> s = {};
-    s.group = threadIdx.x / 32 % 4, s.part = threadIdx.x / 128, s.row = s.group * T::PIECES * 16;
+    s.group = threadIdx.x / 32 % 4, s.part = T::SPLIT > 1 ? threadIdx.x / 128 : 0, s.row = s.group * T::PIECES * 16;
 #pragma unroll
     for (int i = 0; i < T::PIECES; i++) s.reference[i][0] = s.reference[i][1] = -INFINITY;
 
@@ -352,27 +344,27 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
 #pragma unroll
         for (int step = 0; step < T::STEPS; step++) load_q<T>(s.q[step], s, step);
     }
-    for (int tile = 0; tile < tiles; tile++) {
+    for (int tile = 0; tile < keys; tile += T::KEYS) {
         // This tile's keys are there, and all are done with the tile before.
         cp_async_wait<0>();
         __syncthreads();
-        if (T::STAGES > 1) load_keys(tile + 1);
-        load_values(tile + T::STAGES - 1);
+        if (T::STAGES > 1) load_keys(tile + T::KEYS);
+        load_values(tile + (T::STAGES - 1) * T::KEYS);
         cp_async_commit();
         auto next = [&] {
             if constexpr (T::STAGES == 1) {
                 // The values and all weights are there, and all are done with the keys.
                 cp_async_wait<0>();
                 __syncthreads();
-                load_keys(tile + 1);
+                load_keys(tile + T::KEYS);
                 cp_async_commit();
             }
         };
-        int stage = tile % T::STAGES, count = keys - tile * T::KEYS;
+        int stage = stage_of(tile), count = keys - tile;
         if (count >= T::KEYS && !p.causal) {
             advance<T, T::KEYS, false>(s, stage, 0, T::KEYS, T::KEYS, p.exponent, next);
         } else {
-            int seen = p.causal ? first_query + 1 - tile * T::KEYS : T::KEYS;
+            int seen = p.causal ? first_query + 1 - tile : T::KEYS;
             for (int first = 0; first < min(count, T::KEYS); first += T::TAIL)
                 advance<T, T::TAIL, true>(s, stage, first, count, seen, p.exponent, next);
         }
