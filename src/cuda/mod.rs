@@ -6,18 +6,23 @@
 //! keys, stretches of pixels) is a function of one image's shape. So an image is the same bits alone or among others.
 
 mod attention;
+pub mod compiled;
 mod conv;
 mod device;
+mod driver;
 mod elementwise;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod gpu;
 mod norm;
 mod program;
 mod weights;
 
 pub use device::{Buffer, Device, Launch, Limits, Recording};
+pub use driver::{Card, Version};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;
+pub use gpu::{cards, open};
 pub use program::Element;
 pub use weights::Weights;
 
