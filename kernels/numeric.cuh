@@ -28,6 +28,17 @@ __device__ __forceinline__ Half8 pack(const float (&x)[8]) {
     return v;
 }
 
+// W halves as floats, W being 8 (at a multiple of 16 bytes) or 1: the vector and the element-wise path of one kernel.
+template <int W> __device__ __forceinline__ void load_halves(const __half* from, float (&x)[W]) {
+    if constexpr (W == 8) unpack(*reinterpret_cast<const Half8*>(from), x);
+    else x[0] = __half2float(*from);
+}
+
+template <int W> __device__ __forceinline__ void store_halves(__half* to, const float (&x)[W]) {
+    if constexpr (W == 8) *reinterpret_cast<Half8*>(to) = pack(x);
+    else *to = to_half(x[0]);
+}
+
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }

@@ -30,6 +30,8 @@ template <int MT, int NT> PTX_FN void mma_tile(float (&d)[MT][NT][4], const uint
     for (int i = 0; i < MT; i++)
 #pragma unroll
         for (int j = 0; j < NT; j++) mma_m16n8k16(d[i][j], a[i], b[j]); }
+// 2^x to 2 units in the last place; results below 2^-126 are 0
+PTX_FN float exp2_approx(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 PTX_FN void named_bar_sync(int id, int n) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 PTX_FN void named_bar_arrive(int id, int n) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(n) : "memory"); }
 #ifdef PTX_HOPPER
@@ -84,6 +86,7 @@ PTX_FN void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t a, EMU_LOC) { emu::ldma
 PTX_FN void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_LOC) { emu::mma16816(d, a, b, 1, 1, EMU_PASS); }
 template <int MT, int NT> PTX_FN void mma_tile(float (&d)[MT][NT][4], const uint32_t (&a)[MT][4], const uint32_t (&b)[NT][2], EMU_LOC) {
     emu::mma16816(&d[0][0][0], &a[0][0], &b[0][0], MT, NT, EMU_PASS); }
+PTX_FN float exp2_approx(float x) { float y = exp2f(x); return y < 1.17549435e-38f ? 0.0f : y; }
 PTX_FN void named_bar_sync(int id, int n, EMU_LOC) { emu::named_bar(id, n, true, EMU_PASS); }
 PTX_FN void named_bar_arrive(int id, int n, EMU_LOC) { emu::named_bar(id, n, false, EMU_PASS); }
 PTX_FN void mbar_init(uint32_t b, uint32_t n, EMU_LOC) { emu::mbar_init(b, n, EMU_PASS); }

@@ -7,6 +7,7 @@
 pub mod cli;
 pub mod cpu;
 pub mod cuda;
+pub mod device;
 pub mod diffusion;
 pub mod engine;
 mod error;
@@ -20,6 +21,7 @@ pub mod plan;
 pub mod respodiff;
 pub mod weights;
 
+pub use device::Device;
 pub use engine::{Engine, Output, Progress, Request, Session, SessionOptions};
 pub use error::{Error, Result};
 pub use image::Image;

@@ -2,9 +2,9 @@
 
 mod support;
 
-use respodiff::Error;
 use respodiff::engine::Engine;
 use respodiff::weights::Source;
+use respodiff::{Device, Error};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -27,7 +27,7 @@ fn copy(name: &str) -> tempfile::TempDir {
 }
 
 fn open(folder: &Path) -> Result<Engine, Error> {
-    Engine::open(&Source::folder(folder)?)
+    Engine::open(&Source::folder(folder)?, &Device::Cpu)
 }
 
 /// Opens and expects one line that contains all of `words`.

@@ -2,6 +2,7 @@
 
 mod support;
 
+use respodiff::Device;
 use respodiff::engine::{Engine, Output, Request, SessionOptions};
 use respodiff::graph::Shape;
 use respodiff::respodiff::{Concept, Form, Kind, Metadata, Module};
@@ -35,7 +36,7 @@ fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Outp
 #[test]
 fn each_image_has_its_own_concepts() {
     let source = Source::folder(support::golden().join("checkpoints/sd1")).unwrap();
-    let engine = Engine::open(&source).unwrap();
+    let engine = Engine::open(&source, &Device::Cpu).unwrap();
     let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true, concepts: true };
     let shape = engine.bottleneck(options);
     let (a, b) = (concept(Form::Constant, shape, 1), concept(Form::Constant, shape, 2));
@@ -107,7 +108,7 @@ fn pipelines_with_concepts_match_diffusers() {
     let meta = case.metadata();
     let source = Source::folder(support::golden().join("checkpoints/sd1")).unwrap();
     let scheduler = SchedulerConfig::parse(&meta["scheduler_config"], "recorded").unwrap();
-    let engine = Engine::open(&source).unwrap().with_scheduler(scheduler);
+    let engine = Engine::open(&source, &Device::Cpu).unwrap().with_scheduler(scheduler);
     let size = |name: &str| meta[name].parse().unwrap();
     let options =
         SessionOptions { width: size("width"), height: size("height"), batch: 2, guided: true, concepts: true };
@@ -267,7 +268,7 @@ fn other_sizes() {
 #[test]
 fn trainings_resume_to_the_same_result() {
     use respodiff::respodiff::{Recipe, Task, Trainer};
-    let engine = Engine::open(&Source::demo()).unwrap();
+    let engine = Engine::open(&Source::demo(), &Device::Cpu).unwrap();
     let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
     let recipe = Recipe { batch: 2, rollout_steps: 6, latents_per_rollout: 2, ..Recipe::default_for(Kind::Fair) };
     let trainer = |seed| Trainer::new(&engine, task.clone(), recipe.clone(), seed, (64, 64)).unwrap();

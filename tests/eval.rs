@@ -2,15 +2,16 @@
 
 mod support;
 
-use respodiff::Image;
 use respodiff::eval::clip::{Clip, cosine};
 use respodiff::weights::Source;
+use respodiff::{Device, Image};
 use std::path::Path;
 use std::process::{Command, Output};
 
 #[test]
 fn embeddings_match_transformers() {
-    let mut clip = Clip::load(&Source::folder(support::golden().join("checkpoints/clip")).unwrap()).unwrap();
+    let mut clip =
+        Clip::load(&Source::folder(support::golden().join("checkpoints/clip")).unwrap(), &Device::Cpu).unwrap();
     let case = support::cases("clip_images", 1).remove(0);
     let mut images = Vec::new();
     let mut truths = Vec::new();
@@ -21,7 +22,7 @@ fn embeddings_match_transformers() {
         truths.push(case.floats(&format!("out.image.{index}")));
     }
     assert!(images.len() >= 5);
-    for (i, (ours, truth)) in clip.images(&images).iter().zip(&truths).enumerate() {
+    for (i, (ours, truth)) in clip.images(&images).unwrap().iter().zip(&truths).enumerate() {
         let error = support::relative_l2(ours, truth);
         println!("image {i}: {error:.1e}");
         assert!(error < 1e-4, "image {i} is off by {error:.2e}");
@@ -34,7 +35,7 @@ fn embeddings_match_transformers() {
 
 #[test]
 fn the_demos_clip_tells_its_texts_apart() {
-    let clip = Clip::load(&Source::demo_clip()).unwrap();
+    let clip = Clip::load(&Source::demo_clip(), &Device::Cpu).unwrap();
     let texts = ["a photo of a doctor", "a photo of a nurse", "a woman", "a man"].map(str::to_string);
     let embeds = clip.texts(&texts).unwrap();
     for (i, a) in embeds.iter().enumerate() {

@@ -2,6 +2,7 @@
 
 mod support;
 
+use respodiff::Device;
 use respodiff::diffusion::scheduler::SchedulerConfig;
 use respodiff::engine::{Engine, Output, Request, SessionOptions};
 use respodiff::weights::Source;
@@ -9,7 +10,7 @@ use std::ops::ControlFlow;
 use support::{cases, golden, relative_l2};
 
 fn engine(name: &str) -> Engine {
-    Engine::open(&Source::folder(golden().join("checkpoints").join(name)).unwrap()).unwrap()
+    Engine::open(&Source::folder(golden().join("checkpoints").join(name)).unwrap(), &Device::Cpu).unwrap()
 }
 
 fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Output {

@@ -2,6 +2,7 @@
 
 mod support;
 
+use respodiff::Device;
 use respodiff::graph::Shape;
 use respodiff::models::UNetConfig;
 use respodiff::respodiff::{Adam, Form, Halves, Module, Objective};
@@ -137,7 +138,7 @@ fn trainers_do_what_the_paper_says() {
         let task =
             Task { kind, concept: given["concept"].as_str().unwrap().into(), neutral: metadata["neutral"].clone() };
         let folder = support::golden().join("checkpoints").join(&metadata["checkpoint"]);
-        let engine = Engine::open(&Source::folder(folder).unwrap()).unwrap();
+        let engine = Engine::open(&Source::folder(folder).unwrap(), &Device::Cpu).unwrap();
         let size = (metadata["width"].parse().unwrap(), metadata["height"].parse().unwrap());
         let mut trainer = Trainer::new(&engine, task, recipe, metadata["seed"].parse().unwrap(), size).unwrap();
         for (i, truth) in case.floats("out.losses").chunks(2).enumerate() {

@@ -1,7 +1,7 @@
 //! `respodiff eval`.
 
 use super::concepts::group;
-use super::{interrupt_flag, progress_bar, say};
+use super::{Place, interrupt_flag, progress_bar, say};
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
 use crate::eval::{Fairness, Report, Settings, merge, winobias};
@@ -76,6 +76,9 @@ struct FairnessArgs {
     /// Do part i of n only, i from 0: "3/8"
     #[arg(long)]
     shard: Option<String>,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    device: Place,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -105,8 +108,9 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
         (None, None) => Source::demo_clip(),
         (clip, _) => Source::resolve(Some(clip.as_deref().unwrap_or(DEFAULT_CLIP)), true)?,
     };
-    let mut clip = Clip::load(&source)?;
-    let engine = Engine::open(&Source::resolve(args.model.as_deref(), true)?)?;
+    let device = args.device.open()?;
+    let mut clip = Clip::load(&source, &device)?;
+    let engine = Engine::open(&Source::resolve(args.model.as_deref(), true)?, &device)?;
     let groups = args.concepts.iter().map(|text| group(text, &engine)).collect::<Result<Vec<_>>>()?;
     let settings = Settings {
         model: engine.name(),

@@ -1,13 +1,11 @@
 //! `respodiff info`.
 
-use super::say;
-use crate::Result;
-use crate::cpu;
+use super::{Place, say};
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::Graph;
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
-use crate::plan::Plan;
 use crate::weights::Source;
+use crate::{Device, Result};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -17,25 +15,30 @@ pub(super) struct Args {
     /// Images at once, for the memory plan
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     batch: u16,
+    /// Where it would run
+    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    device: Place,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let source = Source::resolve(args.model.as_deref(), true)?;
+    let device = args.device.open()?;
     say(&format!("model      {}", source.name()));
+    say(&format!("device     {}", device.name()));
     let batch = args.batch as usize;
     let mut tokens = 77;
     for encoder in ["text_encoder", "text_encoder_2"] {
         if source.has(&format!("{encoder}/config.json")) {
             let config = read_config(&source, encoder, ClipConfig::parse)?;
             tokens = config.max_position_embeddings;
-            report(&source, encoder, text_encoder(&config, 2))?;
+            report(&device, &source, encoder, text_encoder(&config, 2))?;
         }
     }
     let mut latent = (64, 64);
     if source.has("unet/config.json") {
         let config = read_config(&source, "unet", UNetConfig::parse)?;
         latent = config.sample_size.unwrap_or(latent);
-        report(&source, "unet", unet(&config, 2 * batch, latent.0, latent.1, tokens, 0))?;
+        report(&device, &source, "unet", unet(&config, 2 * batch, latent.0, latent.1, tokens, 0))?;
     }
     if source.has("vae/config.json") {
         let config = read_config(&source, "vae", VaeConfig::parse)?;
@@ -44,22 +47,26 @@ pub(super) fn run(args: &Args) -> Result<()> {
             latent.1 * config.scale(),
             latent.0 * config.scale()
         ));
-        report(&source, "vae", vae_decoder(&config, 1, latent.0, latent.1))?;
+        report(&device, &source, "vae", vae_decoder(&config, 1, latent.0, latent.1))?;
     }
     Ok(())
 }
 
-fn report(source: &Source, component: &str, graph: Graph) -> Result<()> {
+fn report(device: &Device, source: &Source, component: &str, graph: Graph) -> Result<()> {
     let tensors = source.tensors(component)?;
     let parameters = graph.parameters();
-    let plan = Plan::new(graph, UNET_CONSTANTS, &cpu::Fp32);
+    let plan = device.plan(graph, UNET_CONSTANTS);
+    let (number, format) = match device {
+        Device::Cpu => (4, "fp32"),
+        Device::Cuda(_) => (2, "fp16"),
+    };
     let files: Vec<String> =
         tensors.files().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     say(&format!(
-        "{component:14} {:>8.2} M parameters, {:>8.1} MiB of weights and {:>8.1} MiB of activations in fp32, {} + {} nodes, {}",
+        "{component:14} {:>8.2} M parameters, {:>8.1} MiB of weights and {:>8.1} MiB of activations in {format}, {} + {} nodes, {}",
         parameters as f64 / 1e6,
-        mib(parameters * size_of::<f32>()),
+        mib(parameters * number),
         mib(plan.arena_bytes()),
         plan.prologue().count(),
         plan.step().count(),

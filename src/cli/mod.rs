@@ -8,7 +8,7 @@ mod probe;
 mod sample;
 mod train;
 
-use crate::{Error, Result};
+use crate::{Device, Error, Result, cuda};
 use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::Path;
@@ -42,22 +42,26 @@ enum Command {
 
 /// Where to compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Device {
+enum Place {
     /// The GPU if there is one, else the CPU
     Auto,
     /// The CPU
     Cpu,
-    /// An NVIDIA GPU
+    /// An NVIDIA GPU; CUDA_VISIBLE_DEVICES chooses among several
     Cuda,
+    /// The CUDA kernels on the CPU, slowly: to test them
+    #[cfg(feature = "emulated")]
+    Emulated,
 }
 
-impl Device {
-    fn check(self) -> Result<()> {
+impl Place {
+    fn open(self) -> Result<Device> {
         match self {
-            Device::Auto | Device::Cpu => Ok(()),
-            Device::Cuda => {
-                Err(Error::Device("--device cuda: this build has no CUDA kernels yet; use --device cpu".into()))
-            }
+            Place::Cpu => Ok(Device::Cpu),
+            Place::Cuda => cuda::open().map(Device::Cuda),
+            Place::Auto => Ok(cuda::open().map_or(Device::Cpu, Device::Cuda)),
+            #[cfg(feature = "emulated")]
+            Place::Emulated => Ok(Device::Cuda(cuda::Emulated::new(cuda::Limits::A100, cuda::Emulated::QUICK))),
         }
     }
 }

@@ -1,20 +1,18 @@
 //! `respodiff probe`: components alone, to hold the engine against another implementation.
 
 use super::files::{TensorFile, write};
-use super::{say, warn};
-use crate::cpu::{self, Executor, Weights};
+use super::{Place, say, warn};
+use crate::device::{Device, Executor};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{Graph, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
-use crate::plan::Plan;
 use crate::respodiff::{Form, Halves, Module, Objective};
 use crate::weights::Source;
 use crate::{Error, Result};
 use clap::ValueEnum;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Component {
@@ -62,6 +60,9 @@ pub(super) struct Args {
     /// Weight of L_sem
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     lambda: f64,
+    /// Where to compute; gradients are the CPU's
+    #[arg(long, value_enum, default_value_t = Place::Cpu)]
+    device: Place,
 }
 
 /// A named result: shape and numbers.
@@ -72,10 +73,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let results = match (args.component, &args.inputs) {
         (Component::Text, inputs) => text(args, &source, inputs.as_deref().map(TensorFile::read).transpose()?)?,
         (_, None) => return Err(Error::usage("--prompt is for `probe text`; give --inputs FILE")),
-        (Component::Unet, Some(path)) => probe_unet(&source, &TensorFile::read(path)?)?,
+        (Component::Unet, Some(path)) => probe_unet(args, &source, &TensorFile::read(path)?)?,
         (Component::Grad, Some(path)) => grad(args, &source, &TensorFile::read(path)?)?,
-        (Component::VaeDecode, Some(path)) => decode(&source, &TensorFile::read(path)?)?,
-        (Component::VaeEncode, Some(path)) => encode(&source, &TensorFile::read(path)?)?,
+        (Component::VaeDecode, Some(path)) => decode(args, &source, &TensorFile::read(path)?)?,
+        (Component::VaeEncode, Some(path)) => encode(args, &source, &TensorFile::read(path)?)?,
         (Component::Scheduler, Some(path)) => scheduler(args, &source, &TensorFile::read(path)?)?,
     };
     write(&args.output, &results)?;
@@ -83,19 +84,20 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn executor(source: &Source, component: &str, graph: Graph) -> Result<Executor> {
-    let plan = Plan::new(graph, UNET_CONSTANTS, &cpu::Fp32);
-    let weights = Weights::load(plan.graph().weights(), &source.tensors(component)?)?;
-    Ok(Executor::new(Arc::new(plan), weights))
+fn executor(args: &Args, source: &Source, component: &str, graph: Graph) -> Result<Executor> {
+    let device: Device = args.device.open()?;
+    let plan = device.plan(graph, UNET_CONSTANTS);
+    let weights = device.weights(plan.graph().weights(), &source.tensors(component)?)?;
+    device.executor(plan, &weights)
 }
 
 /// An NHWC output in NCHW.
-fn image_output(executor: &Executor, name: &'static str) -> Named {
+fn image_output(executor: &Executor, name: &'static str) -> Result<Named> {
     let graph = executor.plan().graph();
     let shape = graph.shape(graph.output(name));
     let mut values = vec![0.0; shape.len()];
-    nhwc_to_nchw(executor.output(name), shape.c, shape.tokens(), &mut values);
-    (name, vec![shape.n, shape.c, shape.h, shape.w], values)
+    nhwc_to_nchw(&executor.read(name)?, shape.c, shape.tokens(), &mut values);
+    Ok((name, vec![shape.n, shape.c, shape.h, shape.w], values))
 }
 
 fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<Named>> {
@@ -124,30 +126,26 @@ fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<
         }
     };
     let n = ids.len() / width;
-    let mut executor = executor(source, &component, text_encoder(&config, n))?;
-    executor.input_mut("input_ids").iter_mut().zip(&ids).for_each(|(x, &id)| *x = id as f32);
+    let mut executor = executor(args, source, &component, text_encoder(&config, n))?;
+    executor.write("input_ids", &ids.iter().map(|&id| id as f32).collect::<Vec<_>>())?;
     if executor.plan().graph().find_input("pooled_index").is_some() {
-        let rows = ids.chunks_exact(width);
-        executor
-            .input_mut("pooled_index")
-            .iter_mut()
-            .zip(rows)
-            .for_each(|(x, row)| *x = config.pooled_index(row) as f32);
+        let indices = ids.chunks_exact(width).map(|row| config.pooled_index(row) as f32);
+        executor.write("pooled_index", &indices.collect::<Vec<_>>())?;
     }
-    executor.prologue();
-    executor.step();
+    executor.prologue()?;
+    executor.step()?;
     let mut results: Vec<Named> = vec![("input_ids", vec![n, width], ids.iter().map(|&id| id as f32).collect())];
     for name in ["last_hidden_state", "penultimate_hidden_state"] {
-        results.push((name, vec![n, width, config.layers.width], executor.output(name).to_vec()));
+        results.push((name, vec![n, width, config.layers.width], executor.read(name)?));
     }
     if executor.plan().graph().find_output("text_embeds").is_some() {
-        let values = executor.output("text_embeds").to_vec();
+        let values = executor.read("text_embeds")?;
         results.push(("text_embeds", vec![n, values.len() / n], values));
     }
     Ok(results)
 }
 
-fn probe_unet(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
+fn probe_unet(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let config = read_config(source, "unet", UNetConfig::parse)?;
     let sample = file.get("sample", &[None, Some(config.in_channels), None, None])?;
     let [n, c, h, w] = sample.shape[..] else { return Err(file.error("`sample` is not [B,C,H,W]")) };
@@ -158,26 +156,35 @@ fn probe_unet(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     }
     let modules: Vec<&str> = ["ram", "sam"].into_iter().filter(|name| file.find(name).is_some()).collect();
     let shifted = if modules.is_empty() { 0 } else { n };
-    let mut executor = executor(source, "unet", unet(&config, n, h, w, states.shape[1], shifted))?;
-    for name in modules {
+    let mut executor = executor(args, source, "unet", unet(&config, n, h, w, states.shape[1], shifted))?;
+    if shifted > 0 {
         let graph = executor.plan().graph();
-        let module = constant(file, name, graph.shape(graph.input("shift")))?;
-        let shift = executor.input_mut("shift");
-        shift.chunks_exact_mut(module.shape().len()).for_each(|image| module.add_to(&[], 1.0, image));
+        let shape = Shape { n: 1, ..graph.shape(graph.input("shift")) };
+        let mut shift = vec![0.0; shape.len()];
+        for name in modules {
+            constant(file, name, shape)?.add_to(&[], 1.0, &mut shift);
+        }
+        executor.write("shift", &shift.repeat(n))?;
     }
-    nchw_to_nhwc(&sample.floats(), c, h * w, executor.input_mut("sample"));
-    executor.input_mut("timestep").iter_mut().enumerate().for_each(|(i, t)| *t = timestep[i % timestep.len()]);
-    executor.input_mut("encoder_hidden_states").copy_from_slice(&states.floats());
+    executor.write("sample", &nhwc(&sample.floats(), c, h * w))?;
+    executor.write("timestep", &(0..n).map(|i| timestep[i % timestep.len()]).collect::<Vec<_>>())?;
+    executor.write("encoder_hidden_states", &states.floats())?;
     for name in ["text_embeds", "time_ids"] {
         if executor.plan().graph().find_input(name).is_some() {
-            let width = executor.input_mut(name).len() / n;
-            let values = file.get(name, &[Some(n), Some(width)])?.floats();
-            executor.input_mut(name).copy_from_slice(&values);
+            let graph = executor.plan().graph();
+            let width = graph.shape(graph.input(name)).len() / n;
+            executor.write(name, &file.get(name, &[Some(n), Some(width)])?.floats())?;
         }
     }
-    executor.prologue();
-    executor.step();
-    Ok(vec![image_output(&executor, "sample"), image_output(&executor, "mid")])
+    executor.prologue()?;
+    executor.step()?;
+    Ok(vec![image_output(&executor, "sample")?, image_output(&executor, "mid")?])
+}
+
+fn nhwc(nchw: &[f32], channels: usize, pixels: usize) -> Vec<f32> {
+    let mut out = vec![0.0; nchw.len()];
+    nchw_to_nhwc(nchw, channels, pixels, &mut out);
+    out
 }
 
 /// A module from a file, NCHW.
@@ -203,16 +210,11 @@ fn grad(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let ids = extra("time_ids", config.text_time.as_ref().map(|_| 6))?;
     let states = states.floats().repeat(n);
     halves.condition(&[("encoder_hidden_states", &states), ("text_embeds", &embeds), ("time_ids", &ids)]);
-    let nhwc = |values: &[f32]| {
-        let mut out = vec![0.0; values.len()];
-        nchw_to_nhwc(values, values.len() / (n * h * w), h * w, &mut out);
-        out
-    };
-    let target = nhwc(&file.get("target", &wanted)?.floats());
+    let target = nhwc(&file.get("target", &wanted)?.floats(), config.out_channels, h * w);
     let timestep = file.get("timestep", &[Some(1)])?.floats()[0];
     let shape = Shape { n: 1, ..halves.mid_shape() };
     let (ram, sam) = (constant(file, "ram", shape)?, constant(file, "sam", shape)?);
-    halves.descend(&nhwc(&latents.floats()), timestep);
+    halves.descend(&nhwc(&latents.floats(), config.in_channels, h * w), timestep);
     let mut objective = Objective::new(&mut halves);
     let resp = objective.match_score(&[&ram], &target, 1.0);
     let neutral = objective.predict(&[]);
@@ -231,27 +233,27 @@ fn grad(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     ])
 }
 
-fn decode(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
+fn decode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let config = read_config(source, "vae", VaeConfig::parse)?;
     let latents = file.get("latents", &[None, Some(config.latent_channels), None, None])?;
     let [n, c, h, w] = latents.shape[..] else { return Err(file.error("`latents` is not [B,C,H,W]")) };
-    let mut executor = executor(source, "vae", vae_decoder(&config, n, h, w))?;
-    nchw_to_nhwc(&latents.floats(), c, h * w, executor.input_mut("latents"));
-    executor.step();
-    Ok(vec![image_output(&executor, "image")])
+    let mut executor = executor(args, source, "vae", vae_decoder(&config, n, h, w))?;
+    executor.write("latents", &nhwc(&latents.floats(), c, h * w))?;
+    executor.step()?;
+    Ok(vec![image_output(&executor, "image")?])
 }
 
-fn encode(source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
+fn encode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let config = read_config(source, "vae", VaeConfig::parse)?;
     let image = file.get("image", &[None, Some(config.in_channels), None, None])?;
     let [n, c, h, w] = image.shape[..] else { return Err(file.error("`image` is not [B,C,H,W]")) };
     if h % config.scale() != 0 || w % config.scale() != 0 {
         return Err(file.error(format!("`image` is {w}x{h}; both must be multiples of {}", config.scale())));
     }
-    let mut executor = executor(source, "vae", vae_encoder(&config, n, h, w))?;
-    nchw_to_nhwc(&image.floats(), c, h * w, executor.input_mut("image"));
-    executor.step();
-    let (_, shape, moments) = image_output(&executor, "moments");
+    let mut executor = executor(args, source, "vae", vae_encoder(&config, n, h, w))?;
+    executor.write("image", &nhwc(&image.floats(), c, h * w))?;
+    executor.step()?;
+    let (_, shape, moments) = image_output(&executor, "moments")?;
     let one = moments.len() / n;
     let half =
         |from: usize| moments.chunks_exact(one).flat_map(|m| m[from..from + one / 2].to_vec()).collect::<Vec<_>>();

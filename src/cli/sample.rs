@@ -1,6 +1,6 @@
 //! `respodiff sample`.
 
-use super::{Device, check_writable, concepts, files, interrupt_flag, progress_bar, random_seed, say, warn};
+use super::{Place, check_writable, concepts, files, interrupt_flag, progress_bar, random_seed, say, warn};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, Progress, Request, SessionOptions};
@@ -66,12 +66,12 @@ pub(super) struct Args {
     #[command(flatten)]
     concepts: concepts::Flags,
     /// Where to compute
-    #[arg(long, value_enum, default_value_t = Device::Auto)]
-    device: Device,
+    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    device: Place,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    args.device.check()?;
+    let device = args.device.open()?;
     let mut sampler: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
     if let Some(spacing) = &args.spacing {
         sampler.spacing = Some(spacing.parse::<Spacing>()?);
@@ -81,7 +81,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let files = output_files(args, seed)?;
 
     let source = Source::resolve(args.model.as_deref(), true)?;
-    let engine = Engine::open(&source)?;
+    let engine = Engine::open(&source, &device)?;
     let schedule = engine.schedule(sampler, args.steps)?;
     for (name, prompt) in [("prompt", &args.prompt), ("negative prompt", &args.negative_prompt)] {
         let lost = engine.tokenize(prompt)?.lost;

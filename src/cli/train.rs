@@ -5,7 +5,7 @@ use crate::engine::{Engine, Request, SessionOptions};
 use crate::image::Image;
 use crate::respodiff::{Kind, Recipe, Task, Trainer, Variant, loss_plot, sheet};
 use crate::weights::Source;
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -111,7 +111,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         )));
     }
 
-    let engine = Engine::open(&Source::resolve(args.model.as_deref(), true)?)?;
+    let engine = Engine::open(&Source::resolve(args.model.as_deref(), true)?, &Device::Cpu)?;
     let (width, height) = engine.default_size();
     let size = (args.width.unwrap_or(width), args.height.unwrap_or(height));
     let mut trainer = Trainer::new(&engine, task.clone(), recipe.clone(), args.seed, size)?;

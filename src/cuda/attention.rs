@@ -1,1 +1,177 @@
 //! Launches of `kernels/attention.cu`.
+
+use super::device::{Launch, Limits};
+use super::program::Site;
+use super::weights::CHUNK;
+use crate::graph::{Attention, Shape, TensorId, View};
+use crate::{Error, Result};
+use bytemuck::NoUninit;
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct AttentionParams {
+    q: u64,
+    k: u64,
+    v: u64,
+    out: u64,
+    queries: i32,
+    keys: i32,
+    head_dim: i32,
+    q_width: i32,
+    k_width: i32,
+    v_width: i32,
+    causal: i32,
+    exponent: f32,
+}
+
+/// One of the kernels: see `Tile` there.
+#[derive(Debug, PartialEq)]
+struct Tile {
+    kernel: &'static str,
+    /// Head dimension filled up.
+    width: usize,
+    /// Queries of a block.
+    rows: usize,
+    /// Whether it copies 16 bytes at a time.
+    vector: bool,
+}
+
+const fn tile(kernel: &'static str, width: usize, rows: usize, vector: bool) -> Tile {
+    Tile { kernel, width, rows, vector }
+}
+
+const TILES: [Tile; 11] = [
+    tile("attention_40_128", 40, 128, true),
+    tile("attention_40_64", 40, 64, true),
+    tile("attention_64_128", 64, 128, true),
+    tile("attention_64_64", 64, 64, true),
+    tile("attention_80_128", 80, 128, true),
+    tile("attention_80_64", 80, 64, true),
+    tile("attention_160_64", 160, 64, true),
+    tile("attention_512_64", 512, 64, true),
+    tile("attention_40_64_unaligned", 40, 64, false),
+    tile("attention_160_64_unaligned", 160, 64, false),
+    tile("attention_512_64_unaligned", 512, 64, false),
+];
+
+/// Images that a choice is made for, however many there are: guidance's two.
+const IMAGES: usize = 2;
+
+impl Tile {
+    /// Warps that share a row, as the kernel has it.
+    fn split(&self) -> usize {
+        if self.width > 256 { 2 } else { 1 }
+    }
+
+    fn threads(&self) -> usize {
+        128 * self.split()
+    }
+
+    /// Bytes of shared memory: queries, two stages of keys and values or one, weights and maxima that warps exchange.
+    fn shared(&self) -> usize {
+        let stride = (self.width / 8) | 1;
+        let (keys, stages) = (64 / self.split(), 2 / self.split());
+        let exchanged =
+            if self.split() > 1 { self.rows * ((keys / 8) | 1) * 16 + self.split() * self.rows * 4 } else { 0 };
+        (self.rows + 2 * stages * keys) * stride * 16 + exchanged
+    }
+
+    /// Why the kernel cannot do it.
+    fn rejected(&self, head_dim: usize, aligned: bool, limits: Limits) -> Option<&'static str> {
+        if head_dim > self.width {
+            Some("heads are wider")
+        } else if self.vector && !aligned {
+            Some("heads do not begin at multiples of 16 bytes")
+        } else if self.shared() > limits.shared as usize {
+            Some("not enough shared memory")
+        } else {
+            None
+        }
+    }
+
+    /// Estimated time: blocks of the busiest multiprocessor, times what one costs. Keys and values pass from shared memory
+    /// to registers once for a block, which costs as much as another 32 queries.
+    fn time(&self, queries: usize, heads: usize, limits: Limits) -> usize {
+        let blocks = IMAGES * heads * queries.div_ceil(self.rows);
+        let copying = if self.vector { 1 } else { 8 };
+        blocks.div_ceil(limits.multiprocessors as usize) * (self.rows + 32) * self.width * copying
+    }
+}
+
+/// The kernel for one image's shape: the fastest that can do it.
+fn choose(queries: usize, heads: usize, head_dim: usize, aligned: bool, limits: Limits) -> Option<&'static Tile> {
+    let able = TILES.iter().filter(|tile| tile.rejected(head_dim, aligned, limits).is_none());
+    able.min_by_key(|tile| tile.time(queries, heads, limits))
+}
+
+/// # Errors
+/// [`Error::Device`] for heads wider than any kernel's.
+pub(super) fn attention(attention: &Attention, out: TensorId, site: &Site) -> Result<Launch> {
+    let Attention { q, k, v, heads, head_dim, scale, causal } = *attention;
+    let width = |view: View| site.shape(view.tensor).c;
+    let Shape { n: images, .. } = site.shape(out);
+    let (queries, keys) = (site.shape(out).tokens(), site.shape(k.tensor).tokens());
+    let aligned =
+        head_dim % CHUNK == 0 && [q, k, v].iter().all(|view| view.offset % CHUNK == 0 && width(*view) % CHUNK == 0);
+    let tile = choose(queries, heads, head_dim, aligned, site.limits).ok_or_else(|| {
+        let widest = TILES.iter().map(|tile| tile.width).max().unwrap_or(0);
+        Error::Device(format!("attention heads of {head_dim} channels; the kernels take {widest}; use --device cpu"))
+    })?;
+    let address = |view: View| site.address(view.tensor) + (view.offset * size_of::<half::f16>()) as u64;
+    let params = AttentionParams {
+        q: address(q),
+        k: address(k),
+        v: address(v),
+        out: site.address(out),
+        queries: queries as i32,
+        keys: keys as i32,
+        head_dim: head_dim as i32,
+        q_width: width(q) as i32,
+        k_width: width(k) as i32,
+        v_width: width(v) as i32,
+        causal: i32::from(causal),
+        exponent: scale * std::f32::consts::LOG2_E,
+    };
+    let grid = [queries.div_ceil(tile.rows), heads, images];
+    Ok(Launch::new(tile.kernel, grid, tile.threads(), tile.shared(), &params))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(queries: usize, heads: usize, head_dim: usize, limits: Limits) -> &'static str {
+        choose(queries, heads, head_dim, true, limits).unwrap().kernel
+    }
+
+    #[test]
+    fn large_tiles_only_where_blocks_abound() {
+        for limits in [Limits::A100, Limits::H100] {
+            // SD 1.5 at 64^2, 32^2, 16^2, 8^2; SDXL at 64^2; CLIP; the VAE.
+            assert_eq!(chosen(4096, 8, 40, limits), "attention_40_128");
+            assert_eq!(chosen(256, 8, 160, limits), "attention_160_64");
+            assert_eq!(chosen(64, 8, 160, limits), "attention_160_64");
+            assert_eq!(chosen(4096, 10, 64, limits), "attention_64_128");
+            assert_eq!(chosen(77, 12, 64, limits), "attention_64_64");
+            assert_eq!(chosen(4096, 1, 512, limits), "attention_512_64");
+        }
+        assert_eq!(chosen(1024, 8, 80, Limits::A100), "attention_80_64");
+        assert_eq!(chosen(1024, 8, 80, Limits::H100), "attention_80_128");
+    }
+
+    #[test]
+    fn every_head_up_to_the_widest_has_a_kernel() {
+        for head_dim in 1..=512 {
+            for aligned in [false, head_dim % CHUNK == 0] {
+                let tile = choose(35, 3, head_dim, aligned, Limits::A100).unwrap();
+                assert!(tile.width >= head_dim && (aligned || !tile.vector));
+                assert!(tile.shared() <= Limits::A100.shared as usize);
+            }
+        }
+        assert_eq!(choose(35, 3, 513, true, Limits::H100), None);
+        let reason = TILES[0].rejected(40, false, Limits::A100);
+        assert_eq!(reason, Some("heads do not begin at multiples of 16 bytes"));
+        let cramped = Limits { shared: 48 << 10, ..Limits::A100 };
+        assert_eq!(TILES[6].rejected(160, true, cramped), Some("not enough shared memory"));
+    }
+}

@@ -15,6 +15,9 @@ pub struct Emulated {
 }
 
 impl Emulated {
+    /// The schedule for whole networks: fast, and still hostile in bounds and poison.
+    pub const QUICK: Schedule = Schedule::QUICK;
+
     /// A device of `limits` whose launches all run under `schedule`.
     pub fn new(limits: Limits, schedule: Schedule) -> Arc<dyn Device> {
         Arc::new(Emulated { limits, schedule, memory: Mutex::default() })

@@ -16,6 +16,7 @@ mod emulated;
 mod gpu;
 mod norm;
 mod program;
+mod tiles;
 mod weights;
 
 pub use device::{Buffer, Device, Launch, Limits, Recording};
@@ -32,6 +33,14 @@ use crate::plan::{Plan, Storage};
 use half::f16;
 use program::Program;
 use std::sync::Arc;
+
+/// The GPU.
+///
+/// # Errors
+/// [`crate::Error::Device`]: what is missing, and what to do.
+pub fn open() -> Result<Arc<dyn Device>> {
+    Err(crate::Error::Device("this build has no CUDA kernels; use --device cpu".into()))
+}
 
 impl Storage for Limits {
     fn tensor(&self, graph: &Graph, id: TensorId) -> usize {
@@ -50,8 +59,9 @@ pub struct Executor {
     _weights: Arc<Weights>,
     device: Arc<dyn Device>,
     arena: Buffer,
-    prologue: Vec<Launch>,
-    step: Box<dyn Recording>,
+    program: Program,
+    /// Made at the first step.
+    recording: Option<Box<dyn Recording>>,
 }
 
 impl Executor {
@@ -63,9 +73,7 @@ impl Executor {
     pub fn new(device: &Arc<dyn Device>, plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
         let arena = Buffer::from_bytes(device, &vec![0; plan.arena_bytes()])?;
         let program = Program::new(&plan, &weights, device.limits(), arena.address())?;
-        // SAFETY: the launches read and write the arena and read the weights, both of which live as long as `self`.
-        let step = unsafe { device.clone().record(&program.step)? };
-        Ok(Executor { plan, _weights: weights, device: device.clone(), arena, prologue: program.prologue, step })
+        Ok(Executor { plan, _weights: weights, device: device.clone(), arena, program, recording: None })
     }
 
     /// The plan.
@@ -110,8 +118,8 @@ impl Executor {
     /// # Errors
     /// [`crate::Error::Device`] with the driver's word, or the emulator's about a faulty kernel.
     pub fn prologue(&mut self) -> Result<()> {
-        // SAFETY: as in `new`.
-        unsafe { self.device.run(&self.prologue) }
+        // SAFETY: the launches read and write the arena and read the weights, both of which live as long as `self`.
+        unsafe { self.device.run(&self.program.prologue) }
     }
 
     /// Runs one step.
@@ -119,6 +127,13 @@ impl Executor {
     /// # Errors
     /// As for [`Executor::prologue`].
     pub fn step(&mut self) -> Result<()> {
-        self.step.replay()
+        let recording = match self.recording.take() {
+            Some(recording) => recording,
+            // SAFETY: as in `prologue`.
+            None => unsafe { self.device.clone().record(&self.program.step)? },
+        };
+        let outcome = recording.replay();
+        self.recording = Some(recording);
+        outcome
     }
 }

@@ -112,9 +112,27 @@ impl Program {
 fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
     let out = node.output;
     match node.op {
+        Op::Conv(ref op) => conv::conv(op, out, site, launches),
+        // Written along with what is shifted.
+        Op::Shift { x, .. } if conv::makes(site.graph(), x) => {}
+        Op::GroupNorm(ref norm) => norm::group_norm(norm, out, site, launches),
+        Op::LayerNorm { x, weight, bias, eps } => {
+            launches.push(norm::layer_norm(x, (weight, bias), eps, out, site));
+        }
+        Op::Embed { ids, tokens, positions } => {
+            launches.push(elementwise::embed(ids, tokens, positions, out, site));
+        }
+        Op::ClassToken { x, class, positions } => {
+            launches.push(elementwise::class_token(x, class, positions, out, site));
+        }
+        Op::SelectToken { x, index } => launches.push(elementwise::select_token(x, index, out, site)),
+        Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift } => {
+            launches.push(elementwise::sinusoid(x, dim, flip_sin_to_cos, freq_shift, out, site));
+        }
         Op::Activate { x, activation } if activation != Activation::Geglu => {
             launches.push(elementwise::activate(x, activation, out, site));
         }
+        Op::Attention(ref of) => launches.push(attention::attention(of, out, site)?),
         _ => {
             return Err(Error::Device(format!("{}: this operation runs on the CPU only; use --device cpu", node.name)));
         }
@@ -124,8 +142,9 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
 
 /// Bytes of scratch memory that a node's kernels want.
 pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
-    let _ = (graph, limits);
-    match &node.op {
+    match node.op {
+        Op::Conv(ref op) => conv::workspace(graph, op, node.output, limits),
+        Op::GroupNorm(ref norm) => norm::workspace(graph, norm),
         _ => 0,
     }
 }

@@ -1,13 +1,11 @@
 //! CLIP as a judge: embeddings of pictures and texts.
 
-use crate::cpu::{self, Executor, Weights};
+use crate::device::{Device, Executor, Weights};
 use crate::image::Image;
 use crate::models::tokenizer::Tokenizer;
 use crate::models::{ClipConfig, ClipVisionConfig, parse_clip_model, text_encoder, vision_encoder};
-use crate::plan::Plan;
 use crate::weights::Source;
 use crate::{Error, Result};
-use std::sync::Arc;
 
 /// Pictures that pass the vision tower together.
 const BATCH: usize = 8;
@@ -17,7 +15,8 @@ pub struct Clip {
     name: String,
     fingerprint: String,
     text: ClipConfig,
-    text_weights: Arc<Weights>,
+    device: Device,
+    text_weights: Weights,
     tokenizer: Tokenizer,
     vision: ClipVisionConfig,
     executor: Executor,
@@ -42,24 +41,25 @@ fn deviation() -> [f32; 3] {
 }
 
 impl Clip {
-    /// Loads a `CLIPModel`'s folder.
+    /// Loads a `CLIPModel`'s folder onto a device.
     ///
     /// # Errors
     /// What is missing or wrong.
-    pub fn load(source: &Source) -> Result<Self> {
+    pub fn load(source: &Source, device: &Device) -> Result<Self> {
         let (text, vision) = parse_clip_model(&source.read_text("config.json")?, &source.path("config.json"))?;
         let path = source.path("preprocessor_config.json");
         let preprocessor = serde_json::from_str(&source.read_text("preprocessor_config.json")?)
             .map_err(|e| Error::checkpoint(path, format!("not what CLIP's processor reads: {e}")))?;
         let tensors = source.tensors("")?;
-        let plan = Plan::new(vision_encoder(&vision, BATCH), &[], &cpu::Fp32);
-        let weights = Weights::load(plan.graph().weights(), &tensors)?;
+        let plan = device.plan(vision_encoder(&vision, BATCH), &[]);
+        let weights = device.weights(plan.graph().weights(), &tensors)?;
         Ok(Clip {
             name: source.name(),
             fingerprint: tensors.fingerprint()?,
-            text_weights: Weights::load(text_encoder(&text, 1).weights(), &tensors)?,
+            text_weights: device.weights(text_encoder(&text, 1).weights(), &tensors)?,
             tokenizer: source.tokenizer("")?,
-            executor: Executor::new(Arc::new(plan), weights),
+            executor: device.executor(plan, &weights)?,
+            device: device.clone(),
             preprocessor,
             text,
             vision,
@@ -81,33 +81,39 @@ impl Clip {
     /// # Errors
     /// What the tokenizer finds.
     pub fn texts(&self, texts: &[String]) -> Result<Vec<Vec<f32>>> {
-        let plan = Plan::new(text_encoder(&self.text, 1), &[], &cpu::Fp32);
-        let mut executor = Executor::new(Arc::new(plan), self.text_weights.clone());
+        let plan = self.device.plan(text_encoder(&self.text, 1), &[]);
+        let mut executor = self.device.executor(plan, &self.text_weights)?;
+        let mut ids = vec![0.0; self.text.max_position_embeddings];
         let embed = |text: &String| -> Result<Vec<f32>> {
             let encoded = self.tokenizer.encode(text)?;
-            encoded.fill(executor.input_mut("input_ids"));
-            executor.input_mut("pooled_index").fill(self.text.pooled_index(&encoded.ids) as f32);
-            executor.step();
-            Ok(normalised(executor.output("text_embeds")))
+            encoded.fill(&mut ids);
+            executor.write("input_ids", &ids)?;
+            executor.write("pooled_index", &[self.text.pooled_index(&encoded.ids) as f32])?;
+            executor.step()?;
+            Ok(normalised(&executor.read("text_embeds")?))
         };
         texts.iter().map(embed).collect()
     }
 
     /// Normalised embeddings of pictures.
-    pub fn images(&mut self, images: &[Image]) -> Vec<Vec<f32>> {
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the device's word.
+    pub fn images(&mut self, images: &[Image]) -> Result<Vec<Vec<f32>>> {
         let size = self.vision.image_size;
         let one = 3 * size * size;
         let mut embeds = Vec::with_capacity(images.len());
+        let mut pixels = vec![0.0; BATCH * one];
         for images in images.chunks(BATCH) {
-            let pixels = self.executor.input_mut("patches").chunks_exact_mut(one);
-            for (image, out) in images.iter().zip(pixels) {
+            for (image, out) in images.iter().zip(pixels.chunks_exact_mut(one)) {
                 patches(&fitted(image, size), size, self.vision.patch_size, &self.preprocessor, out);
             }
-            self.executor.step();
-            let rows = self.executor.output("image_embeds").chunks_exact(self.vision.projection_dim);
-            embeds.extend(rows.take(images.len()).map(normalised));
+            self.executor.write("patches", &pixels)?;
+            self.executor.step()?;
+            let rows = self.executor.read("image_embeds")?;
+            embeds.extend(rows.chunks_exact(self.vision.projection_dim).take(images.len()).map(normalised));
         }
-        embeds
+        Ok(embeds)
     }
 }
 

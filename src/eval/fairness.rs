@@ -185,7 +185,7 @@ impl Fairness {
                     };
                     let mut output = session.generate(&request, &mut |_| progress(self.records.len()))?;
                     output.images.truncate(count);
-                    for ((j, image), embed) in range.zip(&output.images).zip(clip.images(&output.images)) {
+                    for ((j, image), embed) in range.zip(&output.images).zip(clip.images(&output.images)?) {
                         let seed = base + j as u64;
                         if done.contains(&(balanced, profession, seed)) {
                             continue;

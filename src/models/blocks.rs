@@ -24,6 +24,9 @@ pub(super) struct Resnet {
     pub time: Time,
     /// Multiplies the result.
     pub scale: f32,
+    /// What its input and result were multiplied by, to stay within fp16: 1, but in the VAE. What a norm reads may be
+    /// scaled at will, as long as the norm's epsilon is scaled with it.
+    pub shrink: f32,
 }
 
 impl Resnet {
@@ -49,26 +52,32 @@ impl Resnet {
         };
         let residual = match inputs == channels {
             true => sources.x,
-            false => g.conv(&layer("conv_shortcut"), sources, channels, ConvOptions::default()), // [n, h, w, c]
+            false => {
+                let options = ConvOptions { bias_gain: self.shrink, ..ConvOptions::default() };
+                g.conv(&layer("conv_shortcut"), sources, channels, options) // [n, h, w, c]
+            }
         };
+        let eps = self.eps * self.shrink * self.shrink;
+        let shrunk = ConvOptions { gain: self.shrink, bias_gain: self.shrink, ..ConvOptions::conv3x3() };
 
-        let x = g.group_norm(&layer("norm1"), sources, self.groups, self.eps, true, None); // [n, h, w, inputs]
-        let x = g.conv(&layer("conv1"), x, channels, ConvOptions { per_image, ..ConvOptions::conv3x3() }); // [n, h, w, c]
-        let x = g.group_norm(&layer("norm2"), x, self.groups, self.eps, true, scale_shift); // [n, h, w, c]
-        let add = ConvOptions { residual: Some(residual), scale: self.scale, ..ConvOptions::conv3x3() };
+        let x = g.group_norm(&layer("norm1"), sources, self.groups, eps, true, None); // [n, h, w, inputs]
+        let x = g.conv(&layer("conv1"), x, channels, ConvOptions { per_image, ..shrunk.clone() }); // [n, h, w, c]
+        let x = g.group_norm(&layer("norm2"), x, self.groups, eps, true, scale_shift); // [n, h, w, c]
+        let add = ConvOptions { residual: Some(residual), scale: self.scale, ..shrunk };
         g.conv(&layer("conv2"), x, channels, add) // [n, h, w, c]
     }
 }
 
-/// Attention with its projections, added to `residual`. Keys and values come from `context`, or from `x` itself.
+/// Attention with its projections, the last of which has options of its own. Keys and values come from `context`, or from
+/// `x` itself.
 pub(super) fn attention(
     g: &mut GraphBuilder,
     name: &str,
     x: TensorId,
     context: Option<TensorId>,
-    residual: TensorId,
     heads: usize,
     bias: bool,
+    last: ConvOptions,
 ) -> TensorId {
     let channels = g.shape(x).c;
     let layer = |suffix: &str| format!("{name}.{suffix}");
@@ -88,20 +97,19 @@ pub(super) fn attention(
         }
     };
     let x = g.attention(name, qkv, heads, channels / heads, false); // [n, h, w, c]
-    let add = ConvOptions { residual: Some(residual), ..ConvOptions::default() };
-    g.linear(&layer("to_out.0"), x, channels, add) // [n, h, w, c]
+    g.linear(&layer("to_out.0"), x, channels, last) // [n, h, w, c]
 }
 
-/// Nearest-neighbour resize to `h`, `w` and a convolution.
-pub(super) fn upsample(g: &mut GraphBuilder, name: &str, x: TensorId, (h, w): (usize, usize)) -> TensorId {
-    let options = ConvOptions { resize: Some((h, w)), ..ConvOptions::conv3x3() };
+/// Nearest-neighbour resize to `h`, `w` and a convolution; `shrink` as in [`Resnet`].
+pub(super) fn upsample(g: &mut GraphBuilder, name: &str, x: TensorId, (h, w): (usize, usize), shrink: f32) -> TensorId {
+    let options = ConvOptions { resize: Some((h, w)), bias_gain: shrink, ..ConvOptions::conv3x3() };
     let channels = g.shape(x).c;
     g.conv(&format!("{name}.upsamplers.0.conv"), x, channels, options) // [n, h, w, c]
 }
 
-/// A convolution with stride 2 and `pad` zeros above and left, one below and right.
-pub(super) fn downsample(g: &mut GraphBuilder, name: &str, x: TensorId, pad: usize) -> TensorId {
-    let options = ConvOptions { stride: 2, pad, ..ConvOptions::conv3x3() };
+/// A convolution with stride 2 and `pad` zeros above and left, one below and right; `shrink` as in [`Resnet`].
+pub(super) fn downsample(g: &mut GraphBuilder, name: &str, x: TensorId, pad: usize, shrink: f32) -> TensorId {
+    let options = ConvOptions { stride: 2, pad, bias_gain: shrink, ..ConvOptions::conv3x3() };
     let channels = g.shape(x).c;
     g.conv(&format!("{name}.downsamplers.0.conv"), x, channels, options) // [n, h / 2, w / 2, c]
 }

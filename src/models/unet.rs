@@ -107,7 +107,7 @@ impl UNet<'_> {
                 skips.push(x);
             }
             if i + 1 < levels.len() {
-                x = downsample(&mut self.g, &name, x, 1); // [n, h / 2, w / 2, c], halves rounded up
+                x = downsample(&mut self.g, &name, x, 1, 1.0); // [n, h / 2, w / 2, c], halves rounded up
                 skips.push(x);
             }
         }
@@ -145,7 +145,7 @@ impl UNet<'_> {
             // To the size that the next level had on the way down, which need not be twice this one.
             if let Some(&skip) = skips.last() {
                 let Shape { h, w, .. } = self.g.shape(skip);
-                x = upsample(&mut self.g, &name, x, (h, w)); // [n, h, w, c]
+                x = upsample(&mut self.g, &name, x, (h, w), 1.0); // [n, h, w, c]
             }
         }
         let (groups, eps) = (self.config.norm_num_groups, self.config.norm_eps);
@@ -159,7 +159,8 @@ impl UNet<'_> {
             true => Time::ScaleShift(self.time),
             false => Time::Add(self.time),
         };
-        let resnet = Resnet { groups: self.config.norm_num_groups, eps: self.config.norm_eps, time, scale };
+        let resnet =
+            Resnet { groups: self.config.norm_num_groups, eps: self.config.norm_eps, time, scale, shrink: 1.0 };
         resnet.build(&mut self.g, name, sources, channels)
     }
 
@@ -179,14 +180,14 @@ impl UNet<'_> {
         let g = &mut self.g;
         let channels = g.shape(x).c;
         let layer = |suffix: &str| format!("{name}.{suffix}");
+        let add = |x| ConvOptions { residual: Some(x), ..ConvOptions::default() };
         let y = g.layer_norm(&layer("norm1"), x, LAYER_EPS); // [n, h, w, c]
-        let x = attention(g, &layer("attn1"), y, only_cross.then_some(self.context), x, heads, false);
+        let x = attention(g, &layer("attn1"), y, only_cross.then_some(self.context), heads, false, add(x));
         let y = g.layer_norm(&layer("norm2"), x, LAYER_EPS); // [n, h, w, c]
-        let x = attention(g, &layer("attn2"), y, Some(self.context), x, heads, false);
+        let x = attention(g, &layer("attn2"), y, Some(self.context), heads, false, add(x));
         let y = g.layer_norm(&layer("norm3"), x, LAYER_EPS); // [n, h, w, c]
         let geglu = ConvOptions { activation: Activation::Geglu, ..ConvOptions::default() };
         let y = g.linear(&layer("ff.net.0.proj"), y, 8 * channels, geglu); // [n, h, w, 4c]
-        let add = ConvOptions { residual: Some(x), ..ConvOptions::default() };
-        g.linear(&layer("ff.net.2"), y, channels, add) // [n, h, w, c]
+        g.linear(&layer("ff.net.2"), y, channels, add(x)) // [n, h, w, c]
     }
 }

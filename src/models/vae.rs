@@ -7,6 +7,10 @@ use crate::graph::{ConvOptions, Graph, GraphBuilder, Shape, TensorId};
 /// Added to the variance in all norms of the VAE.
 const EPS: f32 = 1e-6;
 
+/// What flows between the VAE's layers is this much smaller than in the checkpoint's terms. SDXL's reaches beyond fp16's
+/// 65,504; as every reader is a norm, the result is the same, and a power of two rounds nothing.
+const SHRINK: f32 = 1.0 / 32.0;
+
 /// The decoder for latents of `h` by `w`.
 ///
 /// Input: `latents` `[n, h, w, latent_channels]`, divided by the scaling factor. Output: `image`, larger by
@@ -18,7 +22,7 @@ pub fn vae_decoder(config: &VaeConfig, batch: usize, h: usize, w: usize) -> Grap
         x = g.conv("post_quant_conv", x, config.latent_channels, ConvOptions::default()); // [n, h, w, latent]
     }
     let (levels, channels) = (config.block_out_channels.len(), &config.block_out_channels);
-    x = g.conv("decoder.conv_in", x, channels[levels - 1], ConvOptions::conv3x3()); // [n, h, w, c]
+    x = g.conv("decoder.conv_in", x, channels[levels - 1], first()); // [n, h, w, c]
     x = middle(&mut g, config, "decoder", x);
     for i in 0..levels {
         let name = format!("decoder.up_blocks.{i}");
@@ -27,7 +31,7 @@ pub fn vae_decoder(config: &VaeConfig, batch: usize, h: usize, w: usize) -> Grap
         }
         if i + 1 < levels {
             let Shape { h, w, .. } = g.shape(x);
-            x = upsample(&mut g, &name, x, (2 * h, 2 * w)); // [n, 2h, 2w, c]
+            x = upsample(&mut g, &name, x, (2 * h, 2 * w), SHRINK); // [n, 2h, 2w, c]
         }
     }
     x = finish(&mut g, config, "decoder", x, config.out_channels);
@@ -43,14 +47,14 @@ pub fn vae_encoder(config: &VaeConfig, batch: usize, h: usize, w: usize) -> Grap
     let mut g = GraphBuilder::new();
     let (levels, channels) = (config.block_out_channels.len(), &config.block_out_channels);
     let mut x = g.input("image", Shape::new(batch, h, w, config.in_channels));
-    x = g.conv("encoder.conv_in", x, channels[0], ConvOptions::conv3x3()); // [n, h, w, c]
+    x = g.conv("encoder.conv_in", x, channels[0], first()); // [n, h, w, c]
     for (i, &channels) in channels.iter().enumerate() {
         let name = format!("encoder.down_blocks.{i}");
         for j in 0..config.layers_per_block {
             x = resnet(config).build(&mut g, &format!("{name}.resnets.{j}"), x, channels);
         }
         if i + 1 < levels {
-            x = downsample(&mut g, &name, x, 0); // [n, h / 2, w / 2, c]
+            x = downsample(&mut g, &name, x, 0, SHRINK); // [n, h / 2, w / 2, c]
         }
     }
     x = middle(&mut g, config, "encoder", x);
@@ -64,7 +68,12 @@ pub fn vae_encoder(config: &VaeConfig, batch: usize, h: usize, w: usize) -> Grap
 }
 
 fn resnet(config: &VaeConfig) -> Resnet {
-    Resnet { groups: config.norm_num_groups, eps: EPS, time: Time::None, scale: 1.0 }
+    Resnet { groups: config.norm_num_groups, eps: EPS, time: Time::None, scale: 1.0, shrink: SHRINK }
+}
+
+/// The convolution that what is shrunk comes from.
+fn first() -> ConvOptions {
+    ConvOptions { gain: SHRINK, bias_gain: SHRINK, ..ConvOptions::conv3x3() }
 }
 
 /// Two resnets and, between them, attention with one head.
@@ -73,13 +82,16 @@ fn middle(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId) -> 
     let mut x = resnet(config).build(g, &format!("{name}.mid_block.resnets.0"), x, channels);
     if config.mid_block_add_attention {
         let name = format!("{name}.mid_block.attentions.0");
-        let y = g.group_norm(&format!("{name}.group_norm"), x, config.norm_num_groups, EPS, false, None); // [n, h, w, c]
-        x = attention(g, &name, y, None, x, 1, true);
+        let y =
+            g.group_norm(&format!("{name}.group_norm"), x, config.norm_num_groups, EPS * SHRINK * SHRINK, false, None); // [n, h, w, c]
+        let add = ConvOptions { residual: Some(x), kernel: 1, pad: 0, pad_end: 0, ..first() };
+        x = attention(g, &name, y, None, 1, true, add);
     }
     resnet(config).build(g, &format!("{name}.mid_block.resnets.1"), x, channels)
 }
 
 fn finish(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId, channels: usize) -> TensorId {
-    let x = g.group_norm(&format!("{name}.conv_norm_out"), x, config.norm_num_groups, EPS, true, None); // [n, h, w, c]
+    let x =
+        g.group_norm(&format!("{name}.conv_norm_out"), x, config.norm_num_groups, EPS * SHRINK * SHRINK, true, None); // [n, h, w, c]
     g.conv(&format!("{name}.conv_out"), x, channels, ConvOptions::conv3x3()) // [n, h, w, channels]
 }

@@ -6,7 +6,7 @@
 
 mod arena;
 
-use crate::graph::{Graph, Node, TensorId};
+use crate::graph::{Graph, Node, Op, TensorId};
 use arena::{Interval, place};
 
 /// How an executor stores what flows through a graph.
@@ -56,6 +56,12 @@ impl Plan {
             for input in node.op.inputs() {
                 let life = &mut lives[input.0];
                 life.last = life.last.max(if life.first < prologue && position >= prologue { last } else { position });
+            }
+        }
+        // What is shifted may be written along with what it is shifted from.
+        for node in &graph.nodes {
+            if let Op::Shift { x, .. } = node.op {
+                lives[node.output.0].first = lives[x.0].first;
             }
         }
         for (position, &node) in order.iter().enumerate() {

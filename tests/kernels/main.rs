@@ -6,7 +6,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod attention;
+mod conv;
 mod elementwise;
+mod norm;
 
 use half::f16;
 use respodiff::cuda::{Device, Emulated, Executor, Limits, Weights};
@@ -39,9 +42,9 @@ pub fn random(len: usize, seed: u64) -> Numbers {
     (0..len).map(|_| next()).collect()
 }
 
-/// The devices a kernel is tested on.
-pub fn devices() -> Vec<(String, Arc<dyn Device>)> {
-    let emulated = |schedule: Schedule| (format!("{schedule:?}"), Emulated::new(Limits::A100, schedule));
+/// The devices a kernel is tested on, of given limits where they are not real.
+pub fn devices(limits: Limits) -> Vec<(String, Arc<dyn Device>)> {
+    let emulated = |schedule: Schedule| (format!("{schedule:?}"), Emulated::new(limits, schedule));
     Schedule::hostile(7).map(emulated).into()
 }
 
@@ -92,17 +95,18 @@ pub fn check(
     plain: impl Fn(&Given, Round) -> Numbers,
 ) {
     let inputs = shapes.iter().enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64)).collect();
-    check_with(label, shapes, inputs, build, plain);
+    check_with(Limits::A100, label, shapes, inputs, build, plain);
 }
 
-/// The same with given inputs, which fp16 can hold.
+/// The same on devices of given limits, with given inputs, which fp16 can hold. Returns the output.
 pub fn check_with(
+    limits: Limits,
     label: &str,
     shapes: &[Shape],
     inputs: Vec<Numbers>,
     build: impl FnOnce(&mut GraphBuilder, &[TensorId]) -> TensorId,
     plain: impl Fn(&Given, Round) -> Numbers,
-) {
+) -> Vec<f32> {
     let mut g = GraphBuilder::new();
     let names: Vec<String> = (0..shapes.len()).map(|i| format!("input{i}")).collect();
     let ids: Vec<TensorId> = names.iter().zip(shapes).map(|(name, &shape)| g.input(name, shape)).collect();
@@ -115,7 +119,7 @@ pub fn check_with(
     let naive = plain(&given, to_half);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
     let mut first: Option<Vec<f32>> = None;
-    for (device_label, device) in devices() {
+    for (device_label, device) in devices(limits) {
         let plan = Arc::new(Plan::new(graph.clone(), &[], &device.limits()));
         let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
         let mut executor = Executor::new(&device, plan, weights).unwrap();
@@ -133,6 +137,7 @@ pub fn check_with(
             "{label}: bits depend on the schedule"
         );
     }
+    first.expect("a device")
 }
 
 /// Every number within twice the worst error of the naive fp16 loop, and a floor of one rounding of the result.

@@ -2,13 +2,12 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+use respodiff::Device;
 use respodiff::graph::Graph;
-use respodiff::plan::Plan;
-use respodiff::{cpu, weights::Tensors};
+use respodiff::weights::Tensors;
 use safetensors::SafeTensors;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// The golden folder.
 pub fn golden() -> PathBuf {
@@ -61,21 +60,25 @@ impl Case {
     }
 }
 
-/// Runs a graph on the CPU; all its outputs, NHWC.
-pub fn run(graph: Graph, tensors: &Tensors, inputs: &HashMap<&str, Vec<f32>>) -> HashMap<String, Vec<f32>> {
+/// Runs a graph; all its outputs, NHWC.
+pub fn run(
+    device: &Device,
+    graph: Graph,
+    tensors: &Tensors,
+    inputs: &HashMap<&str, Vec<f32>>,
+) -> HashMap<String, Vec<f32>> {
     let names = ["last_hidden_state", "penultimate_hidden_state", "text_embeds", "sample", "mid", "image", "moments"];
     let outputs: Vec<&str> = names.into_iter().filter(|n| graph.find_output(n).is_some()).collect();
-    let plan = Plan::new(graph, &["encoder_hidden_states", "text_embeds", "time_ids"], &cpu::Fp32);
-    let weights = cpu::Weights::load(plan.graph().weights(), tensors).expect("weights");
-    let mut executor = cpu::Executor::new(Arc::new(plan), weights);
+    let plan = device.plan(graph, &["encoder_hidden_states", "text_embeds", "time_ids"]);
+    let weights = device.weights(plan.graph().weights(), tensors).expect("weights");
+    let mut executor = device.executor(plan, &weights).expect("an executor");
     for (name, values) in inputs {
         if executor.plan().graph().find_input(name).is_some() {
-            executor.input_mut(name).copy_from_slice(values);
+            executor.write(name, values).expect("an input");
         }
     }
-    executor.prologue();
-    executor.step();
-    outputs.into_iter().map(|name| (name.to_string(), executor.output(name).to_vec())).collect()
+    executor.prologue().and_then(|()| executor.step()).unwrap_or_else(|error| panic!("{error}"));
+    outputs.into_iter().map(|name| (name.to_string(), executor.read(name).expect("an output"))).collect()
 }
 
 /// `||a - b|| / ||b||`.

@@ -1,17 +1,20 @@
 //! The public face: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
 
-use crate::cpu::{self, Executor, Weights};
-use crate::diffusion::noise::{NormalGenerator, Rng};
-use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
+mod session;
+
+pub use session::Session;
+
+use crate::cpu;
+use crate::device::{Device, Executor, Weights};
+use crate::diffusion::noise::Rng;
+use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Graph, Shape};
-use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::models::tokenizer::{Encoded, Tokenizer};
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
 use crate::plan::Plan;
-use crate::respodiff::{Concept, Shift};
+use crate::respodiff::Concept;
 use crate::weights::{Source, Tensors};
 use crate::{Error, Image, Result};
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// Inputs of a UNet that stay the same over the steps of an image: what depends on them alone runs once.
@@ -29,6 +32,7 @@ pub struct Engine(Arc<Parts>);
 #[derive(Clone)]
 struct Parts {
     source: Source,
+    device: Device,
     tokenizer: Arc<Tokenizer>,
     text: Network<ClipConfig>,
     unet: Network<UNetConfig>,
@@ -39,7 +43,7 @@ struct Parts {
 #[derive(Clone)]
 struct Network<C> {
     config: C,
-    weights: Arc<Weights>,
+    weights: Weights,
 }
 
 /// What a [`Session`] is made for.
@@ -162,11 +166,12 @@ pub(crate) fn read_config<C>(
 }
 
 impl Engine {
-    /// Loads a checkpoint.
+    /// Loads a checkpoint onto a device.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] or [`Error::Io`] about the first file that is missing, damaged or not supported.
-    pub fn open(source: &Source) -> Result<Self> {
+    /// [`Error::Checkpoint`] or [`Error::Io`] about the first file that is missing, damaged or not supported;
+    /// [`Error::Device`] when the weights do not fit the device's memory.
+    pub fn open(source: &Source, device: &Device) -> Result<Self> {
         if source.has("text_encoder_2/config.json") {
             return Err(Error::checkpoint(
                 source.path("text_encoder_2"),
@@ -188,9 +193,10 @@ impl Engine {
             );
             return Err(Error::checkpoint(source.path("tokenizer"), problem));
         }
-        let load = |component: &str, graph: Graph| Weights::load(graph.weights(), &source.tensors(component)?);
+        let load = |component: &str, graph: Graph| device.weights(graph.weights(), &source.tensors(component)?);
         let parts = Parts {
             source: source.clone(),
+            device: device.clone(),
             tokenizer: Arc::new(tokenizer),
             scheduler: read_scheduler(source)?,
             text: Network { weights: load("text_encoder", text_encoder(&text, 1))?, config: text },
@@ -223,8 +229,11 @@ impl Engine {
     }
 
     /// The UNet and its weights, for training.
-    pub(crate) fn unet(&self) -> Result<(&UNetConfig, Tensors, &Weights)> {
-        Ok((&self.0.unet.config, self.0.source.tensors("unet")?, &self.0.unet.weights))
+    pub(crate) fn unet(&self) -> Result<(&UNetConfig, Tensors, &cpu::Weights)> {
+        match &self.0.unet.weights {
+            Weights::Cpu(weights) => Ok((&self.0.unet.config, self.0.source.tensors("unet")?, weights)),
+            Weights::Cuda(_) => Err(Error::Device("training runs on the CPU; open the checkpoint there".into())),
+        }
     }
 
     /// The hidden states of prompts, `[prompts, tokens, c]`.
@@ -232,20 +241,20 @@ impl Engine {
     /// # Errors
     /// What the tokenizer finds.
     pub(crate) fn states(&self, prompts: &[&str]) -> Result<Vec<f32>> {
-        let plan = Plan::new(text_encoder(&self.0.text.config, prompts.len()), &[], &cpu::Fp32);
-        let mut text = Executor::new(Arc::new(plan), self.0.text.weights.clone());
-        self.encode(&mut text, prompts)?;
-        Ok(text.output("last_hidden_state").to_vec())
+        let plan = self.0.device.plan(text_encoder(&self.0.text.config, prompts.len()), &[]);
+        self.encode(&mut self.0.device.executor(plan, &self.0.text.weights)?, prompts)
     }
 
-    /// Runs a text encoder, made for as many, on prompts.
-    fn encode(&self, text: &mut Executor, prompts: &[&str]) -> Result<()> {
+    /// Runs a text encoder, made for as many, on prompts: their hidden states.
+    fn encode(&self, text: &mut Executor, prompts: &[&str]) -> Result<Vec<f32>> {
         let per_prompt = self.0.text.config.max_position_embeddings;
-        for (prompt, row) in prompts.iter().zip(text.input_mut("input_ids").chunks_exact_mut(per_prompt)) {
+        let mut ids = vec![0.0; prompts.len() * per_prompt];
+        for (prompt, row) in prompts.iter().zip(ids.chunks_exact_mut(per_prompt)) {
             self.0.tokenizer.encode(prompt)?.fill(row);
         }
-        text.step();
-        Ok(())
+        text.write("input_ids", &ids)?;
+        text.step()?;
+        text.read("last_hidden_state")
     }
 
     /// The same checkpoint with another scheduler configuration.
@@ -314,21 +323,24 @@ impl Engine {
         let (h, w) = (height / scale, width / scale);
         let tokens = self.0.text.config.max_position_embeddings;
         let shifted = if concepts { batch } else { 0 };
+        let device = &self.0.device;
         Ok([
-            Plan::new(text_encoder(&self.0.text.config, rows), &[], &cpu::Fp32),
-            Plan::new(unet(&self.0.unet.config, rows * batch, h, w, tokens, shifted), UNET_CONSTANTS, &cpu::Fp32),
-            Plan::new(vae_decoder(&self.0.vae.config, 1, h, w), &[], &cpu::Fp32),
+            device.plan(text_encoder(&self.0.text.config, rows), &[]),
+            device.plan(unet(&self.0.unet.config, rows * batch, h, w, tokens, shifted), UNET_CONSTANTS),
+            device.plan(vae_decoder(&self.0.vae.config, 1, h, w), &[]),
         ])
     }
 
     /// Plans and allocates everything for one size and batch.
     ///
     /// # Errors
-    /// [`Error::Usage`] for sizes that are not possible or do not fit into the machine's free memory.
+    /// [`Error::Usage`] for sizes that are not possible or do not fit into the machine's free memory,
+    /// [`Error::Device`] for what does not fit into the device's.
     pub fn session(&self, options: SessionOptions) -> Result<Session> {
         let plans = self.plans(options)?;
         let needed = self.memory_of(&plans).session();
-        if let Some(free) = free_memory().filter(|&free| needed > free) {
+        let free = matches!(self.0.device, Device::Cpu).then(free_memory).flatten();
+        if let Some(free) = free.filter(|&free| needed > free) {
             let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
             return Err(Error::usage(format!(
                 "{}x{} in a batch of {} needs {:.1} GiB of memory where {:.1} GiB are free; make a smaller picture or batch",
@@ -339,15 +351,7 @@ impl Engine {
                 gib(free)
             )));
         }
-        let [text, unet, vae] = plans.map(Arc::new);
-        let parts = &*self.0;
-        Ok(Session {
-            text: Executor::new(text, parts.text.weights.clone()),
-            unet: Executor::new(unet, parts.unet.weights.clone()),
-            vae: Executor::new(vae, parts.vae.weights.clone()),
-            engine: self.clone(),
-            options,
-        })
+        Session::new(self.clone(), options, plans)
     }
 }
 
@@ -384,173 +388,4 @@ fn free_memory() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     line.split_whitespace().next()?.parse::<usize>().ok().map(|kib| kib * 1024)
-}
-
-/// An engine's plans for one size and batch: warm, and free of allocations while it steps.
-pub struct Session {
-    engine: Engine,
-    options: SessionOptions,
-    text: Executor,
-    unet: Executor,
-    vae: Executor,
-}
-
-impl Session {
-    /// What it was made for.
-    pub fn options(&self) -> SessionOptions {
-        self.options
-    }
-
-    /// Makes the pictures. `progress` is told of every step and may end the run.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] for a request that cannot be, [`Error::Cancelled`] when `progress` breaks, and
-    /// [`Error::NonFinite`] when the network leaves the range of numbers.
-    pub fn generate(
-        &mut self,
-        request: &Request,
-        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Result<Output> {
-        let schedule = self.engine.schedule(request.sampler, request.steps)?;
-        let guided = self.options.guided;
-        if !request.guidance.is_finite() || (request.guidance > 1.0 && !guided) {
-            return Err(Error::usage(format!(
-                "guidance {} is not possible here: give a number, and a guided session for one above 1",
-                request.guidance
-            )));
-        }
-        if !request.concepts.is_empty() && (!self.options.concepts || request.concepts.len() != self.options.batch) {
-            return Err(Error::usage(format!(
-                "concepts for {} images, where the session is for {}{}; list the concepts of every image",
-                request.concepts.len(),
-                self.options.batch,
-                if self.options.concepts { "" } else { " without concepts" }
-            )));
-        }
-        let shift = Shift::new(self.engine.bottleneck(self.options), self.options.batch, &request.concepts)?;
-        if self.options.concepts {
-            self.unet.input_mut("shift").copy_from_slice(shift.constant());
-        }
-        self.encode(request)?;
-        let mut generators: Vec<NormalGenerator> = (0..self.options.batch as u64)
-            .map(|i| NormalGenerator::new(request.rng, request.seed.wrapping_add(i)))
-            .collect();
-        let mut latents = self.initial_latents(request, &mut generators)?;
-        latents.iter_mut().for_each(|x| *x *= schedule.init_noise_sigma);
-        self.denoise(&schedule, request.guidance, &shift, &mut generators, &mut latents, progress)?;
-        let (c, pixels) = self.latent_size();
-        let mut output = Output { images: Vec::new(), latents: vec![0.0; latents.len()] };
-        nhwc_to_nchw(&latents, c, pixels, &mut output.latents);
-        let scale = self.engine.0.vae.config.scaling_factor;
-        for latents in latents.chunks_exact(c * pixels) {
-            self.vae.input_mut("latents").iter_mut().zip(latents).for_each(|(v, x)| *v = x / scale);
-            self.vae.step();
-            let image = Image::from_hwc(self.vae.output("image"), self.options.height, self.options.width)?;
-            output.images.push(image);
-            let done = output.images.len();
-            if progress(Progress::Decoded { done, total: self.options.batch }).is_break() && done < self.options.batch {
-                break;
-            }
-        }
-        Ok(output)
-    }
-
-    /// Channels and pixels of an image's latents.
-    fn latent_size(&self) -> (usize, usize) {
-        let vae = &self.engine.0.vae.config;
-        (vae.latent_channels, self.options.width / vae.scale() * (self.options.height / vae.scale()))
-    }
-
-    /// Prompts to the UNet's hidden states (the unconditional rows first), and what depends on them alone.
-    fn encode(&mut self, request: &Request) -> Result<()> {
-        let prompts = [request.negative_prompt.as_str(), request.prompt.as_str()];
-        let prompts = if self.options.guided { &prompts[..] } else { &prompts[1..] };
-        self.engine.clone().encode(&mut self.text, prompts)?;
-        let states = self.text.output("last_hidden_state");
-        let one = states.len() / prompts.len();
-        let rows = self.unet.input_mut("encoder_hidden_states").chunks_exact_mut(one);
-        for (i, row) in rows.enumerate() {
-            row.copy_from_slice(&states[i / self.options.batch * one..][..one]);
-        }
-        self.unet.prologue();
-        Ok(())
-    }
-
-    fn initial_latents(&self, request: &Request, generators: &mut [NormalGenerator]) -> Result<Vec<f32>> {
-        let (c, pixels) = self.latent_size();
-        let one = c * pixels;
-        let mut latents = vec![0.0; self.options.batch * one];
-        match &request.latents {
-            Some(given) if given.len() != latents.len() => {
-                return Err(Error::usage(format!(
-                    "the latents hold {} numbers where this size and batch have {}",
-                    given.len(),
-                    latents.len()
-                )));
-            }
-            Some(given) => nchw_to_nhwc(given, c, pixels, &mut latents),
-            None => draw(generators, (c, pixels), &mut vec![0.0; one], &mut latents),
-        }
-        Ok(latents)
-    }
-
-    /// The sampling loop, on latents `[batch, h, w, c]`.
-    fn denoise(
-        &mut self,
-        schedule: &Schedule,
-        guidance: f32,
-        shift: &Shift,
-        generators: &mut [NormalGenerator],
-        latents: &mut [f32],
-        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Result<()> {
-        let size = self.latent_size();
-        let mut state = SamplerState::new(latents.len());
-        let (mut prediction, mut noise) = (vec![0.0; latents.len()], vec![0.0; latents.len()]);
-        let mut draft = vec![0.0; size.0 * size.1];
-        let total = schedule.steps.len();
-        for (done, step) in schedule.steps.iter().enumerate() {
-            if progress(Progress::Step { done, total }).is_break() {
-                return Err(Error::Cancelled(format!("stopped after {done} of {total} steps; no picture was made")));
-            }
-            for half in self.unet.input_mut("sample").chunks_exact_mut(latents.len()) {
-                half.iter_mut().zip(&*latents).for_each(|(s, x)| *s = x * step.input_scale);
-            }
-            self.unet.input_mut("timestep").fill(step.timestep);
-            match shift.is_constant() {
-                true => self.unet.step(),
-                false => self.unet.step_shifting(|mid, out| shift.follow(mid, out)),
-            }
-            let out = self.unet.output("sample");
-            if self.options.guided {
-                let (without, with) = out.split_at(latents.len());
-                for ((p, u), c) in prediction.iter_mut().zip(without).zip(with) {
-                    *p = u + guidance * (c - u);
-                }
-            } else {
-                prediction.copy_from_slice(out);
-            }
-            if step.needs_noise() {
-                draw(generators, size, &mut draft, &mut noise);
-            }
-            state.step(step, &prediction, latents, if step.needs_noise() { &noise } else { &[] });
-            if !latents.iter().all(|x| x.is_finite()) {
-                return Err(Error::NonFinite(format!(
-                    "step {} of {total} gave NaN or infinite latents; lower the guidance, take more steps or another scheduler",
-                    done + 1
-                )));
-            }
-        }
-        // Nothing is left to break off.
-        let _ = progress(Progress::Step { done: total, total });
-        Ok(())
-    }
-}
-
-/// Normal numbers for each image from its own generator, drawn in NCHW as diffusers does.
-fn draw(generators: &mut [NormalGenerator], (c, pixels): (usize, usize), draft: &mut [f32], out: &mut [f32]) {
-    for (generator, out) in generators.iter_mut().zip(out.chunks_exact_mut(c * pixels)) {
-        generator.fill(draft);
-        nchw_to_nhwc(draft, c, pixels, out);
-    }
 }

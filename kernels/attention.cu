@@ -1,0 +1,401 @@
+// Attention: softmax(q k^T * scale) v for each image and head. Scores never leave the registers: a block takes 64 or 128
+// queries, passes over the keys in tiles, and keeps a running reference and sum for each query (online softmax, Milakov and
+// Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691).
+//
+//   WIDTH   ROWS     KEYS  threads  shared memory (KiB)
+//     40    64, 128   64     128     25, 30
+//     64    64, 128   64     128     45, 54
+//     80    64, 128   64     128     55, 66
+//    160    64        64     128    105
+//    512    64        32     256    136
+//
+// WIDTH is the head dimension filled up with zeros; rows in shared memory are an odd number of 16-byte chunks apart, which
+// keeps ldmatrix free of bank conflicts. Four groups of rows (16 or 32 each) have a warp each; at WIDTH 512 two, since the
+// 64 x 512 accumulators want 256 threads: both compute the scores of half the keys, exchange maxima and weights through shared
+// memory, and accumulate half the channels.
+//
+// Key tiles come by cp.async: K and V of the next tile while this one is computed (two stages), but at 512, where only one
+// fits, V while scores are computed and the next K while values are summed. The last keys, and all where a query sees only
+// those before it, go 16 at a time under a mask: 77 keys cost 80.
+//
+// Memory: q once, out once, k and v once for every block of queries of a head (L2 serves all but the first).
+// Bound: 4 * queries * keys * WIDTH flops on the tensor cores (at 40: 88 for 80, the scores' depth being a multiple of 16)
+// beside one exp2 a score, 16 a clock and multiprocessor. At 40 the two are about equal; from 64 on mma.sync is the bound.
+//
+// Results do not depend on ROWS nor on what other rows hold: only the keys' number decides the order of sums.
+#include "numeric.cuh"
+
+struct AttentionParams {
+    // The first head's channels of the first token.
+    const __half* q;
+    const __half* k;
+    const __half* v;
+    // [images, queries, heads, head_dim]
+    __half* out;
+    int32_t queries;
+    int32_t keys;
+    int32_t head_dim;
+    // Channels from a token to the next.
+    int32_t q_width;
+    int32_t k_width;
+    int32_t v_width;
+    // Whether query i sees keys 0..=i only.
+    int32_t causal;
+    // scale * log2(e), positive: exp(scale * s) = exp2(exponent * s).
+    float exponent;
+};
+
+constexpr uint32_t ALL_LANES = 0xffffffffu;
+
+// How much log2 of a weight may exceed the reference before the reference is raised: weights stay below 2^8, far from fp16's
+// end, and sums are hardly ever rescaled.
+constexpr float HEADROOM = 8.0f;
+
+template <int WIDTH_, int ROWS_, bool VECTOR_> struct Tile {
+    static constexpr int WIDTH = WIDTH_, ROWS = ROWS_;
+    static constexpr bool VECTOR = VECTOR_;
+    // Warps that share a group of rows, and stages of keys and values.
+    static constexpr int SPLIT = WIDTH > 256 ? 2 : 1, STAGES = SPLIT == 1 ? 2 : 1;
+    static constexpr int THREADS = 128 * SPLIT, KEYS = 64 / SPLIT;
+    // 16-row pieces of a warp.
+    static constexpr int PIECES = ROWS / 64;
+    // 16-byte chunks of a row, and from a row to the next.
+    static constexpr int CHUNKS = WIDTH / 8, STRIDE = CHUNKS | 1, P_STRIDE = KEYS / 8 | 1;
+    // 16-deep steps of the scores' sum; the last may be half empty.
+    static constexpr int STEPS = (CHUNKS + 1) / 2;
+    // 8-channel columns of a warp, and of them those multiplied at once.
+    static constexpr int COLUMNS = CHUNKS / SPLIT, AT_ONCE = COLUMNS <= 10 ? COLUMNS : COLUMNS % 8 ? 10 : 8;
+    static constexpr int GROUPS = COLUMNS / AT_ONCE;
+    // Keys of a masked step.
+    static constexpr int TAIL = SPLIT == 1 ? 16 : KEYS;
+    // Whether the queries' fragments fit into registers for good.
+    static constexpr bool KEEP_Q = STEPS * PIECES <= 8;
+    // Offsets in shared memory.
+    static constexpr int K_AT = ROWS * STRIDE * 16, STAGE = KEYS * STRIDE * 16, V_AT = K_AT + STAGES * STAGE;
+    static constexpr int P_AT = V_AT + STAGES * STAGE, TOPS_AT = P_AT + ROWS * P_STRIDE * 16;
+};
+
+// Copies `count` of ROWS tokens' channels to shared memory and fills up with zeros, below and to the right.
+template <class T, int ROWS> PTX_FN void load(uint32_t offset, const __half* from, int width, int count, int head_dim) {
+    constexpr int PASS = T::THREADS / T::CHUNKS;
+    int first = threadIdx.x / T::CHUNKS, chunk = threadIdx.x % T::CHUNKS;
+    if (first >= PASS) return;
+    const __half* source = from + int64_t(first) * width + chunk * 8;
+    if constexpr (T::VECTOR) {
+        uint32_t to = smem_u32(dyn_smem()) + offset + (first * T::STRIDE + chunk) * 16;
+        int rows = chunk * 8 < head_dim ? count - first : 0;
+#pragma unroll
+        for (int row = 0; row < ROWS; row += PASS) {
+            if (row + PASS <= ROWS || first + row < ROWS) cp_async16(to + row * T::STRIDE * 16, row < rows ? source : from, row < rows);
+            source += PASS * width;
+        }
+    } else {
+        __half* to = reinterpret_cast<__half*>(dyn_smem() + offset) + (first * T::STRIDE + chunk) * 8;
+        for (int row = first; row < ROWS; row += PASS, to += PASS * T::STRIDE * 8, source += PASS * width) {
+            for (int i = 0; i < 8; i++) to[i] = row < count && chunk * 8 + i < head_dim ? source[i] : to_half(0.0f);
+        }
+    }
+}
+
+// A 16 x 16 fragment of A, row by row, from chunk `chunk` on; `lane_at` is the lane's row's address. What lies beyond the
+// row's end is zero.
+template <int CHUNKS> PTX_FN void load_a(uint32_t (&a)[4], uint32_t lane_at, int chunk) {
+    bool whole = chunk + 1 < CHUNKS;
+    ldmatrix_x4(a, lane_at + (chunk + (whole ? threadIdx.x / 16 % 2 : 0)) * 16);
+    if (!whole) a[2] = a[3] = 0;
+}
+
+PTX_FN uint32_t bits_of(__half2 pair) {
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+// What a warp knows of its rows. In fragments, a lane holds of each piece the rows `lane / 4` and 8 below it.
+template <class T> struct State {
+    float out[T::GROUPS][T::PIECES][T::AT_ONCE][4];
+    // log2 of what weights are relative to, and this lane's part of their sum.
+    float reference[T::PIECES][2];
+    float sum[T::PIECES][2];
+    uint32_t q[T::KEEP_Q ? T::STEPS : 1][T::PIECES][4];
+    // Row group, which of the warps that share it, and the first row in the tile.
+    int group, part, row;
+};
+
+template <class T> PTX_FN void load_q(uint32_t (&a)[T::PIECES][4], const State<T>& s, int step) {
+    uint32_t at = smem_u32(dyn_smem()) + (s.row + threadIdx.x % 16) * T::STRIDE * 16;
+#pragma unroll
+    for (int i = 0; i < T::PIECES; i++) load_a<T::CHUNKS>(a[i], at + i * 16 * T::STRIDE * 16, step * 2);
+}
+
+// Takes KEYS keys from `first` of stage `stage` into account. Masked, row r sees the stage's first min(count, seen + r).
+// `next()` sees to it that the values are there and begins the next keys' copy.
+template <class T, int KEYS, bool MASKED, class Next>
+PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, float exponent, Next next) {
+    // The warp's own keys: all, or its half of them.
+    constexpr int OWN = KEYS / T::SPLIT;
+    uint32_t smem = smem_u32(dyn_smem());
+    int lane = threadIdx.x % 32;
+    first += s.part * OWN;
+
+    float scores[T::PIECES][OWN / 8][4] = {};
+    uint32_t keys = smem + T::K_AT + stage * T::STAGE + (first + lane % 8 + lane / 16 * 8) * T::STRIDE * 16;
+#pragma unroll
+    for (int step = 0; step < T::STEPS; step++) {
+        // In a half empty step the upper half of b is real numbers, times the queries' zeros.
+        uint32_t at = keys + (step * 2 + (step * 2 + 1 < T::CHUNKS ? lane / 8 % 2 : 0)) * 16;
+        uint32_t b[OWN / 8][2];
+#pragma unroll
+        for (int j = 0; j < OWN / 8; j += 2) {
+            uint32_t r[4];
+            ldmatrix_x4(r, at + j * 8 * T::STRIDE * 16);
+            b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
+        }
+        if constexpr (T::KEEP_Q) {
+            mma_tile<T::PIECES, OWN / 8>(scores, s.q[step], b);
+        } else {
+            uint32_t a[T::PIECES][4];
+            load_q<T>(a, s, step);
+            mma_tile<T::PIECES, OWN / 8>(scores, a, b);
+        }
+    }
+
+    // The rows' maxima, and from them the references.
+    float tops[T::PIECES][2];
+    float* shared_tops = reinterpret_cast<float*>(dyn_smem() + T::TOPS_AT);
+#pragma unroll
+    for (int i = 0; i < T::PIECES; i++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int row = s.row + i * 16 + h * 8 + lane / 4;
+            float top = -INFINITY;
+#pragma unroll
+            for (int j = 0; j < OWN / 8 * 2; j++) {
+                float& score = scores[i][j / 2][h * 2 + j % 2];
+                if (MASKED && first + j / 2 * 8 + lane % 4 * 2 + j % 2 >= min(count, seen + row)) score = -INFINITY;
+                top = fmaxf(top, score);
+            }
+            top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
+            top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
+            tops[i][h] = top;
+            if (T::SPLIT > 1 && lane % 4 == 0) shared_tops[s.part * T::ROWS + row] = top;
+        }
+    }
+    if constexpr (T::SPLIT > 1) named_bar_sync(1 + s.group, 32 * T::SPLIT);
+    float factors[T::PIECES][2];
+    bool raised = false;
+#pragma unroll
+    for (int i = 0; i < T::PIECES; i++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float top = tops[i][h];
+            if (T::SPLIT > 1) top = fmaxf(top, shared_tops[(1 - s.part) * T::ROWS + s.row + i * 16 + h * 8 + lane / 4]);
+            top *= exponent;
+            bool raise = top > s.reference[i][h] + HEADROOM;
+            factors[i][h] = raise ? exp2_approx(s.reference[i][h] - top) : 1.0f;
+            if (raise) s.reference[i][h] = top;
+            raised |= raise;
+        }
+    }
+    // A row's factor is 1 unless it was raised: whether the others make the warp multiply does not show.
+    if (__any_sync(ALL_LANES, raised)) {
+#pragma unroll
+        for (int i = 0; i < T::PIECES; i++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) s.sum[i][h] *= factors[i][h];
+#pragma unroll
+            for (int j = 0; j < T::COLUMNS * 4; j++) s.out[j / 4 / T::AT_ONCE][i][j / 4 % T::AT_ONCE][j % 4] *= factors[i][j % 4 / 2];
+        }
+    }
+
+    // The weights, as fragments of A: a pair of score columns is 16 keys of depth.
+    uint32_t weights[OWN / 16][T::PIECES][4];
+#pragma unroll
+    for (int i = 0; i < T::PIECES; i++) {
+#pragma unroll
+        for (int j = 0; j < OWN / 8; j++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float x = exp2_approx(fmaf(scores[i][j][h * 2], exponent, -s.reference[i][h]));
+                float y = exp2_approx(fmaf(scores[i][j][h * 2 + 1], exponent, -s.reference[i][h]));
+                s.sum[i][h] += x + y;
+                weights[j / 2][i][j % 2 * 2 + h] = bits_of(__floats2half2_rn(x, y));
+            }
+        }
+    }
+    uint32_t p = smem + T::P_AT + s.row * T::P_STRIDE * 16;
+    if constexpr (T::SPLIT > 1) {
+        int column = s.part * OWN + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < T::PIECES * OWN / 4; i++) {
+            int row = s.row + i / (OWN / 4) * 16 + i % 2 * 8 + lane / 4, j = i / 2 % (OWN / 8);
+            unsigned char* at = dyn_smem() + T::P_AT + row * T::P_STRIDE * 16 + (column + j * 8) * 2;
+            *reinterpret_cast<uint32_t*>(at) = weights[j / 2][i / (OWN / 4)][j % 2 * 2 + i % 2];
+        }
+    }
+    next();
+
+    uint32_t values = smem + T::V_AT + stage * T::STAGE + (first - s.part * OWN + lane % 16) * T::STRIDE * 16;
+#pragma unroll
+    for (int depth = 0; depth < KEYS / 16; depth++) {
+        uint32_t own[T::PIECES][4];
+        if constexpr (T::SPLIT > 1) {
+#pragma unroll
+            for (int i = 0; i < T::PIECES; i++)
+                load_a<KEYS / 8>(own[i], p + (i * 16 + lane % 16) * T::P_STRIDE * 16, depth * 2);
+        }
+#pragma unroll
+        for (int group = 0; group < T::GROUPS; group++) {
+            uint32_t b[T::AT_ONCE][2];
+#pragma unroll
+            for (int j = 0; j < T::AT_ONCE; j += 2) {
+                // An odd last column is loaded twice.
+                bool pair = j + 1 < T::AT_ONCE;
+                uint32_t r[4];
+                int chunk = s.part * T::COLUMNS + group * T::AT_ONCE + j + (pair ? lane / 16 : 0);
+                ldmatrix_x4_trans(r, values + depth * 16 * T::STRIDE * 16 + chunk * 16);
+                b[j][0] = r[0], b[j][1] = r[1];
+                if (pair) b[j + 1][0] = r[2], b[j + 1][1] = r[3];
+            }
+            if constexpr (T::SPLIT > 1) {
+                mma_tile<T::PIECES, T::AT_ONCE>(s.out[group], own, b);
+            } else {
+                mma_tile<T::PIECES, T::AT_ONCE>(s.out[group], weights[depth], b);
+            }
+        }
+    }
+}
+
+// Divides by the sums and writes the rows that there are, through the queries' place in shared memory.
+template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __half* out, int rows) {
+    int lane = threadIdx.x % 32;
+    float* shared_sums = reinterpret_cast<float*>(dyn_smem() + T::TOPS_AT);
+#pragma unroll
+    for (int i = 0; i < T::PIECES; i++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float sum = s.sum[i][h];
+            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+            s.sum[i][h] = sum;
+            if (T::SPLIT > 1 && lane % 4 == 0) shared_sums[s.part * T::ROWS + s.row + i * 16 + h * 8 + lane / 4] = sum;
+        }
+    }
+    // All are done with the queries, and the sums are there.
+    if constexpr (T::SPLIT > 1) named_bar_sync(1 + s.group, 32 * T::SPLIT);
+    __half* tile = reinterpret_cast<__half*>(dyn_smem());
+#pragma unroll
+    for (int i = 0; i < T::PIECES; i++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int row = s.row + i * 16 + h * 8 + lane / 4;
+            float sum = s.sum[i][h];
+            if (T::SPLIT > 1) sum = shared_sums[row] + shared_sums[T::ROWS + row];
+            float inverse = 1.0f / sum;
+#pragma unroll
+            for (int j = 0; j < T::COLUMNS; j++) {
+                const float* x = &s.out[j / T::AT_ONCE][i][j % T::AT_ONCE][h * 2];
+                int column = (s.part * T::COLUMNS + j) * 8 + lane % 4 * 2;
+                __half2* to = reinterpret_cast<__half2*>(tile + row * T::STRIDE * 8 + column);
+                *to = __halves2half2(to_half(x[0] * inverse), to_half(x[1] * inverse));
+            }
+        }
+    }
+    __syncwarp();
+    int width = gridDim.y * p.head_dim;
+    for (int i = lane; i < T::PIECES * 16 * T::COLUMNS; i += 32) {
+        int row = s.row + i / T::COLUMNS, column = (s.part * T::COLUMNS + i % T::COLUMNS) * 8;
+        if (row >= rows || column >= p.head_dim) continue;
+        const __half* from = tile + row * T::STRIDE * 8 + column;
+        __half* to = out + int64_t(row) * width + column;
+        if constexpr (T::VECTOR) {
+            *reinterpret_cast<Half8*>(to) = *reinterpret_cast<const Half8*>(from);
+        } else {
+            for (int j = 0; j < 8 && column + j < p.head_dim; j++) to[j] = from[j];
+        }
+    }
+}
+
+// A block: ROWS queries (x) of a head (y) of an image (z).
+template <class T> PTX_FN void attend(const AttentionParams& p) {
+    int first_query = blockIdx.x * T::ROWS, rows = min(T::ROWS, p.queries - first_query);
+    const __half* q = p.q + (int64_t(blockIdx.z) * p.queries + first_query) * p.q_width + blockIdx.y * p.head_dim;
+    const __half* k = p.k + int64_t(blockIdx.z) * p.keys * p.k_width + blockIdx.y * p.head_dim;
+    const __half* v = p.v + int64_t(blockIdx.z) * p.keys * p.v_width + blockIdx.y * p.head_dim;
+    int keys = p.causal ? min(p.keys, first_query + rows) : p.keys;
+    int tiles = (keys + T::KEYS - 1) / T::KEYS;
+    auto load_keys = [&](int tile) {
+        if (tile >= tiles) return;
+        int first = tile * T::KEYS;
+        uint32_t at = T::K_AT + tile % T::STAGES * T::STAGE;
+        load<T, T::KEYS>(at, k + int64_t(first) * p.k_width, p.k_width, keys - first, p.head_dim);
+    };
+    auto load_values = [&](int tile) {
+        if (tile >= tiles) return;
+        int first = tile * T::KEYS;
+        uint32_t at = T::V_AT + tile % T::STAGES * T::STAGE;
+        load<T, T::KEYS>(at, v + int64_t(first) * p.v_width, p.v_width, keys - first, p.head_dim);
+    };
+
+    State<T> s = {};
+    s.group = threadIdx.x / 32 % 4, s.part = threadIdx.x / 128, s.row = s.group * T::PIECES * 16;
+#pragma unroll
+    for (int i = 0; i < T::PIECES; i++) s.reference[i][0] = s.reference[i][1] = -INFINITY;
+
+    load<T, T::ROWS>(0, q, p.q_width, rows, p.head_dim);
+    load_keys(0);
+    if (T::STAGES > 1) load_values(0);
+    cp_async_commit();
+    if constexpr (T::KEEP_Q) {
+        cp_async_wait<0>();
+        __syncthreads();
+#pragma unroll
+        for (int step = 0; step < T::STEPS; step++) load_q<T>(s.q[step], s, step);
+    }
+    for (int tile = 0; tile < tiles; tile++) {
+        // This tile's keys are there, and all are done with the tile before.
+        cp_async_wait<0>();
+        __syncthreads();
+        if (T::STAGES > 1) load_keys(tile + 1);
+        load_values(tile + T::STAGES - 1);
+        cp_async_commit();
+        auto next = [&] {
+            if constexpr (T::STAGES == 1) {
+                // The values and all weights are there, and all are done with the keys.
+                cp_async_wait<0>();
+                __syncthreads();
+                load_keys(tile + 1);
+                cp_async_commit();
+            }
+        };
+        int stage = tile % T::STAGES, count = keys - tile * T::KEYS;
+        if (count >= T::KEYS && !p.causal) {
+            advance<T, T::KEYS, false>(s, stage, 0, T::KEYS, T::KEYS, p.exponent, next);
+        } else {
+            int seen = p.causal ? first_query + 1 - tile * T::KEYS : T::KEYS;
+            for (int first = 0; first < min(count, T::KEYS); first += T::TAIL)
+                advance<T, T::TAIL, true>(s, stage, first, count, seen, p.exponent, next);
+        }
+    }
+    finish(s, p, p.out + ((int64_t(blockIdx.z) * p.queries + first_query) * gridDim.y + blockIdx.y) * p.head_dim, rows);
+}
+
+// Two blocks a multiprocessor, three where the registers allow.
+#define ATTENTION(name, width, rows, vector, blocks)                                                                        \
+    KERNEL __launch_bounds__(Tile<width, rows, vector>::THREADS, blocks) name(const __grid_constant__ AttentionParams p) {  \
+        attend<Tile<width, rows, vector>>(p);                                                                               \
+    }                                                                                                                       \
+    EXPORT(name)
+
+ATTENTION(attention_40_128, 40, 128, true, 3)
+ATTENTION(attention_40_64, 40, 64, true, 4)
+ATTENTION(attention_64_128, 64, 128, true, 2)
+ATTENTION(attention_64_64, 64, 64, true, 4)
+ATTENTION(attention_80_128, 80, 128, true, 2)
+ATTENTION(attention_80_64, 80, 64, true, 3)
+ATTENTION(attention_160_64, 160, 64, true, 1)
+ATTENTION(attention_512_64, 512, 64, true, 1)
+// Element by element, where 16 bytes are not aligned.
+ATTENTION(attention_40_64_unaligned, 40, 64, false, 2)
+ATTENTION(attention_160_64_unaligned, 160, 64, false, 1)
+ATTENTION(attention_512_64_unaligned, 512, 64, false, 1)

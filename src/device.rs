@@ -1,0 +1,159 @@
+//! Where networks run, and one face for both executors.
+
+use crate::cpu;
+use crate::cuda;
+use crate::graph::{Graph, WeightSpec};
+use crate::plan::Plan;
+use crate::weights::Tensors;
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// Where networks run.
+#[derive(Clone, Default)]
+pub enum Device {
+    /// This machine's processor, in fp32.
+    #[default]
+    Cpu,
+    /// The CUDA kernels, in fp16, on a GPU or on the emulator.
+    Cuda(Arc<dyn cuda::Device>),
+}
+
+impl Device {
+    /// What it is.
+    pub fn name(&self) -> String {
+        match self {
+            Device::Cpu => format!("CPU ({:?})", cpu::isa()),
+            Device::Cuda(device) => device.name(),
+        }
+    }
+
+    /// Compiles a graph for it; `constant` as in [`Plan::new`].
+    pub fn plan(&self, graph: Graph, constant: &[&str]) -> Plan {
+        match self {
+            Device::Cpu => Plan::new(graph, constant, &cpu::Fp32),
+            Device::Cuda(device) => Plan::new(graph, constant, &device.limits()),
+        }
+    }
+
+    /// Reads and packs a network's weights.
+    ///
+    /// # Errors
+    /// What the files have wrong, or [`Error::Device`] when device memory is short.
+    pub fn weights(&self, specs: &[WeightSpec], tensors: &Tensors) -> Result<Weights> {
+        Ok(match self {
+            Device::Cpu => Weights::Cpu(cpu::Weights::load(specs, tensors)?),
+            Device::Cuda(device) => Weights::Cuda(cuda::Weights::load(device, specs, tensors)?),
+        })
+    }
+
+    /// Allocates what a plan of this device needs and readies it to run.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when memory is short, the weights are another device's, or an operation has no kernel.
+    pub fn executor(&self, plan: Plan, weights: &Weights) -> Result<Executor> {
+        let plan = Arc::new(plan);
+        match (self, weights) {
+            (Device::Cpu, Weights::Cpu(weights)) => Ok(Executor::Cpu(cpu::Executor::new(plan, weights.clone()))),
+            (Device::Cuda(device), Weights::Cuda(weights)) => {
+                Ok(Executor::Cuda(cuda::Executor::new(device, plan, weights.clone())?))
+            }
+            _ => Err(Error::Device(format!("the weights were not loaded for {}; load them there", self.name()))),
+        }
+    }
+}
+
+/// A network's weights on a device. Cloning shares them.
+#[derive(Clone)]
+pub enum Weights {
+    /// In fp32.
+    Cpu(Arc<cpu::Weights>),
+    /// In fp16.
+    Cuda(Arc<cuda::Weights>),
+}
+
+impl Weights {
+    /// Bytes of the device's memory.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Weights::Cpu(weights) => weights.bytes(),
+            Weights::Cuda(weights) => weights.bytes(),
+        }
+    }
+}
+
+/// A plan with its memory and weights: writes inputs, runs, reads outputs; numbers are NHWC.
+pub enum Executor {
+    /// On the CPU.
+    Cpu(cpu::Executor),
+    /// On the kernels.
+    Cuda(cuda::Executor),
+}
+
+impl Executor {
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        match self {
+            Executor::Cpu(executor) => executor.plan(),
+            Executor::Cuda(executor) => executor.plan(),
+        }
+    }
+
+    /// Writes the named input, which keeps its value from run to run.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the driver's word.
+    ///
+    /// # Panics
+    /// If the graph has no such input, or one of another length.
+    pub fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        match self {
+            Executor::Cpu(executor) => {
+                executor.input_mut(name).copy_from_slice(values);
+                Ok(())
+            }
+            Executor::Cuda(executor) => executor.write(name, values),
+        }
+    }
+
+    /// The named output of the last run.
+    ///
+    /// # Errors
+    /// [`Error::Device`]: the driver's word, also about the run.
+    ///
+    /// # Panics
+    /// If the graph has no such output.
+    pub fn read(&self, name: &str) -> Result<Vec<f32>> {
+        match self {
+            Executor::Cpu(executor) => Ok(executor.output(name).to_vec()),
+            Executor::Cuda(executor) => executor.read(name),
+        }
+    }
+
+    /// Runs what depends on constant inputs alone; needed once after they change.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the driver's word, or the emulator's about a faulty kernel.
+    pub fn prologue(&mut self) -> Result<()> {
+        match self {
+            Executor::Cpu(executor) => {
+                executor.prologue();
+                Ok(())
+            }
+            Executor::Cuda(executor) => executor.prologue(),
+        }
+    }
+
+    /// Runs one step.
+    ///
+    /// # Errors
+    /// As for [`Executor::prologue`].
+    pub fn step(&mut self) -> Result<()> {
+        match self {
+            Executor::Cpu(executor) => {
+                executor.step();
+                Ok(())
+            }
+            Executor::Cuda(executor) => executor.step(),
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! `kernels/attention.cu`.
+
+use super::*;
+use respodiff::graph::View;
+
+/// One attention over fp16 tensors of given channels, each view from an offset.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    images: usize,
+    /// Height and width of the queries.
+    queries: (usize, usize),
+    keys: usize,
+    heads: usize,
+    head_dim: usize,
+    causal: bool,
+    from: From,
+}
+
+/// Where queries, keys and values are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum From {
+    /// In one tensor, and as many keys as queries.
+    Fused,
+    /// Keys and values in one of the text's.
+    Text,
+    /// Each in its own, behind as many channels that belong to nobody.
+    Apart(usize),
+}
+
+impl Case {
+    fn shapes(&self) -> Vec<Shape> {
+        let Case { images, queries: (h, w), keys, heads, head_dim, .. } = *self;
+        let c = heads * head_dim;
+        match self.from {
+            From::Fused => vec![Shape::new(images, h, w, 3 * c)],
+            From::Text => vec![Shape::new(images, h, w, c), Shape::new(images, 1, keys, 2 * c)],
+            From::Apart(gap) => [(h, w, gap), (1, keys, 2 * gap), (1, keys, 3 * gap)]
+                .map(|(h, w, gap)| Shape::new(images, h, w, c + gap))
+                .into(),
+        }
+    }
+
+    /// The view of which tensor, from which channel: queries, keys, values.
+    fn views(&self) -> [(usize, usize); 3] {
+        let c = self.heads * self.head_dim;
+        match self.from {
+            From::Fused => [(0, 0), (0, c), (0, 2 * c)],
+            From::Text => [(0, 0), (1, 0), (1, c)],
+            From::Apart(gap) => [(0, gap), (1, 2 * gap), (2, 3 * gap)],
+        }
+    }
+
+    fn keys(&self) -> usize {
+        if self.from == From::Fused { self.queries.0 * self.queries.1 } else { self.keys }
+    }
+
+    fn build(&self, g: &mut GraphBuilder, x: &[TensorId]) -> TensorId {
+        let [q, k, v] = self.views().map(|(tensor, offset)| View { tensor: x[tensor], offset });
+        g.attention("attention", (q, k, v), self.heads, self.head_dim, self.causal)
+    }
+
+    /// The plain loop. Scores, weights and results are rounded.
+    fn plain(&self, inputs: &[Numbers], round: Round) -> Numbers {
+        let (queries, keys, c) = (self.queries.0 * self.queries.1, self.keys(), self.heads * self.head_dim);
+        let scale = (self.head_dim as f32).powf(-0.5) as f64;
+        let shapes = self.shapes();
+        let [q, k, v] = self.views();
+        let at = |(tensor, offset): (usize, usize), token: usize, channel: usize| {
+            inputs[tensor][token * shapes[tensor].c + offset + channel]
+        };
+        let mut out = Vec::with_capacity(self.images * queries * c);
+        for (image, query, head) in (0..self.images * queries * self.heads)
+            .map(|i| (i / self.heads / queries, i / self.heads % queries, i % self.heads))
+        {
+            let channels = head * self.head_dim..(head + 1) * self.head_dim;
+            let seen = if self.causal { keys.min(query + 1) } else { keys };
+            let scores: Numbers = (0..seen)
+                .map(|key| {
+                    let products =
+                        channels.clone().map(|j| at(q, image * queries + query, j) * at(k, image * keys + key, j));
+                    round(products.sum::<f64>() * scale)
+                })
+                .collect();
+            let top = scores.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
+            let weights: Numbers = scores.iter().map(|s| round((s - top).exp())).collect();
+            let total: f64 = weights.iter().sum();
+            for j in channels {
+                let sum: f64 = weights.iter().enumerate().map(|(key, p)| p * at(v, image * keys + key, j)).sum();
+                out.push(round(sum / total));
+            }
+        }
+        out
+    }
+
+    /// Inputs in -1..1, the queries' tensor times `size`.
+    fn inputs(&self, size: f64) -> Vec<Numbers> {
+        let of = |(i, shape): (usize, &Shape)| random(shape.len(), 5 + i as u64);
+        let mut inputs: Vec<Numbers> = self.shapes().iter().enumerate().map(of).collect();
+        inputs[0].iter_mut().for_each(|x| *x = to_half(*x * size));
+        inputs
+    }
+
+    fn check(&self, size: f64) {
+        self.check_with(&format!("times {size}"), self.inputs(size));
+    }
+
+    fn check_with(&self, what: &str, inputs: Vec<Numbers>) -> Vec<f32> {
+        let label = format!("{what}: {self:?}");
+        let plain = |given: &Given, round: Round| self.plain(&given.inputs, round);
+        check_with(Limits::A100, &label, &self.shapes(), inputs, |g, x| self.build(g, x), plain)
+    }
+}
+
+const CASE: Case =
+    Case { images: 1, queries: (5, 7), keys: 77, heads: 1, head_dim: 40, causal: false, from: From::Text };
+
+#[test]
+fn self_attention_on_views_of_one_tensor() {
+    for (images, queries, heads, head_dim) in [
+        (1, (1, 1), 2, 40),
+        (3, (1, 5), 3, 8),
+        (2, (5, 7), 2, 64),
+        (1, (1, 113), 2, 80),
+        (2, (7, 29), 1, 40),
+        (1, (14, 14), 1, 160),
+        (1, (8, 8), 2, 160),
+    ] {
+        Case { images, queries, heads, head_dim, from: From::Fused, ..CASE }.check(2.0);
+    }
+}
+
+#[test]
+fn cross_attention_with_77_keys() {
+    for (images, queries, heads, head_dim) in
+        [(2, (11, 13), 2, 40), (1, (9, 9), 2, 64), (3, (5, 7), 1, 80), (1, (3, 5), 2, 160)]
+    {
+        Case { images, queries, heads, head_dim, ..CASE }.check(4.0);
+    }
+}
+
+#[test]
+fn causal() {
+    for (queries, heads, head_dim) in [((1, 77), 2, 64), ((1, 203), 1, 40), ((1, 35), 1, 512), ((1, 5), 3, 4)] {
+        Case { images: 2, queries, heads, head_dim, causal: true, from: From::Fused, ..CASE }.check(2.0);
+    }
+}
+
+#[test]
+fn one_wide_head() {
+    for (images, queries, head_dim) in [(2, (1, 5), 512), (1, (7, 11), 512), (1, (3, 32), 264)] {
+        Case { images, queries, head_dim, from: From::Fused, ..CASE }.check(1.0);
+    }
+}
+
+#[test]
+fn heads_that_begin_anywhere() {
+    // Heads of no whole 16 bytes, then offsets and widths that are none.
+    for (head_dim, from) in [
+        (4, From::Fused),
+        (12, From::Text),
+        (35, From::Text),
+        (97, From::Fused),
+        (161, From::Text),
+        (40, From::Apart(3)),
+        (64, From::Apart(4)),
+    ] {
+        Case { images: 2, queries: (5, 7), keys: 19, heads: 3, head_dim, from, ..CASE }.check(2.0);
+    }
+    for head_dim in [24, 40, 96, 128] {
+        Case { queries: (3, 3), keys: 67, heads: 2, head_dim, from: From::Apart(8), ..CASE }.check(2.0);
+    }
+}
+
+#[test]
+fn scores_of_thousands() {
+    for (size, head_dim) in [(200.0, 40), (6000.0, 40), (6000.0, 80), (2000.0, 512)] {
+        Case { queries: (5, 19), head_dim, from: From::Fused, ..CASE }.check(size);
+    }
+}
+
+/// fp16 numbers as large as they get come out as they went in.
+#[test]
+fn largest_values_stay_finite() {
+    let case = Case { keys: 77, head_dim: 40, from: From::Apart(8), ..CASE };
+    let mut inputs = case.inputs(1.0);
+    inputs[2].fill(65504.0);
+    case.check_with("values of 65504", inputs);
+}
+
+/// The sizes of SD 1.5's and SDXL's blocks, in channels, with fewer tokens.
+#[test]
+fn an_image_alone_and_among_others() {
+    for (queries, heads, head_dim, from) in [
+        ((16, 16), 8, 40, From::Fused),
+        ((5, 29), 2, 64, From::Text),
+        ((5, 7), 2, 80, From::Text),
+        ((5, 7), 2, 160, From::Fused),
+        ((5, 9), 1, 512, From::Fused),
+    ] {
+        let case = Case { images: 3, queries, heads, head_dim, from, ..CASE };
+        let inputs = case.inputs(2.0);
+        let together = case.check_with("together", inputs.clone());
+        let one = together.len() / 3;
+        for image in 0..3 {
+            let own = |x: &Numbers| x[image * x.len() / 3..(image + 1) * x.len() / 3].to_vec();
+            let alone = Case { images: 1, ..case }.check_with("alone", inputs.iter().map(own).collect());
+            let same = alone.iter().zip(&together[image * one..]).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "heads of {head_dim}: image {image} depends on the others");
+        }
+    }
+}

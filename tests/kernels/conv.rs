@@ -1,0 +1,296 @@
+//! `kernels/conv.cu`.
+
+use super::*;
+use respodiff::graph::{Activation, ConvOptions, Sources};
+
+/// A convolution and the size it is tried at.
+#[derive(Clone, Debug)]
+struct Case {
+    images: usize,
+    size: (usize, usize),
+    channels: usize,
+    skip: usize,
+    outputs: usize,
+    per_image: bool,
+    residual: bool,
+    /// Whether something reads the result, which is then fp16.
+    read: bool,
+    options: ConvOptions,
+}
+
+impl Case {
+    fn linear(tokens: usize, channels: usize, outputs: usize) -> Self {
+        let options = ConvOptions::default();
+        let (size, read) = ((1, tokens), true);
+        Case { images: 2, size, channels, skip: 0, outputs, per_image: false, residual: false, read, options }
+    }
+
+    fn conv3x3(size: (usize, usize), channels: usize, outputs: usize) -> Self {
+        Case { size, options: ConvOptions::conv3x3(), ..Self::linear(0, channels, outputs) }
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
+        change(&mut self);
+        self
+    }
+
+    fn gated(&self) -> bool {
+        self.options.activation == Activation::Geglu
+    }
+
+    /// The result's shape.
+    fn shape(&self) -> Shape {
+        let (h, w) = self.options.resize.unwrap_or(self.size);
+        let o = &self.options;
+        let span = |size: usize| (size + o.pad + o.pad_end - o.kernel) / o.stride + 1;
+        Shape::new(self.images, span(h), span(w), if self.gated() { self.outputs / 2 } else { self.outputs })
+    }
+
+    /// The inputs' shapes: first source, second, per image, residual.
+    fn shapes(&self) -> Vec<Shape> {
+        let (n, (h, w), out) = (self.images, self.size, self.shape());
+        let mut shapes = vec![Shape::new(n, h, w, self.channels)];
+        shapes.extend((self.skip > 0).then_some(Shape::new(n, h, w, self.skip)));
+        shapes.extend(self.per_image.then_some(Shape::new(n, 1, 1, out.c)));
+        shapes.extend(self.residual.then_some(out));
+        shapes
+    }
+
+    fn build(&self, g: &mut GraphBuilder, inputs: &[TensorId]) -> TensorId {
+        let mut inputs = inputs.iter().copied();
+        let x = inputs.next().unwrap();
+        let skip = (self.skip > 0).then(|| inputs.next().unwrap());
+        let per_image = self.per_image.then(|| inputs.next().unwrap());
+        let residual = self.residual.then(|| inputs.next().unwrap());
+        let options = ConvOptions { per_image, residual, ..self.options.clone() };
+        let out = g.conv("conv", Sources { x, skip }, self.outputs, options);
+        if self.read {
+            g.activate("reader", out, Activation::Silu);
+        }
+        out
+    }
+
+    /// The definition, a loop in f64.
+    fn plain(&self, given: &Given, round: Round) -> Numbers {
+        let (o, out, (h, w)) = (&self.options, self.shape(), self.size);
+        let (seen_h, seen_w) = o.resize.unwrap_or(self.size);
+        let inputs = self.channels + self.skip;
+        let weight = &given.weights["conv.weight"];
+        let bias = o.bias.then(|| &given.weights["conv.bias"]);
+        let rest = &given.inputs[1 + usize::from(self.skip > 0)..];
+        let source = |image: usize, y: usize, x: usize, c: usize| {
+            let pixel = (image * h + y) * w + x;
+            if c < self.channels {
+                given.inputs[0][pixel * self.channels + c]
+            } else {
+                given.inputs[1][pixel * self.skip + c - self.channels]
+            }
+        };
+        let sum = |image: usize, oy: usize, ox: usize, column: usize| {
+            let mut sum = 0.0;
+            for (ky, kx) in (0..o.kernel).flat_map(|ky| (0..o.kernel).map(move |kx| (ky, kx))) {
+                let (y, x) = ((oy * o.stride + ky).wrapping_sub(o.pad), (ox * o.stride + kx).wrapping_sub(o.pad));
+                if y < seen_h && x < seen_w {
+                    for c in 0..inputs {
+                        let weight = weight[((column * inputs + c) * o.kernel + ky) * o.kernel + kx];
+                        sum += weight * source(image, y * h / seen_h, x * w / seen_w, c);
+                    }
+                }
+            }
+            let bias = bias.map_or(0.0, |bias| bias[column]);
+            round(round(sum) * o.gain as f64 + bias * o.bias_gain as f64)
+        };
+        let mut result = Vec::with_capacity(out.len());
+        for row in 0..out.rows() {
+            let (image, y, x) = (row / out.tokens(), row % out.tokens() / out.w, row % out.w);
+            for c in 0..out.c {
+                let mut value = sum(image, y, x, c);
+                if self.per_image {
+                    value = round(value + rest[0][image * out.c + c]);
+                }
+                value = match o.activation {
+                    Activation::Geglu => value * round(activated(sum(image, y, x, out.c + c), Activation::Gelu)),
+                    other => activated(value, other),
+                };
+                if self.residual {
+                    value = round(round(value) + rest[usize::from(self.per_image)][result.len()]);
+                }
+                result.push(round(value * o.scale as f64));
+            }
+        }
+        result
+    }
+
+    /// On a device with few multiprocessors, whose tiles are large, and on one with so many that depths are split.
+    fn check(&self) {
+        let shapes = self.shapes();
+        for multiprocessors in [1, 108] {
+            let inputs = shapes.iter().enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64)).collect();
+            check_with(
+                Limits { multiprocessors, ..Limits::A100 },
+                &format!("{multiprocessors} multiprocessors, {self:?}"),
+                &shapes,
+                inputs,
+                |g, x| self.build(g, x),
+                |given, round| self.plain(given, round),
+            );
+        }
+    }
+}
+
+#[test]
+fn linear_layers() {
+    for (tokens, channels, outputs) in [(1, 320, 128), (13, 40, 24), (77, 64, 80), (100, 96, 200)] {
+        Case::linear(tokens, channels, outputs).check();
+    }
+    Case::linear(77, 768, 64).with(|c| c.options.bias = false).check();
+    // Neither channels nor columns a multiple of eight; one number in, one out.
+    Case::linear(5, 7, 3).check();
+    Case::linear(1, 1, 1).with(|c| c.images = 1).check();
+    Case::linear(33, 100, 37).with(|c| (c.residual, c.images) = (true, 3)).check();
+}
+
+#[test]
+fn convolutions() {
+    Case::conv3x3((8, 8), 32, 48).check();
+    Case::conv3x3((5, 7), 64, 160).with(|c| (c.per_image, c.residual, c.images) = (true, true, 3)).check();
+    // The first and last layers of a UNet and of a VAE.
+    Case::conv3x3((9, 6), 4, 64).check();
+    Case::conv3x3((9, 6), 64, 4).with(|c| c.read = false).check();
+    Case::conv3x3((10, 14), 16, 3).with(|c| (c.read, c.images) = (false, 1)).check();
+    // One pixel: all taps but one in the padding.
+    Case::conv3x3((1, 1), 24, 16).check();
+}
+
+#[test]
+fn strides_and_paddings() {
+    for (size, pad, pad_end) in [((8, 8), 1, 1), ((7, 5), 1, 1), ((8, 6), 0, 1), ((9, 7), 0, 1)] {
+        let stride = |c: &mut Case| (c.options.stride, c.options.pad, c.options.pad_end) = (2, pad, pad_end);
+        Case::conv3x3(size, 16, 24).with(stride).check();
+    }
+    Case::conv3x3((6, 6), 8, 8).with(|c| (c.options.kernel, c.options.stride) = (1, 2)).check();
+}
+
+#[test]
+fn resized_sources() {
+    for (size, resize) in [((4, 4), (8, 8)), ((3, 5), (6, 10)), ((4, 3), (7, 5)), ((5, 5), (9, 5))] {
+        Case::conv3x3(size, 16, 16).with(|c| c.options.resize = Some(resize)).check();
+    }
+}
+
+#[test]
+fn concatenated_sources() {
+    for (channels, skip) in [(16, 8), (40, 72), (12, 20), (4, 3), (64, 128)] {
+        Case::conv3x3((5, 4), channels, 16).with(|c| c.skip = skip).check();
+        Case::linear(11, channels, 24).with(|c| c.skip = skip).check();
+    }
+}
+
+#[test]
+fn activations_and_gains() {
+    for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+        Case::linear(20, 48, 40)
+            .with(|c| {
+                (c.options.activation, c.per_image, c.residual) = (activation, true, true);
+                (c.options.gain, c.options.bias_gain, c.options.scale) = (0.25, 1.5, 0.7);
+            })
+            .check();
+    }
+}
+
+#[test]
+fn gated_layers() {
+    for (tokens, channels, outputs) in [(20, 64, 320), (9, 40, 80), (3, 320, 48), (6, 16, 20), (5, 6, 6)] {
+        Case::linear(tokens, channels, outputs).with(|c| c.options.activation = Activation::Geglu).check();
+    }
+    Case::linear(9, 512, 64)
+        .with(|c| {
+            (c.options.activation, c.residual, c.images) = (Activation::Geglu, true, 1);
+            (c.options.gain, c.options.bias_gain, c.options.scale) = (2.0, 0.5, 1.25);
+        })
+        .check();
+}
+
+/// What fp16 cannot hold becomes its greatest number, in fp16 results.
+#[test]
+fn saturation() {
+    let case = Case::linear(4, 64, 16).with(|c| c.options.gain = 1e6);
+    check(
+        "saturation",
+        &case.shapes(),
+        |g, x| case.build(g, x),
+        |given, round| case.plain(given, round).into_iter().map(to_half).collect(),
+    );
+}
+
+/// The bottleneck: a convolution whose result goes on as it is, and with every conditional image's shift added.
+#[test]
+fn bottleneck() {
+    for (channels, images, shifted) in [(64, 2, 1), (320, 4, 2), (20, 3, 3)] {
+        let case = Case::conv3x3((3, 4), channels, channels).with(|c| {
+            (c.images, c.per_image, c.residual, c.options.scale) = (images, true, true, 0.5);
+        });
+        let mut shapes = case.shapes();
+        shapes.push(Shape { n: shifted, ..case.shape() });
+        for with_shift in [false, true] {
+            check(
+                &format!("bottleneck, {channels} channels, {shifted} of {images} images, {with_shift}"),
+                &shapes,
+                |g, x| {
+                    let mid = case.build(g, x);
+                    let out = g.shift("shift", mid, x[3]);
+                    g.output("mid", mid);
+                    g.output("shifted", out);
+                    if with_shift { out } else { mid }
+                },
+                |given, round| {
+                    let mut mid = case.plain(given, round);
+                    let first = mid.len() - given.inputs[3].len();
+                    if with_shift {
+                        mid[first..].iter_mut().zip(&given.inputs[3]).for_each(|(x, s)| *x = round(*x + s));
+                    }
+                    mid
+                },
+            );
+        }
+    }
+}
+
+/// An image is the same bits alone and among others.
+#[test]
+fn batch_invariance() {
+    let cases = [
+        Case::linear(77, 768, 96),
+        Case::linear(1, 1280, 64),
+        Case::conv3x3((8, 8), 160, 40),
+        Case::conv3x3((4, 4), 320, 160),
+    ];
+    for case in cases {
+        let run = |images: usize| {
+            let case = case.clone().with(|c| c.images = images);
+            let mut g = GraphBuilder::new();
+            let x = g.input("x", case.shapes()[0]);
+            let out = case.build(&mut g, &[x]);
+            g.output("out", out);
+            let graph = g.finish();
+            let (folder, _) = weights(&graph);
+            let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
+            let device = Emulated::new(Limits::A100, Schedule::QUICK);
+            let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
+            let plan = Arc::new(Plan::new(graph, &[], &device.limits()));
+            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            // Image i is the same in every batch.
+            let numbers = random(5 * case.shapes()[0].len() / images, 3);
+            let numbers: Vec<f32> = numbers.iter().map(|&x| x as f32).collect();
+            executor.write("x", &numbers[..case.shapes()[0].len()]).unwrap();
+            executor.step().unwrap();
+            executor.read("out").unwrap()
+        };
+        let alone = run(1);
+        for images in [2, 5] {
+            let among = run(images);
+            let same = alone.iter().zip(&among).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{case:?}: alone and among {images} images");
+        }
+    }
+}

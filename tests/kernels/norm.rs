@@ -1,0 +1,187 @@
+//! `kernels/norm.cu`.
+
+use super::*;
+use respodiff::graph::Activation;
+
+/// A group norm: shapes of the sources, groups, whether it is modulated and followed by SiLU.
+struct Case<'a> {
+    sources: &'a [Shape],
+    groups: usize,
+    modulated: bool,
+    silu: bool,
+}
+
+const EPS: f32 = 1e-5;
+
+impl Case<'_> {
+    fn label(&self) -> String {
+        let Case { sources, groups, modulated, silu } = self;
+        let sources: Vec<String> = sources.iter().map(Shape::to_string).collect();
+        format!("{} in {groups} groups, modulated {modulated}, silu {silu}", sources.join(" and "))
+    }
+
+    fn channels(&self) -> usize {
+        self.sources.iter().map(|s| s.c).sum()
+    }
+
+    fn shapes(&self) -> Vec<Shape> {
+        let modulation = Shape::new(self.sources[0].n, 1, 1, 2 * self.channels());
+        self.sources.iter().copied().chain(self.modulated.then_some(modulation)).collect()
+    }
+
+    fn build(&self, g: &mut GraphBuilder, x: &[TensorId]) -> TensorId {
+        let sources = respodiff::graph::Sources { x: x[0], skip: (self.sources.len() == 2).then(|| x[1]) };
+        let modulation = self.modulated.then(|| x[self.sources.len()]);
+        g.group_norm("norm", sources, self.groups, EPS, self.silu, modulation)
+    }
+
+    fn plain(&self, given: &Given, round: Round) -> Numbers {
+        let (n, pixels, channels) = (self.sources[0].n, self.sources[0].tokens(), self.channels());
+        let (weight, bias) = (&given.weights["norm.weight"], &given.weights["norm.bias"]);
+        let at = |image: usize, pixel: usize, c: usize| {
+            let (source, c) = if c < self.sources[0].c { (0, c) } else { (1, c - self.sources[0].c) };
+            given.inputs[source][(image * pixels + pixel) * self.sources[source].c + c]
+        };
+        let per_group = channels / self.groups;
+        let mut out = vec![0.0; n * pixels * channels];
+        for image in 0..n {
+            for group in 0..self.groups {
+                let all = || (0..pixels).flat_map(|p| (group * per_group..(group + 1) * per_group).map(move |c| (p, c)));
+                let count = (pixels * per_group) as f64;
+                let mean = round(all().map(|(p, c)| at(image, p, c)).sum::<f64>() / count);
+                let variance = round(all().map(|(p, c)| (at(image, p, c) - mean).powi(2)).sum::<f64>() / count);
+                for (p, c) in all() {
+                    let normal = round((at(image, p, c) - mean) / (variance + EPS as f64).sqrt());
+                    let mut y = round(normal * weight[c] + bias[c]);
+                    if self.modulated {
+                        let modulation = &given.inputs[self.sources.len()][image * 2 * channels..];
+                        y = round(y * (1.0 + modulation[c]) + modulation[channels + c]);
+                    }
+                    let y = if self.silu { activated(y, Activation::Silu) } else { y };
+                    out[(image * pixels + p) * channels + c] = round(y);
+                }
+            }
+        }
+        out
+    }
+
+    fn check(&self) {
+        check(&self.label(), &self.shapes(), |g, x| self.build(g, x), |given, round| self.plain(given, round));
+    }
+}
+
+#[test]
+fn group_norm() {
+    for &(n, h, w, c, groups) in &[
+        (2, 8, 8, 320, 32),
+        (1, 4, 4, 1280, 32),
+        (3, 5, 7, 960, 32),
+        (2, 5, 3, 48, 3),
+        (1, 1, 1, 8, 8),
+        (2, 5, 7, 12, 4),
+        (1, 3, 3, 9, 1),
+        (1, 2, 3, 2600, 1),
+        (1, 1, 2, 301, 7),
+    ] {
+        let sources = &[Shape::new(n, h, w, c)];
+        Case { sources, groups, modulated: false, silu: true }.check();
+    }
+}
+
+/// Images that are cut into stretches, the last of them shorter than others.
+#[test]
+fn group_norm_in_stretches() {
+    for &(n, h, w, c, groups) in &[(2, 29, 31, 80, 8), (1, 67, 64, 32, 32), (1, 33, 35, 20, 5)] {
+        let sources = &[Shape::new(n, h, w, c)];
+        Case { sources, groups, modulated: n == 2, silu: false }.check();
+    }
+}
+
+/// The boundary between the sources falls inside a group, and inside what would be a vector.
+#[test]
+fn group_norm_of_two_sources() {
+    for &(n, h, w, first, second, groups) in
+        &[(2, 4, 4, 640, 320, 32), (1, 3, 5, 24, 40, 4), (2, 3, 3, 5, 7, 2), (1, 31, 37, 96, 64, 32)]
+    {
+        let sources = &[Shape::new(n, h, w, first), Shape::new(n, h, w, second)];
+        Case { sources, groups, modulated: true, silu: true }.check();
+        Case { sources, groups, modulated: false, silu: false }.check();
+    }
+}
+
+/// A mean of 1000 times the deviation, and in one channel a first pixel that is far off: f32 sums of squares about zero
+/// would leave nothing of the variance.
+#[test]
+fn group_norm_keeps_the_variance_beside_a_large_mean() {
+    for (h, w) in [(6, 6), (60, 60)] {
+        let shape = Shape::new(1, h, w, 64);
+        let case = Case { sources: &[shape], groups: 4, modulated: false, silu: false };
+        let mut x: Numbers = random(shape.len(), 3).iter().map(|x| to_half(1000.0 + x.signum() + x.round())).collect();
+        x[5] = -1000.0;
+        check_with(
+            &format!("large mean, {shape}"),
+            &[shape],
+            vec![x],
+            |g, x| case.build(g, x),
+            // Every rounding of the mean to fp16 would be as bad as what is looked for here: the truth alone, f32's
+            // own rounding of a mean of 1000 being far below the floor.
+            |given, _| case.plain(given, |x| x),
+        );
+    }
+}
+
+#[test]
+fn layer_norm() {
+    for (n, w, c) in [(2, 5, 320), (1, 3, 1280), (2, 77, 64), (1, 1, 8), (1, 2, 2048), (3, 5, 12), (1, 7, 1), (2, 3, 333)]
+    {
+        let shape = Shape::new(n, 1, w, c);
+        check(
+            &format!("layer norm of {shape}"),
+            &[shape],
+            |g, x| g.layer_norm("norm", x[0], EPS),
+            |given, round| {
+                let rows = given.inputs[0].chunks_exact(c).flat_map(|x| {
+                    let mean = round(x.iter().sum::<f64>() / c as f64);
+                    let variance = round(x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / c as f64);
+                    let normal = move |x: &f64| round((x - mean) / (variance + EPS as f64).sqrt());
+                    let affine = given.weights["norm.weight"].iter().zip(&given.weights["norm.bias"]);
+                    x.iter().zip(affine).map(move |(x, (w, b))| round(normal(x) * w + b))
+                });
+                rows.collect()
+            },
+        );
+    }
+}
+
+/// The bits of an image must not depend on those beside it.
+#[test]
+fn an_image_alone_and_in_a_batch() {
+    for (h, w, c, groups) in [(5, 7, 320, 32), (29, 31, 80, 8), (31, 37, 12, 3)] {
+        let of = |n: usize, input: &[f64]| {
+            let shape = Shape::new(n, h, w, c);
+            let mut g = GraphBuilder::new();
+            let x = g.input("x", shape);
+            let y = g.group_norm("norm", x, groups, EPS, true, None);
+            let y = g.layer_norm("layer", y, EPS);
+            g.output("out", y);
+            let graph = g.finish();
+            let (folder, _) = weights(&graph);
+            let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
+            let (_, device) = devices().remove(0);
+            let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
+            let plan = Arc::new(Plan::new(graph, &[], &device.limits()));
+            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            executor.write("x", &input.iter().map(|&x| x as f32).collect::<Vec<f32>>()).unwrap();
+            executor.step().unwrap();
+            executor.read("out").unwrap()
+        };
+        let one = h * w * c;
+        let inputs = random(3 * one, 9);
+        let batch = of(3, &inputs);
+        for image in 0..3 {
+            let alone = of(1, &inputs[image * one..][..one]);
+            let same = alone.iter().zip(&batch[image * one..]).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "image {image} of {h}x{w}x{c}");
+        }
+    }
+}
