@@ -66,8 +66,7 @@ impl RowParams {
     /// By vectors or by elements, as the channels allow.
     fn launch(&self, vector: &'static str, element: &'static str) -> Launch {
         let channels = self.channels as usize;
-        let (kernel, columns) =
-            if channels % VECTOR == 0 { (vector, channels / VECTOR) } else { (element, channels) };
+        let (kernel, columns) = if channels % VECTOR == 0 { (vector, channels / VECTOR) } else { (element, channels) };
         Launch::new(kernel, [(self.rows as usize * columns).div_ceil(THREADS), 1, 1], THREADS, 0, self)
     }
 }

@@ -46,7 +46,8 @@ impl Case<'_> {
         let mut out = vec![0.0; n * pixels * channels];
         for image in 0..n {
             for group in 0..self.groups {
-                let all = || (0..pixels).flat_map(|p| (group * per_group..(group + 1) * per_group).map(move |c| (p, c)));
+                let all =
+                    || (0..pixels).flat_map(|p| (group * per_group..(group + 1) * per_group).map(move |c| (p, c)));
                 let count = (pixels * per_group) as f64;
                 let mean = round(all().map(|(p, c)| at(image, p, c)).sum::<f64>() / count);
                 let variance = round(all().map(|(p, c)| (at(image, p, c) - mean).powi(2)).sum::<f64>() / count);
@@ -132,7 +133,8 @@ fn group_norm_keeps_the_variance_beside_a_large_mean() {
 
 #[test]
 fn layer_norm() {
-    for (n, w, c) in [(2, 5, 320), (1, 3, 1280), (2, 77, 64), (1, 1, 8), (1, 2, 2048), (3, 5, 12), (1, 7, 1), (2, 3, 333)]
+    for (n, w, c) in
+        [(2, 5, 320), (1, 3, 1280), (2, 77, 64), (1, 1, 8), (1, 2, 2048), (3, 5, 12), (1, 7, 1), (2, 3, 333)]
     {
         let shape = Shape::new(n, 1, w, c);
         check(
