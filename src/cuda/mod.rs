@@ -16,6 +16,7 @@ mod emulated;
 mod gpu;
 mod norm;
 mod program;
+mod sampler;
 mod tiles;
 mod weights;
 
@@ -25,6 +26,7 @@ pub use driver::{Card, Version};
 pub use emulated::Emulated;
 pub use gpu::{cards, open};
 pub use program::Element;
+pub use sampler::{DeviceSampler, StepNoise};
 pub use weights::Weights;
 
 use crate::Result;
@@ -72,6 +74,26 @@ impl Executor {
     /// The plan.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    /// Where the named input lies.
+    pub fn input_address(&self, name: &str) -> u64 {
+        self.arena.address() + self.plan.offset(self.plan.graph().input(name)) as u64
+    }
+
+    /// Where the named output lies.
+    pub fn output_address(&self, name: &str) -> u64 {
+        self.arena.address() + self.plan.offset(self.plan.graph().output(name)) as u64
+    }
+
+    /// The launches of a step, for recordings that hold more than that.
+    pub fn step_launches(&self) -> &[Launch] {
+        &self.program.step
     }
 
     /// Writes the named input, NHWC. It keeps its value from run to run.

@@ -1,5 +1,7 @@
 //! The public face: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
 
+mod on_cpu;
+mod on_cuda;
 mod session;
 
 pub use session::Session;

@@ -1,9 +1,11 @@
 //! Sampling: plans for one size and batch, run from prompts to pictures.
 
+use super::on_cpu::OnCpu;
+use super::on_cuda::OnCuda;
 use super::{Engine, Output, Progress, Request, SessionOptions};
 use crate::device::Executor;
-use crate::diffusion::noise::NormalGenerator;
-use crate::diffusion::scheduler::{SamplerState, Schedule};
+use crate::diffusion::noise::{NormalGenerator, Rng};
+use crate::diffusion::scheduler::Schedule;
 use crate::image::Image;
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::plan::Plan;
@@ -16,21 +18,101 @@ pub struct Session {
     engine: Engine,
     options: SessionOptions,
     text: Executor,
-    unet: Executor,
-    vae: Executor,
+    networks: Box<dyn Networks>,
+}
+
+/// The UNet and the VAE of a session, on a device.
+pub(super) trait Networks: Send {
+    /// Writes an input of the UNet.
+    fn write(&mut self, input: &str, values: &[f32]) -> Result<()>;
+
+    /// Runs what of the UNet depends on the prompts alone.
+    fn prologue(&mut self) -> Result<()>;
+
+    /// The sampling loop. `check` is called with the number of steps done, before each and after the last, and may end it.
+    /// Gives the latents, `[batch, h, w, c]`.
+    fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>>;
+
+    /// Decodes an image of the last run.
+    fn picture(&mut self, image: usize, run: &Run) -> Result<Image>;
+}
+
+/// What a request comes to.
+pub(super) struct Run<'a> {
+    pub schedule: &'a Schedule,
+    pub guidance: f32,
+    pub guided: bool,
+    pub shift: &'a Shift,
+    pub seed: u64,
+    pub rng: Rng,
+    /// Unit noise to start from, NHWC, instead of the seed's.
+    pub given: Option<Vec<f32>>,
+    pub batch: usize,
+    /// Channels and pixels of an image's latents.
+    pub latents: (usize, usize),
+    pub scaling_factor: f32,
+    pub width: usize,
+    pub height: usize,
+}
+
+impl Run<'_> {
+    /// The latents before the first step, NHWC.
+    pub fn start(&self, noise: &mut Noise) -> Vec<f32> {
+        let mut latents = self.given.clone().unwrap_or_else(|| {
+            let mut latents = vec![0.0; self.batch * self.latents.0 * self.latents.1];
+            noise.draw(&mut latents);
+            latents
+        });
+        latents.iter_mut().for_each(|x| *x *= self.schedule.init_noise_sigma);
+        latents
+    }
+
+    /// About the step after `done` others.
+    pub fn non_finite(&self, done: usize) -> Error {
+        Error::NonFinite(format!(
+            "step {} of {} gave NaN or infinite latents; lower the guidance, take more steps or another scheduler",
+            done + 1,
+            self.schedule.steps.len()
+        ))
+    }
+}
+
+/// Normal numbers for each image from its own generator.
+pub(super) struct Noise {
+    generators: Vec<NormalGenerator>,
+    size: (usize, usize),
+}
+
+impl Noise {
+    pub fn new(run: &Run) -> Self {
+        let generator = |i| NormalGenerator::new(run.rng, run.seed.wrapping_add(i));
+        Noise { generators: (0..run.batch as u64).map(generator).collect(), size: run.latents }
+    }
+
+    /// Draws in NCHW, as diffusers does, and writes NHWC.
+    pub fn draw(&mut self, out: &mut [f32]) {
+        let (c, pixels) = self.size;
+        let mut draft = vec![0.0; c * pixels];
+        for (generator, out) in self.generators.iter_mut().zip(out.chunks_exact_mut(c * pixels)) {
+            generator.fill(&mut draft);
+            nchw_to_nhwc(&draft, c, pixels, out);
+        }
+    }
 }
 
 impl Session {
     pub(super) fn new(engine: Engine, options: SessionOptions, plans: [Plan; 3]) -> Result<Self> {
-        let [text, unet, vae] = plans;
         let parts = &*engine.0;
-        Ok(Session {
-            text: parts.device.executor(text, &parts.text.weights)?,
-            unet: parts.device.executor(unet, &parts.unet.weights)?,
-            vae: parts.device.executor(vae, &parts.vae.weights)?,
-            engine,
-            options,
-        })
+        let [text, unet, vae] = plans;
+        let text = parts.device.executor(text, &parts.text.weights)?;
+        let unet = parts.device.executor(unet, &parts.unet.weights)?;
+        let vae = parts.device.executor(vae, &parts.vae.weights)?;
+        let networks: Box<dyn Networks> = match (unet, vae) {
+            (Executor::Cpu(unet), Executor::Cpu(vae)) => Box::new(OnCpu { unet, vae, latents: Vec::new() }),
+            (Executor::Cuda(unet), Executor::Cuda(vae)) => Box::new(OnCuda::new(unet, vae, options.batch)?),
+            _ => return Err(Error::Device("the UNet and the VAE are on different devices".into())),
+        };
+        Ok(Session { text, networks, engine, options })
     }
 
     /// What it was made for.
@@ -66,28 +148,37 @@ impl Session {
         }
         let shift = Shift::new(self.engine.bottleneck(self.options), self.options.batch, &request.concepts)?;
         if self.options.concepts {
-            self.unet.write("shift", shift.constant())?;
+            self.networks.write("shift", shift.constant())?;
         }
         self.encode(request)?;
-        let mut noise = Noise {
-            generators: (0..self.options.batch as u64)
-                .map(|i| NormalGenerator::new(request.rng, request.seed.wrapping_add(i)))
-                .collect(),
-            size: self.latent_size(),
+        let vae = &self.engine.0.vae.config;
+        let size = (vae.latent_channels, self.options.width / vae.scale() * (self.options.height / vae.scale()));
+        let run = Run {
+            schedule: &schedule,
+            guidance: request.guidance,
+            guided,
+            shift: &shift,
+            seed: request.seed,
+            rng: request.rng,
+            given: self.given(request, size)?,
+            batch: self.options.batch,
+            latents: size,
+            scaling_factor: vae.scaling_factor,
+            width: self.options.width,
+            height: self.options.height,
         };
-        let mut latents = self.initial_latents(request, &mut noise)?;
-        latents.iter_mut().for_each(|x| *x *= schedule.init_noise_sigma);
-        self.denoise(&schedule, request.guidance, &shift, &mut noise, &mut latents, progress)?;
-        let (c, pixels) = self.latent_size();
+        let total = schedule.steps.len();
+        let latents = self.networks.sample(&run, &mut |done| match progress(Progress::Step { done, total }) {
+            ControlFlow::Break(()) if done < total => {
+                Err(Error::Cancelled(format!("stopped after {done} of {total} steps; no picture was made")))
+            }
+            // Nothing is left to break off.
+            _ => Ok(()),
+        })?;
         let mut output = Output { images: Vec::new(), latents: vec![0.0; latents.len()] };
-        nhwc_to_nchw(&latents, c, pixels, &mut output.latents);
-        let scale = self.engine.0.vae.config.scaling_factor;
-        latents.iter_mut().for_each(|x| *x /= scale);
-        for latents in latents.chunks_exact(c * pixels) {
-            self.vae.write("latents", latents)?;
-            self.vae.step()?;
-            let image = Image::from_hwc(&self.vae.read("image")?, self.options.height, self.options.width)?;
-            output.images.push(image);
+        nhwc_to_nchw(&latents, size.0, size.1, &mut output.latents);
+        for image in 0..self.options.batch {
+            output.images.push(self.networks.picture(image, &run)?);
             let done = output.images.len();
             if progress(Progress::Decoded { done, total: self.options.batch }).is_break() && done < self.options.batch {
                 break;
@@ -96,111 +187,28 @@ impl Session {
         Ok(output)
     }
 
-    /// Channels and pixels of an image's latents.
-    fn latent_size(&self) -> (usize, usize) {
-        let vae = &self.engine.0.vae.config;
-        (vae.latent_channels, self.options.width / vae.scale() * (self.options.height / vae.scale()))
-    }
-
     /// Prompts to the UNet's hidden states (the unconditional rows first), and what depends on them alone.
     fn encode(&mut self, request: &Request) -> Result<()> {
         let prompts = [request.negative_prompt.as_str(), request.prompt.as_str()];
         let prompts = if self.options.guided { &prompts[..] } else { &prompts[1..] };
-        let states = self.engine.clone().encode(&mut self.text, prompts)?;
+        let states = self.engine.encode(&mut self.text, prompts)?;
         let rows = states.chunks_exact(states.len() / prompts.len()).map(|row| row.repeat(self.options.batch));
-        self.unet.write("encoder_hidden_states", &rows.collect::<Vec<_>>().concat())?;
-        self.unet.prologue()
+        self.networks.write("encoder_hidden_states", &rows.collect::<Vec<_>>().concat())?;
+        self.networks.prologue()
     }
 
-    fn initial_latents(&self, request: &Request, noise: &mut Noise) -> Result<Vec<f32>> {
-        let (c, pixels) = self.latent_size();
-        let mut latents = vec![0.0; self.options.batch * c * pixels];
-        match &request.latents {
-            Some(given) if given.len() != latents.len() => {
-                return Err(Error::usage(format!(
-                    "the latents hold {} numbers where this size and batch have {}",
-                    given.len(),
-                    latents.len()
-                )));
-            }
-            Some(given) => nchw_to_nhwc(given, c, pixels, &mut latents),
-            None => noise.draw(&mut latents),
+    /// The request's own latents in NHWC, for images of `c` channels and so many pixels.
+    fn given(&self, request: &Request, (c, pixels): (usize, usize)) -> Result<Option<Vec<f32>>> {
+        let Some(given) = &request.latents else { return Ok(None) };
+        let wanted = self.options.batch * c * pixels;
+        if given.len() != wanted {
+            return Err(Error::usage(format!(
+                "the latents hold {} numbers where this size and batch have {wanted}",
+                given.len()
+            )));
         }
-        Ok(latents)
-    }
-
-    /// The sampling loop, on latents `[batch, h, w, c]`.
-    fn denoise(
-        &mut self,
-        schedule: &Schedule,
-        guidance: f32,
-        shift: &Shift,
-        noise: &mut Noise,
-        latents: &mut [f32],
-        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Result<()> {
-        let total = schedule.steps.len();
-        let mut check = |done: usize| match progress(Progress::Step { done, total }) {
-            ControlFlow::Break(()) if done < total => {
-                Err(Error::Cancelled(format!("stopped after {done} of {total} steps; no picture was made")))
-            }
-            _ => Ok(()),
-        };
-        let non_finite = |done: usize| {
-            Error::NonFinite(format!(
-                "step {} of {total} gave NaN or infinite latents; lower the guidance, take more steps or another scheduler",
-                done + 1
-            ))
-        };
-        let Executor::Cpu(unet) = &mut self.unet else { todo!() };
-        let mut state = SamplerState::new(latents.len());
-        let (mut prediction, mut fresh) = (vec![0.0; latents.len()], vec![0.0; latents.len()]);
-        for (done, step) in schedule.steps.iter().enumerate() {
-            check(done)?;
-            for half in unet.input_mut("sample").chunks_exact_mut(latents.len()) {
-                half.iter_mut().zip(&*latents).for_each(|(s, x)| *s = x * step.input_scale);
-            }
-            unet.input_mut("timestep").fill(step.timestep);
-            match shift.is_constant() {
-                true => unet.step(),
-                false => unet.step_shifting(|mid, out| shift.follow(mid, out)),
-            }
-            let out = unet.output("sample");
-            if self.options.guided {
-                let (without, with) = out.split_at(latents.len());
-                for ((p, u), c) in prediction.iter_mut().zip(without).zip(with) {
-                    *p = u + guidance * (c - u);
-                }
-            } else {
-                prediction.copy_from_slice(out);
-            }
-            if step.needs_noise() {
-                noise.draw(&mut fresh);
-            }
-            state.step(step, &prediction, latents, if step.needs_noise() { &fresh } else { &[] });
-            if !latents.iter().all(|x| x.is_finite()) {
-                return Err(non_finite(done));
-            }
-        }
-        check(total)
-    }
-}
-
-/// Normal numbers for each image from its own generator.
-struct Noise {
-    generators: Vec<NormalGenerator>,
-    /// Channels and pixels of an image.
-    size: (usize, usize),
-}
-
-impl Noise {
-    /// Draws in NCHW, as diffusers does, and writes NHWC.
-    fn draw(&mut self, out: &mut [f32]) {
-        let (c, pixels) = self.size;
-        let mut draft = vec![0.0; c * pixels];
-        for (generator, out) in self.generators.iter_mut().zip(out.chunks_exact_mut(c * pixels)) {
-            generator.fill(&mut draft);
-            nchw_to_nhwc(&draft, c, pixels, out);
-        }
+        let mut latents = vec![0.0; wanted];
+        nchw_to_nhwc(given, c, pixels, &mut latents);
+        Ok(Some(latents))
     }
 }

@@ -1,0 +1,206 @@
+// Sampling: the UNet's input, guidance and the scheduler's step in one kernel, noise, and the VAE's ends. A thread a number
+// (four of a picture). 64 KB to 1 MB an array, so that launches and latencies are all they cost: 2 to 3 us each.
+//
+// What differs from step to step is read from a table by an index in device memory, so one recording serves all steps.
+// `prepare` reads `next` and writes `current`; `guide_and_step` reads `current` and writes `next`: no kernel reads what it
+// writes, and their order on the stream does the rest.
+#include "numeric.cuh"
+
+// diffusion::scheduler::Step; its documentation has the formulas.
+struct Step {
+    float timestep, input_scale;
+    float convert_x, convert_out, clip;
+    float base_x, base_saved, base_m, base_history[3];
+    float next_base, next_out, next_m, next_history[3], next_noise;
+    uint32_t draw;  // which of the seed's draws the noise is
+    int32_t save, push;
+    uint32_t faults;  // warps that found latents not finite
+};
+
+// A request.
+struct Run {
+    uint64_t seed;  // of the first image
+    float guidance;
+    int32_t philox;  // noise is drawn here rather than read
+    int32_t steps;
+    int32_t next, current;
+    uint32_t picture_faults;  // warps that found a picture not finite
+};
+
+// [batch, pixels, channels]
+struct LatentSize {
+    int32_t length, channels, pixels;
+};
+
+__device__ __forceinline__ int index() { return blockIdx.x * 256 + threadIdx.x; }
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
+
+// Philox4x32-10 (Salmon et al., 2011): the first two of four words.
+__device__ __forceinline__ uint2 philox(uint32_t draw, uint32_t element, uint64_t seed) {
+    uint32_t c0 = draw, c1 = 0, c2 = element, c3 = 0;
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        uint64_t first = uint64_t(c0) * 0xd2511f53u;
+        uint64_t second = uint64_t(c2) * 0xcd9e8d57u;
+        c0 = uint32_t(second >> 32) ^ c1 ^ k0;
+        c1 = uint32_t(second);
+        c2 = uint32_t(first >> 32) ^ c3 ^ k1;
+        c3 = uint32_t(first);
+        k0 += 0x9e3779b9u;
+        k1 += 0xbb67ae85u;
+    }
+    return make_uint2(c0, c1);
+}
+
+// What Rng::TorchCuda draws for number i of the latents, every image having a seed of its own and drawing in NCHW. In f64
+// as there: equal but for the last place of libm's functions, which the rounding to f32 hides nearly always.
+__device__ __forceinline__ float normal(uint64_t seed, uint32_t draw, int i, const LatentSize& size) {
+    int one = size.channels * size.pixels;
+    int image = i / one, pixel = i % one / size.channels, channel = i % size.channels;
+    uint2 word = philox(draw, channel * size.pixels + pixel, seed + image);
+    constexpr double TAU = 6.283185307179586477;
+    double radius = sqrt(-2.0 * log((word.x + 0.5) / 4294967296.0));
+    return float(radius * sin(TAU * ((word.y + 0.5) / 4294967296.0)));
+}
+
+struct NoiseParams {
+    float* out;
+    uint64_t seed;
+    LatentSize size;
+    uint32_t draw;
+    float scale;
+    int32_t unused;
+};
+
+// out = scale * normal numbers.
+KERNEL __launch_bounds__(256) noise(const __grid_constant__ NoiseParams p) {
+    int i = index();
+    if (i < p.size.length) p.out[i] = normal(p.seed, p.draw, i, p.size) * p.scale;
+}
+EXPORT(noise)
+
+struct PrepareParams {
+    Run* run;
+    const Step* steps;
+    const float* latents;
+    __half* sample;  // once, or twice in a row
+    float* timestep;  // one an image
+    int32_t length;
+    int32_t copies;
+    int32_t rows;
+    int32_t unused;
+};
+
+// The UNet's inputs: the scaled latents for each half of a guided batch, and the timestep.
+KERNEL __launch_bounds__(256) prepare(const __grid_constant__ PrepareParams p) {
+    int i = index(), step = p.run->next;
+    if (step >= p.run->steps) return;
+    if (i < p.length) {
+        __half x = to_half(p.latents[i] * p.steps[step].input_scale);
+        for (int copy = 0; copy < p.copies; copy++) p.sample[copy * p.length + i] = x;
+    }
+    if (i < p.rows) p.timestep[i] = p.steps[step].timestep;
+    if (i == 0) p.run->current = step;
+}
+EXPORT(prepare)
+
+struct GuideAndStepParams {
+    Run* run;
+    Step* steps;
+    const float* out;  // the UNet's, unconditional rows first where guided
+    const float* noise;  // read where it is not drawn here
+    float* latents;
+    float* saved;
+    float* history;  // three arrays, the latest first
+    LatentSize size;
+    int32_t guided;
+};
+
+__device__ __forceinline__ float term(float coefficient, const float* x, int i) {
+    // Memory that no step has written yet may hold anything; its coefficient is zero then.
+    return coefficient == 0.0f ? 0.0f : coefficient * x[i];
+}
+
+__device__ __forceinline__ float dot(const float (&coefficients)[3], const float* history, int i, int length) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < 3; k++) sum += term(coefficients[k], history + k * length, i);
+    return sum;
+}
+
+// Classifier-free guidance (arXiv 2207.12598) and the sampler's step, latents in place.
+KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndStepParams p) {
+    int i = index(), current = p.run->current, length = p.size.length;
+    if (current >= p.run->steps) return;
+    Step& step = p.steps[current];
+    bool finite = true;
+    if (i < length) {
+        float x = p.latents[i], out = p.out[i];
+        if (p.guided) out += p.run->guidance * (p.out[length + i] - out);
+        float m = step.convert_x * x + step.convert_out * out;
+        // Comparisons, so that NaN stays NaN.
+        m = m > step.clip ? step.clip : m < -step.clip ? -step.clip : m;
+        float base = step.base_x * x + term(step.base_saved, p.saved, i) + step.base_m * m +
+                     dot(step.base_history, p.history, i, length);
+        float next = step.next_base * base + step.next_out * out + step.next_m * m +
+                     dot(step.next_history, p.history, i, length);
+        if (step.next_noise != 0.0f) {
+            next += step.next_noise * (p.run->philox ? normal(p.run->seed, step.draw, i, p.size) : p.noise[i]);
+        }
+        p.latents[i] = next;
+        if (step.save) p.saved[i] = base;
+        if (step.push) {
+            p.history[2 * length + i] = p.history[length + i];
+            p.history[length + i] = p.history[i];
+            p.history[i] = m;
+        }
+        finite = is_finite(next);
+    }
+    if (__any_sync(0xffffffffu, !finite) && threadIdx.x % 32 == 0) atomicAdd(&step.faults, 1u);
+    if (i == 0) p.run->next = current + 1;
+}
+EXPORT(guide_and_step)
+
+struct LatentsForVaeParams {
+    const float* latents;
+    __half* out;
+    int32_t length;
+    float scaling_factor;
+};
+
+KERNEL __launch_bounds__(256) latents_for_vae(const __grid_constant__ LatentsForVaeParams p) {
+    int i = index();
+    if (i < p.length) p.out[i] = to_half(p.latents[i] / p.scaling_factor);
+}
+EXPORT(latents_for_vae)
+
+struct ToRgb8Params {
+    Run* run;
+    const float* x;
+    uint8_t* out;
+    int64_t length;
+};
+
+// -1..1 to bytes, rounded as Image::from_hwc does; what is not finite becomes 0 and is counted.
+__device__ __forceinline__ uint32_t to_byte(float x) {
+    return uint32_t(rintf(fminf(fmaxf(x * 0.5f + 0.5f, 0.0f), 1.0f) * 255.0f));
+}
+
+KERNEL __launch_bounds__(256) to_rgb8(const __grid_constant__ ToRgb8Params p) {
+    int64_t i = (int64_t(blockIdx.x) * 256 + threadIdx.x) * 4;
+    bool finite = true;
+    if (i + 4 <= p.length) {
+        float4 x = *reinterpret_cast<const float4*>(p.x + i);
+        finite = is_finite(x.x) && is_finite(x.y) && is_finite(x.z) && is_finite(x.w);
+        uint32_t bytes = to_byte(x.x) | to_byte(x.y) << 8 | to_byte(x.z) << 16 | to_byte(x.w) << 24;
+        *reinterpret_cast<uint32_t*>(p.out + i) = bytes;
+    } else {
+        for (; i < p.length; i++) {
+            finite = finite && is_finite(p.x[i]);
+            p.out[i] = to_byte(p.x[i]);
+        }
+    }
+    if (__any_sync(0xffffffffu, !finite) && threadIdx.x % 32 == 0) atomicAdd(&p.run->picture_faults, 1u);
+}
+EXPORT(to_rgb8)

@@ -1,0 +1,359 @@
+//! Launches of `kernels/sampler.cu`: a sampler that runs on the device.
+//!
+//! ```text
+//! once a session     sampler = DeviceSampler::new(device, latents' shape, capacity)
+//!                    recording = prepare(..), the UNet's step, guide_and_step(..)
+//! once a request     begin(steps, guidance, noise); run draw(..), or write_latents(..)
+//! every step         write_noise(..) if the step needs it and the host draws it; replay the recording
+//! afterwards         fault(); for each image: latents_for_vae(..), the VAE's step, to_rgb8(..); picture_fault()
+//! ```
+//!
+//! All that differs between steps and requests is read from device memory, so a recording serves every request of a session.
+
+use super::device::{Buffer, Device, Launch};
+use crate::Result;
+use crate::diffusion::scheduler::{HISTORY, Step};
+use crate::graph::Shape;
+use bytemuck::{NoUninit, Pod, Zeroable};
+use std::sync::Arc;
+
+const THREADS: usize = 256;
+/// Parts of the memory begin at multiples of this many bytes.
+const ALIGN: usize = 256;
+
+/// Where the noise of steps comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StepNoise {
+    /// [`DeviceSampler::write_noise`], before every step that needs it.
+    Written,
+    /// Drawn on the device, as [`crate::diffusion::noise::Rng::TorchCuda`] does.
+    Drawn {
+        /// Of the first image; every other image's is one more.
+        seed: u64,
+        /// Draws that were made before: 1 after [`DeviceSampler::draw`], else 0.
+        drawn: u32,
+    },
+}
+
+/// [`Step`] in f32, as the kernels read it.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct DeviceStep {
+    timestep: f32,
+    input_scale: f32,
+    convert_x: f32,
+    convert_out: f32,
+    clip: f32,
+    base_x: f32,
+    base_saved: f32,
+    base_m: f32,
+    base_history: [f32; HISTORY],
+    next_base: f32,
+    next_out: f32,
+    next_m: f32,
+    next_history: [f32; HISTORY],
+    next_noise: f32,
+    draw: u32,
+    save: i32,
+    push: i32,
+    faults: u32,
+}
+
+impl DeviceStep {
+    fn new(step: &Step, draw: u32) -> Self {
+        let Step { timestep, input_scale, convert, base, next, save, push } = *step;
+        DeviceStep {
+            timestep,
+            input_scale,
+            convert_x: convert.x as f32,
+            convert_out: convert.out as f32,
+            clip: convert.clip as f32,
+            base_x: base.x as f32,
+            base_saved: base.saved as f32,
+            base_m: base.m as f32,
+            base_history: base.history.map(|c| c as f32),
+            next_base: next.base as f32,
+            next_out: next.out as f32,
+            next_m: next.m as f32,
+            next_history: next.history.map(|c| c as f32),
+            next_noise: next.noise as f32,
+            draw,
+            save: save.into(),
+            push: push.into(),
+            faults: 0,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Run {
+    seed: u64,
+    guidance: f32,
+    philox: i32,
+    steps: i32,
+    next: i32,
+    current: i32,
+    picture_faults: u32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct LatentSize {
+    length: i32,
+    channels: i32,
+    pixels: i32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct NoiseParams {
+    out: u64,
+    seed: u64,
+    size: LatentSize,
+    draw: u32,
+    scale: f32,
+    unused: i32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct PrepareParams {
+    run: u64,
+    steps: u64,
+    latents: u64,
+    sample: u64,
+    timestep: u64,
+    length: i32,
+    copies: i32,
+    rows: i32,
+    unused: i32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct GuideAndStepParams {
+    run: u64,
+    steps: u64,
+    out: u64,
+    noise: u64,
+    latents: u64,
+    saved: u64,
+    history: u64,
+    size: LatentSize,
+    guided: i32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct LatentsForVaeParams {
+    latents: u64,
+    out: u64,
+    length: i32,
+    scaling_factor: f32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct ToRgb8Params {
+    run: u64,
+    x: u64,
+    out: u64,
+    length: i64,
+}
+
+/// What the sampler's memory holds, in its order.
+#[derive(Clone, Copy)]
+enum Part {
+    Run,
+    Latents,
+    Noise,
+    Saved,
+    History,
+    Steps,
+}
+
+/// Where a part begins.
+fn offset(shape: Shape, part: Part) -> usize {
+    let array = (shape.len() * size_of::<f32>()).next_multiple_of(ALIGN);
+    match part {
+        Part::Run => 0,
+        Part::Latents => ALIGN,
+        Part::Noise => ALIGN + array,
+        Part::Saved => ALIGN + 2 * array,
+        Part::History => ALIGN + 3 * array,
+        Part::Steps => ALIGN + (3 + HISTORY) * array,
+    }
+}
+
+/// A batch's latents with all that sampling them takes, in one piece of device memory: the steps' coefficients, what the
+/// sampler keeps from step to step, and the counter that the kernels advance.
+pub struct DeviceSampler {
+    buffer: Buffer,
+    shape: Shape,
+    capacity: usize,
+}
+
+impl DeviceSampler {
+    /// For latents of `shape` (`[batch, h, w, c]`) and schedules of up to `capacity` steps.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] when memory is short.
+    pub fn new(device: &Arc<dyn Device>, shape: Shape, capacity: usize) -> Result<Self> {
+        Ok(DeviceSampler { buffer: Buffer::new(device, Self::bytes(shape, capacity))?, shape, capacity })
+    }
+
+    /// Device memory of a sampler.
+    pub fn bytes(shape: Shape, capacity: usize) -> usize {
+        offset(shape, Part::Steps) + capacity * size_of::<DeviceStep>()
+    }
+
+    /// Begins a request: the next `prepare` is that of the first of `steps`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word.
+    ///
+    /// # Panics
+    /// If there are more steps than the sampler was made for.
+    pub fn begin(&self, steps: &[Step], guidance: f32, noise: StepNoise) -> Result<()> {
+        assert!(steps.len() <= self.capacity, "{} steps of at most {}", steps.len(), self.capacity);
+        let (philox, seed, mut draw) = match noise {
+            StepNoise::Written => (0, 0, 0),
+            StepNoise::Drawn { seed, drawn } => (1, seed, drawn),
+        };
+        let mut table = Vec::with_capacity(steps.len());
+        for step in steps {
+            table.push(DeviceStep::new(step, draw));
+            draw = draw.wrapping_add(step.needs_noise().into());
+        }
+        self.buffer.write(offset(self.shape, Part::Steps), bytemuck::cast_slice(&table))?;
+        let run = Run { seed, guidance, philox, steps: steps.len() as i32, next: 0, current: 0, picture_faults: 0 };
+        self.buffer.write(offset(self.shape, Part::Run), bytemuck::bytes_of(&run))
+    }
+
+    /// Writes the latents, NHWC.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word.
+    pub fn write_latents(&self, latents: &[f32]) -> Result<()> {
+        self.write(Part::Latents, latents)
+    }
+
+    /// Writes the noise of the next step, NHWC.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word.
+    pub fn write_noise(&self, noise: &[f32]) -> Result<()> {
+        self.write(Part::Noise, noise)
+    }
+
+    fn write(&self, part: Part, values: &[f32]) -> Result<()> {
+        assert_eq!(values.len(), self.shape.len());
+        self.buffer.write(offset(self.shape, part), bytemuck::cast_slice(values))
+    }
+
+    /// Reads the latents, NHWC.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`]: the driver's word, also about work given before.
+    pub fn read_latents(&self) -> Result<Vec<f32>> {
+        let mut latents = vec![0f32; self.shape.len()];
+        self.buffer.read(offset(self.shape, Part::Latents), bytemuck::cast_slice_mut(&mut latents))?;
+        Ok(latents)
+    }
+
+    /// Which step, counted from 0, was the first to give latents that are not finite.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`]: the driver's word, also about work given before.
+    pub fn fault(&self) -> Result<Option<usize>> {
+        let mut steps = vec![DeviceStep::zeroed(); self.run()?.steps as usize];
+        self.buffer.read(offset(self.shape, Part::Steps), bytemuck::cast_slice_mut(&mut steps))?;
+        Ok(steps.iter().position(|step| step.faults > 0))
+    }
+
+    /// Whether [`DeviceSampler::to_rgb8`] has met a number that is not finite since the request began.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`]: the driver's word, also about work given before.
+    pub fn picture_fault(&self) -> Result<bool> {
+        Ok(self.run()?.picture_faults > 0)
+    }
+
+    fn run(&self) -> Result<Run> {
+        let mut run = Run::zeroed();
+        self.buffer.read(offset(self.shape, Part::Run), bytemuck::bytes_of_mut(&mut run))?;
+        Ok(run)
+    }
+
+    /// Draws the first latents as [`crate::diffusion::noise::Rng::TorchCuda`] does, times `sigma`
+    /// ([`crate::diffusion::scheduler::Schedule::init_noise_sigma`]). `seed` is the first image's.
+    pub fn draw(&self, seed: u64, sigma: f32) -> Launch {
+        let out = self.address(Part::Latents);
+        let params = NoiseParams { out, seed, size: self.size(), draw: 0, scale: sigma, unused: 0 };
+        launch("noise", self.shape.len(), &params)
+    }
+
+    /// Writes the UNet's inputs for the next step: `sample`, fp16 `[images, h, w, c]`, and `timestep`, f32 `[images]`, where
+    /// `images` is the batch, or twice the batch when `guided`.
+    pub fn prepare(&self, sample: u64, timestep: u64, guided: bool) -> Launch {
+        let copies = if guided { 2 } else { 1 };
+        let params = PrepareParams {
+            run: self.address(Part::Run),
+            steps: self.address(Part::Steps),
+            latents: self.address(Part::Latents),
+            sample,
+            timestep,
+            length: self.shape.len() as i32,
+            copies,
+            rows: copies * self.shape.n as i32,
+            unused: 0,
+        };
+        launch("prepare", self.shape.len().max(params.rows as usize), &params)
+    }
+
+    /// Takes the step whose inputs `prepare` wrote, given the UNet's output, f32: as many images as `prepare`'s, the
+    /// unconditional ones first.
+    pub fn guide_and_step(&self, out: u64, guided: bool) -> Launch {
+        let params = GuideAndStepParams {
+            run: self.address(Part::Run),
+            steps: self.address(Part::Steps),
+            out,
+            noise: self.address(Part::Noise),
+            latents: self.address(Part::Latents),
+            saved: self.address(Part::Saved),
+            history: self.address(Part::History),
+            size: self.size(),
+            guided: guided.into(),
+        };
+        launch("guide_and_step", self.shape.len(), &params)
+    }
+
+    /// Writes the VAE's input, fp16 `[1, h, w, c]`: one image's latents divided by `scaling_factor`.
+    pub fn latents_for_vae(&self, image: usize, scaling_factor: f32, out: u64) -> Launch {
+        let length = self.shape.len() / self.shape.n;
+        let latents = self.address(Part::Latents) + (image * length * size_of::<f32>()) as u64;
+        let params = LatentsForVaeParams { latents, out, length: length as i32, scaling_factor };
+        launch("latents_for_vae", length, &params)
+    }
+
+    /// Turns `length` numbers of the VAE's output, f32 `[h, w, 3]`, into bytes, as [`crate::Image::from_hwc`] does. `x` and
+    /// `out` lie at multiples of 16 bytes.
+    pub fn to_rgb8(&self, x: u64, length: usize, out: u64) -> Launch {
+        let params = ToRgb8Params { run: self.address(Part::Run), x, out, length: length as i64 };
+        launch("to_rgb8", length.div_ceil(4), &params)
+    }
+
+    fn address(&self, part: Part) -> u64 {
+        self.buffer.address() + offset(self.shape, part) as u64
+    }
+
+    fn size(&self) -> LatentSize {
+        let Shape { c, .. } = self.shape;
+        LatentSize { length: self.shape.len() as i32, channels: c as i32, pixels: self.shape.tokens() as i32 }
+    }
+}
+
+fn launch(kernel: &'static str, threads: usize, params: &impl NoUninit) -> Launch {
+    Launch::new(kernel, [threads.div_ceil(THREADS), 1, 1], THREADS, 0, params)
+}
