@@ -27,13 +27,13 @@ struct Place {
 fn places() -> Vec<Place> {
     let cpu = Place { name: "cpu", device: Device::Cpu, tolerance: |_, _| TOLERANCE };
     #[cfg(feature = "emulated")]
-    let emulated = {
-        use respodiff::cuda::{Emulated, Limits};
-        let device = Device::Cuda(Emulated::new(Limits::A100, Emulated::QUICK));
-        Place { name: "emulated", device, tolerance: |case, output| HALF_TOLERANCE.min(2.0 * half_error(case, output)) }
+    let kernels = Place {
+        name: "kernels",
+        device: support::kernels(),
+        tolerance: |case, output| HALF_TOLERANCE.min(2.0 * half_error(case, output)),
     };
     #[cfg(feature = "emulated")]
-    return vec![cpu, emulated];
+    return vec![cpu, kernels];
     #[cfg(not(feature = "emulated"))]
     vec![cpu]
 }
@@ -55,8 +55,7 @@ fn runs(prefix: &str, least: usize) -> Vec<(Place, Case)> {
 
 fn source(case: &str) -> Source {
     let name = case.split('_').nth(1).expect("kind_checkpoint_...");
-    Source::folder(format!("{}/tests/golden/checkpoints/{name}", env!("CARGO_MANIFEST_DIR")))
-        .expect("golden checkpoint")
+    Source::folder(support::golden().join("checkpoints").join(name)).expect("golden checkpoint")
 }
 
 fn config(source: &Source, component: &str) -> (String, std::path::PathBuf) {

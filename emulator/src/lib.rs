@@ -41,16 +41,19 @@ pub struct Schedule {
     pub resident: u32,
     /// Whether races are looked for; three to five times slower.
     pub races: bool,
+    /// Processor cores that share a launch's blocks; 0 for all of them. What a block does is the same with any number,
+    /// unless several are `resident` at a time.
+    pub threads: u32,
 }
 
 impl Schedule {
     /// The fastest: nothing hostile but poison and bounds.
     pub const QUICK: Schedule =
-        Schedule { seed: 1, order: Order::Ordered, landing: Landing::Lazy, resident: 1, races: false };
+        Schedule { seed: 1, order: Order::Ordered, landing: Landing::Lazy, resident: 1, races: false, threads: 0 };
 
     /// The five a kernel has to pass.
     pub fn hostile(seed: u64) -> [Schedule; 5] {
-        let of = |order, landing, races| Schedule { seed, order, landing, resident: 1, races };
+        let of = |order, landing, races| Schedule { seed, order, landing, resident: 1, races, threads: 1 };
         [
             of(Order::Ordered, Landing::Eager, false),
             of(Order::Ordered, Landing::Lazy, false),
@@ -95,29 +98,37 @@ pub struct Counters {
 #[repr(C)]
 struct Config {
     seed: u64,
-    order: c_int,
-    landing: c_int,
-    resident: c_int,
-    races: c_int,
+    order: i32,
+    landing: i32,
+    resident: i32,
+    races: i32,
+    threads: i32,
 }
 
 unsafe extern "C" {
     fn emu_malloc(bytes: usize) -> *mut c_void;
     fn emu_free(memory: *mut c_void);
+    fn emu_tensor_map(
+        map: *mut TensorMap,
+        element: u32,
+        rank: u32,
+        start: u64,
+        sizes: *const u64,
+        strides: *const u64,
+        tile: *const u32,
+        swizzle: u32,
+    ) -> c_int;
     fn emu_launch(
         name: *const c_char,
-        gx: u32,
-        gy: u32,
-        gz: u32,
-        bx: u32,
-        by: u32,
-        bz: u32,
+        grid: *const u32,
+        threads: u32,
         shared: u32,
-        args: *mut *mut c_void,
+        params: *const c_void,
+        params_bytes: usize,
         config: *const Config,
         counters: *mut Counters,
         error: *mut c_char,
-        error_len: usize,
+        error_bytes: usize,
     ) -> c_int;
 }
 
@@ -162,13 +173,45 @@ impl Drop for Memory {
     }
 }
 
+/// A CUtensorMap, as TMA needs it among a kernel's parameters.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorMap(pub [u64; 16]);
+
+impl TensorMap {
+    /// Of a tensor at `start` with elements of `element` bytes; `sizes` and `tile` in elements, innermost first, `strides`
+    /// in bytes, without the innermost. Swizzle 0 is none, 1 to 3 are over 32, 64 and 128 bytes.
+    ///
+    /// # Errors
+    /// What the driver would refuse.
+    pub fn tiled(
+        start: u64,
+        element: u32,
+        sizes: &[u64],
+        strides: &[u64],
+        tile: &[u32],
+        swizzle: u32,
+    ) -> Result<Self, Fault> {
+        let rank = sizes.len();
+        let fits = strides.len() + 1 == rank && tile.len() == rank;
+        let mut map = TensorMap([0; 16]);
+        let (sizes, strides, boxes) = (sizes.as_ptr(), strides.as_ptr(), tile.as_ptr());
+        // SAFETY: as many numbers as the rank says.
+        if fits && unsafe { emu_tensor_map(&mut map, element, rank as u32, start, sizes, strides, boxes, swizzle) } == 0
+        {
+            return Ok(map);
+        }
+        Err(Fault(format!("no tensor map of rank {rank}, tile {tile:?}, swizzle {swizzle}: alignment, size or rank")))
+    }
+}
+
 /// Runs a kernel that takes one structure by value.
 ///
 /// # Safety
-/// `params` is what the kernel of that name expects; the memory it points to is alive and used by nobody else.
+/// `params` are what the kernel of that name expects; the memory they point to is alive and used by nobody else.
 ///
 /// # Errors
-/// The first fault found; results are then worthless.
+/// The first fault found; results are then worthless. Parameters of another size than the kernel's structure are one.
 pub unsafe fn launch(
     kernel: &str,
     grid: [u32; 3],
@@ -178,39 +221,35 @@ pub unsafe fn launch(
     schedule: &Schedule,
 ) -> Result<Counters, Fault> {
     let name = CString::new(kernel).map_err(|_| Fault("a kernel's name holds a zero".into()))?;
+    let threads = match schedule.threads {
+        0 => std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
+        n => n,
+    };
     let config = Config {
         seed: schedule.seed,
-        order: schedule.order as c_int,
-        landing: schedule.landing as c_int,
-        resident: schedule.resident as c_int,
-        races: c_int::from(schedule.races),
+        order: schedule.order as i32,
+        landing: schedule.landing as i32,
+        resident: schedule.resident as i32,
+        races: i32::from(schedule.races),
+        threads: threads as i32,
     };
-    // Parameters may ask for 64-byte alignment (tensor maps).
-    #[repr(C, align(64))]
-    #[derive(Clone, Copy)]
-    struct Line([u8; 64]);
-    let mut aligned = vec![Line([0; 64]); params.len().div_ceil(64).max(1)];
+    // Parameters may hold tensor maps, which are aligned to 64 bytes.
+    let mut aligned = vec![TensorMap([0; 16]); params.len().div_ceil(size_of::<TensorMap>()).max(1)];
     // SAFETY: as many bytes as there are.
     unsafe { std::ptr::copy_nonoverlapping(params.as_ptr(), aligned.as_mut_ptr().cast(), params.len()) };
-    let mut args = [aligned.as_mut_ptr().cast::<c_void>()];
     let mut counters = Counters::default();
     let mut error = vec![0 as c_char; 4096];
     // SAFETY: pointers to live locals; the rest is the caller's promise.
     let code = unsafe {
-        let [x, y, z] = grid;
-        let (config, counters) = (&raw const config, &raw mut counters);
         emu_launch(
             name.as_ptr(),
-            x,
-            y,
-            z,
+            grid.as_ptr(),
             block,
-            1,
-            1,
             shared,
-            args.as_mut_ptr(),
-            config,
-            counters,
+            aligned.as_ptr().cast(),
+            params.len(),
+            &config,
+            &mut counters,
             error.as_mut_ptr(),
             error.len(),
         )

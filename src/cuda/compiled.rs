@@ -1,4 +1,29 @@
-//! The kernels as the build compiled them.
+//! The kernels in this binary, as `build.rs` compiled them; none if it found no nvcc.
 
-/// One fatbin a file of `kernels/`: its name and what it holds. Empty when the build found no nvcc.
-pub const FATBINS: &[(&str, &[u8])] = &[];
+/// What a kernel takes of a multiprocessor, by the assembler's account. None spills registers: the build fails then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resources {
+    /// The kernel's name in `kernels/`.
+    pub kernel: &'static str,
+    /// Whose machine code: `80` or `90a`.
+    pub architecture: &'static str,
+    /// Registers of a thread.
+    pub registers: u32,
+    /// Bytes of shared memory beside what a launch asks for.
+    pub shared: u32,
+    /// Bytes of a thread's memory, for arrays that registers cannot hold.
+    pub stack: u32,
+}
+
+/// The driver reads fatbins in place.
+#[repr(C, align(64))]
+struct Aligned<T: ?Sized>(T);
+
+macro_rules! aligned {
+    ($path:literal) => {{
+        static FATBIN: &Aligned<[u8]> = &Aligned(*include_bytes!($path));
+        &FATBIN.0
+    }};
+}
+
+include!(concat!(env!("OUT_DIR"), "/compiled.rs"));

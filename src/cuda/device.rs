@@ -51,6 +51,21 @@ impl Launch {
     }
 }
 
+/// A tensor of halves in device memory, of which TMA moves tiles. Dimensions are innermost first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorTiles<'a> {
+    /// Where it begins, a multiple of 16.
+    pub address: u64,
+    /// Its elements along each dimension.
+    pub sizes: &'a [u64],
+    /// Bytes from one element to the next along each dimension but the innermost, multiples of 16.
+    pub strides: &'a [u64],
+    /// A tile's elements along each dimension.
+    pub tile: &'a [u32],
+    /// How a tile lies in shared memory, a `CUtensorMapSwizzle`: 0 for plain, 1 to 3 for spans of 32, 64 and 128 bytes.
+    pub swizzle: u32,
+}
+
 /// A machine that runs kernels: a GPU or the emulator. Work is done in the order in which it was given.
 pub trait Device: Send + Sync {
     /// Its name.
@@ -88,6 +103,13 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`crate::Error::Device`] with the driver's word, also about work given before.
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
+
+    /// The `CUtensorMap` of a tensor, for a kernel's structure, where it is aligned to 64 bytes. What lies outside the
+    /// tensor is loaded as zero.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if TMA has no such tensors or tiles.
+    fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]>;
 
     /// Runs kernels one after the other.
     ///

@@ -97,6 +97,9 @@ functions! {
     module_unload: "cuModuleUnload"(Handle),
     module_function: "cuModuleGetFunction"(*mut Handle, Handle, *const c_char),
     function_set: "cuFuncSetAttribute"(Handle, c_int, c_int),
+    tensor_map: "cuTensorMapEncodeTiled"(
+        *mut [u64; 16], c_int, c_uint, *mut c_void, *const u64, *const u64, *const c_uint, *const c_uint, c_int, c_int, c_int, c_int
+    ),
     launch: "cuLaunchKernel"(
         Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
     ),

@@ -1,8 +1,8 @@
 //! The emulator as a device: every launch of the engine, on the CPU, under a hostile schedule.
 
-use super::device::{Device, Launch, Limits, Recording};
+use super::device::{Device, Launch, Limits, Recording, TensorTiles};
 use crate::{Error, Result};
-use respodiff_emulated_kernels::{Memory, Schedule, launch};
+use respodiff_emulated_kernels::{Memory, Schedule, TensorMap, launch};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -54,6 +54,12 @@ impl Device for Emulated {
         // SAFETY: as above.
         unsafe { std::ptr::copy_nonoverlapping(address as *const u8, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
+    }
+
+    fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]> {
+        let TensorTiles { address, sizes, strides, tile, swizzle } = *tiles;
+        let map = TensorMap::tiled(address, size_of::<half::f16>() as u32, sizes, strides, tile, swizzle);
+        map.map(|map| map.0).map_err(|fault| Error::Device(fault.to_string()))
     }
 
     unsafe fn run(&self, launches: &[Launch]) -> Result<()> {

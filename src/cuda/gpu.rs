@@ -4,7 +4,7 @@
 //! becomes a CUDA graph, so that nothing another thread submits meanwhile can end up in it.
 
 use super::compiled::FATBINS;
-use super::device::{Device, Launch, Limits, Recording};
+use super::device::{Device, Launch, Limits, Recording, TensorTiles};
 use super::driver::{CAPTURE_THREAD_LOCAL, Card, Driver, Handle, MAX_DYNAMIC_SHARED, NON_BLOCKING};
 use crate::{Error, Result};
 use std::collections::HashMap;
@@ -141,11 +141,8 @@ impl Gpu {
             driver.check("making an event", unsafe { (f.event_create)(event, 0) })?;
         }
         for (family, fatbin) in fatbins {
-            // The driver reads 64-bit words; a compiled-in file may begin anywhere.
-            let mut image = vec![0u64; fatbin.len().div_ceil(8)];
-            bytemuck::cast_slice_mut(&mut image)[..fatbin.len()].copy_from_slice(fatbin);
             let mut module = null;
-            let code = unsafe { (f.module_load)(&mut module, image.as_ptr().cast()) };
+            let code = unsafe { (f.module_load)(&mut module, fatbin.as_ptr().cast()) };
             if code != 0 {
                 return Err(gpu.refused(family, code));
             }
@@ -342,6 +339,30 @@ impl Device for Gpu {
         self.wait("work before a download")
     }
 
+    fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]> {
+        // `CU_TENSOR_MAP_DATA_TYPE_FLOAT16` and `CU_TENSOR_MAP_L2_PROMOTION_L2_256B`; no interleaving, zeros outside.
+        const HALVES: i32 = 6;
+        const WIDE: i32 = 3;
+        #[repr(align(64))]
+        struct Map([u64; 16]);
+        let mut map = Map([0; 16]);
+        let TensorTiles { address, sizes, strides, tile, swizzle } = *tiles;
+        let rank = sizes.len();
+        if !(1..=5).contains(&rank) || strides.len() + 1 != rank || tile.len() != rank {
+            return Err(Error::Device(format!("TMA has no tensors like {tiles:?}")));
+        }
+        let steps = [1u32; 5];
+        // SAFETY: live locals of the lengths that the rank promises; the address is looked at, not read.
+        let code = unsafe {
+            let (sizes, strides, tile, steps) = (sizes.as_ptr(), strides.as_ptr(), tile.as_ptr(), steps.as_ptr());
+            let (rank, address, swizzle) = (rank as u32, address as *mut c_void, swizzle as i32);
+            let encode = self.driver.functions.tensor_map;
+            encode(&mut map.0, HALVES, rank, address, sizes, strides, tile, steps, 0, swizzle, WIDE, 0)
+        };
+        self.driver.check(&format!("describing {tiles:?} to TMA"), code)?;
+        Ok(map.0)
+    }
+
     unsafe fn run(&self, launches: &[Launch]) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller's promise.
@@ -459,6 +480,8 @@ mod tests {
     use std::process::Command;
 
     const IMAGES: &[(&str, &[u8])] = &[("test", b"image")];
+    const TILES: TensorTiles =
+        TensorTiles { address: 1 << 20, sizes: &[64, 100], strides: &[128], tile: &[64, 32], swizzle: 3 };
 
     struct TestDriver {
         _folder: tempfile::TempDir,
@@ -524,6 +547,11 @@ mod tests {
                 factor
             };
             assert_eq!(factor(), 1.0);
+            assert_eq!(
+                device.tensor_map(&TILES).unwrap(),
+                [6, 2, 1 << 20, 64, 100, 128, 64, 32, 1, 1, 0, 3, 3, 0, 0, 0]
+            );
+            assert!(device.tensor_map(&TensorTiles { tile: &[64], ..TILES }).is_err());
             unsafe { device.run(&[twice(&buffer, 1)]).unwrap() };
             assert_eq!(factor(), 2.0);
             let graph = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 1)]).unwrap() };

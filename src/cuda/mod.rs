@@ -20,7 +20,7 @@ mod sampler;
 mod tiles;
 mod weights;
 
-pub use device::{Buffer, Device, Launch, Limits, Recording};
+pub use device::{Buffer, Device, Launch, Limits, Recording, TensorTiles};
 pub use driver::{Card, Version};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;

@@ -60,7 +60,9 @@ impl Networks for OnCuda {
             return Err(Error::usage(format!("{} steps are too many; take {CAPACITY} at most", steps.len())));
         }
         if !run.shift.is_constant() {
-            return Err(Error::Device("concepts that are networks (mlp, conv) run on the CPU; use --device cpu".into()));
+            return Err(Error::Device(
+                "concepts that are networks (mlp, conv) run on the CPU; use --device cpu".into(),
+            ));
         }
         let mut noise = Noise::new(run);
         let drawn = run.rng == Rng::TorchCuda;

@@ -1,0 +1,214 @@
+//! Compiles `kernels/*.cu` when it finds nvcc: one fatbin a file, and what each kernel takes of a multiprocessor.
+//!
+//! Looked for in this order: `NVCC` (empty: build without), `CUDA_HOME` and `CUDA_PATH`, `PATH`, and the packages that
+//! kernels/requirements.txt lists, in `.venv` here or in the Python that is active.
+
+use std::collections::hash_map::DefaultHasher;
+use std::fmt::Write as _;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::{env, fs, thread};
+
+/// What runs where: the same sources for 8.x and 9.0 with its own instructions, and PTX for whatever comes later.
+const FLAGS: &[&str] = &[
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "--fatbin",
+    "-Xptxas=-v",
+    "-Xfatbin=-compress-all",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_80,code=compute_80",
+];
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=kernels");
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "VIRTUAL_ENV"] {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    let out = PathBuf::from(variable("OUT_DIR"));
+    let mut families = Vec::new();
+    if let Some(nvcc) = find_nvcc() {
+        println!("cargo::rerun-if-changed={}", nvcc.display());
+        // Tests look for cuobjdump beside it.
+        println!("cargo::rustc-env=RESPODIFF_NVCC={}", nvcc.display());
+        match compile_all(&nvcc, &out) {
+            Ok(compiled) => families = compiled,
+            Err(problem) => {
+                for line in problem.lines() {
+                    println!("cargo::error={line}");
+                }
+                return;
+            }
+        }
+    } else {
+        println!(
+            "cargo::warning=no nvcc: building without CUDA kernels, for the CPU only (README.md, Build for a GPU)"
+        );
+    }
+    fs::write(out.join("compiled.rs"), table(&families)).expect("OUT_DIR can be written");
+}
+
+fn variable(name: &str) -> String {
+    env::var(name).unwrap_or_default()
+}
+
+fn find_nvcc() -> Option<PathBuf> {
+    let program = format!("nvcc{}", env::consts::EXE_SUFFIX);
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return (!nvcc.is_empty()).then(|| PathBuf::from(nvcc));
+    }
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(|home| Path::new(&home).join("bin"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let folders = homes.chain(env::split_paths(&path)).filter(|folder| folder.is_absolute());
+    let packages = [".venv/bin/python3", ".venv/Scripts/python.exe", "python3"].into_iter().flat_map(packaged);
+    folders.chain(packages).map(|folder| folder.join(&program)).find(|nvcc| nvcc.is_file())
+}
+
+/// Where NVIDIA's packages for `python` keep their programs.
+fn packaged(python: &str) -> Vec<PathBuf> {
+    let code = "import nvidia; print(*nvidia.__path__, sep='\\n')";
+    let Ok(output) = Command::new(python).args(["-c", code]).output() else { return Vec::new() };
+    let folders = String::from_utf8_lossy(&output.stdout).into_owned();
+    folders.lines().map(|folder| Path::new(folder).join("cu13/bin")).collect()
+}
+
+/// A compiled source file: its name, the fatbin, what nvcc said.
+struct Family {
+    name: String,
+    fatbin: PathBuf,
+    log: String,
+}
+
+/// All of `kernels/*.cu`, as many at a time as cargo allows.
+fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<Family>, String> {
+    let version = Command::new(nvcc).arg("--version").output();
+    let version = version.map_err(|e| format!("cannot run {}: {e}; set NVCC to CUDA's nvcc", nvcc.display()))?;
+    let mut sources: Vec<PathBuf> = Vec::new();
+    let mut common = DefaultHasher::new();
+    (version.stdout, FLAGS).hash(&mut common);
+    let mut files: Vec<PathBuf> =
+        fs::read_dir("kernels").expect("kernels/").flatten().map(|file| file.path()).collect();
+    files.sort();
+    for file in files {
+        match file.extension().and_then(|e| e.to_str()) {
+            Some("cu") => sources.push(file),
+            Some("cuh") => fs::read(&file).expect("a header").hash(&mut common),
+            _ => {}
+        }
+    }
+    let waiting = Mutex::new(sources.iter());
+    let next = || waiting.lock().expect("no thread panics with it").next();
+    let done = Mutex::new(Vec::new());
+    let jobs = variable("NUM_JOBS").parse().unwrap_or(1);
+    thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some(source) = next() {
+                    let family = compile(nvcc, source, common.clone(), out);
+                    done.lock().expect("no thread panics with it").push(family);
+                }
+            });
+        }
+    });
+    let done = done.into_inner().expect("no thread panics with it");
+    let (good, bad): (Vec<_>, Vec<_>) = done.into_iter().partition(Result::is_ok);
+    if !bad.is_empty() {
+        return Err(bad.into_iter().filter_map(Result::err).collect::<Vec<_>>().join("\n"));
+    }
+    let mut families: Vec<Family> = good.into_iter().flatten().collect();
+    families.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(families)
+}
+
+/// One file, unless the fatbin there is of the same sources, flags and nvcc: then the first line of its log says so.
+fn compile(nvcc: &Path, source: &Path, mut key: DefaultHasher, out: &Path) -> Result<Family, String> {
+    let name = source.file_stem().expect("a file's name").to_string_lossy().into_owned();
+    fs::read(source).expect("a source").hash(&mut key);
+    let key = format!("{:016x}\n", key.finish());
+    let [fatbin, log_file] = ["fatbin", "log"].map(|extension| out.join(&name).with_extension(extension));
+    match fs::read_to_string(&log_file) {
+        Ok(log) if log.starts_with(&key) => return Ok(Family { name, fatbin, log }),
+        _ => {}
+    }
+    let output = Command::new(nvcc).args(FLAGS).arg("-o").arg(&fatbin).arg(source).output();
+    let output = output.map_err(|e| format!("cannot run {}: {e}", nvcc.display()))?;
+    let log = key + &String::from_utf8_lossy(&output.stderr);
+    let file = source.display();
+    if !output.status.success() {
+        return Err(format!("{file}: nvcc failed\n{log}"));
+    }
+    if let Some(problems) = problems(&log) {
+        return Err(format!("{file}: {problems}"));
+    }
+    fs::write(&log_file, &log).expect("OUT_DIR can be written");
+    Ok(Family { name, fatbin, log })
+}
+
+/// Registers that went to memory, and tensor-core instructions that ptxas had to run one by one: slow, and always a
+/// mistake.
+fn problems(log: &str) -> Option<String> {
+    let spilled = kernels(log).into_iter().filter(|kernel| kernel.spills > 0).map(|kernel| {
+        format!("kernel {} spills {} bytes of registers on sm_{}", kernel.name, kernel.spills, kernel.architecture)
+    });
+    let serialised = log.lines().filter(|line| line.contains("(C75")).map(str::to_string);
+    let problems: Vec<String> = spilled.chain(serialised).collect();
+    (!problems.is_empty()).then(|| problems.join("\n"))
+}
+
+struct Kernel<'a> {
+    name: &'a str,
+    architecture: &'a str,
+    registers: u32,
+    shared: u32,
+    stack: u32,
+    spills: u32,
+}
+
+/// What `ptxas -v` says of each kernel, once per architecture.
+fn kernels(log: &str) -> Vec<Kernel<'_>> {
+    let mut kernels: Vec<Kernel> = Vec::new();
+    for line in log.lines() {
+        let before = |unit: &str| -> Option<u32> { line.split(unit).next()?.split_whitespace().last()?.parse().ok() };
+        let number = |unit: &str| line.contains(unit).then(|| before(unit)).flatten().unwrap_or(0);
+        if let Some((_, entry)) = line.split_once("Compiling entry function '") {
+            let mut words = entry.split('\'');
+            let (name, architecture) = (words.next().unwrap_or(""), words.nth(1).unwrap_or(""));
+            let architecture = architecture.trim_start_matches("sm_");
+            kernels.push(Kernel { name, architecture, registers: 0, shared: 0, stack: 0, spills: 0 });
+        } else if let Some(kernel) = kernels.last_mut() {
+            if line.contains("bytes spill stores") {
+                kernel.stack = number(" bytes stack frame");
+                kernel.spills = number(" bytes spill stores") + number(" bytes spill loads");
+            } else if line.contains(" registers") {
+                kernel.registers = number(" registers");
+                kernel.shared = number(" bytes smem");
+            }
+        }
+    }
+    kernels
+}
+
+/// The Rust that src/cuda/compiled.rs includes.
+fn table(families: &[Family]) -> String {
+    let mut text = String::from("/// Families of kernels and their fatbins.\n");
+    text.push_str("pub static FATBINS: &[(&str, &[u8])] = &[\n");
+    for Family { name, fatbin, .. } in families {
+        writeln!(text, "    ({name:?}, aligned!({:?})),", fatbin.display().to_string()).expect("a string");
+    }
+    text.push_str("];\n/// Every kernel, once an architecture.\npub static RESOURCES: &[Resources] = &[\n");
+    for kernel in families.iter().flat_map(|family| kernels(&family.log)) {
+        let Kernel { name, architecture, registers, shared, stack, .. } = kernel;
+        writeln!(
+            text,
+            "    Resources {{ kernel: {name:?}, architecture: {architecture:?}, registers: {registers}, \
+             shared: {shared}, stack: {stack} }},"
+        )
+        .expect("a string");
+    }
+    text + "];\n"
+}

@@ -1,0 +1,160 @@
+// Global memory between guard pages, shared memory before one, and checks of every access to the former.
+#include "runtime.h"
+#include <algorithm>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <dlfcn.h>
+#include <map>
+#include <mutex>
+#include <sys/mman.h>
+
+namespace emu {
+
+constexpr size_t PAGE = 4096, GUARD = 1 << 20;
+
+static unsigned char* map_guarded(size_t bytes) {
+    void* m = mmap(nullptr, bytes + 2 * GUARD, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (m == MAP_FAILED || mprotect((char*)m + GUARD, bytes, PROT_READ | PROT_WRITE)) {
+        fprintf(stderr, "the emulator cannot map %zu bytes\n", bytes);
+        abort();
+    }
+    return (unsigned char*)m;
+}
+
+static size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
+
+// ---- shared memory: one mapping a block, of which launches use the end ------------------------
+
+unsigned char* map_shared() { return map_guarded(pages(SHARED_MOST)); }
+void unmap_shared(unsigned char* mapping) { munmap(mapping, pages(SHARED_MOST) + 2 * GUARD); }
+unsigned char* fit_shared(unsigned char* mapping, uint32_t bytes) {
+    return mapping + GUARD + pages(SHARED_MOST) - (bytes + 1023) / 1024 * 1024;     // aligned as kernels may expect
+}
+
+// ---- global memory ----------------------------------------------------------------------------
+
+struct Buffer {
+    const unsigned char *start = nullptr, *end = nullptr;   // of what may be used
+};
+static std::mutex lock;
+static std::map<const unsigned char*, Buffer> buffers;      // by start
+
+// Buffers that this launch has used, by address. Bodies are 2 MB apart: a slot for each 2 MB is rarely fought over.
+static thread_local Buffer cache[64];
+
+void forget_buffers() { std::fill(cache, cache + 64, Buffer{}); }
+
+static bool nearest(const unsigned char* p, Buffer& found) {
+    std::lock_guard<std::mutex> hold(lock);
+    auto after = buffers.upper_bound(p + GUARD);
+    // The one that holds p, or whose guard pages do.
+    for (int i = 0; i < 2 && after != buffers.begin(); i++) {
+        const Buffer& b = (--after)->second;
+        if (p < b.end + GUARD && p + GUARD >= b.start) {
+            found = b;
+            if (p >= b.start) return true;
+        }
+    }
+    return found.start != nullptr;
+}
+
+static std::string relation(const unsigned char* p) {
+    Buffer b;
+    if (cur) {
+        ptrdiff_t offset = p - self()->shared;
+        if (offset >= (ptrdiff_t)self()->shared_bytes && offset < (ptrdiff_t)(SHARED_MOST + GUARD))
+            return printed("%td bytes past the end of the block's %u bytes of shared memory", offset - self()->shared_bytes,
+                           self()->shared_bytes);
+        if (offset < 0 && offset >= -(ptrdiff_t)(SHARED_MOST + GUARD)) return printed("%td bytes before the block's shared memory", -offset);
+    }
+    if (!nearest(p, b)) return printed("address %p, in no buffer", (const void*)p);
+    if (p >= b.end) return printed("%td bytes past the end of a %td-byte global buffer", p - b.end, b.end - b.start);
+    if (p < b.start) return printed("%td bytes before a %td-byte global buffer", b.start - p, b.end - b.start);
+    return printed("%td bytes into a %td-byte global buffer", p - b.start, b.end - b.start);
+}
+
+static bool inside(const Buffer& b, const unsigned char* p, size_t bytes) { return p >= b.start && p + bytes <= b.end; }
+
+static __attribute__((noinline)) void look_up(const unsigned char* p, size_t bytes, bool write, const Site& site, Buffer& slot) {
+    Buffer b;
+    if (nearest(p, b) && inside(b, p, bytes)) {
+        slot = b;
+        return;
+    }
+    if (!write) {
+        // Parameters, and tables of constants in the program itself.
+        auto* params = (const unsigned char*)worker->launch->params;
+        Buffer of_params{params, params + worker->launch->kernel->params_bytes};
+        if (inside(of_params, p, bytes)) return;
+        Dl_info info;
+        if (dladdr(p, &info)) return;
+    }
+    fail_at(site, "out of bounds: %zu bytes of global memory %s, %s", bytes, write ? "written" : "read", relation(p).c_str());
+}
+
+void global_access(const void* pointer, size_t bytes, bool write, const Site& site) {
+    auto* p = (const unsigned char*)pointer;
+    Buffer& slot = cache[(uintptr_t)p >> 21 & 63];
+    if (__builtin_expect(!inside(slot, p, bytes), 0)) look_up(p, bytes, write, site, slot);
+}
+
+// ---- memory faults: what no check saw coming --------------------------------------------------
+
+static thread_local bool guarding;
+static struct sigaction previous;
+
+static void on_fault(int signal, siginfo_t* info, void*) {
+    if (!guarding) {    // not ours: the handler before takes it when the instruction faults again
+        sigaction(signal, &previous, nullptr);
+        return;
+    }
+    worker->error = "memory fault: out of bounds: " + relation((const unsigned char*)info->si_addr);
+    siglongjmp(worker->escape, 1);
+}
+
+bool run_guarded(void (*body)()) {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        struct sigaction action = {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        sigaction(SIGSEGV, &action, &previous);
+    });
+    // The fault may be a stack that overflowed: the handler needs another.
+    static thread_local char stack[64 << 10];
+    stack_t ours = {}, theirs;
+    ours.ss_sp = stack;
+    ours.ss_size = sizeof stack;
+    sigaltstack(&ours, &theirs);
+    guarding = true;
+    bool fine = !sigsetjmp(worker->escape, 0);
+    if (fine) body();
+    guarding = false;
+    sigaltstack(&theirs, nullptr);
+    return fine;
+}
+
+}  // namespace emu
+
+using namespace emu;
+
+// Poisoned with ones, its end as close to the guard page as 16-byte alignment allows.
+extern "C" void* emu_malloc(size_t bytes) {
+    size_t body = pages(bytes), used = (bytes + 15) / 16 * 16;
+    unsigned char* m = map_guarded(body);
+    unsigned char* start = m + GUARD + body - used;
+    memset(m + GUARD, 0xff, body);
+    std::lock_guard<std::mutex> hold(lock);
+    buffers[start] = {start, start + bytes};
+    return start;
+}
+
+extern "C" void emu_free(void* p) {
+    std::lock_guard<std::mutex> hold(lock);
+    auto found = buffers.find((unsigned char*)p);
+    if (found == buffers.end()) return;
+    size_t bytes = found->second.end - found->second.start, body = pages(bytes), used = (bytes + 15) / 16 * 16;
+    munmap((unsigned char*)p - (body - used) - GUARD, body + 2 * GUARD);
+    buffers.erase(found);
+}

@@ -1,0 +1,20 @@
+// What the conformance kernels share.
+#pragma once
+#include "ptx.cuh"
+
+struct ConformanceParams {
+    const uint32_t* in;
+    uint32_t* out;
+};
+
+__device__ __forceinline__ uint32_t* shared_words() { return reinterpret_cast<uint32_t*>(dyn_smem()); }
+
+// The order in which lanes name rows: none is where its number says.
+__device__ __forceinline__ uint32_t shuffled(uint32_t lane) { return (lane * 5 + 3) % 32; }
+
+// A statement for sm_90a alone.
+#ifdef PTX_HOPPER
+#define HOPPER(...) __VA_ARGS__
+#else
+#define HOPPER(...)
+#endif

@@ -1,0 +1,191 @@
+// The part of ptx.cuh that needs sm_90a: mbarriers, TMA, stmatrix, wgmma. Included by ptx.cuh.
+#pragma once
+
+// Writes what ldmatrix_x4 reads: lane 8 * i + j names row j of matrix i; r[i] holds columns 2t and 2t + 1 of row g. All
+// lanes.
+PTX_FN void stmatrix_x4(uint32_t row, const uint32_t (&r)[4] PTX_LINE) {
+    PTX_DEVICE(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]),
+                            "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");)
+    PTX_EMULATED(emu::stmatrix(row, r, 4, false, EMU_PASS);)
+}
+// The same transposed: r[i] holds rows 2t and 2t + 1 of column g.
+PTX_FN void stmatrix_x4_trans(uint32_t row, const uint32_t (&r)[4] PTX_LINE) {
+    PTX_DEVICE(asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]),
+                            "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");)
+    PTX_EMULATED(emu::stmatrix(row, r, 4, true, EMU_PASS);)
+}
+
+// ---- mbarriers: 8 bytes of shared memory each ----
+
+// A phase ends after `arrivals` of them and once all bytes that were expected have come. One thread, then
+// fence_mbar_init.
+PTX_FN void mbar_init(uint32_t barrier, uint32_t arrivals PTX_LINE) {
+    PTX_DEVICE(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");)
+    PTX_EMULATED(emu::mbar_init(barrier, arrivals, EMU_PASS);)
+}
+// Makes initialised barriers known to TMA; other threads know of them after a __syncthreads behind it.
+PTX_FN void fence_mbar_init() {
+    PTX_DEVICE(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");)
+}
+PTX_FN void mbar_arrive(uint32_t barrier PTX_LINE) {
+    PTX_DEVICE(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");)
+    PTX_EMULATED(emu::mbar_arrive(barrier, 1, 0, EMU_PASS);)
+}
+// Arrives, and lets the phase wait for `bytes` more bytes of TMA.
+PTX_FN void mbar_expect_tx(uint32_t barrier, uint32_t bytes PTX_LINE) {
+    PTX_DEVICE(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                            : "memory");)
+    PTX_EMULATED(emu::mbar_arrive(barrier, 1, bytes, EMU_PASS);)
+}
+// Waits for the end of the phase of this parity. The first phase's parity is 0: of a new barrier, parity 1 has ended.
+PTX_FN void mbar_wait(uint32_t barrier, uint32_t parity PTX_LINE) {
+    PTX_DEVICE(asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                            "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");)
+    PTX_EMULATED(emu::mbar_wait(barrier, parity, EMU_PASS);)
+}
+
+// ---- TMA: tiles of tensors in global memory, by one thread; the tensor map says sizes, tile and swizzle ----
+
+// Makes the thread's writes to shared memory known to TMA and wgmma, which reach it another way. Then a barrier.
+PTX_FN void fence_proxy_async() {
+    PTX_DEVICE(asm volatile("fence.proxy.async.shared::cta;" ::: "memory");)
+    PTX_EMULATED(emu::fence_proxy_async();)
+}
+
+// Loads the tile whose first element is at the coordinates, innermost first; what lies outside the tensor becomes zero.
+// The whole tile's bytes count at `barrier`, on which readers wait.
+PTX_FN void tma_load_2d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1 PTX_LINE) {
+    PTX_DEVICE(asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                            "[%0], [%1, {%3,%4}], [%2];" ::"r"(to), "l"(map), "r"(barrier), "r"(x0), "r"(x1)
+                            : "memory");)
+    PTX_EMULATED(int x[] = {x0, x1}; emu::tma_load(to, map, barrier, 2, x, EMU_PASS);)
+}
+PTX_FN void tma_load_3d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1, int x2 PTX_LINE) {
+    PTX_DEVICE(asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                            "[%0], [%1, {%3,%4,%5}], [%2];" ::"r"(to), "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2)
+                            : "memory");)
+    PTX_EMULATED(int x[] = {x0, x1, x2}; emu::tma_load(to, map, barrier, 3, x, EMU_PASS);)
+}
+PTX_FN void tma_load_4d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1, int x2,
+                        int x3 PTX_LINE) {
+    PTX_DEVICE(asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                            "[%0], [%1, {%3,%4,%5,%6}], [%2];" ::"r"(to), "l"(map), "r"(barrier), "r"(x0), "r"(x1),
+                            "r"(x2), "r"(x3) : "memory");)
+    PTX_EMULATED(int x[] = {x0, x1, x2, x3}; emu::tma_load(to, map, barrier, 4, x, EMU_PASS);)
+}
+
+// Stores a tile, but for what lies outside the tensor. The tile was made known by fence_proxy_async and a barrier.
+PTX_FN void tma_store_2d(const CUtensorMap* map, uint32_t from, int x0, int x1 PTX_LINE) {
+    PTX_DEVICE(asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2,%3}], [%1];" ::"l"(map),
+                            "r"(from), "r"(x0), "r"(x1) : "memory");)
+    PTX_EMULATED(int x[] = {x0, x1}; emu::tma_store(map, from, 2, x, EMU_PASS);)
+}
+PTX_FN void tma_store_4d(const CUtensorMap* map, uint32_t from, int x0, int x1, int x2, int x3 PTX_LINE) {
+    PTX_DEVICE(asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::
+                            "l"(map), "r"(from), "r"(x0), "r"(x1), "r"(x2), "r"(x3) : "memory");)
+    PTX_EMULATED(int x[] = {x0, x1, x2, x3}; emu::tma_store(map, from, 4, x, EMU_PASS);)
+}
+// Ends the thread's group of stores.
+PTX_FN void tma_store_commit() {
+    PTX_DEVICE(asm volatile("cp.async.bulk.commit_group;" ::: "memory");)
+    PTX_EMULATED(emu::bulk_commit();)
+}
+// The thread that stored waits until all but its latest N groups have read shared memory, which may then be reused.
+template <int N> PTX_FN void tma_store_wait() {
+    PTX_DEVICE(asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");)
+    PTX_EMULATED(emu::bulk_wait(N, true);)
+}
+
+// ---- wgmma: a warpgroup multiplies tiles of shared memory; all 128 threads ----
+
+// Before the first wgmma, and again before one that follows other uses of its registers.
+PTX_FN void wgmma_fence(PTX_ONLY_LINE) {
+    PTX_DEVICE(asm volatile("wgmma.fence.sync.aligned;" ::: "memory");)
+    PTX_EMULATED(emu::wgmma_fence(EMU_PASS);)
+}
+// Ends a group of products.
+PTX_FN void wgmma_commit(PTX_ONLY_LINE) {
+    PTX_DEVICE(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");)
+    PTX_EMULATED(emu::wgmma_commit(EMU_PASS);)
+}
+// Waits until at most the latest N groups are under way: registers and shared memory of the others are free then.
+template <int N> PTX_FN void wgmma_wait(PTX_ONLY_LINE) {
+    PTX_DEVICE(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");)
+    PTX_EMULATED(emu::wgmma_wait(N, EMU_PASS);)
+}
+
+// The warpgroup's registers a thread become R, a multiple of 8: more, waiting until others gave some, or fewer.
+template <int R> PTX_FN void reg_inc() {
+    static_assert(R % 8 == 0 && R >= 24 && R <= 256);
+    PTX_DEVICE(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R));)
+}
+template <int R> PTX_FN void reg_dec() {
+    static_assert(R % 8 == 0 && R >= 24 && R <= 256);
+    PTX_DEVICE(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(R));)
+}
+
+// How a tile's 16-byte chunks change places so that a column spreads over the banks; CUtensorMapSwizzle's numbers. Row
+// r of a tile, a span of so many bytes, has its chunk c at c ^ r % 8 (128), c ^ r / 2 % 4 (64) or c ^ r / 4 % 2 (32). A
+// tile begins at a multiple of 8 spans.
+enum class Swizzle : uint32_t { NONE, SPAN32, SPAN64, SPAN128 };
+
+// The descriptor of a tile in shared memory; `leading` and `stride` are distances in bytes.
+//   Rows of K, a span each (A, and B^T): `stride` from eight rows to the next eight. Without swizzle a row is 16 bytes,
+//     8 k, and `leading` leads to the next 8; otherwise it is ignored, and 32 bytes further are the next 16 k.
+//   Rows of N, a span each, one a k (B): `leading` from a span of N to the next, `stride` from eight k to the next
+//     eight; without swizzle `stride` from 8 columns to the next 8, `leading` from eight k to the next eight.
+PTX_FN uint64_t wg_desc(Swizzle swizzle, uint32_t address, uint32_t leading, uint32_t stride) {
+    uint64_t layout = (4 - uint64_t(swizzle)) % 4;
+    uint64_t tile = (address & 0x3ffff) >> 4;
+    return tile | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | layout << 62;
+}
+PTX_FN uint64_t wg_desc_sw128(uint32_t address, uint32_t leading, uint32_t stride) {
+    return wg_desc(Swizzle::SPAN128, address, leading, stride);
+}
+
+// wgmma_m64nNk16<TB>(d, a, b, scale_d): D[64][N] = A[64][16] * B[16][N], plus D where scale_d is not 0. A and B are
+// descriptors; TB = 0 takes B^T, rows of K, and TB = 1 takes B, rows of N. wgmma_m64nNk16_rs takes A from registers.
+// Warp w of the warpgroup has rows 16 * w .. 16 * w + 16: a[..] and d[4 * j ..] are the fragments of mma_m16n8k16, the
+// latter of columns 8 * j .. 8 * j + 8. Until its group is waited for nobody touches d, a's registers or the tiles.
+#define PTX_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PTX_D8(i) PTX_D4(i), PTX_D4(i + 4)
+#define PTX_D40 PTX_D8(0), PTX_D8(8), PTX_D8(16), PTX_D8(24), PTX_D8(32)
+#define PTX_D64 PTX_D40, PTX_D8(40), PTX_D8(48), PTX_D8(56)
+#define PTX_D80 PTX_D64, PTX_D8(64), PTX_D8(72)
+#define PTX_D128 PTX_D80, PTX_D8(80), PTX_D8(88), PTX_D8(96), PTX_D8(104), PTX_D8(112), PTX_D8(120)
+#define PTX_NAMES40 \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25" \
+    ",%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
+#define PTX_NAMES64 PTX_NAMES40 \
+    ",%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define PTX_NAMES80 PTX_NAMES64 \
+    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define PTX_NAMES128 PTX_NAMES80 \
+    ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102" \
+    ",%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121" \
+    ",%122,%123,%124,%125,%126,%127"
+
+// Of N columns, R = N / 2 registers a thread; P0.. are the numbers of the operands behind them.
+#define PTX_WGMMA(N, R, P0, P1, P2, P3, P4, P5, P6) \
+    template <int TB> PTX_FN void wgmma_m64n##N##k16(float (&d)[R], uint64_t a, uint64_t b, int scale_d PTX_LINE) { \
+        PTX_DEVICE(asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P2 ", 0;\n" \
+                                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 " \
+                                "{" PTX_NAMES##R "}, %" #P0 ", %" #P1 ", add, 1, 1, 0, %" #P3 ";\n}" \
+                                : PTX_D##R \
+                                : "l"(a), "l"(b), "r"(scale_d), "n"(TB));) \
+        PTX_EMULATED(emu::wgmma(d, nullptr, a, b, N, scale_d, 0, TB, EMU_PASS);) \
+    } \
+    template <int TB> \
+    PTX_FN void wgmma_m64n##N##k16_rs(float (&d)[R], const uint32_t (&a)[4], uint64_t b, int scale_d PTX_LINE) { \
+        PTX_DEVICE(asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P5 ", 0;\n" \
+                                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 " \
+                                "{" PTX_NAMES##R "}, {%" #P0 ",%" #P1 ",%" #P2 ",%" #P3 "}, %" #P4 ", " \
+                                "add, 1, 1, %" #P6 ";\n}" \
+                                : PTX_D##R \
+                                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(TB));) \
+        PTX_EMULATED(emu::wgmma(d, a, 0, b, N, scale_d, 0, TB, EMU_PASS);) \
+    }
+PTX_WGMMA(80, 40, 40, 41, 42, 43, 44, 45, 46)
+PTX_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)
+PTX_WGMMA(160, 80, 80, 81, 82, 83, 84, 85, 86)
+PTX_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)

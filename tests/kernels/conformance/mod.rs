@@ -1,0 +1,296 @@
+//! `kernels/conformance*.cu`: every wrapper of `kernels/ptx*.cuh`, against what the PTX manual says, worked out here without
+//! the emulator's help.
+//!
+//! Most comparisons are bit for bit. Products of integers are exact in whatever order they are summed; those of other
+//! numbers may lose one unit in the last place of the greatest addend with each addend, which is the bound here.
+//!
+//! With RESPODIFF_TEST_DEVICE=cuda and RESPODIFF_RECORD=1 outputs of a GPU go to tests/conformance. Those that are there
+//! are held to the same expectations as the emulator's.
+
+mod hopper;
+
+use super::{devices, random, support};
+use bytemuck::NoUninit;
+use half::f16;
+use respodiff::cuda::{Buffer, Device, Launch, Limits};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use std::sync::Arc;
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct ConformanceParams {
+    input: u64,
+    out: u64,
+}
+
+/// A launch, and the memory it needs besides its output.
+type Prepared = (Launch, Vec<Buffer>);
+
+/// What a case leaves in memory that held `before`: on every device, and on a GPU at some time. Of wrappers for sm_90a alone
+/// `hopper` says so.
+fn outputs(
+    case: &str,
+    hopper: bool,
+    before: &[u32],
+    prepare: impl Fn(&Arc<dyn Device>, u64) -> Prepared,
+) -> Vec<(String, Vec<u32>)> {
+    let file = support::root().join(format!("tests/conformance/{case}.safetensors"));
+    let mut outputs = Vec::new();
+    for (label, device) in devices(Limits::H100) {
+        let emulated = device.name() == "emulated";
+        if hopper && !emulated && device.limits().capability != 90 {
+            continue;
+        }
+        let memory = Buffer::from_bytes(&device, bytemuck::cast_slice(before)).unwrap();
+        let (launch, _inputs) = prepare(&device, memory.address());
+        // SAFETY: the launch's memory is alive.
+        unsafe { device.run(&[launch]) }.unwrap_or_else(|fault| panic!("{case}, {label}: {fault}"));
+        let mut words = vec![0u32; before.len()];
+        memory.read(0, bytemuck::cast_slice_mut(&mut words)).unwrap_or_else(|fault| panic!("{case}, {label}: {fault}"));
+        if !emulated && std::env::var_os("RESPODIFF_RECORD").is_some() {
+            let view = TensorView::new(Dtype::U32, vec![words.len()], bytemuck::cast_slice(&words)).unwrap();
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            safetensors::serialize_to_file([("output", view)], None, &file).unwrap();
+        }
+        outputs.push((format!("{case}, {label}"), words));
+    }
+    if let Ok(bytes) = std::fs::read(&file) {
+        let recorded = SafeTensors::deserialize(&bytes).unwrap();
+        let words = bytemuck::pod_collect_to_vec(recorded.tensor("output").unwrap().data());
+        outputs.push((format!("{case}, recorded on a GPU"), words));
+    }
+    outputs
+}
+
+/// The outputs of a kernel that takes [`ConformanceParams`]; `length` words, never written ones poisoned.
+fn words_of(
+    kernel: &'static str,
+    hopper: bool,
+    block: usize,
+    shared: usize,
+    input: &[u32],
+    length: usize,
+) -> Vec<(String, Vec<u32>)> {
+    outputs(&kernel["conformance_".len()..], hopper, &vec![!0; length], |device, out| {
+        let memory = Buffer::from_bytes(device, bytemuck::cast_slice(input)).unwrap();
+        let params = ConformanceParams { input: memory.address(), out };
+        (Launch::new(kernel, [1, 1, 1], block, shared, &params), vec![memory])
+    })
+}
+
+/// One warp, or more, whose output is known bit for bit.
+fn exactly(kernel: &'static str, hopper: bool, block: usize, shared: usize, input: &[u32], expected: &[u32]) {
+    for (label, words) in words_of(kernel, hopper, block, shared, input, expected.len()) {
+        same(&label, &words, expected);
+    }
+}
+
+fn same(label: &str, words: &[u32], expected: &[u32]) {
+    assert_eq!(words.len(), expected.len(), "{label}");
+    if let Some(i) = (0..words.len()).find(|&i| words[i] != expected[i]) {
+        panic!("{label}: word {i} is {:#010x}, and {:#010x} is right", words[i], expected[i]);
+    }
+}
+
+/// Floats within bounds of the truth.
+fn near(label: &str, words: &[u32], truth: &[(f64, f64)]) {
+    assert_eq!(words.len(), truth.len(), "{label}");
+    for (i, (&word, &(right, bound))) in words.iter().zip(truth).enumerate() {
+        let x = f32::from_bits(word) as f64;
+        // NaN is no less than any bound.
+        assert!(
+            (x - right).abs() <= bound,
+            "{label}: number {i} is {x} where {right} is right; off by more than {bound:e}"
+        );
+    }
+}
+
+fn noise(length: usize, seed: u64) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u32
+    };
+    (0..length).map(|_| next()).collect()
+}
+
+/// Numbers for products: integers whose products and sums are exact, or any in -1..1.
+fn numbers(length: usize, seed: u64, exact: bool) -> Vec<f64> {
+    let scale = |x: &f64| if exact { (x * 8.0).round() } else { *x };
+    random(length, seed).iter().map(scale).collect()
+}
+
+/// Two halves in a register, the first one in the lower bits.
+fn pair(low: f64, high: f64) -> u32 {
+    let bits = |x| f16::from_f64(x).to_bits() as u32;
+    bits(low) | bits(high) << 16
+}
+
+/// A lane's groupID and threadID_in_group.
+fn group(lane: usize) -> (usize, usize) {
+    (lane / 4, lane % 4)
+}
+
+/// Row and first column of register `r` of A's fragment, 16x16.
+fn place_of_a(lane: usize, r: usize) -> (usize, usize) {
+    let (g, t) = group(lane);
+    (g + 8 * (r % 2), 2 * t + 8 * (r / 2))
+}
+
+/// First row and column of register `r` of B's fragment, 16x8.
+fn place_of_b(lane: usize, r: usize) -> (usize, usize) {
+    let (g, t) = group(lane);
+    (2 * t + 8 * r, g)
+}
+
+/// Row and column of register `r` of D's fragment, 16x8; the registers beyond 4 are of the next 8 columns.
+fn place_of_d(lane: usize, r: usize) -> (usize, usize) {
+    let (g, t) = group(lane);
+    (g + 8 * (r / 2 % 2), r / 4 * 8 + 2 * t + r % 2)
+}
+
+/// An element of C + A * B, and how far a sum in fp32 may be off; see above.
+fn product(c: f64, factors: impl Iterator<Item = (f64, f64)>, exact: bool) -> (f64, f64) {
+    let (mut sum, mut size, mut addends) = (c, c.abs(), 1);
+    for (a, b) in factors {
+        sum += a * b;
+        size += (a * b).abs();
+        addends += 1;
+    }
+    (sum, if exact { 0.0 } else { addends as f64 * 2f64.powi(-23) * size })
+}
+
+/// The order in which the kernels' lanes name rows.
+fn shuffled(lane: usize) -> usize {
+    (lane * 5 + 3) % 32
+}
+
+#[test]
+fn shared_addresses() {
+    let input: Vec<u32> = noise(32, 1).iter().map(|x| x % 256).collect();
+    let mut expected: Vec<u32> = input.iter().map(|x| x * 4).collect();
+    expected.push(0);
+    exactly("conformance_shared", false, 32, 1024, &input, &expected);
+}
+
+#[test]
+fn exp2() {
+    // The manual's bound is 2^-22 of the result; what would be subnormal is 0.
+    let mut input: Vec<f32> = random(27, 3).iter().map(|x| (x * 60.0 - 50.0) as f32).collect();
+    input.extend([0.0, 1.0, -125.5, -130.0, f32::NEG_INFINITY]);
+    let truth =
+        |&x: &f32| if x < -126.0 { (0.0, 0.0) } else { ((x as f64).exp2(), (x as f64).exp2() * 2f64.powi(-22)) };
+    let truth: Vec<(f64, f64)> = input.iter().map(truth).collect();
+    let input: Vec<u32> = input.iter().map(|x| x.to_bits()).collect();
+    for (label, words) in words_of("conformance_exp2_approx", false, 32, 0, &input, 32) {
+        near(&label, &words, &truth);
+    }
+}
+
+#[test]
+fn cp_async() {
+    for (kernel, width) in [("conformance_cp_async4", 1), ("conformance_cp_async8", 2), ("conformance_cp_async16", 4)] {
+        let input = noise(64 * width, 4);
+        let copied = |i: usize| {
+            let (group, lane, word) = (i / width / 32, i / width % 32, i % width);
+            let other = shuffled(lane);
+            if group == 0 && other % 3 == 0 { 0 } else { input[(group * 32 + other) * width + word] }
+        };
+        let expected: Vec<u32> = (0..64 * width).map(copied).collect();
+        exactly(kernel, false, 32, 256 * width, &input, &expected);
+    }
+}
+
+#[test]
+fn ldmatrix() {
+    let input = noise(128, 5);
+    let half = |matrix: usize, row: usize, column: usize| {
+        input[shuffled(8 * matrix + row) * 4 + column / 2] >> (column % 2 * 16) & 0xffff
+    };
+    let expected = |trans: bool| -> Vec<u32> {
+        let register = |i: usize| {
+            let (matrix, (g, t)) = (i % 4, group(i / 4));
+            let part = |k| if trans { half(matrix, 2 * t + k, g) } else { half(matrix, g, 2 * t + k) };
+            part(0) | part(1) << 16
+        };
+        (0..128).map(register).collect()
+    };
+    exactly("conformance_ldmatrix_x4", false, 32, 512, &input, &expected(false));
+    exactly("conformance_ldmatrix_x4_trans", false, 32, 512, &input, &expected(true));
+}
+
+/// `tall` x `wide` products of 16x8, from fragments to fragments.
+fn mma(kernel: &'static str, tall: usize, wide: usize) {
+    for exact in [true, false] {
+        let a = numbers(tall * 16 * 16, 6, exact);
+        let b = numbers(16 * wide * 8, 7, exact);
+        let c = numbers(tall * 16 * wide * 8, 8, exact);
+        let columns = wide * 8;
+        let (mut input, mut truth) = (Vec::new(), Vec::new());
+        for lane in 0..32 {
+            for (i, r) in (0..tall).flat_map(|i| (0..4).map(move |r| (i, r))) {
+                let (row, column) = place_of_a(lane, r);
+                let at = (i * 16 + row) * 16 + column;
+                input.push(pair(a[at], a[at + 1]));
+            }
+            for (j, r) in (0..wide).flat_map(|j| (0..2).map(move |r| (j, r))) {
+                let (row, column) = place_of_b(lane, r);
+                let at = |row: usize| row * columns + j * 8 + column;
+                input.push(pair(b[at(row)], b[at(row + 1)]));
+            }
+            for (i, r) in (0..tall).flat_map(|i| (0..4 * wide).map(move |r| (i, r))) {
+                let (row, column) = place_of_d(lane, r);
+                let row = i * 16 + row;
+                let before = c[row * columns + column];
+                input.push((before as f32).to_bits());
+                let factors = (0..16).map(|k| (a[row * 16 + k], b[k * columns + column]));
+                truth.push(product(before, factors, exact));
+            }
+        }
+        for (label, words) in words_of(kernel, false, 32, 0, &input, truth.len()) {
+            near(&label, &words, &truth);
+        }
+    }
+}
+
+#[test]
+fn mma_m16n8k16() {
+    mma("conformance_mma_m16n8k16", 1, 1);
+}
+
+#[test]
+fn mma_tile() {
+    mma("conformance_mma_tile", 2, 3);
+}
+
+#[test]
+fn shuffles() {
+    let input = noise(64, 9);
+    let x = &input[..32];
+    let votes = (0..32).fold(0, |votes, lane| votes | (x[lane] & 1) << lane);
+    let results: [&dyn Fn(usize) -> u32; 12] = [
+        &|lane| x[input[32 + lane] as usize % 32],
+        &|lane| x[lane / 8 * 8 + input[32 + lane] as usize % 8],
+        &|lane| x[lane ^ 5],
+        &|lane| x[lane ^ 3],
+        &|lane| if lane >= 3 { x[lane - 3] } else { x[lane] },
+        &|lane| if lane % 8 >= 3 { x[lane - 3] } else { x[lane] },
+        &|lane| if lane + 3 < 32 { x[lane + 3] } else { x[lane] },
+        &|lane| if lane % 8 + 3 < 8 { x[lane + 3] } else { x[lane] },
+        &|_| votes,
+        &|_| (votes != 0) as u32,
+        &|_| (votes == !0) as u32,
+        &|_| 1,
+    ];
+    let expected: Vec<u32> = results.iter().flat_map(|result| (0..32).map(result)).collect();
+    exactly("conformance_shuffles", false, 32, 0, &input, &expected);
+}
+
+#[test]
+fn named_barriers() {
+    let input = noise(64, 10);
+    let expected: Vec<u32> = input.iter().rev().copied().collect();
+    exactly("conformance_named_barriers", false, 128, 256, &input, &expected);
+}
