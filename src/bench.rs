@@ -398,3 +398,22 @@ pub fn peaks(device: &Device) -> Result<Peaks> {
         bytes: best(&copy, &[1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18], |row| row.bytes)?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against the counts that diffusers and transformers print of the published models.
+    #[test]
+    fn networks_have_the_size_they_have_elsewhere() {
+        let parameters = |source: &Source| -> Vec<(&str, usize)> {
+            networks(source, 1).unwrap().into_iter().map(|(name, graph)| (name, graph.parameters())).collect()
+        };
+        let sd15 = parameters(&SD15);
+        assert_eq!(sd15[0], ("text_encoder", 123_060_480));
+        assert_eq!(sd15[1], ("unet", 859_520_964));
+        let sdxl = parameters(&SDXL);
+        assert_eq!(sdxl[1], ("text_encoder_2", 694_659_840));
+        assert_eq!(sdxl[2], ("unet", 2_567_463_684));
+    }
+}

@@ -1,7 +1,7 @@
 //! `respodiff doctor`: what this machine and this build can do, and what to do about the rest.
 
 use super::say;
-use crate::cuda::{self, compiled::FATBINS};
+use crate::cuda::{self, compiled::FATBINS, compiled::RESOURCES};
 use crate::weights::hub::HubConfig;
 use crate::{Device, Result, cpu};
 use serde_json::{Value, json};
@@ -16,6 +16,9 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<()> {
     let mut advice: Vec<String> = Vec::new();
     let families: Vec<&str> = FATBINS.iter().map(|(family, _)| *family).collect();
+    let mut architectures: Vec<String> = RESOURCES.iter().map(|kernel| format!("sm_{}", kernel.architecture)).collect();
+    architectures.sort();
+    architectures.dedup();
     let emulator = cfg!(feature = "emulated");
     let driver = cuda::cards();
     let (driver_version, cards) = match &driver {
@@ -55,7 +58,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             })
             .collect();
         let report = json!({
-            "version": env!("CARGO_PKG_VERSION"), "kernels": families, "emulator": emulator,
+            "version": env!("CARGO_PKG_VERSION"), "kernels": families, "architectures": architectures, "emulator": emulator,
             "driver": driver_version, "gpus": cards, "auto": chosen.name(),
             "cpu": {"instructions": isa, "threads": threads, "free_memory": free},
             "cache": cache, "advice": advice,
@@ -64,7 +67,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     say(&format!("respodiff    {}", env!("CARGO_PKG_VERSION")));
-    let compiled = if families.is_empty() { "none".to_string() } else { families.join(", ") };
+    let compiled = match families.as_slice() {
+        [] => "none".to_string(),
+        families => format!("{} for {} and as PTX", families.join(", "), architectures.join(", ")),
+    };
     say(&format!("kernels      {compiled}{}", if emulator { "; with the emulator" } else { "" }));
     say(&format!("driver       {}", driver_version.map_or("none".into(), |version| format!("CUDA {version}"))));
     for card in cards {
