@@ -46,9 +46,7 @@ fn main() {
             }
         }
     } else {
-        println!(
-            "cargo::warning=no nvcc: building without CUDA kernels, for the CPU only (README.md, Build for a GPU)"
-        );
+        println!("cargo::warning=no nvcc: building without CUDA kernels, for the CPU only (README.md, On a GPU)");
     }
     fs::write(out.join("compiled.rs"), table(&families)).expect("OUT_DIR can be written");
 }

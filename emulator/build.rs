@@ -1,11 +1,9 @@
 //! Compiles the runtime, and tells crates with kernels where its headers are.
 
-use std::path::Path;
-
 fn main() {
     let arch = std::env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
     assert!(arch == "x86_64", "the emulator switches threads with x86-64 code; there is no port to {arch}");
-    let runtime = Path::new(env!("CARGO_MANIFEST_DIR")).join("runtime");
+    let runtime = std::path::absolute("runtime").expect("a folder");
     println!("cargo::rerun-if-changed=runtime");
     println!("cargo::metadata=include={}", runtime.display());
     let sources = std::fs::read_dir(&runtime).expect("the runtime's folder").flatten().map(|entry| entry.path());

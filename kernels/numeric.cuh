@@ -7,12 +7,20 @@ constexpr float HALF_MAX = 65504.0f;
 
 __device__ __forceinline__ __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -HALF_MAX), HALF_MAX)); }
 
-// 16 bytes: what one thread moves at a time.
-struct __align__(16) Half8 {
+// 16 bytes: what one thread moves at a time. Copied as one word: pair by pair, the compiler would make it four loads.
+union __align__(16) Half8 {
+    uint4 word;
     __half2 pairs[4];
+
+    __device__ __forceinline__ Half8() {}
+    __device__ __forceinline__ Half8(const Half8& v) : word(v.word) {}
+    __device__ __forceinline__ Half8& operator=(const Half8& v) {
+        word = v.word;
+        return *this;
+    }
 };
 
-__device__ __forceinline__ void unpack(const Half8& v, float (&x)[8]) {
+__device__ __forceinline__ void unpack(Half8 v, float (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float2 f = __half22float2(v.pairs[i]);

@@ -1,9 +1,7 @@
 //! Compiles every kernel of the engine with the host's compiler, calling out at each load and store.
 
-use std::path::Path;
-
 fn main() {
-    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels");
+    let kernels = std::path::absolute("../../kernels").expect("a folder");
     println!("cargo::rerun-if-changed={}", kernels.display());
     let runtime = std::env::var("DEP_RESPODIFF_EMULATOR_INCLUDE").expect("the emulator's build script names it");
     println!("cargo::rerun-if-changed={runtime}");

@@ -1,0 +1,73 @@
+//! The kernels' machine code: are the instructions there that make them fast? Looks where the build found nvcc, and cuobjdump
+//! beside it; otherwise there is nothing to look at.
+
+use respodiff::cuda::compiled::FATBINS;
+use std::path::Path;
+use std::process::Command;
+
+/// Of kernels whose names begin so, for which architectures (both, if none is said), what their code must hold.
+const REQUIRED: &[(&str, &str, &[&str])] = &[
+    // Sixteen bytes a load and a store.
+    ("activate", "", &["LDG.E.128", "STG.E.128"]),
+    ("conformance_cp_async16", "", &["LDGSTS.E.BYPASS.128"]),
+    ("conformance_ldmatrix", "", &["LDSM.16.M"]),
+    ("conformance_mma", "", &["HMMA.16816.F32"]),
+    ("conformance_exp2_approx", "", &["MUFU.EX2"]),
+    ("conformance_stmatrix", "sm_90a", &["STSM.16.M"]),
+    ("conformance_mbarriers", "sm_90a", &["SYNCS.PHASECHK.TRANS64.TRYWAIT"]),
+    ("conformance_tma_load", "sm_90a", &["UTMALDG"]),
+    ("conformance_tma_store", "sm_90a", &["UTMASTG"]),
+    ("conformance_setmaxnreg", "sm_90a", &["USETMAXREG"]),
+    // One instruction of the whole width.
+    ("conformance_wgmma_m64n80", "sm_90a", &["HGMMA.64x80x16.F32"]),
+    ("conformance_wgmma_m64n128", "sm_90a", &["HGMMA.64x128x16.F32"]),
+    ("conformance_wgmma_m64n160", "sm_90a", &["HGMMA.64x160x16.F32"]),
+    ("conformance_wgmma_m64n256", "sm_90a", &["HGMMA.64x256x16.F32"]),
+];
+
+/// Every function of a fatbin: architecture, name, code.
+fn functions(cuobjdump: &Path, fatbin: &[u8]) -> Vec<(String, String, String)> {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("kernels.fatbin");
+    std::fs::write(&file, fatbin).unwrap();
+    // It runs nvdisasm, which is its neighbour.
+    let mut path = vec![cuobjdump.parent().unwrap().to_path_buf()];
+    path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+    let path = std::env::join_paths(path).unwrap();
+    let output = Command::new(cuobjdump).env("PATH", path).arg("--dump-sass").arg(&file).output().unwrap();
+    assert!(output.status.success(), "cuobjdump: {}", String::from_utf8_lossy(&output.stderr));
+    let mut architecture = String::new();
+    let mut functions: Vec<(String, String, String)> = Vec::new();
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        if let Some(name) = line.trim().strip_prefix("arch = ") {
+            architecture = name.to_string();
+        } else if let Some(name) = line.trim().strip_prefix("Function : ") {
+            functions.push((architecture.clone(), name.to_string(), String::new()));
+        } else if let Some((_, _, code)) = functions.last_mut() {
+            code.push_str(line);
+            code.push('\n');
+        }
+    }
+    functions
+}
+
+#[test]
+fn fast_instructions_are_there() {
+    let nvcc = option_env!("RESPODIFF_NVCC").map(Path::new);
+    let Some(cuobjdump) = nvcc.map(|nvcc| nvcc.with_file_name("cuobjdump")).filter(|program| program.is_file()) else {
+        eprintln!("no cuobjdump: the kernels' machine code was not looked at");
+        return;
+    };
+    let functions: Vec<_> = FATBINS.iter().flat_map(|(_, fatbin)| functions(&cuobjdump, fatbin)).collect();
+    for (prefix, only, mnemonics) in REQUIRED {
+        let meant = |architecture: &str| only.is_empty() || *only == architecture;
+        let kernels: Vec<_> =
+            functions.iter().filter(|(arch, name, _)| name.starts_with(prefix) && meant(arch)).collect();
+        assert!(!kernels.is_empty(), "no kernel {prefix}* for {only} was compiled");
+        for (architecture, name, code) in kernels {
+            for mnemonic in *mnemonics {
+                assert!(code.contains(mnemonic), "{name}: no {mnemonic} in its code for {architecture}");
+            }
+        }
+    }
+}
