@@ -2,11 +2,12 @@
 
 use crate::cpu;
 use crate::cuda;
-use crate::graph::{Graph, WeightSpec};
+use crate::graph::{Graph, Node, WeightSpec};
 use crate::plan::Plan;
 use crate::weights::Tensors;
 use crate::{Error, Result};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Where networks run.
 #[derive(Clone, Default)]
@@ -154,6 +155,25 @@ impl Executor {
                 Ok(())
             }
             Executor::Cuda(executor) => executor.step(),
+        }
+    }
+
+    /// Runs prologue and step node by node, on the kernels each on a cold cache, and tells of every node for which `wanted`
+    /// is true what it launched there and how long it took.
+    ///
+    /// # Errors
+    /// As for [`Executor::prologue`].
+    pub fn timed(
+        &mut self,
+        wanted: impl Fn(&Node) -> bool,
+        mut tell: impl FnMut(&Node, &[cuda::Launch], Duration),
+    ) -> Result<()> {
+        match self {
+            Executor::Cpu(executor) => {
+                executor.timed(wanted, |node, time| tell(node, &[], time));
+                Ok(())
+            }
+            Executor::Cuda(executor) => executor.timed(wanted, tell),
         }
     }
 }

@@ -3,6 +3,7 @@
 
 #![warn(missing_docs)]
 
+pub mod bench;
 #[doc(hidden)]
 pub mod cli;
 pub mod cpu;

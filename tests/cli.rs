@@ -362,3 +362,48 @@ fn a_reader_that_goes_away_is_no_panic() {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success() && !text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
 }
+
+/// On whatever machine this is, one with a GPU included.
+#[test]
+fn doctor_says_what_auto_takes_and_what_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = text(&respodiff(folder.path(), &["doctor"]).stdout);
+    let json = text(&respodiff(folder.path(), &["doctor", "--json"]).stdout);
+    let report: serde_json::Value = serde_json::from_str(&json).unwrap();
+    let taken = report["auto"].as_str().unwrap();
+    assert!(said.contains(&format!("--device auto takes {taken}")), "{said}");
+    let advice = report["advice"].as_array().unwrap();
+    // Whoever asked for a GPU and has none is told why, as `--device cuda` would.
+    if taken.starts_with("CPU") {
+        let cuda = respodiff(folder.path(), &["sample", "x", "--device", "cuda"]);
+        assert_eq!(cuda.status.code(), Some(1));
+        assert!(!advice.is_empty());
+    }
+    for line in advice {
+        assert!(said.contains(&format!("note: {}", line.as_str().unwrap())), "{said}");
+    }
+}
+
+#[test]
+fn bench_times_the_operations_that_the_filter_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let arguments =
+        ["bench", "--model", "demo", "--device", "cpu", "--runs", "1", "--filter", "attention", "--json", "b.json"];
+    let output = respodiff(folder.path(), &arguments);
+    assert!(output.status.success(), "{output:?}");
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(folder.path().join("b.json")).unwrap()).unwrap();
+    let rows: Vec<&serde_json::Value> =
+        report["networks"].as_array().unwrap().iter().flat_map(|network| network["rows"].as_array().unwrap()).collect();
+    assert!(rows.len() >= 4);
+    for row in rows {
+        assert_eq!(row["case"]["kind"], "attention");
+        assert!(row["seconds"].as_f64().unwrap() > 0.0 && row["flops"].as_f64().unwrap() > 0.0, "{row}");
+        assert!(text(&output.stdout).contains(row["label"].as_str().unwrap()));
+    }
+    let nothing = respodiff(
+        folder.path(),
+        &["bench", "--model", "demo", "--device", "cpu", "--runs", "1", "--filter", "nonsense"],
+    );
+    assert_eq!(nothing.status.code(), Some(2));
+}

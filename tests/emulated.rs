@@ -2,7 +2,6 @@
 
 mod support;
 
-use respodiff::cuda::{Emulated, Limits};
 use respodiff::diffusion::noise::Rng;
 use respodiff::engine::{Engine, Output, Request, SessionOptions};
 use respodiff::respodiff::{Concept, Form, Metadata, Module};
@@ -10,14 +9,10 @@ use respodiff::weights::Source;
 use respodiff::{Device, Error};
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use support::{golden, relative_l2};
+use support::{golden, kernels, relative_l2};
 
 /// The least that is promised of a UNet call; a few steps stay within it.
 const TOLERANCE: f64 = 1e-2;
-
-fn emulated() -> Device {
-    Device::Cuda(Emulated::new(Limits::A100, Emulated::QUICK))
-}
 
 fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Output {
     let session = engine.session(options);
@@ -33,7 +28,7 @@ fn the_demo_draws_the_same_pictures() {
     let options = SessionOptions { width: 64, height: 64, batch: 2, guided: true, concepts: false };
     let request = Request { prompt: "a photo of a doctor".into(), steps: 6, seed: 11, ..Default::default() };
     let [ours, truth] =
-        [emulated(), Device::Cpu].map(|d| generate(&Engine::open(&Source::demo(), &d).unwrap(), options, &request));
+        [kernels(), Device::Cpu].map(|d| generate(&Engine::open(&Source::demo(), &d).unwrap(), options, &request));
     let error = relative_l2(&ours.latents, &truth.latents);
     println!("latents {error:.1e}");
     assert!(error < TOLERANCE, "latents are off by {error:.2e}");
@@ -48,7 +43,7 @@ fn the_demo_draws_the_same_pictures() {
 /// With noise in every step and concepts of its own for each image.
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
-    let engine = sd1(&emulated());
+    let engine = sd1(&kernels());
     let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true, concepts: true };
     let shape = engine.bottleneck(options);
     let concept = |i: usize| {
@@ -83,7 +78,7 @@ fn an_image_does_not_depend_on_its_batch() {
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let engine = sd1(&emulated());
+    let engine = sd1(&kernels());
     let options = SessionOptions { width: 64, height: 64, batch: 1, guided: true, concepts: false };
     let mut session = engine.session(options).unwrap();
     let mut go = |request: Request, flow: ControlFlow<()>| session.generate(&request, &mut |_| flow);

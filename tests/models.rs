@@ -27,20 +27,16 @@ struct Place {
 fn places() -> Vec<Place> {
     let cpu = Place { name: "cpu", device: Device::Cpu, tolerance: |_, _| TOLERANCE };
     #[cfg(feature = "emulated")]
-    let emulated = {
-        use respodiff::cuda::{Emulated, Limits};
-        let device = Device::Cuda(Emulated::new(Limits::A100, Emulated::QUICK));
-        Place {
-            name: "emulated",
-            device,
-            tolerance: |case, output| {
-                let theirs = half_error(case, output);
-                HALF_TOLERANCE.max(theirs).min(2.0 * theirs)
-            },
-        }
+    let kernels = Place {
+        name: "kernels",
+        device: support::kernels(),
+        tolerance: |case, output| {
+            let theirs = half_error(case, output);
+            HALF_TOLERANCE.max(theirs).min(2.0 * theirs)
+        },
     };
     #[cfg(feature = "emulated")]
-    return vec![cpu, emulated];
+    return vec![cpu, kernels];
     #[cfg(not(feature = "emulated"))]
     vec![cpu]
 }
@@ -62,8 +58,7 @@ fn runs(prefix: &str, least: usize) -> Vec<(Place, Case)> {
 
 fn source(case: &str) -> Source {
     let name = case.split('_').nth(1).expect("kind_checkpoint_...");
-    Source::folder(format!("{}/tests/golden/checkpoints/{name}", env!("CARGO_MANIFEST_DIR")))
-        .expect("golden checkpoint")
+    Source::folder(support::golden().join("checkpoints").join(name)).expect("golden checkpoint")
 }
 
 fn config(source: &Source, component: &str) -> (String, std::path::PathBuf) {

@@ -1,6 +1,8 @@
 //! The command line: parses, calls the library, prints. Exit codes: 0, 1 failure, 2 usage, 130 interrupted.
 
+mod bench;
 mod concepts;
+mod doctor;
 mod eval;
 mod files;
 mod info;
@@ -38,6 +40,10 @@ enum Command {
     Probe(probe::Args),
     /// Show a checkpoint's components, parameters and memory plan
     Info(info::Args),
+    /// Say what this machine and this build can do
+    Doctor(doctor::Args),
+    /// Time every operation of a model's networks at its real shape
+    Bench(bench::Args),
 }
 
 /// Where to compute.
@@ -75,6 +81,8 @@ pub fn main() -> ExitCode {
         Command::Concept(args) => concepts::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

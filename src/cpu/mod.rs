@@ -19,6 +19,7 @@ use crate::graph::{Graph, Node, Op, Shape, TensorId};
 use crate::plan::{Plan, Storage};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Activations in fp32: what to make plans with for the CPU.
 pub struct Fp32;
@@ -93,6 +94,18 @@ impl Executor {
     pub fn step(&mut self) {
         let plan = self.plan.clone();
         plan.step().for_each(|(node, workspace)| self.run(&plan, node, workspace));
+    }
+
+    /// Runs prologue and step, and tells of every node for which `wanted` is true how long it took.
+    pub fn timed(&mut self, wanted: impl Fn(&Node) -> bool, mut tell: impl FnMut(&Node, Duration)) {
+        let plan = self.plan.clone();
+        for (node, workspace) in plan.prologue().chain(plan.step()) {
+            let start = Instant::now();
+            self.run(&plan, node, workspace);
+            if wanted(node) {
+                tell(node, start.elapsed());
+            }
+        }
     }
 
     /// Runs one step, stopping before an [`Op::Shift`] to let `fill` write its shift from the numbers it shifts.

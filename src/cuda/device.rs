@@ -2,6 +2,7 @@
 
 use crate::Result;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What decides tiles and splits; a plan for one device can be made on another machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +128,15 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// As for [`Device::run`].
     unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>>;
+
+    /// Runs kernels one after the other, on a cold cache, and waits: how long they took, by the device's own clock.
+    ///
+    /// # Safety
+    /// As for [`Device::run`].
+    ///
+    /// # Errors
+    /// As for [`Device::run`].
+    unsafe fn time(&self, launches: &[Launch]) -> Result<Duration>;
 }
 
 /// Launches that were prepared; see [`Device::record`].

@@ -9,9 +9,11 @@ mod attention;
 pub mod compiled;
 mod conv;
 mod device;
+mod driver;
 mod elementwise;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod gpu;
 mod norm;
 mod program;
 mod sampler;
@@ -19,8 +21,10 @@ mod tiles;
 mod weights;
 
 pub use device::{Buffer, Device, Launch, Limits, Recording, TensorTiles};
+pub use driver::{Card, Version};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;
+pub use gpu::{cards, open};
 pub use program::Element;
 pub use sampler::{DeviceSampler, StepNoise};
 pub use weights::Weights;
@@ -31,14 +35,7 @@ use crate::plan::{Plan, Storage};
 use half::f16;
 use program::Program;
 use std::sync::Arc;
-
-/// The GPU.
-///
-/// # Errors
-/// [`crate::Error::Device`]: what is missing, and what to do.
-pub fn open() -> Result<Arc<dyn Device>> {
-    Err(crate::Error::Device("this build has no CUDA kernels; use --device cpu".into()))
-}
+use std::time::Duration;
 
 impl Storage for Limits {
     fn tensor(&self, graph: &Graph, id: TensorId) -> usize {
@@ -53,8 +50,8 @@ impl Storage for Limits {
 /// A plan on a device with its arena and weights: writes inputs, runs, reads outputs.
 pub struct Executor {
     plan: Arc<Plan>,
-    /// Kept alive: the launches point into it.
-    _weights: Arc<Weights>,
+    /// The launches point into it.
+    weights: Arc<Weights>,
     device: Arc<dyn Device>,
     arena: Buffer,
     program: Program,
@@ -71,7 +68,7 @@ impl Executor {
     pub fn new(device: &Arc<dyn Device>, plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
         let arena = Buffer::from_bytes(device, &vec![0; plan.arena_bytes()])?;
         let program = Program::new(&plan, &weights, device.limits(), arena.address())?;
-        Ok(Executor { plan, _weights: weights, device: device.clone(), arena, program, recording: None })
+        Ok(Executor { plan, weights, device: device.clone(), arena, program, recording: None })
     }
 
     /// The plan.
@@ -153,5 +150,29 @@ impl Executor {
         let outcome = recording.replay();
         self.recording = Some(recording);
         outcome
+    }
+
+    /// Runs prologue and step node by node, each on a cold cache, and tells of every node for which `wanted` is true what
+    /// it launched and how long that took.
+    ///
+    /// # Errors
+    /// As for [`Executor::prologue`].
+    pub fn timed(
+        &mut self,
+        wanted: impl Fn(&Node) -> bool,
+        mut tell: impl FnMut(&Node, &[Launch], Duration),
+    ) -> Result<()> {
+        let lower = Program::lowering(&self.plan, &self.weights, self.device.limits(), self.arena.address());
+        for (node, workspace) in self.plan.prologue().chain(self.plan.step()) {
+            let launches = lower(node, workspace)?;
+            // SAFETY: as in `prologue`.
+            unsafe {
+                match wanted(node) {
+                    true => tell(node, &launches, self.device.time(&launches)?),
+                    false => self.device.run(&launches)?,
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -97,15 +97,27 @@ impl Program {
     /// # Errors
     /// [`Error::Device`] for an operation that has no kernel.
     pub fn new(plan: &Plan, weights: &Weights, limits: Limits, arena: u64) -> Result<Self> {
-        let lower = |nodes: &mut dyn Iterator<Item = (&Node, (usize, usize))>| {
-            let mut launches = Vec::new();
-            for (node, workspace) in nodes {
-                let site = Site { limits, plan, weights, arena, workspace };
-                lower(node, &site, &mut launches)?;
-            }
-            Ok::<_, Error>(launches)
+        let lower = Self::lowering(plan, weights, limits, arena);
+        let all = |nodes: &mut dyn Iterator<Item = (&Node, (usize, usize))>| {
+            let launches: Vec<Vec<Launch>> =
+                nodes.map(|(node, workspace)| lower(node, workspace)).collect::<Result<_>>()?;
+            Ok::<_, Error>(launches.concat())
         };
-        Ok(Program { prologue: lower(&mut plan.prologue())?, step: lower(&mut plan.step())? })
+        Ok(Program { prologue: all(&mut plan.prologue())?, step: all(&mut plan.step())? })
+    }
+
+    /// What makes a node with its workspace into launches.
+    pub fn lowering(
+        plan: &Plan,
+        weights: &Weights,
+        limits: Limits,
+        arena: u64,
+    ) -> impl Fn(&Node, (usize, usize)) -> Result<Vec<Launch>> {
+        move |node, workspace| {
+            let mut launches = Vec::new();
+            lower(node, &Site { limits, plan, weights, arena, workspace }, &mut launches)?;
+            Ok(launches)
+        }
     }
 }
 

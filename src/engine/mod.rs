@@ -386,7 +386,7 @@ fn read_scheduler(source: &Source) -> Result<SchedulerConfig> {
 }
 
 /// Free memory as Linux counts it; other systems are not asked.
-fn free_memory() -> Option<usize> {
+pub(crate) fn free_memory() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     line.split_whitespace().next()?.parse::<usize>().ok().map(|kib| kib * 1024)

@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 pub struct Tensors {
     files: Vec<(PathBuf, Bytes)>,
     index: HashMap<String, Entry>,
+    /// No files: every weight is made up.
+    random: bool,
 }
 
 /// A file's content: mapped, or compiled in.
@@ -46,6 +48,11 @@ const LEGACY: [(&str, &str); 4] =
     [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")];
 
 impl Tensors {
+    /// Stands for any component: every weight is random, of a size that keeps activations near 1. For measuring.
+    pub fn random() -> Self {
+        Tensors { files: Vec::new(), index: HashMap::new(), random: true }
+    }
+
     /// Finds and maps the weights of `component`: full precision before fp16, whole before sharded.
     pub(super) fn open(source: &Source, component: &str) -> Result<Self> {
         let stem = if component.is_empty() || component.starts_with("text_encoder") {
@@ -80,7 +87,7 @@ impl Tensors {
     }
 
     fn map(source: &Source, names: &[String]) -> Result<Self> {
-        let mut tensors = Tensors { files: Vec::new(), index: HashMap::new() };
+        let mut tensors = Tensors { random: false, ..Self::random() };
         for name in names {
             let path = source.path(name);
             let bytes = match source {
@@ -153,6 +160,9 @@ impl Tensors {
     /// # Errors
     /// As [`Tensors::read`].
     pub fn read_weight(&self, spec: &WeightSpec) -> Result<Vec<f32>> {
+        if self.random {
+            return Ok(random(spec));
+        }
         let mut all = Vec::new();
         for (name, &outputs) in spec.names.iter().zip(&spec.outputs) {
             let part = match spec.kind {
@@ -219,6 +229,20 @@ impl Tensors {
         }
         Ok(values)
     }
+}
+
+/// Uniform numbers around 0, and around 1 for what a norm multiplies by.
+fn random(spec: &WeightSpec) -> Vec<f32> {
+    let mut state = spec.len() as u32;
+    let (center, scale) = match spec.kind {
+        WeightKind::Vector => (f32::from(u8::from(spec.names[0].ends_with(".weight"))), 0.1),
+        _ => (0.0, (3.0 / spec.width as f32).sqrt()),
+    };
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        center + ((state >> 8) as f32 / (1 << 23) as f32 - 1.0) * scale
+    };
+    (0..spec.len()).map(|_| next()).collect()
 }
 
 /// Numbers of `N` bytes each; the data may be unaligned.

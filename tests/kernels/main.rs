@@ -47,6 +47,9 @@ pub fn random(len: usize, seed: u64) -> Numbers {
 
 /// The devices a kernel is tested on, of given limits where they are not real.
 pub fn devices(limits: Limits) -> Vec<(String, Arc<dyn Device>)> {
+    if let Some(gpu) = support::gpu() {
+        return vec![(gpu.name(), gpu)];
+    }
     let emulated = |schedule: Schedule| (format!("{schedule:?}"), Emulated::new(limits, schedule));
     Schedule::hostile(7).map(emulated).into()
 }

@@ -169,7 +169,7 @@ fn an_image_alone_and_in_a_batch() {
             let graph = g.finish();
             let (folder, _) = weights(&graph);
             let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
-            let (_, device) = devices().remove(0);
+            let (_, device) = devices(Limits::A100).remove(0);
             let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
             let plan = Arc::new(Plan::new(graph, &[], &device.limits()));
             let mut executor = Executor::new(&device, plan, weights).unwrap();

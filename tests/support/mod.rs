@@ -2,16 +2,35 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
-use respodiff::Device;
 use respodiff::graph::Graph;
 use respodiff::weights::Tensors;
+use respodiff::{Device, cuda};
 use safetensors::SafeTensors;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+/// The repository, or what cargo's variable says at run time: test binaries run on machines without it.
+pub fn root() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
 
 /// The golden folder.
 pub fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
+    root().join("tests/golden")
+}
+
+/// The GPU, if RESPODIFF_TEST_DEVICE=cuda says that kernels are to be tested there.
+pub fn gpu() -> Option<Arc<dyn cuda::Device>> {
+    static GPU: OnceLock<Arc<dyn cuda::Device>> = OnceLock::new();
+    let asked = std::env::var("RESPODIFF_TEST_DEVICE").is_ok_and(|device| device == "cuda");
+    asked.then(|| GPU.get_or_init(|| cuda::open().unwrap_or_else(|problem| panic!("{problem}"))).clone())
+}
+
+/// Where the CUDA kernels are tested: on the emulator in a hurry, or on the GPU.
+#[cfg(feature = "emulated")]
+pub fn kernels() -> Device {
+    Device::Cuda(gpu().unwrap_or_else(|| cuda::Emulated::new(cuda::Limits::A100, cuda::Emulated::QUICK)))
 }
 
 /// One recorded file.

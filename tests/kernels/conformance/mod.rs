@@ -9,12 +9,11 @@
 
 mod hopper;
 
-use super::{devices, random};
+use super::{devices, random, support};
 use bytemuck::NoUninit;
 use half::f16;
-use respodiff::cuda::{Buffer, Device, Launch};
+use respodiff::cuda::{Buffer, Device, Launch, Limits};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use std::path::Path;
 use std::sync::Arc;
 
 #[derive(Clone, Copy, NoUninit)]
@@ -35,9 +34,9 @@ fn outputs(
     before: &[u32],
     prepare: impl Fn(&Arc<dyn Device>, u64) -> Prepared,
 ) -> Vec<(String, Vec<u32>)> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/conformance/{case}.safetensors"));
+    let file = support::root().join(format!("tests/conformance/{case}.safetensors"));
     let mut outputs = Vec::new();
-    for (label, device) in devices() {
+    for (label, device) in devices(Limits::H100) {
         let emulated = device.name() == "emulated";
         if hopper && !emulated && device.limits().capability != 90 {
             continue;

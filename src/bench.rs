@@ -1,0 +1,419 @@
+//! How fast each operation of a network is on a device: every distinct one at its real shape, with random weights.
+
+use crate::cuda::Element;
+use crate::engine::{UNET_CONSTANTS, read_config};
+use crate::graph::{Activation, ConvOptions, Graph, GraphBuilder, Node, Op, Shape, TensorId, WeightId, WeightKind};
+use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
+use crate::weights::{Source, Tensors};
+use crate::{Device, Result};
+use serde::Serialize;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+/// The configurations of Stable Diffusion 1.5, without weights.
+pub const SD15: Source = Source::Embedded(&[
+    (
+        "text_encoder/config.json",
+        br#"{"architectures": ["CLIPTextModel"], "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu"}"#,
+    ),
+    (
+        "unet/config.json",
+        br#"{"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768,
+        "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
+        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}"#,
+    ),
+    ("vae/config.json", VAE),
+]);
+
+/// The configurations of SDXL base 1.0, without weights.
+pub const SDXL: Source = Source::Embedded(&[
+    (
+        "text_encoder/config.json",
+        br#"{"architectures": ["CLIPTextModel"], "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu"}"#,
+    ),
+    (
+        "text_encoder_2/config.json",
+        br#"{"architectures": ["CLIPTextModelWithProjection"], "vocab_size": 49408, "hidden_size": 1280,
+        "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "max_position_embeddings": 77,
+        "hidden_act": "gelu", "projection_dim": 1280}"#,
+    ),
+    (
+        "unet/config.json",
+        br#"{"_class_name": "UNet2DConditionModel", "sample_size": 128, "cross_attention_dim": 2048,
+        "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": true,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}"#,
+    ),
+    ("vae/config.json", VAE),
+]);
+
+const VAE: &[u8] = br#"{"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2, "latent_channels": 4, "force_upcast": true,
+    "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]}"#;
+
+/// A checkpoint's networks as a guided run of `batch` images uses them: both prompts' encoding, a UNet call, a decode.
+///
+/// # Errors
+/// What a config has wrong.
+pub fn networks(source: &Source, batch: usize) -> Result<Vec<(&'static str, Graph)>> {
+    let mut networks = Vec::new();
+    let (mut tokens, mut latent) = (77, (64, 64));
+    for encoder in ["text_encoder", "text_encoder_2"] {
+        if source.has(&format!("{encoder}/config.json")) {
+            let config = read_config(source, encoder, ClipConfig::parse)?;
+            tokens = config.max_position_embeddings;
+            networks.push((encoder, text_encoder(&config, 2)));
+        }
+    }
+    if source.has("unet/config.json") {
+        let config = read_config(source, "unet", UNetConfig::parse)?;
+        latent = config.sample_size.unwrap_or(latent);
+        networks.push(("unet", unet(&config, 2 * batch, latent.0, latent.1, tokens, 0)));
+    }
+    if source.has("vae/config.json") {
+        let config = read_config(source, "vae", VaeConfig::parse)?;
+        networks.push(("vae", vae_decoder(&config, 1, latent.0, latent.1)));
+    }
+    Ok(networks)
+}
+
+/// An operation at its shape; what else is fused into it does not tell two cases apart.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+#[allow(missing_docs)] // as in `graph`
+pub enum Case {
+    Conv {
+        n: usize,
+        h: usize,
+        w: usize,
+        inputs: usize,
+        outputs: usize,
+        kernel: usize,
+        stride: usize,
+        gated: bool,
+        resized: bool,
+    },
+    Attention {
+        n: usize,
+        heads: usize,
+        queries: usize,
+        keys: usize,
+        head_dim: usize,
+        causal: bool,
+    },
+    GroupNorm {
+        n: usize,
+        h: usize,
+        w: usize,
+        c: usize,
+        groups: usize,
+        silu: bool,
+    },
+    LayerNorm {
+        rows: usize,
+        c: usize,
+    },
+    Other {
+        name: &'static str,
+        n: usize,
+        h: usize,
+        w: usize,
+        c: usize,
+    },
+}
+
+impl Case {
+    /// What a node is.
+    pub fn of(graph: &Graph, node: &Node) -> Self {
+        let shape = |id: TensorId| graph.shape(id);
+        let other = |name, Shape { n, h, w, c }| Case::Other { name, n, h, w, c };
+        match node.op {
+            Op::Conv(ref conv) => {
+                let Shape { n, h, w, .. } = shape(node.output);
+                let weight = graph.weight(conv.weight);
+                Case::Conv {
+                    n,
+                    h,
+                    w,
+                    inputs: conv.sources.iter().map(|x| shape(x).c).sum(),
+                    outputs: weight.total_outputs(),
+                    kernel: conv.kernel,
+                    stride: conv.stride,
+                    gated: conv.activation == Activation::Geglu,
+                    resized: conv.resize.is_some(),
+                }
+            }
+            Op::Attention(ref a) => Case::Attention {
+                n: shape(a.q.tensor).n,
+                heads: a.heads,
+                queries: shape(a.q.tensor).tokens(),
+                keys: shape(a.k.tensor).tokens(),
+                head_dim: a.head_dim,
+                causal: a.causal,
+            },
+            Op::GroupNorm(ref norm) => {
+                let Shape { n, h, w, c } = shape(node.output);
+                Case::GroupNorm { n, h, w, c, groups: norm.groups, silu: norm.silu }
+            }
+            Op::LayerNorm { x, .. } => Case::LayerNorm { rows: shape(x).rows(), c: shape(x).c },
+            Op::Activate { x, .. } => other("activate", shape(x)),
+            Op::Add { a, .. } => other("add", shape(a)),
+            Op::Embed { .. } => other("embed", shape(node.output)),
+            Op::Sinusoid { .. } => other("sinusoid", shape(node.output)),
+            Op::Shift { x, .. } => other("shift", shape(x)),
+            Op::ClassToken { .. } => other("class token", shape(node.output)),
+            Op::SelectToken { .. } => other("select token", shape(node.output)),
+            Op::GroupNormGradient { .. }
+            | Op::LayerNormGradient { .. }
+            | Op::AttentionGradient { .. }
+            | Op::ActivateGradient { .. }
+            | Op::ResizeGradient { .. } => other("gradient", shape(node.output)),
+        }
+    }
+
+    /// Floating-point operations of its matrix products.
+    pub fn flops(&self) -> f64 {
+        match *self {
+            Case::Conv { n, h, w, inputs, outputs, kernel, .. } => {
+                2.0 * (n * h * w) as f64 * (inputs * kernel * kernel) as f64 * outputs as f64
+            }
+            Case::Attention { n, heads, queries, keys, head_dim, causal } => {
+                let all = 4.0 * (n * heads * head_dim) as f64 * queries as f64 * keys as f64;
+                if causal { all / 2.0 } else { all }
+            }
+            _ => 0.0,
+        }
+    }
+}
+
+impl std::fmt::Display for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Case::Conv { n, h, w, inputs, outputs, kernel, stride, gated, resized } => {
+                let name = if kernel == 1 { "linear" } else { "conv" };
+                write!(f, "{name}{kernel}x{kernel} {n}x{h}x{w} {inputs}->{outputs}")?;
+                f.write_str(if stride > 1 { " half" } else { "" })?;
+                f.write_str(if resized { " double" } else { "" })?;
+                f.write_str(if gated { " geglu" } else { "" })
+            }
+            Case::Attention { n, heads, queries, keys, head_dim, causal } => {
+                write!(f, "attention {n}x{heads}x{head_dim} {queries}x{keys}{}", if causal { " causal" } else { "" })
+            }
+            Case::GroupNorm { n, h, w, c, silu, .. } => {
+                write!(f, "group norm {n}x{h}x{w}x{c}{}", if silu { " silu" } else { "" })
+            }
+            Case::LayerNorm { rows, c } => write!(f, "layer norm {rows}x{c}"),
+            Case::Other { name, n, h, w, c } => write!(f, "{name} {n}x{h}x{w}x{c}"),
+        }
+    }
+}
+
+/// Bytes that a node must read and write, each once.
+fn bytes(device: &Device, graph: &Graph, node: &Node) -> f64 {
+    let tensor = |id: TensorId| match device {
+        Device::Cpu => 4 * graph.shape(id).len(),
+        Device::Cuda(_) => Element::of(graph, id).bytes() * graph.shape(id).len(),
+    };
+    let weight = |id: WeightId| {
+        let spec = graph.weight(id);
+        let half = matches!(device, Device::Cuda(_)) && spec.kind != WeightKind::Vector;
+        spec.len() * if half { 2 } else { 4 }
+    };
+    let out = tensor(node.output);
+    let total = match node.op {
+        Op::Conv(ref conv) => {
+            let read: usize = node.op.inputs().map(tensor).sum();
+            out + read + weight(conv.weight) + conv.bias.map_or(0, weight)
+        }
+        Op::Attention(ref a) => {
+            // Keys and values are as wide as queries, whatever tensor they are views of.
+            let keys = graph.shape(a.k.tensor).tokens();
+            2 * out + 2 * out / graph.shape(a.q.tensor).tokens() * keys
+        }
+        Op::Embed { ids, .. } => 3 * out + tensor(ids),
+        _ => out + node.op.inputs().map(tensor).sum::<usize>(),
+    };
+    total as f64
+}
+
+/// What a device can do at best, by the kernels measured.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Peaks {
+    /// Floating-point operations a second, in large matrix products.
+    pub flops: f64,
+    /// Bytes read and written a second, in large copies.
+    pub bytes: f64,
+}
+
+/// One distinct operation of a network.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// What it is.
+    pub case: Case,
+    /// The same for people.
+    pub label: String,
+    /// How often the network has it.
+    pub count: usize,
+    /// What was launched, with its grid.
+    pub kernels: String,
+    /// Median seconds of one.
+    pub seconds: f64,
+    /// Floating-point operations of one's matrix products.
+    pub flops: f64,
+    /// Bytes one must move.
+    pub bytes: f64,
+}
+
+impl Row {
+    /// How near it is to what the device can do, whichever of arithmetic and memory limits it.
+    pub fn of_bound(&self, peaks: &Peaks) -> f64 {
+        (self.flops / peaks.flops).max(self.bytes / peaks.bytes) / self.seconds
+    }
+}
+
+/// A network's operations, the longest in total first.
+#[derive(Clone, Debug, Serialize)]
+pub struct Table {
+    /// The component.
+    pub network: String,
+    /// Its operations.
+    pub rows: Vec<Row>,
+    /// Seconds of one step in one piece, as an image is made.
+    pub step: f64,
+}
+
+impl Table {
+    /// Seconds of all its operations, measured one by one.
+    pub fn total(&self) -> f64 {
+        self.rows.iter().map(|row| row.seconds * row.count as f64).sum()
+    }
+}
+
+/// Times the operations of a network for which `wanted` is true, each as the median of `runs` passes over all alike.
+///
+/// # Errors
+/// [`crate::Error::Device`]: the driver's word, memory, or an operation without a kernel.
+pub fn measure(
+    device: &Device,
+    network: &str,
+    graph: Graph,
+    runs: usize,
+    wanted: impl Fn(&Case) -> bool,
+) -> Result<Table> {
+    let plan = device.plan(graph, UNET_CONSTANTS);
+    let weights = device.weights(plan.graph().weights(), &Tensors::random())?;
+    let graph = plan.graph().clone();
+    let mut executor = device.executor(plan, &weights)?;
+    for (name, id) in &graph.inputs {
+        let len = graph.shape(*id).len();
+        let values: Vec<f32> = match Element::of(&graph, *id) {
+            // Ids, timesteps, sizes.
+            Element::F32 => vec![1.0; len],
+            Element::F16 => (0..len).map(|i| (i as f32 * 0.7).sin()).collect(),
+        };
+        executor.write(name, &values)?;
+    }
+    let mut rows: Vec<(Row, Vec<Duration>)> = Vec::new();
+    let mut places: HashMap<Case, usize> = HashMap::new();
+    for _ in 0..runs {
+        let wanted = |node: &Node| wanted(&Case::of(&graph, node));
+        executor.timed(wanted, |node, launches, time| {
+            let case = Case::of(&graph, node);
+            let place = *places.entry(case.clone()).or_insert_with(|| {
+                let named = launches.iter().map(|l| format!("{} {}x{}x{}", l.kernel, l.grid[0], l.grid[1], l.grid[2]));
+                let (label, flops, bytes) = (case.to_string(), case.flops(), bytes(device, &graph, node));
+                let kernels = named.collect::<Vec<_>>().join(", ");
+                rows.push((Row { case, label, count: 0, kernels, seconds: 0.0, flops, bytes }, Vec::new()));
+                rows.len() - 1
+            });
+            rows[place].1.push(time);
+        })?;
+    }
+    let finish = |(mut row, times): (Row, Vec<Duration>)| {
+        row.count = times.len() / runs.max(1);
+        row.seconds = median(times);
+        row
+    };
+    let mut rows: Vec<Row> = rows.into_iter().map(finish).collect();
+    rows.sort_by(|a, b| (b.seconds * b.count as f64).total_cmp(&(a.seconds * a.count as f64)));
+
+    let output = graph.outputs().next().unwrap_or_default().to_string();
+    executor.step()?;
+    executor.read(&output)?;
+    let start = Instant::now();
+    (0..runs).try_for_each(|_| executor.step())?;
+    executor.read(&output)?;
+    Ok(Table { network: network.into(), rows, step: start.elapsed().as_secs_f64() / runs.max(1) as f64 })
+}
+
+/// Seconds.
+fn median(mut times: Vec<Duration>) -> f64 {
+    times.sort();
+    times.get(times.len() / 2).map_or(0.0, Duration::as_secs_f64)
+}
+
+/// Measures what the device can do at best: matrix products and copies of growing size, until one takes a while.
+///
+/// # Errors
+/// As for [`measure`].
+pub fn peaks(device: &Device) -> Result<Peaks> {
+    let product = |side: usize| {
+        let mut g = GraphBuilder::new();
+        let x = g.input("x", Shape::new(1, 1, side, side));
+        let y = g.linear("product", x, side, ConvOptions { bias: false, ..ConvOptions::default() });
+        // Read by another node, it is stored as activations are.
+        let y = g.activate("read", y, Activation::None);
+        g.output("y", y);
+        g.finish()
+    };
+    let copy = |rows: usize| {
+        let mut g = GraphBuilder::new();
+        let x = g.input("x", Shape::new(1, 1, rows, 1 << 10));
+        let y = g.activate("copy", x, Activation::None);
+        g.output("y", y);
+        g.finish()
+    };
+    let best = |graph: &dyn Fn(usize) -> Graph, sizes: &[usize], work: fn(&Row) -> f64| {
+        let mut best = 0.0f64;
+        for &size in sizes {
+            let table = measure(device, "peak", graph(size), 5, |_| true)?;
+            // The longest: of a product and its reading, the product, save for tiny ones.
+            let Some(row) = table.rows.first() else { break };
+            best = best.max(work(row) / row.seconds);
+            if row.seconds > 0.02 {
+                break;
+            }
+        }
+        Ok::<f64, crate::Error>(best)
+    };
+    Ok(Peaks {
+        flops: best(&product, &[256, 512, 1024, 2048, 4096, 8192], |row| row.flops)?,
+        bytes: best(&copy, &[1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18], |row| row.bytes)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against the counts that diffusers and transformers print of the published models.
+    #[test]
+    fn networks_have_the_size_they_have_elsewhere() {
+        let parameters = |source: &Source| -> Vec<(&str, usize)> {
+            networks(source, 1).unwrap().into_iter().map(|(name, graph)| (name, graph.parameters())).collect()
+        };
+        let sd15 = parameters(&SD15);
+        assert_eq!(sd15[0], ("text_encoder", 123_060_480));
+        assert_eq!(sd15[1], ("unet", 859_520_964));
+        let sdxl = parameters(&SDXL);
+        assert_eq!(sdxl[1], ("text_encoder_2", 694_659_840));
+        assert_eq!(sdxl[2], ("unet", 2_567_463_684));
+    }
+}

@@ -1,0 +1,100 @@
+//! `respodiff bench`.
+
+use super::{Place, check_writable, say};
+use crate::bench::{Peaks, SD15, SDXL, Table, measure, networks, peaks};
+use crate::weights::Source;
+use crate::{Device, Error, Result};
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// sd15, sdxl, demo, or any checkpoint; weights are random, so that only its configuration is needed
+    #[arg(long, default_value = "sd15")]
+    model: String,
+    /// Images at once; guidance doubles them in the UNet
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    batch: u16,
+    /// Only operations whose line holds this text ("attention", "conv3x3", "2x64x64"), or of the networks of that name
+    #[arg(long)]
+    filter: Option<String>,
+    /// Passes over each network [default: 20 on a GPU, 3 elsewhere]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    runs: Option<u16>,
+    /// Also write the numbers here
+    #[arg(long)]
+    json: Option<PathBuf>,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    device: Place,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    if let Some(file) = &args.json {
+        check_writable(file)?;
+    }
+    let source = match args.model.as_str() {
+        "sd15" => SD15,
+        "sdxl" => SDXL,
+        "demo" => Source::demo(),
+        other => Source::resolve(Some(other), true)?,
+    };
+    let device = args.device.open()?;
+    let runs = args.runs.map_or(if matches!(args.device, Place::Auto | Place::Cuda) { 20 } else { 3 }, usize::from);
+    let runs = if matches!(device, Device::Cpu) && args.runs.is_none() { 3 } else { runs };
+    let peaks = peaks(&device)?;
+    say(&format!("device  {}", device.name()));
+    say(&format!(
+        "best    {:.3} TFLOP/s in matrix products, {:.1} GB/s in copies",
+        peaks.flops / 1e12,
+        peaks.bytes / 1e9
+    ));
+    let mut tables = Vec::new();
+    for (network, graph) in networks(&source, args.batch as usize)? {
+        let wanted = |line: &str| args.filter.as_deref().is_none_or(|text| line.contains(text) || network == text);
+        let table = measure(&device, network, graph, runs, |case| wanted(&case.to_string()))?;
+        if !table.rows.is_empty() {
+            print(&table, &peaks);
+            tables.push(table);
+        }
+    }
+    if tables.is_empty() {
+        let filter = args.filter.as_deref().unwrap_or_default();
+        return Err(Error::usage(format!("--filter {filter}: no operation of {} has this in its line", args.model)));
+    }
+    if let Some(file) = &args.json {
+        let report = serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "model": args.model, "batch": args.batch,
+            "runs": runs, "peaks": peaks, "networks": tables,
+        });
+        crate::files::write(file, format!("{report:#}\n").as_bytes())?;
+        say(&file.display().to_string());
+    }
+    Ok(())
+}
+
+fn print(table: &Table, peaks: &Peaks) {
+    say("");
+    say(&format!(
+        "{:44} {:>5} {:>10} {:>9} {:>8} {:>7} {:>7}  kernels and their grids",
+        table.network, "count", "median us", "total ms", "TFLOP/s", "GB/s", "% best"
+    ));
+    for row in &table.rows {
+        let rate = |work: f64, unit: f64, digits: usize| match work > 0.0 {
+            true => format!("{:.digits$}", work / row.seconds / unit),
+            false => "-".into(),
+        };
+        say(&format!(
+            "{:44} {:>5} {:>10.1} {:>9.3} {:>8} {:>7} {:>7.1}  {}",
+            row.label,
+            row.count,
+            row.seconds * 1e6,
+            row.seconds * row.count as f64 * 1e3,
+            rate(row.flops, 1e12, 2),
+            rate(row.bytes, 1e9, 1),
+            100.0 * row.of_bound(peaks),
+            row.kernels
+        ));
+    }
+    let (total, step) = (table.total() * 1e3, table.step * 1e3);
+    say(&format!("{:44} {total:.3} ms one by one, {step:.3} ms a step in one piece", "in all"));
+}

@@ -1,0 +1,606 @@
+//! A GPU as a device, through the NVIDIA driver.
+//!
+//! All work goes down one stream, in the order in which it was given. A recording is captured on a stream of its own and
+//! becomes a CUDA graph, so that nothing another thread submits meanwhile can end up in it.
+
+use super::compiled::FATBINS;
+use super::device::{Device, Launch, Limits, Recording, TensorTiles};
+use super::driver::{CAPTURE_THREAD_LOCAL, Card, Driver, Handle, MAX_DYNAMIC_SHARED, NON_BLOCKING};
+use crate::{Error, Result};
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+/// Bytes of one of the two pinned buffers through which uploads go.
+const STAGE: usize = 8 << 20;
+/// What is overwritten to empty the L2 cache: more than any has.
+const FLUSH: usize = 256 << 20;
+/// Largest structure of a kernel.
+const MAX_PARAMS: usize = 4096;
+
+/// The first GPU that the kernels run on; `CUDA_VISIBLE_DEVICES` decides which ones there are.
+///
+/// # Errors
+/// [`Error::Device`]: this build holds no kernels, the driver is missing or too old, or no GPU is new enough.
+pub fn open() -> Result<Arc<dyn Device>> {
+    if FATBINS.is_empty() {
+        return Err(Error::Device(
+            "this build has no CUDA kernels: install nvcc (README, \"Build for a GPU\") and build again, or use --device cpu"
+                .into(),
+        ));
+    }
+    let driver = Driver::get()?;
+    let cards = driver.cards()?;
+    let Some(card) = cards.iter().find(|card| card.usable()) else {
+        let names: Vec<String> = cards.iter().map(Card::to_string).collect();
+        return Err(Error::Device(format!(
+            "no GPU of compute capability 8.0 or more here, only {}; use --device cpu",
+            if names.is_empty() { "none".into() } else { names.join(", ") }
+        )));
+    };
+    Ok(Arc::new(Gpu::new(driver, card.clone(), FATBINS)?))
+}
+
+/// The driver's version and its GPUs, whether the kernels run on them or not.
+///
+/// # Errors
+/// [`Error::Device`]: no driver, or one that is too old or broken.
+pub fn cards() -> Result<(super::Version, Vec<Card>)> {
+    let driver = Driver::get()?;
+    Ok((driver.version, driver.cards()?))
+}
+
+impl Card {
+    /// Whether the kernels run on it.
+    pub fn usable(&self) -> bool {
+        self.limits.capability >= 80
+    }
+
+    /// Which of the compiled forms it runs.
+    pub fn code(&self) -> &'static str {
+        match self.limits.capability {
+            ..80 => "none: compute capability 8.0 is needed",
+            80..90 => "sm_80 machine code",
+            90 => "sm_90a machine code",
+            _ => "PTX, which the driver compiles at the first start and keeps",
+        }
+    }
+}
+
+impl std::fmt::Display for Card {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let capability = self.limits.capability;
+        write!(f, "{} ({}.{})", self.name, capability / 10, capability % 10)
+    }
+}
+
+struct Gpu {
+    driver: &'static Driver,
+    card: Card,
+    context: Handle,
+    stream: Handle,
+    modules: Vec<Handle>,
+    kernels: Mutex<HashMap<&'static str, Kernel>>,
+    staging: Mutex<Staging>,
+    timer: Mutex<Option<Timer>>,
+}
+
+/// A function of a module.
+#[derive(Clone, Copy)]
+struct Kernel(Handle);
+
+/// Two pinned buffers in turns, each with an event that says when its last copy is done.
+struct Staging {
+    buffers: [(Handle, Handle); 2],
+    next: usize,
+}
+
+struct Timer {
+    start: Handle,
+    end: Handle,
+    flush: u64,
+}
+
+// SAFETY: the driver's handles may be used from every thread that has made the context its own, which `bind` does; what
+// changes is behind locks.
+unsafe impl Send for Gpu {}
+// SAFETY: likewise.
+unsafe impl Sync for Gpu {}
+// SAFETY: a handle, see above.
+unsafe impl Send for Kernel {}
+
+/// A lock whose data no panic can leave half changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Gpu {
+    fn new(driver: &'static Driver, card: Card, fatbins: &[(&str, &[u8])]) -> Result<Self> {
+        let null = std::ptr::null_mut();
+        let mut context = null;
+        // SAFETY (of all calls here): arguments are live locals, and handles that the driver gave.
+        let code = unsafe { (driver.functions.context_retain)(&mut context, card.device) };
+        driver.check(&format!("starting {card}"), code)?;
+        // From here on `drop` gives back what there is.
+        let mut gpu = Gpu {
+            driver,
+            card,
+            context,
+            stream: null,
+            modules: Vec::new(),
+            kernels: Mutex::default(),
+            staging: Mutex::new(Staging { buffers: [(null, null); 2], next: 0 }),
+            timer: Mutex::new(None),
+        };
+        gpu.bind()?;
+        let f = &driver.functions;
+        driver.check("making a stream", unsafe { (f.stream_create)(&mut gpu.stream, NON_BLOCKING) })?;
+        for (buffer, event) in &mut lock(&gpu.staging).buffers {
+            driver.check("pinning memory for uploads", unsafe { (f.host_allocate)(buffer, STAGE) })?;
+            driver.check("making an event", unsafe { (f.event_create)(event, 0) })?;
+        }
+        for (family, fatbin) in fatbins {
+            let mut module = null;
+            let code = unsafe { (f.module_load)(&mut module, fatbin.as_ptr().cast()) };
+            if code != 0 {
+                return Err(gpu.refused(family, code));
+            }
+            gpu.modules.push(module);
+        }
+        Ok(gpu)
+    }
+
+    /// Why compiled kernels are not taken.
+    fn refused(&self, family: &str, code: i32) -> Error {
+        let driver = self.driver.version;
+        let advice = match code {
+            // Invalid image, no binary for this GPU, invalid PTX, PTX of an unknown version, invalid source.
+            200 | 209 | 218 | 222 | 300 => {
+                format!(
+                    "the driver (CUDA {driver}) is older than the nvcc that built them: update it, or build with nvcc {driver}"
+                )
+            }
+            _ => "use --device cpu".into(),
+        };
+        let word = self.driver.word(code);
+        Error::Device(format!("{}: the kernels of `{family}` cannot be loaded: {word}; {advice}", self.card))
+    }
+
+    /// Makes the GPU this thread's.
+    fn bind(&self) -> Result<()> {
+        // SAFETY: the context lives as long as `self`.
+        self.driver.check("choosing it", unsafe { (self.driver.functions.context_set)(self.context) })
+    }
+
+    /// Waits for all work.
+    fn wait(&self, doing: &str) -> Result<()> {
+        // SAFETY: the stream lives as long as `self`.
+        self.driver.check(doing, unsafe { (self.driver.functions.stream_synchronize)(self.stream) })
+    }
+
+    /// The kernel of that name, which may use all shared memory there is.
+    fn kernel(&self, name: &'static str) -> Result<Kernel> {
+        let mut kernels = lock(&self.kernels);
+        if let Some(kernel) = kernels.get(name) {
+            return Ok(*kernel);
+        }
+        let f = &self.driver.functions;
+        let symbol = CString::new(name).map_err(|_| Error::Device(format!("`{name}` is no kernel's name")))?;
+        let mut function = std::ptr::null_mut();
+        // SAFETY: the module lives as long as `self`; the name ends in a zero.
+        let found = |module: &Handle| unsafe { (f.module_function)(&mut function, *module, symbol.as_ptr()) } == 0;
+        if !self.modules.iter().any(found) {
+            return Err(Error::Device(format!("this build has no kernel `{name}`; build it again")));
+        }
+        // SAFETY: the function is of a module.
+        let code = unsafe { (f.function_set)(function, MAX_DYNAMIC_SHARED, self.card.limits.shared as i32) };
+        self.driver.check(&format!("giving `{name}` shared memory"), code)?;
+        kernels.insert(name, Kernel(function));
+        Ok(Kernel(function))
+    }
+
+    /// Puts launches into a stream.
+    ///
+    /// # Safety
+    /// As for [`Device::run`].
+    unsafe fn submit(&self, launches: &[Launch], stream: Handle) -> Result<()> {
+        /// Structures may ask for 64-byte alignment (tensor maps).
+        #[repr(align(64))]
+        struct Params([u8; MAX_PARAMS]);
+        let mut params = Params([0; MAX_PARAMS]);
+        for launch in launches {
+            let kernel = self.kernel(launch.kernel)?;
+            let Some(bytes) = params.0.get_mut(..launch.params.len()) else {
+                let problem = format!("`{}` wants {} bytes of parameters", launch.kernel, launch.params.len());
+                return Err(Error::Device(problem));
+            };
+            bytes.copy_from_slice(&launch.params);
+            let mut arguments = [params.0.as_mut_ptr().cast::<c_void>()];
+            let ([x, y, z], nothing) = (launch.grid, std::ptr::null_mut());
+            // SAFETY: the driver copies the one structure before it returns; the rest is the caller's promise.
+            let code = unsafe {
+                let launch_kernel = self.driver.functions.launch;
+                let Launch { block, shared, .. } = *launch;
+                launch_kernel(kernel.0, x, y, z, block, 1, 1, shared, stream, arguments.as_mut_ptr(), nothing)
+            };
+            if code != 0 {
+                let Launch { kernel, grid, block, shared, .. } = launch;
+                let doing = format!("launching `{kernel}` (grid {grid:?}, {block} threads, {shared} bytes shared)");
+                self.driver.check(&doing, code)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a stream's capture of the launches gives.
+    ///
+    /// # Safety
+    /// As for [`Device::record`].
+    unsafe fn capture(&self, launches: &[Launch], stream: Handle) -> Result<Handle> {
+        let f = &self.driver.functions;
+        let (mut graph, mut executable) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: handles of the driver, live locals, and the caller's promise about the launches.
+        unsafe {
+            self.driver.check("beginning a capture", (f.stream_capture)(stream, CAPTURE_THREAD_LOCAL))?;
+            let submitted = self.submit(launches, stream);
+            // Whatever happened, or the stream stays in capture.
+            let ended = (f.stream_end_capture)(stream, &mut graph);
+            let made = submitted
+                .and_then(|()| self.driver.check("ending a capture", ended))
+                .and_then(|()| self.driver.check("making a graph", (f.graph_instantiate)(&mut executable, graph, 0)));
+            if !graph.is_null() {
+                (f.graph_destroy)(graph);
+            }
+            made?;
+        }
+        Ok(executable)
+    }
+
+    /// Events and the memory that empties the cache, made at the first timing.
+    fn timer(&self) -> Result<Timer> {
+        let f = &self.driver.functions;
+        let mut timer = Timer { start: std::ptr::null_mut(), end: std::ptr::null_mut(), flush: 0 };
+        // SAFETY: live locals.
+        unsafe {
+            self.driver.check("making an event", (f.event_create)(&mut timer.start, 0))?;
+            self.driver.check("making an event", (f.event_create)(&mut timer.end, 0))?;
+        }
+        timer.flush = self.allocate(FLUSH)?;
+        Ok(timer)
+    }
+}
+
+impl Device for Gpu {
+    fn name(&self) -> String {
+        self.card.name.clone()
+    }
+
+    fn limits(&self) -> Limits {
+        self.card.limits
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.bind()?;
+        let f = &self.driver.functions;
+        let mut address = 0;
+        // SAFETY: live locals. The driver refuses a size of nothing.
+        let code = unsafe { (f.memory_allocate)(&mut address, bytes.max(1)) };
+        if code == 2 {
+            let (mut free, mut total) = (0, 0);
+            // SAFETY: live locals.
+            let known = unsafe { (f.memory_info)(&mut free, &mut total) } == 0;
+            let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+            let free = if known {
+                format!("{:.2} of {:.1} GiB are free", gib(free), gib(total))
+            } else {
+                "less is free".into()
+            };
+            return Err(Error::Device(format!(
+                "{}: {:.2} GiB of memory are wanted where {free}; make a smaller picture or batch, or close other programs",
+                self.card.name,
+                gib(bytes)
+            )));
+        }
+        self.driver.check("allocating memory", code)?;
+        Ok(address)
+    }
+
+    unsafe fn free(&self, address: u64) {
+        // SAFETY: the caller's promise. The driver waits for work that may still use it; an error has nobody to go to.
+        let _ = self.bind().map(|()| unsafe { (self.driver.functions.memory_free)(address) });
+    }
+
+    unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
+        self.bind()?;
+        let f = &self.driver.functions;
+        let mut staging = lock(&self.staging);
+        for (i, chunk) in bytes.chunks(STAGE).enumerate() {
+            let (buffer, event) = staging.buffers[staging.next];
+            staging.next ^= 1;
+            // SAFETY: the buffer is free once its event has passed; the target is the caller's promise.
+            unsafe {
+                self.driver.check("an upload", (f.event_synchronize)(event))?;
+                std::ptr::copy_nonoverlapping(chunk.as_ptr(), buffer.cast(), chunk.len());
+                let target = address + (i * STAGE) as u64;
+                self.driver.check("an upload", (f.copy_up)(target, buffer, chunk.len(), self.stream))?;
+                self.driver.check("an upload", (f.event_record)(event, self.stream))?;
+            }
+        }
+        Ok(())
+    }
+
+    unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
+        self.bind()?;
+        let f = &self.driver.functions;
+        // SAFETY: the caller's promise; `wait` lets nobody see half a copy.
+        let code = unsafe { (f.copy_down)(bytes.as_mut_ptr().cast(), address, bytes.len(), self.stream) };
+        self.driver.check("a download", code)?;
+        self.wait("work before a download")
+    }
+
+    fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]> {
+        // `CU_TENSOR_MAP_DATA_TYPE_FLOAT16` and `CU_TENSOR_MAP_L2_PROMOTION_L2_256B`; no interleaving, zeros outside.
+        const HALVES: i32 = 6;
+        const WIDE: i32 = 3;
+        #[repr(align(64))]
+        struct Map([u64; 16]);
+        let mut map = Map([0; 16]);
+        let TensorTiles { address, sizes, strides, tile, swizzle } = *tiles;
+        let rank = sizes.len();
+        if !(1..=5).contains(&rank) || strides.len() + 1 != rank || tile.len() != rank {
+            return Err(Error::Device(format!("TMA has no tensors like {tiles:?}")));
+        }
+        let steps = [1u32; 5];
+        // SAFETY: live locals of the lengths that the rank promises; the address is looked at, not read.
+        let code = unsafe {
+            let (sizes, strides, tile, steps) = (sizes.as_ptr(), strides.as_ptr(), tile.as_ptr(), steps.as_ptr());
+            let (rank, address, swizzle) = (rank as u32, address as *mut c_void, swizzle as i32);
+            let encode = self.driver.functions.tensor_map;
+            encode(&mut map.0, HALVES, rank, address, sizes, strides, tile, steps, 0, swizzle, WIDE, 0)
+        };
+        self.driver.check(&format!("describing {tiles:?} to TMA"), code)?;
+        Ok(map.0)
+    }
+
+    unsafe fn run(&self, launches: &[Launch]) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.submit(launches, self.stream) }
+    }
+
+    unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>> {
+        self.bind()?;
+        let f = &self.driver.functions;
+        let mut stream = std::ptr::null_mut();
+        // SAFETY: handles of the driver, and the caller's promise.
+        let executable = unsafe {
+            self.driver.check("making a stream", (f.stream_create)(&mut stream, NON_BLOCKING))?;
+            let executable = self.capture(launches, stream);
+            (f.stream_destroy)(stream);
+            executable?
+        };
+        let graph = Graph { gpu: self, executable };
+        // SAFETY: as above. Without this the first replay would pay for it.
+        let code = unsafe { (graph.gpu.driver.functions.graph_upload)(executable, graph.gpu.stream) };
+        graph.gpu.driver.check("uploading a graph", code)?;
+        Ok(Box::new(graph))
+    }
+
+    unsafe fn time(&self, launches: &[Launch]) -> Result<Duration> {
+        self.bind()?;
+        let f = &self.driver.functions;
+        let mut slot = lock(&self.timer);
+        let timer = match slot.take() {
+            Some(timer) => timer,
+            None => self.timer()?,
+        };
+        let Timer { start, end, flush } = *slot.insert(timer);
+        let mut milliseconds = 0.0;
+        // SAFETY: handles of the driver, memory of the timer's, and the caller's promise.
+        unsafe {
+            // While this runs, what follows is queued, so that the launches do not wait for the CPU.
+            self.driver.check("emptying the cache", (f.memory_set)(flush, 0, FLUSH, self.stream))?;
+            self.driver.check("timing", (f.event_record)(start, self.stream))?;
+            self.submit(launches, self.stream)?;
+            self.driver.check("timing", (f.event_record)(end, self.stream))?;
+            self.driver.check("work that was timed", (f.event_synchronize)(end))?;
+            self.driver.check("timing", (f.event_elapsed)(&mut milliseconds, start, end))?;
+        }
+        Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        let f = &self.driver.functions;
+        // SAFETY: what the driver gave, given back once, in the reverse order. Errors have nobody to go to.
+        unsafe {
+            if (f.context_set)(self.context) == 0 {
+                if !self.stream.is_null() {
+                    (f.stream_synchronize)(self.stream);
+                }
+                if let Some(timer) = lock(&self.timer).take() {
+                    (f.event_destroy)(timer.start);
+                    (f.event_destroy)(timer.end);
+                    (f.memory_free)(timer.flush);
+                }
+                for (buffer, event) in lock(&self.staging).buffers {
+                    if !buffer.is_null() {
+                        (f.host_free)(buffer);
+                    }
+                    if !event.is_null() {
+                        (f.event_destroy)(event);
+                    }
+                }
+                for &module in &self.modules {
+                    (f.module_unload)(module);
+                }
+                if !self.stream.is_null() {
+                    (f.stream_destroy)(self.stream);
+                }
+            }
+            (f.context_release)(self.card.device);
+        }
+    }
+}
+
+/// A captured list of launches.
+struct Graph {
+    gpu: Arc<Gpu>,
+    executable: Handle,
+}
+
+// SAFETY: as for `Gpu`.
+unsafe impl Send for Graph {}
+
+impl Recording for Graph {
+    fn replay(&self) -> Result<()> {
+        self.gpu.bind()?;
+        let driver = self.gpu.driver;
+        // SAFETY: the graph is whole; what its launches touch was promised when it was recorded.
+        driver.check("launching a graph", unsafe { (driver.functions.graph_launch)(self.executable, self.gpu.stream) })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made by the driver, given back once; it lets running launches end.
+        let _ = self.gpu.bind().map(|()| unsafe { (self.gpu.driver.functions.graph_exec_destroy)(self.executable) });
+    }
+}
+
+/// Against `tests/support/driver.c`, a driver that keeps count.
+#[cfg(all(test, unix, feature = "emulated"))]
+mod tests {
+    use super::*;
+    use bytemuck::NoUninit;
+    use libloading::Library;
+    use std::path::PathBuf;
+    use std::process::Command;
+
+    const IMAGES: &[(&str, &[u8])] = &[("test", b"image")];
+    const TILES: TensorTiles =
+        TensorTiles { address: 1 << 20, sizes: &[64, 100], strides: &[128], tile: &[64, 32], swizzle: 3 };
+
+    struct TestDriver {
+        _folder: tempfile::TempDir,
+        path: PathBuf,
+    }
+
+    impl TestDriver {
+        fn new(flags: &[&str]) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("libtest.so");
+            let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/driver.c");
+            let mut compiler = Command::new("cc");
+            compiler.args(["-shared", "-fPIC", "-w", "-o"]).arg(&path).arg(source).args(flags);
+            assert!(compiler.status().unwrap().success());
+            TestDriver { path, _folder: folder }
+        }
+
+        fn load(&self) -> Result<&'static Driver, String> {
+            Driver::load(self.path.to_str().unwrap()).map(|driver| &*Box::leak(Box::new(driver)))
+        }
+
+        fn gpu(&self) -> Arc<Gpu> {
+            let driver = self.load().unwrap();
+            Arc::new(Gpu::new(driver, driver.cards().unwrap()[0].clone(), IMAGES).unwrap())
+        }
+
+        /// What the driver has handed out and not taken back.
+        fn live(&self) -> i32 {
+            unsafe {
+                (*Library::new(&self.path).unwrap().get::<unsafe extern "C" fn() -> i32>("live_objects").unwrap())()
+            }
+        }
+    }
+
+    #[derive(Clone, Copy, NoUninit)]
+    #[repr(C)]
+    struct Doubling {
+        x: u64,
+        out: u64,
+        length: u64,
+    }
+
+    fn twice(buffer: &super::super::Buffer, grid: usize) -> Launch {
+        let params = Doubling { x: buffer.address(), out: buffer.address(), length: buffer.len() as u64 / 4 };
+        Launch::new("twice", [grid, 1, 1], 32, 200 << 10, &params)
+    }
+
+    /// Uploads of several stages, launches, and graphs that run when replayed and not before; nothing is left behind.
+    #[test]
+    fn numbers_go_up_through_and_down() {
+        let driver = TestDriver::new(&[]);
+        let gpu = driver.gpu();
+        assert_eq!(gpu.limits(), Limits { capability: 90, multiprocessors: 132, shared: 227 << 10 });
+        {
+            let device: Arc<dyn Device> = gpu.clone();
+            let numbers: Vec<f32> = (0..5_000_001).map(|i| i as f32).collect();
+            let buffer = super::super::Buffer::from_bytes(&device, bytemuck::cast_slice(&numbers)).unwrap();
+            let factor = || {
+                let mut back = vec![0.0f32; numbers.len()];
+                buffer.read(0, bytemuck::cast_slice_mut(&mut back)).unwrap();
+                let factor = back[1];
+                assert!(numbers.iter().zip(&back).all(|(x, y)| x * factor == *y));
+                factor
+            };
+            assert_eq!(factor(), 1.0);
+            assert_eq!(
+                device.tensor_map(&TILES).unwrap(),
+                [6, 2, 1 << 20, 64, 100, 128, 64, 32, 1, 1, 0, 3, 3, 0, 0, 0]
+            );
+            assert!(device.tensor_map(&TensorTiles { tile: &[64], ..TILES }).is_err());
+            unsafe { device.run(&[twice(&buffer, 1)]).unwrap() };
+            assert_eq!(factor(), 2.0);
+            let graph = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 1)]).unwrap() };
+            assert_eq!(factor(), 2.0);
+            graph.replay().unwrap();
+            graph.replay().unwrap();
+            assert_eq!(factor(), 32.0);
+            assert_eq!(unsafe { device.time(&[twice(&buffer, 1)]) }.unwrap(), Duration::from_micros(1500));
+            assert_eq!(factor(), 64.0);
+            // A launch that is refused leaves neither a half graph nor a stream in capture.
+            let refused = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 0)]) }.err().unwrap();
+            assert!(refused.to_string().contains("launching `twice` (grid [0, 1, 1]"), "{refused}");
+            unsafe { device.clone().record(&[twice(&buffer, 1)]).unwrap() }.replay().unwrap();
+            assert_eq!(factor(), 128.0);
+        }
+        drop(gpu);
+        assert_eq!(driver.live(), 0);
+    }
+
+    #[test]
+    fn trouble_is_one_line_and_leaves_nothing_behind() {
+        let fails = |flags: &[&str], words: &str| {
+            let problem = TestDriver::new(flags).load().err().unwrap();
+            assert!(
+                problem.contains(words) && problem.contains("--device cpu") && !problem.contains('\n'),
+                "{problem}"
+            );
+        };
+        fails(&["-DVERSION=11040"], "(CUDA 11.4) is older than CUDA 12.0");
+        fails(&["-DINIT=100"], "finds no GPU");
+        fails(&["-DINIT=803"], "CUDA_ERROR_OF_TEST (test); driver and kernel module");
+        fails(&["-DINIT=999"], "does not start: error 999");
+        fails(&["-DNO_CAPTURE"], "lacks cuStreamBeginCapture_v2");
+        let missing = Driver::load("libnowhere.so.1").err().unwrap();
+        assert!(missing.starts_with("no NVIDIA driver (libnowhere.so.1: "), "{missing}");
+
+        let driver = TestDriver::new(&["-DCAPABILITY=75"]);
+        let card = &driver.load().unwrap().cards().unwrap()[0];
+        assert!(!card.usable());
+        assert_eq!(card.to_string(), "Test GPU (7.5)");
+        let gpu = Gpu::new(driver.load().unwrap(), card.clone(), &[("test", b"other")]);
+        let problem = gpu.err().unwrap().to_string();
+        assert!(problem.contains("`test` cannot be loaded") && problem.contains("build with nvcc 12.4"), "{problem}");
+        let gpu = driver.gpu();
+        let problem = gpu.allocate(1 << 30).err().unwrap().to_string();
+        assert!(problem.contains("1.00 GiB of memory are wanted where 0.06 of 0.1 GiB are free"), "{problem}");
+        let problem = unsafe { gpu.run(&[Launch::new("thrice", [1, 1, 1], 32, 0, &0u64)]) }.err().unwrap().to_string();
+        assert!(problem.contains("no kernel `thrice`"), "{problem}");
+        drop(gpu);
+        assert_eq!(driver.live(), 0);
+    }
+}
