@@ -135,10 +135,11 @@ impl Report {
         );
         let _ = write!(
             out,
-            "<p>{} by {}, {} pictures of each profession, {} steps at guidance {}, weight {}.</p>",
+            "<p>{} by {}, {} pictures of each profession, {} {} steps at guidance {}, weight {}.</p>",
             escape(&self.settings.model),
             escape(&self.settings.clip),
             self.settings.images,
+            escape(&self.settings.sampler),
             self.settings.steps,
             self.settings.guidance,
             self.settings.weight
