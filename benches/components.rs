@@ -1,12 +1,16 @@
 //! Text encoder, UNet step and VAE decode: of the demo, and at Stable Diffusion 1.5's size on random weights.
 //!
+//! Then training: milliseconds of an iteration's parts, and memory.
+//!
 //! `cargo bench -- demo` or `cargo bench -- sd15`; the latter makes its weights in a temporary folder first (2 GB).
+//! `cargo bench -- "demo training"` and `cargo bench -- "sd15 training"` for training alone.
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use respodiff::graph::{Graph, WeightKind};
 use respodiff::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
 use respodiff::plan::Plan;
-use respodiff::{cpu, weights::Source};
+use respodiff::respodiff::{Kind, Recipe, Task, Trainer};
+use respodiff::{Engine, cpu, weights::Source};
 use safetensors::{Dtype, tensor::TensorView};
 use std::path::Path;
 use std::sync::Arc;
@@ -93,8 +97,40 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
     }
 }
 
+/// A few iterations of a training, timed by the trainer itself. The rollout of an iteration depends on the recipe, so what
+/// is told of it is one step.
+fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
+    let recipe =
+        Recipe { batch, rollout_steps: 5, latents_per_rollout: 2, ..Recipe::default_for(Kind::Fair, "a woman") };
+    let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
+    let engine = Engine::open(source).expect("a checkpoint");
+    let mut trainer = Trainer::new(&engine, task, recipe, 1, engine.default_size()).expect("a training");
+    for _ in 0..2 * rollouts {
+        trainer.iterate().expect("finite losses");
+    }
+    let each = |time: Duration, count: usize| 1e3 * time.as_secs_f64() / count as f64;
+    let (times, iterations) = (&trainer.times, 2 * rollouts);
+    println!(
+        "{name} training, batch {batch}: a rollout step {:.1} ms; an iteration's target {:.1} ms, L_resp {:.1} ms, L_sem {:.1} ms; \
+         {:.0} MiB of activations",
+        each(times.rollout, times.rollout_steps),
+        each(times.target, iterations),
+        each(times.predictions, iterations),
+        each(times.backward, iterations),
+        trainer.memory() as f64 / (1 << 20) as f64
+    );
+}
+
+/// Whether the command line's filter leaves a name in.
+fn wanted(name: &str) -> bool {
+    std::env::args().skip(1).filter(|a| !a.starts_with('-')).all(|filter| name.contains(&filter))
+}
+
 fn demo(c: &mut Criterion) {
     measure(c, "demo", &Source::demo());
+    if wanted("demo training") {
+        train("demo", &Source::demo(), 8, 10);
+    }
 }
 
 fn sd15(c: &mut Criterion) {
@@ -103,6 +139,10 @@ fn sd15(c: &mut Criterion) {
         return;
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
+    for file in ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"] {
+        copy(&format!("tokenizer/{file}"), folder.path());
+    }
+    copy("scheduler/scheduler_config.json", folder.path());
     let path = Path::new("config.json");
     let text = ClipConfig::parse(SD15_TEXT, path).expect("config");
     random_weights(folder.path(), "text_encoder", SD15_TEXT, &text_encoder(&text, 1));
@@ -110,7 +150,18 @@ fn sd15(c: &mut Criterion) {
     random_weights(folder.path(), "unet", SD15_UNET, &unet(&unet_config, 1, 8, 8, 77, 0));
     let vae = VaeConfig::parse(SD15_VAE, path).expect("config");
     random_weights(folder.path(), "vae", SD15_VAE, &vae_decoder(&vae, 1, 8, 8));
-    measure(c, "sd15", &Source::folder(folder.path()).expect("a checkpoint"));
+    let source = Source::folder(folder.path()).expect("a checkpoint");
+    measure(c, "sd15", &source);
+    if wanted("sd15 training") {
+        train("sd15", &source, 1, 1);
+    }
+}
+
+/// A file of the demo's for a checkpoint that has none of its own.
+fn copy(file: &str, folder: &Path) {
+    let path = folder.join(file);
+    std::fs::create_dir_all(path.parent().expect("a component")).expect("room");
+    std::fs::write(path, Source::demo().read_text(file).expect("the demo's")).expect("room");
 }
 
 criterion_group!(benches, demo, sd15);

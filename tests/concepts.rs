@@ -5,7 +5,7 @@ mod support;
 use respodiff::Device;
 use respodiff::engine::{Engine, Output, Request, SessionOptions};
 use respodiff::graph::Shape;
-use respodiff::respodiff::{Concept, Form, Kind, Metadata, Module};
+use respodiff::respodiff::{Concept, Form, Kind, Metadata, Module, Precision};
 use respodiff::weights::Source;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
@@ -235,7 +235,22 @@ fn files_read_back() {
         assert_eq!(read.metadata, saved.metadata);
         assert_eq!((read.ram.form(), read.ram.shape()), (form, shape));
         assert_eq!(read.ram.parameters, saved.ram.parameters);
-        assert_eq!(read.sam.map(|s| s.parameters), saved.sam.map(|s| s.parameters));
+        assert_eq!(read.sam.map(|s| s.parameters), saved.sam.as_ref().map(|s| s.parameters.clone()));
+        // In fp16 every number is the nearest half, in half the bytes, and a second time nothing changes.
+        saved.save_as(&path, Precision::F16).unwrap();
+        let half = Concept::load(&path).unwrap();
+        assert_eq!(half.metadata, saved.metadata);
+        let nearest = |m: &Module| m.parameters.iter().map(|&x| half::f16::from_f32(x).to_f32()).collect::<Vec<_>>();
+        assert_eq!(half.ram.parameters, nearest(&saved.ram));
+        assert_eq!(half.sam.as_ref().map(|s| s.parameters.clone()), saved.sam.as_ref().map(nearest));
+        let bytes = std::fs::read(&path).unwrap();
+        half.save_as(&path, Precision::F16).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), bytes);
+        let mut large = saved.clone();
+        large.ram.parameters[0] = 7e4;
+        assert!(large.save_as(&path, Precision::F16).unwrap_err().to_string().contains("65504"));
+        assert_eq!(std::fs::read(&path).unwrap(), bytes);
+        saved.save(&path).unwrap();
         // Cut anywhere it is refused by name.
         let whole = std::fs::read(&path).unwrap();
         for len in (0..whole.len()).step_by(23) {
@@ -270,7 +285,8 @@ fn trainings_resume_to_the_same_result() {
     use respodiff::respodiff::{Recipe, Task, Trainer};
     let engine = Engine::open(&Source::demo(), &Device::Cpu).unwrap();
     let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
-    let recipe = Recipe { batch: 2, rollout_steps: 6, latents_per_rollout: 2, ..Recipe::default_for(Kind::Fair) };
+    let recipe =
+        Recipe { batch: 2, rollout_steps: 6, latents_per_rollout: 2, ..Recipe::default_for(Kind::Fair, "a woman") };
     let trainer = |seed| Trainer::new(&engine, task.clone(), recipe.clone(), seed, (64, 64)).unwrap();
     let mut whole = trainer(3);
     for _ in 0..8 {

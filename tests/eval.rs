@@ -89,10 +89,17 @@ fn runs_resume_and_merge() {
         std::fs::read(path.join("merged/report.csv")).unwrap(),
         std::fs::read(path.join("whole/report.csv")).unwrap()
     );
+    // Plain pictures taken over from a run with another concept are those it would have drawn itself.
+    run("--out light --weight 0.5");
+    run("--out taken --weight 0.5 --plain whole");
+    assert_eq!(records("taken"), records("light"));
     let page = std::fs::read_to_string(path.join("merged/report.html")).unwrap();
     assert!(page.contains("doctor") && page.contains("data:image/png;base64,"));
     for (args, code, word) in [
         (format!("{eval} --out whole --guidance 2"), 2, "other settings"),
+        (format!("{eval} --out y --plain whole --seed 9"), 2, "other settings"),
+        (format!("{eval} --out y --plain nowhere"), 1, "nowhere"),
+        (format!("{eval} --out y --scheduler best"), 2, "best"),
         (format!("{eval} --out x --shard 2/2"), 2, "--shard"),
         (format!("{eval} --out x --clip ./nowhere"), 2, "nowhere"),
         (format!("{eval} --out x --prompts none.txt"), 1, "none.txt"),

@@ -133,7 +133,7 @@ fn trainers_do_what_the_paper_says() {
             target_guidance: number("target_guidance") as f32,
             timestep_offset: number("timestep_offset") as f32,
             init: number("init") as f32,
-            ..Recipe::default_for(kind)
+            ..Recipe::default_for(kind, given["concept"].as_str().unwrap())
         };
         let task =
             Task { kind, concept: given["concept"].as_str().unwrap().into(), neutral: metadata["neutral"].clone() };

@@ -3,7 +3,7 @@
 use super::{check_writable, say, warn};
 use crate::engine::{Engine, read_config};
 use crate::models::UNetConfig;
-use crate::respodiff::{Concept, Form, Group, assign, import};
+use crate::respodiff::{Concept, Form, Group, Precision, assign, import};
 use crate::weights::Source;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -137,6 +137,17 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Write a concept in another precision
+    Convert {
+        /// Concept file
+        file: PathBuf,
+        /// Precision to write: f16 or f32
+        #[arg(long)]
+        dtype: Precision,
+        /// Concept file to write
+        #[arg(long)]
+        out: PathBuf,
+    },
     /// Add concepts up to one
     Merge {
         /// Concept files and their weights
@@ -160,6 +171,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
             concept.metadata.base_model = source.name();
             concept.metadata.fingerprint = source.tensors("unet")?.fingerprint()?;
             concept.save(out)?;
+            say(&out.display().to_string());
+            Ok(())
+        }
+        Command::Convert { file, dtype, out } => {
+            check_writable(out)?;
+            Concept::load(file)?.save_as(out, *dtype)?;
             say(&out.display().to_string());
             Ok(())
         }

@@ -2,6 +2,7 @@
 
 use super::concepts::group;
 use super::{Place, interrupt_flag, progress_bar, say};
+use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
 use crate::eval::{Fairness, Report, Settings, merge, winobias};
@@ -58,6 +59,9 @@ struct FairnessArgs {
     /// Pictures at once
     #[arg(long, default_value_t = 10)]
     batch: usize,
+    /// Sampler, such as DDIM, with which the published evaluations were made [default: the checkpoint's]
+    #[arg(long)]
+    scheduler: Option<String>,
     /// Sampling steps
     #[arg(long, default_value_t = 50)]
     steps: usize,
@@ -70,6 +74,9 @@ struct FairnessArgs {
     /// First seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Take the plain pictures from this folder of a run with other concepts and the same prompts, seeds and sampler
+    #[arg(long, value_name = "FOLDER")]
+    plain: Option<PathBuf>,
     /// Folder for records and reports
     #[arg(long)]
     out: PathBuf,
@@ -112,6 +119,8 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
     let mut clip = Clip::load(&source, &device)?;
     let engine = Engine::open(&Source::resolve(args.model.as_deref(), true)?, &device)?;
     let groups = args.concepts.iter().map(|text| group(text, &engine)).collect::<Result<Vec<_>>>()?;
+    let choice: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
+    let own = engine.schedule(choice, args.steps)?.sampler;
     let settings = Settings {
         model: engine.name(),
         fingerprint: engine.fingerprint()?,
@@ -123,6 +132,7 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
         weight: args.weight,
         prompts,
         images: args.images_per_prompt,
+        sampler: args.scheduler.clone().unwrap_or_else(|| own.to_string()),
         steps: args.steps,
         guidance: args.guidance,
         seed: args.seed,
@@ -130,6 +140,9 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
         shard,
     };
     let mut run = Fairness::open(&args.out, settings)?;
+    if let Some(folder) = &args.plain {
+        run.reuse_plain(folder, &groups)?;
+    }
     let cancelled = interrupt_flag();
     let (left, total) = run.left();
     let bar = progress_bar(total as u64, "{bar:30} {pos}/{len} pictures {eta}");

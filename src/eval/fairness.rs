@@ -35,6 +35,8 @@ pub struct Settings {
     pub prompts: Vec<(String, Vec<String>)>,
     /// Pictures of each profession, spread over its prompts.
     pub images: usize,
+    /// Sampler, as [`crate::diffusion::scheduler::SamplerChoice`] reads it.
+    pub sampler: String,
     /// Sampling steps.
     pub steps: usize,
     /// Guidance scale.
@@ -122,6 +124,49 @@ impl Fairness {
         (total.saturating_sub(self.records.len()), total)
     }
 
+    /// Takes over what another run of the same prompts, seeds and sampler saw in its plain pictures, which concepts do not
+    /// change. It must have told the same classes apart, and may have told apart others too.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if that run is another, [`Error::Io`].
+    pub fn reuse_plain(&mut self, other: &Path, groups: &[Group]) -> Result<()> {
+        let theirs = read_settings(other)?;
+        let Settings { groups: classes, concepts, shares, weight, .. } = theirs.clone();
+        let columns: Option<Vec<usize>> =
+            self.settings.groups.iter().map(|group| classes.iter().position(|theirs| theirs == group)).collect();
+        let ours = Settings { groups: classes, concepts, shares, weight, ..self.settings.clone() };
+        let Some(columns) = columns.filter(|_| ours.same_run(&theirs)) else {
+            return Err(Error::usage(format!(
+                "{} holds plain pictures of other settings, or lacks a group of these concepts",
+                other.display()
+            )));
+        };
+        let images = self.settings.images;
+        let done: HashSet<(usize, u64)> =
+            self.records.iter().filter(|r| !r.balanced).map(|r| (r.profession, r.seed)).collect();
+        let records = read_records(other)?;
+        for profession in self.professions() {
+            let base = self.settings.seed + (profession * images) as u64;
+            let given = assign(groups, images, base, false);
+            for record in records.iter().filter(|r| !r.balanced && r.profession == profession) {
+                let index = record.seed.wrapping_sub(base) as usize;
+                let seen: Option<Vec<usize>> = columns.iter().map(|&c| record.seen.get(c).copied()).collect();
+                let (Some(given), Some(seen)) = (given.get(index), seen) else { continue };
+                if !done.contains(&(profession, record.seed)) {
+                    self.push(Record { given: given.clone(), seen, ..record.clone() })?;
+                }
+            }
+            for index in 0..KEPT {
+                let name = Path::new("images").join(image_name(false, profession, index));
+                if other.join(&name).exists() {
+                    let to = self.folder.join(name.clone());
+                    std::fs::copy(other.join(name), &to).map_err(Error::io("write", &to))?;
+                }
+            }
+        }
+        self.file.flush().map_err(Error::io("write", &self.folder))
+    }
+
     fn professions(&self) -> impl Iterator<Item = usize> + use<> {
         let (part, parts) = self.settings.shard;
         (0..self.settings.prompts.len()).filter(move |p| p % parts == part)
@@ -179,6 +224,7 @@ impl Fairness {
                         prompt: prompts[prompt].clone(),
                         steps: self.settings.steps,
                         guidance: self.settings.guidance,
+                        sampler: self.settings.sampler.parse()?,
                         seed: base + range.start as u64,
                         concepts,
                         ..Default::default()
@@ -222,6 +268,10 @@ impl Fairness {
             let name = image_name(record.balanced, record.profession, index / every);
             image.save_png(&self.folder.join("images").join(name), &[])?;
         }
+        self.push(record)
+    }
+
+    fn push(&mut self, record: Record) -> Result<()> {
         let line = serde_json::to_string(&record).unwrap_or_default() + "\n";
         self.file.write_all(line.as_bytes()).map_err(Error::io("write", &self.folder))?;
         self.records.push(record);

@@ -130,34 +130,47 @@ impl Report {
         let escape = |s: &str| s.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;");
         let mut out = String::from(
             "<!doctype html><meta charset=\"utf-8\"><title>Fairness</title><style>body{font:15px/1.5 sans-serif;\
-             max-width:960px;margin:2em auto;color:#222}td,th{padding:2px 10px;text-align:left}img{width:64px;\
-             height:64px}svg{display:block}</style><h1>Fairness</h1>",
+             max-width:960px;margin:2em auto;color:#222}td,th{padding:2px 20px 2px 0;text-align:left}img{width:64px;\
+             height:64px;margin:1px}svg{display:block;margin-top:1em;max-width:100%}.plain{color:#c84c3c}.balanced{color:#2a6fbb}</style>\
+             <h1>Fairness</h1>",
         );
         let _ = write!(
             out,
-            "<p>{} by {}, {} pictures of each profession, {} steps at guidance {}, weight {}.</p>",
+            "<p>Pictures by {}, judged by the CLIP of {}: {} of each profession, plain and balanced, {} {} steps at guidance \
+             {}, concepts at weight {}. The deviation ratio is 0 where all classes are as frequent and 1 where one takes \
+             all; brackets hold its 95 % interval.</p>",
             escape(&self.settings.model),
             escape(&self.settings.clip),
             self.settings.images,
+            escape(&self.settings.sampler),
             self.settings.steps,
             self.settings.guidance,
             self.settings.weight
         );
         for summary in &self.summaries {
-            let _ = write!(out, "<h2>{}</h2><pre>", escape(&summary.classes.join(" | ")));
-            let one = Report { settings: self.settings.clone(), summaries: vec![summary.clone()] };
-            let _ = write!(out, "{}</pre>", escape(&one.text()));
+            let [plain, balanced] =
+                summary.deviation_ratio.map(|(ratio, [low, high])| format!("{ratio:.3} [{low:.3}, {high:.3}]"));
+            let _ = write!(
+                out,
+                "<h2>{}</h2><table><tr><th><th class=\"plain\">plain<th class=\"balanced\">balanced\
+                 <tr><th>deviation ratio<td>{plain}<td>{balanced}<tr><th>alignment<td>{:.2}<td>{:.2}\
+                 <tr><th>shown as given<td><td>{:.1} %</table>",
+                escape(&summary.classes.join(" | ")),
+                summary.alignment[0],
+                summary.alignment[1],
+                100.0 * summary.obeyed
+            );
             let height = 22 * summary.professions.len();
-            let _ = write!(out, "<svg width=\"900\" height=\"{height}\" font-size=\"13\">");
+            let _ = write!(out, "<svg width=\"900\" height=\"{height}\" font-size=\"13\" fill=\"#222\">");
             for (i, row) in summary.professions.iter().enumerate() {
                 let y = 22 * i;
                 let _ = write!(out, "<text x=\"0\" y=\"{}\">{}</text>", y + 14, escape(&row.name));
                 for (j, ratio) in row.deviation_ratio.iter().enumerate() {
-                    let (top, colour) = (y + 2 + 9 * j, ["#c84c3c", "#2a6fbb"][j]);
+                    let (top, class) = (y + 2 + 9 * j, ["plain", "balanced"][j]);
                     let width = 640.0 * ratio;
                     let _ = write!(
                         out,
-                        "<rect x=\"200\" y=\"{top}\" width=\"{width:.1}\" height=\"8\" fill=\"{colour}\"/>\
+                        "<rect x=\"200\" y=\"{top}\" width=\"{width:.1}\" height=\"8\" fill=\"currentColor\" class=\"{class}\"/>\
                          <text x=\"{:.1}\" y=\"{}\" font-size=\"9\">{ratio:.2}</text>",
                         204.0 + width,
                         top + 8
@@ -177,7 +190,7 @@ impl Report {
                 }
             }
             if !cells[0].is_empty() {
-                let _ = write!(out, "<tr><th>{}<td>{}<br>{}", escape(name), cells[0], cells[1]);
+                let _ = write!(out, "<tr><th>{}<td style=\"line-height:0\">{}<br>{}", escape(name), cells[0], cells[1]);
             }
         }
         out.push_str("</table>\n");

@@ -40,6 +40,26 @@ impl Kind {
     }
 }
 
+/// How a file holds a concept's numbers. Training and sampling compute in fp32 whatever it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Half the size; numbers change by at most 2^-11 of themselves, tiny ones by 2^-25.
+    F16,
+    /// As trained.
+    F32,
+}
+
+impl std::str::FromStr for Precision {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "f16" => Ok(Precision::F16),
+            "f32" => Ok(Precision::F32),
+            _ => Err(Error::usage(format!("unknown precision `{name}`; give f16 or f32"))),
+        }
+    }
+}
+
 /// Where a concept comes from.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Metadata {
@@ -218,25 +238,33 @@ impl Concept {
         Ok(Concept { metadata, ram, sam })
     }
 
-    /// The file's bytes, fp32.
-    fn bytes(&self) -> Result<Vec<u8>> {
+    /// The file's bytes.
+    fn bytes(&self, precision: Precision) -> Result<Vec<u8>> {
         let shape = self.shape();
-        let tensor = |module: &Module| -> (Vec<usize>, Vec<f32>) {
+        let encode = |values: &[f32]| -> Vec<u8> {
+            match precision {
+                Precision::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                Precision::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+            }
+        };
+        let tensor = |module: &Module| -> (Vec<usize>, Vec<u8>) {
             if module.form() != Form::Constant {
-                return (vec![module.parameters.len()], module.parameters.clone());
+                return (vec![module.parameters.len()], encode(&module.parameters));
             }
             let mut nchw = vec![0.0; module.parameters.len()];
             nhwc_to_nchw(&module.parameters, shape.c, shape.tokens(), &mut nchw);
-            (vec![shape.c, shape.h, shape.w], nchw)
+            (vec![shape.c, shape.h, shape.w], encode(&nchw))
+        };
+        let dtype = match precision {
+            Precision::F16 => Dtype::F16,
+            Precision::F32 => Dtype::F32,
         };
         let tensors = [("ram", Some(&self.ram)), ("sam", self.sam.as_ref())]
             .map(|(name, module)| module.map(|module| (name, tensor(module))));
         let views = tensors
             .iter()
             .flatten()
-            .map(|(name, (shape, values))| {
-                TensorView::new(Dtype::F32, shape.clone(), bytemuck::cast_slice(values)).map(|view| (*name, view))
-            })
+            .map(|(name, (shape, bytes))| TensorView::new(dtype, shape.clone(), bytes).map(|view| (*name, view)))
             .collect::<std::result::Result<Vec<_>, _>>();
         let m = &self.metadata;
         let form = match self.ram.form() {
@@ -265,12 +293,27 @@ impl Concept {
             .map_err(|e| Error::usage(format!("the concept `{}` cannot be written: {e}", m.concept)))
     }
 
-    /// Writes the file, whole or not at all.
+    /// Writes the file in fp32, whole or not at all.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        crate::files::write(path.as_ref(), &self.bytes()?)
+        self.save_as(path, Precision::F32)
+    }
+
+    /// The same in a chosen precision.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Usage`] if a number is beyond fp16's 65504.
+    pub fn save_as(&self, path: impl AsRef<Path>, precision: Precision) -> Result<()> {
+        let mut values = [Some(&self.ram), self.sam.as_ref()].into_iter().flatten().flat_map(|m| &m.parameters);
+        if precision == Precision::F16 && values.any(|x| !f16::from_f32(*x).is_finite()) {
+            let name = &self.metadata.concept;
+            return Err(Error::usage(format!(
+                "the concept `{name}` holds numbers beyond fp16's 65504; keep it in f32"
+            )));
+        }
+        crate::files::write(path.as_ref(), &self.bytes(precision)?)
     }
 
     /// `sum of weight * concept` as one concept.

@@ -14,7 +14,7 @@ mod shift;
 mod trainer;
 
 pub use balance::{Group, assign, quotas};
-pub use concept::{Concept, Kind, Metadata};
+pub use concept::{Concept, Kind, Metadata, Precision};
 pub use halves::Halves;
 pub use import::import;
 pub use module::{Form, Module};

@@ -81,13 +81,20 @@ pub struct Recipe {
 
 impl Recipe {
     /// Ours: from zero, at the latents' own timestep, several latents a rollout, several images a step.
-    pub fn default_for(kind: Kind) -> Self {
+    ///
+    /// The rates and lengths are what the demo's concepts were trained by. As in the paper, races take a higher rate and a
+    /// lower lambda than the rest; they also end earlier, since what they add grows with every step.
+    pub fn default_for(kind: Kind, concept: &str) -> Self {
+        let (iterations, lr_ram, lambda, latents_per_rollout) = match kind == Kind::Fair && names_race(concept) {
+            true => (480, 3e-2, 0.3, 8),
+            false => (1000, 1e-2, 1.0, 4),
+        };
         Recipe {
-            iterations: 600,
+            iterations,
             batch: 8,
-            lr_ram: 1e-2,
-            lr_sam: 1e-3,
-            lambda: 1.0,
+            lr_ram,
+            lr_sam: 3e-3,
+            lambda,
             variant: Variant::Constant,
             target_guidance: match kind {
                 Kind::Fair => 4.0,
@@ -95,7 +102,7 @@ impl Recipe {
             },
             rollout_guidance: 3.0,
             rollout_steps: 50,
-            latents_per_rollout: 4,
+            latents_per_rollout,
             init: 0.0,
             timestep_offset: 0.0,
         }
@@ -103,9 +110,8 @@ impl Recipe {
 
     /// The authors' code, quirks included; rates and lambda by the concept, as their table has them.
     pub fn official(kind: Kind, concept: &str) -> Self {
-        let race = ["asian", "black", "white"].iter().any(|r| concept.to_lowercase().contains(r));
         let woman = concept.to_lowercase().contains("woman");
-        let (lr_ram, lr_sam, lambda) = match (kind, race, woman) {
+        let (lr_ram, lr_sam, lambda) = match (kind, names_race(concept), woman) {
             (Kind::Fair, true, _) => (1e-1, 1e-2, 0.3),
             (Kind::Fair, false, true) => (1e-2, 1e-3, 1.0),
             _ => (1e-2, 1e-4, 1.0),
@@ -120,7 +126,7 @@ impl Recipe {
             // 0.1 sqrt(10): what PyTorch's linear layer of ten inputs draws.
             init: 0.316_227_77,
             timestep_offset: 19.0,
-            ..Self::default_for(kind)
+            ..Self::default_for(kind, concept)
         }
     }
 
@@ -130,7 +136,7 @@ impl Recipe {
     /// [`Error::Io`] if the file cannot be read, [`Error::Checkpoint`] for fields that are unknown or of no use.
     pub fn named(name: &str, kind: Kind, concept: &str) -> Result<Self> {
         match name {
-            "default" => return Ok(Self::default_for(kind)),
+            "default" => return Ok(Self::default_for(kind, concept)),
             "official" => return Ok(Self::official(kind, concept)),
             _ => {}
         }
@@ -143,7 +149,7 @@ impl Recipe {
             Error::checkpoint(path, format!("not a recipe: {}", e.to_string().trim().replace('\n', " ")))
         };
         let given: toml::Table = toml::from_str(&text).map_err(bad)?;
-        let mut all = toml::Table::try_from(Self::default_for(kind))
+        let mut all = toml::Table::try_from(Self::default_for(kind, concept))
             .map_err(|e| Error::checkpoint(path, format!("not a recipe: {e}")))?;
         all.extend(given);
         all.try_into().map_err(bad)
@@ -181,4 +187,9 @@ impl Recipe {
         }
         Ok(())
     }
+}
+
+/// Whether a concept is one of the paper's races.
+fn names_race(concept: &str) -> bool {
+    ["asian", "black", "white"].iter().any(|race| concept.to_lowercase().contains(race))
 }

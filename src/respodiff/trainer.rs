@@ -38,6 +38,8 @@ pub struct Losses {
 pub struct Times {
     /// Bringing noise to a noise level.
     pub rollout: Duration,
+    /// Guided steps of that.
+    pub rollout_steps: usize,
     /// The responsible target.
     pub target: Duration,
     /// Passes of the neutral prompt.
@@ -206,6 +208,7 @@ impl Trainer {
         let level = self.rollout.levels.pop_front().unwrap_or_default();
         while self.rollout.step < level {
             self.roll();
+            self.times.rollout_steps += 1;
         }
         let timestep = self.schedule.steps[level].timestep + self.recipe.timestep_offset;
         let rolled = Instant::now();
