@@ -155,6 +155,10 @@ mod tests {
             assert_eq!(chosen(77, 12, 64, limits), "attention_64_64");
             assert_eq!(chosen(4096, 1, 512, limits), "attention_512_64");
         }
+        // What the kernels' tests rely on.
+        for (head_dim, kernel) in [(40, "attention_40_128"), (64, "attention_64_128"), (80, "attention_80_128")] {
+            assert_eq!(chosen(65, 54, head_dim, Limits::A100), kernel);
+        }
         assert_eq!(chosen(1024, 8, 80, Limits::A100), "attention_80_64");
         assert_eq!(chosen(1024, 8, 80, Limits::H100), "attention_80_128");
     }

@@ -141,6 +141,14 @@ fn cross_attention_with_77_keys() {
     }
 }
 
+/// As many heads as fill a GPU with tiles of 128 queries, of which half are there.
+#[test]
+fn large_tiles() {
+    for (keys, head_dim, causal) in [(77, 40, false), (67, 64, false), (65, 64, true), (131, 80, false)] {
+        Case { queries: (5, 13), keys, heads: 54, head_dim, causal, ..CASE }.check(2.0);
+    }
+}
+
 #[test]
 fn causal() {
     for (queries, heads, head_dim) in [((1, 77), 2, 64), ((1, 203), 1, 40), ((1, 35), 1, 512), ((1, 5), 3, 4)] {
