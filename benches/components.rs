@@ -103,7 +103,7 @@ fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
     let recipe =
         Recipe { batch, rollout_steps: 5, latents_per_rollout: 2, ..Recipe::default_for(Kind::Fair, "a woman") };
     let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
-    let engine = Engine::open(source).expect("a checkpoint");
+    let engine = Engine::open(source, &respodiff::Device::Cpu).expect("a checkpoint");
     let mut trainer = Trainer::new(&engine, task, recipe, 1, engine.default_size()).expect("a training");
     for _ in 0..2 * rollouts {
         trainer.iterate().expect("finite losses");

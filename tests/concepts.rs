@@ -89,7 +89,7 @@ fn a_shifted_call_predicts_what_pytorch_does() {
         for extra in ["text_embeds", "time_ids"].into_iter().filter(|e| case.has(e)) {
             inputs.insert(extra, case.floats(extra));
         }
-        let outputs = support::run(graph, &source.tensors("unet").unwrap(), &inputs);
+        let outputs = support::run(&Device::Cpu, graph, &source.tensors("unet").unwrap(), &inputs);
         // L_resp is the mean square of this prediction's distance to the target: PyTorch's, in float64.
         let target = support::nchw_to_nhwc(&case.floats("target"), n, c);
         let loss = outputs["sample"].iter().zip(&target).map(|(a, b)| ((a - b) as f64).powi(2)).sum::<f64>()
@@ -155,7 +155,11 @@ fn pipelines_with_concepts_match_diffusers() {
         ("encoder_hidden_states", case.floats("encoder_hidden_states")),
         ("shift", shift),
     ]);
-    let ours = support::nhwc_to_nchw(&support::run(graph, &source.tensors("unet").unwrap(), &inputs)["sample"], n, c);
+    let ours = support::nhwc_to_nchw(
+        &support::run(&Device::Cpu, graph, &source.tensors("unet").unwrap(), &inputs)["sample"],
+        n,
+        c,
+    );
     let error = support::relative_l2(&ours, &case.floats("out.sample"));
     assert!(error < 1e-4, "the UNet is off by {error:.2e}");
 }

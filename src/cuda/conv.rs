@@ -65,7 +65,7 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
         rows: shape.tokens(),
         columns: graph.weight(conv.weight).total_outputs(),
         depth: conv.kernel * conv.kernel * channels.next_multiple_of(CHUNK),
-        vector: conv.sources.iter().all(|id| graph.shape(id).c % CHUNK == 0),
+        vector: conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(CHUNK)),
     };
     (one, choose(one, shape.n, limits))
 }

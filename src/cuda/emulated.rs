@@ -19,6 +19,7 @@ impl Emulated {
     pub const QUICK: Schedule = Schedule::QUICK;
 
     /// A device of `limits` whose launches all run under `schedule`.
+    #[expect(clippy::new_ret_no_self, reason = "devices are used behind the trait alone")]
     pub fn new(limits: Limits, schedule: Schedule) -> Arc<dyn Device> {
         Arc::new(Emulated { limits, schedule, memory: Mutex::default() })
     }

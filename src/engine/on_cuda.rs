@@ -89,10 +89,9 @@ impl Networks for OnCuda {
                 self.sampler.write_noise(&fresh)?;
             }
             recording.replay()?;
-            if (done + 1) % AHEAD == 0 || done + 1 == steps.len() {
-                if let Some(step) = self.sampler.fault()? {
-                    return Err(run.non_finite(step));
-                }
+            let waits = (done + 1).is_multiple_of(AHEAD) || done + 1 == steps.len();
+            if waits && let Some(step) = self.sampler.fault()? {
+                return Err(run.non_finite(step));
             }
         }
         check(steps.len())?;

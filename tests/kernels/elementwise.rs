@@ -22,6 +22,7 @@ fn embed() {
     for (n, tokens, c) in [(2, 7, 24), (1, 3, 5), (3, 77, 768)] {
         let ids: Numbers = (0..n * tokens).map(|i| ((i * 37 + 5) % 300) as f64).collect();
         check_with(
+            Limits::A100,
             &format!("{n} times {tokens} tokens of {c}"),
             &[Shape::new(n, 1, tokens, 1)],
             vec![ids],
@@ -62,6 +63,7 @@ fn select_token() {
         let index: Numbers = (0..n).map(|i| ((i * 13 + 4) % tokens) as f64).collect();
         let shape = Shape::new(n, 1, tokens, c);
         check_with(
+            Limits::A100,
             &format!("{n} of {tokens} tokens of {c}"),
             &[shape, Shape::new(n, 1, 1, 1)],
             vec![random(shape.len(), 3), index],
@@ -80,6 +82,7 @@ fn sinusoid() {
     for (n, k, dim, flip, freq_shift) in [(2, 1, 320, true, 0.0), (3, 6, 256, true, 0.0), (1, 1, 6, false, 1.0)] {
         let x: Numbers = (0..n * k).map(|i| [999.0, 981.0, 0.0, 1.0, 500.5, 133.25][i % 6]).collect();
         check_with(
+            Limits::A100,
             &format!("{n}x{k} numbers in {dim}"),
             &[Shape::new(n, 1, 1, k)],
             vec![x],

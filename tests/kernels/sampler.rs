@@ -149,7 +149,7 @@ impl Session {
 
 #[test]
 fn every_sampler_steps_as_on_the_cpu() {
-    for (name, device) in devices() {
+    for (name, device) in devices(Limits::A100) {
         for guided in [true, false] {
             // In turns on one session: what a sampler leaves behind must not matter to the next.
             let session = Session::new(&device, guided);
@@ -172,7 +172,7 @@ fn every_sampler_steps_as_on_the_cpu() {
 /// Numbers by the CPU's generator, to an error in the last place.
 #[test]
 fn noise() {
-    for (name, device) in devices() {
+    for (name, device) in devices(Limits::A100) {
         let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
         run(&device, sampler.draw(SEED, 14.6146));
         let theirs: Vec<f32> = draw(&mut generators(Rng::TorchCuda)).iter().map(|x| x * 14.6146).collect();
@@ -186,7 +186,7 @@ fn noise() {
 #[test]
 fn latents_that_are_not_finite_are_found_in_their_step() {
     let schedule = Schedule::new(&config(r#""clip_sample": true"#), "DDIM".parse().unwrap(), 5).unwrap();
-    for (name, device) in devices() {
+    for (name, device) in devices(Limits::A100) {
         for bad in [f32::NAN, f32::INFINITY] {
             let session = Session::new(&device, true);
             session.sampler.begin(&schedule.steps, 2.0, StepNoise::Written).unwrap();
@@ -209,7 +209,7 @@ fn latents_that_are_not_finite_are_found_in_their_step() {
 #[test]
 fn a_finished_sampler_stays() {
     let schedule = Schedule::new(&config(r#""clip_sample": false"#), "Euler".parse().unwrap(), 2).unwrap();
-    let (_, device) = devices().remove(0);
+    let (_, device) = devices(Limits::A100).remove(0);
     let session = Session::new(&device, false);
     session.sampler.begin(&schedule.steps, 1.0, StepNoise::Written).unwrap();
     session.sampler.write_latents(&vec![0.5; LATENTS.len()]).unwrap();
@@ -225,7 +225,7 @@ fn a_finished_sampler_stays() {
 fn latents_for_vae() {
     let latents: Vec<f32> = random(LATENTS.len(), 4).iter().map(|&x| 3.0 * x as f32).collect();
     let one = LATENTS.len() / LATENTS.n;
-    for (name, device) in devices() {
+    for (name, device) in devices(Limits::A100) {
         let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
         sampler.write_latents(&latents).unwrap();
         let out = Buffer::new(&device, one * 2).unwrap();
@@ -239,7 +239,7 @@ fn latents_for_vae() {
 
 #[test]
 fn to_rgb8() {
-    for (name, device) in devices() {
+    for (name, device) in devices(Limits::A100) {
         for (height, width) in [(5, 7), (32, 24), (1, 1)] {
             let length = height * width * 3;
             let mut values: Vec<f32> = random(length, 6).iter().map(|&x| 1.25 * x as f32).collect();

@@ -48,7 +48,7 @@ struct TmaParams {
 /// by the number of the 128-byte line.
 fn swizzled(offset: usize, swizzle: u32) -> usize {
     let line = offset / 128;
-    offset ^ (line % (1 << swizzle)) * 16
+    offset ^ ((line % (1 << swizzle)) * 16)
 }
 
 /// A tensor of halves, a tile of it and where the tile begins, innermost dimension first.
