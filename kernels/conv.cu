@@ -24,10 +24,11 @@ struct ConvParams {
     const __half* shift;  // added to the images from `first_shifted` on, in a second result
     __half* shifted;
     float* partial;  // [splits][rows][pitch]
+    uint64_t resize_y, resize_x;  // stored over seen size, times 2^32, rounded up: exact for sides below 2^16
     int32_t source_channels[2];
     int32_t depth;  // channels of both sources, filled up to a multiple of 8
     int32_t height, width;
-    int32_t seen_height, seen_width;  // after the resize
+    int32_t seen_height, seen_width;
     int32_t out_height, out_width;
     int32_t kernel, stride, pad;
     int32_t rows, pixels;       // of all images and of one
@@ -48,11 +49,11 @@ constexpr int LANES = THREADS / CHUNKS;     // rows that all threads fetch at on
 constexpr int ROW_BYTES = STEP * 2;
 constexpr int BAND = 8;                     // tiles of rows that are made together, for the weights' sake
 
-PTX_FN int swizzled(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4); }
+__device__ __forceinline__ int swizzled(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4); }
 
-PTX_FN int pitch_of(const ConvParams& p) { return (p.columns + 15) / 16 * 16; }
+__device__ __forceinline__ int pitch_of(const ConvParams& p) { return (p.columns + 15) / 16 * 16; }
 
-PTX_FN void read8(const float* from, int count, bool aligned, float (&x)[8]) {
+__device__ __forceinline__ void read8(const float* from, int count, bool aligned, float (&x)[8]) {
     if (aligned) {
         const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
         x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
@@ -62,7 +63,7 @@ PTX_FN void read8(const float* from, int count, bool aligned, float (&x)[8]) {
     }
 }
 
-PTX_FN void read8(const __half* from, int count, bool aligned, float (&x)[8]) {
+__device__ __forceinline__ void read8(const __half* from, int count, bool aligned, float (&x)[8]) {
     if (aligned) {
         unpack(*reinterpret_cast<const Half8*>(from), x);
     } else {
@@ -71,7 +72,7 @@ PTX_FN void read8(const __half* from, int count, bool aligned, float (&x)[8]) {
     }
 }
 
-PTX_FN void write8(float* to, int count, bool aligned, const float (&x)[8]) {
+__device__ __forceinline__ void write8(float* to, int count, bool aligned, const float (&x)[8]) {
     if (aligned) {
         *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
         *reinterpret_cast<float4*>(to + 4) = make_float4(x[4], x[5], x[6], x[7]);
@@ -82,7 +83,7 @@ PTX_FN void write8(float* to, int count, bool aligned, const float (&x)[8]) {
     }
 }
 
-PTX_FN void write8(__half* to, int count, bool aligned, const float (&x)[8]) {
+__device__ __forceinline__ void write8(__half* to, int count, bool aligned, const float (&x)[8]) {
     if (aligned) {
         *reinterpret_cast<Half8*>(to) = pack(x);
     } else {
@@ -92,30 +93,32 @@ PTX_FN void write8(__half* to, int count, bool aligned, const float (&x)[8]) {
     }
 }
 
-// Adds the splits' sums, `stride` apart, and makes of them eight channels of a row of the result.
-PTX_FN void finish(const ConvParams& p, const float* sums, size_t stride, int row, int channel) {
+// Adds eight sums, or eight pairs of values and gates, which take turns.
+__device__ __forceinline__ void add_sums(const float* from, bool gated, float (&x)[8], float (&gate)[8]) {
+    float more[8];
+    read8(from, 8, true, more);
+    if (gated) {
+        float last[8];
+        read8(from + 8, 8, true, last);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            x[i] += more[2 * i], gate[i] += more[2 * i + 1];
+            x[i + 4] += last[2 * i], gate[i + 4] += last[2 * i + 1];
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] += more[i];
+    }
+}
+
+// All that follows the product, for eight channels of a row of the result.
+__device__ __forceinline__ void finish(const ConvParams& p, float (&x)[8], float (&gate)[8], int row, int channel) {
     const bool gated = p.activation == GEGLU;
     const bool aligned = p.channels % 8 == 0;
     const int count = min(8, p.channels - channel);
     const int image = row / p.pixels;
     const size_t at = size_t(row) * p.channels + channel;
-    float x[8] = {}, gate[8] = {}, more[8];
-    for (int split = 0; split < p.splits; split++, sums += stride) {
-        read8(sums, 8, true, more);
-        if (gated) {
-            // Values and gates take turns.
-            float last[8];
-            read8(sums + 8, 8, true, last);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                x[i] += more[2 * i], gate[i] += more[2 * i + 1];
-                x[i + 4] += last[2 * i], gate[i + 4] += last[2 * i + 1];
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < 8; i++) x[i] += more[i];
-        }
-    }
+    float more[8];
     float bias[8] = {};
     if (p.bias) read8(p.bias + channel, count, aligned, bias);
 #pragma unroll
@@ -128,10 +131,14 @@ PTX_FN void finish(const ConvParams& p, const float* sums, size_t stride, int ro
     if (gated) {
         if (p.bias) read8(p.bias + p.channels + channel, count, aligned, bias);
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i] *= gelu(fmaf(gate[i], p.gain, p.bias_gain * bias[i]));
-    } else if (p.activation != NONE) {
+        for (int i = 0; i < 8; i++) gate[i] = fmaf(gate[i], p.gain, p.bias_gain * bias[i]);
+    }
+    if (p.activation != NONE) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i] = activation_of(x[i], p.activation);
+        for (int i = 0; i < 8; i++) {
+            const float y = activation_of(gated ? gate[i] : x[i], gated ? GELU : p.activation);
+            x[i] = gated ? x[i] * y : y;
+        }
     }
     if (p.residual) {
         read8(p.residual + at, count, aligned, more);
@@ -193,11 +200,10 @@ template <int ROWS> struct Pixels {
     __device__ __forceinline__ void locate(const ConvParams& p) {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            int y = (corner[i] >> 16) + ky, x = int16_t(corner[i] & 0xffff) + kx;
+            const int y = (corner[i] >> 16) + ky, x = int16_t(corner[i] & 0xffff) + kx;
             const bool in = inside(p) && y >= 0 && y < p.seen_height && x >= 0 && x < p.seen_width;
-            if (p.seen_height != p.height) y = y * p.height / p.seen_height;
-            if (p.seen_width != p.width) x = x * p.width / p.seen_width;
-            pixel[i] = in ? image[i] + y * p.width + x : -1;
+            const int stored_y = uint32_t(y) * p.resize_y >> 32, stored_x = uint32_t(x) * p.resize_x >> 32;
+            pixel[i] = in ? image[i] + stored_y * p.width + stored_x : -1;
         }
     }
 
@@ -229,7 +235,8 @@ template <int ROWS> struct Pixels {
     }
 };
 
-template <int ROWS, int COLUMNS, int WARPS_DOWN, int STAGES, bool VECTOR> PTX_FN void conv(const ConvParams& p) {
+template <int ROWS, int COLUMNS, int WARPS_DOWN, int STAGES, bool VECTOR>
+__device__ __forceinline__ void conv(const ConvParams& p) {
     constexpr int WARPS_ACROSS = THREADS / 32 / WARPS_DOWN;
     constexpr int WARP_ROWS = ROWS / WARPS_DOWN, WARP_COLUMNS = COLUMNS / WARPS_ACROSS;
     constexpr int MT = WARP_ROWS / 16, NT = WARP_COLUMNS / 8;
@@ -269,7 +276,7 @@ template <int ROWS, int COLUMNS, int WARPS_DOWN, int STAGES, bool VECTOR> PTX_FN
     };
 
     float sums[MT][NT][4] = {};
-#pragma unroll
+#pragma unroll 1
     for (int slot = 0; slot < STAGES - 1; slot++) {
         if (slot < p.steps) fetch(slot);
         cp_async_commit();
@@ -303,8 +310,7 @@ template <int ROWS, int COLUMNS, int WARPS_DOWN, int STAGES, bool VECTOR> PTX_FN
         slot = slot == STAGES - 1 ? 0 : slot + 1;
     }
 
-    // The sums change hands: from fragments to eight neighbouring columns a thread.
-    cp_async_wait<0>();
+    // The sums change hands: from fragments to eight neighbouring columns a thread. No copy is in flight any more.
     __syncthreads();
     float* tile = reinterpret_cast<float*>(dyn_smem());
 #pragma unroll
@@ -322,11 +328,11 @@ template <int ROWS, int COLUMNS, int WARPS_DOWN, int STAGES, bool VECTOR> PTX_FN
         const int row = first_row + i / groups, column = first_column + i % groups * group;
         if (row >= p.rows || column >= p.columns) continue;
         const float* at = tile + (row - first_row) * PITCH + column - first_column;
+        float x[8] = {}, gate[8] = {};
+        add_sums(at, whole && gated, x, gate);
         if (whole) {
-            finish(p, at, 0, row, gated ? column / 2 : column);
+            finish(p, x, gate, row, gated ? column / 2 : column);
         } else {
-            float x[8];
-            read8(at, 8, true, x);
             write8(p.partial + (size_t(blockIdx.y) * p.rows + row) * pitch_of(p) + column, 8, true, x);
         }
     }
@@ -356,7 +362,10 @@ KERNEL __launch_bounds__(256) conv_finish(const __grid_constant__ ConvParams p) 
     const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
     if (i >= int64_t(p.rows) * groups) return;
     const int row = i / groups, channel = i % groups * 8, pitch = pitch_of(p);
-    const float* sums = p.partial + size_t(row) * pitch + (p.activation == GEGLU ? 2 * channel : channel);
-    finish(p, sums, size_t(p.rows) * pitch, row, channel);
+    const bool gated = p.activation == GEGLU;
+    const float* sums = p.partial + size_t(row) * pitch + (gated ? 2 * channel : channel);
+    float x[8] = {}, gate[8] = {};
+    for (int split = 0; split < p.splits; split++, sums += size_t(p.rows) * pitch) add_sums(sums, gated, x, gate);
+    finish(p, x, gate, row, channel);
 }
 EXPORT(conv_finish)

@@ -19,6 +19,8 @@ struct ConvParams {
     shift: u64,
     shifted: u64,
     partial: u64,
+    resize_y: u64,
+    resize_x: u64,
     source_channels: [i32; 2],
     depth: i32,
     height: i32,
@@ -86,6 +88,7 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site, launches: &mut Vec<L
     let point = Shape::new(output.rows(), 1, 1, input.c);
     let (stored, made) = if pointwise { (point, point) } else { (input, output) };
     let (seen_height, seen_width) = conv.resize.unwrap_or((stored.h, stored.w));
+    let ratio = |stored: usize, seen: usize| ((stored as u64) << 32).div_ceil(seen as u64);
     let shift = shift_of(graph, out);
     let params = ConvParams {
         sources: [site.address(conv.sources.x), site.optional(conv.sources.skip)],
@@ -97,6 +100,8 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site, launches: &mut Vec<L
         shift: site.optional(shift.map(|(shift, _)| shift)),
         shifted: site.optional(shift.map(|(_, shifted)| shifted)),
         partial: if splits > 1 { site.workspace() } else { 0 },
+        resize_y: ratio(stored.h, seen_height),
+        resize_x: ratio(stored.w, seen_width),
         source_channels: [input.c as i32, conv.sources.skip.map_or(0, |id| site.shape(id).c as i32)],
         depth: (one.depth / (conv.kernel * conv.kernel)) as i32,
         height: stored.h as i32,
@@ -193,6 +198,8 @@ mod tests {
                         shift,
                         shifted: shifted.address(),
                         partial: partial.address(),
+                        resize_y: 1 << 32,
+                        resize_x: 1 << 32,
                         source_channels: [x as i32, skip as i32],
                         depth: depth as i32,
                         height: h as i32,

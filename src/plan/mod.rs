@@ -155,6 +155,10 @@ mod tests {
             h = b.conv(&format!("c{i}"), h, 48, options);
             skips.push(h);
         }
+        let shift = b.input("shift", Shape::new(1, 8, 8, 48));
+        let mid = h;
+        h = b.shift("shift", mid, shift);
+        let shifted = h;
         for (i, skip) in skips.into_iter().rev().enumerate() {
             let sources = crate::graph::Sources { x: h, skip: Some(skip) };
             h = b.conv(&format!("u{i}"), sources, 48, ConvOptions::conv3x3());
@@ -167,7 +171,7 @@ mod tests {
             }
 
             fn workspace(&self, _: &Graph, node: &Node) -> usize {
-                if node.name == "c3" { 1000 } else { 0 }
+                if node.name == "c3" || node.name == "c5" { 5000 } else { 0 }
             }
         }
         let plan = Plan::new(b.finish(), &["fixed"], &Bytes);
@@ -176,10 +180,11 @@ mod tests {
         let graph = plan.graph();
         let position = |id: TensorId| plan.order.iter().position(|&n| graph.nodes[n].output == id);
         let life = |id: TensorId| {
-            if [graph.input("x"), graph.input("fixed"), graph.output("h")].contains(&id) {
+            if [graph.input("x"), graph.input("fixed"), graph.input("shift"), graph.output("h")].contains(&id) {
                 return (0, usize::MAX);
             }
-            let first = position(id).unwrap();
+            // A shift is written along with what it shifts.
+            let first = position(if id == shifted { mid } else { id }).unwrap();
             let uses = plan.order.iter().enumerate().filter(|(_, n)| graph.nodes[**n].op.inputs().any(|i| i == id));
             // What the prologue made is read again in the next step.
             (first, if first < plan.prologue { usize::MAX } else { uses.map(|(p, _)| p).max().unwrap_or(first) })
