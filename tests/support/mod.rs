@@ -7,7 +7,7 @@ use respodiff::weights::Tensors;
 use respodiff::{Device, cuda};
 use safetensors::SafeTensors;
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 /// The repository, or what cargo's variable says at run time: test binaries run on machines without it.
