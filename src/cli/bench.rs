@@ -39,8 +39,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
         other => Source::resolve(Some(other), true)?,
     };
     let device = args.device.open()?;
-    let runs = args.runs.map_or(if matches!(args.device, Place::Auto | Place::Cuda) { 20 } else { 3 }, usize::from);
-    let runs = if matches!(device, Device::Cpu) && args.runs.is_none() { 3 } else { runs };
+    let usual = match (&device, args.device) {
+        (Device::Cuda(_), Place::Auto | Place::Cuda) => 20,
+        _ => 3,
+    };
+    let runs = args.runs.map_or(usual, usize::from);
     let peaks = peaks(&device)?;
     say(&format!("device  {}", device.name()));
     say(&format!(

@@ -26,7 +26,7 @@ const MAX_PARAMS: usize = 4096;
 pub fn open() -> Result<Arc<dyn Device>> {
     if FATBINS.is_empty() {
         return Err(Error::Device(
-            "this build has no CUDA kernels: install nvcc (README, \"Build for a GPU\") and build again, or use --device cpu"
+            "this build has no CUDA kernels: install nvcc (README, \"On a GPU\") and build again, or use --device cpu"
                 .into(),
         ));
     }
