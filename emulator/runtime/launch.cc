@@ -205,7 +205,8 @@ extern "C" int emu_launch(const char* name, const uint32_t grid[3], uint32_t thr
             state = state * 6364136223846793005ull + 1442695040888963407ull;
             std::swap(launch.order[i - 1], launch.order[(state >> 33) % i]);
         }
-        size_t others = std::min<uint64_t>(std::max(config->threads, 1), blocks) - 1;
+        // A thread of its own pays for four blocks or more: on a busy machine it takes milliseconds to get going.
+        size_t others = std::min<uint64_t>(std::max(config->threads, 1) - 1, blocks / 4);
         std::vector<std::unique_ptr<Worker>> done(others + 1);
         std::vector<std::thread> running;
         for (size_t i = 1; i <= others; i++) running.emplace_back([&, i] { done[i] = work(launch); });
