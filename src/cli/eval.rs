@@ -139,10 +139,7 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
         batch: args.batch,
         shard,
     };
-    let mut run = Fairness::open(&args.out, settings)?;
-    if let Some(folder) = &args.plain {
-        run.reuse_plain(folder, &groups)?;
-    }
+    let mut run = Fairness::open(&args.out, settings, &groups, args.plain.as_deref())?;
     let cancelled = interrupt_flag();
     let (left, total) = run.left();
     let bar = progress_bar(total as u64, "{bar:30} {pos}/{len} pictures {eta}");

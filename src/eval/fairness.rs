@@ -57,6 +57,19 @@ impl Settings {
         let kept = |s: &Self| Settings { batch: 0, shard: (0, 0), ..s.clone() };
         kept(self) == kept(other)
     }
+
+    /// Where these groups stand in the records of another run, whose plain pictures are the same.
+    fn columns(&self, other: &Path) -> Result<Vec<usize>> {
+        let theirs = read_settings(other)?;
+        let Settings { groups, concepts, shares, weight, .. } = theirs.clone();
+        let columns: Option<Vec<usize>> =
+            self.groups.iter().map(|group| groups.iter().position(|theirs| theirs == group)).collect();
+        let ours = Settings { groups, concepts, shares, weight, ..self.clone() };
+        columns.filter(|_| ours.same_run(&theirs)).ok_or_else(|| {
+            let problem = "holds plain pictures of other settings, or lacks a group of these concepts";
+            Error::usage(format!("{} {problem}", other.display()))
+        })
+    }
 }
 
 /// What was seen in a picture.
@@ -92,9 +105,14 @@ pub struct Fairness {
 impl Fairness {
     /// Starts in a folder, or goes on where a run of the same settings ended.
     ///
+    /// Concepts do not change plain pictures: with `plain`, the folder of another run of the same prompts, seeds and
+    /// sampler, what it saw in its own is taken over. It must have told the same classes apart, and may have told apart
+    /// others too.
+    ///
     /// # Errors
-    /// [`Error::Usage`] if the folder holds a run of other settings, [`Error::Io`].
-    pub fn open(folder: &Path, settings: Settings) -> Result<Self> {
+    /// [`Error::Usage`] if a folder holds a run of other settings, [`Error::Io`].
+    pub fn open(folder: &Path, settings: Settings, groups: &[Group], plain: Option<&Path>) -> Result<Self> {
+        let plain = plain.map(|other| settings.columns(other).map(|columns| (other, columns))).transpose()?;
         let images = folder.join("images");
         std::fs::create_dir_all(&images).map_err(Error::io("create", &images))?;
         let path = folder.join("settings.json");
@@ -115,7 +133,11 @@ impl Fairness {
         let lines: String = records.iter().map(|r| serde_json::to_string(r).unwrap_or_default() + "\n").collect();
         crate::files::write(&path, lines.as_bytes())?;
         let file = OpenOptions::new().append(true).open(&path).map_err(Error::io("write", &path))?;
-        Ok(Fairness { folder: folder.to_path_buf(), settings, records, file })
+        let mut run = Fairness { folder: folder.to_path_buf(), settings, records, file };
+        if let Some((other, columns)) = plain {
+            run.take_plain(other, &columns, groups)?;
+        }
+        Ok(run)
     }
 
     /// Pictures yet to make, and in all.
@@ -124,23 +146,8 @@ impl Fairness {
         (total.saturating_sub(self.records.len()), total)
     }
 
-    /// Takes over what another run of the same prompts, seeds and sampler saw in its plain pictures, which concepts do not
-    /// change. It must have told the same classes apart, and may have told apart others too.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] if that run is another, [`Error::Io`].
-    pub fn reuse_plain(&mut self, other: &Path, groups: &[Group]) -> Result<()> {
-        let theirs = read_settings(other)?;
-        let Settings { groups: classes, concepts, shares, weight, .. } = theirs.clone();
-        let columns: Option<Vec<usize>> =
-            self.settings.groups.iter().map(|group| classes.iter().position(|theirs| theirs == group)).collect();
-        let ours = Settings { groups: classes, concepts, shares, weight, ..self.settings.clone() };
-        let Some(columns) = columns.filter(|_| ours.same_run(&theirs)) else {
-            return Err(Error::usage(format!(
-                "{} holds plain pictures of other settings, or lacks a group of these concepts",
-                other.display()
-            )));
-        };
+    /// Takes over what another run saw in its plain pictures, in the groups of its records that `columns` names.
+    fn take_plain(&mut self, other: &Path, columns: &[usize], groups: &[Group]) -> Result<()> {
         let images = self.settings.images;
         let done: HashSet<(usize, u64)> =
             self.records.iter().filter(|r| !r.balanced).map(|r| (r.profession, r.seed)).collect();
