@@ -20,6 +20,11 @@ pub enum Device {
 }
 
 impl Device {
+    /// The GPU if there is one that this build has kernels for, else the CPU.
+    pub fn auto() -> Self {
+        cuda::open().map_or(Device::Cpu, Device::Cuda)
+    }
+
     /// What it is.
     pub fn name(&self) -> String {
         match self {

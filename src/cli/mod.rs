@@ -65,7 +65,7 @@ impl Place {
         match self {
             Place::Cpu => Ok(Device::Cpu),
             Place::Cuda => cuda::open().map(Device::Cuda),
-            Place::Auto => Ok(cuda::open().map_or(Device::Cpu, Device::Cuda)),
+            Place::Auto => Ok(Device::auto()),
             #[cfg(feature = "emulated")]
             Place::Emulated => Ok(Device::Cuda(cuda::Emulated::new(cuda::Limits::A100, cuda::Emulated::QUICK))),
         }

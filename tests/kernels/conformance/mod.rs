@@ -196,7 +196,7 @@ fn cp_async() {
         let copied = |i: usize| {
             let (group, lane, word) = (i / width / 32, i / width % 32, i % width);
             let other = shuffled(lane);
-            if group == 0 && other % 3 == 0 { 0 } else { input[(group * 32 + other) * width + word] }
+            if group == 0 && other.is_multiple_of(3) { 0 } else { input[(group * 32 + other) * width + word] }
         };
         let expected: Vec<u32> = (0..64 * width).map(copied).collect();
         exactly(kernel, false, 32, 256 * width, &input, &expected);
