@@ -2,11 +2,16 @@
 
 mod support;
 
+use half::f16;
 use respodiff::diffusion::noise::Rng;
 use respodiff::engine::{Engine, Output, Request, SessionOptions};
+use respodiff::models::{VaeConfig, vae_decoder};
 use respodiff::respodiff::{Concept, Form, Metadata, Module};
 use respodiff::weights::Source;
 use respodiff::{Device, Error};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use support::{golden, kernels, relative_l2};
@@ -90,4 +95,55 @@ fn what_cannot_be_is_refused() {
     assert!(matches!(huge, Error::NonFinite(_)), "{huge}");
     assert_eq!(go(fine.clone(), ControlFlow::Break(())).expect_err("refused").exit_code(), 130);
     assert!(go(fine, next).is_ok());
+}
+
+/// A decoder whose stream leaves fp16's range, as SDXL's does: the first convolution's result `factor` times as large. What
+/// reads the stream are norms, so the picture stays nearly what it was.
+#[test]
+fn a_vae_beyond_fp16_decodes() {
+    let case = support::cases("vae_sd1_", 1).remove(0);
+    let [n, c, h, w] = case.shape("latents")[..] else { panic!("latents are NCHW") };
+    let decode = |factor: f32, device: Device| {
+        let folder = enlarged(factor);
+        let source = Source::folder(folder.path()).unwrap();
+        let path = source.path("vae/config.json");
+        let config = VaeConfig::parse(&source.read_text("vae/config.json").unwrap(), &path).unwrap();
+        let latents = support::nchw_to_nhwc(&case.floats("latents"), n, c);
+        let inputs = HashMap::from([("latents", latents)]);
+        support::run(&device, vae_decoder(&config, n, h, w), &source.tensors("vae").unwrap(), &inputs)["image"].clone()
+    };
+    // 65504 is left by far at a factor of 50000; what is carried at a 32nd is not.
+    let error = relative_l2(&decode(5e4, kernels()), &decode(5e4, Device::Cpu));
+    println!("beyond fp16 {error:.1e}");
+    assert!(error < TOLERANCE, "off by {error:.2e}");
+    // Beyond even that, stores saturate: no picture to be proud of, but a picture.
+    assert!(decode(1e9, kernels()).iter().all(|x| x.is_finite()));
+}
+
+/// The golden VAE with a first convolution of the decoder that is `factor` times as large.
+fn enlarged(factor: f32) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let from = golden().join("checkpoints/sd1/vae");
+    let to = folder.path().join("vae");
+    std::fs::create_dir(&to).unwrap();
+    std::fs::copy(from.join("config.json"), to.join("config.json")).unwrap();
+    let name = "diffusion_pytorch_model.safetensors";
+    let bytes = std::fs::read(from.join(name)).unwrap();
+    let floats = |view: &TensorView| -> Vec<f32> {
+        match view.dtype() {
+            Dtype::F16 => view.data().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            Dtype::F32 => bytemuck::pod_collect_to_vec(view.data()),
+            other => panic!("{other:?}"),
+        }
+    };
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let scaled = tensors.iter().map(|(name, view)| {
+        let scale = if name.starts_with("decoder.conv_in") { factor } else { 1.0 };
+        let bytes: Vec<u8> = floats(&view).iter().flat_map(|x| (x * scale).to_le_bytes()).collect();
+        (name.to_string(), view.shape().to_vec(), bytes)
+    });
+    let scaled: Vec<_> = scaled.collect();
+    let views = scaled.iter().map(|(n, shape, b)| (n, TensorView::new(Dtype::F32, shape.clone(), b).unwrap()));
+    std::fs::write(to.join(name), safetensors::serialize(views, None).unwrap()).unwrap();
+    folder
 }
