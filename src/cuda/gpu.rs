@@ -5,10 +5,16 @@
 
 use super::compiled::FATBINS;
 use super::device::{Device, Launch, Limits, Recording, TensorTiles};
-use super::driver::{CAPTURE_THREAD_LOCAL, Card, Driver, Handle, MAX_DYNAMIC_SHARED, NON_BLOCKING};
+use super::driver::{self, Card, Version, check, functions::*};
 use crate::{Error, Result};
+use cudarc::driver::sys::{
+    CUcontext, CUevent, CUfunction, CUfunction_attribute, CUgraphExec, CUmodule, CUresult, CUstream, CUstream_flags,
+    CUstreamCaptureMode, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
+    CUtensorMapL2promotion, CUtensorMapSwizzle,
+};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -18,6 +24,8 @@ const STAGE: usize = 8 << 20;
 const FLUSH: usize = 256 << 20;
 /// Largest structure of a kernel.
 const MAX_PARAMS: usize = 4096;
+/// Nothing waits for the legacy default stream.
+const NON_BLOCKING: u32 = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
 
 /// The first GPU that the kernels run on; `CUDA_VISIBLE_DEVICES` decides which ones there are.
 ///
@@ -30,8 +38,7 @@ pub fn open() -> Result<Arc<dyn Device>> {
                 .into(),
         ));
     }
-    let driver = Driver::get()?;
-    let cards = driver.cards()?;
+    let (version, cards) = cards()?;
     let Some(card) = cards.iter().find(|card| card.usable()) else {
         let names: Vec<String> = cards.iter().map(Card::to_string).collect();
         return Err(Error::Device(format!(
@@ -39,16 +46,15 @@ pub fn open() -> Result<Arc<dyn Device>> {
             if names.is_empty() { "none".into() } else { names.join(", ") }
         )));
     };
-    Ok(Arc::new(Gpu::new(driver, card.clone(), FATBINS)?))
+    Ok(Arc::new(Gpu::new(version, card.clone(), FATBINS)?))
 }
 
 /// The driver's version and its GPUs, whether the kernels run on them or not.
 ///
 /// # Errors
 /// [`Error::Device`]: no driver, or one that is too old or broken.
-pub fn cards() -> Result<(super::Version, Vec<Card>)> {
-    let driver = Driver::get()?;
-    Ok((driver.version, driver.cards()?))
+pub fn cards() -> Result<(Version, Vec<Card>)> {
+    Ok((driver::start()?, driver::cards()?))
 }
 
 impl Card {
@@ -76,11 +82,11 @@ impl std::fmt::Display for Card {
 }
 
 struct Gpu {
-    driver: &'static Driver,
+    version: Version,
     card: Card,
-    context: Handle,
-    stream: Handle,
-    modules: Vec<Handle>,
+    context: CUcontext,
+    stream: CUstream,
+    modules: Vec<CUmodule>,
     kernels: Mutex<HashMap<&'static str, Kernel>>,
     staging: Mutex<Staging>,
     timer: Mutex<Option<Timer>>,
@@ -88,17 +94,17 @@ struct Gpu {
 
 /// A function of a module.
 #[derive(Clone, Copy)]
-struct Kernel(Handle);
+struct Kernel(CUfunction);
 
 /// Two pinned buffers in turns, each with an event that says when its last copy is done.
 struct Staging {
-    buffers: [(Handle, Handle); 2],
+    buffers: [(*mut c_void, CUevent); 2],
     next: usize,
 }
 
 struct Timer {
-    start: Handle,
-    end: Handle,
+    start: CUevent,
+    end: CUevent,
     flush: u64,
 }
 
@@ -116,34 +122,32 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Gpu {
-    fn new(driver: &'static Driver, card: Card, fatbins: &[(&str, &[u8])]) -> Result<Self> {
-        let null = std::ptr::null_mut();
-        let mut context = null;
+    fn new(version: Version, card: Card, fatbins: &[(&str, &[u8])]) -> Result<Self> {
+        let mut context = null_mut();
         // SAFETY (of all calls here): arguments are live locals, and handles that the driver gave.
-        let code = unsafe { (driver.functions.context_retain)(&mut context, card.device) };
-        driver.check(&format!("starting {card}"), code)?;
+        let code = unsafe { cuDevicePrimaryCtxRetain(&mut context, card.device) };
+        check(&format!("starting {card}"), code)?;
         // From here on `drop` gives back what there is.
         let mut gpu = Gpu {
-            driver,
+            version,
             card,
             context,
-            stream: null,
+            stream: null_mut(),
             modules: Vec::new(),
             kernels: Mutex::default(),
-            staging: Mutex::new(Staging { buffers: [(null, null); 2], next: 0 }),
+            staging: Mutex::new(Staging { buffers: [(null_mut(), null_mut()); 2], next: 0 }),
             timer: Mutex::new(None),
         };
         gpu.bind()?;
-        let f = &driver.functions;
-        driver.check("making a stream", unsafe { (f.stream_create)(&mut gpu.stream, NON_BLOCKING) })?;
+        check("making a stream", unsafe { cuStreamCreate(&mut gpu.stream, NON_BLOCKING) })?;
         for (buffer, event) in &mut lock(&gpu.staging).buffers {
-            driver.check("pinning memory for uploads", unsafe { (f.host_allocate)(buffer, STAGE) })?;
-            driver.check("making an event", unsafe { (f.event_create)(event, 0) })?;
+            check("pinning memory for uploads", unsafe { cuMemAllocHost_v2(buffer, STAGE) })?;
+            check("making an event", unsafe { cuEventCreate(event, 0) })?;
         }
         for (family, fatbin) in fatbins {
-            let mut module = null;
-            let code = unsafe { (f.module_load)(&mut module, fatbin.as_ptr().cast()) };
-            if code != 0 {
+            let mut module = null_mut();
+            let code = unsafe { cuModuleLoadData(&mut module, fatbin.as_ptr().cast()) };
+            if code as u32 != 0 {
                 return Err(gpu.refused(family, code));
             }
             gpu.modules.push(module);
@@ -152,9 +156,9 @@ impl Gpu {
     }
 
     /// Why compiled kernels are not taken.
-    fn refused(&self, family: &str, code: i32) -> Error {
-        let driver = self.driver.version;
-        let advice = match code {
+    fn refused(&self, family: &str, code: CUresult) -> Error {
+        let driver = self.version;
+        let advice = match code as u32 {
             // Invalid image, no binary for this GPU, invalid PTX, PTX of an unknown version, invalid source.
             200 | 209 | 218 | 222 | 300 => {
                 format!(
@@ -163,20 +167,20 @@ impl Gpu {
             }
             _ => "use --device cpu".into(),
         };
-        let word = self.driver.word(code);
+        let word = driver::word(code);
         Error::Device(format!("{}: the kernels of `{family}` cannot be loaded: {word}; {advice}", self.card))
     }
 
     /// Makes the GPU this thread's.
     fn bind(&self) -> Result<()> {
         // SAFETY: the context lives as long as `self`.
-        self.driver.check("choosing it", unsafe { (self.driver.functions.context_set)(self.context) })
+        check("choosing it", unsafe { cuCtxSetCurrent(self.context) })
     }
 
     /// Waits for all work.
     fn wait(&self, doing: &str) -> Result<()> {
         // SAFETY: the stream lives as long as `self`.
-        self.driver.check(doing, unsafe { (self.driver.functions.stream_synchronize)(self.stream) })
+        check(doing, unsafe { cuStreamSynchronize(self.stream) })
     }
 
     /// The kernel of that name, which may use all shared memory there is.
@@ -185,17 +189,17 @@ impl Gpu {
         if let Some(kernel) = kernels.get(name) {
             return Ok(*kernel);
         }
-        let f = &self.driver.functions;
         let symbol = CString::new(name).map_err(|_| Error::Device(format!("`{name}` is no kernel's name")))?;
-        let mut function = std::ptr::null_mut();
+        let mut function = null_mut();
         // SAFETY: the module lives as long as `self`; the name ends in a zero.
-        let found = |module: &Handle| unsafe { (f.module_function)(&mut function, *module, symbol.as_ptr()) } == 0;
+        let found = |&module: &_| unsafe { cuModuleGetFunction(&mut function, module, symbol.as_ptr()) } as u32 == 0;
         if !self.modules.iter().any(found) {
             return Err(Error::Device(format!("this build has no kernel `{name}`; build it again")));
         }
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function is of a module.
-        let code = unsafe { (f.function_set)(function, MAX_DYNAMIC_SHARED, self.card.limits.shared as i32) };
-        self.driver.check(&format!("giving `{name}` shared memory"), code)?;
+        let code = unsafe { cuFuncSetAttribute(function, attribute, self.card.limits.shared as i32) };
+        check(&format!("giving `{name}` shared memory"), code)?;
         kernels.insert(name, Kernel(function));
         Ok(Kernel(function))
     }
@@ -204,7 +208,7 @@ impl Gpu {
     ///
     /// # Safety
     /// As for [`Device::run`].
-    unsafe fn submit(&self, launches: &[Launch], stream: Handle) -> Result<()> {
+    unsafe fn submit(&self, launches: &[Launch], stream: CUstream) -> Result<()> {
         /// Structures may ask for 64-byte alignment (tensor maps).
         #[repr(align(64))]
         struct Params([u8; MAX_PARAMS]);
@@ -217,17 +221,16 @@ impl Gpu {
             };
             bytes.copy_from_slice(&launch.params);
             let mut arguments = [params.0.as_mut_ptr().cast::<c_void>()];
-            let ([x, y, z], nothing) = (launch.grid, std::ptr::null_mut());
+            let ([x, y, z], nothing) = (launch.grid, null_mut());
             // SAFETY: the driver copies the one structure before it returns; the rest is the caller's promise.
             let code = unsafe {
-                let launch_kernel = self.driver.functions.launch;
                 let Launch { block, shared, .. } = *launch;
-                launch_kernel(kernel.0, x, y, z, block, 1, 1, shared, stream, arguments.as_mut_ptr(), nothing)
+                cuLaunchKernel(kernel.0, x, y, z, block, 1, 1, shared, stream, arguments.as_mut_ptr(), nothing)
             };
-            if code != 0 {
+            if code as u32 != 0 {
                 let Launch { kernel, grid, block, shared, .. } = launch;
                 let doing = format!("launching `{kernel}` (grid {grid:?}, {block} threads, {shared} bytes shared)");
-                self.driver.check(&doing, code)?;
+                check(&doing, code)?;
             }
         }
         Ok(())
@@ -237,20 +240,21 @@ impl Gpu {
     ///
     /// # Safety
     /// As for [`Device::record`].
-    unsafe fn capture(&self, launches: &[Launch], stream: Handle) -> Result<Handle> {
-        let f = &self.driver.functions;
-        let (mut graph, mut executable) = (std::ptr::null_mut(), std::ptr::null_mut());
+    unsafe fn capture(&self, launches: &[Launch], stream: CUstream) -> Result<CUgraphExec> {
+        let (mut graph, mut executable) = (null_mut(), null_mut());
         // SAFETY: handles of the driver, live locals, and the caller's promise about the launches.
         unsafe {
-            self.driver.check("beginning a capture", (f.stream_capture)(stream, CAPTURE_THREAD_LOCAL))?;
+            // Other threads may go on allocating.
+            let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            check("beginning a capture", cuStreamBeginCapture_v2(stream, mode))?;
             let submitted = self.submit(launches, stream);
             // Whatever happened, or the stream stays in capture.
-            let ended = (f.stream_end_capture)(stream, &mut graph);
+            let ended = cuStreamEndCapture(stream, &mut graph);
             let made = submitted
-                .and_then(|()| self.driver.check("ending a capture", ended))
-                .and_then(|()| self.driver.check("making a graph", (f.graph_instantiate)(&mut executable, graph, 0)));
+                .and_then(|()| check("ending a capture", ended))
+                .and_then(|()| check("making a graph", cuGraphInstantiateWithFlags(&mut executable, graph, 0)));
             if !graph.is_null() {
-                (f.graph_destroy)(graph);
+                cuGraphDestroy(graph);
             }
             made?;
         }
@@ -259,12 +263,11 @@ impl Gpu {
 
     /// Events and the memory that empties the cache, made at the first timing.
     fn timer(&self) -> Result<Timer> {
-        let f = &self.driver.functions;
-        let mut timer = Timer { start: std::ptr::null_mut(), end: std::ptr::null_mut(), flush: 0 };
+        let mut timer = Timer { start: null_mut(), end: null_mut(), flush: 0 };
         // SAFETY: live locals.
         unsafe {
-            self.driver.check("making an event", (f.event_create)(&mut timer.start, 0))?;
-            self.driver.check("making an event", (f.event_create)(&mut timer.end, 0))?;
+            check("making an event", cuEventCreate(&mut timer.start, 0))?;
+            check("making an event", cuEventCreate(&mut timer.end, 0))?;
         }
         timer.flush = self.allocate(FLUSH)?;
         Ok(timer)
@@ -282,14 +285,13 @@ impl Device for Gpu {
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
         self.bind()?;
-        let f = &self.driver.functions;
         let mut address = 0;
         // SAFETY: live locals. The driver refuses a size of nothing.
-        let code = unsafe { (f.memory_allocate)(&mut address, bytes.max(1)) };
-        if code == 2 {
+        let code = unsafe { cuMemAlloc_v2(&mut address, bytes.max(1)) };
+        if code as u32 == 2 {
             let (mut free, mut total) = (0, 0);
             // SAFETY: live locals.
-            let known = unsafe { (f.memory_info)(&mut free, &mut total) } == 0;
+            let known = unsafe { cuMemGetInfo_v2(&mut free, &mut total) } as u32 == 0;
             let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
             let free = if known {
                 format!("{:.2} of {:.1} GiB are free", gib(free), gib(total))
@@ -302,29 +304,28 @@ impl Device for Gpu {
                 gib(bytes)
             )));
         }
-        self.driver.check("allocating memory", code)?;
+        check("allocating memory", code)?;
         Ok(address)
     }
 
     unsafe fn free(&self, address: u64) {
         // SAFETY: the caller's promise. The driver waits for work that may still use it; an error has nobody to go to.
-        let _ = self.bind().map(|()| unsafe { (self.driver.functions.memory_free)(address) });
+        let _ = self.bind().map(|()| unsafe { cuMemFree_v2(address) });
     }
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.bind()?;
-        let f = &self.driver.functions;
         let mut staging = lock(&self.staging);
         for (i, chunk) in bytes.chunks(STAGE).enumerate() {
             let (buffer, event) = staging.buffers[staging.next];
             staging.next ^= 1;
             // SAFETY: the buffer is free once its event has passed; the target is the caller's promise.
             unsafe {
-                self.driver.check("an upload", (f.event_synchronize)(event))?;
+                check("an upload", cuEventSynchronize(event))?;
                 std::ptr::copy_nonoverlapping(chunk.as_ptr(), buffer.cast(), chunk.len());
                 let target = address + (i * STAGE) as u64;
-                self.driver.check("an upload", (f.copy_up)(target, buffer, chunk.len(), self.stream))?;
-                self.driver.check("an upload", (f.event_record)(event, self.stream))?;
+                check("an upload", cuMemcpyHtoDAsync_v2(target, buffer, chunk.len(), self.stream))?;
+                check("an upload", cuEventRecord(event, self.stream))?;
             }
         }
         Ok(())
@@ -332,35 +333,46 @@ impl Device for Gpu {
 
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
         self.bind()?;
-        let f = &self.driver.functions;
         // SAFETY: the caller's promise; `wait` lets nobody see half a copy.
-        let code = unsafe { (f.copy_down)(bytes.as_mut_ptr().cast(), address, bytes.len(), self.stream) };
-        self.driver.check("a download", code)?;
+        let code = unsafe { cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), address, bytes.len(), self.stream) };
+        check("a download", code)?;
         self.wait("work before a download")
     }
 
     fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]> {
-        // `CU_TENSOR_MAP_DATA_TYPE_FLOAT16` and `CU_TENSOR_MAP_L2_PROMOTION_L2_256B`; no interleaving, zeros outside.
-        const HALVES: i32 = 6;
-        const WIDE: i32 = 3;
-        #[repr(align(64))]
-        struct Map([u64; 16]);
-        let mut map = Map([0; 16]);
+        use {CUtensorMapDataType::*, CUtensorMapFloatOOBfill::*, CUtensorMapInterleave::*, CUtensorMapL2promotion::*};
         let TensorTiles { address, sizes, strides, tile, swizzle } = *tiles;
         let rank = sizes.len();
-        if !(1..=5).contains(&rank) || strides.len() + 1 != rank || tile.len() != rank {
-            return Err(Error::Device(format!("TMA has no tensors like {tiles:?}")));
+        let swizzle = match swizzle {
+            0 => Some(CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE),
+            1 => Some(CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B),
+            2 => Some(CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B),
+            3 => Some(CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B),
+            _ => None,
         }
-        let steps = [1u32; 5];
+        .filter(|_| (1..=5).contains(&rank) && strides.len() + 1 == rank && tile.len() == rank)
+        .ok_or_else(|| Error::Device(format!("TMA has no tensors like {tiles:?}")))?;
+        let mut map = CUtensorMap { opaque: [0; 16] };
+        let steps = [1; 5];
         // SAFETY: live locals of the lengths that the rank promises; the address is looked at, not read.
         let code = unsafe {
-            let (sizes, strides, tile, steps) = (sizes.as_ptr(), strides.as_ptr(), tile.as_ptr(), steps.as_ptr());
-            let (rank, address, swizzle) = (rank as u32, address as *mut c_void, swizzle as i32);
-            let encode = self.driver.functions.tensor_map;
-            encode(&mut map.0, HALVES, rank, address, sizes, strides, tile, steps, 0, swizzle, WIDE, 0)
+            cuTensorMapEncodeTiled(
+                &mut map,
+                CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                rank as u32,
+                address as *mut c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                tile.as_ptr(),
+                steps.as_ptr(),
+                CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
         };
-        self.driver.check(&format!("describing {tiles:?} to TMA"), code)?;
-        Ok(map.0)
+        check(&format!("describing {tiles:?} to TMA"), code)?;
+        Ok(map.opaque)
     }
 
     unsafe fn run(&self, launches: &[Launch]) -> Result<()> {
@@ -371,25 +383,23 @@ impl Device for Gpu {
 
     unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>> {
         self.bind()?;
-        let f = &self.driver.functions;
-        let mut stream = std::ptr::null_mut();
+        let mut stream = null_mut();
         // SAFETY: handles of the driver, and the caller's promise.
         let executable = unsafe {
-            self.driver.check("making a stream", (f.stream_create)(&mut stream, NON_BLOCKING))?;
+            check("making a stream", cuStreamCreate(&mut stream, NON_BLOCKING))?;
             let executable = self.capture(launches, stream);
-            (f.stream_destroy)(stream);
+            cuStreamDestroy_v2(stream);
             executable?
         };
         let graph = Graph { gpu: self, executable };
         // SAFETY: as above. Without this the first replay would pay for it.
-        let code = unsafe { (graph.gpu.driver.functions.graph_upload)(executable, graph.gpu.stream) };
-        graph.gpu.driver.check("uploading a graph", code)?;
+        let code = unsafe { cuGraphUpload(executable, graph.gpu.stream) };
+        check("uploading a graph", code)?;
         Ok(Box::new(graph))
     }
 
     unsafe fn time(&self, launches: &[Launch]) -> Result<Duration> {
         self.bind()?;
-        let f = &self.driver.functions;
         let mut slot = lock(&self.timer);
         let timer = match slot.take() {
             Some(timer) => timer,
@@ -400,12 +410,12 @@ impl Device for Gpu {
         // SAFETY: handles of the driver, memory of the timer's, and the caller's promise.
         unsafe {
             // While this runs, what follows is queued, so that the launches do not wait for the CPU.
-            self.driver.check("emptying the cache", (f.memory_set)(flush, 0, FLUSH, self.stream))?;
-            self.driver.check("timing", (f.event_record)(start, self.stream))?;
+            check("emptying the cache", cuMemsetD8Async(flush, 0, FLUSH, self.stream))?;
+            check("timing", cuEventRecord(start, self.stream))?;
             self.submit(launches, self.stream)?;
-            self.driver.check("timing", (f.event_record)(end, self.stream))?;
-            self.driver.check("work that was timed", (f.event_synchronize)(end))?;
-            self.driver.check("timing", (f.event_elapsed)(&mut milliseconds, start, end))?;
+            check("timing", cuEventRecord(end, self.stream))?;
+            check("work that was timed", cuEventSynchronize(end))?;
+            check("timing", cuEventElapsedTime(&mut milliseconds, start, end))?;
         }
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
@@ -413,34 +423,33 @@ impl Device for Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        let f = &self.driver.functions;
         // SAFETY: what the driver gave, given back once, in the reverse order. Errors have nobody to go to.
         unsafe {
-            if (f.context_set)(self.context) == 0 {
+            if cuCtxSetCurrent(self.context) as u32 == 0 {
                 if !self.stream.is_null() {
-                    (f.stream_synchronize)(self.stream);
+                    cuStreamSynchronize(self.stream);
                 }
                 if let Some(timer) = lock(&self.timer).take() {
-                    (f.event_destroy)(timer.start);
-                    (f.event_destroy)(timer.end);
-                    (f.memory_free)(timer.flush);
+                    cuEventDestroy_v2(timer.start);
+                    cuEventDestroy_v2(timer.end);
+                    cuMemFree_v2(timer.flush);
                 }
                 for (buffer, event) in lock(&self.staging).buffers {
                     if !buffer.is_null() {
-                        (f.host_free)(buffer);
+                        cuMemFreeHost(buffer);
                     }
                     if !event.is_null() {
-                        (f.event_destroy)(event);
+                        cuEventDestroy_v2(event);
                     }
                 }
                 for &module in &self.modules {
-                    (f.module_unload)(module);
+                    cuModuleUnload(module);
                 }
                 if !self.stream.is_null() {
-                    (f.stream_destroy)(self.stream);
+                    cuStreamDestroy_v2(self.stream);
                 }
             }
-            (f.context_release)(self.card.device);
+            cuDevicePrimaryCtxRelease_v2(self.card.device);
         }
     }
 }
@@ -448,7 +457,7 @@ impl Drop for Gpu {
 /// A captured list of launches.
 struct Graph {
     gpu: Arc<Gpu>,
-    executable: Handle,
+    executable: CUgraphExec,
 }
 
 // SAFETY: as for `Gpu`.
@@ -457,63 +466,67 @@ unsafe impl Send for Graph {}
 impl Recording for Graph {
     fn replay(&self) -> Result<()> {
         self.gpu.bind()?;
-        let driver = self.gpu.driver;
         // SAFETY: the graph is whole; what its launches touch was promised when it was recorded.
-        driver.check("launching a graph", unsafe { (driver.functions.graph_launch)(self.executable, self.gpu.stream) })
+        check("launching a graph", unsafe { cuGraphLaunch(self.executable, self.gpu.stream) })
     }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
         // SAFETY: made by the driver, given back once; it lets running launches end.
-        let _ = self.gpu.bind().map(|()| unsafe { (self.gpu.driver.functions.graph_exec_destroy)(self.executable) });
+        let _ = self.gpu.bind().map(|()| unsafe { cuGraphExecDestroy(self.executable) });
     }
 }
 
 /// Against `tests/support/driver.c`, a driver that keeps count.
-#[cfg(all(test, unix, feature = "emulated"))]
+#[cfg(all(test, target_os = "linux", feature = "emulated"))]
 mod tests {
     use super::*;
     use bytemuck::NoUninit;
-    use libloading::Library;
-    use std::path::PathBuf;
+    use cudarc::driver::sys;
     use std::process::Command;
 
     const IMAGES: &[(&str, &[u8])] = &[("test", b"image")];
     const TILES: TensorTiles =
         TensorTiles { address: 1 << 20, sizes: &[64, 100], strides: &[128], tile: &[64, 32], swizzle: 3 };
 
-    struct TestDriver {
-        _folder: tempfile::TempDir,
-        path: PathBuf,
-    }
+    /// What a process that a test has started should see.
+    const WORDS: &str = "RESPODIFF_TEST_DRIVER_WORDS";
 
-    impl TestDriver {
-        fn new(flags: &[&str]) -> Self {
+    /// Runs a test again for each driver, which is `driver.c` compiled with flags, and gives these runs the words that go
+    /// with it. They are processes of their own, since one process has one driver.
+    fn each_driver(test: &str, drivers: &[(&str, &str)]) -> Option<String> {
+        if let Ok(words) = std::env::var(WORDS) {
+            return Some(words);
+        }
+        for (flag, words) in drivers {
             let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("libtest.so");
+            // Under every other name there is a file that no loader takes, so that no real driver is found.
+            for name in cudarc::get_lib_name_candidates("cuda") {
+                std::fs::write(folder.path().join(name), "").unwrap();
+            }
             let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/driver.c");
             let mut compiler = Command::new("cc");
-            compiler.args(["-shared", "-fPIC", "-w", "-o"]).arg(&path).arg(source).args(flags);
+            compiler.args(["-shared", "-fPIC", "-w", flag, source, "-o"]).arg(folder.path().join("libcuda.so"));
             assert!(compiler.status().unwrap().success());
-            TestDriver { path, _folder: folder }
+            let name = format!("{}::{test}", module_path!().split_once("::").unwrap().1);
+            let mut child = Command::new(std::env::current_exe().unwrap());
+            child.args(["--exact", &name, "--nocapture"]).env(WORDS, words).env("LD_LIBRARY_PATH", folder.path());
+            let output = child.output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() && said.contains("1 passed"), "{flag}: {said}");
         }
+        None
+    }
 
-        fn load(&self) -> Result<&'static Driver, String> {
-            Driver::load(self.path.to_str().unwrap()).map(|driver| &*Box::leak(Box::new(driver)))
-        }
+    fn gpu() -> Arc<Gpu> {
+        let (version, cards) = cards().unwrap();
+        Arc::new(Gpu::new(version, cards[0].clone(), IMAGES).unwrap())
+    }
 
-        fn gpu(&self) -> Arc<Gpu> {
-            let driver = self.load().unwrap();
-            Arc::new(Gpu::new(driver, driver.cards().unwrap()[0].clone(), IMAGES).unwrap())
-        }
-
-        /// What the driver has handed out and not taken back.
-        fn live(&self) -> i32 {
-            unsafe {
-                (*Library::new(&self.path).unwrap().get::<unsafe extern "C" fn() -> i32>("live_objects").unwrap())()
-            }
-        }
+    /// What the driver has handed out and not taken back.
+    fn live() -> i32 {
+        unsafe { (*sys::culib().get::<unsafe extern "C" fn() -> i32>("live_objects").unwrap())() }
     }
 
     #[derive(Clone, Copy, NoUninit)]
@@ -532,8 +545,8 @@ mod tests {
     /// Uploads of several stages, launches, and graphs that run when replayed and not before; nothing is left behind.
     #[test]
     fn numbers_go_up_through_and_down() {
-        let driver = TestDriver::new(&[]);
-        let gpu = driver.gpu();
+        let Some(_) = each_driver("numbers_go_up_through_and_down", &[("-O1", "")]) else { return };
+        let gpu = gpu();
         assert_eq!(gpu.limits(), Limits { capability: 90, multiprocessors: 132, shared: 227 << 10 });
         {
             let device: Arc<dyn Device> = gpu.clone();
@@ -552,6 +565,7 @@ mod tests {
                 [6, 2, 1 << 20, 64, 100, 128, 64, 32, 1, 1, 0, 3, 3, 0, 0, 0]
             );
             assert!(device.tensor_map(&TensorTiles { tile: &[64], ..TILES }).is_err());
+            assert!(device.tensor_map(&TensorTiles { swizzle: 4, ..TILES }).is_err());
             unsafe { device.run(&[twice(&buffer, 1)]).unwrap() };
             assert_eq!(factor(), 2.0);
             let graph = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 1)]).unwrap() };
@@ -568,39 +582,43 @@ mod tests {
             assert_eq!(factor(), 128.0);
         }
         drop(gpu);
-        assert_eq!(driver.live(), 0);
+        assert_eq!(live(), 0);
     }
 
     #[test]
-    fn trouble_is_one_line_and_leaves_nothing_behind() {
-        let fails = |flags: &[&str], words: &str| {
-            let problem = TestDriver::new(flags).load().err().unwrap();
-            assert!(
-                problem.contains(words) && problem.contains("--device cpu") && !problem.contains('\n'),
-                "{problem}"
-            );
-        };
-        fails(&["-DVERSION=11040"], "(CUDA 11.4) is older than CUDA 12.0");
-        fails(&["-DINIT=100"], "finds no GPU");
-        fails(&["-DINIT=803"], "CUDA_ERROR_OF_TEST (test); driver and kernel module");
-        fails(&["-DINIT=999"], "does not start: error 999");
-        fails(&["-DNO_CAPTURE"], "lacks cuStreamBeginCapture_v2");
-        let missing = Driver::load("libnowhere.so.1").err().unwrap();
-        assert!(missing.starts_with("no NVIDIA driver (libnowhere.so.1: "), "{missing}");
+    fn a_driver_that_does_not_start_says_why_in_one_line() {
+        let drivers = [
+            ("-c", "no NVIDIA driver (libcuda) found; install it"),
+            ("-DcuDriverGetVersion=other", "libcuda is not NVIDIA's driver"),
+            ("-DVERSION=11040", "(CUDA 11.4) is older than CUDA 12.0"),
+            ("-DNO_CAPTURE", "(CUDA 12.4) lacks cuStreamBeginCapture_v2"),
+            ("-DINIT=100", "finds no GPU"),
+            ("-DINIT=34", "CUDA_ERROR_OF_TEST (test); this libcuda is a toolkit's stub"),
+            ("-DINIT=803", "CUDA_ERROR_OF_TEST (test); driver and kernel module"),
+            ("-DINIT=999", "does not start: error 999"),
+        ];
+        let Some(words) = each_driver("a_driver_that_does_not_start_says_why_in_one_line", &drivers) else { return };
+        let problem = cards().err().unwrap().to_string();
+        assert!(problem.contains(&words), "{problem}");
+        assert!(problem.contains("--device cpu") && !problem.contains('\n'), "{problem}");
+    }
 
-        let driver = TestDriver::new(&["-DCAPABILITY=75"]);
-        let card = &driver.load().unwrap().cards().unwrap()[0];
+    #[test]
+    fn trouble_leaves_nothing_behind() {
+        let Some(_) = each_driver("trouble_leaves_nothing_behind", &[("-DCAPABILITY=75", "")]) else { return };
+        let (version, cards) = cards().unwrap();
+        let card = &cards[0];
         assert!(!card.usable());
         assert_eq!(card.to_string(), "Test GPU (7.5)");
-        let gpu = Gpu::new(driver.load().unwrap(), card.clone(), &[("test", b"other")]);
-        let problem = gpu.err().unwrap().to_string();
+        let refused = Gpu::new(version, card.clone(), &[("test", b"other")]);
+        let problem = refused.err().unwrap().to_string();
         assert!(problem.contains("`test` cannot be loaded") && problem.contains("build with nvcc 12.4"), "{problem}");
-        let gpu = driver.gpu();
+        let gpu = gpu();
         let problem = gpu.allocate(1 << 30).err().unwrap().to_string();
         assert!(problem.contains("1.00 GiB of memory are wanted where 0.06 of 0.1 GiB are free"), "{problem}");
         let problem = unsafe { gpu.run(&[Launch::new("thrice", [1, 1, 1], 32, 0, &0u64)]) }.err().unwrap().to_string();
         assert!(problem.contains("no kernel `thrice`"), "{problem}");
         drop(gpu);
-        assert_eq!(driver.live(), 0);
+        assert_eq!(live(), 0);
     }
 }

@@ -29,7 +29,7 @@ static void doubled(Doubling d) {
 }
 
 int live_objects(void) { return live + context; }
-int cuDriverGetVersion(int* v) { *v = VERSION; return 0; }
+int cuDriverGetVersion(int* v) { *v = INIT == 34 ? 0 : VERSION; return INIT == 34 ? INIT : 0; }
 int cuInit(unsigned flags) { return flags ? INVALID_VALUE : INIT; }
 int cuGetErrorName(int code, const char** text) { *text = "CUDA_ERROR_OF_TEST"; return code == 999 ? INVALID_VALUE : 0; }
 int cuGetErrorString(int code, const char** text) { *text = "test"; return code == 999 ? INVALID_VALUE : 0; }
