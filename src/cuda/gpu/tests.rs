@@ -1,0 +1,139 @@
+//! A GPU against `tests/support/driver.c`, a driver that keeps count.
+
+use super::*;
+use bytemuck::NoUninit;
+use cudarc::driver::sys;
+use std::process::Command;
+
+const IMAGES: &[(&str, &[u8])] = &[("test", b"image")];
+const TILES: TensorTiles =
+    TensorTiles { address: 1 << 20, sizes: &[64, 100], strides: &[128], tile: &[64, 32], swizzle: 3 };
+
+/// What a process that a test has started should see.
+const WORDS: &str = "RESPODIFF_TEST_DRIVER_WORDS";
+
+/// Runs a test again for each driver, which is `driver.c` compiled with flags, and gives these runs the words that go
+/// with it. They are processes of their own, since one process has one driver.
+fn each_driver(test: &str, drivers: &[(&str, &str)]) -> Option<String> {
+    if let Ok(words) = std::env::var(WORDS) {
+        return Some(words);
+    }
+    for (flag, words) in drivers {
+        let folder = tempfile::tempdir().unwrap();
+        // Under every other name there is a file that no loader takes, so that no real driver is found.
+        for name in cudarc::get_lib_name_candidates("cuda") {
+            std::fs::write(folder.path().join(name), "").unwrap();
+        }
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/support/driver.c");
+        let mut compiler = Command::new("cc");
+        compiler.args(["-shared", "-fPIC", "-w", flag, source, "-o"]).arg(folder.path().join("libcuda.so"));
+        assert!(compiler.status().unwrap().success());
+        let name = format!("{}::{test}", module_path!().split_once("::").unwrap().1);
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", &name, "--nocapture"]).env(WORDS, words).env("LD_LIBRARY_PATH", folder.path());
+        let output = child.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("1 passed"), "{flag}: {said}");
+    }
+    None
+}
+
+fn gpu() -> Arc<Gpu> {
+    let (version, cards) = cards().unwrap();
+    Arc::new(Gpu::new(version, cards[0].clone(), IMAGES).unwrap())
+}
+
+/// What the driver has handed out and not taken back.
+fn live() -> i32 {
+    unsafe { (*sys::culib().get::<unsafe extern "C" fn() -> i32>("live_objects").unwrap())() }
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct Doubling {
+    x: u64,
+    out: u64,
+    length: u64,
+}
+
+fn twice(buffer: &super::super::Buffer, grid: usize) -> Launch {
+    let params = Doubling { x: buffer.address(), out: buffer.address(), length: buffer.len() as u64 / 4 };
+    Launch::new("twice", [grid, 1, 1], 32, 200 << 10, &params)
+}
+
+/// Uploads of several stages, launches, and graphs that run when replayed and not before; nothing is left behind.
+#[test]
+fn numbers_go_up_through_and_down() {
+    let Some(_) = each_driver("numbers_go_up_through_and_down", &[("-O1", "")]) else { return };
+    let gpu = gpu();
+    assert_eq!(gpu.limits(), Limits { capability: 90, multiprocessors: 132, shared: 227 << 10 });
+    {
+        let device: Arc<dyn Device> = gpu.clone();
+        let numbers: Vec<f32> = (0..5_000_001).map(|i| i as f32).collect();
+        let buffer = super::super::Buffer::from_bytes(&device, bytemuck::cast_slice(&numbers)).unwrap();
+        let factor = || {
+            let mut back = vec![0.0f32; numbers.len()];
+            buffer.read(0, bytemuck::cast_slice_mut(&mut back)).unwrap();
+            let factor = back[1];
+            assert!(numbers.iter().zip(&back).all(|(x, y)| x * factor == *y));
+            factor
+        };
+        assert_eq!(factor(), 1.0);
+        assert_eq!(device.tensor_map(&TILES).unwrap(), [6, 2, 1 << 20, 64, 100, 128, 64, 32, 1, 1, 0, 3, 3, 0, 0, 0]);
+        assert!(device.tensor_map(&TensorTiles { tile: &[64], ..TILES }).is_err());
+        assert!(device.tensor_map(&TensorTiles { swizzle: 4, ..TILES }).is_err());
+        unsafe { device.run(&[twice(&buffer, 1)]).unwrap() };
+        assert_eq!(factor(), 2.0);
+        let graph = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 1)]).unwrap() };
+        assert_eq!(factor(), 2.0);
+        graph.replay().unwrap();
+        graph.replay().unwrap();
+        assert_eq!(factor(), 32.0);
+        assert_eq!(unsafe { device.time(&[twice(&buffer, 1)]) }.unwrap(), Duration::from_micros(1500));
+        assert_eq!(factor(), 64.0);
+        // A launch that is refused leaves neither a half graph nor a stream in capture.
+        let refused = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 0)]) }.err().unwrap();
+        assert!(refused.to_string().contains("launching `twice` (grid [0, 1, 1]"), "{refused}");
+        unsafe { device.clone().record(&[twice(&buffer, 1)]).unwrap() }.replay().unwrap();
+        assert_eq!(factor(), 128.0);
+    }
+    drop(gpu);
+    assert_eq!(live(), 0);
+}
+
+#[test]
+fn a_driver_that_does_not_start_says_why_in_one_line() {
+    let drivers = [
+        ("-c", "no NVIDIA driver (libcuda) found; install it"),
+        ("-DcuDriverGetVersion=other", "libcuda is not NVIDIA's driver"),
+        ("-DVERSION=11040", "(CUDA 11.4) is older than CUDA 12.0"),
+        ("-DNO_CAPTURE", "(CUDA 12.4) lacks cuStreamBeginCapture_v2"),
+        ("-DINIT=100", "finds no GPU"),
+        ("-DINIT=34", "CUDA_ERROR_OF_TEST (test); this libcuda is a toolkit's stub"),
+        ("-DINIT=803", "CUDA_ERROR_OF_TEST (test); driver and kernel module"),
+        ("-DINIT=999", "does not start: error 999"),
+    ];
+    let Some(words) = each_driver("a_driver_that_does_not_start_says_why_in_one_line", &drivers) else { return };
+    let problem = cards().err().unwrap().to_string();
+    assert!(problem.contains(&words), "{problem}");
+    assert!(problem.contains("--device cpu") && !problem.contains('\n'), "{problem}");
+}
+
+#[test]
+fn trouble_leaves_nothing_behind() {
+    let Some(_) = each_driver("trouble_leaves_nothing_behind", &[("-DCAPABILITY=75", "")]) else { return };
+    let (version, cards) = cards().unwrap();
+    let card = &cards[0];
+    assert!(!card.usable());
+    assert_eq!(card.to_string(), "Test GPU (7.5)");
+    let refused = Gpu::new(version, card.clone(), &[("test", b"other")]);
+    let problem = refused.err().unwrap().to_string();
+    assert!(problem.contains("`test` cannot be loaded") && problem.contains("build with nvcc 12.4"), "{problem}");
+    let gpu = gpu();
+    let problem = gpu.allocate(1 << 30).err().unwrap().to_string();
+    assert!(problem.contains("1.00 GiB of memory are wanted where 0.06 of 0.1 GiB are free"), "{problem}");
+    let problem = unsafe { gpu.run(&[Launch::new("thrice", [1, 1, 1], 32, 0, &0u64)]) }.err().unwrap().to_string();
+    assert!(problem.contains("no kernel `thrice`"), "{problem}");
+    drop(gpu);
+    assert_eq!(live(), 0);
+}
