@@ -9,7 +9,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use respodiff::graph::{Graph, WeightKind};
 use respodiff::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
 use respodiff::plan::Plan;
-use respodiff::respodiff::{Kind, Recipe, Task, Trainer};
+use respodiff::respodiff::{Kind, Recipe, Task, Trainer, Variant};
 use respodiff::{Engine, cpu, weights::Source};
 use safetensors::{Dtype, tensor::TensorView};
 use std::path::Path;
@@ -100,8 +100,12 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
 /// A few iterations of a training, timed by the trainer itself. The rollout of an iteration depends on the recipe, so what
 /// is told of it is one step.
 fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
-    let recipe =
-        Recipe { batch, rollout_steps: 5, latents_per_rollout: 2, ..Recipe::default_for(Kind::Fair, "a woman") };
+    let recipe = Recipe {
+        batch,
+        rollout_steps: 5,
+        latents_per_rollout: 2,
+        ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
+    };
     let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
     let engine = Engine::open(source, &respodiff::Device::Cpu).expect("a checkpoint");
     let mut trainer = Trainer::new(&engine, task, recipe, 1, engine.default_size()).expect("a training");

@@ -291,11 +291,15 @@ fn other_sizes() {
 
 #[test]
 fn trainings_resume_to_the_same_result() {
-    use respodiff::respodiff::{Recipe, Task, Trainer};
+    use respodiff::respodiff::{Recipe, Task, Trainer, Variant};
     let engine = Engine::open(&Source::demo(), &Device::Cpu).unwrap();
     let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
-    let recipe =
-        Recipe { batch: 2, rollout_steps: 6, latents_per_rollout: 2, ..Recipe::default_for(Kind::Fair, "a woman") };
+    let recipe = Recipe {
+        batch: 2,
+        rollout_steps: 6,
+        latents_per_rollout: 2,
+        ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
+    };
     let trainer = |seed| Trainer::new(&engine, task.clone(), recipe.clone(), seed, (64, 64)).unwrap();
     let mut whole = trainer(3);
     for _ in 0..8 {

@@ -5,9 +5,15 @@ use respodiff::cuda::compiled::FATBINS;
 use std::path::Path;
 use std::process::Command;
 
-/// Of kernels whose names begin so, for which architectures (both, if none is said), what their code must hold.
+/// Of the kernels of a name (`*` is any text), for which architectures (both, if none is said), what their code must hold.
 const REQUIRED: &[(&str, &str, &[&str])] = &[
+    // Tensor cores fed by ldmatrix, shared memory filled sixteen bytes at a time past L1.
+    ("conv_*x*", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
+    ("attention_*64", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
+    ("attention_*128", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
     // Sixteen bytes a load and a store.
+    ("group_norm*_8", "", &["LDG.E.128"]),
+    ("layer_norm_8", "", &["LDG.E.128"]),
     ("activate", "", &["LDG.E.128", "STG.E.128"]),
     ("conformance_cp_async16", "", &["LDGSTS.E.BYPASS.128"]),
     ("conformance_ldmatrix", "", &["LDSM.16.M"]),
@@ -51,6 +57,16 @@ fn functions(cuobjdump: &Path, fatbin: &[u8]) -> Vec<(String, String, String)> {
     functions
 }
 
+/// Whether a name begins, goes on and ends with the parts of a pattern between its stars.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => name == pattern,
+        Some((start, rest)) => name.strip_prefix(start).is_some_and(|tail| {
+            tail.char_indices().map(|(i, _)| i).chain([tail.len()]).any(|i| matches(rest, &tail[i..]))
+        }),
+    }
+}
+
 #[test]
 fn fast_instructions_are_there() {
     let nvcc = option_env!("RESPODIFF_NVCC").map(Path::new);
@@ -59,11 +75,12 @@ fn fast_instructions_are_there() {
         return;
     };
     let functions: Vec<_> = FATBINS.iter().flat_map(|(_, fatbin)| functions(&cuobjdump, fatbin)).collect();
-    for (prefix, only, mnemonics) in REQUIRED {
-        let meant = |architecture: &str| only.is_empty() || *only == architecture;
-        let kernels: Vec<_> =
-            functions.iter().filter(|(arch, name, _)| name.starts_with(prefix) && meant(arch)).collect();
-        assert!(!kernels.is_empty(), "no kernel {prefix}* for {only} was compiled");
+    for (pattern, only, mnemonics) in REQUIRED {
+        let meant = |(architecture, name, _): &&(String, String, String)| {
+            (only.is_empty() || only == architecture) && matches(pattern, name)
+        };
+        let kernels: Vec<_> = functions.iter().filter(meant).collect();
+        assert!(!kernels.is_empty(), "no kernel {pattern} for {only} was compiled");
         for (architecture, name, code) in kernels {
             for mnemonic in *mnemonics {
                 assert!(code.contains(mnemonic), "{name}: no {mnemonic} in its code for {architecture}");

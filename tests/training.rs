@@ -117,7 +117,7 @@ fn trajectories_of_adam() {
 #[test]
 fn trainers_do_what_the_paper_says() {
     use respodiff::Engine;
-    use respodiff::respodiff::{Kind, Recipe, Task, Trainer};
+    use respodiff::respodiff::{Kind, Recipe, Task, Trainer, Variant};
     for case in cases("trainer_", 2) {
         let metadata = case.metadata();
         let given: serde_json::Value = serde_json::from_str(&metadata["recipe"]).unwrap();
@@ -133,7 +133,7 @@ fn trainers_do_what_the_paper_says() {
             target_guidance: number("target_guidance") as f32,
             timestep_offset: number("timestep_offset") as f32,
             init: number("init") as f32,
-            ..Recipe::default_for(kind, given["concept"].as_str().unwrap())
+            ..Recipe::default_for(kind, given["concept"].as_str().unwrap(), Variant::Constant)
         };
         let task =
             Task { kind, concept: given["concept"].as_str().unwrap().into(), neutral: metadata["neutral"].clone() };

@@ -79,14 +79,13 @@ impl Args {
     }
 
     fn recipe(&self, task: &Task) -> Result<Recipe> {
-        let mut recipe = Recipe::named(&self.recipe, task.kind, &task.concept)?;
+        let mut recipe = Recipe::named(&self.recipe, task.kind, &task.concept, self.variant)?;
         let set = |field: &mut f64, flag: Option<f64>| *field = flag.unwrap_or(*field);
         set(&mut recipe.lr_ram, self.lr_ram);
         set(&mut recipe.lr_sam, self.lr_sam);
         set(&mut recipe.lambda, self.lambda);
         recipe.iterations = self.iterations.unwrap_or(recipe.iterations);
         recipe.batch = self.batch.unwrap_or(recipe.batch);
-        recipe.variant = self.variant.unwrap_or(recipe.variant);
         recipe.latents_per_rollout = self.latents_per_rollout.unwrap_or(recipe.latents_per_rollout);
         Ok(recipe)
     }

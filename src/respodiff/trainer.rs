@@ -333,9 +333,11 @@ impl Trainer {
             let mean = |part: &[Losses]| part.iter().map(|l| l.resp).sum::<f64>() / part.len() as f64;
             let (first, last) = (mean(&history[..tenth]), mean(&history[history.len() - tenth..]));
             if last > 0.99 * first {
-                warnings.push(format!(
-                    "L_resp hardly fell ({first:.2e} to {last:.2e}); train longer, or at a higher --lr-ram"
-                ));
+                let (what, advice) = match last > 1.1 * first {
+                    true => ("rose", "train at a lower --lr-ram"),
+                    false => ("hardly fell", "train longer, or at a higher --lr-ram"),
+                };
+                warnings.push(format!("L_resp {what} ({first:.2e} to {last:.2e}); {advice}"));
             }
         }
         if let (Form::Constant, Some(sam)) = (self.state.ram.form(), &self.state.sam) {
