@@ -11,7 +11,7 @@ use std::io::{BufReader, Read};
 use std::path::Path;
 use std::rc::Rc;
 
-/// Instructions a file may have: hundreds of tensors' worth, and few enough that no nesting exhausts the stack.
+/// Instructions a file may have: hundreds of tensors' worth.
 const MAX_INSTRUCTIONS: usize = 20_000;
 /// Bytes of a pickle.
 const MAX_PICKLE: u64 = 1 << 20;
@@ -51,7 +51,8 @@ pub fn tensors(path: &Path) -> Result<Vec<Tensor>> {
     let Some(pickle) = pickle else { return Err(bad("holds no data.pkl; this is no torch.save file".into())) };
     let folder = pickle.trim_end_matches("data.pkl").to_string();
     let program = member(&mut archive, &pickle, MAX_PICKLE).map_err(bad)?;
-    let value = Machine::new(&program).run().map_err(bad)?;
+    let mut machine = Machine::new(&program);
+    let value = machine.run().map_err(bad)?;
     let mut search = Search { found: Vec::new(), entries: 0, numbers: 0 };
     search.collect(&value, "", MAX_DEPTH).map_err(bad)?;
     let mut read = |(name, lazy): (String, Lazy)| -> std::result::Result<Tensor, String> {
@@ -188,13 +189,32 @@ struct Machine<'a> {
     at: usize,
     stack: Vec<Value>,
     memo: Vec<(u32, Value)>,
+    /// Every tuple, list and dictionary, in the order in which they were made.
+    made: Vec<Value>,
+}
+
+impl Drop for Machine<'_> {
+    /// Takes everything apart piece by piece: dropped from outside, a nest would go as deep into the stack as it is nested.
+    fn drop(&mut self) {
+        self.stack.clear();
+        self.memo.clear();
+        for value in &self.made {
+            match value {
+                Value::List(list) => drop(list.take()),
+                Value::Dict(dict) => drop(dict.take()),
+                _ => {}
+            }
+        }
+        // A tuple holds what is older than itself.
+        while self.made.pop().is_some() {}
+    }
 }
 
 type Outcome<T> = std::result::Result<T, String>;
 
 impl<'a> Machine<'a> {
     fn new(program: &'a [u8]) -> Self {
-        Machine { program, at: 0, stack: Vec::new(), memo: Vec::new() }
+        Machine { program, at: 0, stack: Vec::new(), memo: Vec::new(), made: Vec::new() }
     }
 
     fn take(&mut self, len: usize) -> Outcome<&'a [u8]> {
@@ -265,7 +285,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn run(mut self) -> Outcome<Value> {
+    fn run(&mut self) -> Outcome<Value> {
         for _ in 0..MAX_INSTRUCTIONS {
             let instruction = self.take(1)?[0];
             let value = match instruction {
@@ -353,6 +373,9 @@ impl<'a> Machine<'a> {
                     return Err(format!("its pickle has the instruction {other:#04x}, which tensors do not need"));
                 }
             };
+            if matches!(value, Value::Tuple(_) | Value::List(_) | Value::Dict(_)) {
+                self.made.push(value.clone());
+            }
             self.stack.push(value);
         }
         Err("its pickle is too long for a concept".into())
