@@ -144,8 +144,8 @@ pub fn read_png_text(path: &Path) -> Result<Vec<(String, String)>> {
 pub struct GenerationInfo {
     /// What was asked for.
     pub prompt: String,
-    /// What was to be avoided; may be empty.
-    pub negative_prompt: String,
+    /// What was to be avoided, if anything was said.
+    pub negative_prompt: Option<String>,
     /// Denoising steps.
     pub steps: usize,
     /// Name of the sampler, such as `DPM++ 2M`.
@@ -162,6 +162,12 @@ pub struct GenerationInfo {
     pub width: u32,
     /// Rows of pixels.
     pub height: u32,
+    /// SDXL's original width and height, where they were asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub original_size: Option<(usize, usize)>,
+    /// SDXL's crop from the left and the top, where it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crop: Option<(usize, usize)>,
     /// Name of the checkpoint.
     pub model: String,
     /// SHA-256 of the checkpoint in hexadecimal, where it is known.
@@ -190,6 +196,8 @@ impl GenerationInfo {
             ("CFG scale", Some(self.guidance.to_string())),
             ("Seed", Some(self.seed.to_string())),
             ("Size", Some(size)),
+            ("Original size", self.original_size.map(|(width, height)| format!("{width}x{height}"))),
+            ("Crop", self.crop.map(|(left, top)| format!("{left},{top}"))),
             ("Model hash", hash),
             ("Model", Some(self.model.clone())),
             ("RNG", Some(self.rng.clone())),
@@ -198,9 +206,9 @@ impl GenerationInfo {
         ];
         let fields: Vec<String> =
             fields.into_iter().filter_map(|(key, value)| Some(format!("{key}: {}", quote(value?)))).collect();
-        let negative = match self.negative_prompt.as_str() {
-            "" => String::new(),
-            text => format!("\nNegative prompt: {text}"),
+        let negative = match self.negative_prompt.as_deref() {
+            None | Some("") => String::new(),
+            Some(text) => format!("\nNegative prompt: {text}"),
         };
         format!("{}{negative}\n{}", self.prompt, fields.join(", ")).trim().to_string()
     }

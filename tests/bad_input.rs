@@ -7,24 +7,7 @@ use respodiff::weights::Source;
 use respodiff::{Device, Error};
 use std::fs;
 use std::path::{Path, PathBuf};
-
-/// A copy of a golden checkpoint to damage.
-fn copy(name: &str) -> tempfile::TempDir {
-    fn tree(from: &Path, to: &Path) {
-        fs::create_dir_all(to).unwrap();
-        for entry in fs::read_dir(from).unwrap().map(|e| e.unwrap()) {
-            let to = to.join(entry.file_name());
-            if entry.path().is_dir() {
-                tree(&entry.path(), &to);
-            } else {
-                fs::copy(entry.path(), to).unwrap();
-            }
-        }
-    }
-    let folder = tempfile::tempdir().unwrap();
-    tree(&support::golden().join("checkpoints").join(name), folder.path());
-    folder
-}
+use support::copy;
 
 fn open(folder: &Path) -> Result<Engine, Error> {
     Engine::open(&Source::folder(folder)?, &Device::Cpu)
@@ -228,4 +211,50 @@ fn configs_of_another_model() {
         fs::write(&path, text.replacen(from, to, 1)).unwrap();
         refused(folder.path(), &[word]);
     }
+}
+
+/// Parts of SDXL that do not belong together, or are not there.
+#[test]
+fn other_kinds_of_sdxl() {
+    use std::fs::{remove_dir_all, rename};
+    let refused_after = |change: &dyn Fn(&Path), words: &[&str]| {
+        let folder = copy("sdxl");
+        change(folder.path());
+        refused(folder.path(), words);
+    };
+    let replaced = |folder: &Path, file: &str, from: &str, to: &str| {
+        let text = fs::read_to_string(folder.join(file)).unwrap();
+        assert!(text.contains(from), "{file} has no {from}");
+        fs::write(folder.join(file), text.replacen(from, to, 1)).unwrap();
+    };
+    refused_after(&|f| remove_dir_all(f.join("text_encoder")).unwrap(), &["refiner", "base model"]);
+    let index = "model_index.json";
+    refused_after(
+        &|f| replaced(f, index, "\"image_encoder\"", "\"requires_aesthetics_score\": true, \"image_encoder\""),
+        &["refiner"],
+    );
+    refused_after(&|f| replaced(f, index, "{", "{{"), &[index, "JSON"]);
+    refused_after(&|f| remove_dir_all(f.join("text_encoder_2")).unwrap(), &["unet", "no text_encoder_2"]);
+    refused_after(&|f| remove_dir_all(f.join("tokenizer_2")).unwrap(), &["tokenizer_2", "vocab.json"]);
+    // Stable Diffusion's UNet, and SDXL's beside encoders of other widths.
+    let config = "unet/config.json";
+    refused_after(&|f| replaced(f, config, "\"text_time\"", "null"), &[config, "no pooled prompt", "text_encoder_2"]);
+    let width = "\"cross_attention_dim\": 64";
+    refused_after(&|f| replaced(f, config, width, "\"cross_attention_dim\": 32"), &[config, "width 32", "give 64"]);
+    let width = "\"projection_class_embeddings_input_dim\": 88";
+    let other = "\"projection_class_embeddings_input_dim\": 87";
+    refused_after(&|f| replaced(f, config, width, other), &[config, "width 39", "project to 40"]);
+    let twice = |f: &Path| {
+        remove_dir_all(f.join("text_encoder_2")).unwrap();
+        rename(f.join("text_encoder"), f.join("text_encoder_2")).unwrap();
+        let original = support::golden().join("checkpoints/sdxl/text_encoder");
+        fs::create_dir(f.join("text_encoder")).unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            fs::copy(original.join(file), f.join("text_encoder").join(file)).unwrap();
+        }
+    };
+    refused_after(&twice, &[config, "have no projection"]);
+    let tokens = "\"max_position_embeddings\": 77";
+    let file = "text_encoder_2/config.json";
+    refused_after(&|f| replaced(f, file, tokens, "\"max_position_embeddings\": 78"), &[config, "[77, 78]"]);
 }

@@ -109,7 +109,6 @@ fn batches_of_one_run_are_one() {
 #[test]
 fn refuses_in_one_line() {
     let folder = tempfile::tempdir().unwrap();
-    let model = support::golden().join("checkpoints/sdxl");
     for (args, code, word) in [
         (&["sample", "x", "--width", "63"][..], 2, "64"),
         (&["sample", "x", "--steps", "0"], 2, "steps"),
@@ -127,7 +126,9 @@ fn refuses_in_one_line() {
         (&["sample", "x", "--save-latents", "."], 2, "folder"),
         (&["sample", "x", "--model", "./nowhere"], 2, "nowhere"),
         (&["sample", "x", "--latents", "missing.st"], 1, "missing.st"),
-        (&["sample", "x", "--model", model.to_str().unwrap()], 1, "SDXL"),
+        (&["sample", "x", "--original-size", "512x512"], 2, "SDXL"),
+        (&["sample", "x", "--original-size", "512"], 2, "whole numbers"),
+        (&["sample", "x", "--crop", "1x2"], 2, "whole numbers"),
         (&["sample"], 2, "PROMPT"),
         (&["probe", "unet", "--inputs", "missing.st", "--output", "o.st"], 1, "missing.st"),
         (&["info", "--model", "./nowhere"], 2, "nowhere"),
@@ -186,12 +187,15 @@ fn probes_give_what_diffusers_gave() {
 #[test]
 fn info_tells_components_and_memory() {
     let folder = tempfile::tempdir().unwrap();
-    let output = respodiff(folder.path(), &["info"]);
-    let report = text(&output.stdout);
-    assert!(
-        output.status.success() && ["text_encoder", "unet", "vae", "MiB"].iter().all(|w| report.contains(w)),
-        "{report}"
-    );
+    let model = support::golden().join("checkpoints/sdxl");
+    for (args, words) in [
+        (&["info"][..], ["text_encoder ", "unet", "vae", "MiB"]),
+        (&["info", "--model", model.to_str().unwrap()], ["text_encoder_2", "unet", "vae", "128x128"]),
+    ] {
+        let output = respodiff(folder.path(), args);
+        let report = text(&output.stdout);
+        assert!(output.status.success() && words.iter().all(|w| report.contains(w)), "{report}");
+    }
 }
 
 /// Named fp32 tensors of a file.
@@ -275,21 +279,66 @@ fn probes_schedulers() {
 #[test]
 fn saved_latents_are_those_of_diffusers() {
     let folder = tempfile::tempdir().unwrap();
-    let case = support::cases("pipeline_sd1_pndm", 1).remove(0);
-    let meta = case.metadata();
-    let prompt: Vec<String> = serde_json::from_str(&meta["prompt"]).unwrap();
-    let [_, _, height, width] = case.shape("out.image")[..] else { panic!("NCHW") };
-    let (model, height, width) = (support::golden().join("checkpoints/sd1"), height.to_string(), width.to_string());
-    let seed = meta["seed"].trim_matches(['[', ']']).to_string();
-    let args = ["sample", &prompt[0], "--model", model.to_str().unwrap(), "--steps", &meta["steps"]];
-    let size = ["--seed", &seed, "--width", &width, "--height", &height, "--guidance", &meta["guidance_scale"]];
-    let files = ["--out", "x.png", "--save-latents", "l.st"];
-    let output = respodiff(folder.path(), &[&args[..], &size, &files].concat());
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    let ours = &tensors(&folder.path().join("l.st"))["latents"];
-    assert_eq!(ours.0, case.shape("out.latents"));
-    let error = support::relative_l2(&ours.1, &case.floats("out.latents"));
-    assert!(error < 1e-4, "{error}");
+    // SDXL's guidance of 5 is its default.
+    for (name, guidance) in [("pipeline_sd1_pndm", &["--guidance", "7.5"][..]), ("pipeline_sdxl_euler", &[])] {
+        let case = support::cases(name, 1).remove(0);
+        let meta = case.metadata();
+        let prompt: Vec<String> = serde_json::from_str(&meta["prompt"]).unwrap();
+        let [_, _, height, width] = case.shape("out.image")[..] else { panic!("NCHW") };
+        let model = support::golden().join("checkpoints").join(&meta["checkpoint"]);
+        let (height, width) = (height.to_string(), width.to_string());
+        let args = ["sample", &prompt[0], "--model", model.to_str().unwrap(), "--steps", &meta["steps"]];
+        let size = ["--seed", &meta["seed"], "--width", &width, "--height", &height];
+        let files = ["--out", "x.png", "--save-latents", "l.st"];
+        let output = respodiff(folder.path(), &[&args[..], &size, guidance, &files].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let ours = &tensors(&folder.path().join("l.st"))["latents"];
+        assert_eq!(ours.0, case.shape("out.latents"));
+        let error = support::relative_l2(&ours.1, &case.floats("out.latents"));
+        assert!(error < 1e-4, "{name}: {error}");
+    }
+}
+
+/// SDXL's own flags, quotas over its bottleneck, and what the pictures say of both.
+#[test]
+fn sdxl_balanced_and_cropped() {
+    use respodiff::graph::Shape;
+    use respodiff::respodiff::{Concept, Form, Metadata, Module};
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    for (i, name) in ["up", "down"].into_iter().enumerate() {
+        // 128 pixels are 16 latents, and a bottleneck of 4.
+        let shape = Shape::new(1, 4, 4, 24);
+        let numbers = (0..shape.len()).map(|j| ((i * 999 + j) as f32).sin()).collect();
+        let ram = Module::with_parameters(Form::Constant, shape, numbers).unwrap();
+        let metadata = Metadata { concept: name.into(), ..Default::default() };
+        Concept { metadata, ram, sam: None }.save(path(name)).unwrap();
+    }
+    let model = support::golden().join("checkpoints/sdxl");
+    let args = ["sample", "a cat", "--model", model.to_str().unwrap(), "--steps", "2", "--seed", "3"];
+    let run = |more: &[&str]| {
+        let output = respodiff(folder.path(), &[&args[..], more].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    };
+    let sizes = ["--original-size", "300x200", "--crop", "16,0", "--negative-prompt", ""];
+    run(&[&sizes[..], &["--batch", "4", "--balance", "up,down", "--out", "a.png"]].concat());
+    let manifest: Vec<serde_json::Value> = serde_json::from_slice(&std::fs::read(path("a-0.json")).unwrap()).unwrap();
+    let given = |name: &str| manifest.iter().filter(|m| m["info"]["concepts"][0][0] == name).count();
+    assert_eq!((given("up"), given("down")), (2, 2), "{manifest:?}");
+    let info = &manifest[0]["info"];
+    assert_eq!((&info["original_size"], &info["crop"]), (&serde_json::json!([300, 200]), &serde_json::json!([16, 0])));
+    assert_eq!((&info["negative_prompt"], &info["width"]), (&"".into(), &128.into()));
+    // Each of these changes the picture: SDXL's zeros are no empty prompt.
+    let latents = |more: &[&str]| {
+        run(&[more, &["--out", "x.png", "--save-latents", "l.st"]].concat());
+        tensors(&path("l.st"))["latents"].1.clone()
+    };
+    let plain = latents(&[]);
+    for flags in [["--negative-prompt", ""], ["--original-size", "300x200"], ["--crop", "16,0"]] {
+        let error = support::relative_l2(&latents(&flags), &plain);
+        assert!(error > 1e-3, "{flags:?} moves the latents by {error:.1e} of them");
+    }
+    assert_eq!(latents(&["--original-size", "128x128", "--crop", "0,0"]), plain);
 }
 
 #[cfg(unix)]

@@ -35,7 +35,13 @@ fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Outp
 
 #[test]
 fn each_image_has_its_own_concepts() {
-    let source = Source::folder(support::golden().join("checkpoints/sd1")).unwrap();
+    for checkpoint in ["sd1", "sdxl"] {
+        each_image_of(checkpoint);
+    }
+}
+
+fn each_image_of(checkpoint: &str) {
+    let source = Source::folder(support::golden().join("checkpoints").join(checkpoint)).unwrap();
     let engine = Engine::open(&source, &Device::Cpu).unwrap();
     let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true, concepts: true };
     let shape = engine.bottleneck(options);
@@ -99,14 +105,19 @@ fn a_shifted_call_predicts_what_pytorch_does() {
     }
 }
 
-/// A pipeline whose middle block has a hook in diffusers (`tests/golden/concepts.py`), and its first UNet call alone.
+/// Pipelines whose middle block has a hook in diffusers (`tests/golden/concepts.py`), and their first UNet calls alone.
 #[test]
 fn pipelines_with_concepts_match_diffusers() {
+    for case in support::cases("concepts_", 2) {
+        pipeline_with_concepts(&case);
+    }
+}
+
+fn pipeline_with_concepts(case: &support::Case) {
     use respodiff::diffusion::scheduler::SchedulerConfig;
     use respodiff::models::{UNetConfig, unet};
-    let case = support::cases("concepts_sd1", 1).remove(0);
     let meta = case.metadata();
-    let source = Source::folder(support::golden().join("checkpoints/sd1")).unwrap();
+    let source = Source::folder(support::golden().join("checkpoints").join(&meta["checkpoint"])).unwrap();
     let scheduler = SchedulerConfig::parse(&meta["scheduler_config"], "recorded").unwrap();
     let engine = Engine::open(&source, &Device::Cpu).unwrap().with_scheduler(scheduler);
     let size = |name: &str| meta[name].parse().unwrap();
@@ -131,13 +142,14 @@ fn pipelines_with_concepts_match_diffusers() {
         prompt: prompts[0].clone(),
         steps: size("steps"),
         seed: meta["seed"].parse().unwrap(),
-        sampler: "ddim".parse().unwrap(),
+        guidance: meta["guidance_scale"].parse().unwrap(),
+        sampler: meta["scheduler"].parse().unwrap(),
         concepts: concepts.clone(),
         ..Default::default()
     };
     let error = support::relative_l2(&generate(&engine, options, &request).latents, &case.floats("out.latents"));
-    println!("latents {error:.1e}");
-    assert!(error < 1e-4, "latents are off by {error:.2e}");
+    println!("{}: latents {error:.1e}", case.name);
+    assert!(error < 1e-4, "{}: latents are off by {error:.2e}", case.name);
 
     let config = UNetConfig::parse(&source.read_text("unet/config.json").unwrap(), Path::new("config.json")).unwrap();
     let [n, c, h, w] = case.shape("sample")[..] else { panic!("NCHW") };
@@ -149,19 +161,22 @@ fn pipelines_with_concepts_match_diffusers() {
             concept.modules(shape).unwrap().iter().for_each(|module| module.add_to(&[], *weight, shift));
         }
     }
-    let inputs = std::collections::HashMap::from([
+    let mut inputs = std::collections::HashMap::from([
         ("sample", support::nchw_to_nhwc(&case.floats("sample"), n, c)),
         ("timestep", vec![case.floats("timestep")[0]; n]),
         ("encoder_hidden_states", case.floats("encoder_hidden_states")),
         ("shift", shift),
     ]);
+    for extra in ["text_embeds", "time_ids"].into_iter().filter(|e| case.has(e)) {
+        inputs.insert(extra, case.floats(extra));
+    }
     let ours = support::nhwc_to_nchw(
         &support::run(&Device::Cpu, graph, &source.tensors("unet").unwrap(), &inputs)["sample"],
         n,
         c,
     );
     let error = support::relative_l2(&ours, &case.floats("out.sample"));
-    assert!(error < 1e-4, "the UNet is off by {error:.2e}");
+    assert!(error < 1e-4, "{}: the UNet is off by {error:.2e}", case.name);
 }
 
 /// A safetensors file.

@@ -25,8 +25,8 @@ fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Outp
     session.and_then(|mut s| s.generate(request, &mut |_| ControlFlow::Continue(()))).unwrap_or_else(|e| panic!("{e}"))
 }
 
-fn sd1(device: &Device) -> Engine {
-    Engine::open(&Source::folder(golden().join("checkpoints/sd1")).unwrap(), device).unwrap()
+fn engine(checkpoint: &str, device: &Device) -> Engine {
+    Engine::open(&Source::folder(golden().join("checkpoints").join(checkpoint)).unwrap(), device).unwrap()
 }
 
 #[test]
@@ -49,16 +49,25 @@ fn the_demo_draws_the_same_pictures() {
 /// With noise in every step and concepts of its own for each image.
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
-    let engine = sd1(&kernels());
+    alone_and_in_a_batch("sd1", &[Rng::TorchCpu, Rng::TorchCuda]);
+}
+
+#[test]
+fn an_image_of_sdxl_does_not_depend_on_its_batch() {
+    alone_and_in_a_batch("sdxl", &[Rng::TorchCpu]);
+}
+
+fn alone_and_in_a_batch(checkpoint: &str, rngs: &[Rng]) {
+    let kernels = engine(checkpoint, &kernels());
     let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true, concepts: true };
-    let shape = engine.bottleneck(options);
+    let shape = kernels.bottleneck(options);
     let concept = |i: usize| {
         let numbers = (0..shape.len()).map(|j| ((i * 7 + j) as f32 * 0.37).sin()).collect();
         let ram = Module::with_parameters(Form::Constant, shape, numbers).unwrap();
         Arc::new(Concept { metadata: Metadata::default(), ram, sam: None })
     };
     let concepts: Vec<Vec<_>> = (0..3).map(|i| (0..i).map(|c| (concept(c), 0.7)).collect()).collect();
-    for rng in [Rng::TorchCpu, Rng::TorchCuda] {
+    for &rng in rngs {
         let request = |first: usize, concepts: &[Vec<(Arc<Concept>, f32)>]| Request {
             prompt: "a doctor".into(),
             steps: 3,
@@ -69,23 +78,24 @@ fn an_image_does_not_depend_on_its_batch() {
             concepts: concepts.to_vec(),
             ..Default::default()
         };
-        let batch = generate(&engine, options, &request(0, &concepts));
+        let batch = generate(&kernels, options, &request(0, &concepts));
         let one = batch.latents.len() / 3;
         for i in 0..3 {
             let alone = SessionOptions { batch: 1, ..options };
-            let alone = generate(&engine, alone, &request(i, &concepts[i..=i]));
+            let alone = generate(&kernels, alone, &request(i, &concepts[i..=i]));
             assert_eq!(alone.latents, batch.latents[i * one..][..one], "image {i}");
             assert_eq!(alone.images[0], batch.images[i]);
         }
-        let truth = generate(&sd1(&Device::Cpu), options, &request(0, &concepts));
+        let truth = generate(&engine(checkpoint, &Device::Cpu), options, &request(0, &concepts));
         let error = relative_l2(&batch.latents, &truth.latents);
-        assert!(error < TOLERANCE, "{rng:?}: latents are off by {error:.2e}");
+        println!("{checkpoint}, {rng:?}: latents {error:.1e}");
+        assert!(error < TOLERANCE, "{checkpoint}, {rng:?}: latents are off by {error:.2e}");
     }
 }
 
 #[test]
 fn what_cannot_be_is_refused() {
-    let engine = sd1(&kernels());
+    let engine = engine("sd1", &kernels());
     let options = SessionOptions { width: 64, height: 64, batch: 1, guided: true, concepts: false };
     let mut session = engine.session(options).unwrap();
     let mut go = |request: Request, flow: ControlFlow<()>| session.generate(&request, &mut |_| flow);

@@ -8,7 +8,7 @@ use respodiff::image::{GenerationInfo, Image, JSON_KEYWORD, PARAMETERS_KEYWORD, 
 fn info() -> GenerationInfo {
     GenerationInfo {
         prompt: "a cat, a hat".to_string(),
-        negative_prompt: "blurry".to_string(),
+        negative_prompt: Some("blurry".to_string()),
         steps: 20,
         sampler: "DPM++ 2M".to_string(),
         spacing: "Karras".to_string(),
@@ -17,6 +17,8 @@ fn info() -> GenerationInfo {
         rng: "torch-cuda".to_string(),
         width: 768,
         height: 512,
+        original_size: None,
+        crop: None,
         model: "v1-5".to_string(),
         model_sha256: Some("6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa".to_string()),
         concepts: vec![],
@@ -115,7 +117,9 @@ fn parameters_are_those_of_a1111() {
          Version: respodiff 0.1.0"
     );
     let odd = GenerationInfo {
-        negative_prompt: String::new(),
+        negative_prompt: Some(String::new()),
+        original_size: Some((1024, 768)),
+        crop: Some((8, 0)),
         guidance: 7.5,
         model: "a: \"b\", caf\u{e9}".to_string(),
         model_sha256: None,
@@ -124,7 +128,7 @@ fn parameters_are_those_of_a1111() {
     assert_eq!(
         odd.parameters(),
         "a cat, a hat\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, \
-         Seed: 18446744073709551615, Size: 768x512, Model: \"a: \\\"b\\\", caf\u{e9}\", RNG: torch-cuda, \
+         Seed: 18446744073709551615, Size: 768x512, Original size: 1024x768, Crop: \"8,0\", Model: \"a: \\\"b\\\", caf\u{e9}\", RNG: torch-cuda, \
          Version: respodiff 0.1.0"
     );
 }

@@ -110,7 +110,7 @@ fn compute(
 #[test]
 fn text_encoders() {
     let mut verdict = Verdict::default();
-    for (place, case) in &runs("text_", 5) {
+    for (place, case) in &runs("text_", 7) {
         let source = source(&case.name);
         let component = if case.name.ends_with("_2") { "text_encoder_2" } else { "text_encoder" };
         let (text, path) = config(&source, component);
@@ -132,7 +132,7 @@ fn text_encoders() {
 #[test]
 fn unets() {
     let mut verdict = Verdict::default();
-    for (place, case) in &runs("unet_", 20) {
+    for (place, case) in &runs("unet_", 25) {
         let source = source(&case.name);
         let (text, path) = config(&source, "unet");
         let config = UNetConfig::parse(&text, &path).expect("config");

@@ -3,9 +3,10 @@
 mod support;
 
 use respodiff::Device;
-use respodiff::diffusion::scheduler::SchedulerConfig;
 use respodiff::engine::{Engine, Output, Request, SessionOptions};
 use respodiff::weights::Source;
+use serde_json::from_str;
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use support::{cases, golden, relative_l2};
 
@@ -17,37 +18,43 @@ fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Outp
     engine.session(options).unwrap().generate(request, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
+/// The engine of a recorded run: its checkpoint, with the scheduler's settings in the file.
+fn engine_of(meta: &HashMap<String, String>) -> Engine {
+    let folder = support::copy(&meta["checkpoint"]);
+    let mut config: serde_json::Value = serde_json::from_str(&meta["scheduler_config"]).unwrap();
+    config["_class_name"] = meta["scheduler"].clone().into();
+    std::fs::write(folder.path().join("scheduler/scheduler_config.json"), config.to_string()).unwrap();
+    Engine::open(&Source::folder(folder.path()).unwrap(), &Device::Cpu).unwrap()
+}
+
 #[test]
 fn pipelines_match_diffusers() {
-    let sd = cases("pipeline_sd1_", 8).into_iter().chain(cases("pipeline_sd2_", 3));
     // Guidance rescale is not offered.
-    for case in sd.filter(|c| !c.name.ends_with("_rescale")) {
+    for case in cases("pipeline_", 17).into_iter().filter(|c| !c.name.ends_with("_rescale")) {
         let meta = case.metadata();
-        let field =
-            |name: &str| meta.get(name).unwrap_or_else(|| panic!("{}: no {name} in {meta:?}", case.name)).clone();
-        // One prompt for all images, or one for each.
-        let prompts = |name: &str| match serde_json::from_str(&field(name)).unwrap() {
-            serde_json::Value::Array(list) => list.iter().map(|p| p.as_str().unwrap().to_string()).collect(),
-            _ => vec![String::new()],
+        let field = |name: &str| meta.get(name).map_or(serde_json::Value::Null, |text| from_str(text).unwrap());
+        let prompts = |name: &str| match field(name) {
+            serde_json::Value::Array(list) => list.iter().map(|p| p.as_str().map(str::to_string)).collect(),
+            _ => vec![None],
         };
-        let scheduler = SchedulerConfig::parse(&field("scheduler_config"), "recorded").unwrap();
-        let engine = engine(case.name.split('_').nth(1).unwrap()).with_scheduler(scheduler);
+        // diffusers has rows before columns.
+        let pair = |name: &str| field(name).as_array().map(|p| [1, 0].map(|i| p[i].as_u64().unwrap() as usize).into());
+        let engine = engine_of(&meta);
         let [batch, _, height, width] = case.shape("out.image")[..] else { panic!("images are NCHW") };
-        let guidance: f32 = field("guidance_scale").parse().unwrap();
-        let seeds: Vec<u64> =
-            field("seed").trim_matches(['[', ']']).split(',').map(|s| s.trim().parse().unwrap()).collect();
+        let guidance = field("guidance_scale").as_f64().unwrap() as f32;
         let (positive, negative) = (prompts("prompt"), prompts("negative_prompt"));
         let calls = positive.len();
         let mut latents = Vec::new();
         let mut images = Vec::new();
         for call in 0..calls {
             let request = Request {
-                prompt: positive[call].clone(),
+                prompt: positive[call].clone().unwrap(),
                 negative_prompt: negative[call % negative.len()].clone(),
-                steps: field("steps").parse().unwrap(),
+                steps: field("steps").as_u64().unwrap() as usize,
                 guidance,
-                seed: seeds[0] + call as u64,
-                sampler: field("scheduler").parse().unwrap(),
+                seed: field("seed").as_u64().unwrap() + call as u64,
+                original_size: pair("original_size"),
+                crop: pair("crops_coords_top_left").unwrap_or((0, 0)),
                 ..Default::default()
             };
             let options =
@@ -69,21 +76,23 @@ fn pipelines_match_diffusers() {
 
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
-    let engine = engine("sd1");
-    let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true, concepts: false };
-    let request = |seed| Request {
-        prompt: "a doctor".into(),
-        steps: 4,
-        seed,
-        sampler: "euler a".parse().unwrap(),
-        ..Default::default()
-    };
-    let batch = generate(&engine, options, &request(7));
-    let one = batch.latents.len() / 3;
-    for i in 0..3 {
-        let alone = generate(&engine, SessionOptions { batch: 1, ..options }, &request(7 + i as u64));
-        assert_eq!(alone.latents, batch.latents[i * one..][..one], "image {i}");
-        assert_eq!(alone.images[0], batch.images[i]);
+    for name in ["sd1", "sdxl"] {
+        let engine = engine(name);
+        let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true, concepts: false };
+        let request = |seed| Request {
+            prompt: "a doctor".into(),
+            steps: 4,
+            seed,
+            sampler: "euler a".parse().unwrap(),
+            ..Default::default()
+        };
+        let batch = generate(&engine, options, &request(7));
+        let one = batch.latents.len() / 3;
+        for i in 0..3 {
+            let alone = generate(&engine, SessionOptions { batch: 1, ..options }, &request(7 + i as u64));
+            assert_eq!(alone.latents, batch.latents[i * one..][..one], "{name}, image {i}");
+            assert_eq!(alone.images[0], batch.images[i]);
+        }
     }
 }
 
@@ -108,6 +117,9 @@ fn impossible_requests_are_refused() {
     assert_eq!(go(Request { steps: 0, ..fine.clone() }, next).expect_err("refused").exit_code(), 2);
     assert_eq!(go(Request { guidance: f32::NAN, ..fine.clone() }, next).expect_err("refused").exit_code(), 2);
     assert_eq!(go(Request { latents: Some(vec![0.0; 3]), ..fine.clone() }, next).expect_err("refused").exit_code(), 2);
+    let sized = Request { original_size: Some((64, 64)), ..fine.clone() };
+    assert!(go(sized, next).expect_err("refused").to_string().contains("SDXL"));
+    assert_eq!(go(Request { crop: (0, 8), ..fine.clone() }, next).expect_err("refused").exit_code(), 2);
     let huge = go(Request { guidance: 3e38, ..fine.clone() }, next).expect_err("refused");
     assert!(matches!(huge, respodiff::Error::NonFinite(_)), "{huge}");
     assert_eq!(go(fine.clone(), ControlFlow::Break(())).expect_err("refused").exit_code(), 130);

@@ -65,9 +65,9 @@ struct FairnessArgs {
     /// Sampling steps
     #[arg(long, default_value_t = 50)]
     steps: usize,
-    /// Guidance scale
-    #[arg(long, default_value_t = 7.5)]
-    guidance: f32,
+    /// Guidance scale [default: 7.5; 5 with SDXL]
+    #[arg(long)]
+    guidance: Option<f32>,
     /// Folder or model id of the CLIP that judges [default: ViT-B/32; the demo's own]
     #[arg(long)]
     clip: Option<String>,
@@ -134,7 +134,7 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
         images: args.images_per_prompt,
         sampler: args.scheduler.clone().unwrap_or_else(|| own.to_string()),
         steps: args.steps,
-        guidance: args.guidance,
+        guidance: args.guidance.unwrap_or(engine.default_guidance()),
         seed: args.seed,
         batch: args.batch,
         shard,

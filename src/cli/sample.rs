@@ -21,15 +21,15 @@ pub(super) struct Args {
     /// Checkpoint folder or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
-    /// What to stay away from
-    #[arg(long, default_value = "")]
-    negative_prompt: String,
+    /// What to stay away from; with SDXL "" is an empty prompt, which is not the same as none
+    #[arg(long)]
+    negative_prompt: Option<String>,
     /// Sampling steps
     #[arg(long, default_value_t = 50)]
     steps: usize,
-    /// Guidance scale; 1 or less turns guidance off and halves the work
-    #[arg(long, default_value_t = 7.5, allow_negative_numbers = true)]
-    guidance: f32,
+    /// Guidance scale; 1 or less turns guidance off and halves the work [default: 7.5; 5 with SDXL]
+    #[arg(long, allow_negative_numbers = true)]
+    guidance: Option<f32>,
     /// Sampler by diffusers' or k-diffusion's name, such as "DDIM" or "DPM++ 2M Karras" [default: the checkpoint's]
     #[arg(long)]
     scheduler: Option<String>,
@@ -54,6 +54,12 @@ pub(super) struct Args {
     /// Pixels, a multiple of 8 [default: the checkpoint's]
     #[arg(long)]
     height: Option<usize>,
+    /// SDXL: the size of the picture that this one is to look made of [default: its own]
+    #[arg(long, value_name = "WxH", value_parser = |text: &str| pair(text, 'x'))]
+    original_size: Option<(usize, usize)>,
+    /// SDXL: pixels cut off that picture at its left and its top
+    #[arg(long, value_name = "X,Y", default_value = "0,0", value_parser = |text: &str| pair(text, ','))]
+    crop: (usize, usize),
     /// Start from this file's unit noise: safetensors, `latents` [IMAGES,4,H/8,W/8]
     #[arg(long)]
     latents: Option<PathBuf>,
@@ -83,19 +89,21 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let source = Source::resolve(args.model.as_deref(), true)?;
     let engine = Engine::open(&source, &device)?;
     let schedule = engine.schedule(sampler, args.steps)?;
-    for (name, prompt) in [("prompt", &args.prompt), ("negative prompt", &args.negative_prompt)] {
-        let lost = engine.tokenize(prompt)?.lost;
-        if !lost.is_empty() {
+    for (name, prompt) in [("prompt", Some(&args.prompt)), ("negative prompt", args.negative_prompt.as_ref())] {
+        let encoded = prompt.map_or(Ok(vec![]), |prompt| engine.tokenize(prompt))?;
+        // Tokenizers of one checkpoint all but always lose the same.
+        if let Some(lost) = encoded.into_iter().map(|e| e.lost).find(|lost| !lost.is_empty()) {
             warn(&format!("the {name} is too long; these words are not used: {lost}"));
         }
     }
+    let guidance = args.guidance.unwrap_or(engine.default_guidance());
     let (width, height) = engine.default_size();
     let images = args.total();
     let mut options = SessionOptions {
         width: args.width.unwrap_or(width),
         height: args.height.unwrap_or(height),
         batch: args.batch.min(images),
-        guided: args.guidance > 1.0,
+        guided: guidance > 1.0,
         concepts: args.concepts.any(),
     };
     let mut session = engine.session(options)?;
@@ -117,11 +125,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
         steps: args.steps,
         sampler: schedule.sampler.a1111_name().into(),
         spacing: schedule.spacing.map_or("Automatic", Spacing::a1111_name).into(),
-        guidance: args.guidance,
+        guidance,
         seed,
         rng: rng.name().into(),
         width: options.width as u32,
         height: options.height as u32,
+        original_size: args.original_size,
+        crop: Some(args.crop).filter(|&crop| crop != (0, 0)),
         model: engine.name(),
         model_sha256: None,
         concepts: Vec::new(),
@@ -147,8 +157,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
             prompt: args.prompt.clone(),
             negative_prompt: args.negative_prompt.clone(),
             steps: args.steps,
-            guidance: args.guidance,
+            guidance,
             sampler,
+            original_size: args.original_size,
+            crop: args.crop,
             seed: seed.wrapping_add(start as u64),
             rng,
             latents: latents.as_ref().map(|all| all[start * one..end * one].to_vec()),
@@ -185,6 +197,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Err(Error::Cancelled(format!("{} of {images} pictures were saved", saved.manifest.len())));
     }
     Ok(())
+}
+
+/// Two whole numbers.
+fn pair(text: &str, separator: char) -> std::result::Result<(usize, usize), String> {
+    let numbers = text.split_once(separator).and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
+    numbers.ok_or_else(|| format!("write two whole numbers with `{separator}` between them"))
 }
 
 impl Args {

@@ -3,21 +3,24 @@
 mod on_cpu;
 mod on_cuda;
 mod session;
+mod text;
 
 pub use session::Session;
+pub(crate) use text::Conditioning;
 
 use crate::cpu;
-use crate::device::{Device, Executor, Weights};
+use crate::device::{Device, Weights};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Graph, Shape};
-use crate::models::tokenizer::{Encoded, Tokenizer};
-use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
+use crate::models::tokenizer::Encoded;
+use crate::models::{UNetConfig, VaeConfig, unet, vae_decoder};
 use crate::plan::Plan;
 use crate::respodiff::Concept;
 use crate::weights::{Source, Tensors};
 use crate::{Error, Image, Result};
 use std::sync::Arc;
+use text::{TextEncoders, time_ids};
 
 /// Inputs of a UNet that stay the same over the steps of an image: what depends on them alone runs once.
 pub const UNET_CONSTANTS: &[&str] = &["encoder_hidden_states", "text_embeds", "time_ids"];
@@ -27,7 +30,7 @@ const MAX_SIZE: usize = 8192;
 /// Largest batch.
 const MAX_BATCH: usize = 256;
 
-/// A checkpoint of Stable Diffusion 1.x or 2.x, its weights packed and ready. Cloning shares them.
+/// A checkpoint of Stable Diffusion 1.x, 2.x or SDXL, its weights packed and ready. Cloning shares them.
 #[derive(Clone)]
 pub struct Engine(Arc<Parts>);
 
@@ -35,8 +38,7 @@ pub struct Engine(Arc<Parts>);
 struct Parts {
     source: Source,
     device: Device,
-    tokenizer: Arc<Tokenizer>,
-    text: Network<ClipConfig>,
+    text: Arc<TextEncoders>,
     unet: Network<UNetConfig>,
     vae: Network<VaeConfig>,
     scheduler: SchedulerConfig,
@@ -46,6 +48,13 @@ struct Parts {
 struct Network<C> {
     config: C,
     weights: Weights,
+}
+
+/// The plans of a session's networks.
+struct Plans {
+    text: Vec<Plan>,
+    unet: Plan,
+    vae: Plan,
 }
 
 /// What a [`Session`] is made for.
@@ -68,14 +77,19 @@ pub struct SessionOptions {
 pub struct Request {
     /// What to show.
     pub prompt: String,
-    /// What to stay away from; used with guidance only.
-    pub negative_prompt: String,
+    /// What to stay away from; used with guidance only. None is an empty prompt, or where SDXL's `model_index.json` says
+    /// `force_zeros_for_empty_prompt` zeros instead of any prompt's states, as in diffusers.
+    pub negative_prompt: Option<String>,
     /// Sampling steps.
     pub steps: usize,
     /// Guidance scale; above 1 needs a guided session.
     pub guidance: f32,
     /// Sampler and spacing; the checkpoint's own by default.
     pub sampler: SamplerChoice,
+    /// SDXL alone: width and height of the picture that this one is to look made of; its own by default.
+    pub original_size: Option<(usize, usize)>,
+    /// SDXL alone: pixels cut off that picture at its left and its top.
+    pub crop: (usize, usize),
     /// Image `i` is drawn with `seed + i`.
     pub seed: u64,
     /// Whose random numbers the seed means.
@@ -87,14 +101,16 @@ pub struct Request {
 }
 
 impl Default for Request {
-    /// diffusers' defaults: 50 steps, guidance 7.5.
+    /// diffusers' defaults for Stable Diffusion 1.x and 2.x: 50 steps, guidance 7.5.
     fn default() -> Self {
         Request {
             prompt: String::new(),
-            negative_prompt: String::new(),
+            negative_prompt: None,
             steps: 50,
             guidance: 7.5,
             sampler: SamplerChoice::default(),
+            original_size: None,
+            crop: (0, 0),
             seed: 0,
             rng: Rng::default(),
             latents: None,
@@ -142,7 +158,7 @@ impl std::fmt::Debug for Output {
 pub struct Memory {
     /// Packed weights of all networks, shared between sessions.
     pub weights: usize,
-    /// The text encoder's arena.
+    /// The text encoders' arenas.
     pub text: usize,
     /// The UNet's arena.
     pub unet: usize,
@@ -174,34 +190,16 @@ impl Engine {
     /// [`Error::Checkpoint`] or [`Error::Io`] about the first file that is missing, damaged or not supported;
     /// [`Error::Device`] when the weights do not fit the device's memory.
     pub fn open(source: &Source, device: &Device) -> Result<Self> {
-        if source.has("text_encoder_2/config.json") {
-            return Err(Error::checkpoint(
-                source.path("text_encoder_2"),
-                "this is an SDXL checkpoint, whose text-to-image pipeline is not supported yet; its parts can be run with `probe`",
-            ));
-        }
-        let text = read_config(source, "text_encoder", ClipConfig::parse)?;
         let unet_config = read_config(source, "unet", UNetConfig::parse)?;
         let vae = read_config(source, "vae", VaeConfig::parse)?;
-        check_fit(source, &text, &unet_config, &vae)?;
-        let tokenizer = source.tokenizer("tokenizer")?;
-        if tokenizer.vocab_size() > text.vocab_size || tokenizer.length() > text.max_position_embeddings {
-            let problem = format!(
-                "{} tokens in prompts of {} do not fit the text encoder, which knows {} in prompts of {}",
-                tokenizer.vocab_size(),
-                tokenizer.length(),
-                text.vocab_size,
-                text.max_position_embeddings
-            );
-            return Err(Error::checkpoint(source.path("tokenizer"), problem));
-        }
+        check_latents(source, &unet_config, &vae)?;
+        let text = TextEncoders::open(source, device, &unet_config)?;
         let load = |component: &str, graph: Graph| device.weights(graph.weights(), &source.tensors(component)?);
         let parts = Parts {
             source: source.clone(),
             device: device.clone(),
-            tokenizer: Arc::new(tokenizer),
-            scheduler: read_scheduler(source)?,
-            text: Network { weights: load("text_encoder", text_encoder(&text, 1))?, config: text },
+            scheduler: read_scheduler(source, text.sized())?,
+            text: Arc::new(text),
             unet: Network { weights: load("unet", unet(&unet_config, 1, 8, 8, 1, 0))?, config: unet_config },
             vae: Network { weights: load("vae", vae_decoder(&vae, 1, 8, 8))?, config: vae },
         };
@@ -238,25 +236,20 @@ impl Engine {
         }
     }
 
-    /// The hidden states of prompts, `[prompts, tokens, c]`.
+    /// What prompts for pictures of `size` (width, height) come to for the UNet, a row for each; `None` is no prompt, as
+    /// [`Request::negative_prompt`].
     ///
     /// # Errors
-    /// What the tokenizer finds.
-    pub(crate) fn states(&self, prompts: &[&str]) -> Result<Vec<f32>> {
-        let plan = self.0.device.plan(text_encoder(&self.0.text.config, prompts.len()), &[]);
-        self.encode(&mut self.0.device.executor(plan, &self.0.text.weights)?, prompts)
+    /// What the tokenizers find.
+    pub(crate) fn condition(&self, prompts: &[Option<&str>], size: (usize, usize)) -> Result<Conditioning> {
+        let Parts { text, device, .. } = &*self.0;
+        let mut executors = text.executors(device, text.plans(device, prompts.len()))?;
+        text.condition(&mut executors, prompts, time_ids(size, (0, 0), size))
     }
 
-    /// Runs a text encoder, made for as many, on prompts: their hidden states.
-    fn encode(&self, text: &mut Executor, prompts: &[&str]) -> Result<Vec<f32>> {
-        let per_prompt = self.0.text.config.max_position_embeddings;
-        let mut ids = vec![0.0; prompts.len() * per_prompt];
-        for (prompt, row) in prompts.iter().zip(ids.chunks_exact_mut(per_prompt)) {
-            self.0.tokenizer.encode(prompt)?.fill(row);
-        }
-        text.write("input_ids", &ids)?;
-        text.step()?;
-        text.read("last_hidden_state")
+    /// Tokens of a prompt, padding included.
+    pub(crate) fn tokens(&self) -> usize {
+        self.0.text.tokens()
     }
 
     /// The same checkpoint with another scheduler configuration.
@@ -284,12 +277,17 @@ impl Engine {
         [options.batch, vae.latent_channels, options.height / vae.scale(), options.width / vae.scale()]
     }
 
-    /// The tokens of a prompt, and the words that do not fit.
+    /// The guidance that diffusers takes for such a checkpoint where none is asked for.
+    pub fn default_guidance(&self) -> f32 {
+        if self.0.text.sized() { 5.0 } else { 7.5 }
+    }
+
+    /// The tokens of a prompt, and the words that do not fit, for each text encoder.
     ///
     /// # Errors
-    /// What the tokenizer finds.
-    pub fn tokenize(&self, prompt: &str) -> Result<Encoded> {
-        self.0.tokenizer.encode(prompt)
+    /// What the tokenizers find.
+    pub fn tokenize(&self, prompt: &str) -> Result<Vec<Encoded>> {
+        self.0.text.tokenize(prompt)
     }
 
     /// Memory of a session, without making it.
@@ -300,14 +298,17 @@ impl Engine {
         Ok(self.memory_of(&self.plans(options)?))
     }
 
-    fn memory_of(&self, [text, unet, vae]: &[Plan; 3]) -> Memory {
-        let bytes = Plan::arena_bytes;
+    fn memory_of(&self, plans: &Plans) -> Memory {
         let parts = &*self.0;
-        let weights = parts.text.weights.bytes() + parts.unet.weights.bytes() + parts.vae.weights.bytes();
-        Memory { weights, text: bytes(text), unet: bytes(unet), vae: bytes(vae) }
+        Memory {
+            weights: parts.text.weight_bytes() + parts.unet.weights.bytes() + parts.vae.weights.bytes(),
+            text: plans.text.iter().map(Plan::arena_bytes).sum(),
+            unet: plans.unet.arena_bytes(),
+            vae: plans.vae.arena_bytes(),
+        }
     }
 
-    fn plans(&self, options: SessionOptions) -> Result<[Plan; 3]> {
+    fn plans(&self, options: SessionOptions) -> Result<Plans> {
         let SessionOptions { width, height, batch, guided, concepts } = options;
         let scale = self.0.vae.config.scale();
         for (name, size) in [("width", width), ("height", height)] {
@@ -323,14 +324,14 @@ impl Engine {
         }
         let rows = if guided { 2 } else { 1 };
         let (h, w) = (height / scale, width / scale);
-        let tokens = self.0.text.config.max_position_embeddings;
         let shifted = if concepts { batch } else { 0 };
-        let device = &self.0.device;
-        Ok([
-            device.plan(text_encoder(&self.0.text.config, rows), &[]),
-            device.plan(unet(&self.0.unet.config, rows * batch, h, w, tokens, shifted), UNET_CONSTANTS),
-            device.plan(vae_decoder(&self.0.vae.config, 1, h, w), &[]),
-        ])
+        let Parts { device, text, unet: network, vae, .. } = &*self.0;
+        let unet = unet(&network.config, rows * batch, h, w, text.tokens(), shifted);
+        Ok(Plans {
+            text: text.plans(device, rows),
+            unet: device.plan(unet, UNET_CONSTANTS),
+            vae: device.plan(vae_decoder(&vae.config, 1, h, w), &[]),
+        })
     }
 
     /// Plans and allocates everything for one size and batch.
@@ -357,31 +358,28 @@ impl Engine {
     }
 }
 
-fn check_fit(source: &Source, text: &ClipConfig, unet: &UNetConfig, vae: &VaeConfig) -> Result<()> {
-    let problem = if unet.text_time.is_some() {
-        "asks for SDXL's size conditioning, but the folder has one text encoder".to_string()
-    } else if unet.in_channels != vae.latent_channels || unet.out_channels != vae.latent_channels {
-        format!(
-            "has {} input and {} output channels for {} latent channels; inpainting and depth models are not supported",
-            unet.in_channels, unet.out_channels, vae.latent_channels
-        )
-    } else if unet.cross_attention_dim != text.layers.width {
-        format!("reads text of width {}, but the text encoder's is {}", unet.cross_attention_dim, text.layers.width)
-    } else {
+fn check_latents(source: &Source, unet: &UNetConfig, vae: &VaeConfig) -> Result<()> {
+    if unet.in_channels == vae.latent_channels && unet.out_channels == vae.latent_channels {
         return Ok(());
-    };
+    }
+    let problem = format!(
+        "has {} input and {} output channels for {} latent channels; inpainting and depth models are not supported",
+        unet.in_channels, unet.out_channels, vae.latent_channels
+    );
     Err(Error::checkpoint(source.path("unet/config.json"), problem))
 }
 
-/// The scheduler's config, with what diffusers' StableDiffusionPipeline forces on checkpoints from before these fields:
-/// an offset of one step, and no clipping of latents as if they were pixels.
-fn read_scheduler(source: &Source) -> Result<SchedulerConfig> {
+/// The scheduler's config, with what diffusers' StableDiffusionPipeline forces on checkpoints from before these fields, and
+/// its StableDiffusionXLPipeline does not: an offset of one step, and no clipping of latents as if they were pixels.
+fn read_scheduler(source: &Source, xl: bool) -> Result<SchedulerConfig> {
     let file = "scheduler/scheduler_config.json";
     let path = source.path(file);
     let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&source.read_text(file)?)
         .map_err(|e| Error::checkpoint(&path, format!("not a JSON object: {e}; download the file again")))?;
-    fields.insert("steps_offset".into(), 1.into());
-    fields.insert("clip_sample".into(), false.into());
+    if !xl {
+        fields.insert("steps_offset".into(), 1.into());
+        fields.insert("clip_sample".into(), false.into());
+    }
     SchedulerConfig::parse(&serde_json::Value::Object(fields).to_string(), path)
 }
 

@@ -2,13 +2,12 @@
 
 use super::on_cpu::OnCpu;
 use super::on_cuda::OnCuda;
-use super::{Engine, Output, Progress, Request, SessionOptions};
+use super::{Engine, Output, Plans, Progress, Request, SessionOptions, time_ids};
 use crate::device::Executor;
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::Schedule;
 use crate::image::Image;
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
-use crate::plan::Plan;
 use crate::respodiff::Shift;
 use crate::{Error, Result};
 use std::ops::ControlFlow;
@@ -17,7 +16,7 @@ use std::ops::ControlFlow;
 pub struct Session {
     engine: Engine,
     options: SessionOptions,
-    text: Executor,
+    text: Vec<Executor>,
     networks: Box<dyn Networks>,
 }
 
@@ -101,12 +100,11 @@ impl Noise {
 }
 
 impl Session {
-    pub(super) fn new(engine: Engine, options: SessionOptions, plans: [Plan; 3]) -> Result<Self> {
+    pub(super) fn new(engine: Engine, options: SessionOptions, plans: Plans) -> Result<Self> {
         let parts = &*engine.0;
-        let [text, unet, vae] = plans;
-        let text = parts.device.executor(text, &parts.text.weights)?;
-        let unet = parts.device.executor(unet, &parts.unet.weights)?;
-        let vae = parts.device.executor(vae, &parts.vae.weights)?;
+        let text = parts.text.executors(&parts.device, plans.text)?;
+        let unet = parts.device.executor(plans.unet, &parts.unet.weights)?;
+        let vae = parts.device.executor(plans.vae, &parts.vae.weights)?;
         let networks: Box<dyn Networks> = match (unet, vae) {
             (Executor::Cpu(unet), Executor::Cpu(vae)) => Box::new(OnCpu { unet, vae, latents: Vec::new() }),
             (Executor::Cuda(unet), Executor::Cuda(vae)) => Box::new(OnCuda::new(unet, vae, options.batch)?),
@@ -145,6 +143,11 @@ impl Session {
                 self.options.batch,
                 if self.options.concepts { "" } else { " without concepts" }
             )));
+        }
+        if !self.engine.0.text.sized() && (request.original_size.is_some() || request.crop != (0, 0)) {
+            let problem =
+                "this checkpoint does not read the picture's sizes, as SDXL does; leave original size and crop out";
+            return Err(Error::usage(problem));
         }
         let shift = Shift::new(self.engine.bottleneck(self.options), self.options.batch, &request.concepts)?;
         if self.options.concepts {
@@ -187,13 +190,17 @@ impl Session {
         Ok(output)
     }
 
-    /// Prompts to the UNet's hidden states (the unconditional rows first), and what depends on them alone.
+    /// Writes what the UNet reads of the prompts and sizes (the unconditional rows first), and runs what depends on them alone.
     fn encode(&mut self, request: &Request) -> Result<()> {
-        let prompts = [request.negative_prompt.as_str(), request.prompt.as_str()];
-        let prompts = if self.options.guided { &prompts[..] } else { &prompts[1..] };
-        let states = self.engine.encode(&mut self.text, prompts)?;
-        let rows = states.chunks_exact(states.len() / prompts.len()).map(|row| row.repeat(self.options.batch));
-        self.networks.write("encoder_hidden_states", &rows.collect::<Vec<_>>().concat())?;
+        let SessionOptions { width, height, batch, guided, .. } = self.options;
+        let prompts = [request.negative_prompt.as_deref(), Some(request.prompt.as_str())];
+        let (prompts, rows) = if guided { (&prompts[..], &[0, 1][..]) } else { (&prompts[1..], &[0][..]) };
+        let size = (width, height);
+        let ids = time_ids(request.original_size.unwrap_or(size), request.crop, size);
+        let conditioning = self.engine.0.text.condition(&mut self.text, prompts, ids)?.pick(rows, batch);
+        for (name, values) in conditioning.inputs() {
+            self.networks.write(name, values)?;
+        }
         self.networks.prologue()
     }
 

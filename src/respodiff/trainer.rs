@@ -7,7 +7,7 @@
 use super::{Adam, Concept, Form, Halves, Kind, Metadata, Module, Objective, Recipe, Variant};
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, Spacing};
-use crate::engine::{Engine, SessionOptions};
+use crate::engine::{Conditioning, Engine, SessionOptions};
 use crate::layout::nchw_to_nhwc;
 use crate::{Error, Result};
 use std::collections::VecDeque;
@@ -60,9 +60,9 @@ pub struct Trainer {
     size: (usize, usize),
     guided: Halves,
     neutral: Halves,
-    /// Hidden states of the guided rows, for the rollout and for the target.
-    rollout_states: Vec<f32>,
-    target_states: Vec<f32>,
+    /// What conditions the guided rows, in the rollout and for the target.
+    rolling: Conditioning,
+    targeting: Conditioning,
     pub(super) state: State,
     rollout: Rollout,
     /// Where the time went so far.
@@ -109,17 +109,16 @@ impl Trainer {
 
         // The target leads from the first prompt toward the second.
         let (base, toward) = match task.kind {
-            Kind::Fair => ("", task.concept.as_str()),
-            Kind::Safe => (task.concept.as_str(), task.neutral.as_str()),
+            Kind::Fair => (None, task.concept.as_str()),
+            Kind::Safe => (Some(task.concept.as_str()), task.neutral.as_str()),
         };
-        let states = engine.states(&["", &task.neutral, base, toward])?;
-        let one = states.len() / 4;
-        let rows = |i: usize| states[i * one..][..one].repeat(batch);
+        let prompts = [None, Some(task.neutral.as_str()), base, Some(toward)];
+        let conditioning = engine.condition(&prompts, (width, height))?;
         let (config, tensors, weights) = engine.unet()?;
-        let tokens = one / config.cross_attention_dim;
+        let tokens = engine.tokens();
         let guided = Halves::new(config, &tensors, &[weights], (2 * batch, h, w, tokens), false)?;
         let mut neutral = Halves::new(config, &tensors, &[weights], (batch, h, w, tokens), true)?;
-        neutral.condition(&[("encoder_hidden_states", &rows(1))]);
+        neutral.condition(&conditioning.pick(&[1], batch).inputs());
 
         let shape = engine.bottleneck(options);
         let form = match recipe.variant {
@@ -146,8 +145,8 @@ impl Trainer {
             size: (channels, h * w),
             guided,
             neutral,
-            rollout_states: [rows(0), rows(1)].concat(),
-            target_states: [rows(2), rows(3)].concat(),
+            rolling: conditioning.pick(&[0, 1], batch),
+            targeting: conditioning.pick(&[2, 3], batch),
             state: State { ram, sam, adam, history: Vec::new(), rollouts: 0 },
             rollout: Rollout {
                 latents: vec![0.0; batch * channels * h * w],
@@ -277,7 +276,7 @@ impl Trainer {
         self.rollout.step = 0;
         self.rollout.sampler = SamplerState::new(self.rollout.latents.len());
         self.state.rollouts += 1;
-        self.guided.condition(&[("encoder_hidden_states", &self.rollout_states)]);
+        self.guided.condition(&self.rolling.inputs());
     }
 
     /// One DDIM step under the neutral prompt, its conditional half shifted by the modules.
@@ -297,10 +296,10 @@ impl Trainer {
 
     /// What the responsible prediction is.
     fn target(&mut self, timestep: f32) -> Vec<f32> {
-        self.guided.condition(&[("encoder_hidden_states", &self.target_states)]);
+        self.guided.condition(&self.targeting.inputs());
         let target = predict(&mut self.guided, &self.rollout.latents, timestep, self.recipe.target_guidance, &[]);
         if !self.rollout.levels.is_empty() {
-            self.guided.condition(&[("encoder_hidden_states", &self.rollout_states)]);
+            self.guided.condition(&self.rolling.inputs());
         }
         target
     }

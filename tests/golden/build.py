@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -218,6 +219,48 @@ def sdxl(folder):
         pipeline.save_pretrained(folder)
 
 
+def turbo(folder):
+    """An SDXL for few steps without guidance: everything of another width, and an empty prompt is no zeros."""
+    with tempfile.TemporaryDirectory() as scratch:
+        pipeline = StableDiffusionXLPipeline(
+            tokenizer=tokenizer(Path(scratch) / "1"),
+            tokenizer_2=tokenizer(Path(scratch) / "2", pad_token="!"),
+            text_encoder=text_encoder(
+                "turbo/text", hidden_size=24, intermediate_size=64, num_hidden_layers=2, hidden_act="quick_gelu"
+            ),
+            text_encoder_2=text_encoder(
+                "turbo/text_2",
+                CLIPTextModelWithProjection,
+                hidden_size=40,
+                intermediate_size=72,
+                num_hidden_layers=2,
+                hidden_act="gelu",
+                projection_dim=56,
+            ),
+            unet=unet(
+                "turbo/unet",
+                sample_size=12,
+                layers_per_block=1,
+                block_out_channels=(8, 12, 16),
+                down_block_types=(PLAIN, CROSS, CROSS),
+                up_block_types=(UP_CROSS, UP_CROSS, UP_PLAIN),
+                attention_head_dim=[1, 2, 4],
+                transformer_layers_per_block=[1, 1, 2],
+                cross_attention_dim=24 + 40,
+                norm_num_groups=4,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=12,
+                projection_class_embeddings_input_dim=56 + 6 * 12,
+            ),
+            vae=vae("turbo/vae", (8, 8, 8, 8), 4, sample_size=96, scaling_factor=0.13025, force_upcast=True),
+            scheduler=EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
+            force_zeros_for_empty_prompt=False,
+            add_watermarker=False,
+        )
+        pipeline.save_pretrained(folder)
+
+
 def odd(folder):
     """Settings seldom varied; a UNet, and a text encoder with the real end-of-text id."""
     unet(
@@ -254,4 +297,4 @@ def odd(folder):
     ).save_pretrained(folder / "text_encoder")
 
 
-BUILDERS = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "odd": odd}
+BUILDERS = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "turbo": turbo, "odd": odd}

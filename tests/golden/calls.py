@@ -23,6 +23,8 @@ TEXT_ENCODERS = [
     ("sd2", "text_encoder", CLIPTextModel),
     ("sdxl", "text_encoder", CLIPTextModel),
     ("sdxl", "text_encoder_2", CLIPTextModelWithProjection),
+    ("turbo", "text_encoder", CLIPTextModel),
+    ("turbo", "text_encoder_2", CLIPTextModelWithProjection),
     ("odd", "text_encoder", CLIPTextModelWithProjection),
 ]
 
@@ -83,7 +85,8 @@ def record_unet(checkpoint):
         added = {}
         if model.config.addition_embed_type == "text_time":
             sizes = [float(8 * height), 8.0 * columns, 4.0 * index, 16.0, 64.0, 96.0 + index]
-            added["text_embeds"] = randn(f"{label}/embeds", batch, 40)
+            embeds = model.config.projection_class_embeddings_input_dim - 6 * model.config.addition_time_embed_dim
+            added["text_embeds"] = randn(f"{label}/embeds", batch, embeds)
             added["time_ids"] = torch.tensor([sizes] * batch) + torch.arange(batch)[:, None]
         out = model(**inputs, added_cond_kwargs=added or None).sample
         outputs = {"out.sample": out, "out.mid": middle.pop()}
@@ -111,7 +114,7 @@ def record_vae(checkpoint):
 def record():
     for checkpoint, part, kind in TEXT_ENCODERS:
         record_text(checkpoint, part, kind)
-    for checkpoint in ("sd1", "sd2", "sdxl", "odd"):
+    for checkpoint in ("sd1", "sd2", "sdxl", "turbo", "odd"):
         record_unet(checkpoint)
     for checkpoint in ("sd1", "sd2", "sdxl"):
         record_vae(checkpoint)

@@ -11,6 +11,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     LCMScheduler,
     UniPCMultistepScheduler,
 )
@@ -20,6 +21,8 @@ from common import CHECKPOINTS, VARIANTS, save_case
 CAT = "a photo of a cat on the table"
 BOAT = "Oil painting of a small boat, in the harbour at night!"
 BAD = "blurry, low quality"
+#: Checkpoints with StableDiffusionXLPipeline.
+XL = ("sdxl", "turbo")
 
 #: Name, checkpoint, scheduler class (None: the checkpoint's own), its settings, the call.
 RECORDINGS = [
@@ -72,6 +75,24 @@ RECORDINGS = [
         {},
         dict(prompt=[CAT, BOAT], negative=[BAD, ""], steps=3, guidance=5.0, seed=9),
     ),
+    (
+        "sdxl_sizes",
+        "sdxl",
+        DPMSolverMultistepScheduler,
+        {"use_karras_sigmas": True},
+        dict(prompt=[CAT], negative=[BAD], steps=4, guidance=5.0, seed=2, height=72, width=40,
+             sizes=dict(original_size=(48, 200), crops_coords_top_left=(24, 8))),
+    ),
+    ("turbo_euler_a", "turbo", None, {}, dict(prompt=[CAT, BOAT], steps=2, guidance=0.0, seed=5, height=56, width=24)),
+    (
+        "turbo_lightning",
+        "turbo",
+        EulerDiscreteScheduler,
+        {},
+        dict(prompt=[BOAT], steps=4, guidance=1.0, seed=1, sizes=dict(original_size=(512, 768))),
+    ),
+    # Neither the offset nor the clipping that StableDiffusionPipeline would force.
+    ("turbo_ddim", "turbo", DDIMScheduler, {"timestep_spacing": "leading"}, dict(prompt=[CAT], steps=3, guidance=3.0, seed=1)),
 ]
 
 
@@ -81,7 +102,7 @@ def load(checkpoint):
         CHECKPOINTS / checkpoint,
         torch_dtype=torch.float32,
         variant=VARIANTS.get(checkpoint),
-        **({"add_watermarker": False} if checkpoint == "sdxl" else {"safety_checker": None}),
+        **({"add_watermarker": False} if checkpoint in XL else {"safety_checker": None}),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -116,6 +137,7 @@ def run(
     guidance_rescale=0.0,
     height=40,
     width=56,
+    sizes={},
     perturb=0.0,
 ):
     """One run; image i draws from a generator of its own, seeded seed + i.
@@ -147,6 +169,7 @@ def run(
             generator=generators,
             latents=noise,
             output_type="latent",
+            **sizes,
             callback_on_step_end=remember,
         ).images
     vae = pipeline.vae
@@ -168,6 +191,7 @@ def run(
         guidance_rescale=guidance_rescale,
         height=height,
         width=width,
+        **sizes,
     )
     return tensors, settings
 
@@ -184,6 +208,7 @@ def check_noise(pipeline, call, tensors):
         guidance_rescale=call.get("guidance_rescale", 0.0),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
+        **call.get("sizes", {}),
         **size,
     ).images
     torch.testing.assert_close(latents, tensors["out.latents"], rtol=0, atol=0)

@@ -7,7 +7,7 @@ use respodiff::weights::Tensors;
 use respodiff::{Device, cuda};
 use safetensors::SafeTensors;
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 /// The repository, or what cargo's variable says at run time: test binaries run on machines without it.
@@ -18,6 +18,24 @@ pub fn root() -> PathBuf {
 /// The golden folder.
 pub fn golden() -> PathBuf {
     root().join("tests/golden")
+}
+
+/// A copy of a golden checkpoint to change.
+pub fn copy(checkpoint: &str) -> tempfile::TempDir {
+    fn tree(from: &Path, to: &Path) {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap().map(|e| e.unwrap()) {
+            let to = to.join(entry.file_name());
+            if entry.path().is_dir() {
+                tree(&entry.path(), &to);
+            } else {
+                std::fs::copy(entry.path(), to).unwrap();
+            }
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    tree(&golden().join("checkpoints").join(checkpoint), folder.path());
+    folder
 }
 
 /// The GPU, if RESPODIFF_TEST_DEVICE=cuda says that kernels are to be tested there.
