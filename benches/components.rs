@@ -115,13 +115,12 @@ fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
     let each = |time: Duration, count: usize| 1e3 * time.as_secs_f64() / count as f64;
     let (times, iterations) = (&trainer.times, 2 * rollouts);
     println!(
-        "{name} training, batch {batch}: a rollout step {:.1} ms; an iteration's target {:.1} ms, L_resp {:.1} ms, L_sem {:.1} ms; \
-         {:.0} MiB of activations",
+        "{name} training, batch {batch}: a rollout step {:.1} ms; an iteration's target {:.1} ms, L_resp {:.1} ms, L_sem {:.1} ms; {}",
         each(times.rollout, times.rollout_steps),
         each(times.target, iterations),
         each(times.predictions, iterations),
         each(times.backward, iterations),
-        trainer.memory() as f64 / (1 << 20) as f64
+        trainer.memory()
     );
 }
 

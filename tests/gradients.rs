@@ -3,7 +3,7 @@
 mod support;
 
 use respodiff::cpu::{Executor, Fp32, Weights};
-use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape, Sources, TensorId, View};
+use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Keep, Shape, Sources, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
 use std::collections::HashMap;
@@ -72,7 +72,7 @@ fn check(
     let second = other.map(|shape| g.input("other", shape));
     let y = build(&mut g, x, second);
     g.output("y", y);
-    let graph = g.finish().with_gradient("y", "x");
+    let graph = g.finish().with_gradient("y", "x", Keep::All);
     let (folder, by_name) = weights(&graph);
     let plan = Plan::new(graph, &[], &Fp32);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();

@@ -3,10 +3,11 @@
 mod support;
 
 use respodiff::Device;
-use respodiff::graph::Shape;
+use respodiff::cpu::Weights;
+use respodiff::graph::{Keep, Shape};
 use respodiff::models::UNetConfig;
 use respodiff::respodiff::{Adam, Form, Halves, Module, Objective};
-use respodiff::weights::Source;
+use respodiff::weights::{Source, Tensors};
 use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2};
 
 /// fp32 against float64: ours is up to 7e-5 off, PyTorch's own fp32 up to 4e-5. Smaller bottlenecks, whose norms are over a
@@ -34,11 +35,11 @@ fn descend(case: &Case, halves: &mut Halves, suffix: &str) {
     halves.descend(&latents, case.floats(&name("timestep"))[0]);
 }
 
-fn halves(case: &Case, suffix: &str) -> Halves {
+fn halves(case: &Case, suffix: &str, keep: Keep) -> Halves {
     let source = source(case);
     let shape = case.shape(&format!("latents{suffix}"));
     let sizes = (shape[0], shape[2], shape[3], case.shape(&format!("neutral_embeds{suffix}"))[1]);
-    Halves::new(&config(&source), &source.tensors("unet").unwrap(), &[], sizes, true).unwrap()
+    Halves::new(&config(&source), &source.tensors("unet").unwrap(), &[], sizes, Some(keep)).unwrap()
 }
 
 fn constant(case: &Case, name: &str, shape: Shape) -> Module {
@@ -47,11 +48,11 @@ fn constant(case: &Case, name: &str, shape: Shape) -> Module {
 
 #[test]
 fn gradients_of_both_losses() {
-    for case in cases("gradient_", 4) {
-        let mut halves = halves(&case, "");
-        descend(&case, &mut halves, "");
+    for (case, keep) in cases("gradient_", 4).iter().flat_map(|case| [(case, Keep::All), (case, Keep::Sums)]) {
+        let mut halves = halves(case, "", keep);
+        descend(case, &mut halves, "");
         let shape = halves.mid_shape();
-        let module = |name: &str| constant(&case, name, shape);
+        let module = |name: &str| constant(case, name, shape);
         let (ram, sam) = (module("ram"), module("sam"));
         let target = nchw_to_nhwc(&case.floats("target"), case.shape("target")[0], 4);
         let lambda: f64 = case.metadata()["lambda"].parse().unwrap();
@@ -77,7 +78,7 @@ fn gradients_of_both_losses() {
 #[test]
 fn trajectories_of_adam() {
     for case in cases("training_", 4) {
-        let mut halves = halves(&case, ".0");
+        let mut halves = halves(&case, ".0", Keep::All);
         let metadata = case.metadata();
         let lambda: f64 = metadata["lambda"].parse().unwrap();
         let rates: std::collections::HashMap<String, f64> = serde_json::from_str(&metadata["rates"]).unwrap();
@@ -118,7 +119,7 @@ fn trajectories_of_adam() {
 fn trainers_do_what_the_paper_says() {
     use respodiff::Engine;
     use respodiff::respodiff::{Kind, Recipe, Task, Trainer, Variant};
-    for case in cases("trainer_", 2) {
+    for case in cases("trainer_", 3) {
         let metadata = case.metadata();
         let given: serde_json::Value = serde_json::from_str(&metadata["recipe"]).unwrap();
         let number = |name: &str| given[name].as_f64().unwrap_or_else(|| panic!("{name}"));
@@ -157,4 +158,16 @@ fn trainers_do_what_the_paper_says() {
             assert!(error < 1e-3, "{}: {name} moved elsewhere by {error:.2e}", case.name);
         }
     }
+}
+
+/// SDXL at 1024x1024: computing activations once more spares most of them.
+#[test]
+fn memory_plans_of_sdxl() {
+    let source = respodiff::bench::SDXL;
+    let none = Weights::load(&[], &Tensors::random()).unwrap();
+    let of = |keep| Halves::memory(&config(&source), &none, (1, 128, 128, 77), Some(keep));
+    let (all, sums) = (of(Keep::All), of(Keep::Sums));
+    println!("{all:?}, {sums:?}");
+    assert_eq!(all.weights, sums.weights);
+    assert!(2 * sums.activations < all.activations, "{sums:?} of {all:?}");
 }

@@ -5,7 +5,7 @@ use super::{Place, say, warn};
 use crate::device::{Device, Executor};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 use crate::engine::{UNET_CONSTANTS, read_config};
-use crate::graph::{Graph, Shape};
+use crate::graph::{Graph, Keep, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
 use crate::respodiff::{Form, Halves, Module, Objective};
@@ -202,7 +202,7 @@ fn grad(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let states = file.get("neutral_embeds", &[Some(1), None, Some(config.cross_attention_dim)])?;
     let wanted = [Some(n), Some(config.out_channels), Some(h), Some(w)];
     let sizes = (n, h, w, states.shape[1]);
-    let mut halves = Halves::new(&config, &source.tensors("unet")?, &[], sizes, true)?;
+    let mut halves = Halves::new(&config, &source.tensors("unet")?, &[], sizes, Some(Keep::All))?;
     let extra = |name: &str, width: Option<usize>| -> Result<Vec<f32>> {
         width.map_or(Ok(vec![]), |width| Ok(file.get(name, &[Some(n), Some(width)])?.floats()))
     };

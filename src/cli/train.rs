@@ -63,6 +63,9 @@ pub(super) struct Args {
     /// Pixels, a multiple of 8 [default: the checkpoint's]
     #[arg(long)]
     height: Option<usize>,
+    /// Pictures in each row of the sheet that shows the concept at the end; 0 for no sheet
+    #[arg(long, default_value_t = 8)]
+    sheet: usize,
     /// Go on from OUT's .checkpoint, if there is one
     #[arg(long)]
     resume: bool,
@@ -93,8 +96,6 @@ impl Args {
 
 /// How often a checkpoint is written.
 const SAVE_EVERY: Duration = Duration::from_secs(20);
-/// Pictures of a row of the before/after sheet.
-const SHEET: usize = 8;
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let task = args.task()?;
@@ -110,10 +111,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
         )));
     }
 
-    let engine = Engine::open(&Source::resolve(args.model.as_deref(), true)?, &Device::Cpu)?;
+    let source = Source::resolve(args.model.as_deref(), true)?;
+    let engine = Engine::open(&source, &Device::Cpu)?;
     let (width, height) = engine.default_size();
     let size = (args.width.unwrap_or(width), args.height.unwrap_or(height));
     let mut trainer = Trainer::new(&engine, task.clone(), recipe.clone(), args.seed, size)?;
+    // Text encoders and VAE have done their part until there are pictures to draw.
+    drop(engine);
+    super::complain("memory", &trainer.memory().to_string());
     if args.resume && checkpoint.exists() {
         trainer.resume(&checkpoint)?;
     }
@@ -144,14 +149,25 @@ pub(super) fn run(args: &Args) -> Result<()> {
     loss_plot(trainer.history(), &task.concept).save_png(&plot, &[])?;
     say(&plot.display().to_string());
 
-    let options = SessionOptions { width: size.0, height: size.1, batch: SHEET, guided: true, concepts: true };
+    if args.sheet == 0 {
+        return Ok(());
+    }
+    drop(trainer);
+    let engine = Engine::open(&source, &Device::Cpu)?;
+    let options = SessionOptions { width: size.0, height: size.1, batch: 1, guided: true, concepts: true };
     let mut session = engine.session(options)?;
     let concept = Arc::new(concept);
     let mut row = |concepts: Vec<_>| -> Result<Vec<Image>> {
-        let request = Request { prompt: task.neutral.clone(), seed: args.seed, concepts, ..Default::default() };
-        Ok(session.generate(&request, &mut |_| ControlFlow::Continue(()))?.images)
+        let picture = |i: usize| {
+            let (prompt, concepts, guidance) =
+                (task.neutral.clone(), vec![concepts.clone()], engine.default_guidance());
+            let seed = args.seed.wrapping_add(i as u64);
+            let request = Request { prompt, seed, guidance, concepts, ..Default::default() };
+            Ok(session.generate(&request, &mut |_| ControlFlow::Continue(()))?.images.remove(0))
+        };
+        (0..args.sheet).map(picture).collect()
     };
-    let rows = [row(vec![])?, row(vec![vec![(concept, 1.0)]; SHEET])?];
+    let rows = [row(vec![])?, row(vec![(concept, 1.0)])?];
     let path = beside("sheet.png");
     sheet(&rows).save_png(&path, &[])?;
     say(&path.display().to_string());
@@ -199,14 +215,12 @@ fn report_time(trainer: &Trainer, iterations: usize, elapsed: Duration) {
     super::complain(
         "trained",
         &format!(
-            "{iterations} iterations at {:.2}/s: {:.1} ms rollout, {:.1} ms target, {:.1} ms L_resp, {:.1} ms L_sem; \
-             {:.1} MiB of activations",
+            "{iterations} iterations at {:.2}/s: {:.1} ms rollout, {:.1} ms target, {:.1} ms L_resp, {:.1} ms L_sem",
             iterations as f64 / elapsed.as_secs_f64(),
             each(times.rollout),
             each(times.target),
             each(times.predictions),
-            each(times.backward),
-            trainer.memory() as f64 / (1 << 20) as f64
+            each(times.backward)
         ),
     );
 }

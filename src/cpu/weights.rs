@@ -42,6 +42,11 @@ impl Weights {
         self.buffers.iter().map(|b| b.len() * size_of::<f32>()).sum()
     }
 
+    /// Bytes that `specs` would take beside these, roughly: panels at the edge are filled up.
+    pub fn missing(&self, specs: &[WeightSpec]) -> usize {
+        specs.iter().filter(|spec| !self.places.contains_key(spec)).map(|spec| spec.len() * size_of::<f32>()).sum()
+    }
+
     pub(super) fn get(&self, id: WeightId) -> &[f32] {
         &self.buffers[id.0]
     }

@@ -341,20 +341,31 @@ impl Engine {
     /// [`Error::Device`] for what does not fit into the device's.
     pub fn session(&self, options: SessionOptions) -> Result<Session> {
         let plans = self.plans(options)?;
-        let needed = self.memory_of(&plans).session();
-        let free = matches!(self.0.device, Device::Cpu).then(free_memory).flatten();
-        if let Some(free) = free.filter(|&free| needed > free) {
-            let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
-            return Err(Error::usage(format!(
-                "{}x{} in a batch of {} needs {:.1} GiB of memory where {:.1} GiB are free; make a smaller picture or batch",
-                options.width,
-                options.height,
-                options.batch,
-                gib(needed),
-                gib(free)
-            )));
-        }
+        let SessionOptions { width, height, batch, .. } = options;
+        let what = format!("{width}x{height} in a batch of {batch}; make a smaller picture or batch");
+        self.afford(self.memory_of(&plans).session(), &what)?;
         Session::new(self.clone(), options, plans)
+    }
+
+    /// Free memory, where running out of it would bring down the machine: devices refuse by themselves.
+    pub(crate) fn free_memory(&self) -> Option<usize> {
+        matches!(self.0.device, Device::Cpu).then(free_memory).flatten()
+    }
+
+    /// Whether there are so many bytes for `what`, which ends with advice.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if there are not.
+    pub(crate) fn afford(&self, needed: usize, what: &str) -> Result<()> {
+        let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+        match self.free_memory() {
+            Some(free) if needed > free => Err(Error::usage(format!(
+                "{:.1} GiB of memory are free where {:.1} GiB are needed for {what}",
+                gib(free),
+                gib(needed)
+            ))),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -10,6 +10,7 @@ mod builder;
 mod reverse;
 
 pub use builder::{ConvOptions, GraphBuilder};
+pub use reverse::Keep;
 
 use std::fmt;
 
@@ -365,25 +366,32 @@ pub enum Op {
 impl Op {
     /// Activations the operation reads.
     pub fn inputs(&self) -> impl Iterator<Item = TensorId> {
-        let list: [Option<TensorId>; 4] = match *self {
-            Op::Conv(ref c) => [Some(c.sources.x), c.sources.skip, c.per_image, c.residual],
-            Op::GroupNorm(ref norm) => [Some(norm.sources.x), norm.sources.skip, norm.scale_shift, None],
-            Op::GroupNormGradient { ref of, d } => [Some(of.sources.x), of.sources.skip, of.scale_shift, Some(d)],
+        let mut op = self.clone();
+        op.slots().map(|slot| slot.copied()).into_iter().flatten()
+    }
+
+    /// Where the operation says what it reads.
+    pub(crate) fn slots(&mut self) -> [Option<&mut TensorId>; 4] {
+        match self {
+            Op::Conv(c) => [Some(&mut c.sources.x), c.sources.skip.as_mut(), c.per_image.as_mut(), c.residual.as_mut()],
+            Op::GroupNorm(of) => [Some(&mut of.sources.x), of.sources.skip.as_mut(), of.scale_shift.as_mut(), None],
+            Op::GroupNormGradient { of, d } => {
+                [Some(&mut of.sources.x), of.sources.skip.as_mut(), of.scale_shift.as_mut(), Some(d)]
+            }
             Op::LayerNorm { x, .. } | Op::Activate { x, .. } | Op::Sinusoid { x, .. } | Op::ClassToken { x, .. } => {
                 [Some(x), None, None, None]
             }
             Op::LayerNormGradient { x, d, .. } | Op::ActivateGradient { x, d, .. } => [Some(x), Some(d), None, None],
-            Op::Attention(ref a) => [Some(a.q.tensor), Some(a.k.tensor), Some(a.v.tensor), None],
-            Op::AttentionGradient { ref of, d, .. } => {
-                [Some(of.q.tensor), Some(of.k.tensor), Some(of.v.tensor), Some(d)]
+            Op::Attention(of) => [Some(&mut of.q.tensor), Some(&mut of.k.tensor), Some(&mut of.v.tensor), None],
+            Op::AttentionGradient { of, d, .. } => {
+                [Some(&mut of.q.tensor), Some(&mut of.k.tensor), Some(&mut of.v.tensor), Some(d)]
             }
             Op::Add { a, b } => [Some(a), Some(b), None, None],
             Op::Shift { x, shift } => [Some(x), Some(shift), None, None],
             Op::Embed { ids, .. } => [Some(ids), None, None, None],
             Op::SelectToken { x, index } => [Some(x), Some(index), None, None],
             Op::ResizeGradient { d } => [Some(d), None, None, None],
-        };
-        list.into_iter().flatten()
+        }
     }
 }
 
@@ -406,8 +414,8 @@ pub struct Graph {
     pub(crate) nodes: Vec<Node>,
     pub(crate) inputs: Vec<(String, TensorId)>,
     pub(crate) outputs: Vec<(String, TensorId)>,
-    /// The gradient that a reverse half starts from; see [`Graph::with_gradient`].
-    pub(crate) seed: Option<TensorId>,
+    /// Where the nodes of a reverse half begin; see [`Graph::with_gradient`].
+    pub(crate) backward: Option<usize>,
 }
 
 impl Graph {

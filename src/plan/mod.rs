@@ -58,6 +58,8 @@ impl Plan {
                 life.last = life.last.max(if life.first < prologue && position >= prologue { last } else { position });
             }
         }
+        // What a reverse half did not need after all has a shape, and no node.
+        lives.iter_mut().filter(|life| life.first == usize::MAX).for_each(|life| life.len = 0);
         // What is shifted may be written along with what it is shifted from.
         for node in &graph.nodes {
             if let Op::Shift { x, .. } = node.op {
@@ -122,12 +124,11 @@ fn phases(graph: &Graph, constant: &[&str]) -> (Vec<usize>, usize, usize) {
     for (name, id) in &graph.inputs {
         phase[id.0] = if constant.contains(&name.as_str()) { PROLOGUE } else { STEP };
     }
-    if let Some(seed) = graph.seed {
-        phase[seed.0] = BACKWARD;
-    }
+    let backward = graph.backward.unwrap_or(usize::MAX);
     let mut nodes: [Vec<usize>; 3] = Default::default();
     for (index, node) in graph.nodes.iter().enumerate() {
         let latest = node.op.inputs().map(|id| phase[id.0]).max().unwrap_or(PROLOGUE);
+        let latest = if index < backward { latest } else { BACKWARD };
         phase[node.output.0] = latest;
         nodes[latest].push(index);
     }

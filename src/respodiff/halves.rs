@@ -4,7 +4,7 @@ use super::Module;
 use crate::Result;
 use crate::cpu::{self, Executor, Weights};
 use crate::engine::UNET_CONSTANTS;
-use crate::graph::{Graph, Shape};
+use crate::graph::{Keep, Shape};
 use crate::models::{UNetConfig, unet_halves};
 use crate::plan::Plan;
 use crate::weights::Tensors;
@@ -18,9 +18,30 @@ pub struct Halves {
     passed: Vec<String>,
 }
 
+/// Rows, height and width of the latents, tokens of a prompt.
+pub type Sizes = (usize, usize, usize, usize);
+
+/// Bytes of memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HalvesMemory {
+    /// Weights that the whole UNet does not have in the same form: those read backwards, and those of layers that are taken
+    /// apart for their gradients.
+    pub weights: usize,
+    /// Arenas.
+    pub activations: usize,
+}
+
+impl std::ops::Add for HalvesMemory {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        HalvesMemory { weights: self.weights + other.weights, activations: self.activations + other.activations }
+    }
+}
+
 impl Halves {
-    /// Plans and allocates for latents of `h` by `w` and prompts of `tokens` tokens, taking weights from `beside`
-    /// where it holds them. With `gradient` the way up can be run backwards.
+    /// Plans and allocates, taking weights from `beside` where it holds them. With `gradient` the way up can be run
+    /// backwards, from what it says is kept.
     ///
     /// # Errors
     /// What the weights have wrong.
@@ -28,28 +49,31 @@ impl Halves {
         config: &UNetConfig,
         tensors: &Tensors,
         beside: &[&Weights],
-        (rows, h, w, tokens): (usize, usize, usize, usize),
-        gradient: bool,
+        sizes: Sizes,
+        gradient: Option<Keep>,
     ) -> Result<Self> {
-        let (down, up) = unet_halves(config, rows, h, w, tokens);
-        let up = if gradient { up.with_gradient("sample", "mid") } else { up };
-        let passed = down.outputs().filter(|&name| name != "mid").map(str::to_string).collect();
-        let executor = |graph: Graph| -> Result<Executor> {
-            let plan = Plan::new(graph, UNET_CONSTANTS, &cpu::Fp32);
+        let [down, up] = plans(config, sizes, gradient);
+        let graph = down.graph();
+        let passed = graph.outputs().filter(|&name| name != "mid").map(str::to_string).collect();
+        let executor = |plan: Plan| -> Result<Executor> {
             let weights = Weights::load_beside(plan.graph().weights(), tensors, beside)?;
             Ok(Executor::new(Arc::new(plan), weights))
         };
         Ok(Halves { down: executor(down)?, up: executor(up)?, passed })
     }
 
+    /// What [`Halves::new`] would allocate beside a UNet's weights.
+    pub fn memory(config: &UNetConfig, beside: &Weights, sizes: Sizes, gradient: Option<Keep>) -> HalvesMemory {
+        let of = |plan: Plan| HalvesMemory {
+            weights: beside.missing(plan.graph().weights()),
+            activations: plan.arena_bytes(),
+        };
+        plans(config, sizes, gradient).map(of).into_iter().fold(HalvesMemory::default(), |a, b| a + b)
+    }
+
     /// The weights of both halves, for others to share.
     pub fn weights(&self) -> [&Weights; 2] {
         [self.down.weights(), self.up.weights()]
-    }
-
-    /// Bytes of both arenas.
-    pub fn arena_bytes(&self) -> usize {
-        self.down.plan().arena_bytes() + self.up.plan().arena_bytes()
     }
 
     /// Shape of the bottleneck.
@@ -111,4 +135,14 @@ impl Halves {
         self.up.backward();
         self.up.output("d.mid")
     }
+}
+
+/// The way down and the way up.
+fn plans(config: &UNetConfig, (rows, h, w, tokens): Sizes, gradient: Option<Keep>) -> [Plan; 2] {
+    let (down, up) = unet_halves(config, rows, h, w, tokens);
+    let up = match gradient {
+        Some(keep) => up.with_gradient("sample", "mid", keep),
+        None => up,
+    };
+    [down, up].map(|graph| Plan::new(graph, UNET_CONSTANTS, &cpu::Fp32))
 }

@@ -15,11 +15,11 @@ mod trainer;
 
 pub use balance::{Group, assign, quotas};
 pub use concept::{Concept, Kind, Metadata, Precision};
-pub use halves::Halves;
+pub use halves::{Halves, HalvesMemory, Sizes};
 pub use import::import;
 pub use module::{Form, Module};
 pub use objective::{Adam, Objective, Slope};
 pub use plot::{loss_plot, sheet};
 pub use recipe::{Recipe, Variant};
 pub(crate) use shift::Shift;
-pub use trainer::{Losses, Task, Times, Trainer};
+pub use trainer::{Losses, Task, Times, Trainer, TrainingMemory};

@@ -4,10 +4,11 @@
 //! computed, then `L_resp` moves RAM and, with the new RAM, `L_sem` moves SAM. The three predictions of the neutral
 //! prompt share one way down ([`Halves`]); those at guidance 1 have no unconditional half.
 
-use super::{Adam, Concept, Form, Halves, Kind, Metadata, Module, Objective, Recipe, Variant};
+use super::{Adam, Concept, Form, Halves, HalvesMemory, Kind, Metadata, Module, Objective, Recipe, Variant};
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, Spacing};
 use crate::engine::{Conditioning, Engine, SessionOptions};
+use crate::graph::Keep;
 use crate::layout::nchw_to_nhwc;
 use crate::{Error, Result};
 use std::collections::VecDeque;
@@ -48,6 +49,29 @@ pub struct Times {
     pub backward: Duration,
 }
 
+/// The memory plan of a training, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrainingMemory {
+    /// The UNet's weights.
+    pub model: usize,
+    /// What training adds.
+    pub halves: HalvesMemory,
+    /// Which activations are kept for the gradients.
+    pub keep: Keep,
+}
+
+impl std::fmt::Display for TrainingMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+        let [model, weights, activations] = [self.model, self.halves.weights, self.halves.activations].map(mib);
+        let kept = match self.keep {
+            Keep::All => "",
+            Keep::Sums => ", computed once more where gradients read them",
+        };
+        write!(f, "{model:.0} MiB UNet, {weights:.0} MiB weights for gradients, {activations:.0} MiB activations{kept}")
+    }
+}
+
 /// A training under way.
 pub struct Trainer {
     task: Task,
@@ -65,6 +89,7 @@ pub struct Trainer {
     targeting: Conditioning,
     pub(super) state: State,
     rollout: Rollout,
+    memory: TrainingMemory,
     /// Where the time went so far.
     pub times: Times,
 }
@@ -116,8 +141,21 @@ impl Trainer {
         let conditioning = engine.condition(&prompts, (width, height))?;
         let (config, tensors, weights) = engine.unet()?;
         let tokens = engine.tokens();
-        let guided = Halves::new(config, &tensors, &[weights], (2 * batch, h, w, tokens), false)?;
-        let mut neutral = Halves::new(config, &tensors, &[weights], (batch, h, w, tokens), true)?;
+        let (pair, single) = ((2 * batch, h, w, tokens), (batch, h, w, tokens));
+        let memory = |keep| {
+            let halves =
+                Halves::memory(config, weights, pair, None) + Halves::memory(config, weights, single, Some(keep));
+            TrainingMemory { model: weights.bytes(), halves, keep }
+        };
+        // A forward pass more an iteration only where memory is short.
+        let memory = engine.free_memory().map_or(memory(Keep::All), |free| {
+            let fits = |memory: &TrainingMemory| memory.halves.weights + memory.halves.activations <= free;
+            Some(memory(Keep::All)).filter(fits).unwrap_or_else(|| memory(Keep::Sums))
+        });
+        engine
+            .afford(memory.halves.weights + memory.halves.activations, "training; take a smaller picture or batch")?;
+        let guided = Halves::new(config, &tensors, &[weights], pair, None)?;
+        let mut neutral = Halves::new(config, &tensors, &[weights], single, Some(memory.keep))?;
         neutral.condition(&conditioning.pick(&[1], batch).inputs());
 
         let shape = engine.bottleneck(options);
@@ -155,6 +193,7 @@ impl Trainer {
                 levels: VecDeque::new(),
             },
             times: Times::default(),
+            memory,
             task,
             recipe,
         })
@@ -190,9 +229,9 @@ impl Trainer {
         self.rollout.levels.is_empty()
     }
 
-    /// Bytes of the plans' arenas.
-    pub fn memory(&self) -> usize {
-        self.guided.arena_bytes() + self.neutral.arena_bytes()
+    /// The memory plan.
+    pub fn memory(&self) -> TrainingMemory {
+        self.memory
     }
 
     /// One step of RAM and of SAM.

@@ -5,8 +5,8 @@ What is drawn follows respodiff's own generator, so that both train on the same 
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
 
+import pipelines
 from calls import load
 from common import CHECKPOINTS, save_case
 
@@ -20,6 +20,9 @@ TASKS = [
     ("safe", "sd2", ("a small boat", "a photo", "a photo"),
      dict(batch=1, iterations=3, lr_ram=1e-2, lr_sam=1e-3, kind="safe", concept="a small boat", rollout_steps=5,
           latents_per_rollout=1, target_guidance=12.0, timestep_offset=19.0, init=0.316, **{"lambda": 1.0})),
+    ("xl", "sdxl", (None, "a photo of a cat", "a photo"),
+     dict(batch=1, iterations=3, lr_ram=1e-2, lr_sam=3e-3, kind="fair", concept="a photo of a cat", rollout_steps=5,
+          latents_per_rollout=2, target_guidance=4.0, timestep_offset=0.0, init=0.1, **{"lambda": 1.0})),
 ]
 SEED = 11
 
@@ -44,21 +47,31 @@ class Draws:
 class Reference:
     def __init__(self, checkpoint, prompts):
         self.unet = load(UNet2DConditionModel, checkpoint, "unet").requires_grad_(False).double()
-        text = load(CLIPTextModel, checkpoint, "text_encoder")  # cannot run in float64
-        tokenizer = CLIPTokenizer.from_pretrained(CHECKPOINTS / checkpoint / "tokenizer")
-        tokens = tokenizer(["", *prompts], padding="max_length", max_length=77, return_tensors="pt")
-        with torch.no_grad():
-            states = text(tokens.input_ids).last_hidden_state.double()
-        self.empty, self.base, self.toward, self.neutral = states[:, None]
+        self.pipeline = pipelines.load(checkpoint)  # its text encoders cannot run in float64
+        self.empty, self.base, self.toward, self.neutral = (self.condition(prompt) for prompt in (None, *prompts))
         config = DDIMScheduler.load_config(CHECKPOINTS / checkpoint / "scheduler")
-        config = {**config, "steps_offset": 1, "clip_sample": False, "timestep_spacing": "leading"}
-        self.scheduler = DDIMScheduler.from_config(config)
+        forced = {} if checkpoint in pipelines.XL else {"steps_offset": 1, "clip_sample": False}
+        self.scheduler = DDIMScheduler.from_config({**config, **forced, "timestep_spacing": "leading"})
 
-    def predict(self, x, t, states, shift=None):
+    @torch.no_grad()
+    def condition(self, prompt):
+        """What the UNet reads beside latents and timestep; None is no prompt."""
+        asked = dict(do_classifier_free_guidance=prompt is None, num_images_per_prompt=1, device="cpu")
+        encoded = self.pipeline.encode_prompt(prompt or "", **asked)
+        # With guidance the unconditional half stands in the odd places.
+        parts = [part.double() for part in encoded[prompt is None :: 2] if part is not None]
+        if len(parts) == 1:
+            return parts
+        height, width = 8 * HEIGHT, 8 * WIDTH
+        return [*parts, torch.tensor([[height, width, 0, 0, height, width]]).double()]
+
+    def predict(self, x, t, condition, shift=None):
         hook = None
         if shift is not None:
             hook = self.unet.mid_block.register_forward_hook(lambda m, a, out: out + shift)
-        out = self.unet(x, torch.tensor(t, dtype=torch.float64), states.expand(len(x), -1, -1)).sample
+        states, *added = (part.expand(len(x), *part.shape[1:]) for part in condition)
+        added = dict(zip(("text_embeds", "time_ids"), added)) or None
+        out = self.unet(x, torch.tensor(t, dtype=torch.float64), states, added_cond_kwargs=added).sample
         if hook:
             hook.remove()
         return out
