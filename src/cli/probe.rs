@@ -13,6 +13,7 @@ use crate::weights::Source;
 use crate::{Error, Result};
 use clap::ValueEnum;
 use std::path::PathBuf;
+use std::time::Instant;
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Component {
@@ -87,8 +88,23 @@ pub(super) fn run(args: &Args) -> Result<()> {
 fn executor(args: &Args, source: &Source, component: &str, graph: Graph) -> Result<Executor> {
     let device: Device = args.device.open()?;
     let plan = device.plan(graph, UNET_CONSTANTS);
+    let start = Instant::now();
     let weights = device.weights(plan.graph().weights(), &source.tensors(component)?)?;
+    let loading = start.elapsed();
+    let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+    let (held, arena) = (mib(weights.bytes()), mib(plan.arena_bytes()));
+    let told = format!("{held:.1} MiB of weights in {:.2} s, {arena:.1} MiB of activations", loading.as_secs_f64());
+    super::complain(component, &told);
     device.executor(plan, &weights)
+}
+
+/// The call itself.
+fn call(executor: &mut Executor) -> Result<()> {
+    let start = Instant::now();
+    executor.prologue()?;
+    executor.step()?;
+    super::complain("call", &format!("{:.3} s", start.elapsed().as_secs_f64()));
+    Ok(())
 }
 
 /// An NHWC output in NCHW.
@@ -132,8 +148,7 @@ fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<
         let indices = ids.chunks_exact(width).map(|row| config.pooled_index(row) as f32);
         executor.write("pooled_index", &indices.collect::<Vec<_>>())?;
     }
-    executor.prologue()?;
-    executor.step()?;
+    call(&mut executor)?;
     let mut results: Vec<Named> = vec![("input_ids", vec![n, width], ids.iter().map(|&id| id as f32).collect())];
     for name in ["last_hidden_state", "penultimate_hidden_state"] {
         results.push((name, vec![n, width, config.layers.width], executor.read(name)?));
@@ -176,8 +191,7 @@ fn probe_unet(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Nam
             executor.write(name, &file.get(name, &[Some(n), Some(width)])?.floats())?;
         }
     }
-    executor.prologue()?;
-    executor.step()?;
+    call(&mut executor)?;
     Ok(vec![image_output(&executor, "sample")?, image_output(&executor, "mid")?])
 }
 
@@ -239,7 +253,7 @@ fn decode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>>
     let [n, c, h, w] = latents.shape[..] else { return Err(file.error("`latents` is not [B,C,H,W]")) };
     let mut executor = executor(args, source, "vae", vae_decoder(&config, n, h, w))?;
     executor.write("latents", &nhwc(&latents.floats(), c, h * w))?;
-    executor.step()?;
+    call(&mut executor)?;
     Ok(vec![image_output(&executor, "image")?])
 }
 
@@ -252,7 +266,7 @@ fn encode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>>
     }
     let mut executor = executor(args, source, "vae", vae_encoder(&config, n, h, w))?;
     executor.write("image", &nhwc(&image.floats(), c, h * w))?;
-    executor.step()?;
+    call(&mut executor)?;
     let (_, shape, moments) = image_output(&executor, "moments")?;
     let one = moments.len() / n;
     let half =

@@ -1,0 +1,153 @@
+"""Real sizes without real weights: python scripts/real_size.py sd15|sd21|sdxl FOLDER [--respodiff PROGRAM]
+
+Makes a checkpoint of full size with random fp16 weights in FOLDER, unless one is there, and compares one UNet call and one
+decode on the CPU with diffusers in fp32 from the same files: relative L2 error (at most 1e-3), seconds to load, peak memory
+beside the plan's, and seconds of a call. Needs torch, diffusers, transformers, and memory for the UNet in fp32 (SDXL: 12
+GiB); programs run one after the other. The text encoders are there for `sample` and `train`; `tests/models.rs` holds them to
+transformers.
+"""
+
+import argparse
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LIMIT = 1e-3
+CALLS = 3  # of PyTorch, of which the fastest counts
+
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu")
+CLIP_H = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu")
+CLIP_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu",
+              projection_dim=1280)
+SD2 = dict(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True, sample_size=96)
+XL = dict(
+    sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
+    addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+#: The UNet, and the text encoders.
+MODELS = {
+    "sd15": (dict(attention_head_dim=8, cross_attention_dim=768, sample_size=64), [CLIP_L]),
+    "sd21": (SD2, [CLIP_H]),
+    "sdxl": (XL, [CLIP_L, CLIP_G]),
+}
+
+
+def make(name, folder):
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    unet, encoders = MODELS[name]
+    UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
+    blocks = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512)
+    scale = dict(scaling_factor=0.13025, force_upcast=True) if name == "sdxl" else {}
+    AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **blocks,
+                  **scale).save_pretrained(folder / "vae")
+    for i, config in enumerate(encoders):
+        suffix = "_2" if i else ""
+        kind = CLIPTextModelWithProjection if i else CLIPTextModel
+        kind(CLIPTextConfig(vocab_size=49408, **config)).save_pretrained(folder / f"text_encoder{suffix}")
+        shutil.copytree(REPOSITORY / "demo/model/tokenizer", folder / f"tokenizer{suffix}")
+    kind = "v_prediction" if name == "sd21" else "epsilon"
+    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False,
+                  clip_sample=False, steps_offset=1, prediction_type=kind).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text("{}\n")
+
+
+def inputs(name, component):
+    import torch
+
+    unet, _ = MODELS[name]
+    generator = torch.Generator().manual_seed(1)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    side = unet["sample_size"]
+    if component == "vae":
+        return {"latents": randn(1, 4, side, side)}
+    tensors = {"sample": randn(2, 4, side, side), "timestep": torch.tensor([481.0]),
+               "encoder_hidden_states": randn(2, 77, unet["cross_attention_dim"])}
+    if name == "sdxl":
+        size = [8.0 * side] * 2
+        tensors |= {"text_embeds": randn(2, 1280), "time_ids": torch.tensor([[*size, 0.0, 0.0, *size]] * 2)}
+    return tensors
+
+
+def reference(name, folder, component, output):
+    """diffusers' result; runs in a process of its own, whose end gives all memory back."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    kind = UNet2DConditionModel if component == "unet" else AutoencoderKL
+    begin = time.time()
+    model = kind.from_pretrained(folder / component, torch_dtype=torch.float32).eval()
+    loaded = time.time() - begin
+    given, seconds = inputs(name, component), []
+    for _ in range(CALLS):
+        begin = time.time()
+        with torch.inference_mode():
+            if component == "unet":
+                added = {k: given[k] for k in ("text_embeds", "time_ids") if k in given} or None
+                out = model(given["sample"], given["timestep"], given["encoder_hidden_states"], added_cond_kwargs=added).sample
+            else:
+                out = model.decode(given["latents"]).sample
+        seconds.append(time.time() - begin)
+    save_file({"out": out.contiguous()}, output)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(json.dumps({"load": loaded, "call": min(seconds), "peak": peak}))
+
+
+def ours(program, folder, component, given, output):
+    """Our result, and what `probe` says of time and memory."""
+    command = "unet" if component == "unet" else "vae-decode"
+    line = [program, "probe", command, "--model", str(folder), "--inputs", str(given), "--output", str(output)]
+    # A process between, so that its children's peak is this program's.
+    spy = "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:], stderr=subprocess.PIPE, text=True); " \
+          "print(r.stderr); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10); sys.exit(r.returncode)"
+    run = subprocess.run([sys.executable, "-c", spy, *line], stdout=subprocess.PIPE, text=True, check=True)
+    numbers = re.search(r"([\d.]+) MiB of weights in ([\d.]+) s, ([\d.]+) MiB of activations\s+call: ([\d.]+) s", run.stdout)
+    weights, load, activations, call = map(float, numbers.groups())
+    return {"load": load, "call": call, "peak": float(run.stdout.split()[-1]), "plan": weights + activations}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--respodiff", default=str(REPOSITORY / "target/release/respodiff"))
+    parser.add_argument("--reference", nargs=2, metavar=("COMPONENT", "FILE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.reference:
+        return reference(args.model, args.folder, *args.reference)
+    if not (args.folder / "model_index.json").exists():
+        make(args.model, args.folder)
+
+    from safetensors.torch import load_file, save_file
+
+    worst = 0.0
+    for component in ("unet", "vae"):
+        given, truth, result = (args.folder / f"{component}.{kind}.safetensors" for kind in ("inputs", "truth", "result"))
+        save_file(inputs(args.model, component), given)
+        we = ours(args.respodiff, args.folder, component, given, result)
+        again = [sys.executable, __file__, args.model, str(args.folder), "--reference", component, str(truth)]
+        they = json.loads(subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+        a, b = load_file(result)["sample" if component == "unet" else "image"].double(), load_file(truth)["out"].double()
+        error = ((a - b).norm() / b.norm()).item()
+        worst = max(worst, error)
+        print(f"| {args.model} {component} | {error:.1e} | {we['load']:.1f} | {they['load']:.1f} | {we['plan']:.0f} | "
+              f"{we['peak']:.0f} | {they['peak']:.0f} | {we['call']:.2f} | {they['call']:.2f} |", flush=True)
+    if worst > LIMIT:
+        sys.exit(f"off by {worst:.1e}, allowed {LIMIT}")
+
+
+if __name__ == "__main__":
+    main()
