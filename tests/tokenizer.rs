@@ -15,6 +15,11 @@ fn golden(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
 }
 
+/// The real vocabulary's merges, which the crate compiles in.
+fn merges() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src/models/clip-tokenizer/merges.txt")
+}
+
 /// `vocab.json` from `merges.txt`: byte symbols, the same with `</w>`, the merges joined, two special tokens.
 fn clip_vocab(merges: &str) -> Vec<u8> {
     let printable = |byte: &u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
@@ -32,10 +37,11 @@ fn clip_vocab(merges: &str) -> Vec<u8> {
 /// A folder with CLIP's tokenizer and the pad token of SD1.x.
 fn clip_folder() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
-    for name in ["merges.txt", "tokenizer_config.json", "special_tokens_map.json"] {
+    for name in ["tokenizer_config.json", "special_tokens_map.json"] {
         fs::copy(golden("clip-tokenizer").join(name), folder.path().join(name)).unwrap();
     }
-    let merges = fs::read_to_string(golden("clip-tokenizer/merges.txt")).unwrap();
+    let merges = fs::read_to_string(merges()).unwrap();
+    fs::write(folder.path().join("merges.txt"), &merges).unwrap();
     fs::write(folder.path().join("vocab.json"), clip_vocab(&merges)).unwrap();
     folder
 }
@@ -53,6 +59,7 @@ fn ids_are_those_of_transformers() {
     let clip = clip_folder();
     let cases: Value = serde_json::from_slice(&fs::read(golden("cases/tokenizer.json")).unwrap()).unwrap();
     let mut tokenizers = BTreeMap::new();
+    let compiled_in = Tokenizer::clip("<|endoftext|>").unwrap();
     for case in cases.as_array().unwrap() {
         let (vocabulary, prompt) = (case["vocabulary"].as_str().unwrap(), case["prompt"].as_str().unwrap());
         let tokenizer = tokenizers.entry(vocabulary).or_insert_with(|| match vocabulary {
@@ -61,6 +68,9 @@ fn ids_are_those_of_transformers() {
         });
         let encoded = tokenizer.encode(prompt).unwrap();
         assert_eq!(json!(encoded.ids), case["ids"], "{vocabulary}: {prompt:?}");
+        if vocabulary == "clip" {
+            assert_eq!(compiled_in.encode(prompt).unwrap(), encoded, "{prompt:?}");
+        }
         assert!(encoded.ids.iter().all(|&id| (0..tokenizer.vocab_size() as i64).contains(&id)));
         let fits = case["beyond"].as_array().unwrap().is_empty();
         assert_eq!(encoded.lost.is_empty(), fits, "{vocabulary}: {prompt:?} lost {:?}", encoded.lost);
@@ -105,12 +115,13 @@ fn what_does_not_fit_is_named() {
 #[test]
 fn pad_token_comes_from_the_files() {
     let read = |name: &str| fs::read(golden("clip-tokenizer").join(name)).unwrap();
-    let (merges, config) = (read("merges.txt"), read("tokenizer_config.json"));
+    let (merges, config) = (fs::read(merges()).unwrap(), read("tokenizer_config.json"));
     let vocab = clip_vocab(std::str::from_utf8(&merges).unwrap());
     // SD2.x and SDXL pad with "!", which then is a special token in a prompt, too: 0 and not 256.
     let map = padded_with("!");
     let tokenizer = Tokenizer::from_bytes(&vocab, &merges, Some(&config), Some(&map)).unwrap();
     let ids = tokenizer.encode("wow!!").unwrap().ids;
+    assert_eq!(ids, Tokenizer::clip("!").unwrap().encode("wow!!").unwrap().ids);
     assert_eq!(ids[..6], [49406, 2781, 0, 0, EOS, 0]);
     assert!(ids[6..].iter().all(|&id| id == 0));
     // The map overrules the configuration, but not one that lists its added tokens.

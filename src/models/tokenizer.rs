@@ -12,7 +12,7 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokenizers::models::bpe::{BPE, BpeBuilder, Merges, Vocab};
 use tokenizers::pattern::Invert;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -130,6 +130,19 @@ impl Tokenizer {
         parts.build(Path::new(""), config, special_tokens_map)
     }
 
+    /// The tokenizer of every CLIP text encoder but that of a tiny one, from the vocabulary that is compiled in; encoders
+    /// differ in the token that fills up a prompt.
+    ///
+    /// # Errors
+    /// None, unless `pad` is no token.
+    pub fn clip(pad: &str) -> Result<Self> {
+        let mut parts = Parts::default();
+        let merges = include_str!("clip-tokenizer/merges.txt");
+        parts.vocab = clip_vocabulary(merges).zip(0..).collect();
+        parts.merges("merges.txt".as_ref(), merges)?;
+        parts.build(Path::new(""), None, Some(json!({"pad_token": pad}).to_string().as_bytes()))
+    }
+
     /// How many ids [`Tokenizer::encode`] returns: `model_max_length`, 77 for CLIP.
     pub fn length(&self) -> usize {
         self.length
@@ -194,6 +207,16 @@ impl Tokenizer {
     }
 }
 
+/// CLIP's tokens in the order of their ids: the bytes (as GPT-2 writes them: printable ones as themselves, the others as
+/// characters from 256 on), the same at a word's end, what each merge makes, start and end of text.
+fn clip_vocabulary(merges: &str) -> impl Iterator<Item = String> {
+    let printable = |byte: &char| matches!(byte, '!'..='~' | '¡'..='¬' | '®'..='ÿ');
+    let bytes = ('\0'..='ÿ').filter(printable).chain(('\u{100}'..).take(256 - 188));
+    let ends = bytes.clone().map(|byte| format!("{byte}</w>"));
+    let joined = merges.trim().lines().skip(1).map(|line| line.replace(' ', ""));
+    bytes.map(String::from).chain(ends).chain(joined).chain(WHOLE.map(String::from))
+}
+
 /// `str.lower`, which unlike `NormalizedString::lowercase` knows the Greek final sigma.
 fn lowercase(text: &mut NormalizedString) {
     let lower = text.get().to_lowercase();
@@ -217,10 +240,14 @@ impl Parts {
         let vocab: BTreeMap<String, u32> =
             serde_json::from_slice(vocab).map_err(|error| malformed(&vocab_path, &error))?;
         self.vocab = vocab.into_iter().collect();
-        let merges = std::str::from_utf8(merges).map_err(|error| malformed(&path, &error))?;
+        self.merges(&path, std::str::from_utf8(merges).map_err(|error| malformed(&path, &error))?)
+    }
+
+    /// The text of `merges.txt`.
+    fn merges(&mut self, path: &Path, text: &str) -> Result<()> {
         // The first line is a version, which transformers skips without looking.
-        for (index, line) in merges.trim().lines().enumerate().skip(1) {
-            self.merge(&path, &format!("line {}", index + 1), &line.split_whitespace().collect::<Vec<_>>())?;
+        for (index, line) in text.trim().lines().enumerate().skip(1) {
+            self.merge(path, &format!("line {}", index + 1), &line.split_whitespace().collect::<Vec<_>>())?;
         }
         Ok(())
     }
