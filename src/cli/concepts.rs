@@ -124,7 +124,7 @@ enum Command {
     Import {
         /// The file
         file: PathBuf,
-        /// Checkpoint folder or Hugging Face model id it was trained on [default: the demo]
+        /// Checkpoint folder, single file or Hugging Face model id it was trained on [default: the demo]
         #[arg(long)]
         model: Option<String>,
         /// Which concept: "a woman"

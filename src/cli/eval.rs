@@ -41,7 +41,7 @@ struct FairnessArgs {
     /// Concept files to balance; repeat to cross groups
     #[arg(long, required = true, value_name = "A,B[=SHARE,SHARE]")]
     concepts: Vec<String>,
-    /// Checkpoint folder or Hugging Face model id [default: the demo]
+    /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
     /// Weight of the concepts

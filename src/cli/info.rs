@@ -9,7 +9,7 @@ use crate::{Device, Result};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Checkpoint folder or Hugging Face model id [default: the demo]
+    /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
     /// Images at once, for the memory plan

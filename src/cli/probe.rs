@@ -37,7 +37,7 @@ enum Component {
 pub(super) struct Args {
     /// Which component
     component: Component,
-    /// Checkpoint folder or Hugging Face model id [default: the demo]
+    /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
     /// safetensors file with the inputs

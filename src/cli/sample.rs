@@ -18,7 +18,7 @@ const MAX_IMAGES: usize = 1_000_000;
 pub(super) struct Args {
     /// What to show
     prompt: String,
-    /// Checkpoint folder or Hugging Face model id [default: the demo]
+    /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
     /// What to stay away from; with SDXL "" is an empty prompt, which is not the same as none

@@ -27,7 +27,7 @@ pub(super) struct Args {
     /// Concept file to write
     #[arg(long)]
     out: PathBuf,
-    /// Checkpoint folder or Hugging Face model id [default: the demo]
+    /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
     /// default, official (the authors' code), or a TOML file with fields of a recipe

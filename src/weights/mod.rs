@@ -2,19 +2,24 @@
 
 mod demo;
 pub mod hub;
+mod single;
 mod tensors;
 
+pub use single::SingleFile;
 pub use tensors::Tensors;
 
 use crate::models::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-/// A diffusers checkpoint, on disk or compiled in.
+/// A diffusers checkpoint, on disk or compiled in, or what can be read like one.
 #[derive(Clone, Debug)]
 pub enum Source {
     /// A folder as `save_pretrained` writes it.
     Folder(PathBuf),
+    /// One file in the original layout.
+    Single(Arc<SingleFile>),
     /// Files by relative path.
     Embedded(&'static [(&'static str, &'static [u8])]),
 }
@@ -48,21 +53,27 @@ impl Source {
         ))
     }
 
-    /// What `--model` means: nothing is the demo, else a folder, else a Hugging Face model id (taken from the local
-    /// cache, or downloaded).
+    /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL; see [`SingleFile`].
     ///
     /// # Errors
-    /// [`Error::Usage`] for a path that is no checkpoint, [`Error::Download`] from the hub.
+    /// [`Error::Checkpoint`] if it is anything else, [`Error::Io`] if it cannot be opened.
+    pub fn file(path: impl AsRef<Path>) -> Result<Self> {
+        SingleFile::open(path.as_ref()).map(|file| Source::Single(Arc::new(file)))
+    }
+
+    /// What `--model` means: nothing is the demo, else a folder or file, else a Hugging Face model id (taken from the
+    /// local cache, or downloaded).
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for a path that is no checkpoint, [`Error::Download`] from the hub.
     pub fn resolve(model: Option<&str>, progress: bool) -> Result<Self> {
         let Some(model) = model else { return Ok(Self::demo()) };
         let path = Path::new(model);
         if path.is_dir() {
             return Self::folder(path);
         }
-        if path.is_file() || model.ends_with(".safetensors") {
-            return Err(Error::usage(format!(
-                "--model {model}: single files are not read yet; give a diffusers folder or a Hugging Face model id"
-            )));
+        if path.is_file() || [".safetensors", ".ckpt"].iter().any(|end| model.ends_with(end)) {
+            return Self::file(path);
         }
         Self::folder(hub::resolve(model, &hub::HubConfig::from_env()?, progress)?)
     }
@@ -71,6 +82,7 @@ impl Source {
     pub fn has(&self, relative: &str) -> bool {
         match self {
             Source::Folder(folder) => folder.join(relative).is_file(),
+            Source::Single(file) => file.has(relative),
             Source::Embedded(files) => files.iter().any(|(name, _)| *name == relative),
         }
     }
@@ -79,6 +91,7 @@ impl Source {
     pub fn path(&self, relative: &str) -> PathBuf {
         match self {
             Source::Folder(folder) => folder.join(relative),
+            Source::Single(file) => file.path().to_path_buf(),
             Source::Embedded(_) => Path::new("<demo>").join(relative),
         }
     }
@@ -89,6 +102,9 @@ impl Source {
             Source::Folder(folder) => {
                 let name = folder.canonicalize().unwrap_or_else(|_| folder.clone());
                 name.file_name().map_or_else(|| "checkpoint".into(), |n| n.to_string_lossy().into_owned())
+            }
+            Source::Single(file) => {
+                file.path().file_stem().map_or_else(|| "checkpoint".into(), |n| n.to_string_lossy().into_owned())
             }
             Source::Embedded(_) => "respodiff-demo".into(),
         }
@@ -102,6 +118,7 @@ impl Source {
         let path = self.path(relative);
         match self {
             Source::Folder(_) => std::fs::read(&path).map_err(Error::io("read", &path)),
+            Source::Single(file) => file.read(relative),
             Source::Embedded(files) => {
                 let file = files.iter().find(|(name, _)| *name == relative);
                 file.map(|(_, bytes)| bytes.to_vec())
@@ -126,6 +143,7 @@ impl Source {
     pub fn tokenizer(&self, component: &str) -> Result<Tokenizer> {
         match self {
             Source::Folder(folder) => Tokenizer::load(&folder.join(component)),
+            Source::Single(file) => file.tokenizer(component),
             Source::Embedded(_) => {
                 let read = |name: &str| self.read(&inside(component, name));
                 Tokenizer::from_bytes(
@@ -143,7 +161,10 @@ impl Source {
     /// # Errors
     /// [`Error::Checkpoint`] if there are none, or their files are damaged.
     pub fn tensors(&self, component: &str) -> Result<Tensors> {
-        Tensors::open(self, component)
+        match self {
+            Source::Single(file) => file.tensors(component),
+            _ => Tensors::open(self, component),
+        }
     }
 }
 

@@ -11,8 +11,10 @@ use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Named tensors of a component.
+#[derive(Clone)]
 pub struct Tensors {
     files: Vec<(PathBuf, Bytes)>,
     index: HashMap<String, Entry>,
@@ -21,8 +23,9 @@ pub struct Tensors {
 }
 
 /// A file's content: mapped, or compiled in.
+#[derive(Clone)]
 enum Bytes {
-    Mapped(Mmap),
+    Mapped(Arc<Mmap>),
     Static(&'static [u8]),
 }
 
@@ -35,12 +38,51 @@ impl AsRef<[u8]> for Bytes {
     }
 }
 
+#[derive(Clone)]
 struct Entry {
     file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
     /// Bytes within the file.
     range: std::ops::Range<usize>,
+    /// Whether the file holds the matrix with rows and columns exchanged.
+    transposed: bool,
+}
+
+/// What a tensor of one layout is of a tensor of another.
+#[derive(Clone, Copy)]
+pub(super) enum Part {
+    Whole,
+    /// One of three equal groups of rows.
+    Third(usize),
+    /// The matrix, rows and columns exchanged.
+    Transposed,
+    /// The matrix of a 1x1 convolution.
+    Matrix,
+}
+
+impl Part {
+    /// The part of `whole`, if there is such a part of it.
+    fn of(self, whole: &Entry) -> Option<Entry> {
+        let mut entry = whole.clone();
+        match (self, whole.shape.as_slice()) {
+            (Part::Whole, _) => {}
+            (Part::Third(i), [rows, ..]) if rows % 3 == 0 => {
+                let bytes = whole.range.len() / 3;
+                let start = whole.range.start + i * bytes;
+                entry.range = start..start + bytes;
+                entry.shape[0] = rows / 3;
+            }
+            (Part::Transposed, [_, _]) => {
+                entry.shape.reverse();
+                entry.transposed = !whole.transposed;
+            }
+            (Part::Matrix, [_, _] | [_, _, 1] | [_, _, 1, 1]) => entry.shape.truncate(2),
+            (Part::Matrix, [_]) => {}
+            _ => return None,
+        }
+        Some(entry)
+    }
 }
 
 /// What VAEs saved before diffusers 0.18 call their attention layers.
@@ -86,15 +128,26 @@ impl Tensors {
         ))
     }
 
+    /// One file that is no component's.
+    pub(super) fn open_file(path: &Path) -> Result<Self> {
+        let mut tensors = Self::none();
+        tensors.add(path.to_path_buf(), Bytes::Mapped(map_file(path)?.into()))?;
+        Ok(tensors)
+    }
+
+    fn none() -> Self {
+        Tensors { random: false, ..Self::random() }
+    }
+
     fn map(source: &Source, names: &[String]) -> Result<Self> {
-        let mut tensors = Tensors { random: false, ..Self::random() };
+        let mut tensors = Self::none();
         for name in names {
             let path = source.path(name);
             let bytes = match source {
                 Source::Embedded(files) => {
                     Bytes::Static(files.iter().find(|(n, _)| n == name).map_or(&[][..], |(_, bytes)| bytes))
                 }
-                Source::Folder(_) => Bytes::Mapped(map_file(&path)?),
+                _ => Bytes::Mapped(map_file(&path)?.into()),
             };
             tensors.add(path, bytes)?;
         }
@@ -110,7 +163,8 @@ impl Tensors {
         let start = header + 8;
         for (name, info) in metadata.tensors() {
             let range = start + info.data_offsets.0..start + info.data_offsets.1;
-            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), range };
+            let shape = info.shape.clone();
+            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape, range, transposed: false };
             if entry.range.end > data.len() || entry.range.start > entry.range.end {
                 let problem = format!("tensor `{name}` ends beyond the file; delete the file and download it again");
                 return Err(Error::checkpoint(&path, problem));
@@ -131,6 +185,43 @@ impl Tensors {
     /// Names and shapes of all tensors.
     pub fn entries(&self) -> impl Iterator<Item = (&str, &[usize])> {
         self.index.iter().map(|(name, e)| (name.as_str(), e.shape.as_slice()))
+    }
+
+    /// The notes in a single file's header.
+    pub(super) fn metadata(&self) -> HashMap<String, String> {
+        let header = self.files.first().and_then(|(_, bytes)| SafeTensors::read_metadata(bytes.as_ref()).ok());
+        header.and_then(|(_, header)| header.metadata().clone()).unwrap_or_default()
+    }
+
+    /// The same files under other names: `rename` says as which tensors one is listed.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if two tensors get one name.
+    pub(super) fn renamed(&self, rename: impl Fn(&str) -> Vec<(String, Part)>) -> Result<Self> {
+        let mut tensors = Tensors { files: self.files.clone(), ..Self::none() };
+        for (old, entry) in &self.index {
+            for (name, part) in rename(old) {
+                let Some(entry) = part.of(entry) else { continue };
+                if tensors.index.insert(name, entry).is_some() {
+                    let problem = format!("tensor `{old}` is there a second time under another name");
+                    return Err(Error::checkpoint(&self.files[0].0, problem));
+                }
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// Whether there is such a tensor.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    /// A tensor's shape.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if there is none.
+    pub(super) fn shape(&self, name: &str) -> Result<&[usize]> {
+        self.entry(name).map(|entry| entry.shape.as_slice())
     }
 
     /// Which model these weights are, whatever file format and precision they are stored in: a SHA-256 of all names and
@@ -194,20 +285,12 @@ impl Tensors {
     /// # Errors
     /// [`Error::Checkpoint`] if it is missing, has another shape or number format, or holds NaN or infinity.
     pub fn read(&self, name: &str, shapes: &[&[usize]]) -> Result<Vec<f32>> {
-        let legacy = || {
-            let (new, old) = LEGACY.iter().find(|(new, _)| name.contains(new))?;
-            self.index.get(&name.replace(new, old))
-        };
-        let Some(entry) = self.index.get(name).or_else(legacy) else {
-            let path = self.files.first().map(|(p, _)| p.clone()).unwrap_or_default();
-            let problem =
-                format!("tensor `{name}` is missing; config.json does not fit this file, or it is incomplete");
-            return Err(Error::checkpoint(path, problem));
-        };
+        let entry = self.entry(name)?;
         let (path, bytes) = &self.files[entry.file];
         if !shapes.contains(&entry.shape.as_slice()) {
             let problem = format!(
-                "tensor `{name}` has shape {:?} where config.json asks for {:?}; they belong to different models",
+                "tensor `{name}` has shape {:?} where the model's configuration asks for {:?}; they belong to different \
+                 models",
                 entry.shape, shapes[0]
             );
             return Err(Error::checkpoint(path, problem));
@@ -227,7 +310,24 @@ impl Tensors {
             let problem = format!("tensor `{name}` holds {} at position {bad}; the file is damaged", values[bad]);
             return Err(Error::checkpoint(path, problem));
         }
-        Ok(values)
+        match entry.shape[..] {
+            [rows, columns] if entry.transposed => {
+                Ok((0..values.len()).map(|i| values[i % columns * rows + i / columns]).collect())
+            }
+            _ => Ok(values),
+        }
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        let legacy = || {
+            let (new, old) = LEGACY.iter().find(|(new, _)| name.contains(new))?;
+            self.index.get(&name.replace(new, old))
+        };
+        self.index.get(name).or_else(legacy).ok_or_else(|| {
+            let path = self.files.first().map(|(p, _)| p.clone()).unwrap_or_default();
+            let problem = "is missing; the file is incomplete, or the model's configuration is another's";
+            Error::checkpoint(path, format!("tensor `{name}` {problem}"))
+        })
     }
 }
 

@@ -1,0 +1,220 @@
+//! Single-file checkpoints: one safetensors file with all weights under the names of the original code (CompVis', Stability
+//! AI's, OpenCLIP's), and no configurations.
+
+mod configs;
+mod names;
+mod prediction;
+
+use super::tensors::{Part, Tensors};
+use crate::graph::Graph;
+use crate::models::tokenizer::Tokenizer;
+use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
+use crate::{Error, Result};
+use configs::Family;
+use prediction::Prediction;
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+const UNET: &str = "model.diffusion_model.";
+const VAE: &str = "first_stage_model.";
+
+/// Text encoders: the component, its prefix in 1.x and 2.x or in Stability AI's later code, and whether it is OpenCLIP's.
+const TOWERS: [(&str, &str, bool); 5] = [
+    ("text_encoder", "cond_stage_model.transformer.", false),
+    ("text_encoder", "cond_stage_model.model.", true),
+    ("text_encoder", "conditioner.embedders.0.transformer.", false),
+    ("text_encoder", "conditioner.embedders.0.model.", true),
+    ("text_encoder_2", "conditioner.embedders.1.model.", true),
+];
+
+/// How a file of `torch.save` begins, now (a zip file) and before 1.6: safetensors' headers are never so long.
+const PICKLES: [&[u8; 4]; 2] = [b"PK\x03\x04", b"\x80\x02\x8a\x0a"];
+
+/// Stable Diffusion 2.x reads what the last but one of OpenCLIP-H's 24 layers gives.
+const OPEN_CLIP_H_LAYERS: usize = 23;
+
+/// A checkpoint of Stable Diffusion 1.x, 2.x or SDXL in the original layout, which presents itself as the diffusers folder of
+/// the same model: names, shapes, configurations, tokenizers.
+///
+/// Networks are recognised from their tensors. What these do not show is taken to be what it is in all checkpoints known:
+/// 8 attention heads in 1.x, heads of 64 channels in 2.x, SDXL and text encoders; norms of 32 groups; the scaling factor of
+/// the VAE and the scheduler of each family's first release; CLIP's vocabulary. Epsilon or v: see `prediction.rs`.
+pub struct SingleFile {
+    path: PathBuf,
+    /// By component.
+    tensors: BTreeMap<&'static str, Tensors>,
+    /// What the folder's files would say, by relative path.
+    files: BTreeMap<String, String>,
+    /// The token that fills up prompts, by tokenizer.
+    padding: BTreeMap<String, &'static str>,
+}
+
+impl fmt::Debug for SingleFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SingleFile({})", self.path.display())
+    }
+}
+
+impl SingleFile {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let refuse = |problem: &str| Error::checkpoint(path, problem);
+        let mut start = [0; 4];
+        File::open(path).and_then(|mut file| file.read(&mut start)).map_err(Error::io("open", path))?;
+        if PICKLES.contains(&&start) {
+            return Err(refuse(
+                "pickled checkpoints are not supported, as reading one can run code; convert it to safetensors \
+                 (safetensors.torch.save_file of its state_dict) and give that file",
+            ));
+        }
+        let all = Tensors::open_file(path)?;
+        let under = |prefix: &str| {
+            all.renamed(|name| {
+                name.strip_prefix(prefix).map(|name| (name.to_string(), Part::Whole)).into_iter().collect()
+            })
+        };
+        let has = |prefix: &str| all.entries().any(|(name, _)| name.starts_with(prefix));
+        if !all.has("model.diffusion_model.input_blocks.0.0.weight") {
+            return Err(refuse(&format!("not a Stable Diffusion checkpoint: {}", describe(&all))));
+        }
+        if all.has("edm_mean") || all.has("edm_vpred.sigma_max") {
+            return Err(refuse("made for EDM sampling (Playground 2.5, CosXL), which is not supported"));
+        }
+        let mut tensors = BTreeMap::from([("unet", names::unet(&under(UNET)?)?)]);
+        let family = Family::of(&tensors["unet"])?;
+        if family == Family::Xl && has("conditioner.embedders.0.model.") {
+            return Err(refuse("this is SDXL's refiner, which is not supported; give the base model"));
+        }
+        if family == Family::Xl && has("cond_stage_model.") {
+            return Err(refuse("this UNet reads image embeddings (unCLIP), which is not supported"));
+        }
+
+        let mut file = SingleFile {
+            path: path.to_path_buf(),
+            tensors: BTreeMap::new(),
+            files: BTreeMap::new(),
+            padding: BTreeMap::new(),
+        };
+        let mut pooled = None;
+        for (component, prefix, open) in TOWERS {
+            if !has(prefix) {
+                continue;
+            }
+            let original = under(prefix)?;
+            let tower = match (open, component) {
+                (false, _) => names::clip(&original)?,
+                (true, "text_encoder") => names::open_clip(&original, OPEN_CLIP_H_LAYERS, false)?,
+                (true, _) => names::open_clip(&original, usize::MAX, true)?,
+            };
+            let config = configs::text(&tower, if open { "gelu" } else { "quick_gelu" })?.to_string();
+            let parsed = ClipConfig::parse(&config, path)?;
+            check(path, &tower, &[text_encoder(&parsed, 1)])?;
+            pooled = pooled.or(parsed.projection_dim);
+            file.files.insert(format!("{component}/config.json"), config);
+            // OpenCLIP pads with token 0.
+            file.padding
+                .insert(component.replace("text_encoder", "tokenizer"), if open { "!" } else { "<|endoftext|>" });
+            if tensors.insert(component, tower).is_some() {
+                return Err(refuse(&format!("holds two of {component}")));
+            }
+        }
+        if has(VAE) {
+            let vae = names::vae(&under(VAE)?)?;
+            let config = family.vae(&vae)?.to_string();
+            let parsed = VaeConfig::parse(&config, path)?;
+            check(
+                path,
+                &vae,
+                &[vae_encoder(&parsed, 1, parsed.scale(), parsed.scale()), vae_decoder(&parsed, 1, 1, 1)],
+            )?;
+            file.files.insert("vae/config.json".into(), config);
+            tensors.insert("vae", vae);
+        }
+        let beside = std::fs::read_to_string(path.with_extension("yaml")).ok();
+        let prediction = Prediction::of(&all, &tensors["unet"], family, beside.as_deref())?;
+        let config = family.unet(&tensors["unet"], prediction, pooled)?.to_string();
+        let parsed = UNetConfig::parse(&config, path)?;
+        check(path, &tensors["unet"], &[unet(&parsed, 1, 8, 8, 1, 0)])?;
+        file.files.insert("unet/config.json".into(), config);
+        let scheduler = family.scheduler(prediction, all.has("ztsnr"));
+        file.files.insert("scheduler/scheduler_config.json".into(), scheduler.to_string());
+        file.files.insert("model_index.json".into(), family.index().to_string());
+        file.tensors = tensors;
+        Ok(file)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn has(&self, relative: &str) -> bool {
+        self.files.contains_key(relative)
+    }
+
+    pub(super) fn read(&self, relative: &str) -> Result<Vec<u8>> {
+        let component = relative.split('/').next().unwrap_or(relative);
+        self.files.get(relative).map(|text| text.clone().into_bytes()).ok_or_else(|| self.missing(component))
+    }
+
+    pub(super) fn tokenizer(&self, component: &str) -> Result<Tokenizer> {
+        Tokenizer::clip(self.padding.get(component).ok_or_else(|| self.missing(component))?)
+    }
+
+    pub(super) fn tensors(&self, component: &str) -> Result<Tensors> {
+        self.tensors.get(component).cloned().ok_or_else(|| self.missing(component))
+    }
+
+    fn missing(&self, component: &str) -> Error {
+        let there: Vec<&str> = self.tensors.keys().copied().collect();
+        let problem = format!("holds no {component}, only {}; give a checkpoint with all parts", there.join(", "));
+        Error::checkpoint(&self.path, problem)
+    }
+}
+
+/// That the networks read all of the tensors, and find all they read: else it is another architecture, or damaged.
+fn check(path: &Path, tensors: &Tensors, networks: &[Graph]) -> Result<()> {
+    let wanted: HashSet<&str> =
+        networks.iter().flat_map(|g| g.weights()).flat_map(|w| &w.names).map(String::as_str).collect();
+    let there: HashSet<&str> = tensors.entries().map(|(name, _)| name).collect();
+    let problem = if let Some(name) = wanted.difference(&there).min() {
+        format!(
+            "nothing in the file is `{name}` (diffusers' name); it is incomplete, or of an architecture not supported"
+        )
+    } else if let Some(name) = there.difference(&wanted).min() {
+        format!("no part of Stable Diffusion 1.x, 2.x or SDXL is called `{name}`; the architecture is not supported")
+    } else {
+        return Ok(());
+    };
+    Err(Error::checkpoint(path, problem))
+}
+
+/// How names begin in diffusers' UNet, VAE and text encoders.
+const COMPONENTS: [&str; 3] = ["down_blocks.", "encoder.down_blocks.", "text_model."];
+
+/// What a file without a UNet of Stable Diffusion is instead.
+fn describe(all: &Tensors) -> String {
+    let any = |parts: &[&str]| all.entries().any(|(name, _)| parts.iter().any(|part| name.contains(part)));
+    let has = |name: &str| all.has(name);
+    if has("ram") || has("sam") {
+        "it is a concept; give it with --concept".into()
+    } else if any(&["lora_", "lora.", "hada_w", "lokr_w"]) {
+        "it is a LoRA or alike, which adapts a checkpoint; merge it into one".into()
+    } else if any(&["control_model.", "controlnet_", "input_hint_block."]) {
+        "it is a ControlNet".into()
+    } else if any(&["emb_params"]) || has("clip_l") || has("clip_g") {
+        "it is an embedding (textual inversion)".into()
+    } else if all.entries().any(|(name, _)| COMPONENTS.iter().any(|start| name.starts_with(start))) {
+        "it is one component in diffusers' layout; give the folder that holds it and the others".into()
+    } else if any(&["decoder.up.0.block."]) && !any(&[UNET]) {
+        "it is a VAE alone; give a checkpoint with all parts".into()
+    } else if has("input_blocks.0.0.weight") {
+        "it is a UNet alone; give a checkpoint with all parts".into()
+    } else if any(&[UNET, "double_blocks.", "joint_blocks."]) {
+        "its network is none of Stable Diffusion 1.x, 2.x or SDXL".into()
+    } else {
+        let first = all.entries().map(|(name, _)| name).min().unwrap_or("nothing");
+        format!("it holds `{first}`, but nothing under {UNET}")
+    }
+}

@@ -1,0 +1,177 @@
+//! What a single file leaves unsaid: the configurations of its networks, from their tensors' shapes and, where these cannot
+//! tell, from what all checkpoints of a family have in common.
+
+use super::super::tensors::Tensors;
+use super::prediction::Prediction;
+use crate::{Error, Result};
+use serde_json::{Value, json};
+
+/// Channels of an attention head wherever the number of heads is not fixed.
+const HEAD_CHANNELS: usize = 64;
+
+/// The lines of Stable Diffusion.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Family {
+    /// 1.x: 8 heads everywhere.
+    Sd1,
+    /// 2.x: transformers with linear projections.
+    Sd2,
+    /// SDXL: size conditioning.
+    Xl,
+}
+
+impl Family {
+    /// Whose a UNet is, by diffusers' names.
+    pub(super) fn of(unet: &Tensors) -> Result<Self> {
+        let linear = unet.shape("mid_block.attentions.0.proj_in.weight")?.len() == 2;
+        Ok(match (linear, unet.has("add_embedding.linear_1.weight")) {
+            (false, false) => Family::Sd1,
+            (true, false) => Family::Sd2,
+            (_, true) => Family::Xl,
+        })
+    }
+
+    pub(super) fn unet(self, t: &Tensors, prediction: Prediction, pooled: Option<usize>) -> Result<Value> {
+        let levels = count(t, |i| format!("down_blocks.{i}.resnets.0.conv1.weight"));
+        let each = |level: &dyn Fn(usize) -> Result<Value>| (0..levels).map(level).collect::<Result<Vec<_>>>();
+        let channels = |i: usize| size(t, &format!("down_blocks.{i}.resnets.0.conv1.weight"), 0);
+        let depth = |i: usize| {
+            let place = if i + 1 == levels { "mid_block".into() } else { format!("down_blocks.{i}") };
+            count(t, |k| format!("{place}.attentions.0.transformer_blocks.{k}.norm1.weight")).max(1)
+        };
+        let types = |way: &str, kinds: [&str; 2]| {
+            let attends = |i: &usize| t.has(&format!("{way}_blocks.{i}.attentions.0.proj_in.weight"));
+            (0..levels).map(|i| kinds[usize::from(attends(&i))].to_string()).collect::<Vec<_>>()
+        };
+        let mut config = json!({
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": match (self, prediction) {
+                (Family::Xl, _) => 128,
+                (Family::Sd2, Prediction::Velocity) => 96,
+                _ => 64,
+            },
+            "in_channels": size(t, "conv_in.weight", 1)?,
+            "out_channels": size(t, "conv_out.weight", 0)?,
+            "block_out_channels": each(&|i| Ok(channels(i)?.into()))?,
+            "layers_per_block": each(&|i| Ok(count(t, |j| format!("down_blocks.{i}.resnets.{j}.conv1.weight")).into()))?,
+            "transformer_layers_per_block": each(&|i| Ok(depth(i).into()))?,
+            "attention_head_dim": match self {
+                Family::Sd1 => json!(8),
+                _ => each(&|i| heads(t, channels(i)?).map(Value::from))?.into(),
+            },
+            "down_block_types": types("down", ["DownBlock2D", "CrossAttnDownBlock2D"]),
+            "up_block_types": types("up", ["UpBlock2D", "CrossAttnUpBlock2D"]),
+            "cross_attention_dim": size(t, "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", 1)?,
+            "use_linear_projection": self != Family::Sd1,
+        });
+        if self == Family::Xl {
+            let width = size(t, "add_embedding.linear_1.weight", 1)?;
+            config["addition_embed_type"] = "text_time".into();
+            config["projection_class_embeddings_input_dim"] = width.into();
+            // Six numbers are embedded beside the pooled prompt.
+            config["addition_time_embed_dim"] = pooled.map_or(256, |pooled| width.saturating_sub(pooled) / 6).into();
+        }
+        Ok(config)
+    }
+
+    pub(super) fn vae(self, t: &Tensors) -> Result<Value> {
+        let levels = count(t, |i| format!("encoder.down_blocks.{i}.resnets.0.conv1.weight"));
+        let channels = (0..levels).map(|i| size(t, &format!("encoder.down_blocks.{i}.resnets.0.conv1.weight"), 0));
+        Ok(json!({
+            "_class_name": "AutoencoderKL",
+            "in_channels": size(t, "encoder.conv_in.weight", 1)?,
+            "out_channels": size(t, "decoder.conv_out.weight", 0)?,
+            "latent_channels": size(t, "decoder.conv_in.weight", 1)?,
+            "block_out_channels": channels.collect::<Result<Vec<_>>>()?,
+            "down_block_types": vec!["DownEncoderBlock2D"; levels],
+            "up_block_types": vec!["UpDecoderBlock2D"; levels],
+            "layers_per_block": count(t, |j| format!("encoder.down_blocks.0.resnets.{j}.conv1.weight")),
+            "scaling_factor": if self == Family::Xl { 0.13025 } else { 0.18215 },
+            "use_quant_conv": t.has("quant_conv.weight"),
+            "use_post_quant_conv": t.has("post_quant_conv.weight"),
+            "mid_block_add_attention": t.has("decoder.mid_block.attentions.0.to_q.weight"),
+        }))
+    }
+
+    /// As the family's first release has it. `zero_snr` is arXiv 2305.08891's schedule, which must begin at the last step.
+    pub(super) fn scheduler(self, prediction: Prediction, zero_snr: bool) -> Value {
+        let mut config = json!({
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "num_train_timesteps": 1000,
+            "prediction_type": prediction.name(),
+            "steps_offset": 1,
+            "timestep_spacing": if zero_snr { "trailing" } else { "leading" },
+        });
+        let more = match self {
+            Family::Sd1 => {
+                json!({"_class_name": "PNDMScheduler", "skip_prk_steps": true, "set_alpha_to_one": false, "clip_sample": false})
+            }
+            Family::Sd2 => json!({"_class_name": "DDIMScheduler", "set_alpha_to_one": false, "clip_sample": false}),
+            Family::Xl => json!({"_class_name": "EulerDiscreteScheduler"}),
+        };
+        for (key, value) in more.as_object().into_iter().flatten() {
+            config[key] = value.clone();
+        }
+        if zero_snr {
+            config["rescale_betas_zero_snr"] = true.into();
+        }
+        config
+    }
+
+    pub(super) fn index(self) -> Value {
+        match self {
+            Family::Xl => json!({"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": true}),
+            _ => json!({"_class_name": "StableDiffusionPipeline"}),
+        }
+    }
+}
+
+/// A text encoder; `activation` is what its maker trained it with.
+pub(super) fn text(t: &Tensors, activation: &str) -> Result<Value> {
+    let width = size(t, "text_model.embeddings.token_embedding.weight", 1)?;
+    let projection = t.has("text_projection.weight").then(|| size(t, "text_projection.weight", 0)).transpose()?;
+    Ok(json!({
+        "architectures": [if projection.is_some() { "CLIPTextModelWithProjection" } else { "CLIPTextModel" }],
+        "vocab_size": size(t, "text_model.embeddings.token_embedding.weight", 0)?,
+        "max_position_embeddings": size(t, "text_model.embeddings.position_embedding.weight", 0)?,
+        "hidden_size": width,
+        "intermediate_size": size(t, "text_model.encoder.layers.0.mlp.fc1.weight", 0)?,
+        "num_hidden_layers": count(t, |i| format!("text_model.encoder.layers.{i}.layer_norm1.weight")),
+        "num_attention_heads": heads(t, width)?,
+        "hidden_act": activation,
+        "projection_dim": projection.unwrap_or(width),
+    }))
+}
+
+/// How many of a numbered tensor there are.
+fn count(t: &Tensors, name: impl Fn(usize) -> String) -> usize {
+    (0..).take_while(|&i| t.has(&name(i))).count()
+}
+
+/// The length of an axis of a tensor.
+fn size(t: &Tensors, name: &str, axis: usize) -> Result<usize> {
+    let shape = t.shape(name)?;
+    shape
+        .get(axis)
+        .copied()
+        .ok_or_else(|| problem(t, format!("tensor `{name}` has shape {shape:?}; a matrix is expected")))
+}
+
+fn heads(t: &Tensors, channels: usize) -> Result<usize> {
+    match channels % HEAD_CHANNELS {
+        0 => Ok(channels / HEAD_CHANNELS),
+        _ => Err(problem(
+            t,
+            format!(
+                "attention over {channels} channels: how many heads it has cannot be seen in a single file unless they are of \
+                 {HEAD_CHANNELS} channels; give the model as a diffusers folder"
+            ),
+        )),
+    }
+}
+
+fn problem(t: &Tensors, problem: String) -> Error {
+    Error::checkpoint(t.files().next().unwrap_or("".as_ref()), problem)
+}
