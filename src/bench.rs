@@ -10,8 +10,8 @@ use serde::Serialize;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-/// The configurations of Stable Diffusion 1.5, without weights.
-pub const SD15: Source = Source::Embedded(&[
+/// The configurations of Stable Diffusion 1.5, with random weights.
+pub const SD15: Source = Source::Random("sd15", &[
     (
         "text_encoder/config.json",
         br#"{"architectures": ["CLIPTextModel"], "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072,
@@ -25,10 +25,11 @@ pub const SD15: Source = Source::Embedded(&[
         "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}"#,
     ),
     ("vae/config.json", VAE),
+    ("scheduler/scheduler_config.json", SCHEDULER),
 ]);
 
-/// The configurations of SDXL base 1.0, without weights.
-pub const SDXL: Source = Source::Embedded(&[
+/// The configurations of SDXL base 1.0, with random weights.
+pub const SDXL: Source = Source::Random("sdxl", &[
     (
         "text_encoder/config.json",
         br#"{"architectures": ["CLIPTextModel"], "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072,
@@ -51,12 +52,16 @@ pub const SDXL: Source = Source::Embedded(&[
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}"#,
     ),
     ("vae/config.json", VAE),
+    ("scheduler/scheduler_config.json", SCHEDULER),
 ]);
 
 const VAE: &[u8] = br#"{"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2, "latent_channels": 4, "force_upcast": true,
     "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
     "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]}"#;
+
+const SCHEDULER: &[u8] = br#"{"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "clip_sample": false, "set_alpha_to_one": false, "steps_offset": 1}"#;
 
 /// A checkpoint's networks as a guided run of `batch` images uses them: both prompts' encoding, a UNet call, a decode.
 ///

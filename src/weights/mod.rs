@@ -22,6 +22,8 @@ pub enum Source {
     Single(Arc<SingleFile>),
     /// Files by relative path.
     Embedded(&'static [(&'static str, &'static [u8])]),
+    /// Configurations alone, by relative path, of a name; weights are random, the vocabulary is CLIP's. For measuring.
+    Random(&'static str, &'static [(&'static str, &'static [u8])]),
 }
 
 impl Source {
@@ -83,7 +85,7 @@ impl Source {
         match self {
             Source::Folder(folder) => folder.join(relative).is_file(),
             Source::Single(file) => file.has(relative),
-            Source::Embedded(files) => files.iter().any(|(name, _)| *name == relative),
+            Source::Embedded(files) | Source::Random(_, files) => files.iter().any(|(name, _)| *name == relative),
         }
     }
 
@@ -93,6 +95,7 @@ impl Source {
             Source::Folder(folder) => folder.join(relative),
             Source::Single(file) => file.path().to_path_buf(),
             Source::Embedded(_) => Path::new("<demo>").join(relative),
+            Source::Random(name, _) => Path::new(&format!("<{name}>")).join(relative),
         }
     }
 
@@ -107,6 +110,7 @@ impl Source {
                 file.path().file_stem().map_or_else(|| "checkpoint".into(), |n| n.to_string_lossy().into_owned())
             }
             Source::Embedded(_) => "respodiff-demo".into(),
+            Source::Random(name, _) => (*name).into(),
         }
     }
 
@@ -119,10 +123,9 @@ impl Source {
         match self {
             Source::Folder(_) => std::fs::read(&path).map_err(Error::io("read", &path)),
             Source::Single(file) => file.read(relative),
-            Source::Embedded(files) => {
+            Source::Embedded(files) | Source::Random(_, files) => {
                 let file = files.iter().find(|(name, _)| *name == relative);
-                file.map(|(_, bytes)| bytes.to_vec())
-                    .ok_or_else(|| Error::checkpoint(path, "not in the demo checkpoint"))
+                file.map(|(_, bytes)| bytes.to_vec()).ok_or_else(|| Error::checkpoint(path, "not compiled in"))
             }
         }
     }
@@ -144,6 +147,7 @@ impl Source {
         match self {
             Source::Folder(folder) => Tokenizer::load(&folder.join(component)),
             Source::Single(file) => file.tokenizer(component),
+            Source::Random(..) => Tokenizer::clip("<|endoftext|>"),
             Source::Embedded(_) => {
                 let read = |name: &str| self.read(&inside(component, name));
                 Tokenizer::from_bytes(
@@ -163,6 +167,7 @@ impl Source {
     pub fn tensors(&self, component: &str) -> Result<Tensors> {
         match self {
             Source::Single(file) => file.tensors(component),
+            Source::Random(..) => Ok(Tensors::random()),
             _ => Tensors::open(self, component),
         }
     }
