@@ -70,12 +70,14 @@ fn pack(source: &[f32], outputs: usize, inputs: usize, kernel: usize, gated: boo
     let depth = taps * inputs;
     let mut packed = vec![0.0f32; packed_len(depth, outputs)];
     packed.par_chunks_exact_mut(depth * PANEL).enumerate().for_each(|(panel, out)| {
-        for j in 0..PANEL {
-            let Some(output) = source_column(panel, j, outputs, gated) else { continue };
-            let row = &source[output * depth..][..depth];
-            for (channel, weights) in row.chunks_exact(taps).enumerate() {
-                for (tap, &w) in weights.iter().enumerate() {
-                    out[(tap * inputs + channel) * PANEL + j] = w;
+        let column = |j| source_column(panel, j, outputs, gated).map(|output| &source[output * depth..][..depth]);
+        let columns: [Option<&[f32]>; PANEL] = std::array::from_fn(column);
+        // In this order whole lines are written, and every source is read from front to back.
+        for channel in 0..inputs {
+            for tap in 0..taps {
+                let line = &mut out[(tap * inputs + channel) * PANEL..][..PANEL];
+                for (x, column) in line.iter_mut().zip(&columns) {
+                    *x = column.map_or(0.0, |column| column[channel * taps + tap]);
                 }
             }
         }
