@@ -1,0 +1,22 @@
+/// Compiles CUDA sources with the host's compiler, calling out at each load and store. Included by build scripts.
+fn compile(name: &str, sources: impl IntoIterator<Item = std::path::PathBuf>) {
+    let kernels = std::path::absolute("../../kernels").expect("a folder");
+    let runtime = std::env::var("DEP_RESPODIFF_EMULATOR_INCLUDE").expect("the emulator's build script names it");
+    for path in [kernels.to_str().expect("a name"), &runtime, "../instrumented.rs", "build.rs"] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .opt_level(2)
+        .flags(["-xc++", "-g1", "-mavx2", "-mfma", "-mf16c", "-mbmi2", "-ffp-contract=off", "-fno-exceptions"])
+        .flags(["-fsanitize=thread", "-fsanitize=alignment", "--param", "tsan-instrument-func-entry-exit=0"])
+        .flags(["-Wno-psabi", "-Wno-unknown-pragmas"])
+        .warnings(false)
+        .include(runtime)
+        .include(kernels)
+        .files(sources)
+        // Kernels register themselves: every object must be kept.
+        .link_lib_modifier("+whole-archive")
+        .compile(name);
+}
