@@ -50,7 +50,7 @@ struct FairnessArgs {
     /// winobias, winobias-extended, or a file of prompts, one a line
     #[arg(long, default_value = "winobias")]
     prompts: String,
-    /// Only these of the professions, by commas [default: all; the demo's sixteen]
+    /// Only these of the professions, by commas, or demo for the demo's sixteen [default: all; the demo's for the demo]
     #[arg(long, value_delimiter = ',')]
     professions: Vec<String>,
     /// Pictures of each profession (or line), spread over its prompts
@@ -182,10 +182,11 @@ fn prompts(args: &FairnessArgs) -> Result<Vec<(String, Vec<String>)>> {
             return Ok(prompts);
         }
     };
-    let known: Vec<String> = match (args.professions.is_empty(), &args.model) {
-        (false, _) => args.professions.clone(),
-        (true, Some(_)) => winobias::PROFESSIONS.map(str::to_string).to_vec(),
-        (true, None) => winobias::DEMO_PROFESSIONS.map(str::to_string).to_vec(),
+    let known: Vec<String> = match (args.professions.as_slice(), &args.model) {
+        ([], None) => winobias::DEMO_PROFESSIONS.map(str::to_string).to_vec(),
+        ([demo], _) if demo == "demo" => winobias::DEMO_PROFESSIONS.map(str::to_string).to_vec(),
+        ([], Some(_)) => winobias::PROFESSIONS.map(str::to_string).to_vec(),
+        (given, _) => given.to_vec(),
     };
     Ok(known.into_iter().map(|p| (p.clone(), winobias::prompts(&p, extended))).collect())
 }
