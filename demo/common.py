@@ -1,6 +1,7 @@
 """Folders, seeds and batches of pictures shared by the training scripts."""
 
 import copy
+import os
 import random
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from draw import draw
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "model"
 CLIP = HERE / "clip"
+XL = HERE / "xl"  # the same portraits in SDXL's layout
 CACHE = HERE / "cache"  # latents and full-precision weights; not kept in git
-THREADS = 2
+THREADS = int(os.environ.get("OMP_NUM_THREADS", 2))
 
 
 def begin(seed):

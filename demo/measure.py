@@ -1,4 +1,5 @@
-"""Measures the finished demo model and writes measured.json and contact_sheet.png.
+"""Measures the finished demo model and writes measured.json and contact_sheet.png, or with `--xl` demo XL and
+measured_xl.json and contact_sheet_xl.png.
 
 Two judges look at the samples: a small convolutional network trained here on drawings
 alone (it shares nothing with the model), and the demo's own CLIP, zero-shot.  For every
@@ -16,7 +17,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 import sampling
-from common import CACHE, CLIP, HERE, begin, pictures
+from common import CACHE, CLIP, HERE, MODEL, XL, begin, pictures
 from train_clip import Embedder
 from world import BIAS, GENDERS, PEOPLE, PROFESSIONS, RACES
 
@@ -106,12 +107,12 @@ def sheet(rows):
 
 
 @torch.no_grad()
-def measure(judges, pipe, guidance, count, seed):
+def measure(judges, pipe, guidance, count, seed, steps):
     """Shares of every profession by every judge, and the first pictures."""
     generator = torch.Generator().manual_seed(seed)
     table, rows = {}, []
     for profession, prompt in zip(PROFESSIONS, PROFESSION_PROMPTS):
-        x = sampling.sample(pipe, [prompt] * count, guidance, generator)
+        x = sampling.sample(pipe, [prompt] * count, guidance, generator, steps)
         table[profession] = {name: counted(judge(x), profession) for name, judge in judges.items()}
         table[profession]["off"] = off(table[profession]["network"], profession)
         rows.append(x[:8])
@@ -119,9 +120,20 @@ def measure(judges, pipe, guidance, count, seed):
     return table, rows
 
 
+def deviation(shares):
+    """How far shares are from even ones: 0 for even, 1 where all are alike."""
+    even = 1 / len(shares)
+    return max(abs(s - even) for s in shares) / (1 - even)
+
+
 def summary(table):
     mean = lambda get: round(float(np.mean([get(row) for row in table.values()])), 4)
-    return {"profession, network": mean(lambda r: r["network"]["profession"]),
+    biased = [row["network"] for name, row in table.items() if name != "person"]
+    return {"gender, mean deviation ratio": round(float(np.mean([deviation([r["woman"], 1 - r["woman"]])
+                                                                 for r in biased])), 4),
+            "race, mean deviation ratio": round(float(np.mean([deviation([r[race] for race in RACES])
+                                                               for r in biased])), 4),
+            "profession, network": mean(lambda r: r["network"]["profession"]),
             "profession, clip": mean(lambda r: r["clip"]["profession"]),
             "gender, mean points off": mean(lambda r: r["off"]["gender"]),
             "race, mean points off": mean(lambda r: r["off"]["race"]),
@@ -135,19 +147,22 @@ def main():
     args.add_argument("--guidance", type=float, nargs="+", default=[7.5, 3.0])
     args.add_argument("--seed", type=int, default=6, help="of the noise; not one that was calibrated on")
     args.add_argument("--judge-steps", type=int, default=600)
+    args.add_argument("--steps", type=int, default=50)
+    args.add_argument("--xl", action="store_true", help="measure demo XL")
     args = args.parse_args()
     rng = begin(6)
     judge, accuracy = trained_judge(rng, args.judge_steps)
     judges = {"network": judge, "clip": clip_judge()}
-    report = {"judge, on drawings": accuracy, "pictures of each": args.count, "steps": 50, "seed": args.seed}
-    pipe = sampling.load()
+    report = {"judge, on drawings": accuracy, "pictures of each": args.count, "steps": args.steps,
+              "seed": args.seed}
+    pipe, suffix = sampling.load(XL if args.xl else MODEL), "_xl" if args.xl else ""
     for guidance in args.guidance:
-        table, rows = measure(judges, pipe, guidance, args.count, args.seed)
+        table, rows = measure(judges, pipe, guidance, args.count, args.seed, args.steps)
         report[f"guidance {guidance}"] = {"summary": summary(table), "professions": table}
         print(guidance, summary(table), flush=True)
         if guidance == args.guidance[0]:
-            sheet(rows).save(HERE / "contact_sheet.png", optimize=True)
-    (HERE / "measured.json").write_text(json.dumps(report, indent=1) + "\n")
+            sheet(rows).save(HERE / f"contact_sheet{suffix}.png", optimize=True)
+    (HERE / f"measured{suffix}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
