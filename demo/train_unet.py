@@ -40,10 +40,10 @@ def build():
 class Pairs:
     """Draws (latent, text) pairs from the biased world."""
 
-    def __init__(self, rng, bias):
+    def __init__(self, rng, bias, texts=True):
         self.rng, self.bias = rng, bias
         self.latents = torch.load(CACHE / "latents.pt")
-        self.texts = torch.load(CACHE / "texts.pt")
+        self.texts = torch.load(CACHE / "texts.pt") if texts else None
         self.captions = all_captions()
         self.people = {person: i for i, person in enumerate(PEOPLE)}
         self.by_kind = defaultdict(list)
@@ -58,15 +58,22 @@ class Pairs:
                                    (0.55, 0.15, 0.15, 0.15))[0]
         return rng.choice(self.by_kind[profession, gender, race])
 
+    def drawing(self, caption):
+        """Where the latent is of a drawing that `caption` could be about."""
+        person = imagine(caption, self.rng, self.bias)
+        return self.people[person], self.rng.randrange(self.latents.shape[1])
+
+    def latents_of(self, rows):
+        people, drawings = zip(*rows)
+        return self.latents[list(people), list(drawings)]
+
     def batch(self, size=BATCH):
         rows, texts = [], []
         for _ in range(size):
             caption = self.caption()
-            person = imagine(self.captions[caption], self.rng, self.bias)
-            rows.append((self.people[person], self.rng.randrange(self.latents.shape[1])))
+            rows.append(self.drawing(self.captions[caption]))
             texts.append(0 if self.rng.random() < EMPTY else caption)
-        people, drawings = zip(*rows)
-        return self.latents[list(people), list(drawings)], self.texts[texts]
+        return self.latents_of(rows), self.texts[texts]
 
 
 @torch.no_grad()
