@@ -1,28 +1,130 @@
 // Small operations: one read of each input and one write, memory bound.
 #include "numeric.cuh"
 
-struct ActivateParams {
+struct ElementParams {
     const __half* x;
+    const __half* y;  // of operations of two numbers
     __half* out;
-    uint64_t length;
+    uint64_t length;  // numbers of the result, for GEGLU and its gradient pairs of value and gate
     int32_t activation;
+    int32_t channels;  // of GEGLU's result
+};
+
+// out = f(x, y). A thread takes eight numbers; the last ones of an odd length one by one.
+template <bool BINARY, class F> __device__ __forceinline__ void map(const ElementParams& p, F f) {
+    uint64_t i = (uint64_t(blockIdx.x) * 256 + threadIdx.x) * 8;
+    if (i + 8 <= p.length) {
+        float x[8], y[8] = {};
+        unpack(load_halves<8>(p.x + i), x);
+        if (BINARY) unpack(load_halves<8>(p.y + i), y);
+#pragma unroll
+        for (int j = 0; j < 8; j++) x[j] = f(x[j], y[j]);
+        store_halves(p.out + i, x);
+    } else {
+        for (; i < p.length; i++)
+            p.out[i] = to_half(f(__half2float(p.x[i]), BINARY ? __half2float(p.y[i]) : 0.0f));
+    }
+}
+
+KERNEL __launch_bounds__(256) activate(const __grid_constant__ ElementParams p) {
+    map<false>(p, [&](float x, float) { return activation_of(x, p.activation); });
+}
+EXPORT(activate)
+
+// y is the gradient by activation(x).
+KERNEL __launch_bounds__(256) activate_gradient(const __grid_constant__ ElementParams p) {
+    map<true>(p, [&](float x, float y) { return y * slope_of(x, p.activation); });
+}
+EXPORT(activate_gradient)
+
+KERNEL __launch_bounds__(256) add(const __grid_constant__ ElementParams p) {
+    map<true>(p, [](float x, float y) { return x + y; });
+}
+EXPORT(add)
+
+// Where a thread's W pairs begin: rows of x hold `channels` values and then as many gates. False past the last.
+template <int W> __device__ __forceinline__ bool pair_place(const ElementParams& p, uint64_t& value, uint64_t& result) {
+    result = (uint64_t(blockIdx.x) * 256 + threadIdx.x) * W;
+    value = result + result / p.channels * p.channels;
+    return result < p.length;
+}
+
+// out = value * gelu(gate).
+template <int W> __device__ __forceinline__ void geglu(const ElementParams& p) {
+    uint64_t value, result;
+    if (!pair_place<W>(p, value, result)) return;
+    float x[W], gate[W];
+    unpack(load_halves<W>(p.x + value), x);
+    unpack(load_halves<W>(p.x + value + p.channels), gate);
+#pragma unroll
+    for (int j = 0; j < W; j++) x[j] *= gelu(gate[j]);
+    store_halves(p.out + result, x);
+}
+
+// y is the gradient by that; out, like x, has gradients by the values and then by the gates.
+template <int W> __device__ __forceinline__ void geglu_gradient(const ElementParams& p) {
+    uint64_t value, result;
+    if (!pair_place<W>(p, value, result)) return;
+    float x[W], gate[W], y[W];
+    unpack(load_halves<W>(p.x + value), x);
+    unpack(load_halves<W>(p.x + value + p.channels), gate);
+    unpack(load_halves<W>(p.y + result), y);
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+        x[j] *= y[j] * slope_of(gate[j], GELU);
+        y[j] *= gelu(gate[j]);
+    }
+    store_halves(p.out + value, y);
+    store_halves(p.out + value + p.channels, x);
+}
+
+// W divides the channels.
+#define PAIRS(name, W) \
+    KERNEL __launch_bounds__(256) name##_##W(const __grid_constant__ ElementParams p) { name<W>(p); } \
+    EXPORT(name##_##W)
+PAIRS(geglu, 8)
+PAIRS(geglu, 1)
+PAIRS(geglu_gradient, 8)
+PAIRS(geglu_gradient, 1)
+
+struct ResizeGradientParams {
+    const __half* d;  // [images, from_height, from_width, channels]
+    __half* out;      // [images, height, width, channels]
+    int64_t pixels;   // of all images of the result
+    int32_t from_height, from_width;
+    int32_t height, width;
+    int32_t channels;
     int32_t unused;
 };
 
-// out = activation(x). A thread takes eight numbers; the last ones of an odd length one by one.
-KERNEL __launch_bounds__(256) activate(const __grid_constant__ ActivateParams p) {
-    uint64_t i = (uint64_t(blockIdx.x) * 256 + threadIdx.x) * 8;
-    if (i + 8 <= p.length) {
-        float x[8];
-        unpack(*reinterpret_cast<const Half8*>(p.x + i), x);
+// Every pixel's sum over those that a nearest-neighbour resize copied from it: y gave rows ceil(y * from / to) and on. One
+// read of the larger image, one write of the smaller; a thread has W channels of a pixel.
+template <int W> __device__ __forceinline__ void resize_gradient(const ResizeGradientParams& p) {
+    int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
+    int columns = p.channels / W;
+    int64_t pixel = i / columns;
+    int channel = i % columns * W;
+    if (pixel >= p.pixels) return;
+    int x = pixel % p.width, y = pixel / p.width % p.height;
+    const __half* image = p.d + pixel / (p.width * p.height) * p.from_height * p.from_width * p.channels + channel;
+    auto first = [](int place, int from, int to) { return int((int64_t(place) * from + to - 1) / to); };
+    float sum[W] = {};
+    for (int fy = first(y, p.from_height, p.height); fy < first(y + 1, p.from_height, p.height); fy++) {
+        for (int fx = first(x, p.from_width, p.width); fx < first(x + 1, p.from_width, p.width); fx++) {
+            float d[W];
+            unpack(load_halves<W>(image + (int64_t(fy) * p.from_width + fx) * p.channels), d);
 #pragma unroll
-        for (int j = 0; j < 8; j++) x[j] = activation_of(x[j], p.activation);
-        *reinterpret_cast<Half8*>(p.out + i) = pack(x);
-    } else {
-        for (; i < p.length; i++) p.out[i] = to_half(activation_of(__half2float(p.x[i]), p.activation));
+            for (int j = 0; j < W; j++) sum[j] += d[j];
+        }
     }
+    store_halves(p.out + pixel * p.channels + channel, sum);
 }
-EXPORT(activate)
+
+#define RESIZE_GRADIENT(W) \
+    KERNEL __launch_bounds__(256) resize_gradient_##W(const __grid_constant__ ResizeGradientParams p) { resize_gradient<W>(p); } \
+    EXPORT(resize_gradient_##W)
+RESIZE_GRADIENT(8)
+RESIZE_GRADIENT(1)
 
 // The kernels below are a network's first and last rows: kilobytes, so that a launch is all they cost. A thread has W
 // channels of a row; `columns` of them make the row.

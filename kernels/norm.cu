@@ -14,6 +14,14 @@
 // order that one image's shape decides.
 //
 // Layer norm. A row stays in the registers of one warp (of several beyond 1280 channels): one read, one write.
+//
+// Gradients by the input, of which all statistics are computed once more. With d the gradient by the result, x^ the normalised
+// input and u = d times what the norm (and SiLU) multiplies x by, it is u - mean(u) - x^ mean(u x^), means over a group or row.
+//   group_norm_gradient_sums: after group_norm_statistics; reads x and d; sums of u and u x^ of each group in the stretch.
+//   group_norm_gradient_apply: merges them, reads x and d again, and writes the channels of the first source.
+//   group_norm_gradient: all in one for images that are one stretch.
+//   layer_norm_gradient: a row of x and of d in registers; two reads, one write.
+// 6 x 2 bytes an element for group norms in stretches, 3 x 2 for layer norms.
 #include "numeric.cuh"
 
 struct GroupNormParams {
@@ -61,6 +69,12 @@ __device__ __forceinline__ Moments warp_merge(Moments a) {
     return a;
 }
 
+// A thread's channels of an image's first pixel, and how many are between them and those of the next.
+struct Column {
+    const __half* first;
+    int stride;
+};
+
 // The block's slab and stretch, and the thread's part of it.
 template <int W> struct Place {
     int first, channels, columns, lanes, lane;
@@ -78,8 +92,8 @@ template <int W> struct Place {
         image = blockIdx.z;
     }
 
-    // f(channel in the slab, the source's channels of the image's first pixel, channels of a pixel there) for the columns
-    // of this thread: one, or several where there are more than threads.
+    // f(channel in the slab, where the source's column is) for the columns of this thread: one, or several where there are
+    // more than threads.
     template <class F> __device__ __forceinline__ void each_column(const GroupNormParams& p, F f) const {
         if (lane >= lanes) return;
         for (int column = threadIdx.x % columns; column < columns; column += THREADS) {
@@ -87,22 +101,25 @@ template <int W> struct Place {
             bool skip = channel >= p.x_channels;
             int stride = skip ? p.channels - p.x_channels : p.x_channels;
             const __half* source = (skip ? p.skip : p.x) + image * p.pixels * stride;
-            f(column * W, source + (skip ? channel - p.x_channels : channel), stride);
+            f(column * W, Column{source + (skip ? channel - p.x_channels : channel), stride});
         }
     }
 
-    // f(pixel, its channels) for the pixels of this thread.
-    template <class F> __device__ __forceinline__ void each_pixel(const __half* source, int stride, F f) const {
-        for (int pixel = begin + lane; pixel < end; pixel += AHEAD * lanes) {
-            Halves<W> ahead[AHEAD];
+    // f(pixel, channels of each of the columns) for the pixels of this thread.
+    template <int N, class F> __device__ __forceinline__ void each_pixel(const Column (&from)[N], F f) const {
+        constexpr int STEP = AHEAD / N;
+        for (int pixel = begin + lane; pixel < end; pixel += STEP * lanes) {
+            Halves<W> ahead[STEP][N];
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++)
-                if (pixel + i * lanes < end) ahead[i] = load_halves<W>(source + int64_t(pixel + i * lanes) * stride);
+            for (int i = 0; i < STEP * N; i++)
+                if (pixel + i / N * lanes < end)
+                    ahead[i / N][i % N] = load_halves<W>(from[i % N].first + int64_t(pixel + i / N * lanes) * from[i % N].stride);
 #pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
+            for (int i = 0; i < STEP; i++) {
                 if (pixel + i * lanes >= end) break;
-                float x[W];
-                unpack(ahead[i], x);
+                float x[N][W];
+#pragma unroll
+                for (int j = 0; j < N; j++) unpack(ahead[i][j], x[j]);
                 f(pixel + i * lanes, x);
             }
         }
@@ -115,14 +132,14 @@ template <int W> struct Place {
 // Hands every group's moments in the block's stretch to f(group in the slab, moments), in one thread.
 template <int W, class F>
 __device__ __forceinline__ void stretch_moments(const GroupNormParams& p, const Place<W>& place, float2* sums, F f) {
-    place.each_column(p, [&](int channel, const __half* source, int stride) {
+    place.each_column(p, [&](int channel, Column from) {
         float pivot[W] = {}, sum[W] = {}, squares[W] = {};
         int count = place.count(place.lane);
-        if (count > 0) unpack(load_halves<W>(source + int64_t(place.begin + place.lane) * stride), pivot);
-        place.each_pixel(source, stride, [&](int, const float(&x)[W]) {
+        if (count > 0) unpack(load_halves<W>(from.first + int64_t(place.begin + place.lane) * from.stride), pivot);
+        place.each_pixel({from}, [&](int, const float(&x)[1][W]) {
 #pragma unroll
             for (int j = 0; j < W; j++) {
-                float d = x[j] - pivot[j];
+                float d = x[0][j] - pivot[j];
                 sum[j] += d;
                 squares[j] += d * d;
             }
@@ -152,32 +169,39 @@ __device__ __forceinline__ float2 mean_and_inverse(Moments m, float eps) {
     return make_float2(m.mean, rsqrtf(m.squares / m.count + eps));
 }
 
-// Writes the block's stretch, given mean and inverse deviation of the slab's groups.
+// The norm of the slab's channels from `channel` on as x * scale + shift, given mean and inverse deviation of its groups.
+template <int W>
+__device__ __forceinline__ void affine(const GroupNormParams& p, const Place<W>& place, const float2* groups, int channel,
+                                       float (&scale)[W], float (&shift)[W]) {
+    load_floats(p.weight + place.first + channel, scale);
+    load_floats(p.bias + place.first + channel, shift);
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+        float2 group = groups[(channel + j) / p.per_group];
+        int c = place.first + channel + j;
+        scale[j] *= group.y;
+        shift[j] -= group.x * scale[j];
+        if (p.scale_shift) {
+            const __half* modulation = p.scale_shift + place.image * 2 * p.channels + c;
+            float factor = 1.0f + __half2float(modulation[0]);
+            scale[j] *= factor;
+            shift[j] = shift[j] * factor + __half2float(modulation[p.channels]);
+        }
+    }
+}
+
+// Writes the block's stretch.
 template <int W>
 __device__ __forceinline__ void apply(const GroupNormParams& p, const Place<W>& place, const float2* groups) {
-    place.each_column(p, [&](int channel, const __half* source, int stride) {
+    place.each_column(p, [&](int channel, Column from) {
         float scale[W], shift[W];
-        load_floats(p.weight + place.first + channel, scale);
-        load_floats(p.bias + place.first + channel, shift);
-#pragma unroll
-        for (int j = 0; j < W; j++) {
-            float2 group = groups[(channel + j) / p.per_group];
-            int c = place.first + channel + j;
-            scale[j] *= group.y;
-            shift[j] -= group.x * scale[j];
-            if (p.scale_shift) {
-                const __half* modulation = p.scale_shift + place.image * 2 * p.channels + c;
-                float factor = 1.0f + __half2float(modulation[0]);
-                scale[j] *= factor;
-                shift[j] = shift[j] * factor + __half2float(modulation[p.channels]);
-            }
-        }
+        affine(p, place, groups, channel, scale, shift);
         __half* out = p.out + place.image * p.pixels * p.channels + place.first + channel;
-        place.each_pixel(source, stride, [&](int pixel, const float(&x)[W]) {
+        place.each_pixel({from}, [&](int pixel, const float(&x)[1][W]) {
             float y[W];
 #pragma unroll
             for (int j = 0; j < W; j++) {
-                y[j] = x[j] * scale[j] + shift[j];
+                y[j] = x[0][j] * scale[j] + shift[j];
                 if (p.silu) y[j] = silu(y[j]);
             }
             store_halves(out + int64_t(pixel) * p.channels, y);
@@ -194,9 +218,8 @@ template <int W> __device__ __forceinline__ void statistics_kernel(const GroupNo
     });
 }
 
-template <int W> __device__ __forceinline__ void apply_kernel(const GroupNormParams& p) {
-    Place<W> place(p);
-    float2* groups = reinterpret_cast<float2*>(dyn_smem());
+// Mean and inverse deviation of the slab's groups, from all stretches.
+template <int W> __device__ __forceinline__ void merge_stretches(const GroupNormParams& p, const Place<W>& place, float2* groups) {
     int64_t first = place.image * (p.channels / p.per_group) + place.first / p.per_group;
     for (int group = threadIdx.x / 32; group < place.channels / p.per_group; group += THREADS / 32) {
         const float2* partials = p.partials + (first + group) * gridDim.x;
@@ -209,6 +232,12 @@ template <int W> __device__ __forceinline__ void apply_kernel(const GroupNormPar
         if (threadIdx.x % 32 == 0) groups[group] = mean_and_inverse(total, p.eps);
     }
     __syncthreads();
+}
+
+template <int W> __device__ __forceinline__ void apply_kernel(const GroupNormParams& p) {
+    Place<W> place(p);
+    float2* groups = reinterpret_cast<float2*>(dyn_smem());
+    merge_stretches(p, place, groups);
     apply(p, place, groups);
 }
 
@@ -232,10 +261,142 @@ GROUP_NORM(group_norm_apply, apply_kernel, 1, 3)
 GROUP_NORM(group_norm, whole_kernel, 8, 1)
 GROUP_NORM(group_norm, whole_kernel, 1, 1)
 
+struct GroupNormGradientParams {
+    GroupNormParams norm;  // `out` is the gradient by the first source
+    const __half* d;       // [n][pixels][channels]
+    float2* sums;          // [n][groups][stretches]: of u and u x^
+};
+
+// Where d's column begins that belongs to one of the slab's.
+template <int W>
+__device__ __forceinline__ Column column_of_d(const GroupNormGradientParams& p, const Place<W>& place, int channel) {
+    return {p.d + place.image * p.norm.pixels * p.norm.channels + place.first + channel, p.norm.channels};
+}
+
+// u of W channels of a pixel.
+template <int W>
+__device__ __forceinline__ void gradient_by_normal(const GroupNormParams& p, const float (&xd)[2][W], const float (&scale)[W],
+                                                   const float (&shift)[W], float (&u)[W]) {
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+        u[j] = xd[1][j] * scale[j];
+        if (p.silu) u[j] *= slope_of(xd[0][j] * scale[j] + shift[j], SILU);
+    }
+}
+
+// Hands every group's sums of u and u x^ in the block's stretch to f(group in the slab, sums), in one thread.
+template <int W, class F>
+__device__ __forceinline__ void stretch_sums(const GroupNormGradientParams& p, const Place<W>& place, const float2* groups,
+                                             float2* sums, F f) {
+    place.each_column(p.norm, [&](int channel, Column from) {
+        float scale[W], shift[W], sum[W] = {}, product[W] = {};
+        affine(p.norm, place, groups, channel, scale, shift);
+        place.each_pixel({from, column_of_d(p, place, channel)}, [&](int, const float(&xd)[2][W]) {
+            float u[W];
+            gradient_by_normal(p.norm, xd, scale, shift, u);
+#pragma unroll
+            for (int j = 0; j < W; j++) {
+                float2 group = groups[(channel + j) / p.norm.per_group];
+                sum[j] += u[j];
+                product[j] += u[j] * (xd[0][j] - group.x) * group.y;
+            }
+        });
+#pragma unroll
+        for (int j = 0; j < W; j++) sums[place.lane * place.channels + channel + j] = make_float2(sum[j], product[j]);
+    });
+    __syncthreads();
+    int per_group = p.norm.per_group;
+    for (int group = threadIdx.x / 32; group < place.channels / per_group; group += THREADS / 32) {
+        float2 total = {0.0f, 0.0f};
+        for (int i = threadIdx.x % 32; i < place.lanes * per_group; i += 32) {
+            float2 s = sums[i / per_group * place.channels + group * per_group + i % per_group];
+            total.x += s.x, total.y += s.y;
+        }
+        total = make_float2(warp_sum(total.x), warp_sum(total.y));
+        if (threadIdx.x % 32 == 0) f(group, total);
+    }
+}
+
+// Writes the block's stretch, given the sums of the slab's groups over the whole image.
+template <int W>
+__device__ __forceinline__ void apply_gradient(const GroupNormGradientParams& p, const Place<W>& place, const float2* groups,
+                                               const float2* totals) {
+    float share = 1.0f / (float(p.norm.pixels) * p.norm.per_group);
+    place.each_column(p.norm, [&](int channel, Column from) {
+        if (place.first + channel >= p.norm.x_channels) return;
+        float scale[W], shift[W];
+        affine(p.norm, place, groups, channel, scale, shift);
+        __half* out = p.norm.out + place.image * p.norm.pixels * p.norm.x_channels + place.first + channel;
+        place.each_pixel({from, column_of_d(p, place, channel)}, [&](int pixel, const float(&xd)[2][W]) {
+            float u[W];
+            gradient_by_normal(p.norm, xd, scale, shift, u);
+#pragma unroll
+            for (int j = 0; j < W; j++) {
+                float2 group = groups[(channel + j) / p.norm.per_group], total = totals[(channel + j) / p.norm.per_group];
+                u[j] -= share * (total.x + (xd[0][j] - group.x) * group.y * total.y);
+            }
+            store_halves(out + int64_t(pixel) * p.norm.x_channels, u);
+        });
+    });
+}
+
+// Shared memory: moments of the slab's groups, their sums over the image, then columns' sums.
+template <int W> __device__ __forceinline__ void gradient_sums_kernel(const GroupNormGradientParams& p) {
+    Place<W> place(p.norm);
+    int slab_groups = p.norm.slab / p.norm.per_group;
+    float2* groups = reinterpret_cast<float2*>(dyn_smem());
+    merge_stretches(p.norm, place, groups);
+    int64_t first = place.image * (p.norm.channels / p.norm.per_group) + place.first / p.norm.per_group;
+    stretch_sums(p, place, groups, groups + 2 * slab_groups, [&](int group, float2 total) {
+        p.sums[(first + group) * gridDim.x + blockIdx.x] = total;
+    });
+}
+
+template <int W> __device__ __forceinline__ void gradient_apply_kernel(const GroupNormGradientParams& p) {
+    Place<W> place(p.norm);
+    float2* groups = reinterpret_cast<float2*>(dyn_smem());
+    float2* totals = groups + p.norm.slab / p.norm.per_group;
+    int64_t first = place.image * (p.norm.channels / p.norm.per_group) + place.first / p.norm.per_group;
+    for (int group = threadIdx.x / 32; group < place.channels / p.norm.per_group; group += THREADS / 32) {
+        float2 total = {0.0f, 0.0f};
+        for (int i = threadIdx.x % 32; i < gridDim.x; i += 32) {
+            float2 s = p.sums[(first + group) * gridDim.x + i];
+            total.x += s.x, total.y += s.y;
+        }
+        total = make_float2(warp_sum(total.x), warp_sum(total.y));
+        if (threadIdx.x % 32 == 0) totals[group] = total;
+    }
+    merge_stretches(p.norm, place, groups);
+    apply_gradient(p, place, groups, totals);
+}
+
+template <int W> __device__ __forceinline__ void gradient_kernel(const GroupNormGradientParams& p) {
+    Place<W> place(p.norm);
+    int slab_groups = p.norm.slab / p.norm.per_group;
+    float2* groups = reinterpret_cast<float2*>(dyn_smem());
+    float2 *totals = groups + slab_groups, *sums = totals + slab_groups;
+    stretch_moments(p.norm, place, sums, [&](int group, Moments m) { groups[group] = mean_and_inverse(m, p.norm.eps); });
+    __syncthreads();
+    stretch_sums(p, place, groups, sums, [&](int group, float2 total) { totals[group] = total; });
+    __syncthreads();
+    apply_gradient(p, place, groups, totals);
+}
+
+#define GROUP_NORM_GRADIENT(name, body, W)                                                                                  \
+    KERNEL __launch_bounds__(THREADS, 2) name##_##W(const __grid_constant__ GroupNormGradientParams p) { body<W>(p); } \
+    EXPORT(name##_##W)
+GROUP_NORM_GRADIENT(group_norm_gradient_sums, gradient_sums_kernel, 8)
+GROUP_NORM_GRADIENT(group_norm_gradient_sums, gradient_sums_kernel, 1)
+GROUP_NORM_GRADIENT(group_norm_gradient_apply, gradient_apply_kernel, 8)
+GROUP_NORM_GRADIENT(group_norm_gradient_apply, gradient_apply_kernel, 1)
+GROUP_NORM_GRADIENT(group_norm_gradient, gradient_kernel, 8)
+GROUP_NORM_GRADIENT(group_norm_gradient, gradient_kernel, 1)
+
 struct LayerNormParams {
     const __half* x;
+    const __half* d;  // of a gradient
     const float* weight;
-    const float* bias;
+    const float* bias;  // of the norm itself
     __half* out;
     int64_t rows;
     int32_t channels;
@@ -260,18 +421,21 @@ __device__ __forceinline__ float row_sum(float x, int warps) {
     return sum;
 }
 
-template <int W> __device__ __forceinline__ void layer_norm_kernel(const LayerNormParams& p) {
+// GRADIENT: p.out is the gradient by x, else the norm of x.
+template <int W, bool GRADIENT> __device__ __forceinline__ void layer_norm_kernel(const LayerNormParams& p) {
     int threads = 32 * p.warps;
     int64_t row = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
     // Threads past the last row stay for the barriers.
     int columns = row < p.rows ? p.channels / W : 0;
     int column = threadIdx.x % threads;
-    const __half* from = p.x + row * p.channels;
-    Halves<W> kept[SLOTS];
+    Halves<W> kept[SLOTS], kept_d[GRADIENT ? SLOTS : 1];
 #pragma unroll
-    for (int i = 0; i < SLOTS; i++)
-        if (column + i * threads < columns) kept[i] = load_halves<W>(from + (column + i * threads) * W);
-    // f(first channel, channels) for what this thread keeps.
+    for (int i = 0; i < SLOTS; i++) {
+        int64_t at = row * p.channels + (column + i * threads) * W;
+        if (column + i * threads < columns) kept[i] = load_halves<W>(p.x + at);
+        if (GRADIENT && column + i * threads < columns) kept_d[i] = load_halves<W>(p.d + at);
+    }
+    // f(first channel, channels of x) for what this thread keeps.
     auto each = [&](auto f) {
 #pragma unroll
         for (int i = 0; i < SLOTS; i++) {
@@ -292,19 +456,59 @@ template <int W> __device__ __forceinline__ void layer_norm_kernel(const LayerNo
         for (int j = 0; j < W; j++) squares += (x[j] - mean) * (x[j] - mean);
     });
     float inverse = rsqrtf(row_sum(squares, p.warps) / p.channels + p.eps);
-    each([&](int channel, float(&x)[W]) {
-        float weight[W], bias[W];
-        load_floats(p.weight + channel, weight);
-        load_floats(p.bias + channel, bias);
+    if constexpr (GRADIENT) {
+        // f(first channel, x^, u).
+        auto each_pair = [&](auto f) {
 #pragma unroll
-        for (int j = 0; j < W; j++) x[j] = (x[j] - mean) * inverse * weight[j] + bias[j];
-        store_halves(p.out + row * p.channels + channel, x);
-    });
+            for (int i = 0; i < SLOTS; i++) {
+                if (column + i * threads >= columns) break;
+                int channel = (column + i * threads) * W;
+                float x[W], u[W], weight[W];
+                unpack(kept[i], x);
+                unpack(kept_d[i], u);
+                load_floats(p.weight + channel, weight);
+#pragma unroll
+                for (int j = 0; j < W; j++) {
+                    x[j] = (x[j] - mean) * inverse;
+                    u[j] *= weight[j] * inverse;
+                }
+                f(channel, x, u);
+            }
+        };
+        float product = 0.0f;
+        sum = 0.0f;
+        each_pair([&](int, float(&x)[W], float(&u)[W]) {
+#pragma unroll
+            for (int j = 0; j < W; j++) {
+                sum += u[j];
+                product += u[j] * x[j];
+            }
+        });
+        float mean_u = row_sum(sum, p.warps) / p.channels, mean_product = row_sum(product, p.warps) / p.channels;
+        each_pair([&](int channel, float(&x)[W], float(&u)[W]) {
+#pragma unroll
+            for (int j = 0; j < W; j++) u[j] -= mean_u + x[j] * mean_product;
+            store_halves(p.out + row * p.channels + channel, u);
+        });
+    } else {
+        each([&](int channel, float(&x)[W]) {
+            float weight[W], bias[W];
+            load_floats(p.weight + channel, weight);
+            load_floats(p.bias + channel, bias);
+#pragma unroll
+            for (int j = 0; j < W; j++) x[j] = (x[j] - mean) * inverse * weight[j] + bias[j];
+            store_halves(p.out + row * p.channels + channel, x);
+        });
+    }
 }
 
 // A block is four rows of one warp, or one row of up to 32.
-#define LAYER_NORM(W) \
-    KERNEL __launch_bounds__(1024) layer_norm_##W(const __grid_constant__ LayerNormParams p) { layer_norm_kernel<W>(p); } \
-    EXPORT(layer_norm_##W)
-LAYER_NORM(8)
-LAYER_NORM(1)
+#define LAYER_NORM(name, W, GRADIENT)                                                             \
+    KERNEL __launch_bounds__(1024) name##_##W(const __grid_constant__ LayerNormParams p) { \
+        layer_norm_kernel<W, GRADIENT>(p);                                                        \
+    }                                                                                             \
+    EXPORT(name##_##W)
+LAYER_NORM(layer_norm, 8, false)
+LAYER_NORM(layer_norm, 1, false)
+LAYER_NORM(layer_norm_gradient, 8, true)
+LAYER_NORM(layer_norm_gradient, 1, true)

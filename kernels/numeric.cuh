@@ -84,6 +84,21 @@ __device__ __forceinline__ float activation_of(float x, int activation) {
     }
 }
 
+// Its derivative.
+__device__ __forceinline__ float slope_of(float x, int activation) {
+    // Of x * sigmoid(a * x).
+    auto gated = [](float a, float x) {
+        float s = sigmoid(a * x);
+        return s * (1.0f + a * x * (1.0f - s));
+    };
+    switch (activation) {
+        case SILU: return gated(1.0f, x);
+        case QUICK_GELU: return gated(1.702f, x);
+        case GELU: return 0.5f * (1.0f + erff(x * 0.70710678118654752f)) + x * 0.39894228040143268f * __expf(-0.5f * x * x);
+        default: return 1.0f;
+    }
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);

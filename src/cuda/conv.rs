@@ -4,7 +4,7 @@ use super::device::{Launch, Limits};
 use super::program::{Element, Site};
 use super::tiles::{Choice, Product, THREADS, Tile, choose};
 use super::weights::CHUNK;
-use crate::graph::{Conv, Graph, Op, Shape, TensorId};
+use crate::graph::{Conv, Graph, Op, Shape, TensorId, WeightKind};
 use bytemuck::NoUninit;
 
 #[derive(Clone, Copy, NoUninit)]
@@ -65,7 +65,10 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
     let channels: usize = conv.sources.iter().map(|id| graph.shape(id).c).sum();
     let one = Product {
         rows: shape.tokens(),
-        columns: graph.weight(conv.weight).total_outputs(),
+        columns: match graph.weight(conv.weight).kind {
+            WeightKind::Mirrored { wanted, .. } => wanted,
+            _ => graph.weight(conv.weight).total_outputs(),
+        },
         depth: conv.kernel * conv.kernel * channels.next_multiple_of(CHUNK),
         vector: conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(CHUNK)),
     };

@@ -2,7 +2,7 @@
 
 use super::device::Launch;
 use super::program::Site;
-use crate::graph::{Activation, TensorId, WeightId};
+use crate::graph::{Activation, Shape, TensorId, WeightId};
 use bytemuck::NoUninit;
 
 /// Threads of a block.
@@ -12,24 +12,95 @@ const VECTOR: usize = 8;
 
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
-struct ActivateParams {
+struct ElementParams {
     x: u64,
+    y: u64,
     out: u64,
     length: u64,
     activation: i32,
-    unused: i32,
+    channels: i32,
+}
+
+impl ElementParams {
+    fn new(x: TensorId, y: Option<TensorId>, activation: Activation, out: TensorId, site: &Site) -> Self {
+        ElementParams {
+            x: site.address(x),
+            y: site.optional(y),
+            out: site.address(out),
+            length: site.shape(out).len() as u64,
+            activation: activation as i32,
+            channels: site.shape(out).c as i32,
+        }
+    }
+
+    fn launch(&self, kernel: &'static str, width: usize) -> Launch {
+        Launch::new(kernel, [(self.length as usize).div_ceil(width * THREADS), 1, 1], THREADS, 0, self)
+    }
+
+    /// For pairs of values and gates, `result` being GEGLU's: by vectors or by elements, as its channels allow.
+    fn pairs(mut self, result: Shape, vector: &'static str, element: &'static str) -> Launch {
+        (self.length, self.channels) = (result.len() as u64, result.c as i32);
+        let (kernel, width) = if result.c.is_multiple_of(VECTOR) { (vector, VECTOR) } else { (element, 1) };
+        self.launch(kernel, width)
+    }
 }
 
 pub(super) fn activate(x: TensorId, activation: Activation, out: TensorId, site: &Site) -> Launch {
-    let length = site.shape(out).len();
-    let params = ActivateParams {
-        x: site.address(x),
+    let params = ElementParams::new(x, None, activation, out, site);
+    match activation {
+        Activation::Geglu => params.pairs(site.shape(out), "geglu_8", "geglu_1"),
+        _ => params.launch("activate", VECTOR),
+    }
+}
+
+pub(super) fn activate_gradient(
+    x: TensorId,
+    activation: Activation,
+    d: TensorId,
+    out: TensorId,
+    site: &Site,
+) -> Launch {
+    let params = ElementParams::new(x, Some(d), activation, out, site);
+    match activation {
+        Activation::Geglu => params.pairs(site.shape(d), "geglu_gradient_8", "geglu_gradient_1"),
+        _ => params.launch("activate_gradient", VECTOR),
+    }
+}
+
+pub(super) fn add(a: TensorId, b: TensorId, out: TensorId, site: &Site) -> Launch {
+    ElementParams::new(a, Some(b), Activation::None, out, site).launch("add", VECTOR)
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct ResizeGradientParams {
+    d: u64,
+    out: u64,
+    pixels: i64,
+    from_height: i32,
+    from_width: i32,
+    height: i32,
+    width: i32,
+    channels: i32,
+    unused: i32,
+}
+
+pub(super) fn resize_gradient(d: TensorId, out: TensorId, site: &Site) -> Launch {
+    let (from, to) = (site.shape(d), site.shape(out));
+    let params = ResizeGradientParams {
+        d: site.address(d),
         out: site.address(out),
-        length: length as u64,
-        activation: activation as i32,
+        pixels: to.rows() as i64,
+        from_height: from.h as i32,
+        from_width: from.w as i32,
+        height: to.h as i32,
+        width: to.w as i32,
+        channels: to.c as i32,
         unused: 0,
     };
-    Launch::new("activate", [length.div_ceil(VECTOR * THREADS), 1, 1], THREADS, 0, &params)
+    let (kernel, width) =
+        if to.c.is_multiple_of(VECTOR) { ("resize_gradient_8", VECTOR) } else { ("resize_gradient_1", 1) };
+    Launch::new(kernel, [(to.len() / width).div_ceil(THREADS), 1, 1], THREADS, 0, &params)
 }
 
 #[derive(Clone, Copy, NoUninit)]

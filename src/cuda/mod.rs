@@ -55,8 +55,8 @@ pub struct Executor {
     device: Arc<dyn Device>,
     arena: Buffer,
     program: Program,
-    /// Made at the first step.
-    recording: Option<Box<dyn Recording>>,
+    /// Of the step and of the backward nodes; each made at its first run.
+    recordings: [Option<Box<dyn Recording>>; 2],
 }
 
 impl Executor {
@@ -68,7 +68,7 @@ impl Executor {
     pub fn new(device: &Arc<dyn Device>, plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
         let arena = Buffer::from_bytes(device, &vec![0; plan.arena_bytes()])?;
         let program = Program::new(&plan, &weights, device.limits(), arena.address())?;
-        Ok(Executor { plan, weights, device: device.clone(), arena, program, recording: None })
+        Ok(Executor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
     }
 
     /// The plan.
@@ -142,14 +142,15 @@ impl Executor {
     /// # Errors
     /// As for [`Executor::prologue`].
     pub fn step(&mut self) -> Result<()> {
-        let recording = match self.recording.take() {
-            Some(recording) => recording,
-            // SAFETY: as in `prologue`.
-            None => unsafe { self.device.clone().record(&self.program.step)? },
-        };
-        let outcome = recording.replay();
-        self.recording = Some(recording);
-        outcome
+        replay(&self.device, &self.program.step, &mut self.recordings[0])
+    }
+
+    /// Runs the reverse half, from the last step's activations and the seed in the input `d.<output>`.
+    ///
+    /// # Errors
+    /// As for [`Executor::prologue`].
+    pub fn backward(&mut self) -> Result<()> {
+        replay(&self.device, &self.program.backward, &mut self.recordings[1])
     }
 
     /// Runs prologue and step node by node, each on a cold cache, and tells of every node for which `wanted` is true what
@@ -175,4 +176,14 @@ impl Executor {
         }
         Ok(())
     }
+}
+
+/// Runs launches of an executor, which are recorded the first time.
+fn replay(device: &Arc<dyn Device>, launches: &[Launch], recording: &mut Option<Box<dyn Recording>>) -> Result<()> {
+    let made = match recording.take() {
+        Some(recording) => recording,
+        // SAFETY: as in `Executor::prologue`.
+        None => unsafe { device.clone().record(launches)? },
+    };
+    recording.insert(made).replay()
 }

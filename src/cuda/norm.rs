@@ -9,6 +9,8 @@ use bytemuck::NoUninit;
 const THREADS: usize = 256;
 /// Channels of a vector load.
 const VECTOR: usize = 8;
+/// Bytes of two statistics.
+const PAIR: usize = 2 * size_of::<f32>();
 
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
@@ -75,16 +77,19 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Mean and squared deviations of each group in each stretch, unless the image is one.
+/// Two numbers of each group in each stretch, unless the image is one: mean and squared deviations; for a gradient as many
+/// bytes again for its sums.
 pub(super) fn workspace(graph: &Graph, norm: &GroupNorm) -> usize {
     match Cut::of(norm, |t| graph.shape(t)).stretches {
         1 => 0,
-        stretches => graph.shape(norm.sources.x).n * norm.groups * stretches * 2 * size_of::<f32>(),
+        stretches => graph.shape(norm.sources.x).n * norm.groups * stretches * PAIR,
     }
 }
 
-pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches: &mut Vec<Launch>) {
-    let shape = site.shape(out);
+/// What the norm's kernels and its gradient's read, and how it is cut.
+fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (GroupNormParams, Cut) {
+    let x = site.shape(norm.sources.x);
+    let shape = Shape { c: norm.sources.iter().map(|t| site.shape(t).c).sum(), ..x };
     let cut = Cut::of(norm, |t| site.shape(t));
     let per_group = shape.c / norm.groups;
     let params = GroupNormParams {
@@ -95,7 +100,7 @@ pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches:
         bias: site.weight(norm.bias),
         out: site.address(out),
         partials: site.workspace(),
-        x_channels: site.shape(norm.sources.x).c as i32,
+        x_channels: x.c as i32,
         channels: shape.c as i32,
         per_group: per_group as i32,
         slab: cut.slab as i32,
@@ -104,18 +109,66 @@ pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches:
         eps: norm.eps,
         silu: norm.silu as i32,
     };
-    let pair = 2 * size_of::<f32>();
-    let groups = cut.slab / per_group * pair;
-    let sums = (THREADS / (cut.slab / cut.width)).max(1) * cut.slab * pair;
-    let mut launch = |vector, element, shared| {
-        let kernel = if cut.width == VECTOR { vector } else { element };
-        launches.push(Launch::new(kernel, [cut.stretches, cut.slabs, shape.n], THREADS, shared, &params));
-    };
+    (params, cut)
+}
+
+impl Cut {
+    fn launch(&self, kernels: [&'static str; 2], images: usize, shared: usize, params: &impl NoUninit) -> Launch {
+        let kernel = kernels[usize::from(self.width != VECTOR)];
+        Launch::new(kernel, [self.stretches, self.slabs, images], THREADS, shared, params)
+    }
+
+    /// Bytes of shared memory for a pair of numbers of each of a slab's groups, and of each channel in each lane.
+    fn shared(&self, params: &GroupNormParams) -> (usize, usize) {
+        let lanes = (THREADS / (self.slab / self.width)).max(1);
+        (self.slab / params.per_group as usize * PAIR, lanes * self.slab * PAIR)
+    }
+}
+
+pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches: &mut Vec<Launch>) {
+    let images = site.shape(out).n;
+    let (params, cut) = group_norm_params(norm, out, site);
+    let (groups, sums) = cut.shared(&params);
     if cut.stretches == 1 {
-        launch("group_norm_8", "group_norm_1", groups + sums);
+        launches.push(cut.launch(["group_norm_8", "group_norm_1"], images, groups + sums, &params));
     } else {
-        launch("group_norm_statistics_8", "group_norm_statistics_1", sums);
-        launch("group_norm_apply_8", "group_norm_apply_1", groups);
+        let statistics = ["group_norm_statistics_8", "group_norm_statistics_1"];
+        launches.push(cut.launch(statistics, images, sums, &params));
+        launches.push(cut.launch(["group_norm_apply_8", "group_norm_apply_1"], images, groups, &params));
+    }
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct GroupNormGradientParams {
+    norm: GroupNormParams,
+    d: u64,
+    sums: u64,
+}
+
+pub(super) fn group_norm_gradient(
+    norm: &GroupNorm,
+    d: TensorId,
+    out: TensorId,
+    site: &Site,
+    launches: &mut Vec<Launch>,
+) {
+    let images = site.shape(out).n;
+    let (params, cut) = group_norm_params(norm, out, site);
+    let (groups, sums) = cut.shared(&params);
+    let statistics = workspace(site.graph(), norm) as u64;
+    let gradient = GroupNormGradientParams { norm: params, d: site.address(d), sums: site.workspace() + statistics };
+    let shared = 2 * groups + sums;
+    if cut.stretches == 1 {
+        let whole = ["group_norm_gradient_8", "group_norm_gradient_1"];
+        launches.push(cut.launch(whole, images, shared, &gradient));
+    } else {
+        let statistics = ["group_norm_statistics_8", "group_norm_statistics_1"];
+        launches.push(cut.launch(statistics, images, sums, &params));
+        let sums = ["group_norm_gradient_sums_8", "group_norm_gradient_sums_1"];
+        launches.push(cut.launch(sums, images, shared, &gradient));
+        let apply = ["group_norm_gradient_apply_8", "group_norm_gradient_apply_1"];
+        launches.push(cut.launch(apply, images, 2 * groups, &gradient));
     }
 }
 
@@ -123,6 +176,7 @@ pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches:
 #[repr(C)]
 struct LayerNormParams {
     x: u64,
+    d: u64,
     weight: u64,
     bias: u64,
     out: u64,
@@ -140,18 +194,43 @@ pub(super) fn layer_norm(
     out: TensorId,
     site: &Site,
 ) -> Launch {
+    let addresses = [site.address(x), 0, site.weight(weight), site.weight(bias)];
+    row_launch(addresses, eps, out, ["layer_norm_8", "layer_norm_1"], site)
+}
+
+pub(super) fn layer_norm_gradient(
+    x: TensorId,
+    weight: WeightId,
+    eps: f32,
+    d: TensorId,
+    out: TensorId,
+    site: &Site,
+) -> Launch {
+    let addresses = [site.address(x), site.address(d), site.weight(weight), 0];
+    row_launch(addresses, eps, out, ["layer_norm_gradient_8", "layer_norm_gradient_1"], site)
+}
+
+/// The vector or the element kernel with what `[x, d, weight, bias]` point at.
+fn row_launch(
+    [x, d, weight, bias]: [u64; 4],
+    eps: f32,
+    out: TensorId,
+    [vector, element]: [&'static str; 2],
+    site: &Site,
+) -> Launch {
     /// Columns that a thread keeps, and rows of a block of several.
     const SLOTS: usize = 5;
     const ROWS: usize = 4;
     let shape = site.shape(out);
     let (kernel, columns) =
-        if shape.c.is_multiple_of(VECTOR) { ("layer_norm_8", shape.c / VECTOR) } else { ("layer_norm_1", shape.c) };
+        if shape.c.is_multiple_of(VECTOR) { (vector, shape.c / VECTOR) } else { (element, shape.c) };
     let warps = columns.div_ceil(32 * SLOTS);
     let rows = if warps == 1 { ROWS } else { 1 };
     let params = LayerNormParams {
-        x: site.address(x),
-        weight: site.weight(weight),
-        bias: site.weight(bias),
+        x,
+        d,
+        weight,
+        bias,
         out: site.address(out),
         rows: shape.rows() as i64,
         channels: shape.c as i32,

@@ -3,7 +3,7 @@
 use super::device::{Launch, Limits};
 use super::weights::Weights;
 use super::{attention, conv, elementwise, norm};
-use crate::graph::{Activation, Graph, Node, Op, Shape, TensorId, WeightId};
+use crate::graph::{Graph, Node, Op, Shape, TensorId, WeightId};
 use crate::plan::Plan;
 use crate::{Error, Result};
 
@@ -91,6 +91,7 @@ impl Site<'_> {
 pub(super) struct Program {
     pub prologue: Vec<Launch>,
     pub step: Vec<Launch>,
+    pub backward: Vec<Launch>,
 }
 
 impl Program {
@@ -103,7 +104,11 @@ impl Program {
                 nodes.map(|(node, workspace)| lower(node, workspace)).collect::<Result<_>>()?;
             Ok::<_, Error>(launches.concat())
         };
-        Ok(Program { prologue: all(&mut plan.prologue())?, step: all(&mut plan.step())? })
+        Ok(Program {
+            prologue: all(&mut plan.prologue())?,
+            step: all(&mut plan.step())?,
+            backward: all(&mut plan.backward())?,
+        })
     }
 
     /// What makes a node with its workspace into launches.
@@ -131,6 +136,10 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
         Op::LayerNorm { x, weight, bias, eps } => {
             launches.push(norm::layer_norm(x, (weight, bias), eps, out, site));
         }
+        Op::GroupNormGradient { ref of, d } => norm::group_norm_gradient(of, d, out, site, launches),
+        Op::LayerNormGradient { x, weight, eps, d } => {
+            launches.push(norm::layer_norm_gradient(x, weight, eps, d, out, site));
+        }
         Op::Embed { ids, tokens, positions } => {
             launches.push(elementwise::embed(ids, tokens, positions, out, site));
         }
@@ -141,9 +150,12 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
         Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift } => {
             launches.push(elementwise::sinusoid(x, dim, flip_sin_to_cos, freq_shift, out, site));
         }
-        Op::Activate { x, activation } if activation != Activation::Geglu => {
-            launches.push(elementwise::activate(x, activation, out, site));
+        Op::Activate { x, activation } => launches.push(elementwise::activate(x, activation, out, site)),
+        Op::ActivateGradient { x, activation, d } => {
+            launches.push(elementwise::activate_gradient(x, activation, d, out, site));
         }
+        Op::Add { a, b } => launches.push(elementwise::add(a, b, out, site)),
+        Op::ResizeGradient { d } => launches.push(elementwise::resize_gradient(d, out, site)),
         Op::Attention(ref of) => launches.push(attention::attention(of, out, site)?),
         _ => {
             return Err(Error::Device(format!("{}: this operation runs on the CPU only; use --device cpu", node.name)));
@@ -157,6 +169,7 @@ pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
     match node.op {
         Op::Conv(ref op) => conv::workspace(graph, op, node.output, limits),
         Op::GroupNorm(ref norm) => norm::workspace(graph, norm),
+        Op::GroupNormGradient { ref of, .. } => 2 * norm::workspace(graph, of),
         _ => 0,
     }
 }

@@ -54,12 +54,14 @@ fn packed_bytes(spec: &WeightSpec) -> usize {
         WeightKind::Matrix { kernel, inputs, .. } => {
             spec.total_outputs() * kernel * kernel * inputs.next_multiple_of(CHUNK) * size_of::<f16>()
         }
-        WeightKind::Mirrored { .. } => 0,
+        WeightKind::Mirrored { kernel, wanted, .. } => {
+            wanted * kernel * kernel * spec.total_outputs().next_multiple_of(CHUNK) * size_of::<f16>()
+        }
     }
 }
 
 /// A matrix `[out, in, k, k]` becomes `[out, k * k, in]` with `in` filled up to a multiple of [`CHUNK`]; a gated one's
-/// values and gates take turns.
+/// values and gates take turns. A mirrored one becomes `[in, k * k, out]`, its taps in reverse and `out` filled up.
 fn pack(spec: &WeightSpec, numbers: &[f32]) -> Vec<u8> {
     let half = |x: f32| f16::from_f32(x.clamp(-f16::MAX.to_f32(), f16::MAX.to_f32()));
     match spec.kind {
@@ -77,7 +79,17 @@ fn pack(spec: &WeightSpec, numbers: &[f32]) -> Vec<u8> {
             }
             bytemuck::cast_slice(&packed).to_vec()
         }
-        // Read by gradients, which run on the CPU.
-        WeightKind::Mirrored { .. } => Vec::new(),
+        WeightKind::Mirrored { kernel, inputs, wanted } => {
+            let (taps, outputs) = (kernel * kernel, spec.total_outputs());
+            let padded = outputs.next_multiple_of(CHUNK);
+            let mut packed = vec![f16::ZERO; wanted * taps * padded];
+            for (input, out) in packed.chunks_exact_mut(taps * padded).enumerate() {
+                for (tap, out) in out.chunks_exact_mut(padded).enumerate() {
+                    let source = numbers[input * taps + taps - 1 - tap..].iter().step_by(inputs * taps);
+                    out.iter_mut().zip(source).for_each(|(o, &x)| *o = half(x));
+                }
+            }
+            bytemuck::cast_slice(&packed).to_vec()
+        }
     }
 }

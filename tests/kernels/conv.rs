@@ -121,6 +121,37 @@ impl Case {
         result
     }
 
+    /// The definition's gradient by the first source, for stride 1: every output hands its part to what it read.
+    fn plain_gradient(&self, given: &Given, round: Round) -> Numbers {
+        let (o, out, (h, w)) = (&self.options, self.shape(), self.size);
+        let (seen_h, seen_w) = o.resize.unwrap_or(self.size);
+        let (weight, inputs) = (&given.weights["conv.weight"], self.channels + self.skip);
+        let d = given.inputs.last().unwrap();
+        let mut seen = vec![0.0; self.images * seen_h * seen_w * self.channels];
+        for row in 0..out.rows() {
+            let (image, oy, ox) = (row / out.tokens(), row % out.tokens() / out.w, row % out.w);
+            for (ky, kx) in (0..o.kernel).flat_map(|ky| (0..o.kernel).map(move |kx| (ky, kx))) {
+                let (y, x) = ((oy + ky).wrapping_sub(o.pad), (ox + kx).wrapping_sub(o.pad));
+                if y >= seen_h || x >= seen_w {
+                    continue;
+                }
+                let to = &mut seen[((image * seen_h + y) * seen_w + x) * self.channels..][..self.channels];
+                for (c, to) in to.iter_mut().enumerate() {
+                    let at = |column: usize| ((column * inputs + c) * o.kernel + ky) * o.kernel + kx;
+                    *to += (0..out.c).map(|column| weight[at(column)] * d[row * out.c + column]).sum::<f64>();
+                }
+            }
+        }
+        let mut result = vec![0.0; self.images * h * w * self.channels];
+        for (i, x) in seen.into_iter().enumerate() {
+            let (pixel, c) = (i / self.channels, i % self.channels);
+            let (image, y, x0) = (pixel / seen_w / seen_h, pixel / seen_w % seen_h, pixel % seen_w);
+            let to = ((image * h + y * h / seen_h) * w + x0 * w / seen_w) * self.channels + c;
+            result[to] += round(x * o.gain as f64);
+        }
+        result.into_iter().map(round).collect()
+    }
+
     /// On a device with few multiprocessors, whose tiles are large, and on one with so many that depths are split.
     fn check(&self) {
         let shapes = self.shapes();
@@ -209,6 +240,36 @@ fn gated_layers() {
             (c.options.gain, c.options.bias_gain, c.options.scale) = (2.0, 0.5, 1.25);
         })
         .check();
+}
+
+/// The data gradient: of the first source alone, on the way up a UNet; through a resize, to the smaller size.
+#[test]
+fn gradients() {
+    let conv3x3 = |size, channels, outputs| Case::conv3x3(size, channels, outputs);
+    for case in [
+        Case::linear(13, 40, 24),
+        Case::linear(5, 7, 3),
+        Case::linear(33, 100, 37).with(|c| c.images = 3),
+        Case::linear(11, 40, 24).with(|c| c.skip = 16),
+        conv3x3((8, 8), 32, 48),
+        conv3x3((5, 7), 64, 4),
+        conv3x3((5, 4), 12, 20).with(|c| (c.skip, c.images) = (9, 3)),
+        conv3x3((5, 4), 40, 64).with(|c| (c.skip, c.per_image, c.options.gain) = (72, true, 0.25)),
+        conv3x3((1, 1), 24, 16),
+        conv3x3((4, 4), 16, 24).with(|c| c.options.resize = Some((8, 8))),
+        conv3x3((4, 3), 16, 16).with(|c| c.options.resize = Some((7, 5))),
+        conv3x3((5, 5), 7, 9).with(|c| c.options.resize = Some((9, 5))),
+    ] {
+        let (shapes, seed) = (case.shapes(), case.shape());
+        let inputs = shapes.iter().chain([&seed]).enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64));
+        check_gradient(
+            &format!("{case:?}"),
+            &shapes,
+            inputs.collect(),
+            |g, x| case.build(g, x),
+            |given, round| case.plain_gradient(given, round),
+        );
+    }
 }
 
 /// What fp16 cannot hold becomes its greatest number, in fp16 results.

@@ -1,7 +1,7 @@
 //! `kernels/elementwise.cu`.
 
 use super::*;
-use respodiff::graph::Activation;
+use respodiff::graph::{Activation, ConvOptions};
 
 #[test]
 fn activate() {
@@ -14,6 +14,90 @@ fn activate() {
                 |given, round| given.inputs[0].iter().map(|&x| round(activated(x, activation))).collect(),
             );
         }
+    }
+}
+
+/// Numbers in -4..4, where activations bend.
+fn wide(len: usize, seed: u64) -> Numbers {
+    random(len, seed).iter().map(|x| 4.0 * x).collect()
+}
+
+#[test]
+fn activate_gradient() {
+    for shape in [Shape::new(1, 1, 1, 1), Shape::new(2, 3, 5, 7), Shape::new(1, 4, 4, 320)] {
+        for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::None] {
+            check_gradient(
+                &format!("{activation:?} {shape}"),
+                &[shape],
+                vec![wide(shape.len(), 5), random(shape.len(), 6)],
+                |g, x| g.activate("activate", x[0], activation),
+                |given, round| {
+                    let pairs = given.inputs[0].iter().zip(&given.inputs[1]);
+                    pairs.map(|(&x, d)| round(d * round(slope(x, activation)))).collect()
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn geglu_and_its_gradient() {
+    for shape in [Shape::new(1, 1, 1, 2), Shape::new(2, 3, 5, 14), Shape::new(1, 4, 4, 320)] {
+        let c = shape.c / 2;
+        let gelu = |x| activated(x, Activation::Gelu);
+        check_with(
+            Limits::A100,
+            &format!("GEGLU {shape}"),
+            &[shape],
+            vec![wide(shape.len(), 5)],
+            |g, x| g.activate("geglu", x[0], Activation::Geglu),
+            |given, round| {
+                let rows = given.inputs[0].chunks(2 * c);
+                rows.flat_map(|x| (0..c).map(|i| round(x[i] * round(gelu(x[c + i])))).collect::<Numbers>()).collect()
+            },
+        );
+        check_gradient(
+            &format!("GEGLU {shape}"),
+            &[shape],
+            vec![wide(shape.len(), 5), random(shape.len() / 2, 6)],
+            |g, x| g.activate("geglu", x[0], Activation::Geglu),
+            |given, round| {
+                let rows = given.inputs[0].chunks(2 * c).zip(given.inputs[1].chunks(c));
+                let both = rows.flat_map(|(x, d)| {
+                    let values = (0..c).map(|i| round(d[i] * round(gelu(x[c + i]))));
+                    let gates = (0..c).map(|i| round(d[i] * round(x[i] * round(slope(x[c + i], Activation::Gelu)))));
+                    values.chain(gates).collect::<Numbers>()
+                });
+                both.collect()
+            },
+        );
+    }
+}
+
+/// A linear layer of one function of x, whose residual is another: x has two readers, whose gradients are added.
+#[test]
+fn two_readers() {
+    for (rows, c) in [(5, 24), (3, 7)] {
+        let shape = Shape::new(2, 1, rows, c);
+        check_gradient(
+            &format!("two readers {shape}"),
+            &[shape],
+            vec![wide(shape.len(), 5), random(shape.len(), 6)],
+            |g, x| {
+                let [a, b] = [Activation::Silu, Activation::Gelu].map(|f| g.activate("activate", x[0], f));
+                g.linear("linear", a, c, ConvOptions { residual: Some(b), ..Default::default() })
+            },
+            |given, round| {
+                let (x, d, weight) = (&given.inputs[0], &given.inputs[1], &given.weights["linear.weight"]);
+                let through = |i: usize| {
+                    let d = &d[i / c * c..][..c];
+                    round((0..c).map(|o| weight[o * c + i % c] * d[o]).sum())
+                };
+                let [silu, gelu] = [Activation::Silu, Activation::Gelu];
+                let sum = |i: usize| round(d[i] * slope(x[i], gelu)) + round(through(i) * slope(x[i], silu));
+                (0..x.len()).map(|i| round(sum(i))).collect()
+            },
+        );
     }
 }
 

@@ -72,8 +72,10 @@ fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
                 WeightKind::Vector => vec![outputs],
             };
             let bytes: Vec<u8> = numbers.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
-            tensors.push((name.clone(), shape, bytes));
-            by_name.insert(name.clone(), numbers);
+            // A gradient reads its layer's weight once more.
+            if by_name.insert(name.clone(), numbers).is_none() {
+                tensors.push((name.clone(), shape, bytes));
+            }
         }
     }
     let view =
@@ -113,13 +115,41 @@ pub fn check_with(
     build: impl FnOnce(&mut GraphBuilder, &[TensorId]) -> TensorId,
     plain: impl Fn(&Given, Round) -> Numbers,
 ) -> Vec<f32> {
+    compare(limits, label, &graph_of(shapes, build), inputs, false, plain)
+}
+
+/// The same of the gradient by the first input; the last of `inputs` is the seed, the gradient by the output.
+pub fn check_gradient(
+    label: &str,
+    shapes: &[Shape],
+    inputs: Vec<Numbers>,
+    build: impl FnOnce(&mut GraphBuilder, &[TensorId]) -> TensorId,
+    plain: impl Fn(&Given, Round) -> Numbers,
+) -> Vec<f32> {
+    let graph = graph_of(shapes, build).with_gradient("out", "input0");
+    compare(Limits::A100, &format!("gradient of {label}"), &graph, inputs, true, plain)
+}
+
+fn graph_of(shapes: &[Shape], build: impl FnOnce(&mut GraphBuilder, &[TensorId]) -> TensorId) -> Graph {
     let mut g = GraphBuilder::new();
-    let names: Vec<String> = (0..shapes.len()).map(|i| format!("input{i}")).collect();
-    let ids: Vec<TensorId> = names.iter().zip(shapes).map(|(name, &shape)| g.input(name, shape)).collect();
+    let ids: Vec<TensorId> = shapes.iter().enumerate().map(|(i, &s)| g.input(&format!("input{i}"), s)).collect();
     let out = build(&mut g, &ids);
     g.output("out", out);
-    let graph = g.finish();
-    let (folder, by_name) = weights(&graph);
+    g.finish()
+}
+
+fn compare(
+    limits: Limits,
+    label: &str,
+    graph: &Graph,
+    inputs: Vec<Numbers>,
+    gradient: bool,
+    plain: impl Fn(&Given, Round) -> Numbers,
+) -> Vec<f32> {
+    let names =
+        (0..inputs.len()).map(|i| if gradient && i + 1 == inputs.len() { "d.out".into() } else { format!("input{i}") });
+    let names: Vec<String> = names.collect();
+    let (folder, by_name) = weights(graph);
     let given = Given { inputs, weights: by_name };
     let truth = plain(&given, |x| x);
     let naive = plain(&given, to_half);
@@ -134,8 +164,9 @@ pub fn check_with(
             executor.write(name, &values).unwrap();
         }
         let run = executor.prologue().and_then(|()| executor.step());
+        let run = run.and_then(|()| if gradient { executor.backward() } else { Ok(()) });
         run.unwrap_or_else(|fault| panic!("{label}, {device_label}: {fault}"));
-        let ours = executor.read("out").unwrap();
+        let ours = executor.read(if gradient { "d.input0" } else { "out" }).unwrap();
         within(&format!("{label}, {device_label}"), &ours, &truth, &naive);
         let same = first.get_or_insert_with(|| ours.clone());
         assert!(
@@ -181,5 +212,22 @@ pub fn activated(x: f64, activation: respodiff::graph::Activation) -> f64 {
             }
             0.5 * x * (1.0 + sum * 2.0 / std::f64::consts::PI.sqrt())
         }
+    }
+}
+
+/// Its derivative.
+pub fn slope(x: f64, activation: respodiff::graph::Activation) -> f64 {
+    use respodiff::graph::Activation::*;
+    let gated = |a: f64| {
+        let s = 1.0 / (1.0 + (-a * x).exp());
+        s + a * x * s * (1.0 - s)
+    };
+    match activation {
+        None | Geglu => 1.0,
+        Silu => gated(1.0),
+        QuickGelu => gated(1.702),
+        // Phi(x) and x times the normal density.
+        Gelu if x == 0.0 => 0.5,
+        Gelu => activated(x, Gelu) / x + x * (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt(),
     }
 }

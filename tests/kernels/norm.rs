@@ -69,6 +69,59 @@ impl Case<'_> {
     fn check(&self) {
         check(&self.label(), &self.shapes(), |g, x| self.build(g, x), |given, round| self.plain(given, round));
     }
+
+    /// The gradient by the first source: `u - mean(u) - x^ mean(u x^)` in each group, where `u` is the seed times what the norm
+    /// multiplies by.
+    fn plain_gradient(&self, given: &Given, round: Round) -> Numbers {
+        let (n, pixels, channels) = (self.sources[0].n, self.sources[0].tokens(), self.channels());
+        let (weight, bias) = (&given.weights["norm.weight"], &given.weights["norm.bias"]);
+        let first = self.sources[0].c;
+        let at = |image: usize, pixel: usize, c: usize| {
+            let (source, c) = if c < first { (0, c) } else { (1, c - first) };
+            given.inputs[source][(image * pixels + pixel) * self.sources[source].c + c]
+        };
+        let seed = given.inputs.last().unwrap();
+        let per_group = channels / self.groups;
+        let mut out = vec![0.0; n * pixels * first];
+        for (image, group) in (0..n * self.groups).map(|i| (i / self.groups, i % self.groups)) {
+            let places = (0..pixels).flat_map(|p| (group * per_group..(group + 1) * per_group).map(move |c| (p, c)));
+            let places: Vec<(usize, usize)> = places.collect();
+            let mean_of = |x: &dyn Fn(usize) -> f64| (0..places.len()).map(x).sum::<f64>() / places.len() as f64;
+            let mean = round(mean_of(&|i| at(image, places[i].0, places[i].1)));
+            let variance = round(mean_of(&|i| (at(image, places[i].0, places[i].1) - mean).powi(2)));
+            let inverse = 1.0 / (variance + EPS as f64).sqrt();
+            let normal: Numbers = places.iter().map(|&(p, c)| round((at(image, p, c) - mean) * inverse)).collect();
+            let u = places.iter().zip(&normal).map(|(&(p, c), normal)| {
+                let (mut y, mut scale) = (round(normal * weight[c] + bias[c]), weight[c]);
+                if self.modulated {
+                    let modulation = &given.inputs[self.sources.len()][image * 2 * channels..];
+                    y = round(y * (1.0 + modulation[c]) + modulation[channels + c]);
+                    scale = round(scale * (1.0 + modulation[c]));
+                }
+                let d = seed[(image * pixels + p) * channels + c];
+                let d = if self.silu { round(d * slope(y, Activation::Silu)) } else { d };
+                round(round(d * scale) * inverse)
+            });
+            let u: Numbers = u.collect();
+            let (mean_u, mean_product) = (round(mean_of(&|i| u[i])), round(mean_of(&|i| u[i] * normal[i])));
+            for (i, &(p, c)) in places.iter().enumerate().filter(|(_, (_, c))| *c < first) {
+                out[(image * pixels + p) * first + c] = round(u[i] - mean_u - round(normal[i] * mean_product));
+            }
+        }
+        out
+    }
+
+    fn check_gradient(&self) {
+        let (shapes, seed) = (self.shapes(), Shape { c: self.channels(), ..self.sources[0] });
+        let inputs = shapes.iter().chain([&seed]).enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64));
+        check_gradient(
+            &self.label(),
+            &shapes,
+            inputs.collect(),
+            |g, x| self.build(g, x),
+            |given, round| self.plain_gradient(given, round),
+        );
+    }
 }
 
 #[test]
@@ -86,6 +139,34 @@ fn group_norm() {
     ] {
         let sources = &[Shape::new(n, h, w, c)];
         Case { sources, groups, modulated: false, silu: true }.check();
+    }
+}
+
+#[test]
+fn group_norm_gradient() {
+    for &(n, h, w, c, groups) in &[
+        (2, 8, 8, 320, 32),
+        (1, 4, 4, 1280, 32),
+        (3, 5, 7, 48, 3),
+        (2, 5, 7, 12, 4),
+        (1, 3, 3, 9, 1),
+        (1, 2, 3, 2600, 1),
+    ] {
+        let sources = &[Shape::new(n, h, w, c)];
+        Case { sources, groups, modulated: false, silu: true }.check_gradient();
+    }
+    // In stretches.
+    for &(n, h, w, c, groups) in &[(2, 29, 31, 80, 8), (1, 67, 64, 32, 32), (1, 33, 35, 20, 5)] {
+        let sources = &[Shape::new(n, h, w, c)];
+        Case { sources, groups, modulated: n == 2, silu: n == 2 }.check_gradient();
+    }
+    // Of two sources, by the first.
+    for &(n, h, w, first, second, groups) in
+        &[(2, 4, 4, 64, 32, 4), (1, 3, 5, 24, 40, 4), (2, 3, 3, 5, 7, 2), (1, 31, 37, 96, 64, 32)]
+    {
+        let sources = &[Shape::new(n, h, w, first), Shape::new(n, h, w, second)];
+        Case { sources, groups, modulated: true, silu: true }.check_gradient();
+        Case { sources, groups, modulated: false, silu: false }.check_gradient();
     }
 }
 
@@ -149,6 +230,33 @@ fn layer_norm() {
                     let normal = move |x: &f64| round((x - mean) / (variance + EPS as f64).sqrt());
                     let affine = given.weights["norm.weight"].iter().zip(&given.weights["norm.bias"]);
                     x.iter().zip(affine).map(move |(x, (w, b))| round(normal(x) * w + b))
+                });
+                rows.collect()
+            },
+        );
+    }
+}
+
+#[test]
+fn layer_norm_gradient() {
+    for (n, w, c) in [(2, 5, 320), (1, 3, 1280), (1, 1, 8), (1, 2, 2048), (3, 5, 12), (1, 7, 1), (2, 3, 333)] {
+        let shape = Shape::new(n, 1, w, c);
+        check_gradient(
+            &format!("layer norm of {shape}"),
+            &[shape],
+            vec![random(shape.len(), 5), random(shape.len(), 6)],
+            |g, x| g.layer_norm("norm", x[0], EPS),
+            |given, round| {
+                let rows = given.inputs[0].chunks_exact(c).zip(given.inputs[1].chunks_exact(c)).flat_map(|(x, d)| {
+                    let mean = round(x.iter().sum::<f64>() / c as f64);
+                    let variance = round(x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / c as f64);
+                    let inverse = 1.0 / (variance + EPS as f64).sqrt();
+                    let normal: Numbers = x.iter().map(|x| round((x - mean) * inverse)).collect();
+                    let u = d.iter().zip(&given.weights["norm.weight"]).map(|(d, w)| round(round(d * w) * inverse));
+                    let u: Numbers = u.collect();
+                    let mean_u = round(u.iter().sum::<f64>() / c as f64);
+                    let product = round(u.iter().zip(&normal).map(|(u, x)| u * x).sum::<f64>() / c as f64);
+                    (0..c).map(|i| round(u[i] - mean_u - round(normal[i] * product))).collect::<Numbers>()
                 });
                 rows.collect()
             },
