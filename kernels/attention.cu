@@ -25,7 +25,7 @@
 // is the bound.
 //
 // Results do not depend on ROWS nor on what other rows hold: only the keys' number decides the order of sums.
-#include "numeric.cuh"
+#include "attention.cuh"
 
 struct AttentionParams {
     // The first head's channels of the first token.
@@ -46,8 +46,6 @@ struct AttentionParams {
     // scale * log2(e), positive: exp(scale * s) = exp2(exponent * s).
     float exponent;
 };
-
-constexpr uint32_t ALL_LANES = 0xffffffffu;
 
 // How much log2 of a weight may exceed the reference before the reference is raised: weights stay below 2^8, far from fp16's
 // end, and sums are hardly ever rescaled.
@@ -77,45 +75,9 @@ template <int WIDTH_, int ROWS_, bool VECTOR_> struct Tile {
     static constexpr int P_AT = V_AT + STAGES * STAGE, TOPS_AT = P_AT + ROWS * P_STRIDE * 16;
 };
 
-// Copies `count` of ROWS tokens' channels to shared memory and fills up with zeros, below and to the right.
-template <class T, int ROWS> PTX_FN void load(uint32_t offset, const __half* from, int width, int count, int head_dim) {
-    constexpr int PASS = T::THREADS / T::CHUNKS;
-    int first = threadIdx.x / T::CHUNKS, chunk = threadIdx.x % T::CHUNKS;
-    if (first >= PASS) return;
-    const __half* source = from + (first * width + chunk * 8);
-    if constexpr (T::VECTOR) {
-        uint32_t to = smem_u32(dyn_smem()) + offset + (first * T::STRIDE + chunk) * 16;
-        int rows = chunk * 8 < head_dim ? count - first : 0;
-#pragma unroll
-        for (int row = 0; row < ROWS; row += PASS) {
-            if (row + PASS <= ROWS || first + row < ROWS) cp_async16(to + row * T::STRIDE * 16, source, row < rows);
-            source += PASS * width;
-        }
-    } else {
-        __half* to = reinterpret_cast<__half*>(dyn_smem() + offset) + (first * T::STRIDE + chunk) * 8;
-        for (int row = first; row < ROWS; row += PASS, to += PASS * T::STRIDE * 8, source += PASS * width) {
-            for (int i = 0; i < 8; i++) to[i] = row < count && chunk * 8 + i < head_dim ? source[i] : to_half(0.0f);
-        }
-    }
-}
-
-// A 16 x 16 fragment of A, row by row, from chunk `chunk` on; `lane_at` is the lane's row's address. What lies beyond the
-// row's end is zero.
-template <int CHUNKS> PTX_FN void load_a(uint32_t (&a)[4], uint32_t lane_at, int chunk) {
-    bool whole = chunk + 1 < CHUNKS;
-    ldmatrix_x4(a, lane_at + (chunk + (whole ? threadIdx.x / 16 % 2 : 0)) * 16);
-    if (!whole) a[2] = a[3] = 0;
-}
-
-PTX_FN uint32_t bits_of(__half2 pair) {
-    uint32_t bits;
-    memcpy(&bits, &pair, 4);
-    return bits;
-}
-
 // What a warp knows of its rows. In fragments, a lane holds of each piece the rows `lane / 4` and 8 below it.
 template <class T> struct State {
-    float out[T::GROUPS][T::PIECES][T::AT_ONCE][4];
+    Sums<T> out;
     // log2 of what weights are relative to.
     float reference[T::PIECES][2];
     // The sums of the weights as rounded, by the tensor cores: columns as if of values 1, even ones for piece 0, odd ones for
@@ -143,18 +105,11 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
     first += s.part * OWN;
 
     float scores[T::PIECES][OWN / 8][4] = {};
-    uint32_t keys = smem + T::K_AT + stage * T::STAGE + (first + lane % 8 + lane / 16 * 8) * T::STRIDE * 16;
+    uint32_t keys = smem + T::K_AT + stage * T::STAGE + first * T::STRIDE * 16;
 #pragma unroll
     for (int step = 0; step < T::STEPS; step++) {
-        // In a half empty step the upper half of b is real numbers, times the queries' zeros.
-        uint32_t at = keys + (step * 2 + (step * 2 + 1 < T::CHUNKS ? lane / 8 % 2 : 0)) * 16;
         uint32_t b[OWN / 8][2];
-#pragma unroll
-        for (int j = 0; j < OWN / 8; j += 2) {
-            uint32_t r[4];
-            ldmatrix_x4(r, at + j * 8 * T::STRIDE * 16);
-            b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
-        }
+        load_b<T, OWN>(b, keys, step);
         if constexpr (T::KEEP_Q) {
             mma_tile<T::PIECES, OWN / 8>(scores, s.q[step], b);
         } else {
@@ -239,7 +194,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
     }
     next();
 
-    uint32_t values = smem + T::V_AT + stage * T::STAGE + (first - s.part * OWN + lane % 16) * T::STRIDE * 16;
+    uint32_t values = smem + T::V_AT + stage * T::STAGE + (first - s.part * OWN) * T::STRIDE * 16 + s.part * T::COLUMNS * 16;
 #pragma unroll
     for (int depth = 0; depth < KEYS / 16; depth++) {
         uint32_t gathered[T::PIECES][4];
@@ -255,58 +210,16 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
             uint32_t b[2] = {ones, ones};
             mma_m16n8k16(s.sum, a[i], b);
         }
-#pragma unroll
-        for (int group = 0; group < T::GROUPS; group++) {
-            uint32_t b[T::AT_ONCE][2];
-#pragma unroll
-            for (int j = 0; j < T::AT_ONCE; j += 2) {
-                // An odd last column is loaded twice.
-                bool pair = j + 1 < T::AT_ONCE;
-                uint32_t r[4];
-                int chunk = s.part * T::COLUMNS + group * T::AT_ONCE + j + (pair ? lane / 16 : 0);
-                ldmatrix_x4_trans(r, values + depth * 16 * T::STRIDE * 16 + chunk * 16);
-                b[j][0] = r[0], b[j][1] = r[1];
-                if (pair) b[j + 1][0] = r[2], b[j + 1][1] = r[3];
-            }
-            mma_tile<T::PIECES, T::AT_ONCE>(s.out[group], a, b);
-        }
+        add_product<T>(s.out, a, values + depth * 16 * T::STRIDE * 16);
     }
 }
 
 // Divides by the sums and writes the rows that there are, through the queries' place in shared memory.
 template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __half* out, int rows) {
-    int lane = threadIdx.x % 32;
-    // All lanes are done with the queries.
-    __syncwarp();
-    __half* tile = reinterpret_cast<__half*>(dyn_smem());
+    float inverses[T::PIECES][2];
 #pragma unroll
-    for (int i = 0; i < T::PIECES; i++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            int row = s.row + i * 16 + h * 8 + lane / 4;
-            float inverse = 1.0f / s.sum[h * 2 + i];
-#pragma unroll
-            for (int j = 0; j < T::COLUMNS; j++) {
-                const float* x = &s.out[j / T::AT_ONCE][i][j % T::AT_ONCE][h * 2];
-                int column = (s.part * T::COLUMNS + j) * 8 + lane % 4 * 2;
-                __half2* to = reinterpret_cast<__half2*>(tile + row * T::STRIDE * 8 + column);
-                *to = __halves2half2(to_half(x[0] * inverse), to_half(x[1] * inverse));
-            }
-        }
-    }
-    __syncwarp();
-    int width = gridDim.y * p.head_dim;
-    for (int i = lane; i < T::PIECES * 16 * T::COLUMNS; i += 32) {
-        int row = s.row + i / T::COLUMNS, column = (s.part * T::COLUMNS + i % T::COLUMNS) * 8;
-        if (row >= rows || column >= p.head_dim) continue;
-        const __half* from = tile + row * T::STRIDE * 8 + column;
-        __half* to = out + int64_t(row) * width + column;
-        if constexpr (T::VECTOR) {
-            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-        } else {
-            for (int j = 0; j < 8 && column + j < p.head_dim; j++) to[j] = from[j];
-        }
-    }
+    for (int i = 0; i < T::PIECES * 2; i++) inverses[i / 2][i % 2] = 1.0f / s.sum[i % 2 * 2 + i / 2];
+    store_rows<T>(s.out, inverses, 0, s.row, s.part, out, gridDim.y * p.head_dim, rows, p.head_dim);
 }
 
 // A block: ROWS queries (x) of a head (y) of an image (z).

@@ -104,6 +104,13 @@ fn choose(queries: usize, heads: usize, head_dim: usize, aligned: bool, limits: 
     able.min_by_key(|tile| tile.time(queries, heads, limits))
 }
 
+/// Whether every head begins at a multiple of 16 bytes.
+pub(super) fn is_aligned(attention: &Attention, shape: impl Fn(TensorId) -> Shape) -> bool {
+    let Attention { q, k, v, head_dim, .. } = *attention;
+    let views = [q, k, v].into_iter().flat_map(|view| [view.offset, shape(view.tensor).c]);
+    views.chain([head_dim]).all(|channels| channels % CHUNK == 0)
+}
+
 /// # Errors
 /// [`Error::Device`] for heads wider than any kernel's.
 pub(super) fn attention(attention: &Attention, out: TensorId, site: &Site) -> Result<Launch> {
@@ -111,8 +118,7 @@ pub(super) fn attention(attention: &Attention, out: TensorId, site: &Site) -> Re
     let width = |view: View| site.shape(view.tensor).c;
     let Shape { n: images, .. } = site.shape(out);
     let (queries, keys) = (site.shape(out).tokens(), site.shape(k.tensor).tokens());
-    let aligned =
-        head_dim % CHUNK == 0 && [q, k, v].iter().all(|view| view.offset % CHUNK == 0 && width(*view) % CHUNK == 0);
+    let aligned = is_aligned(attention, |t| site.shape(t));
     let tile = choose(queries, heads, head_dim, aligned, site.limits).ok_or_else(|| {
         let widest = TILES.iter().map(|tile| tile.width).max().unwrap_or(0);
         Error::Device(format!("attention heads of {head_dim} channels; the kernels take {widest}; use --device cpu"))

@@ -6,6 +6,7 @@
 //! keys, stretches of pixels) is a function of one image's shape. So an image is the same bits alone or among others.
 
 mod attention;
+mod attention_gradient;
 pub mod compiled;
 mod conv;
 mod device;

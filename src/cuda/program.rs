@@ -2,7 +2,7 @@
 
 use super::device::{Launch, Limits};
 use super::weights::Weights;
-use super::{attention, conv, elementwise, norm};
+use super::{attention, attention_gradient, conv, elementwise, norm};
 use crate::graph::{Graph, Node, Op, Shape, TensorId, WeightId};
 use crate::plan::Plan;
 use crate::{Error, Result};
@@ -157,6 +157,9 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
         Op::Add { a, b } => launches.push(elementwise::add(a, b, out, site)),
         Op::ResizeGradient { d } => launches.push(elementwise::resize_gradient(d, out, site)),
         Op::Attention(ref of) => launches.push(attention::attention(of, out, site)?),
+        Op::AttentionGradient { ref of, fused, d } => {
+            attention_gradient::attention_gradient(of, fused, d, out, site, launches)?;
+        }
         _ => {
             return Err(Error::Device(format!("{}: this operation runs on the CPU only; use --device cpu", node.name)));
         }
@@ -169,6 +172,7 @@ pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
     match node.op {
         Op::Conv(ref op) => conv::workspace(graph, op, node.output, limits),
         Op::GroupNorm(ref norm) => norm::workspace(graph, norm),
+        Op::AttentionGradient { ref of, fused, .. } => attention_gradient::workspace(graph, of, fused),
         Op::GroupNormGradient { ref of, .. } => 2 * norm::workspace(graph, of),
         _ => 0,
     }

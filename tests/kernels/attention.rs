@@ -5,20 +5,20 @@ use respodiff::graph::View;
 
 /// One attention over fp16 tensors of given channels, each view from an offset.
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    images: usize,
+pub struct Case {
+    pub images: usize,
     /// Height and width of the queries.
-    queries: (usize, usize),
-    keys: usize,
-    heads: usize,
-    head_dim: usize,
-    causal: bool,
-    from: From,
+    pub queries: (usize, usize),
+    pub keys: usize,
+    pub heads: usize,
+    pub head_dim: usize,
+    pub causal: bool,
+    pub from: From,
 }
 
 /// Where queries, keys and values are.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum From {
+pub enum From {
     /// In one tensor, and as many keys as queries.
     Fused,
     /// Keys and values in one of the text's.
@@ -28,7 +28,7 @@ enum From {
 }
 
 impl Case {
-    fn shapes(&self) -> Vec<Shape> {
+    pub fn shapes(&self) -> Vec<Shape> {
         let Case { images, queries: (h, w), keys, heads, head_dim, .. } = *self;
         let c = heads * head_dim;
         match self.from {
@@ -41,7 +41,7 @@ impl Case {
     }
 
     /// The view of which tensor, from which channel: queries, keys, values.
-    fn views(&self) -> [(usize, usize); 3] {
+    pub fn views(&self) -> [(usize, usize); 3] {
         let c = self.heads * self.head_dim;
         match self.from {
             From::Fused => [(0, 0), (0, c), (0, 2 * c)],
@@ -50,11 +50,11 @@ impl Case {
         }
     }
 
-    fn keys(&self) -> usize {
+    pub fn keys(&self) -> usize {
         if self.from == From::Fused { self.queries.0 * self.queries.1 } else { self.keys }
     }
 
-    fn build(&self, g: &mut GraphBuilder, x: &[TensorId]) -> TensorId {
+    pub fn build(&self, g: &mut GraphBuilder, x: &[TensorId]) -> TensorId {
         let [q, k, v] = self.views().map(|(tensor, offset)| View { tensor: x[tensor], offset });
         g.attention("attention", (q, k, v), self.heads, self.head_dim, self.causal)
     }
@@ -93,7 +93,7 @@ impl Case {
     }
 
     /// Inputs in -1..1, the queries times `size`.
-    fn inputs(&self, size: f64) -> Vec<Numbers> {
+    pub fn inputs(&self, size: f64) -> Vec<Numbers> {
         let mut inputs: Vec<Numbers> =
             self.shapes().iter().enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64)).collect();
         let (offset, c, width) = (self.views()[0].1, self.heads * self.head_dim, self.shapes()[0].c);
@@ -114,7 +114,7 @@ impl Case {
     }
 }
 
-const CASE: Case =
+pub const CASE: Case =
     Case { images: 1, queries: (5, 7), keys: 77, heads: 1, head_dim: 40, causal: false, from: From::Text };
 
 #[test]

@@ -7,6 +7,7 @@
 mod support;
 
 mod attention;
+mod attention_gradient;
 mod conformance;
 mod conv;
 mod elementwise;
