@@ -17,7 +17,7 @@ mod sources;
 
 use half::f16;
 use respodiff::cuda::{Device, Emulated, Executor, Limits, Weights};
-use respodiff::graph::{Graph, GraphBuilder, Shape, TensorId, WeightKind};
+use respodiff::graph::{Graph, GraphBuilder, Keep, Shape, TensorId, WeightKind};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
 use respodiff_emulated_kernels::Schedule;
@@ -127,7 +127,7 @@ pub fn check_gradient(
     build: impl FnOnce(&mut GraphBuilder, &[TensorId]) -> TensorId,
     plain: impl Fn(&Given, Round) -> Numbers,
 ) -> Vec<f32> {
-    let graph = graph_of(shapes, build).with_gradient("out", "input0");
+    let graph = graph_of(shapes, build).with_gradient("out", "input0", Keep::All);
     compare(Limits::A100, &format!("gradient of {label}"), &graph, inputs, true, plain)
 }
 
