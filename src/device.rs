@@ -46,9 +46,23 @@ impl Device {
     /// # Errors
     /// What the files have wrong, or [`Error::Device`] when device memory is short.
     pub fn weights(&self, specs: &[WeightSpec], tensors: &Tensors) -> Result<Weights> {
+        self.weights_beside(specs, tensors, &[])
+    }
+
+    /// The same, taking what `others` of the same checkpoint hold in the same form from them.
+    ///
+    /// # Errors
+    /// As [`Device::weights`].
+    pub fn weights_beside(&self, specs: &[WeightSpec], tensors: &Tensors, others: &[&Weights]) -> Result<Weights> {
         Ok(match self {
-            Device::Cpu => Weights::Cpu(cpu::Weights::load(specs, tensors)?),
-            Device::Cuda(device) => Weights::Cuda(cuda::Weights::load(device, specs, tensors)?),
+            Device::Cpu => {
+                let others: Vec<_> = others.iter().filter_map(|other| other.on_cpu()).collect();
+                Weights::Cpu(cpu::Weights::load_beside(specs, tensors, &others)?)
+            }
+            Device::Cuda(device) => {
+                let others: Vec<_> = others.iter().filter_map(|other| other.on_cuda()).collect();
+                Weights::Cuda(cuda::Weights::load_beside(device, specs, tensors, &others)?)
+            }
         })
     }
 
@@ -85,6 +99,28 @@ impl Weights {
             Weights::Cuda(weights) => weights.bytes(),
         }
     }
+
+    /// Bytes that `specs` would take beside these.
+    pub fn missing(&self, specs: &[WeightSpec]) -> usize {
+        match self {
+            Weights::Cpu(weights) => weights.missing(specs),
+            Weights::Cuda(weights) => weights.missing(specs),
+        }
+    }
+
+    fn on_cpu(&self) -> Option<&cpu::Weights> {
+        match self {
+            Weights::Cpu(weights) => Some(weights),
+            Weights::Cuda(_) => None,
+        }
+    }
+
+    fn on_cuda(&self) -> Option<&cuda::Weights> {
+        match self {
+            Weights::Cpu(_) => None,
+            Weights::Cuda(weights) => Some(weights),
+        }
+    }
 }
 
 /// A plan with its memory and weights: writes inputs, runs, reads outputs; numbers are NHWC.
@@ -118,6 +154,24 @@ impl Executor {
                 Ok(())
             }
             Executor::Cuda(executor) => executor.write(name, values),
+        }
+    }
+
+    /// Writes the named input with an output of the last run of another executor on the same device.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the driver's word.
+    ///
+    /// # Panics
+    /// If one graph has no such input, or the other no such output of its length.
+    pub fn copy(&mut self, input: &str, from: &Executor, output: &str) -> Result<()> {
+        match (self, from) {
+            (Executor::Cuda(to), Executor::Cuda(from)) => to.copy(input, from, output),
+            (Executor::Cpu(to), Executor::Cpu(from)) => {
+                to.input_mut(input).copy_from_slice(from.output(output));
+                Ok(())
+            }
+            (to, from) => to.write(input, &from.read(output)?),
         }
     }
 
@@ -160,6 +214,20 @@ impl Executor {
                 Ok(())
             }
             Executor::Cuda(executor) => executor.step(),
+        }
+    }
+
+    /// Runs the reverse half, from the last step's activations and the seed in the input `d.<output>`.
+    ///
+    /// # Errors
+    /// As for [`Executor::prologue`].
+    pub fn backward(&mut self) -> Result<()> {
+        match self {
+            Executor::Cpu(executor) => {
+                executor.backward();
+                Ok(())
+            }
+            Executor::Cuda(executor) => executor.backward(),
         }
     }
 

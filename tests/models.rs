@@ -39,17 +39,6 @@ impl Place {
     }
 }
 
-/// PyTorch's median and worst error in fp16, which `tests/golden/half.py` recorded.
-fn half_errors(case: &Case, output: &str) -> (f64, f64) {
-    let text = std::fs::read_to_string(support::golden().join("cases/half.json")).expect("half.json");
-    let errors: serde_json::Value = serde_json::from_str(&text).expect("half.json");
-    let error = |which| {
-        let value = errors[&case.name][output][which].as_f64();
-        value.unwrap_or_else(|| panic!("half.json has no {} {output} {which}", case.name))
-    };
-    (error("median"), error("worst"))
-}
-
 /// Holds every error to its limit, and at the end those of the kernels to what PyTorch's are on the whole.
 #[derive(Default)]
 struct Verdict {
@@ -63,7 +52,7 @@ impl Verdict {
 
     fn check_error(&mut self, place: &Place, case: &Case, output: &str, error: f64) {
         let limit = if place.is_half() {
-            let (median, worst) = half_errors(case, output);
+            let (median, worst) = support::half_errors(case, output);
             self.logarithms.push((error / median).ln());
             HALF_TOLERANCE.min(2.0 * worst)
         } else {

@@ -61,7 +61,7 @@ pub(super) struct Args {
     /// Weight of L_sem
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     lambda: f64,
-    /// Where to compute; gradients are the CPU's
+    /// Where to compute
     #[arg(long, value_enum, default_value_t = Place::Cpu)]
     device: Place,
 }
@@ -216,23 +216,23 @@ fn grad(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let states = file.get("neutral_embeds", &[Some(1), None, Some(config.cross_attention_dim)])?;
     let wanted = [Some(n), Some(config.out_channels), Some(h), Some(w)];
     let sizes = (n, h, w, states.shape[1]);
-    let mut halves = Halves::new(&config, &source.tensors("unet")?, &[], sizes, Some(Keep::All))?;
+    let mut halves = Halves::new(&args.device.open()?, &config, &source.tensors("unet")?, &[], sizes, Some(Keep::All))?;
     let extra = |name: &str, width: Option<usize>| -> Result<Vec<f32>> {
         width.map_or(Ok(vec![]), |width| Ok(file.get(name, &[Some(n), Some(width)])?.floats()))
     };
     let embeds = extra("text_embeds", config.text_time.as_ref().map(|t| t.text_embed_dim))?;
     let ids = extra("time_ids", config.text_time.as_ref().map(|_| 6))?;
     let states = states.floats().repeat(n);
-    halves.condition(&[("encoder_hidden_states", &states), ("text_embeds", &embeds), ("time_ids", &ids)]);
+    halves.condition(&[("encoder_hidden_states", &states), ("text_embeds", &embeds), ("time_ids", &ids)])?;
     let target = nhwc(&file.get("target", &wanted)?.floats(), config.out_channels, h * w);
     let timestep = file.get("timestep", &[Some(1)])?.floats()[0];
     let shape = Shape { n: 1, ..halves.mid_shape() };
     let (ram, sam) = (constant(file, "ram", shape)?, constant(file, "sam", shape)?);
-    halves.descend(&nhwc(&latents.floats(), config.in_channels, h * w), timestep);
+    halves.descend(&nhwc(&latents.floats(), config.in_channels, h * w), timestep)?;
     let mut objective = Objective::new(&mut halves);
-    let resp = objective.match_score(&[&ram], &target, 1.0);
-    let neutral = objective.predict(&[]);
-    let sem = objective.match_score(&[&ram, &sam], &neutral, args.lambda);
+    let resp = objective.match_score(&[&ram], &target, 1.0)?;
+    let neutral = objective.predict(&[])?;
+    let sem = objective.match_score(&[&ram, &sam], &neutral, args.lambda)?;
     let gradient = |module: &Module, by_shift: &[f32]| {
         let mut nchw = vec![0.0; shape.len()];
         nhwc_to_nchw(&module.gradient(objective.mid(), by_shift), shape.c, shape.tokens(), &mut nchw);

@@ -1,9 +1,9 @@
 //! `respodiff train`.
 
-use super::{check_writable, interrupt_flag, progress_bar, say, warn};
+use super::{Place, check_writable, interrupt_flag, progress_bar, say, warn};
 use crate::engine::{Engine, Request, SessionOptions};
 use crate::image::Image;
-use crate::respodiff::{Kind, Recipe, Task, Trainer, Variant, loss_plot, sheet};
+use crate::respodiff::{Form, Kind, Recipe, Task, Trainer, Variant, loss_plot, sheet};
 use crate::weights::Source;
 use crate::{Device, Error, Result};
 use std::ops::ControlFlow;
@@ -66,6 +66,9 @@ pub(super) struct Args {
     /// Pictures in each row of the sheet that shows the concept at the end; 0 for no sheet
     #[arg(long, default_value_t = 8)]
     sheet: usize,
+    /// Where to compute
+    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    device: Place,
     /// Go on from OUT's .checkpoint, if there is one
     #[arg(long)]
     resume: bool,
@@ -112,7 +115,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
 
     let source = Source::resolve(args.model.as_deref(), true)?;
-    let engine = Engine::open(&source, &Device::Cpu)?;
+    let device = args.device.open()?;
+    let engine = Engine::open(&source, &device)?;
     let (width, height) = engine.default_size();
     let size = (args.width.unwrap_or(width), args.height.unwrap_or(height));
     let mut trainer = Trainer::new(&engine, task.clone(), recipe.clone(), args.seed, size)?;
@@ -153,7 +157,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     drop(trainer);
-    let engine = Engine::open(&source, &Device::Cpu)?;
+    // Sampling with networks for concepts is the CPU's.
+    let device = if concept.ram.form() == Form::Constant { device } else { Device::Cpu };
+    let engine = Engine::open(&source, &device)?;
     let options = SessionOptions { width: size.0, height: size.1, batch: 1, guided: true, concepts: true };
     let mut session = engine.session(options)?;
     let concept = Arc::new(concept);

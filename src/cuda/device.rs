@@ -104,6 +104,15 @@ pub trait Device: Send + Sync {
     /// [`crate::Error::Device`] with the driver's word, also about work given before.
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
 
+    /// Copies on the device.
+    ///
+    /// # Safety
+    /// The memory at both addresses is as long, belongs to the caller and does not overlap.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word.
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()>;
+
     /// The `CUtensorMap` of a tensor, for a kernel's structure, where it is aligned to 64 bytes. What lies outside the
     /// tensor is loaded as zero.
     ///

@@ -57,6 +57,12 @@ impl Device for Emulated {
         Ok(())
     }
 
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    }
+
     fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]> {
         let TensorTiles { address, sizes, strides, tile, swizzle } = *tiles;
         let map = TensorMap::tiled(address, size_of::<half::f16>() as u32, sizes, strides, tile, swizzle);

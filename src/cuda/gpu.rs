@@ -339,6 +339,12 @@ impl Device for Gpu {
         self.wait("work before a download")
     }
 
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the caller's promise.
+        check("a copy", unsafe { cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
+    }
+
     fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]> {
         use {CUtensorMapDataType::*, CUtensorMapFloatOOBfill::*, CUtensorMapInterleave::*, CUtensorMapL2promotion::*};
         let TensorTiles { address, sizes, strides, tile, swizzle } = *tiles;

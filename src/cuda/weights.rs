@@ -5,6 +5,7 @@ use crate::Result;
 use crate::graph::{WeightId, WeightKind, WeightSpec};
 use crate::weights::Tensors;
 use half::f16;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 /// Input channels of a matrix are filled up with zeros to a multiple of this: 16 bytes, what one thread copies.
@@ -12,10 +13,13 @@ pub(super) const CHUNK: usize = 8;
 /// Weights begin at multiples of this many bytes.
 const ALIGN: usize = 256;
 
-/// A network's weights in one piece of device memory, shared by every plan of the network at whatever size.
+/// A network's weights in device memory, shared by every plan of the network at whatever size.
 pub struct Weights {
-    buffer: Buffer,
-    offsets: Vec<usize>,
+    /// What was loaded for this network, in one piece.
+    own: Arc<Buffer>,
+    /// Where each weight begins: there, or among another network's.
+    places: Vec<(Arc<Buffer>, usize)>,
+    by_spec: HashMap<WeightSpec, usize>,
 }
 
 impl Weights {
@@ -24,27 +28,55 @@ impl Weights {
     /// # Errors
     /// What [`Tensors::read_weight`] finds, or [`crate::Error::Device`] when memory is short.
     pub fn load(device: &Arc<dyn Device>, specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
-        let mut offsets = Vec::with_capacity(specs.len());
-        let mut total = 0;
-        for spec in specs {
-            offsets.push(total);
-            total += packed_bytes(spec).next_multiple_of(ALIGN);
-        }
-        let buffer = Buffer::new(device, total)?;
-        for (spec, &offset) in specs.iter().zip(&offsets) {
-            buffer.write(offset, &pack(spec, &tensors.read_weight(spec)?))?;
-        }
-        Ok(Arc::new(Weights { buffer, offsets }))
+        Self::load_beside(device, specs, tensors, &[])
     }
 
-    /// Bytes of device memory.
+    /// The same, taking what `others` of the same checkpoint hold on the device in the same form from them.
+    ///
+    /// # Errors
+    /// As [`Weights::load`].
+    pub fn load_beside(
+        device: &Arc<dyn Device>,
+        specs: &[WeightSpec],
+        tensors: &Tensors,
+        others: &[&Weights],
+    ) -> Result<Arc<Self>> {
+        let find = |spec| others.iter().find_map(|other| Some(other.places[*other.by_spec.get(spec)?].clone()));
+        let found: Vec<Option<(Arc<Buffer>, usize)>> = specs.iter().map(find).collect();
+        let lacking = |(_, found): &(&WeightSpec, &Option<_>)| found.is_none();
+        let total = specs.iter().zip(&found).filter(lacking).map(|(spec, _)| padded_bytes(spec)).sum();
+        let own = Arc::new(Buffer::new(device, total)?);
+        let mut end = 0;
+        let mut load = |spec: &WeightSpec| {
+            let offset = end;
+            own.write(offset, &pack(spec, &tensors.read_weight(spec)?))?;
+            end += padded_bytes(spec);
+            Ok((own.clone(), offset))
+        };
+        let places = specs.iter().zip(found).map(|(spec, found)| found.map_or_else(|| load(spec), Ok));
+        let places = places.collect::<Result<_>>()?;
+        let by_spec = specs.iter().enumerate().map(|(place, spec)| (spec.clone(), place)).collect();
+        Ok(Arc::new(Weights { own, places, by_spec }))
+    }
+
+    /// Bytes of device memory, but for what others hold.
     pub fn bytes(&self) -> usize {
-        self.buffer.len()
+        self.own.len()
+    }
+
+    /// Bytes that `specs` would take beside these.
+    pub fn missing(&self, specs: &[WeightSpec]) -> usize {
+        specs.iter().filter(|spec| !self.by_spec.contains_key(spec)).map(padded_bytes).sum()
     }
 
     pub(super) fn address(&self, id: WeightId) -> u64 {
-        self.buffer.address() + self.offsets[id.0] as u64
+        let (buffer, offset) = &self.places[id.0];
+        buffer.address() + *offset as u64
     }
+}
+
+fn padded_bytes(spec: &WeightSpec) -> usize {
+    packed_bytes(spec).next_multiple_of(ALIGN)
 }
 
 fn packed_bytes(spec: &WeightSpec) -> usize {

@@ -8,7 +8,6 @@ mod text;
 pub use session::Session;
 pub(crate) use text::Conditioning;
 
-use crate::cpu;
 use crate::device::{Device, Weights};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
@@ -228,12 +227,14 @@ impl Engine {
         Shape::new(1, halved(h), halved(w), levels.last().map_or(0, |level| level.channels))
     }
 
+    /// Where it runs.
+    pub(crate) fn device(&self) -> &Device {
+        &self.0.device
+    }
+
     /// The UNet and its weights, for training.
-    pub(crate) fn unet(&self) -> Result<(&UNetConfig, Tensors, &cpu::Weights)> {
-        match &self.0.unet.weights {
-            Weights::Cpu(weights) => Ok((&self.0.unet.config, self.0.source.tensors("unet")?, weights)),
-            Weights::Cuda(_) => Err(Error::Device("training runs on the CPU; open the checkpoint there".into())),
-        }
+    pub(crate) fn unet(&self) -> Result<(&UNetConfig, Tensors, &Weights)> {
+        Ok((&self.0.unet.config, self.0.source.tensors("unet")?, &self.0.unet.weights))
     }
 
     /// What prompts for pictures of `size` (width, height) come to for the UNet, a row for each; `None` is no prompt, as

@@ -1,14 +1,13 @@
-//! The UNet cut at the bottleneck, on the CPU: one pass down serves several passes up, and gradients flow up there.
+//! The UNet cut at the bottleneck: one pass down serves several passes up, and gradients flow up there.
 
 use super::Module;
 use crate::Result;
-use crate::cpu::{self, Executor, Weights};
+use crate::device::{Device, Executor, Weights};
 use crate::engine::UNET_CONSTANTS;
 use crate::graph::{Keep, Shape};
 use crate::models::{UNetConfig, unet_halves};
 use crate::plan::Plan;
 use crate::weights::Tensors;
-use std::sync::Arc;
 
 /// Both halves of a UNet for a number of rows. Everything is NHWC.
 pub struct Halves {
@@ -16,6 +15,8 @@ pub struct Halves {
     up: Executor,
     /// What the way down leaves to the way up: `time` and the skip connections.
     passed: Vec<String>,
+    /// The bottleneck of the last way down.
+    mid: Vec<f32>,
 }
 
 /// Rows, height and width of the latents, tokens of a prompt.
@@ -40,40 +41,43 @@ impl std::ops::Add for HalvesMemory {
 }
 
 impl Halves {
-    /// Plans and allocates, taking weights from `beside` where it holds them. With `gradient` the way up can be run
-    /// backwards, from what it says is kept.
+    /// Plans and allocates on a device, taking weights from `beside` where it holds them. With `gradient` the way up can be
+    /// run backwards, from what it says is kept.
     ///
     /// # Errors
-    /// What the weights have wrong.
+    /// What the weights have wrong, and [`crate::Error::Device`] when the device's memory is short.
     pub fn new(
+        device: &Device,
         config: &UNetConfig,
         tensors: &Tensors,
         beside: &[&Weights],
         sizes: Sizes,
         gradient: Option<Keep>,
     ) -> Result<Self> {
-        let [down, up] = plans(config, sizes, gradient);
+        let [down, up] = plans(device, config, sizes, gradient);
         let graph = down.graph();
         let passed = graph.outputs().filter(|&name| name != "mid").map(str::to_string).collect();
+        let mid = vec![0.0; graph.shape(graph.output("mid")).len()];
         let executor = |plan: Plan| -> Result<Executor> {
-            let weights = Weights::load_beside(plan.graph().weights(), tensors, beside)?;
-            Ok(Executor::new(Arc::new(plan), weights))
+            let weights = device.weights_beside(plan.graph().weights(), tensors, beside)?;
+            device.executor(plan, &weights)
         };
-        Ok(Halves { down: executor(down)?, up: executor(up)?, passed })
+        Ok(Halves { down: executor(down)?, up: executor(up)?, passed, mid })
     }
 
     /// What [`Halves::new`] would allocate beside a UNet's weights.
-    pub fn memory(config: &UNetConfig, beside: &Weights, sizes: Sizes, gradient: Option<Keep>) -> HalvesMemory {
+    pub fn memory(
+        device: &Device,
+        config: &UNetConfig,
+        beside: &Weights,
+        sizes: Sizes,
+        gradient: Option<Keep>,
+    ) -> HalvesMemory {
         let of = |plan: Plan| HalvesMemory {
             weights: beside.missing(plan.graph().weights()),
             activations: plan.arena_bytes(),
         };
-        plans(config, sizes, gradient).map(of).into_iter().fold(HalvesMemory::default(), |a, b| a + b)
-    }
-
-    /// The weights of both halves, for others to share.
-    pub fn weights(&self) -> [&Weights; 2] {
-        [self.down.weights(), self.up.weights()]
+        plans(device, config, sizes, gradient).map(of).into_iter().fold(HalvesMemory::default(), |a, b| a + b)
     }
 
     /// Shape of the bottleneck.
@@ -84,65 +88,88 @@ impl Halves {
 
     /// What the rows are conditioned on: `encoder_hidden_states`, and for SDXL `text_embeds` and `time_ids`.
     ///
+    /// # Errors
+    /// [`crate::Error::Device`], as of all that follow: the driver's word, or the emulator's.
+    ///
     /// # Panics
     /// If an input is missing or of another length.
-    pub fn condition(&mut self, inputs: &[(&str, &[f32])]) {
+    pub fn condition(&mut self, inputs: &[(&str, &[f32])]) -> Result<()> {
         for half in [&mut self.down, &mut self.up] {
             for name in
                 UNET_CONSTANTS.iter().filter(|name| half.plan().graph().find_input(name).is_some()).collect::<Vec<_>>()
             {
                 let values = inputs.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no `{name}`")).1;
-                half.input_mut(name).copy_from_slice(values);
+                half.write(name, values)?;
             }
-            half.prologue();
+            half.prologue()?;
         }
+        Ok(())
     }
 
     /// The way down for latents `[rows, h, w, c]`; the result is the bottleneck [`Halves::mid`].
-    pub fn descend(&mut self, latents: &[f32], timestep: f32) {
-        self.down.input_mut("sample").copy_from_slice(latents);
-        self.down.input_mut("timestep").fill(timestep);
-        self.down.step();
+    ///
+    /// # Errors
+    /// As of [`Halves::condition`].
+    pub fn descend(&mut self, latents: &[f32], timestep: f32) -> Result<()> {
+        self.down.write("sample", latents)?;
+        self.down.write("timestep", &vec![timestep; self.mid_shape().n])?;
+        self.down.step()?;
         for name in &self.passed {
-            self.up.input_mut(name).copy_from_slice(self.down.output(name));
+            self.up.copy(name, &self.down, name)?;
         }
+        self.mid = self.down.read("mid")?;
+        Ok(())
     }
 
     /// The bottleneck of the last way down.
     pub fn mid(&self) -> &[f32] {
-        self.down.output("mid")
+        &self.mid
     }
 
     /// The way up, the prediction, from the bottleneck of the last way down, to whose rows from `first` on `modules`
     /// add.
-    pub fn ascend(&mut self, modules: &[&Module], first: usize) -> &[f32] {
-        let mid = self.down.output("mid");
-        let start = self.up.input_mut("mid");
-        start.copy_from_slice(mid);
+    ///
+    /// # Errors
+    /// As of [`Halves::condition`].
+    pub fn ascend(&mut self, modules: &[&Module], first: usize) -> Result<Vec<f32>> {
+        let mut start = self.mid.clone();
         for module in modules {
             let one = module.shape().len();
-            for (mid, start) in mid.chunks_exact(one).zip(start.chunks_exact_mut(one)).skip(first) {
+            for (mid, start) in self.mid.chunks_exact(one).zip(start.chunks_exact_mut(one)).skip(first) {
                 module.add_to(mid, 1.0, start);
             }
         }
-        self.up.step();
-        self.up.output("sample")
+        self.up.write("mid", &start)?;
+        self.up.step()?;
+        self.up.read("sample")
     }
 
     /// The gradient of `sum(seed * prediction)` by the bottleneck the last way up started from.
-    pub fn gradient(&mut self, seed: &[f32]) -> &[f32] {
-        self.up.input_mut("d.sample").copy_from_slice(seed);
-        self.up.backward();
-        self.up.output("d.mid")
+    ///
+    /// Gradients are linear in the seed. Of a mean over all pixels it is smaller than fp16 can hold, so it goes there times the
+    /// power of two that makes its largest number about 1, and the result is divided by that in fp32: exactly, and on the
+    /// CPU without a trace.
+    ///
+    /// # Errors
+    /// As of [`Halves::condition`].
+    pub fn gradient(&mut self, seed: &[f32]) -> Result<Vec<f32>> {
+        let largest = seed.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        // Where there is no such number, the seed is not scaled.
+        let scale = Some(largest.log2().floor()).filter(|e| e.abs() < 120.0).map_or(1.0, |e| (-e).exp2());
+        self.up.write("d.sample", &seed.iter().map(|x| x * scale).collect::<Vec<_>>())?;
+        self.up.backward()?;
+        let mut gradient = self.up.read("d.mid")?;
+        gradient.iter_mut().for_each(|x| *x /= scale);
+        Ok(gradient)
     }
 }
 
 /// The way down and the way up.
-fn plans(config: &UNetConfig, (rows, h, w, tokens): Sizes, gradient: Option<Keep>) -> [Plan; 2] {
+fn plans(device: &Device, config: &UNetConfig, (rows, h, w, tokens): Sizes, gradient: Option<Keep>) -> [Plan; 2] {
     let (down, up) = unet_halves(config, rows, h, w, tokens);
     let up = match gradient {
         Some(keep) => up.with_gradient("sample", "mid", keep),
         None => up,
     };
-    [down, up].map(|graph| Plan::new(graph, UNET_CONSTANTS, &cpu::Fp32))
+    [down, up].map(|graph| device.plan(graph, UNET_CONSTANTS))
 }

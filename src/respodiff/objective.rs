@@ -1,6 +1,7 @@
 //! The two losses of RespoDiff and their gradients (arXiv 2509.15257, section 3).
 
 use super::{Halves, Module};
+use crate::Result;
 
 /// Latents at a timestep, already passed down with the neutral prompt. All numbers are NHWC.
 pub struct Objective<'a>(&'a mut Halves);
@@ -25,21 +26,27 @@ impl<'a> Objective<'a> {
     }
 
     /// The prediction from the bottleneck with what `modules` add.
-    pub fn predict(&mut self, modules: &[&Module]) -> Vec<f32> {
-        self.0.ascend(modules, 0).to_vec()
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`]: the driver's word, or the emulator's.
+    pub fn predict(&mut self, modules: &[&Module]) -> Result<Vec<f32>> {
+        self.0.ascend(modules, 0)
     }
 
     /// `mean((g(h + sum of modules) - target)^2)`, and the gradient of `weight` times it.
     ///
     /// `L_resp` is this with RAM alone and the responsible target; `L_sem` with RAM and SAM, lambda as the weight, and
     /// the neutral prediction ([`Objective::predict`] of no modules) as the target.
-    pub fn match_score(&mut self, modules: &[&Module], target: &[f32], weight: f64) -> Slope {
-        let prediction = self.predict(modules);
+    ///
+    /// # Errors
+    /// As of [`Objective::predict`].
+    pub fn match_score(&mut self, modules: &[&Module], target: &[f32], weight: f64) -> Result<Slope> {
+        let prediction = self.predict(modules)?;
         let n = prediction.len() as f64;
         let loss = prediction.iter().zip(target).map(|(p, t)| (*p as f64 - *t as f64).powi(2)).sum::<f64>() / n;
         let seed: Vec<f32> =
             prediction.iter().zip(target).map(|(p, t)| (2.0 * weight / n * (*p as f64 - *t as f64)) as f32).collect();
-        Slope { loss, by_shift: self.0.gradient(&seed).to_vec() }
+        Ok(Slope { loss, by_shift: self.0.gradient(&seed)? })
     }
 }
 

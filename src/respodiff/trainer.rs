@@ -139,12 +139,13 @@ impl Trainer {
         };
         let prompts = [None, Some(task.neutral.as_str()), base, Some(toward)];
         let conditioning = engine.condition(&prompts, (width, height))?;
+        let device = engine.device();
         let (config, tensors, weights) = engine.unet()?;
         let tokens = engine.tokens();
         let (pair, single) = ((2 * batch, h, w, tokens), (batch, h, w, tokens));
         let memory = |keep| {
-            let halves =
-                Halves::memory(config, weights, pair, None) + Halves::memory(config, weights, single, Some(keep));
+            let halves = Halves::memory(device, config, weights, pair, None)
+                + Halves::memory(device, config, weights, single, Some(keep));
             TrainingMemory { model: weights.bytes(), halves, keep }
         };
         // A forward pass more an iteration only where memory is short.
@@ -154,9 +155,9 @@ impl Trainer {
         });
         engine
             .afford(memory.halves.weights + memory.halves.activations, "training; take a smaller picture or batch")?;
-        let guided = Halves::new(config, &tensors, &[weights], pair, None)?;
-        let mut neutral = Halves::new(config, &tensors, &[weights], single, Some(memory.keep))?;
-        neutral.condition(&conditioning.pick(&[1], batch).inputs());
+        let guided = Halves::new(device, config, &tensors, &[weights], pair, None)?;
+        let mut neutral = Halves::new(device, config, &tensors, &[weights], single, Some(memory.keep))?;
+        neutral.condition(&conditioning.pick(&[1], batch).inputs())?;
 
         let shape = engine.bottleneck(options);
         let form = match recipe.variant {
@@ -241,51 +242,24 @@ impl Trainer {
     pub fn iterate(&mut self) -> Result<Losses> {
         let start = Instant::now();
         if self.rollout.levels.is_empty() {
-            self.begin_rollout();
+            self.begin_rollout()?;
         }
         let level = self.rollout.levels.pop_front().unwrap_or_default();
         while self.rollout.step < level {
-            self.roll();
+            self.roll()?;
             self.times.rollout_steps += 1;
         }
         let timestep = self.schedule.steps[level].timestep + self.recipe.timestep_offset;
         let rolled = Instant::now();
-        let target = self.target(timestep);
+        let target = self.target(timestep)?;
         let aimed = Instant::now();
 
         let before = self.state.clone();
-        let recipe = &self.recipe;
-        let State { ram, sam, adam, .. } = &mut self.state;
-        self.neutral.descend(&self.rollout.latents, timestep);
-        let mut objective = Objective::new(&mut self.neutral);
-        let resp = objective.match_score(&[ram], &target, 1.0);
-        let mut gradient = ram.gradient(objective.mid(), &resp.by_shift);
-        let mut losses = Losses { resp: resp.loss, sem: 0.0 };
-        let stepped = Instant::now();
-        // Shared: one tensor, moved by both losses at once.
-        if recipe.variant == Variant::Shared {
-            let neutral = objective.predict(&[]);
-            let sem = objective.match_score(&[ram], &neutral, recipe.lambda);
-            let other = ram.gradient(objective.mid(), &sem.by_shift);
-            gradient.iter_mut().zip(other).for_each(|(g, o)| *g += o);
-            losses.sem = sem.loss;
-        }
-        adam[0].step(&mut ram.parameters, &gradient, recipe.lr_ram);
-        if let Some(sam) = sam {
-            let neutral = objective.predict(&[]);
-            let sem = objective.match_score(&[ram, sam], &neutral, recipe.lambda);
-            let gradient = sam.gradient(objective.mid(), &sem.by_shift);
-            adam[1].step(&mut sam.parameters, &gradient, recipe.lr_sam);
-            losses.sem = sem.loss;
-        }
-        let finite = |m: &Module| m.parameters.iter().all(|x| x.is_finite());
-        if !losses.resp.is_finite() || !losses.sem.is_finite() || !finite(ram) || !sam.as_ref().is_none_or(finite) {
-            let iteration = before.history.len() + 1;
+        let learnt = self.learn(&target, timestep);
+        if learnt.is_err() {
             self.state = before;
-            return Err(Error::NonFinite(format!(
-                "iteration {iteration} gave NaN or infinity; the modules before it are kept; lower the learning rates"
-            )));
         }
+        let (losses, stepped) = learnt?;
         self.state.history.push(losses);
         let end = Instant::now();
         self.times.rollout += rolled - start;
@@ -295,8 +269,44 @@ impl Trainer {
         Ok(losses)
     }
 
+    /// One step of the modules at the rollout's latents; and when `L_resp` was done.
+    fn learn(&mut self, target: &[f32], timestep: f32) -> Result<(Losses, Instant)> {
+        let recipe = &self.recipe;
+        let State { ram, sam, adam, history, .. } = &mut self.state;
+        self.neutral.descend(&self.rollout.latents, timestep)?;
+        let mut objective = Objective::new(&mut self.neutral);
+        let resp = objective.match_score(&[ram], target, 1.0)?;
+        let mut gradient = ram.gradient(objective.mid(), &resp.by_shift);
+        let mut losses = Losses { resp: resp.loss, sem: 0.0 };
+        let stepped = Instant::now();
+        // Shared: one tensor, moved by both losses at once.
+        if recipe.variant == Variant::Shared {
+            let neutral = objective.predict(&[])?;
+            let sem = objective.match_score(&[ram], &neutral, recipe.lambda)?;
+            let other = ram.gradient(objective.mid(), &sem.by_shift);
+            gradient.iter_mut().zip(other).for_each(|(g, o)| *g += o);
+            losses.sem = sem.loss;
+        }
+        adam[0].step(&mut ram.parameters, &gradient, recipe.lr_ram);
+        if let Some(sam) = sam {
+            let neutral = objective.predict(&[])?;
+            let sem = objective.match_score(&[ram, sam], &neutral, recipe.lambda)?;
+            let gradient = sam.gradient(objective.mid(), &sem.by_shift);
+            adam[1].step(&mut sam.parameters, &gradient, recipe.lr_sam);
+            losses.sem = sem.loss;
+        }
+        let finite = |m: &Module| m.parameters.iter().all(|x| x.is_finite());
+        if !losses.resp.is_finite() || !losses.sem.is_finite() || !finite(ram) || !sam.as_ref().is_none_or(finite) {
+            return Err(Error::NonFinite(format!(
+                "iteration {} gave NaN or infinity; the modules before it are kept; lower the learning rates",
+                history.len() + 1
+            )));
+        }
+        Ok((losses, stepped))
+    }
+
     /// New noise, and the noise levels that it will be trained at: `U{0..=rollout_steps - 2}` each.
-    fn begin_rollout(&mut self) {
+    fn begin_rollout(&mut self) -> Result<()> {
         let (channels, pixels) = self.size;
         let index = self.state.rollouts;
         let mut draws = Draws::new(self.seed, index);
@@ -315,11 +325,11 @@ impl Trainer {
         self.rollout.step = 0;
         self.rollout.sampler = SamplerState::new(self.rollout.latents.len());
         self.state.rollouts += 1;
-        self.guided.condition(&self.rolling.inputs());
+        self.guided.condition(&self.rolling.inputs())
     }
 
     /// One DDIM step under the neutral prompt, its conditional half shifted by the modules.
-    fn roll(&mut self) {
+    fn roll(&mut self) -> Result<()> {
         let step = &self.schedule.steps[self.rollout.step];
         let shifts = [Some(&self.state.ram), self.state.sam.as_ref()];
         let prediction = predict(
@@ -328,19 +338,20 @@ impl Trainer {
             step.timestep,
             self.recipe.rollout_guidance,
             &shifts.into_iter().flatten().collect::<Vec<_>>(),
-        );
+        )?;
         self.rollout.sampler.step(step, &prediction, &mut self.rollout.latents, &[]);
         self.rollout.step += 1;
+        Ok(())
     }
 
     /// What the responsible prediction is.
-    fn target(&mut self, timestep: f32) -> Vec<f32> {
-        self.guided.condition(&self.targeting.inputs());
-        let target = predict(&mut self.guided, &self.rollout.latents, timestep, self.recipe.target_guidance, &[]);
+    fn target(&mut self, timestep: f32) -> Result<Vec<f32>> {
+        self.guided.condition(&self.targeting.inputs())?;
+        let target = predict(&mut self.guided, &self.rollout.latents, timestep, self.recipe.target_guidance, &[])?;
         if !self.rollout.levels.is_empty() {
-            self.guided.condition(&self.rolling.inputs());
+            self.guided.condition(&self.rolling.inputs())?;
         }
-        target
+        Ok(target)
     }
 
     /// The concept as learnt so far.
@@ -391,11 +402,17 @@ impl Trainer {
 }
 
 /// The guided prediction of latents `[n, h, w, c]`: unconditional rows first, the conditional ones shifted by `modules`.
-fn predict(halves: &mut Halves, latents: &[f32], timestep: f32, guidance: f32, modules: &[&Module]) -> Vec<f32> {
-    halves.descend(&[latents, latents].concat(), timestep);
-    let out = halves.ascend(modules, halves.mid_shape().n / 2);
+fn predict(
+    halves: &mut Halves,
+    latents: &[f32],
+    timestep: f32,
+    guidance: f32,
+    modules: &[&Module],
+) -> Result<Vec<f32>> {
+    halves.descend(&[latents, latents].concat(), timestep)?;
+    let out = halves.ascend(modules, halves.mid_shape().n / 2)?;
     let (without, with) = out.split_at(out.len() / 2);
-    without.iter().zip(with).map(|(u, c)| u + guidance * (c - u)).collect()
+    Ok(without.iter().zip(with).map(|(u, c)| u + guidance * (c - u)).collect())
 }
 
 /// Random numbers that depend on a seed and a position alone, so that a resumed training draws what it would have

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 
 import calls
+import gradients
 from common import CASES, CHECKPOINTS, VARIANTS, randn
 
 NEARBY = 8
@@ -53,9 +54,29 @@ def vae(model, case):
     return {"image": model.decode(case["latents"]).sample, "mean": spread.mean, "logvar": spread.logvar}
 
 
+def gradient(model, case):
+    """Losses' gradients. The loss and its derivative are fp32's; that goes backwards at the size that fp16 holds best."""
+    inputs = {k: v for k, v in case.items() if not k.startswith("out.")}
+    dtype = model.dtype
+    cast = halved(inputs) if dtype == torch.float16 else inputs
+    batch = len(inputs["latents"])
+    results = {}
+    for name, weight in (("ram", 1.0), ("sam", gradients.LAMBDA)):
+        shift = inputs["ram"] if name == "ram" else inputs["ram"] + inputs["sam"]
+        rows = shift.repeat(batch, 1, 1, 1).requires_grad_()
+        out = gradients.predict(model, cast, rows.to(dtype))
+        with torch.no_grad():
+            target = inputs["target"] if name == "ram" else gradients.predict(model, cast).float()
+            seed = 2 * weight / out.numel() * (out.float() - target)
+            scale = 2.0 ** -seed.abs().max().log2().floor()
+        (by_rows,) = torch.autograd.grad(out, rows, (seed * scale).to(dtype))
+        results[f"grad_{name}"] = by_rows.float().sum(0) / scale
+    return results
+
+
 def moved(case, label):
     """The same call with its activations moved by a thousandth."""
-    numbers = ("sample", "encoder_hidden_states", "text_embeds", "latents", "image")
+    numbers = ("sample", "encoder_hidden_states", "text_embeds", "latents", "image", "neutral_embeds")
     return case | {k: case[k] + 1e-3 * randn(f"{label}/{k}", *case[k].shape) for k in numbers if k in case}
 
 
@@ -64,7 +85,6 @@ def halved(case):
     return {k: v.half() if v.is_floating_point() and k not in ("timestep", "time_ids") else v for k, v in case.items()}
 
 
-@torch.no_grad()
 def record(args):
     texts = {f"text_{checkpoint}_{part}": (kind, checkpoint, part) for checkpoint, part, kind in calls.TEXT_ENCODERS}
     parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
@@ -72,15 +92,17 @@ def record(args):
     for path in sorted(CASES.glob("*.safetensors")):
         name = path.stem
         if name in texts:
-            run, model = text, texts[name]
+            run, model = torch.no_grad()(text), texts[name]
         elif name.startswith(("unet_", "vae_")):
             family, checkpoint, _ = name.split("_")
-            run, model = {"unet": unet, "vae": vae}[family], (parts[family], checkpoint, family)
+            run, model = {"unet": torch.no_grad()(unet), "vae": torch.no_grad()(vae)}[family], (parts[family], checkpoint, family)
+        elif name.startswith("gradient_"):
+            run, model = gradient, (UNet2DConditionModel, name.split("_")[1], "unet")
         else:
             continue
         single, half = calls.load(*model), load(*model)
         case = read(path)
-        inputs = [case] + [moved(case, f"half/{name}/{i}") for i in range(NEARBY if run is not text else 0)]
+        inputs = [case] + [moved(case, f"half/{name}/{i}") for i in range(0 if name in texts else NEARBY)]
         pairs = [(run(half, halved(x)), run(single, x)) for x in inputs]
         errors[name] = {}
         for key in pairs[0][0]:

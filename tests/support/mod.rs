@@ -97,6 +97,17 @@ impl Case {
     }
 }
 
+/// PyTorch's median and worst error in fp16, which `tests/golden/half.py` recorded.
+pub fn half_errors(case: &Case, output: &str) -> (f64, f64) {
+    let text = std::fs::read_to_string(golden().join("cases/half.json")).expect("half.json");
+    let errors: serde_json::Value = serde_json::from_str(&text).expect("half.json");
+    let error = |which| {
+        let value = errors[&case.name][output][which].as_f64();
+        value.unwrap_or_else(|| panic!("half.json has no {} {output} {which}", case.name))
+    };
+    (error("median"), error("worst"))
+}
+
 /// Runs a graph; all its outputs, NHWC.
 pub fn run(
     device: &Device,
