@@ -4,7 +4,7 @@ mod support;
 
 use respodiff::Device;
 use respodiff::graph::{Keep, Shape};
-use respodiff::models::UNetConfig;
+use respodiff::models::{UNetConfig, unet, unet_halves};
 use respodiff::respodiff::{Adam, Form, Halves, Module, Objective};
 use respodiff::weights::{Source, Tensors};
 use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2};
@@ -81,7 +81,8 @@ fn gradients_of_both_losses() {
 
 /// In fp16. The way back through so many norms magnifies a rounding a thousandfold (see [`TOLERANCE`]), which from fp16's
 /// 5e-4 leaves a few hundredths: so it does of PyTorch's. A gradient is at most as far off as twice the worst of PyTorch's nine
-/// nearby calls; all together, as the geometric mean of shares of PyTorch's medians, no more than its own.
+/// nearby calls; all together, as the geometric mean of shares of PyTorch's medians, at most a quarter more. A loss is a square,
+/// so it is off by twice what is promised of a UNet call, 1e-2.
 #[cfg(feature = "emulated")]
 #[test]
 fn gradients_on_the_kernels() {
@@ -91,7 +92,7 @@ fn gradients_on_the_kernels() {
         for (name, ours) in ["resp", "sem"].into_iter().zip(losses) {
             let truth = case.floats(&format!("out.loss_{name}"))[0] as f64;
             println!("{:20} loss_{name} {:.1e}", case.name, ours / truth - 1.0);
-            assert!((ours - truth).abs() < 1e-2 * truth, "{}: loss_{name} {ours} for {truth}", case.name);
+            assert!((ours - truth).abs() < 2e-2 * truth, "{}: loss_{name} {ours} for {truth}", case.name);
         }
         for (name, ours) in ["ram", "sam"].into_iter().zip(gradients) {
             let error = relative_l2(&ours, &case.floats(&format!("out.grad_{name}")));
@@ -200,4 +201,27 @@ fn memory_plans_of_sdxl() {
     println!("{all:?}, {sums:?}");
     assert_eq!(all.weights, sums.weights);
     assert!(2 * sums.activations < all.activations, "{sums:?} of {all:?}");
+}
+
+/// Halves have all weights from the whole network, but for those that are read backwards or taken apart.
+#[test]
+fn halves_share_weights() {
+    let source = Source::folder(support::golden().join("checkpoints/sd1")).unwrap();
+    let config = config(&source);
+    let places = [
+        Device::Cpu,
+        #[cfg(feature = "emulated")]
+        support::kernels(),
+    ];
+    for device in places {
+        let whole = unet(&config, 1, 8, 8, 77, 0);
+        let weights = device.weights(whole.weights(), &source.tensors("unet").unwrap()).unwrap();
+        let added = |gradient| Halves::memory(&device, &config, &weights, (1, 8, 8, 77), gradient).weights;
+        assert_eq!(added(None), 0);
+        let both = added(Some(Keep::All));
+        assert!(0 < both && both < weights.bytes(), "{both} bytes beside {}", weights.bytes());
+        let halves = unet_halves(&config, 1, 8, 8, 77).1;
+        let again = device.weights_beside(halves.weights(), &source.tensors("unet").unwrap(), &[&weights]).unwrap();
+        assert!(matches!(device, Device::Cpu) || again.bytes() == 0);
+    }
 }

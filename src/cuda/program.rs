@@ -161,7 +161,7 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
             attention_gradient::attention_gradient(of, fused, d, out, site, launches)?;
         }
         _ => {
-            return Err(Error::Device(format!("{}: this operation runs on the CPU only; use --device cpu", node.name)));
+            return Err(Error::Device(format!("{}: this operation has no kernel; use --device cpu", node.name)));
         }
     }
     Ok(())
