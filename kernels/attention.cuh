@@ -81,8 +81,9 @@ PTX_FN uint32_t bits_of(__half2 pair) {
     return bits;
 }
 
-// Writes a warp's sums times its rows' factors: those of the first `rows` rows of the tile, by way of the tile at `offset`, of
-// which nobody but warps with the same rows and other columns may read or write this warp's. `part` counts these.
+// Writes a warp's sums times its rows' factors, of those rows that are among the block's first `rows`. On the way they pass
+// through shared memory at `offset`, where no other warp may still read the warp's rows. `part` is which of the warps that share
+// them, a part of the columns each, this one is.
 template <class T>
 PTX_FN void store_rows(const Sums<T>& sums, const float (&factors)[T::PIECES][2], int offset, int row, int part, __half* out,
                        int width, int rows, int head_dim) {

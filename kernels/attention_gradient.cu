@@ -19,10 +19,10 @@
 // others go 16 at a time: 77 keys cost 80.
 //
 // Memory: the four tensors once for a block's own rows; k and v twice for every 64 queries, q and dO once for every 64 keys, out
-// of L2 but for the first. Bound: mma.sync, 2 * WIDTH flops for each of five products by query and four by key, beside three
-// exp2 a pair of query and key. With 16 rows a warp ldmatrix brings 8 KiB for 64 x 16 x 16 multiply-adds, which is as long as
-// these take: half of the tensor cores' rate is what to expect. No sum is split and none is made by atomics: an image is the
-// same bits in every batch and run.
+// of L2 but for the first. A pair of query and key costs 2 * WIDTH flops of mma.sync for each of nine products, five by query
+// and four by key, and three exp2. Bound: shared memory. For 64 x 16 x 16 multiply-adds, 16 cycles of an A100's tensor cores,
+// ldmatrix brings a warp 2.5 KiB, which takes 20. No sum is split and none is made by atomics: an image is the same bits in
+// every batch and run.
 //
 // fp16: dS is stored as it is multiplied. By query, weights are relative to the greatest, and what divides them comes last. By
 // key they are whole and mostly about one over the number of keys, so P is carried times 2^8, with room for dS up to 256.

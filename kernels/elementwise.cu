@@ -69,13 +69,15 @@ template <int W> __device__ __forceinline__ void geglu_gradient(const ElementPar
     unpack(load_halves<W>(p.x + value), x);
     unpack(load_halves<W>(p.x + value + p.channels), gate);
     unpack(load_halves<W>(p.y + result), y);
+    __half* out = p.out + value;
+    // Unrolled, the compiler would cut both stores into words.
+#pragma unroll 1
+    for (int gates = 0; gates < 2; gates++, out += p.channels) {
+        float z[W];
 #pragma unroll
-    for (int j = 0; j < W; j++) {
-        x[j] *= y[j] * slope_of(gate[j], GELU);
-        y[j] *= gelu(gate[j]);
+        for (int j = 0; j < W; j++) z[j] = y[j] * (gates ? x[j] * slope_of(gate[j], GELU) : gelu(gate[j]));
+        store_halves(out, z);
     }
-    store_halves(p.out + value, y);
-    store_halves(p.out + value + p.channels, x);
 }
 
 // W divides the channels.

@@ -112,13 +112,16 @@ fn pack(spec: &WeightSpec, numbers: &[f32]) -> Vec<u8> {
             bytemuck::cast_slice(&packed).to_vec()
         }
         WeightKind::Mirrored { kernel, inputs, wanted } => {
+            // A cache line of the result at a time, so that both sides are read and written in stretches.
+            const LINE: usize = 32;
             let (taps, outputs) = (kernel * kernel, spec.total_outputs());
             let padded = outputs.next_multiple_of(CHUNK);
             let mut packed = vec![f16::ZERO; wanted * taps * padded];
-            for (input, out) in packed.chunks_exact_mut(taps * padded).enumerate() {
-                for (tap, out) in out.chunks_exact_mut(padded).enumerate() {
-                    let source = numbers[input * taps + taps - 1 - tap..].iter().step_by(inputs * taps);
-                    out.iter_mut().zip(source).for_each(|(o, &x)| *o = half(x));
+            for first in (0..outputs).step_by(LINE) {
+                for (row, out) in packed.chunks_exact_mut(padded).enumerate() {
+                    let (input, tap) = (row / taps, taps - 1 - row % taps);
+                    let source = numbers[(first * inputs + input) * taps + tap..].iter().step_by(inputs * taps);
+                    out[first..outputs.min(first + LINE)].iter_mut().zip(source).for_each(|(o, &x)| *o = half(x));
                 }
             }
             bytemuck::cast_slice(&packed).to_vec()

@@ -264,7 +264,7 @@ fn layer_norm_gradient() {
     }
 }
 
-/// The bits of an image must not depend on those beside it.
+/// The bits of an image must not depend on those beside it, nor those of a gradient.
 #[test]
 fn an_image_alone_and_in_a_batch() {
     for (h, w, c, groups) in [(5, 7, 320, 32), (29, 31, 80, 8), (31, 37, 12, 3)] {
@@ -275,24 +275,27 @@ fn an_image_alone_and_in_a_batch() {
             let y = g.group_norm("norm", x, groups, EPS, true, None);
             let y = g.layer_norm("layer", y, EPS);
             g.output("out", y);
-            let graph = g.finish();
+            let graph = g.finish().with_gradient("out", "x", Keep::All);
             let (folder, _) = weights(&graph);
             let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
             let (_, device) = devices(Limits::A100).remove(0);
             let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
             let plan = Arc::new(Plan::new(graph, &[], &device.limits()));
             let mut executor = Executor::new(&device, plan, weights).unwrap();
-            executor.write("x", &input.iter().map(|&x| x as f32).collect::<Vec<f32>>()).unwrap();
-            executor.step().unwrap();
-            executor.read("out").unwrap()
+            for name in ["x", "d.out"] {
+                executor.write(name, &input.iter().map(|&x| x as f32).collect::<Vec<f32>>()).unwrap();
+            }
+            executor.step().and_then(|()| executor.backward()).unwrap();
+            ["out", "d.x"].map(|name| executor.read(name).unwrap())
         };
         let one = h * w * c;
         let inputs = random(3 * one, 9);
         let batch = of(3, &inputs);
         for image in 0..3 {
-            let alone = of(1, &inputs[image * one..][..one]);
-            let same = alone.iter().zip(&batch[image * one..]).all(|(a, b)| a.to_bits() == b.to_bits());
-            assert!(same, "image {image} of {h}x{w}x{c}");
+            for (alone, batch) in of(1, &inputs[image * one..][..one]).iter().zip(&batch) {
+                let same = alone.iter().zip(&batch[image * one..]).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "image {image} of {h}x{w}x{c}");
+            }
         }
     }
 }

@@ -62,6 +62,7 @@ int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, Handle s) {
     return 0;
 }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, Handle s) { memcpy(to, (void*)from, n); return 0; }
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, Handle s) { memcpy((void*)to, (void*)from, n); return 0; }
 int cuStreamCreate(Handle* s, unsigned flags) { *s = take(sizeof(Stream)); return flags == 1 ? 0 : INVALID_VALUE; }
 int cuStreamDestroy_v2(Handle s) { return give(s); }
 int cuStreamSynchronize(Handle s) { return s && !((Stream*)s)->capturing ? 0 : INVALID_VALUE; }

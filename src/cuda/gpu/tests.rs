@@ -96,6 +96,11 @@ fn numbers_go_up_through_and_down() {
         assert!(refused.to_string().contains("launching `twice` (grid [0, 1, 1]"), "{refused}");
         unsafe { device.clone().record(&[twice(&buffer, 1)]).unwrap() }.replay().unwrap();
         assert_eq!(factor(), 128.0);
+        // A copy on the device of two numbers onto others.
+        unsafe { device.copy(buffer.address(), buffer.address() + 8, 8).unwrap() };
+        let mut back = [0.0f32; 3];
+        buffer.read(0, bytemuck::cast_slice_mut(&mut back)).unwrap();
+        assert_eq!(back, [256.0, 384.0, 256.0]);
     }
     drop(gpu);
     assert_eq!(live(), 0);
