@@ -74,6 +74,9 @@ pub trait Device: Send + Sync {
     /// What it offers.
     fn limits(&self) -> Limits;
 
+    /// Bytes of memory that are free, where that is known.
+    fn free_bytes(&self) -> Option<usize>;
+
     /// Takes memory.
     ///
     /// # Errors

@@ -34,6 +34,10 @@ impl Device for Emulated {
         self.limits
     }
 
+    fn free_bytes(&self) -> Option<usize> {
+        None
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64> {
         let memory = Memory::new(bytes);
         let address = memory.address();

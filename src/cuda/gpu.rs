@@ -283,23 +283,24 @@ impl Device for Gpu {
         self.card.limits
     }
 
+    fn free_bytes(&self) -> Option<usize> {
+        self.bind().ok()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: live locals.
+        check("asking for free memory", unsafe { cuMemGetInfo_v2(&mut free, &mut total) }).ok()?;
+        Some(free)
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64> {
         self.bind()?;
         let mut address = 0;
         // SAFETY: live locals. The driver refuses a size of nothing.
         let code = unsafe { cuMemAlloc_v2(&mut address, bytes.max(1)) };
         if code as u32 == 2 {
-            let (mut free, mut total) = (0, 0);
-            // SAFETY: live locals.
-            let known = unsafe { cuMemGetInfo_v2(&mut free, &mut total) } as u32 == 0;
             let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
-            let free = if known {
-                format!("{:.2} of {:.1} GiB are free", gib(free), gib(total))
-            } else {
-                "less is free".into()
-            };
+            let free = self.free_bytes().map_or("less is".into(), |free| format!("{:.2} GiB are", gib(free)));
             return Err(Error::Device(format!(
-                "{}: {:.2} GiB of memory are wanted where {free}; make a smaller picture or batch, or close other programs",
+                "{}: {:.2} GiB of memory are wanted where {free} free; make a smaller picture or batch, or close other programs",
                 self.card.name,
                 gib(bytes)
             )));

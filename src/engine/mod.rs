@@ -338,8 +338,7 @@ impl Engine {
     /// Plans and allocates everything for one size and batch.
     ///
     /// # Errors
-    /// [`Error::Usage`] for sizes that are not possible or do not fit into the machine's free memory,
-    /// [`Error::Device`] for what does not fit into the device's.
+    /// [`Error::Usage`] for sizes that are not possible or do not fit into the device's free memory.
     pub fn session(&self, options: SessionOptions) -> Result<Session> {
         let plans = self.plans(options)?;
         let SessionOptions { width, height, batch, .. } = options;
@@ -348,9 +347,12 @@ impl Engine {
         Session::new(self.clone(), options, plans)
     }
 
-    /// Free memory, where running out of it would bring down the machine: devices refuse by themselves.
+    /// Free memory of the device, where that is known.
     pub(crate) fn free_memory(&self) -> Option<usize> {
-        matches!(self.0.device, Device::Cpu).then(free_memory).flatten()
+        match &self.0.device {
+            Device::Cpu => free_memory(),
+            Device::Cuda(device) => device.free_bytes(),
+        }
     }
 
     /// Whether there are so many bytes for `what`, which ends with advice.
