@@ -62,6 +62,7 @@ def make(name, folder):
     DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False,
                   clip_sample=False, steps_offset=1, prediction_type=kind).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text("{}\n")
+    torch.set_default_dtype(torch.float32)
 
 
 def inputs(name, component):
