@@ -46,6 +46,7 @@ fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
     let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
     let engine = Engine::open(source, &respodiff::Device::Cpu).expect("a checkpoint");
     let mut trainer = Trainer::new(&engine, task, recipe, 1, engine.default_size()).expect("a training");
+    drop(engine);
     for _ in 0..2 * rollouts {
         trainer.iterate().expect("finite losses");
     }
