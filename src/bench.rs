@@ -2,9 +2,12 @@
 
 use crate::cuda::Element;
 use crate::engine::{UNET_CONSTANTS, read_config};
-use crate::graph::{Activation, ConvOptions, Graph, GraphBuilder, Node, Op, Shape, TensorId, WeightId, WeightKind};
-use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
+use crate::graph::{
+    Activation, Attention, ConvOptions, Graph, GraphBuilder, Keep, Node, Op, Shape, TensorId, WeightId, WeightKind,
+};
+use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, unet_halves, vae_decoder};
 use crate::weights::{Source, Tensors};
+use crate::device::Executor;
 use crate::{Device, Result};
 use serde::Serialize;
 use std::collections::HashMap;
@@ -63,13 +66,17 @@ const VAE: &[u8] = br#"{"_class_name": "AutoencoderKL", "block_out_channels": [1
 const SCHEDULER: &[u8] = br#"{"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "clip_sample": false, "set_alpha_to_one": false, "steps_offset": 1}"#;
 
+/// Where configurations say nothing: CLIP's tokens, and latents of 512x512 pixels.
+const DEFAULT_TOKENS: usize = 77;
+const DEFAULT_LATENT: (usize, usize) = (64, 64);
+
 /// A checkpoint's networks as a guided run of `batch` images uses them: both prompts' encoding, a UNet call, a decode.
 ///
 /// # Errors
 /// What a config has wrong.
 pub fn networks(source: &Source, batch: usize) -> Result<Vec<(&'static str, Graph)>> {
     let mut networks = Vec::new();
-    let (mut tokens, mut latent) = (77, (64, 64));
+    let (mut tokens, mut latent) = (DEFAULT_TOKENS, DEFAULT_LATENT);
     for encoder in ["text_encoder", "text_encoder_2"] {
         if source.has(&format!("{encoder}/config.json")) {
             let config = read_config(source, encoder, ClipConfig::parse)?;
@@ -87,6 +94,18 @@ pub fn networks(source: &Source, batch: usize) -> Result<Vec<(&'static str, Grap
         networks.push(("vae", vae_decoder(&config, 1, latent.0, latent.1)));
     }
     Ok(networks)
+}
+
+/// What a checkpoint's training repeats for every loss, on `batch` images: the UNet's way up from the bottleneck, and the
+/// gradient back to it.
+///
+/// # Errors
+/// What the config has wrong, or that there is none.
+pub fn training(source: &Source, batch: usize) -> Result<(&'static str, Graph)> {
+    let config = read_config(source, "unet", UNetConfig::parse)?;
+    let (h, w) = config.sample_size.unwrap_or(DEFAULT_LATENT);
+    let (_, up) = unet_halves(&config, batch, h, w, DEFAULT_TOKENS);
+    Ok(("way up and gradient", up.with_gradient("sample", "mid", Keep::All)))
 }
 
 /// An operation at its shape; what else is fused into it does not tell two cases apart.
@@ -112,6 +131,8 @@ pub enum Case {
         keys: usize,
         head_dim: usize,
         causal: bool,
+        /// Matrix products over queries and keys: 2, for the gradient 3, or 5 where keys and values have one too.
+        products: usize,
     },
     GroupNorm {
         n: usize,
@@ -139,30 +160,35 @@ impl Case {
     pub fn of(graph: &Graph, node: &Node) -> Self {
         let shape = |id: TensorId| graph.shape(id);
         let other = |name, Shape { n, h, w, c }| Case::Other { name, n, h, w, c };
+        let attention = |a: &Attention, products| Case::Attention {
+            n: shape(a.q.tensor).n,
+            heads: a.heads,
+            queries: shape(a.q.tensor).tokens(),
+            keys: shape(a.k.tensor).tokens(),
+            head_dim: a.head_dim,
+            causal: a.causal,
+            products,
+        };
         match node.op {
             Op::Conv(ref conv) => {
                 let Shape { n, h, w, .. } = shape(node.output);
-                let weight = graph.weight(conv.weight);
                 Case::Conv {
                     n,
                     h,
                     w,
                     inputs: conv.sources.iter().map(|x| shape(x).c).sum(),
-                    outputs: weight.total_outputs(),
+                    outputs: match graph.weight(conv.weight).kind {
+                        WeightKind::Mirrored { wanted, .. } => wanted,
+                        _ => graph.weight(conv.weight).total_outputs(),
+                    },
                     kernel: conv.kernel,
                     stride: conv.stride,
                     gated: conv.activation == Activation::Geglu,
                     resized: conv.resize.is_some(),
                 }
             }
-            Op::Attention(ref a) => Case::Attention {
-                n: shape(a.q.tensor).n,
-                heads: a.heads,
-                queries: shape(a.q.tensor).tokens(),
-                keys: shape(a.k.tensor).tokens(),
-                head_dim: a.head_dim,
-                causal: a.causal,
-            },
+            Op::Attention(ref a) => attention(a, 2),
+            Op::AttentionGradient { ref of, fused, .. } => attention(of, if fused { 5 } else { 3 }),
             Op::GroupNorm(ref norm) => {
                 let Shape { n, h, w, c } = shape(node.output);
                 Case::GroupNorm { n, h, w, c, groups: norm.groups, silu: norm.silu }
@@ -175,11 +201,11 @@ impl Case {
             Op::Shift { x, .. } => other("shift", shape(x)),
             Op::ClassToken { .. } => other("class token", shape(node.output)),
             Op::SelectToken { .. } => other("select token", shape(node.output)),
-            Op::GroupNormGradient { .. }
-            | Op::LayerNormGradient { .. }
-            | Op::AttentionGradient { .. }
-            | Op::ActivateGradient { .. }
-            | Op::ResizeGradient { .. } => other("gradient", shape(node.output)),
+            Op::GroupNormGradient { ref of, .. } if of.silu => other("group norm silu gradient", shape(node.output)),
+            Op::GroupNormGradient { .. } => other("group norm gradient", shape(node.output)),
+            Op::LayerNormGradient { .. } => other("layer norm gradient", shape(node.output)),
+            Op::ActivateGradient { .. } => other("activate gradient", shape(node.output)),
+            Op::ResizeGradient { .. } => other("resize gradient", shape(node.output)),
         }
     }
 
@@ -189,8 +215,8 @@ impl Case {
             Case::Conv { n, h, w, inputs, outputs, kernel, .. } => {
                 2.0 * (n * h * w) as f64 * (inputs * kernel * kernel) as f64 * outputs as f64
             }
-            Case::Attention { n, heads, queries, keys, head_dim, causal } => {
-                let all = 4.0 * (n * heads * head_dim) as f64 * queries as f64 * keys as f64;
+            Case::Attention { n, heads, queries, keys, head_dim, causal, products } => {
+                let all = 2.0 * (products * n * heads * head_dim) as f64 * queries as f64 * keys as f64;
                 if causal { all / 2.0 } else { all }
             }
             _ => 0.0,
@@ -208,8 +234,9 @@ impl std::fmt::Display for Case {
                 f.write_str(if resized { " double" } else { "" })?;
                 f.write_str(if gated { " geglu" } else { "" })
             }
-            Case::Attention { n, heads, queries, keys, head_dim, causal } => {
-                write!(f, "attention {n}x{heads}x{head_dim} {queries}x{keys}{}", if causal { " causal" } else { "" })
+            Case::Attention { n, heads, queries, keys, head_dim, causal, products } => {
+                let name = if products > 2 { "attention gradient" } else { "attention" };
+                write!(f, "{name} {n}x{heads}x{head_dim} {queries}x{keys}{}", if causal { " causal" } else { "" })
             }
             Case::GroupNorm { n, h, w, c, silu, .. } => {
                 write!(f, "group norm {n}x{h}x{w}x{c}{}", if silu { " silu" } else { "" })
@@ -229,18 +256,26 @@ fn bytes(device: &Device, graph: &Graph, node: &Node) -> f64 {
     let weight = |id: WeightId| {
         let spec = graph.weight(id);
         let half = matches!(device, Device::Cuda(_)) && spec.kind != WeightKind::Vector;
-        spec.len() * if half { 2 } else { 4 }
+        let len = match spec.kind {
+            WeightKind::Mirrored { inputs, wanted, .. } => spec.len() / inputs * wanted,
+            _ => spec.len(),
+        };
+        len * if half { 2 } else { 4 }
     };
     let out = tensor(node.output);
+    // Keys and values are as wide as queries, whatever tensor they are views of.
+    let keys = |a: &Attention, queries: usize| {
+        queries / graph.shape(a.q.tensor).tokens() * graph.shape(a.k.tensor).tokens()
+    };
     let total = match node.op {
         Op::Conv(ref conv) => {
             let read: usize = node.op.inputs().map(tensor).sum();
             out + read + weight(conv.weight) + conv.bias.map_or(0, weight)
         }
-        Op::Attention(ref a) => {
-            // Keys and values are as wide as queries, whatever tensor they are views of.
-            let keys = graph.shape(a.k.tensor).tokens();
-            2 * out + 2 * out / graph.shape(a.q.tensor).tokens() * keys
+        Op::Attention(ref a) => 2 * out + 2 * keys(a, out),
+        Op::AttentionGradient { ref of, fused, d } => {
+            let queries = tensor(d);
+            3 * queries + if fused { 4 } else { 2 } * keys(of, queries)
         }
         Op::Embed { ids, .. } => 3 * out + tensor(ids),
         _ => out + node.op.inputs().map(tensor).sum::<usize>(),
@@ -290,7 +325,7 @@ pub struct Table {
     pub network: String,
     /// Its operations.
     pub rows: Vec<Row>,
-    /// Seconds of one step in one piece, as an image is made.
+    /// Seconds of one step in one piece, as an image is made, and of its backward nodes if there are any.
     pub step: f64,
 }
 
@@ -350,10 +385,15 @@ pub fn measure(
     rows.sort_by(|a, b| (b.seconds * b.count as f64).total_cmp(&(a.seconds * a.count as f64)));
 
     let output = graph.outputs().next().unwrap_or_default().to_string();
-    executor.step()?;
+    let reverse = executor.plan().backward().next().is_some();
+    let step = |executor: &mut Executor| match reverse {
+        true => executor.step().and_then(|()| executor.backward()),
+        false => executor.step(),
+    };
+    step(&mut executor)?;
     executor.read(&output)?;
     let start = Instant::now();
-    (0..runs).try_for_each(|_| executor.step())?;
+    (0..runs).try_for_each(|_| step(&mut executor))?;
     executor.read(&output)?;
     Ok(Table { network: network.into(), rows, step: start.elapsed().as_secs_f64() / runs.max(1) as f64 })
 }
@@ -407,6 +447,24 @@ pub fn peaks(device: &Device) -> Result<Peaks> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A convolution's gradient by data costs what the convolution does, and of attention's five products two are the
+    /// prediction's, computed anew.
+    #[test]
+    fn a_gradient_costs_what_its_products_do() {
+        let (_, graph) = training(&SD15, 1).unwrap();
+        let forward = graph.nodes().iter().position(|node| node.name.contains(".gradient")).unwrap();
+        let flops = |nodes: &[Node], attention: bool| -> f64 {
+            let cases = nodes.iter().map(|node| Case::of(&graph, node));
+            cases.filter(|case| matches!(case, Case::Attention { .. }) == attention).map(|case| case.flops()).sum()
+        };
+        let (nodes, reverse) = graph.nodes().split_at(forward);
+        // What the skip connections, the prompt and the timestep enter by has no gradient.
+        let ratio = flops(reverse, false) / flops(nodes, false);
+        assert!((0.6..1.0).contains(&ratio), "{ratio}");
+        let ratio = flops(reverse, true) / flops(nodes, true);
+        assert!((1.5..2.5).contains(&ratio), "{ratio}");
+    }
 
     /// Against the counts that diffusers and transformers print of the published models.
     #[test]

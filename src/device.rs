@@ -231,8 +231,8 @@ impl Executor {
         }
     }
 
-    /// Runs prologue and step node by node, on the kernels each on a cold cache, and tells of every node for which `wanted`
-    /// is true what it launched there and how long it took.
+    /// Runs all nodes one by one, on the kernels each on a cold cache, and tells of every node for which `wanted` is true
+    /// what it launched there and how long it took.
     ///
     /// # Errors
     /// As for [`Executor::prologue`].

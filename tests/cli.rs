@@ -450,6 +450,10 @@ fn bench_times_the_operations_that_the_filter_names() {
         assert!(row["seconds"].as_f64().unwrap() > 0.0 && row["flops"].as_f64().unwrap() > 0.0, "{row}");
         assert!(text(&output.stdout).contains(row["label"].as_str().unwrap()));
     }
+    let gradients =
+        ["bench", "--model", "demo", "--training", "--device", "cpu", "--runs", "1", "--filter", "attention gradient"];
+    let output = respodiff(folder.path(), &gradients);
+    assert!(output.status.success() && text(&output.stdout).contains("attention gradient 1x4x16 64x77"), "{output:?}");
     let nothing = respodiff(
         folder.path(),
         &["bench", "--model", "demo", "--device", "cpu", "--runs", "1", "--filter", "nonsense"],

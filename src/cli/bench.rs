@@ -1,7 +1,7 @@
 //! `respodiff bench`.
 
 use super::{Place, check_writable, say};
-use crate::bench::{Peaks, SD15, SDXL, Table, measure, networks, peaks};
+use crate::bench::{Peaks, SD15, SDXL, Table, measure, networks, peaks, training};
 use crate::weights::Source;
 use crate::{Device, Error, Result};
 use std::path::PathBuf;
@@ -17,6 +17,9 @@ pub(super) struct Args {
     /// Only operations whose line holds this text ("attention", "conv3x3", "2x64x64"), or of the networks of that name
     #[arg(long)]
     filter: Option<String>,
+    /// The networks of a training instead: the UNet's way up from the bottleneck, and the gradient back to it
+    #[arg(long)]
+    training: bool,
     /// Passes over each network [default: 20 on a GPU, 3 elsewhere]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     runs: Option<u16>,
@@ -52,7 +55,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
         peaks.bytes / 1e9
     ));
     let mut tables = Vec::new();
-    for (network, graph) in networks(&source, args.batch as usize)? {
+    let networks = match args.training {
+        true => vec![training(&source, args.batch as usize)?],
+        false => networks(&source, args.batch as usize)?,
+    };
+    for (network, graph) in networks {
         let wanted = |line: &str| args.filter.as_deref().is_none_or(|text| line.contains(text) || network == text);
         let table = measure(&device, network, graph, runs, |case| wanted(&case.to_string()))?;
         if !table.rows.is_empty() {

@@ -96,10 +96,10 @@ impl Executor {
         plan.step().for_each(|(node, workspace)| self.run(&plan, node, workspace));
     }
 
-    /// Runs prologue and step, and tells of every node for which `wanted` is true how long it took.
+    /// Runs all nodes, and tells of every node for which `wanted` is true how long it took.
     pub fn timed(&mut self, wanted: impl Fn(&Node) -> bool, mut tell: impl FnMut(&Node, Duration)) {
         let plan = self.plan.clone();
-        for (node, workspace) in plan.prologue().chain(plan.step()) {
+        for (node, workspace) in plan.all() {
             let start = Instant::now();
             self.run(&plan, node, workspace);
             if wanted(node) {

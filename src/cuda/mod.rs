@@ -170,7 +170,7 @@ impl Executor {
         replay(&self.device, &self.program.backward, &mut self.recordings[1])
     }
 
-    /// Runs prologue and step node by node, each on a cold cache, and tells of every node for which `wanted` is true what
+    /// Runs all nodes one by one, each on a cold cache, and tells of every node for which `wanted` is true what
     /// it launched and how long that took.
     ///
     /// # Errors
@@ -181,7 +181,7 @@ impl Executor {
         mut tell: impl FnMut(&Node, &[Launch], Duration),
     ) -> Result<()> {
         let lower = Program::lowering(&self.plan, &self.weights, self.device.limits(), self.arena.address());
-        for (node, workspace) in self.plan.prologue().chain(self.plan.step()) {
+        for (node, workspace) in self.plan.all() {
             let launches = lower(node, workspace)?;
             // SAFETY: as in `prologue`.
             unsafe {

@@ -109,6 +109,11 @@ impl Plan {
         self.range(self.backward..self.order.len())
     }
 
+    /// All nodes, in that order.
+    pub fn all(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
+        self.range(0..self.order.len())
+    }
+
     fn range(&self, range: std::ops::Range<usize>) -> impl Iterator<Item = (&Node, (usize, usize))> {
         range.map(|i| (&self.graph.nodes[self.order[i]], self.workspaces[i]))
     }
