@@ -1,20 +1,26 @@
-"""PyTorch beside our kernels, and the table of all results: `gpu_torch.py compare`, `gpu_torch.py table`.
+"""PyTorch beside our kernels, and the table of all results: `gpu_torch.py compare`, `images sd15|sdxl`, `table`.
 
 `compare` reads results/bench-*.json and times cuBLAS, cuDNN and scaled_dot_product_attention at every shape in them, as
-`respodiff bench` does: CUDA events, a cold L2 cache, the median. Then, if diffusers is there, whole networks of Stable
-Diffusion 1.5 with random weights, made here, eager and with torch.compile, beside the `step` of ours.
+`respodiff bench` does: CUDA events, a cold L2 cache, the median. `images` makes whole images with diffusers, eager and with
+torch.compile, and with `respodiff sample`, of one checkpoint with random weights.
 """
 
 import glob
 import json
 import os
+import pathlib
 import re
 import statistics
+import subprocess
 import sys
 import time
 
+import real_size
+
 RESULTS = "results"
-RUNS = 20
+DEVICE = "cuda"
+RUNS = 20  # of a kernel
+IMAGES, STEPS, PROMPT = 8, 20, "a photo of a doctor"
 
 
 def load(name):
@@ -75,7 +81,15 @@ def prepare(torch, case):
     if kind == "attention":
         q = random(case["n"], case["heads"], case["queries"], case["head_dim"])
         k, v = (random(case["n"], case["heads"], case["keys"], case["head_dim"]) for _ in range(2))
-        return "SDPA", lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=case["causal"])
+        attention = lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=case["causal"])
+        if case["products"] == 2:
+            return "SDPA", attention
+        by = [q, k, v] if case["products"] == 5 else [q]
+        for tensor in by:
+            tensor.requires_grad_()
+        out = attention()
+        slope = torch.randn_like(out)
+        return "SDPA backward", lambda: torch.autograd.grad(out, by, slope, retain_graph=True)
     if kind == "group_norm":
         x = random(case["n"], case["c"], case["h"], case["w"]).to(memory_format=torch.channels_last)
         weight, bias = random(case["c"]), random(case["c"])
@@ -105,77 +119,98 @@ def compare_kernels(torch):
                 except RuntimeError as problem:
                     print(f"{row['label']}: {str(problem).splitlines()[0]}", flush=True)
             write("torch.json", result)
-    return result
 
 
-def make_checkpoint(torch, folder):
-    """Stable Diffusion 1.5's UNet and VAE with random weights, by diffusers itself."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def text(name, folder):
+    """The text encoders' and tokenizers' part of a pipeline."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    blocks = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **blocks)
-    for name, model in (("unet", unet), ("vae", vae)):
-        model.half().save_pretrained(os.path.join(folder, name))
+    parts = {"text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+    if name == "sdxl":
+        parts |= {"text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
+    return {part: kind.from_pretrained(folder / part) for part, kind in parts.items()}
 
 
-def compare_networks(torch, result):
-    """A guided UNet call and a decode with torch.compile; ours are the `step` of the same networks in bench-sd15.json."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def pipeline(torch, name, folder):
+    """diffusers' pipeline of a checkpoint, in fp16 and channels last."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
-    folder = os.path.join(RESULTS, "checkpoint")
-    if not os.path.isdir(os.path.join(folder, "vae")):
-        make_checkpoint(torch, folder)
-    options = dict(torch_dtype=torch.float16)
-    unet = UNet2DConditionModel.from_pretrained(os.path.join(folder, "unet"), **options).to("cuda").eval()
-    vae = AutoencoderKL.from_pretrained(os.path.join(folder, "vae"), **options).to("cuda").eval()
-    sample, states = (torch.randn(*s, device="cuda", dtype=torch.float16) for s in ((2, 4, 64, 64), (2, 77, 768)))
-    step = torch.full((), 500, device="cuda")
-    networks = {}
-    for mode in ("eager", "compiled"):
-        for model in (unet, vae):
-            model.to(memory_format=torch.channels_last)
-        call, decode = unet, vae.decode
-        if mode == "compiled":
-            call, decode = (torch.compile(f, mode="max-autotune-no-cudagraphs") for f in (unet, vae.decode))
-        runs = {
-            "unet": lambda: call(sample, step, encoder_hidden_states=states, return_dict=False),
-            "vae": lambda: decode(sample[:1], return_dict=False),
-        }
-        for name, run in runs.items():
-            with torch.inference_mode():
-                for _ in range(3):
-                    run()
-                torch.cuda.synchronize()
-                # Without the CPU's share, as a graph replays.
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    run()
-                start = time.perf_counter()
-                for _ in range(RUNS):
-                    graph.replay()
-                torch.cuda.synchronize()
-            networks[f"{name} {mode}"] = (time.perf_counter() - start) / RUNS
-            print(f"{name} {mode}: {networks[f'{name} {mode}'] * 1e3:.2f} ms", flush=True)
-            result["networks"] = networks
-            write("torch.json", result)
+    parts = text(name, folder) | {
+        "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
+        "vae": AutoencoderKL.from_pretrained(folder / "vae"),
+        "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler"),
+    }
+    if name == "sdxl":
+        pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = pipe.to(DEVICE, torch.float16)
+    for network in (pipe.unet, pipe.vae):
+        network.to(memory_format=torch.channels_last)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ours(folder):
+    """Seconds of an image by `respodiff sample`, file and all, and of what comes before the first: by two runs of different
+    length."""
+    pictures, seconds = folder / "pictures", []
+    for count in (1, 1 + IMAGES):
+        pictures.mkdir(exist_ok=True)
+        line = ["./respodiff", "sample", PROMPT, "--model", folder, "--device", DEVICE, "--images", count, "--steps", STEPS,
+                "--scheduler", "DDIM", "--seed", 1, "--out", pictures]
+        begin = time.perf_counter()
+        subprocess.run(list(map(str, line)), check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - begin)
+    image = (seconds[1] - seconds[0]) / IMAGES
+    return image, seconds[0] - image
+
+
+def theirs(torch, name, folder, compiled):
+    """Median seconds of an image by diffusers, without its file, and of what comes before the first."""
+    begin = time.perf_counter()
+    pipe = pipeline(torch, name, folder)
+    if compiled:
+        pipe.unet = torch.compile(pipe.unet, mode="max-autotune", fullgraph=True)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, mode="max-autotune")
+    seconds = []
+    for _ in range(IMAGES + 1):
+        begun = time.perf_counter()
+        pipe(PROMPT, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1))
+        seconds.append(time.perf_counter() - begun)
+    image = statistics.median(seconds[1:])
+    return image, begun - begin - sum(seconds[:-1]) + seconds[0] - image
+
+
+def images(name):
+    """A whole image of a checkpoint of full size with random weights, ours and diffusers'."""
+    import torch
+
+    folder = pathlib.Path(RESULTS, f"checkpoint-{name}")
+    if not (folder / "model_index.json").exists():
+        real_size.make(name, folder)
+    done = {}
+    for who, measure in (
+        ("respodiff", lambda: ours(folder)),
+        ("diffusers", lambda: theirs(torch, name, folder, False)),
+        ("diffusers, torch.compile", lambda: theirs(torch, name, folder, True)),
+    ):
+        done[who] = measure()
+        print(f"{name}, {who}: {done[who][0]:.3f} s an image of {STEPS} steps, {done[who][1]:.1f} s before the first", flush=True)
+        write(f"images-{name}.json", done)
 
 
 def compare():
     import torch
 
     torch.backends.cudnn.benchmark = True
-    result = compare_kernels(torch)
-    try:
-        compare_networks(torch, result)
-    except ImportError:
-        print("not run: diffusers is not installed")
+    compare_kernels(torch)
 
 
 def table():
     """One Markdown and one JSON of whatever parts have run."""
     doctor, torch = load("doctor.json"), load("torch.json") or {}
+    whole = {name: load(f"images-{name}.json") or {} for name in ("sd15", "sdxl")}
     outcomes = {}
     for path in sorted(glob.glob(os.path.join(RESULTS, "*.outcome"))):
         with open(path) as file:
@@ -185,9 +220,10 @@ def table():
     for gpu in (doctor or {}).get("gpus", []):
         lines.append(f"{gpu['name']}, driver of CUDA {doctor['driver']}, respodiff {doctor['version']}, PyTorch {torch.get('torch', 'not run')}.")
     lines += ["", "| part | outcome |", "| --- | --- |", *(f"| {part} | {outcome} |" for part, outcome in outcomes.items())]
-    if torch.get("networks"):
-        lines += ["", "| PyTorch, replayed as a CUDA graph | ms |", "| --- | --- |"]
-        lines += [f"| SD 1.5 {name} | {seconds * 1e3:.2f} |" for name, seconds in torch["networks"].items()]
+    if any(whole.values()):
+        lines += ["", f"| an image of {STEPS} guided steps, random weights | s | s before the first |", "| --- | --- | --- |"]
+        for name, who in whole.items():
+            lines += [f"| {name}, {whose} | {image:.3f} | {before:.1f} |" for whose, (image, before) in who.items()]
     for model, bench in benches.items():
         peaks = bench["peaks"]
         lines += ["", f"## {model}, batch {bench['batch']}", ""]
@@ -208,13 +244,14 @@ def table():
                 )
     with open(os.path.join(RESULTS, "gpu.md"), "w") as file:
         file.write("\n".join(lines) + "\n")
-    write("gpu.json", {"doctor": doctor, "outcomes": outcomes, "torch": torch, "benches": benches})
+    write("gpu.json", {"doctor": doctor, "outcomes": outcomes, "torch": torch, "images": whole, "benches": benches})
     print(f"{RESULTS}/gpu.md and {RESULTS}/gpu.json")
 
 
 if __name__ == "__main__":
-    tasks = {"compare": compare, "table": table}
-    if len(sys.argv) != 2 or sys.argv[1] not in tasks:
+    tasks = {"compare": compare, "images sd15": lambda: images("sd15"), "images sdxl": lambda: images("sdxl"), "table": table}
+    task = tasks.get(" ".join(sys.argv[1:]))
+    if not task:
         sys.exit(__doc__)
     os.makedirs(RESULTS, exist_ok=True)
-    tasks[sys.argv[1]]()
+    task()
