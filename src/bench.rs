@@ -345,7 +345,7 @@ pub fn measure(
     network: &str,
     graph: Graph,
     runs: usize,
-    wanted: impl Fn(&Case) -> bool,
+    wanted: impl Fn(&Case) -> bool + Sync,
 ) -> Result<Table> {
     let plan = device.plan(graph, UNET_CONSTANTS);
     let weights = device.weights(plan.graph().weights(), &Tensors::random())?;

@@ -238,8 +238,8 @@ impl Executor {
     /// As for [`Executor::prologue`].
     pub fn timed(
         &mut self,
-        wanted: impl Fn(&Node) -> bool,
-        mut tell: impl FnMut(&Node, &[cuda::Launch], Duration),
+        wanted: impl Fn(&Node) -> bool + Send,
+        mut tell: impl FnMut(&Node, &[cuda::Launch], Duration) + Send,
     ) -> Result<()> {
         match self {
             Executor::Cpu(executor) => {

@@ -72,7 +72,7 @@ pub(super) fn run(attention: &Attention, out: TensorId, memory: &Memory) {
                 scaled.fill(0.0);
             }
         }
-        let totals = attend(scaled, packed_keys, packed_values, (keys, head_dim), causal.then_some(first), sums);
+        let totals = attend(scaled, count, packed_keys, packed_values, (keys, head_dim), causal.then_some(first), sums);
         for (row, total) in totals.iter().enumerate().take(count) {
             let at = (i / heads * queries + first + row) * shape.c + i % heads * head_dim;
             // SAFETY: this task alone writes these rows of this head.
@@ -92,9 +92,10 @@ fn strip_at(row: usize, j: usize) -> usize {
 #[repr(align(64))]
 struct Scores([[f32; Q_BLOCK * PANEL]; K_BLOCK / PANEL]);
 
-/// Unnormalised outputs of a block of queries into `sums`; returns each row's sum of exponentials.
+/// Unnormalised outputs of the first `rows` queries of a block into `sums`; returns each row's sum of exponentials.
 fn attend(
     queries: &[f32],
+    rows: usize,
     packed_keys: &[f32],
     packed_values: &[f32],
     (keys, head_dim): (usize, usize),
@@ -105,19 +106,20 @@ fn attend(
     let mut maxima = [f32::NEG_INFINITY; Q_BLOCK];
     let mut totals = [0.0f32; Q_BLOCK];
     sums.fill(0.0);
+    let tiles = rows.div_ceil(ROWS);
     let visible = causal_from.map_or(keys, |first| (first + Q_BLOCK).min(keys));
     for start in (0..visible).step_by(K_BLOCK) {
         let count = K_BLOCK.min(visible - start);
         let panels = count.div_ceil(PANEL);
         for (p, strip) in scores.0[..panels].iter_mut().enumerate() {
             let panel = packed_keys[(start / PANEL + p) * head_dim * PANEL..].as_ptr();
-            for tile in 0..Q_BLOCK / ROWS {
+            for tile in 0..tiles {
                 let rows = std::array::from_fn(|r| queries[(tile * ROWS + r) * head_dim..].as_ptr());
                 let segment = Segment { len: head_dim, rows };
                 multiply(&[segment], panel, strip[tile * ROWS * PANEL..].as_mut_ptr(), true);
             }
         }
-        for row in 0..Q_BLOCK {
+        for row in 0..rows {
             let seen = causal_from.map_or(count, |first| (first + row + 1).saturating_sub(start).min(count));
             let mut factor = 1.0;
             softmax_row(&mut scores, row, seen, panels, &mut maxima[row], &mut totals[row], &mut factor);
@@ -129,7 +131,7 @@ fn attend(
         }
         for (p, sums) in sums.chunks_exact_mut(Q_BLOCK * PANEL).enumerate() {
             let panel = &packed_values[(p * keys + start) * PANEL..];
-            for tile in 0..Q_BLOCK / ROWS {
+            for tile in 0..tiles {
                 let segments: [Segment; K_BLOCK / PANEL] = std::array::from_fn(|s| Segment {
                     len: count.saturating_sub(s * PANEL).min(PANEL),
                     rows: std::array::from_fn(|r| scores.0[s][(tile * ROWS + r) * PANEL..].as_ptr()),

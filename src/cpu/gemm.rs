@@ -110,9 +110,18 @@ unsafe fn tile<V: Lanes, const HEIGHT: usize, const WIDTH: usize>(
 dispatch! {
     /// Packs `columns` columns of a panel: `panel[k][j] = source[k * row + j * column]`, zeros beyond.
     pub fn pack_panel(source: &[f32], row: usize, column: usize, columns: usize, panel: &mut [f32]) {
-        for (k, line) in panel.chunks_exact_mut(PANEL).enumerate() {
-            for (j, x) in line.iter_mut().enumerate() {
-                *x = if j < columns { source[k * row + j * column] } else { 0.0 };
+        if column == 1 {
+            for (k, line) in panel.chunks_exact_mut(PANEL).enumerate() {
+                line[..columns].copy_from_slice(&source[k * row..][..columns]);
+                line[columns..].fill(0.0);
+            }
+        } else {
+            for j in 0..PANEL {
+                let lines = panel.chunks_exact_mut(PANEL);
+                match j < columns {
+                    true => lines.zip(source[j * column..].iter().step_by(row)).for_each(|(line, x)| line[j] = *x),
+                    false => lines.for_each(|line| line[j] = 0.0),
+                }
             }
         }
     }

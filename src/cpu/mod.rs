@@ -87,44 +87,53 @@ impl Executor {
     /// Runs what depends on constant inputs alone; needed once after they change.
     pub fn prologue(&mut self) {
         let plan = self.plan.clone();
-        plan.prologue().for_each(|(node, workspace)| self.run(&plan, node, workspace));
+        self.all(&plan, plan.prologue());
     }
 
     /// Runs one step.
     pub fn step(&mut self) {
         let plan = self.plan.clone();
-        plan.step().for_each(|(node, workspace)| self.run(&plan, node, workspace));
+        self.all(&plan, plan.step());
     }
 
     /// Runs all nodes, and tells of every node for which `wanted` is true how long it took.
-    pub fn timed(&mut self, wanted: impl Fn(&Node) -> bool, mut tell: impl FnMut(&Node, Duration)) {
+    pub fn timed(&mut self, wanted: impl Fn(&Node) -> bool + Send, mut tell: impl FnMut(&Node, Duration) + Send) {
         let plan = self.plan.clone();
-        for (node, workspace) in plan.all() {
-            let start = Instant::now();
-            self.run(&plan, node, workspace);
-            if wanted(node) {
-                tell(node, start.elapsed());
+        rayon::scope(move |_| {
+            for (node, workspace) in plan.all() {
+                let start = Instant::now();
+                self.run(&plan, node, workspace);
+                if wanted(node) {
+                    tell(node, start.elapsed());
+                }
             }
-        }
+        });
     }
 
     /// Runs one step, stopping before an [`Op::Shift`] to let `fill` write its shift from the numbers it shifts.
-    pub fn step_shifting(&mut self, fill: impl Fn(&[f32], &mut [f32])) {
+    pub fn step_shifting(&mut self, fill: impl Fn(&[f32], &mut [f32]) + Send) {
         let plan = self.plan.clone();
-        for (node, workspace) in plan.step() {
-            if let Op::Shift { x, shift } = node.op {
-                // A copy, so that one slice may be written while the other is read; the bottleneck is small.
-                let x = self.arena.numbers()[range(&plan, x)].to_vec();
-                fill(&x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
+        rayon::scope(move |_| {
+            for (node, workspace) in plan.step() {
+                if let Op::Shift { x, shift } = node.op {
+                    // A copy, so that one slice may be written while the other is read; the bottleneck is small.
+                    let x = self.arena.numbers()[range(&plan, x)].to_vec();
+                    fill(&x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
+                }
+                self.run(&plan, node, workspace);
             }
-            self.run(&plan, node, workspace);
-        }
+        });
     }
 
     /// Runs the reverse half, from the last step's activations and the seed in the input `d.<output>`.
     pub fn backward(&mut self) {
         let plan = self.plan.clone();
-        plan.backward().for_each(|(node, workspace)| self.run(&plan, node, workspace));
+        self.all(&plan, plan.backward());
+    }
+
+    /// Runs nodes from inside the pool: each operation called from outside would have to wake it, and be woken.
+    fn all<'a>(&mut self, plan: &Plan, nodes: impl Iterator<Item = (&'a Node, (usize, usize))> + Send) {
+        rayon::scope(|_| nodes.for_each(|(node, workspace)| self.run(plan, node, workspace)));
     }
 
     fn run(&mut self, plan: &Plan, node: &Node, workspace: (usize, usize)) {

@@ -8,6 +8,7 @@ use super::simd::{dispatch, silu, silu_slope};
 use super::{Memory, Weights};
 use crate::graph::{GroupNorm, Shape, TensorId};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Pixels of a stretch. Fixed, so that sums do not depend on the number of threads.
 const STRETCH: usize = 64;
@@ -18,18 +19,16 @@ fn sizes(norm: &GroupNorm, shape: impl Fn(TensorId) -> Shape) -> (Shape, usize, 
     (x, x.tokens().div_ceil(STRETCH), norm.sources.iter().map(|t| shape(t).c).sum())
 }
 
-/// Elements of scratch memory: mean and squared deviation of each group in each stretch, then scale and shift of each
-/// channel of each image.
+/// Elements of scratch memory: two numbers of each channel in each stretch, and scale and shift of each channel of each
+/// image.
 pub(super) fn workspace(norm: &GroupNorm, shape: impl Fn(TensorId) -> Shape) -> usize {
     let (x, stretches, channels) = sizes(norm, shape);
-    x.n * (stretches * norm.groups * 2 + channels * 2)
+    x.n * (stretches + 1) * channels * 2
 }
 
-/// Of the gradient: besides the same, mean and inverse deviation of each group, and the gradient's sums by channel in
-/// each stretch.
+/// Of the gradient: besides the same, its sums by channel in each stretch, and two means of each channel's group.
 pub(super) fn gradient_workspace(norm: &GroupNorm, shape: impl Fn(TensorId) -> Shape) -> usize {
-    let (x, stretches, channels) = sizes(norm, &shape);
-    workspace(norm, shape) + x.n * (norm.groups * 4 + stretches * channels * 2)
+    2 * workspace(norm, shape)
 }
 
 /// The sources' numbers and channels. A skip connection's boundary may fall inside a group.
@@ -40,27 +39,28 @@ fn parts<'a>(norm: &GroupNorm, memory: &'a Memory) -> Parts<'a> {
     [part(norm.sources.x), norm.sources.skip.map_or((&[][..], 0), part)]
 }
 
-/// Mean and squared deviation of each group in each stretch of each image.
+/// Means, each group's in every channel of it, and squared deviations of the channels: `[stretch][2][c]` of each image.
 fn partial_statistics(parts: Parts, x: Shape, per_group: usize, partial: &mut [f32]) {
-    let groups = parts.iter().map(|p| p.1).sum::<usize>() / per_group;
+    let channels: usize = parts.iter().map(|p| p.1).sum();
     let (pixels, stretches) = (x.tokens(), x.tokens().div_ceil(STRETCH));
-    partial.par_chunks_exact_mut(groups * 2).enumerate().for_each(|(i, out)| {
+    partial.par_chunks_exact_mut(channels * 2).enumerate().for_each(|(i, out)| {
         let (image, stretch) = (i / stretches, i % stretches);
         let first = stretch * STRETCH;
         let rows = image * pixels + first..image * pixels + (first + STRETCH).min(pixels);
-        statistics(parts, rows, per_group, out);
+        let (means, squares) = out.split_at_mut(channels);
+        statistics(parts, rows, per_group, means, squares);
     });
 }
 
-/// Mean and `1 / sqrt(variance + eps)` of a group, from its stretches.
-fn moments(image: &[f32], group: usize, groups: usize, per_group: usize, pixels: usize, eps: f32) -> (f64, f64) {
+/// Mean and `1 / sqrt(variance + eps)` of the group of some channels, from an image's stretches.
+fn moments(image: &[f32], group: &Range<usize>, channels: usize, pixels: usize, eps: f32) -> (f64, f64) {
     let (mut count, mut mean, mut squares) = (0.0f64, 0.0f64, 0.0f64);
-    for (stretch, stats) in image.chunks_exact(groups * 2).enumerate() {
-        let stats = &stats[group * 2..][..2];
-        let n = (STRETCH.min(pixels - stretch * STRETCH) * per_group) as f64;
-        let delta = stats[0] as f64 - mean;
+    for (stretch, stats) in image.chunks_exact(channels * 2).enumerate() {
+        let n = (STRETCH.min(pixels - stretch * STRETCH) * group.len()) as f64;
+        let delta = stats[group.start] as f64 - mean;
         mean += delta * n / (count + n);
-        squares += stats[1] as f64 + delta * delta * count * n / (count + n);
+        squares += stats[channels..][group.clone()].iter().map(|&x| x as f64).sum::<f64>();
+        squares += delta * delta * count * n / (count + n);
         count += n;
     }
     (mean, 1.0 / (squares / count + eps as f64).sqrt())
@@ -75,10 +75,10 @@ fn affine_of(norm: &GroupNorm, weights: &Weights, memory: &Memory, partial: &[f3
     affine.par_chunks_exact_mut(channels * 2).enumerate().for_each(|(image, affine)| {
         let (scales, shifts) = affine.split_at_mut(channels);
         let modulation = norm.scale_shift.map(|t| &memory.read(t)[image * channels * 2..][..channels * 2]);
-        let partial = &partial[image * stretches * norm.groups * 2..][..stretches * norm.groups * 2];
-        for group in 0..norm.groups {
-            let (mean, inverse) = moments(partial, group, norm.groups, per_group, x.tokens(), norm.eps);
-            for c in group * per_group..(group + 1) * per_group {
+        let partial = &partial[image * stretches * channels * 2..][..stretches * channels * 2];
+        for group in (0..channels).step_by(per_group).map(|c| c..c + per_group) {
+            let (mean, inverse) = moments(partial, &group, channels, x.tokens(), norm.eps);
+            for c in group {
                 let mut scale = weight[c] as f64 * inverse;
                 let mut shift = bias[c] as f64 - mean * scale;
                 if let Some(m) = modulation {
@@ -91,18 +91,23 @@ fn affine_of(norm: &GroupNorm, weights: &Weights, memory: &Memory, partial: &[f3
     });
 }
 
+/// What `[n][2][channels]` holds of an image.
+fn pair(numbers: &[f32], image: usize, channels: usize) -> (&[f32], &[f32]) {
+    numbers[image * channels * 2..][..channels * 2].split_at(channels)
+}
+
 /// Runs a [`GroupNorm`].
 pub(super) fn group_norm(norm: &GroupNorm, weights: &Weights, out: TensorId, memory: &Memory) {
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
     let parts = parts(norm, memory);
-    let (partial, affine) = memory.workspace().split_at_mut(x.n * stretches * norm.groups * 2);
+    let (partial, affine) = memory.workspace().split_at_mut(x.n * stretches * channels * 2);
     partial_statistics(parts, x, channels / norm.groups, partial);
     affine_of(norm, weights, memory, partial, affine);
 
     let affine = &*affine;
     memory.write(out).par_chunks_mut(STRETCH * channels).enumerate().for_each(|(i, out)| {
         for (row, out) in (i * STRETCH..).zip(out.chunks_exact_mut(channels)) {
-            let (scales, shifts) = affine[row / x.tokens() * channels * 2..][..channels * 2].split_at(channels);
+            let (scales, shifts) = pair(affine, row / x.tokens(), channels);
             let mut start = 0;
             for (data, width) in parts {
                 let x = &data[row * width..][..width];
@@ -115,23 +120,23 @@ pub(super) fn group_norm(norm: &GroupNorm, weights: &Weights, out: TensorId, mem
 }
 
 /// The gradient by the first source. With `u = d silu'(y) scale`, where `scale` holds `1 / deviation`, and `x^` the
-/// normalised input, it is `u - mean(u) - x^ mean(u x^)`, means over the group.
+/// normalised input, it is `u - mean(u) - x^ mean(u x^)`, means over the group: `u - slope x - offset`.
 pub(super) fn group_norm_gradient(norm: &GroupNorm, weights: &Weights, d: TensorId, out: TensorId, memory: &Memory) {
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
-    let (pixels, groups) = (x.tokens(), norm.groups);
-    let per_group = channels / groups;
+    let pixels = x.tokens();
+    let per_group = channels / norm.groups;
     let parts = parts(norm, memory);
     let d = memory.read(d);
-    let (partial, rest) = memory.workspace().split_at_mut(x.n * stretches * groups * 2);
-    let (affine, rest) = rest.split_at_mut(x.n * channels * 2);
-    let (means, sums) = rest.split_at_mut(x.n * groups * 4);
+    let (partial, rest) = memory.workspace().split_at_mut(x.n * stretches * channels * 2);
+    let (sums, rest) = rest.split_at_mut(x.n * stretches * channels * 2);
+    let (affine, lines) = rest.split_at_mut(x.n * channels * 2);
     partial_statistics(parts, x, per_group, partial);
     affine_of(norm, weights, memory, partial, affine);
 
     let (partial, affine) = (&*partial, &*affine);
     sums.par_chunks_exact_mut(channels * 2).enumerate().for_each(|(i, sums)| {
         let (image, first) = (i / stretches, i % stretches * STRETCH);
-        let (scales, shifts) = affine[image * channels * 2..][..channels * 2].split_at(channels);
+        let (scales, shifts) = pair(affine, image, channels);
         sums.fill(0.0);
         let (by_channel, by_product) = sums.split_at_mut(channels);
         for pixel in first..(first + STRETCH).min(pixels) {
@@ -151,41 +156,33 @@ pub(super) fn group_norm_gradient(norm: &GroupNorm, weights: &Weights, d: Tensor
         }
     });
 
-    // Of each group: mean, inverse deviation, mean(u) and mean(u x^), the last from the sums of u x.
+    // Slope and offset of each channel; the mean of u x^ from the sums of u x.
     let sums = &*sums;
-    means.par_chunks_exact_mut(groups * 4).enumerate().for_each(|(image, means)| {
-        let partial = &partial[image * stretches * groups * 2..][..stretches * groups * 2];
-        for (group, out) in means.chunks_exact_mut(4).enumerate() {
-            let (mean, inverse) = moments(partial, group, groups, per_group, pixels, norm.eps);
+    lines.par_chunks_exact_mut(channels * 2).enumerate().for_each(|(image, lines)| {
+        let of_image = image * stretches * channels * 2..(image + 1) * stretches * channels * 2;
+        let (slopes, offsets) = lines.split_at_mut(channels);
+        for group in (0..channels).step_by(per_group).map(|c| c..c + per_group) {
+            let (mean, inverse) = moments(&partial[of_image.clone()], &group, channels, pixels, norm.eps);
             let (mut u, mut ux) = (0.0f64, 0.0f64);
-            for stretch in
-                sums[image * stretches * channels * 2..][..stretches * channels * 2].chunks_exact(channels * 2)
-            {
-                for c in group * per_group..(group + 1) * per_group {
-                    u += stretch[c] as f64;
-                    ux += stretch[channels + c] as f64;
-                }
+            for stretch in sums[of_image.clone()].chunks_exact(channels * 2) {
+                u += stretch[group.clone()].iter().map(|&x| x as f64).sum::<f64>();
+                ux += stretch[channels..][group.clone()].iter().map(|&x| x as f64).sum::<f64>();
             }
             let n = (pixels * per_group) as f64;
-            let product = (ux - mean * u) * inverse;
-            out.copy_from_slice(&[mean as f32, inverse as f32, (u / n) as f32, (product / n) as f32]);
+            let slope = (ux - mean * u) * inverse * inverse / n;
+            slopes[group.clone()].fill(slope as f32);
+            offsets[group].fill((u / n - mean * slope) as f32);
         }
     });
 
-    let means = &*means;
+    let lines = &*lines;
     let (data, width) = parts[0];
     memory.write(out).par_chunks_mut(STRETCH * width).enumerate().for_each(|(i, out)| {
         for (row, out) in (i * STRETCH..).zip(out.chunks_exact_mut(width)) {
             let image = row / pixels;
-            let (scales, shifts) = affine[image * channels * 2..][..channels * 2].split_at(channels);
-            let x = &data[row * width..][..width];
-            let d = &d[row * channels..][..width];
-            for (group, out) in out.chunks_mut(per_group).enumerate() {
-                let c = group * per_group..group * per_group + out.len();
-                let means = &means[(image * groups + group) * 4..][..4];
-                let affine = (&scales[c.clone()], &shifts[c.clone()]);
-                gradient_row(&x[c.clone()], &d[c], affine, norm.silu, means, out);
-            }
+            let (x, d) = (&data[row * width..][..width], &d[row * channels..][..width]);
+            let (affine, line) = (pair(affine, image, channels), pair(lines, image, channels));
+            gradient_row(x, d, affine, norm.silu, line, out);
         }
     });
 }
@@ -205,48 +202,55 @@ dispatch! {
 }
 
 dispatch! {
-    fn gradient_row(x: &[f32], d: &[f32], affine: (&[f32], &[f32]), with_silu: bool, means: &[f32], out: &mut [f32]) {
-        let [mean, inverse, mean_u, mean_product] = [means[0], means[1], means[2], means[3]];
-        for i in 0..x.len().min(d.len()).min(affine.0.len()).min(affine.1.len()).min(out.len()) {
+    fn gradient_row(
+        x: &[f32],
+        d: &[f32],
+        affine: (&[f32], &[f32]),
+        with_silu: bool,
+        line: (&[f32], &[f32]),
+        out: &mut [f32],
+    ) {
+        let n = out.len();
+        let (x, d, affine, line) = (&x[..n], &d[..n], (&affine.0[..n], &affine.1[..n]), (&line.0[..n], &line.1[..n]));
+        for i in 0..n {
             let mut u = d[i] * affine.0[i];
             if with_silu {
                 u *= silu_slope(x[i] * affine.0[i] + affine.1[i]);
             }
-            out[i] = u - mean_u - (x[i] - mean) * inverse * mean_product;
+            out[i] = u - line.0[i] * x[i] - line.1[i];
         }
     }
 }
 
 dispatch! {
-    /// Mean and sum of squared deviations of each group over some rows.
-    fn statistics(parts: [(&[f32], usize); 2], rows: std::ops::Range<usize>, per_group: usize, out: &mut [f32]) {
+    /// Each group's mean over some rows, in every channel of it, and each channel's sum of squared deviations from it.
+    fn statistics(
+        parts: [(&[f32], usize); 2],
+        rows: Range<usize>,
+        per_group: usize,
+        means: &mut [f32],
+        squares: &mut [f32],
+    ) {
         let n = (rows.len() * per_group) as f32;
-        for (group, stats) in out.chunks_exact_mut(2).enumerate() {
-            let (start, end) = (group * per_group, (group + 1) * per_group);
-            let split = start.max(parts[0].1.min(end));
-            let ranges = [(parts[0], start, split), (parts[1], split - parts[0].1.min(split), end - parts[0].1.min(end))];
-            let mut mean = 0.0;
-            let mut squares = 0.0;
-            for pass in 0..2 {
-                let mut lanes = [0.0f32; 16];
-                for ((data, width), start, end) in ranges {
-                    if start >= end {
-                        continue;
-                    }
-                    for row in rows.clone() {
-                        let x = &data[row * width..][start..end];
-                        for x in x.chunks(16) {
-                            for (lane, x) in lanes.iter_mut().zip(x) {
-                                let d = x - mean;
-                                *lane += if pass == 0 { d } else { d * d };
-                            }
-                        }
-                    }
-                }
-                let sum: f32 = lanes.iter().sum();
-                if pass == 0 { mean = sum / n } else { squares = sum }
-            }
-            stats.copy_from_slice(&[mean, squares]);
+        let split = parts[0].1;
+        let source = |row: usize, part: usize| &parts[part].0[row * parts[part].1..][..parts[part].1];
+        squares.fill(0.0);
+        let (head, tail) = squares.split_at_mut(split);
+        for row in rows.clone() {
+            head.iter_mut().zip(source(row, 0)).for_each(|(sum, x)| *sum += x);
+            tail.iter_mut().zip(source(row, 1)).for_each(|(sum, x)| *sum += x);
+        }
+        for (means, sums) in means.chunks_exact_mut(per_group).zip(squares.chunks_exact(per_group)) {
+            means.fill(sums.iter().sum::<f32>() / n);
+        }
+        squares.fill(0.0);
+        let (head, tail) = squares.split_at_mut(split);
+        for row in rows {
+            let deviations = |sums: &mut [f32], means: &[f32], x: &[f32]| {
+                sums.iter_mut().zip(means).zip(x).for_each(|((sum, mean), x)| *sum += (x - mean) * (x - mean));
+            };
+            deviations(head, &means[..split], source(row, 0));
+            deviations(tail, &means[split..], source(row, 1));
         }
     }
 }
