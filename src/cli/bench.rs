@@ -41,6 +41,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
         "demo" => Source::demo(),
         other => Source::resolve(Some(other), true)?,
     };
+    let networks = match args.training {
+        true => vec![training(&source, args.batch as usize)?],
+        false => networks(&source, args.batch as usize)?,
+    };
     let device = args.device.open()?;
     let usual = match (&device, args.device) {
         (Device::Cuda(_), Place::Auto | Place::Cuda) => 20,
@@ -55,10 +59,6 @@ pub(super) fn run(args: &Args) -> Result<()> {
         peaks.bytes / 1e9
     ));
     let mut tables = Vec::new();
-    let networks = match args.training {
-        true => vec![training(&source, args.batch as usize)?],
-        false => networks(&source, args.batch as usize)?,
-    };
     for (network, graph) in networks {
         let wanted = |line: &str| args.filter.as_deref().is_none_or(|text| line.contains(text) || network == text);
         let table = measure(&device, network, graph, runs, |case| wanted(&case.to_string()))?;
