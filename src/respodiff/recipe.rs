@@ -82,9 +82,10 @@ pub struct Recipe {
 impl Recipe {
     /// Ours: from zero, at the latents' own timestep, several latents a rollout, several images a step.
     ///
-    /// The rates and lengths are what the demo's concepts were trained by. As in the paper, races take a higher rate than the
-    /// rest; they end earlier, since what they add grows with every step. Networks diverge at the rates of constants, and take
-    /// a tenth.
+    /// The rates and lengths are what the demo's concepts were trained by, but for a number each of two races (README). As in
+    /// the paper, races take a higher rate than the rest; they end earlier, since what they add grows with every step. SAM's
+    /// share of RAM's rate trades the picture's meaning against the concept. Networks diverge at the rates of constants, and
+    /// take a tenth.
     pub fn default_for(kind: Kind, concept: &str, variant: Variant) -> Self {
         let (iterations, lr_ram, lr_sam, latents_per_rollout) = match kind == Kind::Fair && names_race(concept) {
             true => (640, 3e-2, 1e-2, 8),
