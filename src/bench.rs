@@ -1,13 +1,13 @@
 //! How fast each operation of a network is on a device: every distinct one at its real shape, with random weights.
 
 use crate::cuda::Element;
+use crate::device::Executor;
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{
     Activation, Attention, ConvOptions, Graph, GraphBuilder, Keep, Node, Op, Shape, TensorId, WeightId, WeightKind,
 };
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, unet_halves, vae_decoder};
 use crate::weights::{Source, Tensors};
-use crate::device::Executor;
 use crate::{Device, Result};
 use serde::Serialize;
 use std::collections::HashMap;
@@ -264,9 +264,8 @@ fn bytes(device: &Device, graph: &Graph, node: &Node) -> f64 {
     };
     let out = tensor(node.output);
     // Keys and values are as wide as queries, whatever tensor they are views of.
-    let keys = |a: &Attention, queries: usize| {
-        queries / graph.shape(a.q.tensor).tokens() * graph.shape(a.k.tensor).tokens()
-    };
+    let keys =
+        |a: &Attention, queries: usize| queries / graph.shape(a.q.tensor).tokens() * graph.shape(a.k.tensor).tokens();
     let total = match node.op {
         Op::Conv(ref conv) => {
             let read: usize = node.op.inputs().map(tensor).sum();
