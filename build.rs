@@ -11,18 +11,14 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::{env, fs, thread};
 
-/// What runs where: the same sources for 8.x and 9.0 with its own instructions, and PTX for whatever comes later.
-const FLAGS: &[&str] = &[
-    "-std=c++17",
-    "-O3",
-    "-lineinfo",
-    "--fatbin",
-    "-Xptxas=-v",
-    "-Xfatbin=-compress-all",
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90a,code=sm_90a",
-    "-gencode=arch=compute_80,code=compute_80",
-];
+const FLAGS: &[&str] = &["-std=c++17", "-O3", "-lineinfo", "--fatbin", "-Xptxas=-v", "-Xfatbin=-compress-all"];
+
+/// GPUs that get machine code of the portable sources, as far as nvcc knows them: A100, RTX 30, RTX 40, B200, RTX 50.
+/// Others run that of an older GPU of their generation, or compile the PTX.
+const PORTABLE: &[&str] = &["sm_80", "sm_86", "sm_89", "sm_100", "sm_120"];
+
+/// Sources that only tests launch; programs do not carry them.
+const TEST_ONLY: &str = "conformance";
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -82,18 +78,36 @@ struct Family {
     log: String,
 }
 
+/// The flags for every file: what runs where is [`PORTABLE`]'s machine code, 9.0's own instructions, and PTX for the rest.
+fn flags(nvcc: &Path) -> Result<Vec<String>, String> {
+    let offered = Command::new(nvcc).arg("--list-gpu-code").output();
+    let offered = offered.map_err(|e| format!("cannot run {}: {e}", nvcc.display()))?;
+    let offered = String::from_utf8_lossy(&offered.stdout).into_owned();
+    let known = |code: &&&str| offered.split_whitespace().any(|word| word == **code);
+    let codes: Vec<&str> = PORTABLE.iter().filter(known).copied().chain(["compute_80"]).collect();
+    let targets = [
+        format!("-gencode=arch=compute_80,code=[{}]", codes.join(",")),
+        "-gencode=arch=compute_90a,code=sm_90a".to_string(),
+    ];
+    Ok(FLAGS.iter().map(|flag| flag.to_string()).chain(targets).collect())
+}
+
 /// All of `kernels/*.cu`, as many at a time as cargo allows.
 fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<Family>, String> {
     let version = Command::new(nvcc).arg("--version").output();
     let version = version.map_err(|e| format!("cannot run {}: {e}; set NVCC to CUDA's nvcc", nvcc.display()))?;
+    let flags = flags(nvcc)?;
     let mut sources: Vec<PathBuf> = Vec::new();
     let mut common = DefaultHasher::new();
-    (version.stdout, FLAGS).hash(&mut common);
+    (version.stdout, &flags).hash(&mut common);
     let mut files: Vec<PathBuf> =
         fs::read_dir("kernels").expect("kernels/").flatten().map(|file| file.path()).collect();
     files.sort();
+    let tests = env::var_os("CARGO_FEATURE_EMULATED").is_some();
     for file in files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
         match file.extension().and_then(|e| e.to_str()) {
+            Some("cu") if !tests && name.starts_with(TEST_ONLY) => {}
             Some("cu") => sources.push(file),
             Some("cuh") => fs::read(&file).expect("a header").hash(&mut common),
             _ => {}
@@ -107,7 +121,7 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<Family>, String> {
         for _ in 0..jobs {
             scope.spawn(|| {
                 while let Some(source) = next() {
-                    let family = compile(nvcc, source, common.clone(), out);
+                    let family = compile(nvcc, &flags, source, common.clone(), out);
                     done.lock().expect("no thread panics with it").push(family);
                 }
             });
@@ -124,7 +138,7 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<Family>, String> {
 }
 
 /// One file, unless the fatbin there is of the same sources, flags and nvcc: then the first line of its log says so.
-fn compile(nvcc: &Path, source: &Path, mut key: DefaultHasher, out: &Path) -> Result<Family, String> {
+fn compile(nvcc: &Path, flags: &[String], source: &Path, mut key: DefaultHasher, out: &Path) -> Result<Family, String> {
     let name = source.file_stem().expect("a file's name").to_string_lossy().into_owned();
     fs::read(source).expect("a source").hash(&mut key);
     let key = format!("{:016x}\n", key.finish());
@@ -133,7 +147,7 @@ fn compile(nvcc: &Path, source: &Path, mut key: DefaultHasher, out: &Path) -> Re
         Ok(log) if log.starts_with(&key) => return Ok(Family { name, fatbin, log }),
         _ => {}
     }
-    let output = Command::new(nvcc).args(FLAGS).arg("-o").arg(&fatbin).arg(source).output();
+    let output = Command::new(nvcc).args(flags).arg("-o").arg(&fatbin).arg(source).output();
     let output = output.map_err(|e| format!("cannot run {}: {e}", nvcc.display()))?;
     let log = key + &String::from_utf8_lossy(&output.stderr);
     let file = source.display();
@@ -193,12 +207,18 @@ fn kernels(log: &str) -> Vec<Kernel<'_>> {
 
 /// The Rust that src/cuda/compiled.rs includes.
 fn table(families: &[Family]) -> String {
-    let mut text = String::from("/// Families of kernels and their fatbins.\n");
-    text.push_str("pub static FATBINS: &[(&str, &[u8])] = &[\n");
-    for Family { name, fatbin, .. } in families {
-        writeln!(text, "    ({name:?}, aligned!({:?})),", fatbin.display().to_string()).expect("a string");
+    let mut text = String::from(
+        "/// The compiled kernels, one family for each source file.\npub static FAMILIES: &[Family] = &[\n",
+    );
+    for Family { name, fatbin, log } in families {
+        let mut names: Vec<&str> = kernels(log).into_iter().map(|kernel| kernel.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        let path = fatbin.display().to_string();
+        writeln!(text, "    Family {{ name: {name:?}, fatbin: aligned!({path:?}), kernels: &{names:?} }},")
+            .expect("a string");
     }
-    text.push_str("];\n/// Every kernel, once an architecture.\npub static RESOURCES: &[Resources] = &[\n");
+    text.push_str("];\n/// Every kernel, once for each architecture.\npub static RESOURCES: &[Resources] = &[\n");
     for kernel in families.iter().flat_map(|family| kernels(&family.log)) {
         let Kernel { name, architecture, registers, shared, stack, .. } = kernel;
         writeln!(

@@ -6,13 +6,17 @@
 //     40    64, 128   64     128     25, 30
 //     64    64, 128   64     128     45, 54
 //     80    64, 128   64     128     55, 66
-//    160    64        64     128    105
+//    160    64        32     128     63
 //    512    64        32     256    136
+//    512    64        16     256     98
+//
+// A block of sm_80, 90 and 100 may have 163 KiB or more, one of sm_86, 89 and 120 only 99: the last line is for these.
 //
 // WIDTH is the head dimension filled up with zeros; rows in shared memory are an odd number of 16-byte chunks apart, which
 // keeps ldmatrix free of bank conflicts. Four groups of rows (16 or 32 each) have a warp each; at WIDTH 512 two, since the
-// 64 x 512 accumulators want 256 threads: both compute the scores of half the keys, exchange maxima and weights through shared
-// memory, and accumulate half the channels.
+// 64 x 512 accumulators want 256 threads, and each of the two accumulates half the channels. With 32 keys each computes the
+// scores of half of them, and they exchange maxima and weights through shared memory. With 16 keys there is no room for that
+// exchange: both compute all scores, which makes three matrix products' work of two.
 //
 // Key tiles come by cp.async: K and V of the next tile while this one is computed (two stages), but at 512, where only one
 // fits, V while scores are computed and the next K while values are summed. The last keys, and all where a query sees only
@@ -24,7 +28,8 @@
 // as long, and issuing everything a little longer, so that a polynomial in exp2's place would not pay; from 64 on mma.sync
 // is the bound.
 //
-// Results do not depend on ROWS nor on what other rows hold: only the keys' number decides the order of sums.
+// Results do not depend on ROWS nor on what other rows hold: the number of keys and KEYS, which is the card's, decide the order
+// of sums.
 #include "attention.cuh"
 
 struct AttentionParams {
@@ -51,12 +56,14 @@ struct AttentionParams {
 // end, and sums are hardly ever rescaled.
 constexpr float HEADROOM = 8.0f;
 
-template <int WIDTH_, int ROWS_, bool VECTOR_> struct Tile {
-    static constexpr int WIDTH = WIDTH_, ROWS = ROWS_;
+template <int WIDTH_, int ROWS_, int KEYS_, bool VECTOR_> struct Tile {
+    static constexpr int WIDTH = WIDTH_, ROWS = ROWS_, KEYS = KEYS_;
     static constexpr bool VECTOR = VECTOR_;
     // Warps that share a group of rows, and stages of keys and values.
     static constexpr int SPLIT = WIDTH > 256 ? 2 : 1, STAGES = SPLIT == 1 ? 2 : 1;
-    static constexpr int THREADS = 128 * SPLIT, KEYS = 64 / SPLIT;
+    static constexpr int THREADS = 128 * SPLIT;
+    // Whether warps that share rows divide a tile's keys among them and exchange the weights.
+    static constexpr bool EXCHANGE = SPLIT > 1 && KEYS / SPLIT >= 16;
     // 16-row pieces of a warp.
     static constexpr int PIECES = ROWS / 64;
     // 16-byte chunks of a row, and from a row to the next.
@@ -98,11 +105,12 @@ template <class T> PTX_FN void load_q(uint32_t (&a)[T::PIECES][4], const State<T
 // `next()` sees to it that the values are there and begins the next keys' copy.
 template <class T, int KEYS, bool MASKED, class Next>
 PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, float exponent, Next next) {
-    // The warp's own keys: all, or its half of them.
-    constexpr int OWN = KEYS / T::SPLIT;
+    // The keys whose scores the warp computes: all, or its half of them.
+    constexpr int OWN = T::EXCHANGE ? KEYS / T::SPLIT : KEYS;
     uint32_t smem = smem_u32(dyn_smem());
     int lane = threadIdx.x % 32;
-    first += s.part * OWN;
+    int values_first = first;
+    if (T::EXCHANGE) first += s.part * OWN;
 
     float scores[T::PIECES][OWN / 8][4] = {};
     uint32_t keys = smem + T::K_AT + stage * T::STAGE + first * T::STRIDE * 16;
@@ -137,10 +145,10 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
             top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
             top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2));
             tops[i][h] = top;
-            if (T::SPLIT > 1 && lane % 4 == 0) shared_tops[s.part * T::ROWS + row] = top;
+            if (T::EXCHANGE && lane % 4 == 0) shared_tops[s.part * T::ROWS + row] = top;
         }
     }
-    if constexpr (T::SPLIT > 1) named_bar_sync(1 + s.group, 32 * T::SPLIT);
+    if constexpr (T::EXCHANGE) named_bar_sync(1 + s.group, 32 * T::SPLIT);
     float factors[T::PIECES][2];
     bool raised = false;
 #pragma unroll
@@ -148,7 +156,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float top = tops[i][h];
-            if (T::SPLIT > 1) top = fmaxf(top, shared_tops[(1 - s.part) * T::ROWS + s.row + i * 16 + h * 8 + lane / 4]);
+            if (T::EXCHANGE) top = fmaxf(top, shared_tops[(1 - s.part) * T::ROWS + s.row + i * 16 + h * 8 + lane / 4]);
             top *= exponent;
             bool raise = top > s.reference[i][h] + HEADROOM;
             factors[i][h] = raise ? exp2_approx(s.reference[i][h] - top) : 1.0f;
@@ -183,7 +191,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
         }
     }
     uint32_t p = smem + T::P_AT + s.row * T::P_STRIDE * 16;
-    if constexpr (T::SPLIT > 1) {
+    if constexpr (T::EXCHANGE) {
         int column = s.part * OWN + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < T::PIECES * OWN / 4; i++) {
@@ -194,16 +202,16 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
     }
     next();
 
-    uint32_t values = smem + T::V_AT + stage * T::STAGE + (first - s.part * OWN) * T::STRIDE * 16 + s.part * T::COLUMNS * 16;
+    uint32_t values = smem + T::V_AT + stage * T::STAGE + values_first * T::STRIDE * 16 + s.part * T::COLUMNS * 16;
 #pragma unroll
     for (int depth = 0; depth < KEYS / 16; depth++) {
         uint32_t gathered[T::PIECES][4];
-        if constexpr (T::SPLIT > 1) {
+        if constexpr (T::EXCHANGE) {
 #pragma unroll
             for (int i = 0; i < T::PIECES; i++)
                 load_a<KEYS / 8>(gathered[i], p + (i * 16 + lane % 16) * T::P_STRIDE * 16, depth * 2);
         }
-        auto& a = T::SPLIT > 1 ? gathered : weights[depth % (OWN / 16)];
+        auto& a = T::EXCHANGE ? gathered : weights[depth % (OWN / 16)];
 #pragma unroll
         for (int i = 0; i < T::PIECES; i++) {
             uint32_t ones = lane / 4 % 2 == i ? 0x3c003c00 : 0;
@@ -285,22 +293,23 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
     finish(s, p, p.out + ((int64_t(blockIdx.z) * p.queries + first_query) * gridDim.y + blockIdx.y) * p.head_dim, rows);
 }
 
-// Two blocks a multiprocessor, three where the registers allow.
-#define ATTENTION(name, width, rows, vector, blocks)                                                                        \
-    KERNEL __launch_bounds__(Tile<width, rows, vector>::THREADS, blocks) name(const __grid_constant__ AttentionParams p) {  \
-        attend<Tile<width, rows, vector>>(p);                                                                               \
-    }                                                                                                                       \
+// The number after the name is how many blocks of a multiprocessor the registers must allow; then the Tile.
+#define ATTENTION(name, blocks, ...)                                                                                \
+    KERNEL __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks) name(const __grid_constant__ AttentionParams p) {  \
+        attend<Tile<__VA_ARGS__>>(p);                                                                               \
+    }                                                                                                               \
     EXPORT(name)
 
-ATTENTION(attention_40_128, 40, 128, true, 3)
-ATTENTION(attention_40_64, 40, 64, true, 4)
-ATTENTION(attention_64_128, 64, 128, true, 2)
-ATTENTION(attention_64_64, 64, 64, true, 4)
-ATTENTION(attention_80_128, 80, 128, true, 2)
-ATTENTION(attention_80_64, 80, 64, true, 3)
-ATTENTION(attention_160_64, 160, 64, true, 1)
-ATTENTION(attention_512_64, 512, 64, true, 1)
+ATTENTION(attention_40_128, 3, 40, 128, 64, true)
+ATTENTION(attention_40_64, 4, 40, 64, 64, true)
+ATTENTION(attention_64_128, 2, 64, 128, 64, true)
+ATTENTION(attention_64_64, 4, 64, 64, 64, true)
+ATTENTION(attention_80_128, 2, 80, 128, 64, true)
+ATTENTION(attention_80_64, 3, 80, 64, 64, true)
+ATTENTION(attention_160_64, 1, 160, 64, 32, true)
+ATTENTION(attention_512_64, 1, 512, 64, 32, true)
+ATTENTION(attention_512_64_16, 1, 512, 64, 16, true)
 // Element by element, where 16 bytes are not aligned.
-ATTENTION(attention_40_64_unaligned, 40, 64, false, 2)
-ATTENTION(attention_160_64_unaligned, 160, 64, false, 1)
-ATTENTION(attention_512_64_unaligned, 512, 64, false, 1)
+ATTENTION(attention_40_64_unaligned, 2, 40, 64, 64, false)
+ATTENTION(attention_160_64_unaligned, 1, 160, 64, 32, false)
+ATTENTION(attention_512_64_unaligned, 1, 512, 64, 16, false)

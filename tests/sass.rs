@@ -1,11 +1,11 @@
 //! The kernels' machine code: are the instructions there that make them fast? Looks where the build found nvcc, and cuobjdump
 //! beside it; otherwise there is nothing to look at.
 
-use respodiff::cuda::compiled::FATBINS;
+use respodiff::cuda::compiled::FAMILIES;
 use std::path::Path;
 use std::process::Command;
 
-/// Of the kernels of a name (`*` is any text), for which architectures (both, if none is said), what their code must hold.
+/// Of the kernels of a name (`*` is any text), for which architectures (all, if none is said), what their code must hold.
 const REQUIRED: &[(&str, &str, &[&str])] = &[
     // Tensor cores fed by ldmatrix, shared memory filled sixteen bytes at a time past L1.
     ("conv_*x*", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
@@ -78,7 +78,7 @@ fn fast_instructions_are_there() {
         eprintln!("no cuobjdump: the kernels' machine code was not looked at");
         return;
     };
-    let functions: Vec<_> = FATBINS.iter().flat_map(|(_, fatbin)| functions(&cuobjdump, fatbin)).collect();
+    let functions: Vec<_> = FAMILIES.iter().flat_map(|family| functions(&cuobjdump, family.fatbin)).collect();
     for (pattern, only, mnemonics) in REQUIRED {
         let meant = |(architecture, name, _): &&(String, String, String)| {
             (only.is_empty() || only == architecture) && matches(pattern, name)

@@ -1,7 +1,7 @@
 //! `respodiff doctor`: what this machine and this build can do, and what to do about the rest.
 
 use super::say;
-use crate::cuda::{self, compiled::FATBINS, compiled::RESOURCES};
+use crate::cuda::{self, compiled::FAMILIES, compiled::RESOURCES};
 use crate::weights::hub::HubConfig;
 use crate::{Device, Result, cpu};
 use serde_json::{Value, json};
@@ -15,7 +15,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let mut advice: Vec<String> = Vec::new();
-    let families: Vec<&str> = FATBINS.iter().map(|(family, _)| *family).collect();
+    let families: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
     let mut architectures: Vec<String> = RESOURCES.iter().map(|kernel| format!("sm_{}", kernel.architecture)).collect();
     architectures.sort();
     architectures.dedup();

@@ -32,26 +32,29 @@ struct Tile {
     width: usize,
     /// Queries of a block.
     rows: usize,
+    /// Keys of a step.
+    keys: usize,
     /// Whether it copies 16 bytes at a time.
     vector: bool,
 }
 
-const fn tile(kernel: &'static str, width: usize, rows: usize, vector: bool) -> Tile {
-    Tile { kernel, width, rows, vector }
+const fn tile(kernel: &'static str, width: usize, rows: usize, keys: usize, vector: bool) -> Tile {
+    Tile { kernel, width, rows, keys, vector }
 }
 
-const TILES: [Tile; 11] = [
-    tile("attention_40_128", 40, 128, true),
-    tile("attention_40_64", 40, 64, true),
-    tile("attention_64_128", 64, 128, true),
-    tile("attention_64_64", 64, 64, true),
-    tile("attention_80_128", 80, 128, true),
-    tile("attention_80_64", 80, 64, true),
-    tile("attention_160_64", 160, 64, true),
-    tile("attention_512_64", 512, 64, true),
-    tile("attention_40_64_unaligned", 40, 64, false),
-    tile("attention_160_64_unaligned", 160, 64, false),
-    tile("attention_512_64_unaligned", 512, 64, false),
+const TILES: [Tile; 12] = [
+    tile("attention_40_128", 40, 128, 64, true),
+    tile("attention_40_64", 40, 64, 64, true),
+    tile("attention_64_128", 64, 128, 64, true),
+    tile("attention_64_64", 64, 64, 64, true),
+    tile("attention_80_128", 80, 128, 64, true),
+    tile("attention_80_64", 80, 64, 64, true),
+    tile("attention_160_64", 160, 64, 32, true),
+    tile("attention_512_64", 512, 64, 32, true),
+    tile("attention_512_64_16", 512, 64, 16, true),
+    tile("attention_40_64_unaligned", 40, 64, 64, false),
+    tile("attention_160_64_unaligned", 160, 64, 32, false),
+    tile("attention_512_64_unaligned", 512, 64, 16, false),
 ];
 
 /// Images that a choice is made for, however many there are: guidance's two.
@@ -67,13 +70,18 @@ impl Tile {
         128 * self.split()
     }
 
+    /// Whether warps that share a row divide a step's keys among them; else each computes the scores of all.
+    fn exchanges(&self) -> bool {
+        self.split() > 1 && self.keys / self.split() >= 16
+    }
+
     /// Bytes of shared memory: queries, two stages of keys and values or one, weights and maxima that warps exchange.
     fn shared(&self) -> usize {
         let stride = (self.width / 8) | 1;
-        let (keys, stages) = (64 / self.split(), 2 / self.split());
+        let stages = 2 / self.split();
         let exchanged =
-            if self.split() > 1 { self.rows * ((keys / 8) | 1) * 16 + self.split() * self.rows * 4 } else { 0 };
-        (self.rows + 2 * stages * keys) * stride * 16 + exchanged
+            if self.exchanges() { self.rows * ((self.keys / 8) | 1) * 16 + self.split() * self.rows * 4 } else { 0 };
+        (self.rows + 2 * stages * self.keys) * stride * 16 + exchanged
     }
 
     /// Why the kernel cannot do it.
@@ -90,11 +98,13 @@ impl Tile {
     }
 
     /// Estimated time: blocks of the busiest multiprocessor, times what one costs. Keys and values pass from shared memory
-    /// to registers once for a block, which costs as much as another 32 queries.
+    /// to registers once for a block, which costs as much as another 32 queries. Warps that share rows without exchanging
+    /// compute the scores, which are half of the work, twice.
     fn time(&self, queries: usize, heads: usize, limits: Limits) -> usize {
         let blocks = IMAGES * heads * queries.div_ceil(self.rows);
+        let halves = if self.split() > 1 && !self.exchanges() { 3 } else { 2 };
         let copying = if self.vector { 1 } else { 8 };
-        blocks.div_ceil(limits.multiprocessors as usize) * (self.rows + 32) * self.width * copying
+        blocks.div_ceil(limits.multiprocessors as usize) * (self.rows + 32) * self.width * halves * copying
     }
 }
 
@@ -170,15 +180,18 @@ mod tests {
     }
 
     #[test]
-    fn every_head_up_to_the_widest_has_a_kernel() {
-        for head_dim in 1..=512 {
-            for aligned in [false, head_dim % CHUNK == 0] {
-                let tile = choose(35, 3, head_dim, aligned, Limits::A100).unwrap();
-                assert!(tile.width >= head_dim && (aligned || !tile.vector));
-                assert!(tile.shared() <= Limits::A100.shared as usize);
+    fn every_head_up_to_the_widest_has_a_kernel_on_every_card() {
+        for limits in Limits::CARDS {
+            for head_dim in 1..=512 {
+                for aligned in [false, head_dim % CHUNK == 0] {
+                    let tile = choose(35, 3, head_dim, aligned, limits).unwrap();
+                    assert!(tile.width >= head_dim && (aligned || !tile.vector));
+                    assert!(tile.shared() <= limits.shared as usize);
+                }
             }
+            assert_eq!(choose(35, 3, 513, true, limits), None);
         }
-        assert_eq!(choose(35, 3, 513, true, Limits::H100), None);
+        assert_eq!(chosen(4096, 1, 512, Limits::RTX_4090), "attention_512_64_16");
         let reason = TILES[0].rejected(40, false, Limits::A100);
         assert_eq!(reason, Some("heads do not begin at multiples of 16 bytes"));
         let cramped = Limits { shared: 48 << 10, ..Limits::A100 };

@@ -1,11 +1,22 @@
 //! The kernels in this binary, as `build.rs` compiled them; none if it found no nvcc.
 
+/// A compiled source file of `kernels/`.
+#[derive(Clone, Copy, Debug)]
+pub struct Family {
+    /// The file's stem.
+    pub name: &'static str,
+    /// Machine code for the GPUs that `build.rs` lists, and PTX.
+    pub fatbin: &'static [u8],
+    /// Its kernels' names.
+    pub kernels: &'static [&'static str],
+}
+
 /// What a kernel takes of a multiprocessor, by the assembler's account. None spills registers: the build fails then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resources {
     /// The kernel's name in `kernels/`.
     pub kernel: &'static str,
-    /// Whose machine code: `80` or `90a`.
+    /// Whose machine code, such as `80` or `90a`.
     pub architecture: &'static str,
     /// Registers of a thread.
     pub registers: u32,

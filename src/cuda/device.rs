@@ -18,8 +18,19 @@ pub struct Limits {
 impl Limits {
     /// An A100's.
     pub const A100: Limits = Limits { capability: 80, multiprocessors: 108, shared: 163 << 10 };
+    /// An RTX 3090's.
+    pub const RTX_3090: Limits = Limits { capability: 86, multiprocessors: 82, shared: 99 << 10 };
+    /// An RTX 4090's.
+    pub const RTX_4090: Limits = Limits { capability: 89, multiprocessors: 128, shared: 99 << 10 };
     /// An H100 SXM's or H200's.
     pub const H100: Limits = Limits { capability: 90, multiprocessors: 132, shared: 227 << 10 };
+    /// A B200's.
+    pub const B200: Limits = Limits { capability: 100, multiprocessors: 148, shared: 227 << 10 };
+    /// An RTX 5090's.
+    pub const RTX_5090: Limits = Limits { capability: 120, multiprocessors: 170, shared: 99 << 10 };
+    /// One card of every kind that has machine code of its own. They differ in what a block may have of shared memory.
+    pub const CARDS: [Limits; 6] =
+        [Limits::A100, Limits::RTX_3090, Limits::RTX_4090, Limits::H100, Limits::B200, Limits::RTX_5090];
 }
 
 /// One kernel over a grid of blocks. Every kernel takes one structure by value.
@@ -107,6 +118,15 @@ pub trait Device: Send + Sync {
     /// [`crate::Error::Device`] with the driver's word, also about work given before.
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
 
+    /// Fills with zeros.
+    ///
+    /// # Safety
+    /// As for [`Device::upload`].
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word.
+    unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()>;
+
     /// Copies on the device.
     ///
     /// # Safety
@@ -174,6 +194,17 @@ impl Buffer {
     /// [`crate::Error::Device`] if there is not enough.
     pub fn new(device: &Arc<dyn Device>, bytes: usize) -> Result<Self> {
         Ok(Buffer { address: device.allocate(bytes)?, device: device.clone(), bytes })
+    }
+
+    /// Takes memory and fills it with zeros.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if there is not enough.
+    pub fn zeroed(device: &Arc<dyn Device>, bytes: usize) -> Result<Self> {
+        let buffer = Self::new(device, bytes)?;
+        // SAFETY: all of this buffer.
+        unsafe { device.zero(buffer.address, bytes)? };
+        Ok(buffer)
     }
 
     /// Takes memory and fills it.

@@ -1,8 +1,8 @@
 //! The NVIDIA driver, found at run time: one binary serves machines with a GPU and without.
 //!
 //! The functions and types are cudarc's. It looks functions up when they are called and panics where one is missing, so
-//! all of them are looked up at the start, where that is an error. Known limit: its result codes are a Rust enum, so that
-//! a code which only drivers newer than CUDA 12.9 return has no value there, and cannot be told from others.
+//! all of them are looked up at the start, where that is an error. Its result codes are a Rust enum, which has no value
+//! for a code that only a driver newer than CUDA 13.4 returns; no call here is known to return one.
 
 use crate::{Error, Result};
 use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute, CUresult};
@@ -19,9 +19,32 @@ pub(super) mod functions {
         ($($name:ident)*) => {
             pub use cudarc::driver::sys::{$($name),*};
 
-            pub const NAMES: &[&str] = &[$(stringify!($name)),*];
+            pub const NAMES: &[&str] = &[ELAPSED_TIME, $(stringify!($name)),*];
         };
     }
+
+    use cudarc::driver::sys::{CUevent, CUresult, culib};
+
+    /// Not in drivers before CUDA 12.4; see [`super::Version::tells_parameters`].
+    pub use cudarc::driver::sys::cuFuncGetParamInfo;
+
+    /// Under this name all drivers have it; cudarc's bindings know the one of CUDA 12.8, which older drivers lack.
+    ///
+    /// # Safety
+    /// Events of the driver's that have passed, and a live number.
+    #[allow(non_snake_case)]
+    pub unsafe fn cuEventElapsedTime(milliseconds: *mut f32, start: CUevent, end: CUevent) -> CUresult {
+        type Function = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
+        // SAFETY: the function's type is the manual's; the rest is the caller's promise.
+        unsafe {
+            match culib().get::<Function>(ELAPSED_TIME) {
+                Ok(function) => function(milliseconds, start, end),
+                Err(_) => CUresult::CUDA_ERROR_NOT_FOUND,
+            }
+        }
+    }
+
+    const ELAPSED_TIME: &str = "cuEventElapsedTime";
 
     functions! {
         cuDriverGetVersion cuInit cuGetErrorName cuGetErrorString
@@ -31,7 +54,7 @@ pub(super) mod functions {
         cuMemsetD8Async cuMemcpyHtoDAsync_v2 cuMemcpyDtoHAsync_v2 cuMemcpyDtoDAsync_v2
         cuStreamCreate cuStreamDestroy_v2 cuStreamSynchronize cuStreamBeginCapture_v2 cuStreamEndCapture
         cuGraphInstantiateWithFlags cuGraphDestroy cuGraphUpload cuGraphLaunch cuGraphExecDestroy
-        cuEventCreate cuEventDestroy_v2 cuEventRecord cuEventSynchronize cuEventElapsedTime
+        cuEventCreate cuEventDestroy_v2 cuEventRecord cuEventSynchronize
         cuModuleLoadData cuModuleUnload cuModuleGetFunction cuFuncSetAttribute cuTensorMapEncodeTiled cuLaunchKernel
     }
 }
@@ -39,6 +62,13 @@ pub(super) mod functions {
 /// Which CUDA a driver speaks; 12040 is 12.4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(u32);
+
+impl Version {
+    /// Whether the driver has `cuFuncGetParamInfo`.
+    pub(super) fn tells_parameters(self) -> bool {
+        self >= Version(12_040)
+    }
+}
 
 impl std::fmt::Display for Version {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

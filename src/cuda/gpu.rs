@@ -3,7 +3,7 @@
 //! All work goes down one stream, in the order in which it was given. A recording is captured on a stream of its own and
 //! becomes a CUDA graph, so that nothing another thread submits meanwhile can end up in it.
 
-use super::compiled::FATBINS;
+use super::compiled::{FAMILIES, Family, RESOURCES};
 use super::device::{Device, Launch, Limits, Recording, TensorTiles};
 use super::driver::{self, Card, Version, check, functions::*};
 use crate::{Error, Result};
@@ -32,7 +32,7 @@ const NON_BLOCKING: u32 = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
 /// # Errors
 /// [`Error::Device`]: this build holds no kernels, the driver is missing or too old, or no GPU is new enough.
 pub fn open() -> Result<Arc<dyn Device>> {
-    if FATBINS.is_empty() {
+    if FAMILIES.is_empty() {
         return Err(Error::Device(
             "this build has no CUDA kernels: install nvcc (README, \"On a GPU\") and build again, or use --device cpu"
                 .into(),
@@ -46,7 +46,7 @@ pub fn open() -> Result<Arc<dyn Device>> {
             if names.is_empty() { "none".into() } else { names.join(", ") }
         )));
     };
-    Ok(Arc::new(Gpu::new(version, card.clone(), FATBINS)?))
+    Ok(Arc::new(Gpu::new(version, card.clone(), FAMILIES)?))
 }
 
 /// The driver's version and its GPUs, whether the kernels run on them or not.
@@ -64,13 +64,25 @@ impl Card {
     }
 
     /// Which of the compiled forms it runs.
-    pub fn code(&self) -> &'static str {
-        match self.limits.capability {
-            ..80 => "none: compute capability 8.0 is needed",
-            80..90 => "sm_80 machine code",
-            90 => "sm_90a machine code",
-            _ => "PTX, which the driver compiles at the first start and keeps",
-        }
+    pub fn code(&self) -> String {
+        code(self.limits.capability, RESOURCES.iter().map(|kernel| kernel.architecture))
+    }
+}
+
+/// The newest of the compiled architectures that a GPU of `capability` runs: one of its generation that is not newer. Code
+/// of an architecture that ends in `a` runs on that alone.
+fn code(capability: u32, architectures: impl Iterator<Item = &'static str>) -> String {
+    if capability < 80 {
+        return "none: compute capability 8.0 is needed".into();
+    }
+    let runs = |architecture: &str| match architecture.strip_suffix('a') {
+        Some(only) => only.parse() == Ok(capability),
+        None => architecture.parse().is_ok_and(|of: u32| of / 10 == capability / 10 && of <= capability),
+    };
+    // All are of one generation here, so that the order of texts is that of numbers.
+    match architectures.filter(|architecture| runs(architecture)).max() {
+        Some(architecture) => format!("sm_{architecture} machine code"),
+        None => "PTX, which the driver compiles when a kernel is first used, and keeps".into(),
     }
 }
 
@@ -86,15 +98,27 @@ struct Gpu {
     card: Card,
     context: CUcontext,
     stream: CUstream,
-    modules: Vec<CUmodule>,
-    kernels: Mutex<HashMap<&'static str, Kernel>>,
+    families: &'static [Family],
+    /// What has been loaded: a family's module at its first kernel.
+    loaded: Mutex<Loaded>,
     staging: Mutex<Staging>,
     timer: Mutex<Option<Timer>>,
 }
 
+/// Modules by family, and kernels by name.
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<&'static str, CUmodule>,
+    kernels: HashMap<&'static str, Kernel>,
+}
+
 /// A function of a module.
 #[derive(Clone, Copy)]
-struct Kernel(CUfunction);
+struct Kernel {
+    function: CUfunction,
+    /// Bytes of its structure, where the driver tells: from CUDA 12.4 on.
+    params: Option<usize>,
+}
 
 /// Two pinned buffers in turns, each with an event that says when its last copy is done.
 struct Staging {
@@ -113,8 +137,8 @@ struct Timer {
 unsafe impl Send for Gpu {}
 // SAFETY: likewise.
 unsafe impl Sync for Gpu {}
-// SAFETY: a handle, see above.
-unsafe impl Send for Kernel {}
+// SAFETY: handles, see above.
+unsafe impl Send for Loaded {}
 
 /// A lock whose data no panic can leave half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -122,10 +146,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Gpu {
-    fn new(version: Version, card: Card, fatbins: &[(&str, &[u8])]) -> Result<Self> {
+    fn new(version: Version, card: Card, families: &'static [Family]) -> Result<Self> {
         let mut context = null_mut();
         // SAFETY (of all calls here): arguments are live locals, and handles that the driver gave.
         let code = unsafe { cuDevicePrimaryCtxRetain(&mut context, card.device) };
+        if code as u32 == 46 {
+            return Err(Error::Device(format!(
+                "{card} is held by another process (`nvidia-smi` tells which, and its compute mode); end that, choose \
+                 another GPU with CUDA_VISIBLE_DEVICES, or use --device cpu"
+            )));
+        }
         check(&format!("starting {card}"), code)?;
         // From here on `drop` gives back what there is.
         let mut gpu = Gpu {
@@ -133,8 +163,8 @@ impl Gpu {
             card,
             context,
             stream: null_mut(),
-            modules: Vec::new(),
-            kernels: Mutex::default(),
+            families,
+            loaded: Mutex::default(),
             staging: Mutex::new(Staging { buffers: [(null_mut(), null_mut()); 2], next: 0 }),
             timer: Mutex::new(None),
         };
@@ -144,18 +174,10 @@ impl Gpu {
             check("pinning memory for uploads", unsafe { cuMemAllocHost_v2(buffer, STAGE) })?;
             check("making an event", unsafe { cuEventCreate(event, 0) })?;
         }
-        for (family, fatbin) in fatbins {
-            let mut module = null_mut();
-            let code = unsafe { cuModuleLoadData(&mut module, fatbin.as_ptr().cast()) };
-            if code as u32 != 0 {
-                return Err(gpu.refused(family, code));
-            }
-            gpu.modules.push(module);
-        }
         Ok(gpu)
     }
 
-    /// Why compiled kernels are not taken.
+    /// Why a family of kernels is not taken.
     fn refused(&self, family: &str, code: CUresult) -> Error {
         let driver = self.version;
         let advice = match code as u32 {
@@ -183,49 +205,91 @@ impl Gpu {
         check(doing, unsafe { cuStreamSynchronize(self.stream) })
     }
 
-    /// The kernel of that name, which may use all shared memory there is.
+    /// The kernel of that name, which may use all shared memory there is. Its family is loaded with its first kernel. No
+    /// call to the driver is expected to fail, so that a tool which watches for failures has none to report.
     fn kernel(&self, name: &'static str) -> Result<Kernel> {
-        let mut kernels = lock(&self.kernels);
-        if let Some(kernel) = kernels.get(name) {
+        let mut loaded = lock(&self.loaded);
+        if let Some(kernel) = loaded.kernels.get(name) {
             return Ok(*kernel);
         }
+        let Some(family) = self.families.iter().find(|family| family.kernels.contains(&name)) else {
+            return Err(Error::Device(format!("this build has no kernel `{name}`; build it again")));
+        };
         let symbol = CString::new(name).map_err(|_| Error::Device(format!("`{name}` is no kernel's name")))?;
+        let module = match loaded.modules.get(family.name) {
+            Some(module) => *module,
+            None => {
+                let mut module = null_mut();
+                // SAFETY: fatbins are whole, aligned and constant.
+                let code = unsafe { cuModuleLoadData(&mut module, family.fatbin.as_ptr().cast()) };
+                if code as u32 != 0 {
+                    return Err(self.refused(family.name, code));
+                }
+                loaded.modules.insert(family.name, module);
+                module
+            }
+        };
         let mut function = null_mut();
         // SAFETY: the module lives as long as `self`; the name ends in a zero.
-        let found = |&module: &_| unsafe { cuModuleGetFunction(&mut function, module, symbol.as_ptr()) } as u32 == 0;
-        if !self.modules.iter().any(found) {
-            return Err(Error::Device(format!("this build has no kernel `{name}`; build it again")));
+        let code = unsafe { cuModuleGetFunction(&mut function, module, symbol.as_ptr()) };
+        check(&format!("looking for kernel `{name}`"), code)?;
+        use CUfunction_attribute::*;
+        for (attribute, value) in [
+            (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.card.limits.shared as i32),
+            // In percent: kernels that need little shared memory should not make a multiprocessor change how it divides its
+            // memory between that and L1.
+            (CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+        ] {
+            // SAFETY: the function is of a module.
+            let code = unsafe { cuFuncSetAttribute(function, attribute, value) };
+            check(&format!("giving `{name}` shared memory"), code)?;
         }
-        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        // SAFETY: the function is of a module.
-        let code = unsafe { cuFuncSetAttribute(function, attribute, self.card.limits.shared as i32) };
-        check(&format!("giving `{name}` shared memory"), code)?;
-        kernels.insert(name, Kernel(function));
-        Ok(Kernel(function))
+        let mut params = None;
+        if self.version.tells_parameters() {
+            let (mut offset, mut size) = (0, 0);
+            // SAFETY: live locals; every kernel has one parameter.
+            let code = unsafe { cuFuncGetParamInfo(function, 0, &mut offset, &mut size) };
+            check(&format!("asking for the parameters of `{name}`"), code)?;
+            params = Some(size);
+        }
+        let kernel = Kernel { function, params };
+        loaded.kernels.insert(name, kernel);
+        Ok(kernel)
     }
 
-    /// Puts launches into a stream.
+    /// The kernels of launches, loaded, and with structures of the size that the launches give them.
+    fn resolve(&self, launches: &[Launch]) -> Result<Vec<Kernel>> {
+        let resolved = launches.iter().map(|launch| {
+            let kernel = self.kernel(launch.kernel)?;
+            let given = launch.params.len();
+            match kernel.params.unwrap_or(given) {
+                wanted if given > MAX_PARAMS || wanted != given => Err(Error::Device(format!(
+                    "`{}` takes {wanted} bytes of parameters and was given {given}; this is an error of respodiff: report it",
+                    launch.kernel
+                ))),
+                _ => Ok(kernel),
+            }
+        });
+        resolved.collect()
+    }
+
+    /// Puts launches of `kernels` into a stream.
     ///
     /// # Safety
     /// As for [`Device::run`].
-    unsafe fn submit(&self, launches: &[Launch], stream: CUstream) -> Result<()> {
+    unsafe fn submit(&self, kernels: &[Kernel], launches: &[Launch], stream: CUstream) -> Result<()> {
         /// Structures may ask for 64-byte alignment (tensor maps).
         #[repr(align(64))]
         struct Params([u8; MAX_PARAMS]);
         let mut params = Params([0; MAX_PARAMS]);
-        for launch in launches {
-            let kernel = self.kernel(launch.kernel)?;
-            let Some(bytes) = params.0.get_mut(..launch.params.len()) else {
-                let problem = format!("`{}` wants {} bytes of parameters", launch.kernel, launch.params.len());
-                return Err(Error::Device(problem));
-            };
-            bytes.copy_from_slice(&launch.params);
+        for (kernel, launch) in kernels.iter().zip(launches) {
+            params.0[..launch.params.len()].copy_from_slice(&launch.params);
             let mut arguments = [params.0.as_mut_ptr().cast::<c_void>()];
             let ([x, y, z], nothing) = (launch.grid, null_mut());
             // SAFETY: the driver copies the one structure before it returns; the rest is the caller's promise.
             let code = unsafe {
                 let Launch { block, shared, .. } = *launch;
-                cuLaunchKernel(kernel.0, x, y, z, block, 1, 1, shared, stream, arguments.as_mut_ptr(), nothing)
+                cuLaunchKernel(kernel.function, x, y, z, block, 1, 1, shared, stream, arguments.as_mut_ptr(), nothing)
             };
             if code as u32 != 0 {
                 let Launch { kernel, grid, block, shared, .. } = launch;
@@ -241,13 +305,15 @@ impl Gpu {
     /// # Safety
     /// As for [`Device::record`].
     unsafe fn capture(&self, launches: &[Launch], stream: CUstream) -> Result<CUgraphExec> {
+        // Loading a module may have to wait for the device, which a capture forbids.
+        let kernels = self.resolve(launches)?;
         let (mut graph, mut executable) = (null_mut(), null_mut());
         // SAFETY: handles of the driver, live locals, and the caller's promise about the launches.
         unsafe {
             // Other threads may go on allocating.
             let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
             check("beginning a capture", cuStreamBeginCapture_v2(stream, mode))?;
-            let submitted = self.submit(launches, stream);
+            let submitted = self.submit(&kernels, launches, stream);
             // Whatever happened, or the stream stays in capture.
             let ended = cuStreamEndCapture(stream, &mut graph);
             let made = submitted
@@ -340,6 +406,16 @@ impl Device for Gpu {
         self.wait("work before a download")
     }
 
+    unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // The driver refuses a size of nothing.
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        check("zeroing memory", unsafe { cuMemsetD8Async(address, 0, bytes, self.stream) })
+    }
+
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller's promise.
@@ -385,7 +461,7 @@ impl Device for Gpu {
     unsafe fn run(&self, launches: &[Launch]) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller's promise.
-        unsafe { self.submit(launches, self.stream) }
+        unsafe { self.submit(&self.resolve(launches)?, launches, self.stream) }
     }
 
     unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>> {
@@ -413,13 +489,14 @@ impl Device for Gpu {
             None => self.timer()?,
         };
         let Timer { start, end, flush } = *slot.insert(timer);
+        let kernels = self.resolve(launches)?;
         let mut milliseconds = 0.0;
         // SAFETY: handles of the driver, memory of the timer's, and the caller's promise.
         unsafe {
             // While this runs, what follows is queued, so that the launches do not wait for the CPU.
             check("emptying the cache", cuMemsetD8Async(flush, 0, FLUSH, self.stream))?;
             check("timing", cuEventRecord(start, self.stream))?;
-            self.submit(launches, self.stream)?;
+            self.submit(&kernels, launches, self.stream)?;
             check("timing", cuEventRecord(end, self.stream))?;
             check("work that was timed", cuEventSynchronize(end))?;
             check("timing", cuEventElapsedTime(&mut milliseconds, start, end))?;
@@ -449,7 +526,7 @@ impl Drop for Gpu {
                         cuEventDestroy_v2(event);
                     }
                 }
-                for &module in &self.modules {
+                for &module in lock(&self.loaded).modules.values() {
                     cuModuleUnload(module);
                 }
                 if !self.stream.is_null() {

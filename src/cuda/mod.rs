@@ -67,7 +67,7 @@ impl Executor {
     /// # Errors
     /// [`crate::Error::Device`] when memory is short or an operation has no kernel.
     pub fn new(device: &Arc<dyn Device>, plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
-        let arena = Buffer::from_bytes(device, &vec![0; plan.arena_bytes()])?;
+        let arena = Buffer::zeroed(device, plan.arena_bytes())?;
         let program = Program::new(&plan, &weights, device.limits(), arena.address())?;
         Ok(Executor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
     }

@@ -20,7 +20,7 @@ typedef void* Handle;
 typedef struct { uint64_t x, out, length; } Doubling;
 typedef struct { int capturing; int launches; Doubling taken[8]; } Stream;
 
-static int live, context, set_shared;
+static int live, context, set_shared, failures;
 static size_t used;
 static void* take(size_t bytes) { live++; return calloc(1, bytes); }
 static int give(void* what) { if (!what) return INVALID_VALUE; live--; free(what); return 0; }
@@ -28,6 +28,10 @@ static void doubled(Doubling d) {
     for (uint64_t i = 0; i < d.length; i++) ((float*)d.out)[i] = 2 * ((float*)d.x)[i];
 }
 
+// Counts calls that fail: tools such as compute-sanitizer report them, so that normal work should make none.
+static int told(int code) { failures += code != 0; return code; }
+
+int failed_calls(void) { return failures; }
 int live_objects(void) { return live + context; }
 int cuDriverGetVersion(int* v) { *v = INIT == 34 ? 0 : VERSION; return INIT == 34 ? INIT : 0; }
 int cuInit(unsigned flags) { return flags ? INVALID_VALUE : INIT; }
@@ -41,7 +45,10 @@ int cuDeviceGetAttribute(int* value, int which, int device) {
     *value = which == 75 ? CAPABILITY / 10 : which == 76 ? CAPABILITY % 10 : which == 16 ? 132 : which == 97 ? 227 << 10 : -1;
     return device;
 }
-int cuDevicePrimaryCtxRetain(Handle* c, int device) { context++; *c = &context; return device; }
+#ifndef RETAIN
+#define RETAIN 0
+#endif
+int cuDevicePrimaryCtxRetain(Handle* c, int device) { if (RETAIN) return RETAIN; context++; *c = &context; return device; }
 int cuDevicePrimaryCtxRelease_v2(int device) { context--; return device; }
 int cuCtxSetCurrent(Handle c) { return c == &context ? 0 : INVALID_VALUE; }
 int cuMemGetInfo_v2(size_t* f, size_t* total) { *f = MEMORY - used; *total = MEMORY; return 0; }
@@ -96,13 +103,22 @@ int cuEventRecord(Handle e, Handle s) { return e && s ? 0 : INVALID_VALUE; }
 int cuEventSynchronize(Handle e) { return e ? 0 : INVALID_VALUE; }
 int cuEventElapsedTime(float* ms, Handle start, Handle end) { *ms = 1.5f; return start == end ? INVALID_VALUE : 0; }
 int cuModuleLoadData(Handle* m, const void* image) {
-    if (memcmp(image, "image", 5)) return INVALID_IMAGE;
+    if (memcmp(image, "image", 5)) return told(INVALID_IMAGE);
     *m = take(1);
     return 0;
 }
 int cuModuleUnload(Handle m) { return give(m); }
-int cuModuleGetFunction(Handle* f, Handle m, const char* name) { *f = m; return strcmp(name, "twice") ? NOT_FOUND : 0; }
-int cuFuncSetAttribute(Handle f, int which, int value) { set_shared = value; return which == 8 ? 0 : INVALID_VALUE; }
+int cuModuleGetFunction(Handle* f, Handle m, const char* name) { *f = m; return told(strcmp(name, "twice") ? NOT_FOUND : 0); }
+int cuFuncSetAttribute(Handle f, int which, int value) {
+    if (which == 8) set_shared = value;
+    return told(which == 8 || (which == 9 && value == 100) ? 0 : INVALID_VALUE);
+}
+#if VERSION >= 12040
+int cuFuncGetParamInfo(Handle f, size_t index, size_t* offset, size_t* size) {
+    *offset = 0, *size = sizeof(Doubling);
+    return told(index ? INVALID_VALUE : 0);
+}
+#endif
 int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* sizes,
                            const uint64_t* strides, const unsigned* tile, const unsigned* steps, int interleave,
                            int swizzle, int promotion, int fill) {
@@ -115,8 +131,8 @@ int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address
 }
 int cuLaunchKernel(Handle f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    Handle s, void** params, void** extra) {
-    if (!f || !gx || !gy || !gz || !bx || by != 1 || bz != 1 || extra || shared > (unsigned)set_shared) return INVALID_VALUE;
-    if ((uint64_t)params[0] % 64) return INVALID_VALUE;
+    if (!f || !gx || !gy || !gz || !bx || by != 1 || bz != 1 || extra || shared > (unsigned)set_shared) return told(INVALID_VALUE);
+    if ((uint64_t)params[0] % 64) return told(INVALID_VALUE);
     Stream* stream = s;
     if (stream->capturing) stream->taken[stream->launches++] = *(Doubling*)params[0];
     else doubled(*(Doubling*)params[0]);

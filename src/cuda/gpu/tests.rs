@@ -5,7 +5,13 @@ use bytemuck::NoUninit;
 use cudarc::driver::sys;
 use std::process::Command;
 
-const IMAGES: &[(&str, &[u8])] = &[("test", b"image")];
+const fn family(name: &'static str, fatbin: &'static [u8], kernels: &'static [&'static str]) -> Family {
+    Family { name, fatbin, kernels }
+}
+
+/// The driver takes the first; the others are faulty and may not be touched unless a kernel of theirs is wanted.
+static FAMILIES: &[Family] =
+    &[family("test", b"image", &["twice"]), family("odd", b"image", &["lost"]), family("newer", b"other", &["thrice"])];
 const TILES: TensorTiles =
     TensorTiles { address: 1 << 20, sizes: &[64, 100], strides: &[128], tile: &[64, 32], swizzle: 3 };
 
@@ -40,12 +46,17 @@ fn each_driver(test: &str, drivers: &[(&str, &str)]) -> Option<String> {
 
 fn gpu() -> Arc<Gpu> {
     let (version, cards) = cards().unwrap();
-    Arc::new(Gpu::new(version, cards[0].clone(), IMAGES).unwrap())
+    Arc::new(Gpu::new(version, cards[0].clone(), FAMILIES).unwrap())
+}
+
+/// One of the driver's counts.
+fn count(name: &str) -> i32 {
+    unsafe { (*sys::culib().get::<unsafe extern "C" fn() -> i32>(name).unwrap())() }
 }
 
 /// What the driver has handed out and not taken back.
 fn live() -> i32 {
-    unsafe { (*sys::culib().get::<unsafe extern "C" fn() -> i32>("live_objects").unwrap())() }
+    count("live_objects")
 }
 
 #[derive(Clone, Copy, NoUninit)]
@@ -64,7 +75,8 @@ fn twice(buffer: &super::super::Buffer, grid: usize) -> Launch {
 /// Uploads of several stages, launches, and graphs that run when replayed and not before; nothing is left behind.
 #[test]
 fn numbers_go_up_through_and_down() {
-    let Some(_) = each_driver("numbers_go_up_through_and_down", &[("-O1", "")]) else { return };
+    let drivers = [("-O1", "tells"), ("-DVERSION=12000", "")];
+    let Some(words) = each_driver("numbers_go_up_through_and_down", &drivers) else { return };
     let gpu = gpu();
     assert_eq!(gpu.limits(), Limits { capability: 90, multiprocessors: 132, shared: 227 << 10 });
     {
@@ -82,7 +94,10 @@ fn numbers_go_up_through_and_down() {
         assert_eq!(device.tensor_map(&TILES).unwrap(), [6, 2, 1 << 20, 64, 100, 128, 64, 32, 1, 1, 0, 3, 3, 0, 0, 0]);
         assert!(device.tensor_map(&TensorTiles { tile: &[64], ..TILES }).is_err());
         assert!(device.tensor_map(&TensorTiles { swizzle: 4, ..TILES }).is_err());
+        // The first launch loads its family and no other.
+        let before = live();
         unsafe { device.run(&[twice(&buffer, 1)]).unwrap() };
+        assert_eq!((live() - before, count("failed_calls")), (1, 0));
         assert_eq!(factor(), 2.0);
         let graph = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 1)]).unwrap() };
         assert_eq!(factor(), 2.0);
@@ -91,6 +106,14 @@ fn numbers_go_up_through_and_down() {
         assert_eq!(factor(), 32.0);
         assert_eq!(unsafe { device.time(&[twice(&buffer, 1)]) }.unwrap(), Duration::from_micros(1500));
         assert_eq!(factor(), 64.0);
+        let expected = (5, 0); // a module, a recording, and two events and memory for timing; no failure on the way
+        assert_eq!((live() - before, count("failed_calls")), expected);
+        // A structure of another size than the kernel's, where the driver tells sizes.
+        let longer = Launch { params: [0; 32].into(), ..twice(&buffer, 1) };
+        match unsafe { device.clone().record(&[longer]) } {
+            Ok(_) => assert!(words.is_empty()),
+            Err(refused) => assert!(refused.to_string().contains("takes 24 bytes of parameters and was given 32")),
+        }
         // A launch that is refused leaves neither a half graph nor a stream in capture.
         let refused = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 0)]) }.err().unwrap();
         assert!(refused.to_string().contains("launching `twice` (grid [0, 1, 1]"), "{refused}");
@@ -131,14 +154,52 @@ fn trouble_leaves_nothing_behind() {
     let card = &cards[0];
     assert!(!card.usable());
     assert_eq!(card.to_string(), "Test GPU (7.5)");
-    let refused = Gpu::new(version, card.clone(), &[("test", b"other")]);
-    let problem = refused.err().unwrap().to_string();
-    assert!(problem.contains("`test` cannot be loaded") && problem.contains("build with nvcc 12.4"), "{problem}");
-    let gpu = gpu();
+    let gpu = Arc::new(Gpu::new(version, card.clone(), FAMILIES).unwrap());
+    for (kernel, words) in [
+        ("thrice", &["`newer` cannot be loaded", "build with nvcc 12.4"][..]),
+        ("lost", &["looking for kernel `lost`"]),
+        ("never", &["no kernel `never`"]),
+    ] {
+        let problem = unsafe { gpu.run(&[Launch::new(kernel, [1, 1, 1], 32, 0, &0u64)]) }.err().unwrap().to_string();
+        assert!(words.iter().all(|words| problem.contains(words)), "{problem}");
+    }
     let problem = gpu.allocate(1 << 30).err().unwrap().to_string();
     assert!(problem.contains("1.00 GiB of memory are wanted where 0.06 GiB are free"), "{problem}");
-    let problem = unsafe { gpu.run(&[Launch::new("thrice", [1, 1, 1], 32, 0, &0u64)]) }.err().unwrap().to_string();
-    assert!(problem.contains("no kernel `thrice`"), "{problem}");
     drop(gpu);
     assert_eq!(live(), 0);
+}
+
+#[test]
+fn a_gpu_that_another_process_holds_is_said_to_be_held() {
+    let Some(_) = each_driver("a_gpu_that_another_process_holds_is_said_to_be_held", &[("-DRETAIN=46", "")]) else {
+        return;
+    };
+    let (version, cards) = cards().unwrap();
+    let problem = Gpu::new(version, cards[0].clone(), FAMILIES).err().unwrap().to_string();
+    assert!(problem.contains("Test GPU (9.0) is held by another process") && !problem.contains('\n'), "{problem}");
+    assert_eq!(live(), 0);
+}
+
+/// Which machine code a GPU runs, of what a build may have.
+#[test]
+fn every_gpu_runs_the_newest_code_that_it_can() {
+    let all = ["80", "86", "89", "90a", "100", "120"];
+    for (capability, form) in [
+        (75, "none: compute"),
+        (80, "sm_80 "),
+        (86, "sm_86 "),
+        (87, "sm_86 "),
+        (89, "sm_89 "),
+        (90, "sm_90a "),
+        (100, "sm_100 "),
+        (103, "sm_100 "),
+        (110, "PTX"),
+        (120, "sm_120 "),
+        (121, "sm_120 "),
+    ] {
+        let code = code(capability, all.into_iter());
+        assert!(code.starts_with(form), "{capability}: {code}");
+    }
+    assert!(code(89, ["80", "90a"].into_iter()).starts_with("sm_80 "));
+    assert!(code(86, ["89"].into_iter()).starts_with("PTX"));
 }
