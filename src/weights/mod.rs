@@ -3,9 +3,11 @@
 mod demo;
 pub mod hub;
 mod single;
+mod stored;
 mod tensors;
 
 pub use single::SingleFile;
+pub use stored::{Format, Stored};
 pub use tensors::Tensors;
 
 use crate::models::tokenizer::Tokenizer;

@@ -1,11 +1,11 @@
 //! The safetensors files of one component, mapped into memory and never read whole.
 
+use super::stored::{Data, Format, Stored};
 use super::{Source, inside};
 use crate::graph::{WeightKind, WeightSpec};
 use crate::{Error, Result};
-use half::{bf16, f16};
+use half::f16;
 use memmap2::Mmap;
-use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -246,38 +246,40 @@ impl Tensors {
         Ok(hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect())
     }
 
+    /// The tensors of a weight as they lie in their files, in the order of its names. All is checked but the numbers.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if one is missing, or has another shape or number format.
+    pub fn stored<'a>(&'a self, spec: &'a WeightSpec) -> Result<Vec<Stored<'a>>> {
+        let named = spec.names.iter().zip(&spec.outputs);
+        if self.random {
+            return Ok(named.map(|(name, &outputs)| random(spec, name, outputs)).collect());
+        }
+        let find = |(name, &outputs): (&'a String, &usize)| match spec.kind {
+            WeightKind::Vector => self.find(name, &[&[outputs]]),
+            WeightKind::Table => self.find(name, &[&[outputs, spec.width]]),
+            // A 1x1 convolution and a linear layer are the same matrix.
+            WeightKind::Matrix { kernel: 1, inputs, .. } | WeightKind::Mirrored { kernel: 1, inputs, .. } => {
+                // And so are patches of three channels, taken as they lie.
+                let side = (inputs / 3).isqrt();
+                let patches = [outputs, 3, side, side];
+                let patches: &[usize] = if 3 * side * side == inputs { &patches } else { &[outputs, inputs] };
+                self.find(name, &[&[outputs, inputs], &[outputs, inputs, 1, 1], patches])
+            }
+            WeightKind::Matrix { kernel, inputs, .. } | WeightKind::Mirrored { kernel, inputs, .. } => {
+                self.find(name, &[&[outputs, inputs, kernel, kernel]])
+            }
+        };
+        named.map(find).collect()
+    }
+
     /// The tensors of a weight in fp32, one after the other as it lists them.
     ///
     /// # Errors
     /// As [`Tensors::read`].
     pub fn read_weight(&self, spec: &WeightSpec) -> Result<Vec<f32>> {
-        if self.random {
-            return Ok(random(spec));
-        }
-        let mut all = Vec::new();
-        for (name, &outputs) in spec.names.iter().zip(&spec.outputs) {
-            let part = match spec.kind {
-                WeightKind::Vector => self.read(name, &[&[outputs]])?,
-                WeightKind::Table => self.read(name, &[&[outputs, spec.width]])?,
-                // A 1x1 convolution and a linear layer are the same matrix.
-                WeightKind::Matrix { kernel: 1, inputs, .. } | WeightKind::Mirrored { kernel: 1, inputs, .. } => {
-                    // And so are patches of three channels, taken as they lie.
-                    let side = (inputs / 3).isqrt();
-                    let patches = [outputs, 3, side, side];
-                    let patches: &[usize] = if 3 * side * side == inputs { &patches } else { &[outputs, inputs] };
-                    self.read(name, &[&[outputs, inputs], &[outputs, inputs, 1, 1], patches])?
-                }
-                WeightKind::Matrix { kernel, inputs, .. } | WeightKind::Mirrored { kernel, inputs, .. } => {
-                    self.read(name, &[&[outputs, inputs, kernel, kernel]])?
-                }
-            };
-            if spec.names.len() == 1 {
-                all = part;
-            } else {
-                all.extend_from_slice(&part);
-            }
-        }
-        Ok(all)
+        let parts = self.stored(spec)?.iter().map(Stored::read).collect::<Result<Vec<_>>>()?;
+        Ok(parts.concat())
     }
 
     /// The tensor in fp32, row-major, whose shape must be one of `shapes`.
@@ -285,6 +287,11 @@ impl Tensors {
     /// # Errors
     /// [`Error::Checkpoint`] if it is missing, has another shape or number format, or holds NaN or infinity.
     pub fn read(&self, name: &str, shapes: &[&[usize]]) -> Result<Vec<f32>> {
+        self.find(name, shapes)?.read()
+    }
+
+    /// The tensor, whose shape must be one of `shapes`.
+    fn find<'a>(&'a self, name: &'a str, shapes: &[&[usize]]) -> Result<Stored<'a>> {
         let entry = self.entry(name)?;
         let (path, bytes) = &self.files[entry.file];
         if !shapes.contains(&entry.shape.as_slice()) {
@@ -295,30 +302,26 @@ impl Tensors {
             );
             return Err(Error::checkpoint(path, problem));
         }
-        let data = &bytes.as_ref()[entry.range.clone()];
-        let values = match entry.dtype {
-            Dtype::F16 => convert(data, |b| f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => convert(data, |b| bf16::from_le_bytes(b).to_f32()),
-            Dtype::F32 => convert(data, f32::from_le_bytes),
-            Dtype::F64 => convert(data, |b| f64::from_le_bytes(b) as f32),
+        let format = match entry.dtype {
+            Dtype::F16 => Format::F16,
+            Dtype::BF16 => Format::BF16,
+            Dtype::F32 => Format::F32,
+            Dtype::F64 => Format::F64,
             other => {
                 let problem = format!("tensor `{name}` holds {other:?} numbers; F16, BF16, F32 and F64 are read");
                 return Err(Error::checkpoint(path, problem));
             }
         };
-        // A whole chunk at a time: looking at each number for the first bad one takes longer than reading the file.
-        let finite = |chunk: &[f32]| chunk.iter().fold(true, |finite, x| finite & x.is_finite());
-        if !values.par_chunks(CHUNK).all(finite) {
-            let bad = values.iter().position(|x| !x.is_finite()).unwrap_or_default();
-            let problem = format!("tensor `{name}` holds {} at position {bad}; the file is damaged", values[bad]);
-            return Err(Error::checkpoint(path, problem));
-        }
-        match entry.shape[..] {
-            [rows, columns] if entry.transposed => {
-                Ok((0..values.len()).map(|i| values[i % columns * rows + i / columns]).collect())
-            }
-            _ => Ok(values),
-        }
+        let outputs = entry.shape.first().copied().unwrap_or(1);
+        Ok(Stored {
+            name,
+            path,
+            format,
+            transposed: entry.transposed,
+            outputs,
+            width: entry.shape.iter().skip(1).product(),
+            data: Data::File(&bytes.as_ref()[entry.range.clone()]),
+        })
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {
@@ -335,33 +338,14 @@ impl Tensors {
 }
 
 /// Uniform numbers around 0, and around 1 for what a norm multiplies by.
-fn random(spec: &WeightSpec) -> Vec<f32> {
-    let mut state = spec.len() as u32;
+fn random<'a>(spec: &WeightSpec, name: &'a str, outputs: usize) -> Stored<'a> {
     let (center, scale) = match spec.kind {
-        WeightKind::Vector => (f32::from(u8::from(spec.names[0].ends_with(".weight"))), 0.1),
+        WeightKind::Vector => (f32::from(u8::from(name.ends_with(".weight"))), 0.1),
         _ => (0.0, (3.0 / spec.width as f32).sqrt()),
     };
-    let mut next = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        center + ((state >> 8) as f32 / (1 << 23) as f32 - 1.0) * scale
-    };
-    (0..spec.len()).map(|_| next()).collect()
-}
-
-/// Numbers that one thread reads at a time.
-const CHUNK: usize = 1 << 16;
-
-/// Numbers of `N` bytes each; the data may be unaligned.
-fn convert<const N: usize>(data: &[u8], number: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; data.len() / N];
-    out.par_chunks_mut(CHUNK).zip(data.par_chunks(CHUNK * N)).for_each(|(out, data)| {
-        for (o, b) in out.iter_mut().zip(data.chunks_exact(N)) {
-            let mut bytes = [0; N];
-            bytes.copy_from_slice(b);
-            *o = number(bytes);
-        }
-    });
-    out
+    let seed = name.bytes().fold(0u32, |seed, byte| seed.wrapping_mul(0x0100_0193) ^ u32::from(byte));
+    let data = Data::Random { seed, center, scale };
+    Stored { name, path: "<random>".as_ref(), format: Format::F32, transposed: false, outputs, width: spec.width, data }
 }
 
 fn map_file(path: &Path) -> Result<Mmap> {

@@ -1,0 +1,174 @@
+//! Tensors as they lie in a file, and their numbers in fp32.
+
+use crate::{Error, Result};
+use half::f16;
+use rayon::prelude::*;
+use std::borrow::Cow;
+use std::path::Path;
+
+/// Numbers that one thread converts at a time.
+const CHUNK: usize = 1 << 16;
+
+/// How a file writes a number; little-endian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an fp32 number.
+    BF16,
+    /// IEEE single precision.
+    F32,
+    /// IEEE double precision.
+    F64,
+}
+
+impl Format {
+    /// Bytes of a number.
+    pub fn bytes(self) -> usize {
+        match self {
+            Format::F16 | Format::BF16 => 2,
+            Format::F32 => 4,
+            Format::F64 => 8,
+        }
+    }
+}
+
+/// A tensor as it lies in a file. Its name, shape and number format have been checked, its numbers have not.
+#[derive(Clone)]
+pub struct Stored<'a> {
+    /// The tensor's name, for messages.
+    pub name: &'a str,
+    /// The file, for messages.
+    pub path: &'a Path,
+    /// How its numbers are written.
+    pub format: Format,
+    /// Whether the file holds the matrix with rows and columns exchanged, as `[width, outputs]`.
+    pub transposed: bool,
+    /// Rows of the matrix or table, elements of a vector.
+    pub outputs: usize,
+    /// Numbers of a row (`inputs * kernel * kernel`); 1 for vectors.
+    pub width: usize,
+    pub(super) data: Data<'a>,
+}
+
+/// Where a tensor's numbers come from.
+#[derive(Clone, Copy)]
+pub(super) enum Data<'a> {
+    /// A file's bytes; they may be unaligned.
+    File(&'a [u8]),
+    /// Uniform numbers, as far as `scale` from `center`; each depends on `seed` and its own position alone.
+    Random { seed: u32, center: f32, scale: f32 },
+}
+
+impl<'a> Stored<'a> {
+    /// How many numbers there are.
+    pub fn len(&self) -> usize {
+        self.outputs * self.width
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The file's bytes. Random numbers are made here, in fp32.
+    pub fn bytes(&self) -> Cow<'a, [u8]> {
+        match self.data {
+            Data::File(bytes) => Cow::Borrowed(bytes),
+            Data::Random { .. } => {
+                let mut bytes = vec![0; self.len() * size_of::<f32>()];
+                bytes.par_chunks_mut(CHUNK * size_of::<f32>()).enumerate().for_each(|(chunk, bytes)| {
+                    let mut numbers = vec![0.0; bytes.len() / size_of::<f32>()];
+                    self.numbers(chunk * CHUNK, &mut numbers);
+                    bytes.copy_from_slice(bytemuck::cast_slice(&numbers));
+                });
+                Cow::Owned(bytes)
+            }
+        }
+    }
+
+    /// Writes to `out` the numbers from the one at `start` on, as they stand in the row-major `[outputs, width]`. Returns
+    /// false if one of them is NaN or infinite.
+    ///
+    /// # Panics
+    /// If the tensor ends before `out` does.
+    pub fn numbers(&self, start: usize, out: &mut [f32]) -> bool {
+        if !self.transposed {
+            return self.in_file(start, out);
+        }
+        let mut finite = true;
+        for (i, x) in (start..).zip(out) {
+            finite &= self.in_file(i % self.width * self.outputs + i / self.width, std::slice::from_mut(x));
+        }
+        finite
+    }
+
+    /// The same in the file's own order.
+    fn in_file(&self, start: usize, out: &mut [f32]) -> bool {
+        match self.data {
+            Data::File(bytes) => {
+                let size = self.format.bytes();
+                let bytes = &bytes[start * size..][..out.len() * size];
+                match self.format {
+                    Format::F16 => convert(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+                    Format::BF16 => convert(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+                    Format::F32 => convert(bytes, out, f32::from_le_bytes),
+                    Format::F64 => convert(bytes, out, |b| f64::from_le_bytes(b) as f32),
+                }
+            }
+            Data::Random { seed, center, scale } => {
+                for (i, x) in (start..).zip(out.iter_mut()) {
+                    let unit = (hash(seed.wrapping_add(i as u32)) >> 8) as f32 / (1 << 23) as f32 - 1.0;
+                    *x = center + unit * scale;
+                }
+            }
+        }
+        // A whole stretch at a time: looking for the first bad number takes longer than reading the file.
+        out.iter().fold(true, |finite, x| finite & x.is_finite())
+    }
+
+    /// Looks for the first number that is NaN or infinite in fp32; for whoever was told that there is one.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] which names it and its place, counted as in the file.
+    pub fn check_finite(&self) -> Result<()> {
+        let mut numbers = vec![0.0; CHUNK];
+        for start in (0..self.len()).step_by(CHUNK) {
+            let numbers = &mut numbers[..CHUNK.min(self.len() - start)];
+            if !self.in_file(start, numbers)
+                && let Some(bad) = numbers.iter().position(|x| !x.is_finite())
+            {
+                let (name, value, place) = (self.name, numbers[bad], start + bad);
+                let problem = format!("tensor `{name}` holds {value} at position {place}; the file is damaged");
+                return Err(Error::checkpoint(self.path, problem));
+            }
+        }
+        Ok(())
+    }
+
+    /// All numbers in fp32, as they stand in the row-major `[outputs, width]`.
+    ///
+    /// # Errors
+    /// As [`Stored::check_finite`].
+    pub fn read(&self) -> Result<Vec<f32>> {
+        let mut out = vec![0.0; self.len()];
+        let chunks = out.par_chunks_mut(CHUNK).enumerate();
+        if !chunks.map(|(chunk, out)| self.numbers(chunk * CHUNK, out)).reduce(|| true, |a, b| a & b) {
+            self.check_finite()?;
+        }
+        Ok(out)
+    }
+}
+
+fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; N]) -> f32) {
+    for (x, bytes) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
+        *x = number(*bytes);
+    }
+}
+
+/// Scrambles 32 bits (Ettinger's lowbias32).
+fn hash(mut x: u32) -> u32 {
+    x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
+    x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);
+    x ^ (x >> 16)
+}
