@@ -23,11 +23,17 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
         println!("{name} {component}: arena {:.1} MiB", plan.arena_bytes() as f64 / (1 << 20) as f64);
         let tensors = source.tensors(component).expect("weights");
         let weights = cpu::Weights::load(plan.graph().weights(), &tensors).expect("weights");
-        let mut executor = cpu::Executor::new(Arc::new(plan), weights);
+        let plan = Arc::new(plan);
+        let mut executor = cpu::Executor::new(plan.clone(), weights).expect("weights of this plan");
         if component == "unet" {
-            executor.input_mut("sample").iter_mut().enumerate().for_each(|(i, x)| *x = (i as f32 * 0.7).sin());
-            executor.input_mut("timestep").fill(500.0);
-            executor.input_mut("encoder_hidden_states").iter_mut().enumerate().for_each(|(i, x)| *x = (i as f32).cos());
+            let mut write = |name, number: &dyn Fn(f32) -> f32| {
+                let length = plan.graph().shape(plan.graph().input(name)).len();
+                let values: Vec<f32> = (0..length).map(|i| number(i as f32)).collect();
+                executor.write(name, &values).expect("no index");
+            };
+            write("sample", &|i| (i * 0.7).sin());
+            write("timestep", &|_| 500.0);
+            write("encoder_hidden_states", &|i| i.cos());
         }
         executor.prologue();
         group.bench_function(component, |b| b.iter(|| executor.step()));

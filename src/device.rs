@@ -69,11 +69,11 @@ impl Device {
     /// Allocates what a plan of this device needs and readies it to run.
     ///
     /// # Errors
-    /// [`Error::Device`] when memory is short, the weights are another device's, or an operation has no kernel.
+    /// [`Error::Device`] when memory is short, an operation has no kernel, or plan or weights are another device's or network's.
     pub fn executor(&self, plan: Plan, weights: &Weights) -> Result<Executor> {
         let plan = Arc::new(plan);
         match (self, weights) {
-            (Device::Cpu, Weights::Cpu(weights)) => Ok(Executor::Cpu(cpu::Executor::new(plan, weights.clone()))),
+            (Device::Cpu, Weights::Cpu(weights)) => Ok(Executor::Cpu(cpu::Executor::new(plan, weights.clone())?)),
             (Device::Cuda(device), Weights::Cuda(weights)) => {
                 Ok(Executor::Cuda(cuda::Executor::new(device, plan, weights.clone())?))
             }
@@ -143,16 +143,13 @@ impl Executor {
     /// Writes the named input, which keeps its value from run to run.
     ///
     /// # Errors
-    /// [`Error::Device`] with the driver's word.
+    /// [`Error::Usage`] for an index (a token id) beyond what it chooses from, [`Error::Device`] with the driver's word.
     ///
     /// # Panics
     /// If the graph has no such input, or one of another length.
     pub fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
         match self {
-            Executor::Cpu(executor) => {
-                executor.input_mut(name).copy_from_slice(values);
-                Ok(())
-            }
+            Executor::Cpu(executor) => executor.write(name, values),
             Executor::Cuda(executor) => executor.write(name, values),
         }
     }
@@ -167,10 +164,7 @@ impl Executor {
     pub fn copy(&mut self, input: &str, from: &Executor, output: &str) -> Result<()> {
         match (self, from) {
             (Executor::Cuda(to), Executor::Cuda(from)) => to.copy(input, from, output),
-            (Executor::Cpu(to), Executor::Cpu(from)) => {
-                to.input_mut(input).copy_from_slice(from.output(output));
-                Ok(())
-            }
+            (Executor::Cpu(to), Executor::Cpu(from)) => to.write(input, from.output(output)),
             (to, from) => to.write(input, &from.read(output)?),
         }
     }

@@ -90,13 +90,13 @@ fn check_around(
     let plan = Plan::new(graph, &[], &Fp32);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
     let loaded = Weights::load(plan.graph().weights(), &tensors).unwrap();
-    let mut executor = Executor::new(Arc::new(plan), loaded);
+    let mut executor = Executor::new(Arc::new(plan), loaded).unwrap();
 
     let x: Numbers = random(x_shape.len(), 5).iter().map(|&v| (v + mean) as f32 as f64).collect();
     let rest: Numbers = narrow(&random(other.map_or(0, |s| s.len()), 9)).iter().map(|&v| v as f64).collect();
-    executor.input_mut("x").copy_from_slice(&narrow(&x));
+    executor.write("x", &narrow(&x)).unwrap();
     if other.is_some() {
-        executor.input_mut("other").copy_from_slice(&narrow(&rest));
+        executor.write("other", &narrow(&rest)).unwrap();
     }
     executor.prologue();
     executor.step();
@@ -105,7 +105,7 @@ fn check_around(
     assert!(error < 1e-5 + rounding, "{label}: forward off by {error:e}");
 
     let seed = random(truth.len(), 11);
-    executor.input_mut("d.y").copy_from_slice(&narrow(&seed));
+    executor.write("d.y", &narrow(&seed)).unwrap();
     executor.backward();
     let ours = executor.output("d.x").to_vec();
     let step = 1e-5;

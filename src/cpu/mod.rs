@@ -15,6 +15,7 @@ pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
 pub use weights::Weights;
 
+use crate::Result;
 use crate::graph::{Graph, Node, Op, Shape, TensorId};
 use crate::plan::{Plan, Storage};
 use std::ops::Range;
@@ -25,6 +26,10 @@ use std::time::{Duration, Instant};
 pub struct Fp32;
 
 impl Storage for Fp32 {
+    fn name(&self) -> String {
+        "the CPU".into()
+    }
+
     fn tensor(&self, graph: &Graph, id: TensorId) -> usize {
         graph.shape(id).len() * size_of::<f32>()
     }
@@ -57,10 +62,14 @@ pub struct Executor {
 }
 
 impl Executor {
-    /// Allocates the arena, zeroed. `weights` must have been loaded for the plan's network.
-    pub fn new(plan: Arc<Plan>, weights: Arc<Weights>) -> Self {
+    /// Allocates the arena, zeroed.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if the plan was not made with [`Fp32`], or the weights are another network's.
+    pub fn new(plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
+        plan.check(&Fp32, weights.specs())?;
         let arena = Arena::new(plan.arena_bytes() / size_of::<f32>());
-        Executor { plan, weights, arena }
+        Ok(Executor { plan, weights, arena })
     }
 
     /// The plan.
@@ -73,8 +82,21 @@ impl Executor {
         &self.weights
     }
 
-    /// The named input, NHWC. It keeps its value from run to run.
-    pub fn input_mut(&mut self, name: &str) -> &mut [f32] {
+    /// Writes the named input, NHWC. It keeps its value from run to run.
+    ///
+    /// # Errors
+    /// [`crate::Error::Usage`] for an index beyond what it chooses from.
+    ///
+    /// # Panics
+    /// If the graph has no such input, or one of another length.
+    pub fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        self.plan.graph().check_values(name, values)?;
+        self.input_mut(name).copy_from_slice(values);
+        Ok(())
+    }
+
+    /// The named input itself, for what is no index.
+    pub(crate) fn input_mut(&mut self, name: &str) -> &mut [f32] {
         let range = range(&self.plan, self.plan.graph().input(name));
         &mut self.arena.numbers_mut()[range]
     }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 /// A network's weights, shared by every plan of the network at whatever size.
 pub struct Weights {
     buffers: Vec<Arc<Vec<f32>>>,
+    specs: Vec<WeightSpec>,
     places: HashMap<WeightSpec, usize>,
 }
 
@@ -34,7 +35,12 @@ impl Weights {
         let load = |spec| find(spec).map_or_else(|| Ok(Arc::new(read(spec, tensors)?)), Ok);
         let buffers = specs.iter().map(load).collect::<Result<_>>()?;
         let places = specs.iter().enumerate().map(|(place, spec)| (spec.clone(), place)).collect();
-        Ok(Arc::new(Weights { buffers, places }))
+        Ok(Arc::new(Weights { buffers, specs: specs.to_vec(), places }))
+    }
+
+    /// What they were loaded for.
+    pub fn specs(&self) -> &[WeightSpec] {
+        &self.specs
     }
 
     /// Bytes of memory held.

@@ -222,6 +222,11 @@ impl Buffer {
         self.address
     }
 
+    /// Whether it is memory of this device.
+    pub(super) fn is_on(&self, device: &Arc<dyn Device>) -> bool {
+        Arc::ptr_eq(&self.device, device)
+    }
+
     /// Its size in bytes.
     pub fn len(&self) -> usize {
         self.bytes

@@ -30,15 +30,20 @@ pub use program::Element;
 pub use sampler::{DeviceSampler, StepNoise};
 pub use weights::Weights;
 
-use crate::Result;
 use crate::graph::{Graph, Node, TensorId};
 use crate::plan::{Plan, Storage};
+use crate::{Error, Result};
 use half::f16;
 use program::Program;
 use std::sync::Arc;
 use std::time::Duration;
 
 impl Storage for Limits {
+    fn name(&self) -> String {
+        let Limits { capability, multiprocessors, shared } = self;
+        format!("kernels for {multiprocessors} multiprocessors of {capability} with {shared} bytes of shared memory")
+    }
+
     fn tensor(&self, graph: &Graph, id: TensorId) -> usize {
         graph.shape(id).len() * Element::of(graph, id).bytes()
     }
@@ -47,6 +52,9 @@ impl Storage for Limits {
         program::workspace(graph, node, *self)
     }
 }
+
+/// fp16's greatest number.
+const HALF_MAX: f32 = 65504.0;
 
 /// A plan on a device with its arena and weights: writes inputs, runs, reads outputs.
 pub struct Executor {
@@ -61,14 +69,18 @@ pub struct Executor {
 }
 
 impl Executor {
-    /// Allocates the arena and prepares the launches. `plan` was made with the device's [`Limits`] as storage, `weights`
-    /// loaded for the plan's network.
+    /// Allocates the arena and prepares the launches.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] when memory is short or an operation has no kernel.
+    /// [`crate::Error::Device`] when memory is short, an operation has no kernel, the plan was not made with the device's
+    /// [`Limits`] as storage, or the weights are another network's or on another device.
     pub fn new(device: &Arc<dyn Device>, plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
+        plan.check(&device.limits(), weights.specs())?;
+        if !weights.is_on(device) {
+            return Err(Error::Device(format!("the weights are not on {}; load them there", device.name())));
+        }
         let arena = Buffer::zeroed(device, plan.arena_bytes())?;
-        let program = Program::new(&plan, &weights, device.limits(), arena.address())?;
+        let program = Program::new(&plan, &weights.addresses(), device.limits(), arena.address())?;
         Ok(Executor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
     }
 
@@ -97,18 +109,18 @@ impl Executor {
         &self.program.step
     }
 
-    /// Writes the named input, NHWC. It keeps its value from run to run.
+    /// Writes the named input, NHWC. It keeps its value from run to run. What fp16 cannot hold becomes its greatest number.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word.
+    /// [`Error::Usage`] for an index beyond what it chooses from, [`Error::Device`] with the driver's word.
     pub fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let graph = self.plan.graph();
+        graph.check_values(name, values)?;
         let id = graph.input(name);
-        assert_eq!(values.len(), graph.shape(id).len(), "input `{name}`");
         match Element::of(graph, id) {
             Element::F32 => self.arena.write(self.plan.offset(id), bytemuck::cast_slice(values)),
             Element::F16 => {
-                let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
+                let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x.clamp(-HALF_MAX, HALF_MAX))).collect();
                 self.arena.write(self.plan.offset(id), bytemuck::cast_slice(&halves))
             }
         }
@@ -123,7 +135,7 @@ impl Executor {
         let (input_id, output_id) = (to.input(input), of.output(output));
         let (length, element) = (to.shape(input_id).len(), Element::of(to, input_id));
         assert_eq!(length, of.shape(output_id).len(), "input `{input}`");
-        if element != Element::of(of, output_id) {
+        if element != Element::of(of, output_id) || to.choices(input_id).is_some() {
             return self.write(input, &from.read(output)?);
         }
         // SAFETY: both lie in the arenas of executors that are borrowed.
@@ -180,7 +192,8 @@ impl Executor {
         wanted: impl Fn(&Node) -> bool,
         mut tell: impl FnMut(&Node, &[Launch], Duration),
     ) -> Result<()> {
-        let lower = Program::lowering(&self.plan, &self.weights, self.device.limits(), self.arena.address());
+        let weights = self.weights.addresses();
+        let lower = Program::lowering(&self.plan, &weights, self.device.limits(), self.arena.address());
         for (node, workspace) in self.plan.all() {
             let launches = lower(node, workspace)?;
             // SAFETY: as in `prologue`.

@@ -1,7 +1,6 @@
 //! A plan as lists of kernel launches: what each node becomes, and how its activations are stored.
 
 use super::device::{Launch, Limits};
-use super::weights::Weights;
 use super::{attention, attention_gradient, conv, elementwise, norm};
 use crate::graph::{Graph, Node, Op, Shape, TensorId, WeightId};
 use crate::plan::Plan;
@@ -49,7 +48,8 @@ impl Element {
 pub(super) struct Site<'a> {
     pub limits: Limits,
     plan: &'a Plan,
-    weights: &'a Weights,
+    /// Their addresses.
+    weights: &'a [u64],
     arena: u64,
     workspace: (usize, usize),
 }
@@ -78,7 +78,7 @@ impl Site<'_> {
     }
 
     pub fn weight(&self, id: WeightId) -> u64 {
-        self.weights.address(id)
+        self.weights[id.0]
     }
 
     /// The node's scratch memory: as many bytes as its family's `workspace` said.
@@ -97,7 +97,7 @@ pub(super) struct Program {
 impl Program {
     /// # Errors
     /// [`Error::Device`] for an operation that has no kernel.
-    pub fn new(plan: &Plan, weights: &Weights, limits: Limits, arena: u64) -> Result<Self> {
+    pub fn new(plan: &Plan, weights: &[u64], limits: Limits, arena: u64) -> Result<Self> {
         let lower = Self::lowering(plan, weights, limits, arena);
         let all = |nodes: &mut dyn Iterator<Item = (&Node, (usize, usize))>| {
             let launches: Vec<Vec<Launch>> =
@@ -111,10 +111,10 @@ impl Program {
         })
     }
 
-    /// What makes a node with its workspace into launches.
+    /// What makes a node with its workspace into launches; `weights` are addresses.
     pub fn lowering(
         plan: &Plan,
-        weights: &Weights,
+        weights: &[u64],
         limits: Limits,
         arena: u64,
     ) -> impl Fn(&Node, (usize, usize)) -> Result<Vec<Launch>> {

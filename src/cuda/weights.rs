@@ -1,17 +1,25 @@
 //! Weights as the kernels read them: vectors in fp32, tables and matrices in fp16.
+//!
+//! Tensors go to the device as they lie in their files, and `kernels/weights.cu` packs them there.
 
-use super::device::{Buffer, Device};
-use crate::Result;
-use crate::graph::{WeightId, WeightKind, WeightSpec};
-use crate::weights::Tensors;
+use super::device::{Buffer, Device, Launch};
+use crate::graph::{WeightKind, WeightSpec};
+use crate::weights::{Stored, Tensors};
+use crate::{Error, Result};
+use bytemuck::NoUninit;
 use half::f16;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Input channels of a matrix are filled up with zeros to a multiple of this: 16 bytes, what one thread copies.
 pub(super) const CHUNK: usize = 8;
 /// Weights begin at multiples of this many bytes.
 const ALIGN: usize = 256;
+/// Bytes of a file that lie on the device at a time, unless a single row is longer.
+const STAGE: usize = 64 << 20;
+/// Threads of a block.
+const THREADS: usize = 128;
 
 /// A network's weights in device memory, shared by every plan of the network at whatever size.
 pub struct Weights {
@@ -19,14 +27,15 @@ pub struct Weights {
     own: Arc<Buffer>,
     /// Where each weight begins: there, or among another network's.
     places: Vec<(Arc<Buffer>, usize)>,
+    specs: Vec<WeightSpec>,
     by_spec: HashMap<WeightSpec, usize>,
 }
 
 impl Weights {
-    /// Reads, packs and uploads all of `specs`, one at a time.
+    /// Uploads and packs all of `specs`. The device holds them once, and [`STAGE`] bytes more while this runs.
     ///
     /// # Errors
-    /// What [`Tensors::read_weight`] finds, or [`crate::Error::Device`] when memory is short.
+    /// What [`Tensors::stored`] finds, [`Error::Checkpoint`] for NaN and infinity, or [`Error::Device`] when memory is short.
     pub fn load(device: &Arc<dyn Device>, specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
         Self::load_beside(device, specs, tensors, &[])
     }
@@ -43,20 +52,27 @@ impl Weights {
     ) -> Result<Arc<Self>> {
         let find = |spec| others.iter().find_map(|other| Some(other.places[*other.by_spec.get(spec)?].clone()));
         let found: Vec<Option<(Arc<Buffer>, usize)>> = specs.iter().map(find).collect();
-        let lacking = |(_, found): &(&WeightSpec, &Option<_>)| found.is_none();
-        let total = specs.iter().zip(&found).filter(lacking).map(|(spec, _)| padded_bytes(spec)).sum();
-        let own = Arc::new(Buffer::new(device, total)?);
-        let mut end = 0;
-        let mut load = |spec: &WeightSpec| {
-            let offset = end;
-            own.write(offset, &pack(spec, &tensors.read_weight(spec)?))?;
-            end += padded_bytes(spec);
-            Ok((own.clone(), offset))
-        };
-        let places = specs.iter().zip(found).map(|(spec, found)| found.map_or_else(|| load(spec), Ok));
-        let places = places.collect::<Result<_>>()?;
+        let lacking = specs.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec);
+        // All that can be wrong but the numbers is found before anything is allocated.
+        let stored: Vec<(&WeightSpec, Vec<Stored>)> =
+            lacking.map(|spec| Ok((spec, tensors.stored(spec)?))).collect::<Result<_>>()?;
+        let own = Arc::new(Buffer::zeroed(device, stored.iter().map(|(spec, _)| padded_bytes(spec)).sum())?);
+        let offsets = upload(device, &own, &stored, STAGE)?;
+        let mut offsets = offsets.into_iter();
+        let mut place = |found: Option<_>| found.or_else(|| Some((own.clone(), offsets.next()?)));
+        let places = found.into_iter().filter_map(&mut place).collect();
         let by_spec = specs.iter().enumerate().map(|(place, spec)| (spec.clone(), place)).collect();
-        Ok(Arc::new(Weights { own, places, by_spec }))
+        Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec }))
+    }
+
+    /// What they were loaded for.
+    pub fn specs(&self) -> &[WeightSpec] {
+        &self.specs
+    }
+
+    /// Whether `device` holds them.
+    pub(super) fn is_on(&self, device: &Arc<dyn Device>) -> bool {
+        self.own.is_on(device)
     }
 
     /// Bytes of device memory, but for what others hold.
@@ -69,9 +85,9 @@ impl Weights {
         specs.iter().filter(|spec| !self.by_spec.contains_key(spec)).map(padded_bytes).sum()
     }
 
-    pub(super) fn address(&self, id: WeightId) -> u64 {
-        let (buffer, offset) = &self.places[id.0];
-        buffer.address() + *offset as u64
+    /// Where each weight begins, by its number in the network.
+    pub(super) fn addresses(&self) -> Vec<u64> {
+        self.places.iter().map(|(buffer, offset)| buffer.address() + *offset as u64).collect()
     }
 }
 
@@ -92,39 +108,346 @@ fn packed_bytes(spec: &WeightSpec) -> usize {
     }
 }
 
-/// A matrix `[out, in, k, k]` becomes `[out, k * k, in]` with `in` filled up to a multiple of [`CHUNK`]; a gated one's
-/// values and gates take turns. A mirrored one becomes `[in, k * k, out]`, its taps in reverse and `out` filled up.
-fn pack(spec: &WeightSpec, numbers: &[f32]) -> Vec<u8> {
-    let half = |x: f32| f16::from_f32(x.clamp(-f16::MAX.to_f32(), f16::MAX.to_f32()));
-    match spec.kind {
-        WeightKind::Vector => bytemuck::cast_slice(numbers).to_vec(),
-        WeightKind::Table => numbers.iter().flat_map(|&x| half(x).to_le_bytes()).collect(),
-        WeightKind::Matrix { kernel, inputs, gated } => {
-            let (taps, outputs, padded) = (kernel * kernel, spec.total_outputs(), inputs.next_multiple_of(CHUNK));
-            let mut packed = vec![f16::ZERO; outputs * taps * padded];
-            for (row, out) in packed.chunks_exact_mut(taps * padded).enumerate() {
-                let output = if gated { row % 2 * (outputs / 2) + row / 2 } else { row };
-                let source = &numbers[output * inputs * taps..][..inputs * taps];
-                for (tap, out) in out.chunks_exact_mut(padded).enumerate() {
-                    out.iter_mut().zip(source.iter().skip(tap).step_by(taps)).for_each(|(o, &x)| *o = half(x));
-                }
+/// Uploads weights into `own`, one after the other, and packs them there, at most `limit` bytes of a file at a time. Gives
+/// their offsets.
+fn upload(
+    device: &Arc<dyn Device>,
+    own: &Buffer,
+    weights: &[(&WeightSpec, Vec<Stored>)],
+    limit: usize,
+) -> Result<Vec<usize>> {
+    let whole_rows = |part: &Stored| (limit / row_bytes(part)).max(1);
+    let parts = || weights.iter().flat_map(|(_, parts)| parts);
+    let largest = parts().map(|part| part.bytes_in_file().min(whole_rows(part) * row_bytes(part))).max();
+    let stage = Buffer::new(device, largest.unwrap_or(0))?;
+    // A word for every weight, so that the first damaged one can be named.
+    let faults = Buffer::zeroed(device, weights.len() * size_of::<u32>())?;
+    let (mut offsets, mut end) = (Vec::new(), 0);
+    for (number, (spec, parts)) in weights.iter().enumerate() {
+        let packing = Packing {
+            form: Form::of(spec),
+            to: own.address() + end as u64,
+            fault: faults.address() + (number * size_of::<u32>()) as u64,
+            from: stage.address(),
+        };
+        let mut first_output = 0;
+        for part in parts {
+            let (row, rows_at_once) = (row_bytes(part), whole_rows(part));
+            for (i, chunk) in part.bytes().chunks(rows_at_once * row).enumerate() {
+                let first = i * rows_at_once;
+                let rows = first..first + chunk.len() / row;
+                stage.write(0, chunk)?;
+                // SAFETY: the launches read `stage` and write inside `own` and `faults`, which outlive the work: the faults
+                // are read after it. The next write to `stage` comes after it on the device, too.
+                unsafe { device.run(&packing.launches(part, first_output, rows))? };
             }
-            bytemuck::cast_slice(&packed).to_vec()
+            first_output += part.outputs;
         }
-        WeightKind::Mirrored { kernel, inputs, wanted } => {
-            // A cache line of the result at a time, so that both sides are read and written in stretches.
-            const LINE: usize = 32;
-            let (taps, outputs) = (kernel * kernel, spec.total_outputs());
-            let padded = outputs.next_multiple_of(CHUNK);
-            let mut packed = vec![f16::ZERO; wanted * taps * padded];
-            for first in (0..outputs).step_by(LINE) {
-                for (row, out) in packed.chunks_exact_mut(padded).enumerate() {
-                    let (input, tap) = (row / taps, taps - 1 - row % taps);
-                    let source = numbers[(first * inputs + input) * taps + tap..].iter().step_by(inputs * taps);
-                    out[first..outputs.min(first + LINE)].iter_mut().zip(source).for_each(|(o, &x)| *o = half(x));
+        offsets.push(end);
+        end += padded_bytes(spec);
+    }
+    let mut bytes = vec![0; faults.len()];
+    faults.read(0, &mut bytes)?;
+    if let Some(bad) = bytes.iter().position(|&byte| byte != 0) {
+        let (spec, parts) = &weights[bad / size_of::<u32>()];
+        parts.iter().try_for_each(Stored::check_finite)?;
+        let problem = format!("the device found NaN or infinity in {:?} where the file holds none", spec.names);
+        return Err(Error::Device(problem + "; its memory or its link is faulty"));
+    }
+    Ok(offsets)
+}
+
+/// Bytes of a row of the matrix as the file holds it.
+fn row_bytes(part: &Stored) -> usize {
+    let numbers = if part.transposed { part.outputs } else { part.width };
+    numbers * part.format.bytes()
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct PackParams {
+    from: u64,
+    to: u64,
+    fault: u64,
+    from_line: i64,
+    from_group: i64,
+    from_element: i64,
+    to_line: i64,
+    to_group: i64,
+    to_element: i64,
+    length: i32,
+    format: i32,
+    full: i32,
+    padding: i32,
+}
+
+/// How the numbers of a weight `[outputs, inputs, taps]` are packed. Strides are in numbers.
+///
+/// A matrix becomes `[outputs, taps, inputs]` with the inputs filled up to a multiple of [`CHUNK`]; a gated one's values and
+/// gates take turns. A mirrored one becomes `[inputs, taps, outputs]`, its taps in reverse and its outputs filled up.
+struct Form {
+    /// Inputs that are packed, the first.
+    inputs: usize,
+    taps: usize,
+    /// Where the first number goes.
+    start: i64,
+    output: i64,
+    input: i64,
+    tap: i64,
+    /// How many outputs are values, if gates follow them.
+    values: Option<usize>,
+    /// Whether numbers stay fp32.
+    full: bool,
+}
+
+impl Form {
+    fn of(spec: &WeightSpec) -> Self {
+        let plain = Form {
+            inputs: spec.width,
+            taps: 1,
+            start: 0,
+            output: spec.width as i64,
+            input: 1,
+            tap: 0,
+            values: None,
+            full: false,
+        };
+        match spec.kind {
+            WeightKind::Vector => Form { full: true, ..plain },
+            WeightKind::Table => plain,
+            WeightKind::Matrix { kernel, inputs, gated } => {
+                let (taps, padded) = (kernel * kernel, inputs.next_multiple_of(CHUNK) as i64);
+                let values = gated.then_some(spec.total_outputs() / 2);
+                Form { inputs, taps, output: taps as i64 * padded, tap: padded, values, ..plain }
+            }
+            WeightKind::Mirrored { kernel, wanted, .. } => {
+                let (taps, padded) = (kernel * kernel, spec.total_outputs().next_multiple_of(CHUNK) as i64);
+                let start = (taps as i64 - 1) * padded;
+                Form { inputs: wanted, taps, start, output: 1, input: taps as i64 * padded, tap: -padded, ..plain }
+            }
+        }
+    }
+}
+
+/// A weight that is being packed from `from` to `to`.
+struct Packing {
+    form: Form,
+    from: u64,
+    to: u64,
+    fault: u64,
+}
+
+/// One dimension of a strided copy.
+#[derive(Clone, Copy)]
+struct Dimension {
+    length: usize,
+    from: i64,
+    to: i64,
+}
+
+impl Packing {
+    /// What packs `rows` of a part of the weight as the file holds it; the part begins with output `first_output`.
+    fn launches(&self, part: &Stored, first_output: usize, rows: Range<usize>) -> Vec<Launch> {
+        let form = &self.form;
+        // The file's rows are outputs, or inputs if it holds the matrix transposed.
+        let (outputs, inputs) = match part.transposed {
+            true => (first_output..first_output + part.outputs, rows.start..rows.end.min(form.inputs)),
+            false => (first_output + rows.start..first_output + rows.end, 0..form.inputs),
+        };
+        let [from_output, from_input, from_tap] = match part.transposed {
+            true => [1, part.outputs as i64, 0],
+            false => [part.width as i64, form.taps as i64, 1],
+        };
+        let split = form.values.map_or(outputs.end, |values| values.clamp(outputs.start, outputs.end));
+        let of_gates = form.values.unwrap_or(0);
+        let spread = if form.values.is_some() { 2 } else { 1 };
+        let piece = |outputs_of_piece: Range<usize>, to: i64| {
+            let output = Dimension { length: outputs_of_piece.len(), from: from_output, to: spread * form.output };
+            let input = Dimension { length: inputs.len(), from: from_input, to: form.input };
+            let tap = Dimension { length: form.taps, from: from_tap, to: form.tap };
+            let from = (outputs_of_piece.start - outputs.start) as i64 * from_output;
+            let to = form.start + to + inputs.start as i64 * form.input;
+            // Threads write neighbouring numbers.
+            let dimensions = if form.input == 1 { [output, tap, input] } else { [input, tap, output] };
+            self.launch(part, from, to, dimensions)
+        };
+        let values = piece(outputs.start..split, spread * outputs.start as i64 * form.output);
+        let gates = piece(split..outputs.end, (2 * (split as i64 - of_gates as i64) + 1) * form.output);
+        values.into_iter().chain(gates).collect()
+    }
+
+    /// A copy that is `from` and `to` numbers further on, unless there is nothing to copy.
+    fn launch(&self, part: &Stored, from: i64, to: i64, [line, group, element]: [Dimension; 3]) -> Option<Launch> {
+        let bytes = if self.form.full { size_of::<f32>() } else { size_of::<f16>() } as i64;
+        let params = PackParams {
+            from: self.from.wrapping_add_signed(from * part.format.bytes() as i64),
+            to: self.to.wrapping_add_signed(to * bytes),
+            fault: self.fault,
+            from_line: line.from,
+            from_group: group.from,
+            from_element: element.from,
+            to_line: line.to,
+            to_group: group.to,
+            to_element: element.to,
+            length: element.length as i32,
+            format: part.format as i32,
+            full: self.form.full.into(),
+            padding: 0,
+        };
+        let any = line.length * group.length * element.length > 0;
+        any.then(|| Launch::new("pack_weights", [line.length, group.length, 1], THREADS, 0, &params))
+    }
+}
+
+#[cfg(all(test, feature = "emulated"))]
+mod tests {
+    use super::super::{Emulated, Limits};
+    use super::*;
+    use crate::weights::Format;
+    use half::bf16;
+
+    fn spec(outputs: &[usize], width: usize, kind: WeightKind) -> WeightSpec {
+        let names = (0..outputs.len()).map(|i| format!("part.{i}")).collect();
+        WeightSpec { names, outputs: outputs.to_vec(), width, kind }
+    }
+
+    /// The packed form by its definition, from the numbers `[outputs, inputs, taps]` of all parts.
+    fn packed(spec: &WeightSpec, numbers: &[f32]) -> Vec<u8> {
+        let half = |x: f32| f16::from_f32(x.clamp(-65504.0, 65504.0));
+        let outputs = spec.total_outputs();
+        let halves = match spec.kind {
+            WeightKind::Vector => return bytemuck::cast_slice(numbers).to_vec(),
+            WeightKind::Table => numbers.iter().map(|&x| half(x)).collect::<Vec<f16>>(),
+            WeightKind::Matrix { kernel, inputs, gated } => {
+                let (taps, padded) = (kernel * kernel, inputs.next_multiple_of(CHUNK));
+                let mut halves = vec![f16::ZERO; outputs * taps * padded];
+                for (i, &x) in numbers.iter().enumerate() {
+                    let (output, input, tap) = (i / taps / inputs, i / taps % inputs, i % taps);
+                    let row = match gated {
+                        false => output,
+                        true if output < outputs / 2 => 2 * output,
+                        true => 2 * (output - outputs / 2) + 1,
+                    };
+                    halves[(row * taps + tap) * padded + input] = half(x);
+                }
+                halves
+            }
+            WeightKind::Mirrored { kernel, inputs, wanted } => {
+                let (taps, padded) = (kernel * kernel, outputs.next_multiple_of(CHUNK));
+                let mut halves = vec![f16::ZERO; wanted * taps * padded];
+                for (i, &x) in numbers.iter().enumerate() {
+                    let (output, input, tap) = (i / taps / inputs, i / taps % inputs, i % taps);
+                    if input < wanted {
+                        halves[(input * taps + taps - 1 - tap) * padded + output] = half(x);
+                    }
+                }
+                halves
+            }
+        };
+        bytemuck::cast_slice(&halves).to_vec()
+    }
+
+    /// Every form, of every number format, whole and in chunks of few rows, transposed and not, is what its definition says.
+    #[test]
+    fn forms_are_packed_as_defined() {
+        let matrix = |kernel, inputs, gated| WeightKind::Matrix { kernel, inputs, gated };
+        let mirrored = |kernel, inputs, wanted| WeightKind::Mirrored { kernel, inputs, wanted };
+        let specs = [
+            spec(&[11], 1, WeightKind::Vector),
+            spec(&[5, 9, 3], 1, WeightKind::Vector),
+            spec(&[7], 20, WeightKind::Table),
+            spec(&[6, 4, 5], 13, matrix(1, 13, false)),
+            spec(&[10], 9 * 3, matrix(3, 3, false)),
+            spec(&[14], 150, matrix(1, 150, true)),
+            spec(&[11], 9 * 5, mirrored(3, 5, 5)),
+            spec(&[4, 13], 17, mirrored(1, 17, 9)),
+        ];
+        let mut state = 1u32;
+        let mut number = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            // Some are beyond fp16's range, where they saturate.
+            f16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0).to_f32()
+                * if state.is_multiple_of(7) { 1e5 } else { 1.0 }
+        };
+        for format in [Format::F16, Format::BF16, Format::F32, Format::F64] {
+            for transposed in [false, true] {
+                for (limit, schedule) in [1, 200, 1 << 20].iter().zip(respodiff_emulated_kernels::Schedule::hostile(3))
+                {
+                    let device = Emulated::new(Limits::A100, schedule);
+                    let (mut wanted, mut files) = (Vec::new(), Vec::new());
+                    for spec in &specs {
+                        let numbers: Vec<f32> = (0..spec.len())
+                            .map(|_| match format {
+                                Format::F16 => f16::from_f32(number().clamp(-6e4, 6e4)).to_f32(),
+                                Format::BF16 => bf16::from_f32(number()).to_f32(),
+                                _ => number(),
+                            })
+                            .collect();
+                        let only = |kernel| transposed && kernel == 1;
+                        let exchange = match spec.kind {
+                            WeightKind::Vector => false,
+                            WeightKind::Table => only(1),
+                            WeightKind::Matrix { kernel, .. } | WeightKind::Mirrored { kernel, .. } => only(kernel),
+                        };
+                        let mut rest = &numbers[..];
+                        let mut parts = Vec::new();
+                        for &outputs in &spec.outputs {
+                            let (part, others) = rest.split_at(outputs * spec.width);
+                            rest = others;
+                            let order: Vec<f32> = match exchange {
+                                true => (0..part.len()).map(|i| part[i % outputs * spec.width + i / outputs]).collect(),
+                                false => part.to_vec(),
+                            };
+                            let bytes = order.iter().flat_map(|&x| match format {
+                                Format::F16 => f16::from_f32(x).to_le_bytes().to_vec(),
+                                Format::BF16 => bf16::from_f32(x).to_le_bytes().to_vec(),
+                                Format::F32 => x.to_le_bytes().to_vec(),
+                                Format::F64 => f64::from(x).to_le_bytes().to_vec(),
+                            });
+                            parts.push((outputs, exchange, bytes.collect::<Vec<u8>>()));
+                        }
+                        wanted.push(packed(spec, &numbers));
+                        files.push(parts);
+                    }
+                    let stored: Vec<(&WeightSpec, Vec<Stored>)> = specs
+                        .iter()
+                        .zip(&files)
+                        .map(|(spec, parts)| {
+                            let parts = parts.iter().map(|(outputs, exchange, bytes)| {
+                                Stored::new("part", format, *exchange, (*outputs, spec.width), bytes)
+                            });
+                            (spec, parts.collect())
+                        })
+                        .collect();
+                    let total = specs.iter().map(padded_bytes).sum();
+                    let own = Buffer::zeroed(&device, total).unwrap();
+                    let offsets = upload(&device, &own, &stored, *limit).unwrap();
+                    for ((spec, wanted), offset) in specs.iter().zip(&wanted).zip(offsets) {
+                        let mut bytes = vec![0; packed_bytes(spec)];
+                        own.read(offset, &mut bytes).unwrap();
+                        assert!(bytes == *wanted, "{format:?}, transposed {transposed}, limit {limit}: {spec:?}");
+                    }
                 }
             }
-            bytemuck::cast_slice(&packed).to_vec()
+        }
+    }
+
+    /// The first damaged weight is named, whichever number of it is damaged, and however.
+    #[test]
+    fn damaged_numbers_are_found() {
+        let device = Emulated::new(Limits::A100, Emulated::QUICK);
+        let spec = spec(&[40], 300, WeightKind::Matrix { kernel: 1, inputs: 300, gated: false });
+        for (place, value, text) in
+            [(0, f32::NAN, "NaN"), (299, f32::INFINITY, "inf"), (11_999, f32::NEG_INFINITY, "-inf")]
+        {
+            let mut numbers = vec![1.0f32; spec.len()];
+            numbers[place] = value;
+            let sound = vec![1.0f32; spec.len()];
+            let of = |name, numbers| Stored::new(name, Format::F32, false, (40, 300), bytemuck::cast_slice(numbers));
+            let stored = vec![(&spec, vec![of("sound", &sound)]), (&spec, vec![of("damaged", &numbers)])];
+            let own = Buffer::zeroed(&device, 2 * padded_bytes(&spec)).unwrap();
+            let problem = upload(&device, &own, &stored, 1000).unwrap_err().to_string();
+            assert!(problem.contains(&format!("tensor `damaged` holds {text} at position {place};")), "{problem}");
         }
     }
 }

@@ -16,8 +16,7 @@ pub(super) struct OnCpu {
 
 impl Networks for OnCpu {
     fn write(&mut self, input: &str, values: &[f32]) -> Result<()> {
-        self.unet.input_mut(input).copy_from_slice(values);
-        Ok(())
+        self.unet.write(input, values)
     }
 
     fn prologue(&mut self) -> Result<()> {

@@ -12,6 +12,7 @@ mod reverse;
 pub use builder::{ConvOptions, GraphBuilder};
 pub use reverse::Keep;
 
+use crate::{Error, Result};
 use std::fmt;
 
 /// The shape of an activation, NHWC.
@@ -450,6 +451,38 @@ impl Graph {
     /// The named input, if the graph has it.
     pub fn find_input(&self, name: &str) -> Option<TensorId> {
         self.inputs.iter().find(|(n, _)| n == name).map(|(_, id)| *id)
+    }
+
+    /// From how many rows the values of an input choose, if they are indices: token ids of a vocabulary, or a token's place.
+    pub fn choices(&self, input: TensorId) -> Option<usize> {
+        self.nodes.iter().find_map(|node| match node.op {
+            Op::Embed { ids, tokens, .. } if ids == input => Some(self.weight(tokens).total_outputs()),
+            Op::SelectToken { x, index } if index == input => Some(self.shape(x).tokens()),
+            _ => None,
+        })
+    }
+
+    /// Whether `values` may be written to the named input: kernels read by indices without looking at them.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for the first index that is not whole or not among the rows that there are.
+    ///
+    /// # Panics
+    /// If the graph has no such input, or one of another length.
+    pub fn check_values(&self, name: &str, values: &[f32]) -> Result<()> {
+        let id = self.input(name);
+        assert_eq!(values.len(), self.shape(id).len(), "input `{name}`");
+        let Some(rows) = self.choices(id) else { return Ok(()) };
+        let wrong = |x: &f32| !(x.fract() == 0.0 && (0.0..rows as f32).contains(x));
+        match values.iter().position(wrong) {
+            None => Ok(()),
+            Some(place) => Err(Error::usage(format!(
+                "`{name}` holds {} at position {place}, where whole numbers from 0 to {} are possible; were the tokens \
+                 made for another model?",
+                values[place],
+                rows - 1
+            ))),
+        }
     }
 
     /// The named output.

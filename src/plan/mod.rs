@@ -6,11 +6,15 @@
 
 mod arena;
 
-use crate::graph::{Graph, Node, Op, TensorId};
+use crate::graph::{Graph, Node, Op, TensorId, WeightSpec};
+use crate::{Error, Result};
 use arena::{Interval, place};
 
 /// How an executor stores what flows through a graph.
 pub trait Storage {
+    /// Which executor, and all that its sizes depend on: plans of different names do not fit each other's executors.
+    fn name(&self) -> String;
+
     /// Bytes of an activation.
     fn tensor(&self, graph: &Graph, id: TensorId) -> usize;
 
@@ -22,6 +26,8 @@ pub trait Storage {
 #[derive(Debug)]
 pub struct Plan {
     graph: Graph,
+    /// The storage's name.
+    storage: String,
     /// Node indices: the prologue's first, then the step's, then the backward ones.
     order: Vec<usize>,
     prologue: usize,
@@ -76,12 +82,28 @@ impl Plan {
         let (offsets, arena_bytes) = place(&lives);
         let workspaces = (0..steps).map(|i| (offsets[graph.shapes.len() + i], lives[graph.shapes.len() + i].len));
         let workspaces = workspaces.collect();
-        Plan { order, prologue, backward, offsets, workspaces, arena_bytes, graph }
+        Plan { order, prologue, backward, offsets, workspaces, arena_bytes, storage: storage.name(), graph }
     }
 
     /// The graph it was made of.
     pub fn graph(&self) -> &Graph {
         &self.graph
+    }
+
+    /// Whether an executor with this storage can run it, with weights that were loaded for `specs`.
+    ///
+    /// # Errors
+    /// [`Error::Device`]: offsets and sizes are those of another storage, or the weights another network's.
+    pub fn check(&self, storage: &dyn Storage, specs: &[WeightSpec]) -> Result<()> {
+        let name = storage.name();
+        if self.storage != name {
+            let problem = format!("the plan was made for {}, and this is {name}; plan again for it", self.storage);
+            return Err(Error::Device(problem));
+        }
+        match specs == self.graph.weights() {
+            true => Ok(()),
+            false => Err(Error::Device("the weights are another network's; load them for the plan's graph".into())),
+        }
     }
 
     /// Size of the arena: all memory a run needs beside the weights.
@@ -172,6 +194,10 @@ mod tests {
         b.output("h", h);
         struct Bytes;
         impl Storage for Bytes {
+            fn name(&self) -> String {
+                "bytes".into()
+            }
+
             fn tensor(&self, graph: &Graph, id: TensorId) -> usize {
                 graph.shape(id).len()
             }

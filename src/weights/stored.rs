@@ -61,6 +61,18 @@ pub(super) enum Data<'a> {
 }
 
 impl<'a> Stored<'a> {
+    /// A matrix of `(outputs, width)` whose numbers are `bytes`, for tests.
+    #[cfg(all(test, feature = "emulated"))]
+    pub(crate) fn new(
+        name: &'a str,
+        format: Format,
+        transposed: bool,
+        (outputs, width): (usize, usize),
+        bytes: &'a [u8],
+    ) -> Self {
+        Stored { name, path: Path::new("test"), format, transposed, outputs, width, data: Data::File(bytes) }
+    }
+
     /// How many numbers there are.
     pub fn len(&self) -> usize {
         self.outputs * self.width
@@ -69,6 +81,11 @@ impl<'a> Stored<'a> {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// How many bytes [`Stored::bytes`] gives.
+    pub fn bytes_in_file(&self) -> usize {
+        self.len() * self.format.bytes()
     }
 
     /// The file's bytes. Random numbers are made here, in fp32.
