@@ -3,6 +3,7 @@
 mod support;
 
 use half::f16;
+use respodiff::cuda::{Emulated, Limits};
 use respodiff::diffusion::noise::Rng;
 use respodiff::engine::{Engine, Output, Request, SessionOptions};
 use respodiff::models::{VaeConfig, vae_decoder};
@@ -43,6 +44,30 @@ fn the_demo_draws_the_same_pictures() {
         let off = off / ours.rgb.len() as f64;
         println!("picture {off:.2} of 255");
         assert!(off < 1.0, "a picture's bytes are off by {off:.2} on average");
+    }
+}
+
+/// The memory that is told before anything is allocated is what the device then counts, also while pictures are made.
+#[test]
+fn planned_memory_is_what_the_device_counts() {
+    for checkpoint in ["sd1", "sdxl"] {
+        for options in [
+            SessionOptions { width: 64, height: 40, batch: 1, guided: true, concepts: true },
+            SessionOptions { width: 72, height: 128, batch: 3, guided: false, concepts: false },
+        ] {
+            let engine = engine(checkpoint, &Device::Cuda(Emulated::new(Limits::A100, Emulated::QUICK)));
+            let memory = engine.memory(options).unwrap();
+            let off = |used: usize| (used as f64 / memory.total() as f64 - 1.0).abs();
+            let mut session = engine.session(options).unwrap();
+            let request = Request { prompt: "a doctor".into(), guidance: 1.0, steps: 2, ..Default::default() };
+            let mut worst = 0.0f64;
+            let mut look = |_| {
+                worst = worst.max(off(engine.used_memory().unwrap()));
+                ControlFlow::Continue(())
+            };
+            session.generate(&request, &mut look).unwrap();
+            assert!(worst < 0.03, "{checkpoint}: {memory:?} is {worst:.3} off");
+        }
     }
 }
 

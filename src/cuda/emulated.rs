@@ -38,6 +38,11 @@ impl Device for Emulated {
         None
     }
 
+    fn used_bytes(&self) -> Option<usize> {
+        let memory = self.memory.lock().unwrap_or_else(|e| e.into_inner());
+        Some(memory.values().map(Memory::len).sum())
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64> {
         let memory = Memory::new(bytes);
         let address = memory.address();

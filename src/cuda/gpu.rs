@@ -12,14 +12,17 @@ use cudarc::driver::sys::{
     CUstreamCaptureMode, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
     CUtensorMapL2promotion, CUtensorMapSwizzle,
 };
-use std::collections::HashMap;
+use rayon::prelude::*;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::{CString, c_void};
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// Bytes of one of the two pinned buffers through which uploads go.
+/// Bytes of one of the pinned buffers through which uploads go.
 const STAGE: usize = 8 << 20;
+/// Bytes that one thread copies there at a time.
+const PIECE: usize = 256 << 10;
 /// What is overwritten to empty the L2 cache: more than any has.
 const FLUSH: usize = 256 << 20;
 /// Largest structure of a kernel.
@@ -97,11 +100,14 @@ struct Gpu {
     version: Version,
     card: Card,
     context: CUcontext,
+    /// Bytes of memory that were free when it was opened.
+    free_at_first: usize,
     stream: CUstream,
     families: &'static [Family],
     /// What has been loaded: a family's module at its first kernel.
     loaded: Mutex<Loaded>,
-    staging: Mutex<Staging>,
+    /// Pinned buffers for uploads, that which was used longest ago first.
+    staging: Mutex<VecDeque<Stage>>,
     timer: Mutex<Option<Timer>>,
 }
 
@@ -120,10 +126,10 @@ struct Kernel {
     params: Option<usize>,
 }
 
-/// Two pinned buffers in turns, each with an event that says when its last copy is done.
-struct Staging {
-    buffers: [(*mut c_void, CUevent); 2],
-    next: usize,
+/// A pinned buffer, and an event that says when its last copy to the device is done.
+struct Stage {
+    buffer: *mut c_void,
+    copied: CUevent,
 }
 
 struct Timer {
@@ -139,6 +145,8 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 // SAFETY: handles, see above.
 unsafe impl Send for Loaded {}
+// SAFETY: likewise, and memory that whoever holds the stage has for itself.
+unsafe impl Send for Stage {}
 
 /// A lock whose data no panic can leave half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -162,19 +170,36 @@ impl Gpu {
             version,
             card,
             context,
+            free_at_first: 0,
             stream: null_mut(),
             families,
             loaded: Mutex::default(),
-            staging: Mutex::new(Staging { buffers: [(null_mut(), null_mut()); 2], next: 0 }),
+            staging: Mutex::default(),
             timer: Mutex::new(None),
         };
         gpu.bind()?;
         check("making a stream", unsafe { cuStreamCreate(&mut gpu.stream, NON_BLOCKING) })?;
-        for (buffer, event) in &mut lock(&gpu.staging).buffers {
-            check("pinning memory for uploads", unsafe { cuMemAllocHost_v2(buffer, STAGE) })?;
-            check("making an event", unsafe { cuEventCreate(event, 0) })?;
+        // While one is copied to the device the other is filled.
+        for _ in 0..2 {
+            let stage = gpu.stage()?;
+            lock(&gpu.staging).push_back(stage);
         }
+        gpu.free_at_first = gpu.free_bytes().unwrap_or(0);
         Ok(gpu)
+    }
+
+    /// A new buffer for uploads.
+    fn stage(&self) -> Result<Stage> {
+        let mut stage = Stage { buffer: null_mut(), copied: null_mut() };
+        // SAFETY: live locals; what has been made is given back if the rest fails.
+        unsafe {
+            check("making an event", cuEventCreate(&mut stage.copied, 0))?;
+            let pinned = check("pinning memory for uploads", cuMemAllocHost_v2(&mut stage.buffer, STAGE));
+            if pinned.is_err() {
+                cuEventDestroy_v2(stage.copied);
+            }
+            pinned.map(|()| stage)
+        }
     }
 
     /// Why a family of kernels is not taken.
@@ -357,6 +382,11 @@ impl Device for Gpu {
         Some(free)
     }
 
+    fn used_bytes(&self) -> Option<usize> {
+        // What other processes take or give back meanwhile cannot be told apart.
+        Some(self.free_at_first.saturating_sub(self.free_bytes()?))
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64> {
         self.bind()?;
         let mut address = 0;
@@ -366,7 +396,7 @@ impl Device for Gpu {
             let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
             let free = self.free_bytes().map_or("less is".into(), |free| format!("{:.2} GiB are", gib(free)));
             return Err(Error::Device(format!(
-                "{}: {:.2} GiB of memory are wanted where {free} free; make a smaller picture or batch, or close other programs",
+                "{}: {:.2} GiB of memory are wanted where {free} free; choose a smaller model, picture or batch, or close other programs",
                 self.card.name,
                 gib(bytes)
             )));
@@ -382,18 +412,24 @@ impl Device for Gpu {
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.bind()?;
-        let mut staging = lock(&self.staging);
         for (i, chunk) in bytes.chunks(STAGE).enumerate() {
-            let (buffer, event) = staging.buffers[staging.next];
-            staging.next ^= 1;
+            // The lock is not held while other threads help: one of them may turn to an upload of its own meanwhile.
+            let oldest = lock(&self.staging).pop_front();
+            let stage = oldest.map_or_else(|| self.stage(), Ok)?;
             // SAFETY: the buffer is free once its event has passed; the target is the caller's promise.
-            unsafe {
-                check("an upload", cuEventSynchronize(event))?;
-                std::ptr::copy_nonoverlapping(chunk.as_ptr(), buffer.cast(), chunk.len());
-                let target = address + (i * STAGE) as u64;
-                check("an upload", cuMemcpyHtoDAsync_v2(target, buffer, chunk.len(), self.stream))?;
-                check("an upload", cuEventRecord(event, self.stream))?;
-            }
+            let uploaded = unsafe {
+                check("an upload", cuEventSynchronize(stage.copied)).and_then(|()| {
+                    // A file's pages are mapped as they are read, which takes one thread longer than the copy to the device.
+                    let pinned = std::slice::from_raw_parts_mut(stage.buffer.cast::<u8>(), chunk.len());
+                    let pieces = pinned.par_chunks_mut(PIECE).zip(chunk.par_chunks(PIECE));
+                    pieces.for_each(|(to, from)| to.copy_from_slice(from));
+                    let target = address + (i * STAGE) as u64;
+                    check("an upload", cuMemcpyHtoDAsync_v2(target, stage.buffer, chunk.len(), self.stream))?;
+                    check("an upload", cuEventRecord(stage.copied, self.stream))
+                })
+            };
+            lock(&self.staging).push_back(stage);
+            uploaded?;
         }
         Ok(())
     }
@@ -518,13 +554,9 @@ impl Drop for Gpu {
                     cuEventDestroy_v2(timer.end);
                     cuMemFree_v2(timer.flush);
                 }
-                for (buffer, event) in lock(&self.staging).buffers {
-                    if !buffer.is_null() {
-                        cuMemFreeHost(buffer);
-                    }
-                    if !event.is_null() {
-                        cuEventDestroy_v2(event);
-                    }
+                for Stage { buffer, copied } in lock(&self.staging).drain(..) {
+                    cuMemFreeHost(buffer);
+                    cuEventDestroy_v2(copied);
                 }
                 for &module in lock(&self.loaded).modules.values() {
                     cuModuleUnload(module);

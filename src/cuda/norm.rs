@@ -118,17 +118,19 @@ impl Cut {
         Launch::new(kernel, [self.stretches, self.slabs, images], THREADS, shared, params)
     }
 
-    /// Bytes of shared memory for a pair of numbers of each of a slab's groups, and of each channel in each lane.
-    fn shared(&self, params: &GroupNormParams) -> (usize, usize) {
-        let lanes = (THREADS / (self.slab / self.width)).max(1);
-        (self.slab / params.per_group as usize * PAIR, lanes * self.slab * PAIR)
+    /// Bytes of shared memory for a pair of numbers of each of a slab's groups, and of each channel in each lane. A block
+    /// has as many lanes as its columns fit into its threads. The last slab, which may be narrower, has more than the
+    /// others, and with them more channels in all; but never more than all threads have, unless there is only one lane.
+    fn shared(&self, per_group: usize) -> (usize, usize) {
+        (self.slab / per_group * PAIR, (THREADS * self.width).max(self.slab) * PAIR)
     }
 }
 
 pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches: &mut Vec<Launch>) {
     let images = site.shape(out).n;
     let (params, cut) = group_norm_params(norm, out, site);
-    let (groups, sums) = cut.shared(&params);
+    let per_group = params.per_group as usize;
+    let (groups, sums) = cut.shared(per_group);
     if cut.stretches == 1 {
         launches.push(cut.launch(["group_norm_8", "group_norm_1"], images, groups + sums, &params));
     } else {
@@ -155,7 +157,8 @@ pub(super) fn group_norm_gradient(
 ) {
     let images = site.shape(out).n;
     let (params, cut) = group_norm_params(norm, out, site);
-    let (groups, sums) = cut.shared(&params);
+    let per_group = params.per_group as usize;
+    let (groups, sums) = cut.shared(per_group);
     let statistics = workspace(site.graph(), norm) as u64;
     let gradient = GroupNormGradientParams { norm: params, d: site.address(d), sums: site.workspace() + statistics };
     let shared = 2 * groups + sums;
@@ -245,6 +248,23 @@ fn row_launch(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// No slab of any norm stores more pairs than its launch has memory for, by the kernel's own count of lanes.
+    #[test]
+    fn shared_memory_holds_every_slab() {
+        for groups in 1..=64 {
+            for per_group in 1..=160 {
+                let channels = groups * per_group;
+                let cut = Cut::new(&[channels], per_group, 4096);
+                for slab in 0..cut.slabs {
+                    let channels = cut.slab.min(channels - slab * cut.slab);
+                    let lanes = (THREADS / (channels / cut.width)).max(1);
+                    let (_, sums) = cut.shared(per_group);
+                    assert!(lanes * channels * PAIR <= sums, "{groups} groups of {per_group}: slab {slab} of {cut:?}");
+                }
+            }
+        }
+    }
 
     /// Every group norm of SD 1.5 and SDXL at their sizes: whole groups and sectors, everything covered, blocks enough
     /// for a GPU where an image is cut, and stretches few enough for every block to read them.

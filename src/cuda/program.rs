@@ -177,3 +177,42 @@ pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
         _ => 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::compiled::{FAMILIES, RESOURCES};
+    use super::super::tiles::tests::{networks, trainings};
+    use super::*;
+
+    /// Registers of a multiprocessor, of every GPU since 8.0.
+    const REGISTERS: u32 = 65536;
+
+    /// Every node of every network, forward and gradient, has a kernel on every kind of card: one that was compiled, and
+    /// whose block the card's shared memory and registers hold.
+    #[test]
+    fn every_network_runs_on_every_card() {
+        let compiled = |name| FAMILIES.is_empty() || FAMILIES.iter().any(|family| family.kernels.contains(&name));
+        let graphs: Vec<_> = networks().into_iter().map(|(name, graph, _)| (name, graph)).chain(trainings()).collect();
+        for limits in Limits::CARDS {
+            let registers = |kernel| {
+                let of = |resources: &&super::super::compiled::Resources| {
+                    let architecture = resources.architecture.trim_end_matches('a');
+                    resources.kernel == kernel && architecture.parse() == Ok(limits.capability)
+                };
+                RESOURCES.iter().find(of).map_or(0, |resources| resources.registers)
+            };
+            for (name, graph) in &graphs {
+                let plan = Plan::new(graph.clone(), &["encoder_hidden_states"], &limits);
+                let addresses = vec![0; graph.weights().len()];
+                let program = Program::new(&plan, &addresses, limits, 0);
+                let program = program.unwrap_or_else(|problem| panic!("{name} on {limits:?}: {problem}"));
+                for launch in program.prologue.iter().chain(&program.step).chain(&program.backward) {
+                    let Launch { kernel, block, shared, .. } = *launch;
+                    assert!(compiled(kernel), "{name}: {kernel} was not compiled");
+                    assert!(shared <= limits.shared, "{name} on {limits:?}: {kernel} wants {shared} bytes");
+                    assert!(registers(kernel) * block <= REGISTERS, "{name}: {kernel} with {block} threads");
+                }
+            }
+        }
+    }
+}

@@ -169,17 +169,23 @@ impl Tile {
     }
 }
 
-/// fp16 multiply-adds a cycle of a multiprocessor: an A100's tensor cores, or what mma.sync gets out of an H100's.
+/// fp16 multiply-adds with fp32 sums that mma.sync gets out of a multiprocessor in a cycle. GeForce cards have a quarter of an
+/// A100's (71, 165 and 210 TFLOP/s on an RTX 3090, 4090 and 5090, by NVIDIA's architecture papers); an H100's share of what
+/// wgmma gets was measured.
 fn multiply_adds(limits: Limits) -> f64 {
-    if limits.capability >= 90 { 1280.0 } else { 1024.0 }
+    match limits.capability {
+        86 | 89 | 120.. => 256.0,
+        90 => 1280.0,
+        _ => 1024.0,
+    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::conv::plan;
     use super::*;
-    use crate::graph::{Graph, Op};
-    use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
+    use crate::graph::{Graph, Keep, Op};
+    use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, unet_halves, vae_decoder, vae_encoder};
     use std::path::Path;
 
     const CLIP_L: &str = r#"{"architectures": ["CLIPTextModel"], "vocab_size": 49408, "hidden_size": 768,
@@ -205,7 +211,7 @@ mod tests {
 
     /// Name, graph, and the least share of the multiprocessors' time that goes into sums that are wanted, were all tiles
     /// equally fast per multiply-add.
-    fn networks() -> Vec<(&'static str, Graph, f64)> {
+    pub(in super::super) fn networks() -> Vec<(&'static str, Graph, f64)> {
         let path = Path::new("config.json");
         let clip = |text| text_encoder(&ClipConfig::parse(text, path).unwrap(), 2);
         let network = |text, size| unet(&UNetConfig::parse(text, path).unwrap(), 2, size, size, 77, 1);
@@ -219,6 +225,15 @@ mod tests {
             ("VAE encoder, 512", vae_encoder(&vae, 1, 512, 512), 0.85),
             ("VAE decoder, 1024", vae_decoder(&vae, 1, 128, 128), 0.85),
         ]
+    }
+
+    /// What training repeats: the way up from the bottleneck and its gradient.
+    pub(in super::super) fn trainings() -> Vec<(&'static str, Graph)> {
+        let up = |text, size| {
+            let config = UNetConfig::parse(text, Path::new("config.json")).unwrap();
+            unet_halves(&config, 1, size, size, 77).1.with_gradient("sample", "mid", Keep::All)
+        };
+        vec![("SD 1.5, training", up(SD15, 64)), ("SDXL, training", up(SDXL, 128))]
     }
 
     /// Every layer has a tile that fits; few multiprocessors idle; the sums of split depths stay in L2.

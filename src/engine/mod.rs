@@ -18,6 +18,7 @@ use crate::plan::Plan;
 use crate::respodiff::Concept;
 use crate::weights::{Source, Tensors};
 use crate::{Error, Image, Result};
+use on_cuda::OnCuda;
 use std::sync::Arc;
 use text::{TextEncoders, time_ids};
 
@@ -163,12 +164,19 @@ pub struct Memory {
     pub unet: usize,
     /// The VAE decoder's arena.
     pub vae: usize,
+    /// The latents, the sampler's history and coefficients, and one picture; on the CPU these are not counted.
+    pub sampler: usize,
 }
 
 impl Memory {
     /// What a session itself allocates.
     pub fn session(&self) -> usize {
-        self.text + self.unet + self.vae
+        self.text + self.unet + self.vae + self.sampler
+    }
+
+    /// All of it: what a device holds while the engine's one session samples.
+    pub fn total(&self) -> usize {
+        self.weights + self.session()
     }
 }
 
@@ -296,16 +304,20 @@ impl Engine {
     /// # Errors
     /// [`Error::Usage`] for sizes that are not possible.
     pub fn memory(&self, options: SessionOptions) -> Result<Memory> {
-        Ok(self.memory_of(&self.plans(options)?))
+        Ok(self.memory_of(&self.plans(options)?, options.batch))
     }
 
-    fn memory_of(&self, plans: &Plans) -> Memory {
+    fn memory_of(&self, plans: &Plans, batch: usize) -> Memory {
         let parts = &*self.0;
         Memory {
             weights: parts.text.weight_bytes() + parts.unet.weights.bytes() + parts.vae.weights.bytes(),
             text: plans.text.iter().map(Plan::arena_bytes).sum(),
             unet: plans.unet.arena_bytes(),
             vae: plans.vae.arena_bytes(),
+            sampler: match &parts.device {
+                Device::Cpu => 0,
+                Device::Cuda(_) => OnCuda::own_bytes(&plans.unet, &plans.vae, batch),
+            },
         }
     }
 
@@ -343,8 +355,16 @@ impl Engine {
         let plans = self.plans(options)?;
         let SessionOptions { width, height, batch, .. } = options;
         let what = format!("{width}x{height} in a batch of {batch}; make a smaller picture or batch");
-        self.afford(self.memory_of(&plans).session(), &what)?;
+        self.afford(self.memory_of(&plans, batch).session(), &what)?;
         Session::new(self.clone(), options, plans)
+    }
+
+    /// Bytes of the device's memory that are taken since it was opened, by the driver's count; on the CPU that is not known.
+    pub fn used_memory(&self) -> Option<usize> {
+        match &self.0.device {
+            Device::Cpu => None,
+            Device::Cuda(device) => device.used_bytes(),
+        }
     }
 
     /// Free memory of the device, where that is known.

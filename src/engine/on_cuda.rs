@@ -3,7 +3,9 @@
 use super::session::{Networks, Noise, Run};
 use crate::cuda::{Buffer, DeviceSampler, Executor, Recording, StepNoise};
 use crate::diffusion::noise::Rng;
+use crate::graph::Shape;
 use crate::image::Image;
+use crate::plan::Plan;
 use crate::{Error, Result};
 
 /// Most UNet calls of a run.
@@ -26,13 +28,14 @@ impl OnCuda {
     /// # Errors
     /// [`Error::Device`] when memory is short.
     pub fn new(unet: Executor, vae: Executor, batch: usize) -> Result<Self> {
-        let graph = unet.plan().graph();
-        let mut shape = graph.shape(graph.input("sample"));
-        shape.n = batch;
-        let pixels = vae.plan().graph();
-        let rgb = Buffer::new(unet.device(), pixels.shape(pixels.output("image")).len())?;
-        let sampler = DeviceSampler::new(unet.device(), shape, CAPACITY)?;
+        let rgb = Buffer::new(unet.device(), picture_bytes(vae.plan()))?;
+        let sampler = DeviceSampler::new(unet.device(), latents_shape(unet.plan(), batch), CAPACITY)?;
         Ok(OnCuda { unet, vae, sampler, rgb, step: None })
+    }
+
+    /// Bytes of the device's memory beside the arenas of the networks, for images of these plans.
+    pub fn own_bytes(unet: &Plan, vae: &Plan, batch: usize) -> usize {
+        DeviceSampler::bytes(latents_shape(unet, batch), CAPACITY) + picture_bytes(vae)
     }
 
     fn record(&self, guided: bool) -> Result<Box<dyn Recording>> {
@@ -43,6 +46,17 @@ impl OnCuda {
         // SAFETY: the launches use the UNet's arena and weights and the sampler's memory, all owned by `self`.
         unsafe { self.unet.device().clone().record(&launches) }
     }
+}
+
+/// Shape of a batch's latents; the UNet's own batch is twice as large with guidance.
+fn latents_shape(unet: &Plan, batch: usize) -> Shape {
+    let graph = unet.graph();
+    Shape { n: batch, ..graph.shape(graph.input("sample")) }
+}
+
+/// Bytes of one picture.
+fn picture_bytes(vae: &Plan) -> usize {
+    vae.graph().shape(vae.graph().output("image")).len()
 }
 
 impl Networks for OnCuda {
