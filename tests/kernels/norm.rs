@@ -134,6 +134,7 @@ fn group_norm() {
         (1, 1, 1, 8, 8),
         (2, 5, 7, 12, 4),
         (1, 3, 3, 9, 1),
+        (1, 1, 3, 120, 20), // a last slab of 24 channels after one of 96
         (1, 2, 3, 2600, 1),
         (1, 1, 2, 301, 7),
     ] {
@@ -150,6 +151,7 @@ fn group_norm_gradient() {
         (3, 5, 7, 48, 3),
         (2, 5, 7, 12, 4),
         (1, 3, 3, 9, 1),
+        (1, 1, 3, 120, 20), // a last slab of 24 channels after one of 96
         (1, 2, 3, 2600, 1),
     ] {
         let sources = &[Shape::new(n, h, w, c)];
