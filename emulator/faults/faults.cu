@@ -261,7 +261,7 @@ KERNEL stored(const __grid_constant__ StoredParams p) {
     if (f != 7) fence_proxy_async();                                // 7: TMA does not see ordinary stores either
     if (f != 8) __syncthreads();                                    // 8: nor those of other threads
     if (thread == 0) {
-        int corner[2] = {0, 0};
+        int corner[2] = {0, f == 11 ? -1 : 0};                      // 11: begins outside the tensor
         emu::tma_store(&p.out, smem_u32(out), 2, corner, HERE);
         emu::bulk_commit();
         if (f != 9 && f != 10) emu::bulk_wait(0, true);             // 9: exit while it may still be read

@@ -99,7 +99,13 @@ void tma_store(const CUtensorMap* map, uint32_t src, int rank, const int* c, con
     Site site(f, l);
     TensorMap t = decode(map, rank, "TMA store", site);
     Store s{*map, src, tile_bytes(t), {}, me.store_group, false, {}, site, 0};
-    for (int i = 0; i < rank; i++) s.coordinates[i] = c[i];
+    for (int i = 0; i < rank; i++) {
+        // So it is on an H100, whatever the swizzle. Beyond the far end a store is clipped, and loads may begin anywhere.
+        if (c[i] < 0)
+            fail_at(site, "TMA store: illegal instruction: the tile begins at coordinate %d along dimension %d; only loads may "
+                          "begin below 0", c[i], i);
+        s.coordinates[i] = c[i];
+    }
     shared_at(*me.block, src, s.bytes, 128, "TMA store", site);
     s.race_clock = tma_read(me, src - SHARED_START, s.bytes, site);
     if (!worker->later()) write_tile(*me.block, s);

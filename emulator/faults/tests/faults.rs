@@ -207,6 +207,7 @@ const FAULTS: &[(&str, i32, &str, &str)] = &[
     ("stored", 8, "shared-memory race|read by a TMA store", "????F"),
     ("stored", 9, "exits with a TMA store in flight", ".F.FF"),
     ("stored", 10, "shared-memory race|earlier read by a TMA store", "????F"),
+    ("stored", 11, "TMA store: illegal instruction|coordinate -1 along dimension 1", "FFFFF"),
 ];
 
 #[test]

@@ -5,7 +5,7 @@
 //! numbers may lose one unit in the last place of the greatest addend with each addend, which is the bound here.
 //!
 //! With RESPODIFF_TEST_DEVICE=cuda and RESPODIFF_RECORD=1 outputs of a GPU go to tests/conformance. Those that are there
-//! are held to the same expectations as the emulator's.
+//! are held to the same expectations as the emulator's, and the emulator's to them.
 
 mod hopper;
 
@@ -14,6 +14,9 @@ use bytemuck::NoUninit;
 use half::f16;
 use respodiff::cuda::{Buffer, Device, Launch, Limits};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 #[derive(Clone, Copy, NoUninit)]
@@ -26,15 +29,32 @@ struct ConformanceParams {
 /// A launch, and the memory it needs besides its output.
 type Prepared = (Launch, Vec<Buffer>);
 
-/// What a case leaves in memory that held `before`: on every device, and on a GPU at some time. Of wrappers for sm_90a alone
-/// `hopper` says so.
+/// What a case left: each output with who made it.
+type Outputs = Vec<(String, Vec<u32>)>;
+
+thread_local! {
+    /// The cases that this thread's tests asked for, if they are to be named and not run.
+    static NAMED: RefCell<Option<BTreeSet<String>>> = const { RefCell::new(None) };
+}
+
+/// Where recordings lie.
+fn recordings() -> PathBuf {
+    support::root().join("tests/conformance")
+}
+
+/// What a case leaves in memory that held `before`: on every device, and on a GPU when it was recorded. Of wrappers for
+/// sm_90a alone `hopper` says so.
 fn outputs(
     case: &str,
     hopper: bool,
     before: &[u32],
     prepare: impl Fn(&Arc<dyn Device>, u64) -> Prepared,
-) -> Vec<(String, Vec<u32>)> {
-    let file = support::root().join(format!("tests/conformance/{case}.safetensors"));
+) -> Outputs {
+    if let Some(new) = NAMED.with_borrow_mut(|names| names.as_mut().map(|names| names.insert(case.into()))) {
+        assert!(new, "two cases are named {case}: they would share a recording");
+        return Vec::new();
+    }
+    let file = recordings().join(format!("{case}.safetensors"));
     let mut outputs = Vec::new();
     for (label, device) in devices(Limits::H100) {
         let emulated = device.name() == "emulated";
@@ -54,7 +74,8 @@ fn outputs(
         }
         outputs.push((format!("{case}, {label}"), words));
     }
-    if let Ok(bytes) = std::fs::read(&file) {
+    if file.exists() {
+        let bytes = std::fs::read(&file).unwrap();
         let recorded = SafeTensors::deserialize(&bytes).unwrap();
         let words = bytemuck::pod_collect_to_vec(recorded.tensor("output").unwrap().data());
         outputs.push((format!("{case}, recorded on a GPU"), words));
@@ -64,14 +85,14 @@ fn outputs(
 
 /// The outputs of a kernel that takes [`ConformanceParams`]; `length` words, never written ones poisoned.
 fn words_of(
+    case: &str,
     kernel: &'static str,
     hopper: bool,
-    block: usize,
-    shared: usize,
+    [block, shared]: [usize; 2],
     input: &[u32],
     length: usize,
-) -> Vec<(String, Vec<u32>)> {
-    outputs(&kernel["conformance_".len()..], hopper, &vec![!0; length], |device, out| {
+) -> Outputs {
+    outputs(case, hopper, &vec![!0; length], |device, out| {
         let memory = Buffer::from_bytes(device, bytemuck::cast_slice(input)).unwrap();
         let params = ConformanceParams { input: memory.address(), out };
         (Launch::new(kernel, [1, 1, 1], block, shared, &params), vec![memory])
@@ -80,28 +101,35 @@ fn words_of(
 
 /// One warp, or more, whose output is known bit for bit.
 fn exactly(kernel: &'static str, hopper: bool, block: usize, shared: usize, input: &[u32], expected: &[u32]) {
-    for (label, words) in words_of(kernel, hopper, block, shared, input, expected.len()) {
-        same(&label, &words, expected);
+    let case = &kernel["conformance_".len()..];
+    same(&words_of(case, kernel, hopper, [block, shared], input, expected.len()), expected);
+}
+
+fn same(outputs: &Outputs, expected: &[u32]) {
+    for (label, words) in outputs {
+        assert_eq!(words.len(), expected.len(), "{label}");
+        if let Some(i) = (0..words.len()).find(|&i| words[i] != expected[i]) {
+            panic!("{label}: word {i} is {:#010x}, and {:#010x} is right", words[i], expected[i]);
+        }
     }
 }
 
-fn same(label: &str, words: &[u32], expected: &[u32]) {
-    assert_eq!(words.len(), expected.len(), "{label}");
-    if let Some(i) = (0..words.len()).find(|&i| words[i] != expected[i]) {
-        panic!("{label}: word {i} is {:#010x}, and {:#010x} is right", words[i], expected[i]);
-    }
-}
-
-/// Floats within bounds of the truth.
-fn near(label: &str, words: &[u32], truth: &[(f64, f64)]) {
-    assert_eq!(words.len(), truth.len(), "{label}");
-    for (i, (&word, &(right, bound))) in words.iter().zip(truth).enumerate() {
-        let x = f32::from_bits(word) as f64;
-        // NaN is no less than any bound.
-        assert!(
-            (x - right).abs() <= bound,
-            "{label}: number {i} is {x} where {right} is right; off by more than {bound:e}"
-        );
+/// Floats within bounds of the truth, and as near to each other: the same bits where the bound is 0, whoever made them.
+fn near(outputs: &Outputs, truth: &[(f64, f64)]) {
+    let number = |word: u32| f32::from_bits(word) as f64;
+    for (label, words) in outputs {
+        assert_eq!(words.len(), truth.len(), "{label}");
+        let (first_label, first) = &outputs[0];
+        for (i, (&word, &(right, bound))) in words.iter().zip(truth).enumerate() {
+            let x = number(word);
+            // NaN is no less than any bound.
+            assert!(
+                (x - right).abs() <= bound,
+                "{label}: number {i} is {x} where {right} is right; off by more than {bound:e}"
+            );
+            let alike = word == first[i] || (bound > 0.0 && (x - number(first[i])).abs() <= bound);
+            assert!(alike, "{label}: number {i} is {x}, and {} for {first_label}", number(first[i]));
+        }
     }
 }
 
@@ -184,9 +212,7 @@ fn exp2() {
         |&x: &f32| if x < -126.0 { (0.0, 0.0) } else { ((x as f64).exp2(), (x as f64).exp2() * 2f64.powi(-22)) };
     let truth: Vec<(f64, f64)> = input.iter().map(truth).collect();
     let input: Vec<u32> = input.iter().map(|x| x.to_bits()).collect();
-    for (label, words) in words_of("conformance_exp2_approx", false, 32, 0, &input, 32) {
-        near(&label, &words, &truth);
-    }
+    near(&words_of("exp2_approx", "conformance_exp2_approx", false, [32, 0], &input, 32), &truth);
 }
 
 #[test]
@@ -249,9 +275,8 @@ fn mma(kernel: &'static str, tall: usize, wide: usize) {
                 truth.push(product(before, factors, exact));
             }
         }
-        for (label, words) in words_of(kernel, false, 32, 0, &input, truth.len()) {
-            near(&label, &words, &truth);
-        }
+        let case = format!("{}_{}", &kernel["conformance_".len()..], if exact { "integers" } else { "fractions" });
+        near(&words_of(&case, kernel, false, [32, 0], &input, truth.len()), &truth);
     }
 }
 
@@ -293,4 +318,36 @@ fn named_barriers() {
     let input = noise(64, 10);
     let expected: Vec<u32> = input.iter().rev().copied().collect();
     exactly("conformance_named_barriers", false, 128, 256, &input, &expected);
+}
+
+/// A recording that no case reads would hold the emulator to nothing.
+#[test]
+fn every_recording_is_of_a_case() {
+    let tests: [fn(); 16] = [
+        shared_addresses,
+        exp2,
+        cp_async,
+        ldmatrix,
+        mma_m16n8k16,
+        mma_tile,
+        shuffles,
+        named_barriers,
+        hopper::stmatrix,
+        hopper::mbarriers,
+        hopper::setmaxnreg,
+        hopper::tma,
+        hopper::wgmma_n80,
+        hopper::wgmma_n128,
+        hopper::wgmma_n160,
+        hopper::wgmma_n256,
+    ];
+    NAMED.set(Some(BTreeSet::new()));
+    tests.iter().for_each(|test| test());
+    let cases = NAMED.take().unwrap();
+    let files = std::fs::read_dir(recordings()).unwrap().map(|entry| entry.unwrap().path());
+    let recorded = files.filter(|file| file.extension().is_some_and(|e| e == "safetensors"));
+    let recorded: Vec<String> = recorded.map(|file| file.file_stem().unwrap().to_string_lossy().into_owned()).collect();
+    assert!(!recorded.is_empty(), "{} holds no recordings", recordings().display());
+    let stray: Vec<&String> = recorded.iter().filter(|name| !cases.contains(*name)).collect();
+    assert!(stray.is_empty(), "recordings without a case: {stray:?}; delete them, or list their tests here");
 }
