@@ -101,7 +101,7 @@ PTX_FN void store_rows(const Sums<T>& sums, const float (&factors)[T::PIECES][2]
                 const float* x = &sums[j / T::AT_ONCE][i][j % T::AT_ONCE][h * 2];
                 int column = (part * T::COLUMNS + j) * 8 + lane % 4 * 2;
                 __half2* to = reinterpret_cast<__half2*>(tile + (i * 16 + h * 8 + lane / 4) * T::STRIDE * 8 + column);
-                *to = __halves2half2(to_half(x[0] * factor), to_half(x[1] * factor));
+                *to = to_halves(x[0] * factor, x[1] * factor);
             }
         }
     }

@@ -182,8 +182,8 @@ PTX_FN void weigh(uint32_t (&p)[OTHERS / 16][1][4], uint32_t (&ds)[OTHERS / 16][
                 weights[i] = exp2_approx(fmaf(of.scores[0][j][h * 2 + i], exponent, -s.x)) * s.y;
                 slopes[i] = weights[i] * (of.slopes[0][j][h * 2 + i] - s.z);
             }
-            p[j / 2][0][j % 2 * 2 + h] = bits_of(__halves2half2(to_half(weights[0]), to_half(weights[1])));
-            ds[j / 2][0][j % 2 * 2 + h] = bits_of(__halves2half2(to_half(slopes[0]), to_half(slopes[1])));
+            p[j / 2][0][j % 2 * 2 + h] = bits_of(to_halves(weights[0], weights[1]));
+            ds[j / 2][0][j % 2 * 2 + h] = bits_of(to_halves(slopes[0], slopes[1]));
         }
     }
 }

@@ -17,6 +17,16 @@ KERNEL conformance_exp2_approx(const __grid_constant__ ConformanceParams p) {
 }
 EXPORT(conformance_exp2_approx)
 
+// Of each number the half, and of each pair of neighbours both.
+KERNEL conformance_to_half(const __grid_constant__ ConformanceParams p) {
+    uint32_t lane = threadIdx.x;
+    float x = __int_as_float(p.in[lane]), y = __int_as_float(p.in[lane ^ 1]);
+    __half2 pair = to_halves(x, y);
+    p.out[lane] = __half_as_ushort(to_half(x));
+    p.out[32 + lane] = __half_as_ushort(pair.x) | uint32_t(__half_as_ushort(pair.y)) << 16;
+}
+EXPORT(conformance_to_half)
+
 // Two groups of copies of N bytes a lane, the first with gaps; every lane reads what another one copied.
 template <int N, class Copy> __device__ __forceinline__ void copied(const ConformanceParams& p, Copy copy) {
     constexpr uint32_t WORDS = N / 4;

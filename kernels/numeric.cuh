@@ -1,11 +1,6 @@
-// Vectors of eight halves, conversions that never overflow to infinity, and sums over a warp or block.
+// Vectors of eight halves, activations, and sums over a warp.
 #pragma once
 #include "ptx.cuh"
-
-// fp16's greatest finite number. What lies beyond is stored as it: an image may clip, but never becomes NaN.
-constexpr float HALF_MAX = 65504.0f;
-
-__device__ __forceinline__ __half to_half(float x) { return __float2half_rn(fminf(fmaxf(x, -HALF_MAX), HALF_MAX)); }
 
 // 16 bytes: what one thread moves at a time. Copied as one word: pair by pair, the compiler would make it four loads.
 union __align__(16) Half8 {
@@ -32,7 +27,7 @@ __device__ __forceinline__ void unpack(Half8 v, float (&x)[8]) {
 __device__ __forceinline__ Half8 pack(const float (&x)[8]) {
     Half8 v;
 #pragma unroll
-    for (int i = 0; i < 4; i++) v.pairs[i] = __halves2half2(to_half(x[2 * i]), to_half(x[2 * i + 1]));
+    for (int i = 0; i < 4; i++) v.pairs[i] = to_halves(x[2 * i], x[2 * i + 1]);
     return v;
 }
 

@@ -55,6 +55,19 @@ PTX_FN float exp2_approx(float x) {
     PTX_EMULATED(float y = exp2f(x); return y < 0x1p-126f ? 0.0f : y;)
 }
 
+// The nearest half. What is beyond 65504, fp16's greatest finite number, becomes that: an image may clip, but infinities never
+// come of it. NaN stays NaN, so that whoever reads the end of a network hears of it.
+PTX_FN __half to_half(float x) {
+    PTX_DEVICE(uint16_t y; asm("cvt.rn.satfinite.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return __ushort_as_half(y);)
+    PTX_EMULATED(return x != x ? __ushort_as_half(0x7fff) : __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));)
+}
+// Two of them by one instruction.
+PTX_FN __half2 to_halves(float x, float y) {
+    PTX_DEVICE(__half2 pair; asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;"
+                                 : "=r"(reinterpret_cast<uint32_t&>(pair)) : "f"(y), "f"(x)); return pair;)
+    PTX_EMULATED(return __halves2half2(to_half(x), to_half(y));)
+}
+
 // ---- asynchronous copies, sm_80 ----
 
 // Global to shared memory, N bytes of one thread, both sides aligned to N; zeros are written where `pred` is false, and

@@ -139,7 +139,7 @@ fn a_vae_beyond_fp16_decodes() {
     let case = support::cases("vae_sd1_", 1).remove(0);
     let [n, c, h, w] = case.shape("latents")[..] else { panic!("latents are NCHW") };
     let decode = |factor: f32, device: Device| {
-        let folder = enlarged(factor);
+        let folder = enlarged("vae", "decoder.conv_in", factor);
         let source = Source::folder(folder.path()).unwrap();
         let path = source.path("vae/config.json");
         let config = VaeConfig::parse(&source.read_text("vae/config.json").unwrap(), &path).unwrap();
@@ -155,15 +155,28 @@ fn a_vae_beyond_fp16_decodes() {
     assert!(decode(1e9, kernels()).iter().all(|x| x.is_finite()));
 }
 
-/// The golden VAE with a first convolution of the decoder that is `factor` times as large.
-fn enlarged(factor: f32) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    let from = golden().join("checkpoints/sd1/vae");
-    let to = folder.path().join("vae");
-    std::fs::create_dir(&to).unwrap();
-    std::fs::copy(from.join("config.json"), to.join("config.json")).unwrap();
-    let name = "diffusion_pytorch_model.safetensors";
-    let bytes = std::fs::read(from.join(name)).unwrap();
+/// A norm so large that infinities come of it, and NaN of their SiLU: fp16 between the layers must not make numbers of that.
+#[test]
+fn nan_in_a_network_ends_the_run() {
+    let options = SessionOptions { width: 64, height: 64, batch: 1, guided: true, concepts: false };
+    // PNDM takes a step more.
+    let request = Request { prompt: "a doctor".into(), steps: 2, ..Default::default() };
+    for (network, tensor, words) in
+        [("unet", "down_blocks.0.resnets.0.norm1.weight", "step 1 of 3"), ("vae", "decoder.conv_norm_out", "the VAE")]
+    {
+        let folder = enlarged(network, tensor, 2e38);
+        let engine = Engine::open(&Source::folder(folder.path()).unwrap(), &kernels()).unwrap();
+        let run = engine.session(options).unwrap().generate(&request, &mut |_| ControlFlow::Continue(()));
+        let error = run.err().unwrap_or_else(|| panic!("{tensor}: a picture"));
+        assert!(matches!(error, Error::NonFinite(_)) && error.to_string().contains(words), "{tensor}: {error}");
+    }
+}
+
+/// A golden checkpoint in which the tensors of a network whose names begin with `prefix` are `factor` times as large.
+fn enlarged(network: &str, prefix: &str, factor: f32) -> tempfile::TempDir {
+    let folder = support::copy("sd1");
+    let file = folder.path().join(network).join("diffusion_pytorch_model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
     let floats = |view: &TensorView| -> Vec<f32> {
         match view.dtype() {
             Dtype::F16 => view.data().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
@@ -173,13 +186,13 @@ fn enlarged(factor: f32) -> tempfile::TempDir {
     };
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let scaled = tensors.iter().map(|(name, view)| {
-        let scale = if name.starts_with("decoder.conv_in") { factor } else { 1.0 };
+        let scale = if name.starts_with(prefix) { factor } else { 1.0 };
         let bytes: Vec<u8> = floats(&view).iter().flat_map(|x| (x * scale).to_le_bytes()).collect();
         (name.to_string(), view.shape().to_vec(), bytes)
     });
     let scaled: Vec<_> = scaled.collect();
     let views = scaled.iter().map(|(n, shape, b)| (n, TensorView::new(Dtype::F32, shape.clone(), b).unwrap()));
-    std::fs::write(to.join(name), safetensors::serialize(views, None).unwrap()).unwrap();
+    std::fs::write(file, safetensors::serialize(views, None).unwrap()).unwrap();
     folder
 }
 

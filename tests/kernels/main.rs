@@ -16,7 +16,7 @@ mod sampler;
 mod sources;
 
 use half::f16;
-use respodiff::cuda::{Device, Emulated, Executor, Limits, Weights};
+use respodiff::cuda::{Device, Element, Emulated, Executor, Limits, Weights};
 use respodiff::graph::{Graph, GraphBuilder, Keep, Shape, TensorId, WeightKind};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -151,41 +151,65 @@ fn compare(
         (0..inputs.len()).map(|i| if gradient && i + 1 == inputs.len() { "d.out".into() } else { format!("input{i}") });
     let names: Vec<String> = names.collect();
     let (folder, by_name) = weights(graph);
-    let given = Given { inputs, weights: by_name };
-    let truth = plain(&given, |x| x);
-    let naive = plain(&given, to_half);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
-    let mut first: Option<Vec<f32>> = None;
-    for (device_label, device) in devices(limits) {
+    let mut given = Given { inputs, weights: by_name };
+    let result = |label: &str, device: &Arc<dyn Device>, given: &Given| {
         let plan = Arc::new(Plan::new(graph.clone(), &[], &device.limits()));
-        let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
-        let mut executor = Executor::new(&device, plan, weights).unwrap();
+        let weights = Weights::load(device, graph.weights(), &tensors).unwrap();
+        let mut executor = Executor::new(device, plan, weights).unwrap();
         for (name, values) in names.iter().zip(&given.inputs) {
             let values: Vec<f32> = values.iter().map(|&x| x as f32).collect();
             executor.write(name, &values).unwrap();
         }
         let run = executor.prologue().and_then(|()| executor.step());
         let run = run.and_then(|()| if gradient { executor.backward() } else { Ok(()) });
-        run.unwrap_or_else(|fault| panic!("{label}, {device_label}: {fault}"));
-        let ours = executor.read(if gradient { "d.input0" } else { "out" }).unwrap();
-        within(&format!("{label}, {device_label}"), &ours, &truth, &naive);
+        run.unwrap_or_else(|fault| panic!("{label}: {fault}"));
+        executor.read(if gradient { "d.input0" } else { "out" }).unwrap()
+    };
+    let (truth, naive) = (plain(&given, |x| x), plain(&given, to_half));
+    let devices = devices(limits);
+    let mut first: Option<Vec<f32>> = None;
+    for (device_label, device) in &devices {
+        let label = format!("{label}, {device_label}");
+        let ours = result(&label, device, &given);
+        within(&label, &ours, &truth, &naive);
         let same = first.get_or_insert_with(|| ours.clone());
-        assert!(
-            same.iter().zip(&ours).all(|(a, b)| a.to_bits() == b.to_bits()),
-            "{label}: bits depend on the schedule"
-        );
+        assert!(same.iter().zip(&ours).all(|(a, b)| a.to_bits() == b.to_bits()), "{label}: bits depend on the schedule");
+    }
+    // One NaN must reach all that is computed from it, and no other image. In its own it may reach further: attention
+    // multiplies what a query does not see by 0.
+    let images = graph.shape(graph.output("out")).n;
+    for (i, name) in names.iter().enumerate().filter(|(_, name)| Element::of(graph, graph.input(name)) == Element::F16) {
+        let place = given.inputs[i].len() * 2 / 3;
+        let number = std::mem::replace(&mut given.inputs[i][place], f64::NAN);
+        let (mut truth, naive) = (plain(&given, |x| x), plain(&given, to_half));
+        let label = format!("{label}, NaN in {name}");
+        let ours = result(&label, &devices[0].1, &given);
+        given.inputs[i][place] = number;
+        let one = ours.len() / images;
+        for (truth, ours) in truth.chunks_exact_mut(one).zip(ours.chunks_exact(one)) {
+            if truth.iter().any(|x| x.is_nan()) {
+                truth.iter_mut().zip(ours).filter(|(_, x)| x.is_nan()).for_each(|(truth, _)| *truth = f64::NAN);
+            }
+        }
+        within(&label, &ours, &truth, &naive);
     }
     first.expect("a device")
 }
 
-/// Every number within twice the worst error of the naive fp16 loop, and a floor of one rounding of the result.
+/// Every number within twice the worst error of the naive fp16 loop, and a floor of one rounding of the result. NaN where
+/// that is the truth, and there alone.
 pub fn within(label: &str, ours: &[f32], truth: &[f64], naive: &[f64]) {
     assert_eq!(ours.len(), truth.len(), "{label}");
     let scale = truth.iter().fold(0.0f64, |m, x| m.max(x.abs()));
     let worst_naive = naive.iter().zip(truth).fold(0.0f64, |m, (n, t)| m.max((n - t).abs()));
     let limit = 2.0 * worst_naive + scale * 2f64.powi(-11);
-    let error = |i: usize| (ours[i] as f64 - truth[i]).abs();
     // NaN is the worst of all.
+    let error = |i: usize| match (ours[i].is_nan(), truth[i].is_nan()) {
+        (true, true) => 0.0,
+        (false, true) => f64::INFINITY,
+        _ => (ours[i] as f64 - truth[i]).abs(),
+    };
     let worst = (0..ours.len()).max_by(|&a, &b| error(a).total_cmp(&error(b))).unwrap();
     assert!(
         error(worst) <= limit,

@@ -216,6 +216,20 @@ fn exp2() {
 }
 
 #[test]
+fn to_half() {
+    let mut input: Vec<f32> = random(20, 4).iter().map(|x| (x.powi(5) * 7e4) as f32).collect();
+    // Halves are 32 apart below 65504, and subnormal below 2^-14; ties go to the even one.
+    input.extend([0.0, -0.0, 65504.0, -65519.9, 65520.0, -1e30, f32::INFINITY, f32::NEG_INFINITY]);
+    input.extend([f32::NAN, -65488.0, 2f32.powi(-25) * 3.0, -(2f32.powi(-26))]);
+    let half = |x: f32| if x.is_nan() { 0x7fff } else { f16::from_f32(x.clamp(-65504.0, 65504.0)).to_bits().into() };
+    let single = input.iter().map(|&x| half(x));
+    let pairs = (0..32).map(|i| half(input[i]) | half(input[i ^ 1]) << 16);
+    let expected: Vec<u32> = single.chain(pairs).collect();
+    let input: Vec<u32> = input.iter().map(|x| x.to_bits()).collect();
+    exactly("conformance_to_half", false, 32, 0, &input, &expected);
+}
+
+#[test]
 fn cp_async() {
     for (kernel, width) in [("conformance_cp_async4", 1), ("conformance_cp_async8", 2), ("conformance_cp_async16", 4)] {
         let input = noise(64 * width, 4);
@@ -323,9 +337,10 @@ fn named_barriers() {
 /// A recording that no case reads would hold the emulator to nothing.
 #[test]
 fn every_recording_is_of_a_case() {
-    let tests: [fn(); 16] = [
+    let tests: [fn(); 17] = [
         shared_addresses,
         exp2,
+        to_half,
         cp_async,
         ldmatrix,
         mma_m16n8k16,
