@@ -51,6 +51,7 @@ struct AttentionParams {
     // scale * log2(e), positive: exp(scale * s) = exp2(exponent * s).
     float exponent;
 };
+LAYOUT(AttentionParams, q, k, v, out, queries, keys, head_dim, q_width, k_width, v_width, causal, exponent)
 
 // How much log2 of a weight may exceed the reference before the reference is raised: weights stay below 2^8, far from fp16's
 // end, and sums are hardly ever rescaled.

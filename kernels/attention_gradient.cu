@@ -52,6 +52,8 @@ struct AttentionGradientParams {
     float exponent;
     float scale;
 };
+LAYOUT(AttentionGradientParams, q, k, v, d, dq, dk, dv, statistics, queries, keys, head_dim, q_width, k_width, v_width,
+       d_width, out_width, exponent, scale)
 
 // What P is carried times, by key.
 constexpr float LIFT = 256.0f;

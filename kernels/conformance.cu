@@ -6,21 +6,21 @@
 
 KERNEL conformance_shared(const __grid_constant__ ConformanceParams p) {
     uint32_t start = smem_u32(dyn_smem());
-    p.out[threadIdx.x] = smem_u32(shared_words() + p.in[threadIdx.x]) - start;
+    p.out[threadIdx.x] = smem_u32(shared_words() + p.input[threadIdx.x]) - start;
     if (threadIdx.x == 0) p.out[32] = start % 1024;
 }
 EXPORT(conformance_shared)
 
 KERNEL conformance_exp2_approx(const __grid_constant__ ConformanceParams p) {
     uint32_t i = blockIdx.x * 32 + threadIdx.x;
-    p.out[i] = __float_as_int(exp2_approx(__int_as_float(p.in[i])));
+    p.out[i] = __float_as_int(exp2_approx(__int_as_float(p.input[i])));
 }
 EXPORT(conformance_exp2_approx)
 
 // Of each number the half, and of each pair of neighbours both.
 KERNEL conformance_to_half(const __grid_constant__ ConformanceParams p) {
     uint32_t lane = threadIdx.x;
-    float x = __int_as_float(p.in[lane]), y = __int_as_float(p.in[lane ^ 1]);
+    float x = __int_as_float(p.input[lane]), y = __int_as_float(p.input[lane ^ 1]);
     __half2 pair = to_halves(x, y);
     p.out[lane] = __half_as_ushort(to_half(x));
     p.out[32 + lane] = __half_as_ushort(pair.x) | uint32_t(__half_as_ushort(pair.y)) << 16;
@@ -33,7 +33,7 @@ template <int N, class Copy> __device__ __forceinline__ void copied(const Confor
     uint32_t lane = threadIdx.x, other = shuffled(lane), tile = smem_u32(dyn_smem());
     for (uint32_t group = 0; group < 2; group++) {
         uint32_t word = (group * 32 + lane) * WORDS;
-        copy(tile + word * 4, p.in + word, group == 1 || lane % 3 != 0);
+        copy(tile + word * 4, p.input + word, group == 1 || lane % 3 != 0);
         cp_async_commit();
     }
     cp_async_wait<1>();
@@ -57,7 +57,7 @@ KERNEL conformance_cp_async16(const __grid_constant__ ConformanceParams p) {
 EXPORT(conformance_cp_async16)
 
 template <class Load> __device__ __forceinline__ void loaded(const ConformanceParams& p, Load load) {
-    for (int i = 0; i < 4; i++) shared_words()[threadIdx.x * 4 + i] = p.in[threadIdx.x * 4 + i];
+    for (int i = 0; i < 4; i++) shared_words()[threadIdx.x * 4 + i] = p.input[threadIdx.x * 4 + i];
     __syncthreads();
     uint32_t r[4];
     load(r, smem_u32(dyn_smem()) + shuffled(threadIdx.x) * 16);
@@ -88,7 +88,7 @@ __device__ __forceinline__ void load_fragments(const uint32_t* in, float (&d)[MT
 KERNEL conformance_mma_m16n8k16(const __grid_constant__ ConformanceParams p) {
     float d[1][1][4];
     uint32_t a[1][4], b[1][2];
-    load_fragments(p.in + threadIdx.x * 10, d, a, b);
+    load_fragments(p.input + threadIdx.x * 10, d, a, b);
     mma_m16n8k16(d[0][0], a[0], b[0]);
     for (int k = 0; k < 4; k++) p.out[threadIdx.x * 4 + k] = __float_as_int(d[0][0][k]);
 }
@@ -97,7 +97,7 @@ EXPORT(conformance_mma_m16n8k16)
 KERNEL conformance_mma_tile(const __grid_constant__ ConformanceParams p) {
     float d[2][3][4];
     uint32_t a[2][4], b[3][2];
-    load_fragments(p.in + threadIdx.x * 38, d, a, b);
+    load_fragments(p.input + threadIdx.x * 38, d, a, b);
     mma_tile(d, a, b);
     for (int k = 0; k < 24; k++) p.out[threadIdx.x * 24 + k] = __float_as_int(d[k / 12][k / 4 % 3][k % 4]);
 }
@@ -106,7 +106,7 @@ EXPORT(conformance_mma_tile)
 // CUDA's own collectives, on whole warps and on segments of eight.
 KERNEL conformance_shuffles(const __grid_constant__ ConformanceParams p) {
     constexpr uint32_t ALL = 0xffffffff;
-    uint32_t lane = threadIdx.x, x = p.in[lane], source = p.in[32 + lane] % 32, odd = x & 1;
+    uint32_t lane = threadIdx.x, x = p.input[lane], source = p.input[32 + lane] % 32, odd = x & 1;
     uint32_t results[] = {
         __shfl_sync(ALL, x, source),    __shfl_sync(ALL, x, source, 8), __shfl_xor_sync(ALL, x, 5),
         __shfl_xor_sync(ALL, x, 3, 8),  __shfl_up_sync(ALL, x, 3),      __shfl_up_sync(ALL, x, 3, 8),
@@ -121,7 +121,7 @@ EXPORT(conformance_shuffles)
 KERNEL conformance_named_barriers(const __grid_constant__ ConformanceParams p) {
     uint32_t thread = threadIdx.x;
     if (thread < 64) {
-        shared_words()[thread] = p.in[thread];
+        shared_words()[thread] = p.input[thread];
         named_bar_arrive(1, 128);
     } else {
         named_bar_sync(1, 128);

@@ -3,9 +3,10 @@
 #include "ptx.cuh"
 
 struct ConformanceParams {
-    const uint32_t* in;
+    const uint32_t* input;
     uint32_t* out;
 };
+LAYOUT(ConformanceParams, input, out)
 
 __device__ __forceinline__ uint32_t* shared_words() { return reinterpret_cast<uint32_t*>(dyn_smem()); }
 

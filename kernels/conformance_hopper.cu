@@ -3,7 +3,7 @@
 
 template <class Store> __device__ __forceinline__ void stored(const ConformanceParams& p, Store store) {
     uint32_t r[4];
-    for (int i = 0; i < 4; i++) r[i] = p.in[threadIdx.x * 4 + i];
+    for (int i = 0; i < 4; i++) r[i] = p.input[threadIdx.x * 4 + i];
     store(smem_u32(dyn_smem()) + shuffled(threadIdx.x) * 16, r);
     __syncthreads();
     for (int i = 0; i < 4; i++) p.out[threadIdx.x * 4 + i] = shared_words()[threadIdx.x * 4 + i];
@@ -34,7 +34,7 @@ KERNEL conformance_mbarriers(const __grid_constant__ ConformanceParams p) {
     for (uint32_t round = 0; round < 3; round++) {
         if (thread < 64) {
             mbar_wait(empty, (round + 1) % 2);
-            shared_words()[thread] = p.in[round * 64 + thread];
+            shared_words()[thread] = p.input[round * 64 + thread];
             mbar_arrive(full);
         } else {
             mbar_wait(full, round % 2);
@@ -53,8 +53,9 @@ struct TmaParams {
     uint32_t words;
     int32_t x[4];
     // To a multiple of the map's alignment.
-    int32_t unused[9];
+    int32_t padding[9];
 };
+LAYOUT(TmaParams, map, tile, words, x, padding)
 
 template <class Load> __device__ __forceinline__ void tile_loaded(const TmaParams& p, Load load) {
 #ifdef PTX_HOPPER
@@ -112,6 +113,7 @@ EXPORT(conformance_tma_store_4d)
 struct Tile {
     uint32_t swizzle, start, leading, stride, step;
 };
+LAYOUT(Tile, swizzle, start, leading, stride, step)
 
 struct WgmmaParams {
     // What shared memory holds.
@@ -123,6 +125,7 @@ struct WgmmaParams {
     uint32_t words, scale_d;
     Tile of_a, of_b;
 };
+LAYOUT(WgmmaParams, shared, a, d, words, scale_d, of_a, of_b)
 
 // Two steps of 16 k: D = A * B, plus D for the first one if scale_d says so.
 template <int N, class Multiply> __device__ __forceinline__ void multiplied(const WgmmaParams& p, Multiply multiply) {
@@ -177,7 +180,7 @@ WGMMA(256, 1)
 // One warpgroup gives registers away and two take them; what they hold stays.
 KERNEL __launch_bounds__(384, 1) conformance_setmaxnreg(const __grid_constant__ ConformanceParams p) {
 #ifdef PTX_HOPPER
-    uint32_t x = p.in[threadIdx.x];
+    uint32_t x = p.input[threadIdx.x];
     if (threadIdx.x < 128) {
         reg_dec<40>();
         p.out[threadIdx.x] = x + 1;

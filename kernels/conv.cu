@@ -41,6 +41,9 @@ struct ConvParams {
     int32_t first_shifted;
     float gain, bias_gain, scale;
 };
+LAYOUT(ConvParams, sources, weight, bias, per_image, residual, out, shift, shifted, partial, resize_y, resize_x,
+       source_channels, depth, height, width, seen_height, seen_width, out_height, out_width, kernel, stride, pad, rows,
+       pixels, columns, channels, splits, steps, activation, full, first_shifted, gain, bias_gain, scale)
 
 namespace {
 

@@ -9,6 +9,7 @@ struct ElementParams {
     int32_t activation;
     int32_t channels;  // of GEGLU's result
 };
+LAYOUT(ElementParams, x, y, out, length, activation, channels)
 
 // out = f(x, y). A thread takes eight numbers; the last ones of an odd length one by one.
 template <bool BINARY, class F> __device__ __forceinline__ void map(const ElementParams& p, F f) {
@@ -96,8 +97,9 @@ struct ResizeGradientParams {
     int32_t from_height, from_width;
     int32_t height, width;
     int32_t channels;
-    int32_t unused;
+    int32_t padding;
 };
+LAYOUT(ResizeGradientParams, d, out, pixels, from_height, from_width, height, width, channels, padding)
 
 // Every pixel's sum over those that a nearest-neighbour resize copied from it: y gave rows ceil(y * from / to) and on. One
 // read of the larger image, one write of the smaller; a thread has W channels of a pixel.
@@ -141,6 +143,7 @@ struct RowParams {
     int32_t tokens;  // of an image, in the result for class_token, else in the input
     int32_t channels;
 };
+LAYOUT(RowParams, x, index, table, positions, class_token, out, rows, tokens, channels)
 
 struct RowPlace {
     int64_t row;
@@ -214,8 +217,9 @@ struct SinusoidParams {
     int32_t dim;
     int32_t flip_sin_to_cos;
     float freq_shift;
-    int32_t unused;
+    int32_t padding;
 };
+LAYOUT(SinusoidParams, x, out, length, dim, flip_sin_to_cos, freq_shift, padding)
 
 // Sines and cosines of x at frequencies that fall from 1 to about 1e-4, a thread a pair. In f64 as on the CPU, angles being
 // up to a thousand radians: the result is exact but for its rounding to fp16.

@@ -41,6 +41,8 @@ struct GroupNormParams {
     float eps;
     int32_t silu;
 };
+LAYOUT(GroupNormParams, x, skip, scale_shift, weight, bias, out, partials, x_channels, channels, per_group, slab,
+       pixels, stretch, eps, silu)
 
 constexpr int THREADS = 256;
 constexpr int AHEAD = 4;
@@ -266,6 +268,7 @@ struct GroupNormGradientParams {
     const __half* d;       // [n][pixels][channels]
     float2* sums;          // [n][groups][stretches]: of u and u x^
 };
+LAYOUT(GroupNormGradientParams, norm, d, sums)
 
 // Where d's column begins that belongs to one of the slab's.
 template <int W>
@@ -402,8 +405,9 @@ struct LayerNormParams {
     int32_t channels;
     int32_t warps;  // of a row
     float eps;
-    int32_t unused;
+    int32_t padding;
 };
+LAYOUT(LayerNormParams, x, d, weight, bias, out, rows, channels, warps, eps, padding)
 
 // Columns of a row that one thread keeps.
 constexpr int SLOTS = 5;

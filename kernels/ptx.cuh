@@ -12,6 +12,8 @@
 #include <stdint.h>
 #define KERNEL extern "C" __global__ void
 #define EXPORT(kernel)
+// Names the fields of a structure that kernels take, or that is part of one: src/cuda has its mirror, and a test compares both.
+#define LAYOUT(structure, ...)
 #define PTX_FN static __device__ __forceinline__
 #define PTX_DEVICE(...) __VA_ARGS__
 #define PTX_EMULATED(...)
@@ -25,6 +27,7 @@
 #include "emu.h"
 #define KERNEL static void
 #define EXPORT(kernel) EMU_KERNEL(kernel)
+#define LAYOUT(structure, ...) EMU_LAYOUT(structure, __VA_ARGS__)
 #define PTX_FN static inline
 #define PTX_DEVICE(...)
 #define PTX_EMULATED(...) __VA_ARGS__

@@ -7,7 +7,7 @@
 #include "numeric.cuh"
 
 // diffusion::scheduler::Step; its documentation has the formulas.
-struct Step {
+struct DeviceStep {
     float timestep, input_scale;
     float convert_x, convert_out, clip;
     float base_x, base_saved, base_m, base_history[3];
@@ -16,6 +16,8 @@ struct Step {
     int32_t save, push;
     uint32_t faults;  // warps that found latents not finite
 };
+LAYOUT(DeviceStep, timestep, input_scale, convert_x, convert_out, clip, base_x, base_saved, base_m, base_history, next_base,
+       next_out, next_m, next_history, next_noise, draw, save, push, faults)
 
 // A request.
 struct Run {
@@ -26,11 +28,13 @@ struct Run {
     int32_t next, current;
     uint32_t picture_faults;  // warps that found a picture not finite
 };
+LAYOUT(Run, seed, guidance, philox, steps, next, current, picture_faults)
 
 // [batch, pixels, channels]
 struct LatentSize {
     int32_t length, channels, pixels;
 };
+LAYOUT(LatentSize, length, channels, pixels)
 
 __device__ __forceinline__ int index() { return blockIdx.x * 256 + threadIdx.x; }
 
@@ -70,8 +74,9 @@ struct NoiseParams {
     LatentSize size;
     uint32_t draw;
     float scale;
-    int32_t unused;
+    int32_t padding;
 };
+LAYOUT(NoiseParams, out, seed, size, draw, scale, padding)
 
 // out = scale * normal numbers.
 KERNEL __launch_bounds__(256) noise(const __grid_constant__ NoiseParams p) {
@@ -82,15 +87,16 @@ EXPORT(noise)
 
 struct PrepareParams {
     Run* run;
-    const Step* steps;
+    const DeviceStep* steps;
     const float* latents;
     __half* sample;  // once, or twice in a row
     float* timestep;  // one an image
     int32_t length;
     int32_t copies;
     int32_t rows;
-    int32_t unused;
+    int32_t padding;
 };
+LAYOUT(PrepareParams, run, steps, latents, sample, timestep, length, copies, rows, padding)
 
 // The UNet's inputs: the scaled latents for each half of a guided batch, and the timestep. Past the last step, nothing.
 KERNEL __launch_bounds__(256) prepare(const __grid_constant__ PrepareParams p) {
@@ -107,7 +113,7 @@ EXPORT(prepare)
 
 struct GuideAndStepParams {
     Run* run;
-    Step* steps;
+    DeviceStep* steps;
     const float* out;  // the UNet's, unconditional rows first where guided
     const float* noise;  // read where it is not drawn here
     float* latents;
@@ -116,6 +122,7 @@ struct GuideAndStepParams {
     LatentSize size;
     int32_t guided;
 };
+LAYOUT(GuideAndStepParams, run, steps, out, noise, latents, saved, history, size, guided)
 
 __device__ __forceinline__ float term(float coefficient, const float* x, int i) {
     // Memory that no step has written yet may hold anything; its coefficient is zero then.
@@ -133,7 +140,7 @@ __device__ __forceinline__ float dot(const float (&coefficients)[3], const float
 KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndStepParams p) {
     int i = index(), current = p.run->current, length = p.size.length;
     if (current >= p.run->steps) return;
-    Step& step = p.steps[current];
+    DeviceStep& step = p.steps[current];
     bool finite = true;
     if (i < length) {
         float x = p.latents[i], out = p.out[i];
@@ -168,6 +175,7 @@ struct LatentsForVaeParams {
     int32_t length;
     float scaling_factor;
 };
+LAYOUT(LatentsForVaeParams, latents, out, length, scaling_factor)
 
 KERNEL __launch_bounds__(256) latents_for_vae(const __grid_constant__ LatentsForVaeParams p) {
     int i = index();
@@ -181,6 +189,7 @@ struct ToRgb8Params {
     uint8_t* out;
     int64_t length;
 };
+LAYOUT(ToRgb8Params, run, x, out, length)
 
 // -1..1 to bytes, rounded as Image::from_hwc does; what is not finite becomes 0 and is counted.
 __device__ __forceinline__ uint32_t to_byte(float x) {

@@ -8,9 +8,15 @@
 namespace emu {
 
 static Kernel* kernels;
-Kernel::Kernel(const char* name, size_t params_bytes, void (*call)(const void*))
-    : name(name), params_bytes(params_bytes), call(call), next(kernels) {
+Kernel::Kernel(const char* name, size_t params_bytes, void (*call)(const void*), const Layout* layout)
+    : name(name), params_bytes(params_bytes), call(call), layout(layout), next(kernels) {
     kernels = this;
+}
+
+static const Layout* layouts;
+Layout::Layout(const char* name, size_t bytes, size_t count, const Field* fields)
+    : name(name), bytes(bytes), count(count), fields(fields), next(layouts) {
+    layouts = this;
 }
 
 unsigned char* smem_base() { return self()->shared; }
@@ -181,6 +187,10 @@ static void add(EmuCounters& to, const EmuCounters& from) {
 }  // namespace emu
 
 using namespace emu;
+
+// What has registered itself: heads of lists.
+extern "C" const Layout* emu_layouts() { return layouts; }
+extern "C" const Kernel* emu_kernels() { return kernels; }
 
 // Runs a kernel. 0, or the first fault in `error`.
 extern "C" int emu_launch(const char* name, const uint32_t grid[3], uint32_t threads, uint32_t shared_bytes, const void* params,

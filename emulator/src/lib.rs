@@ -4,6 +4,10 @@
 //! that is legal, their destinations poisoned until then; every plain load and store is checked for bounds, alignment and
 //! races. What a kernel gets away with on hardware, it does not get away with here.
 
+mod layouts;
+
+pub use layouts::{Field, Kernel, Layout, kernels, layouts};
+
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 /// In which order ready threads run.

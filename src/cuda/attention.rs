@@ -5,23 +5,22 @@ use super::program::Site;
 use super::weights::CHUNK;
 use crate::graph::{Attention, Shape, TensorId, View};
 use crate::{Error, Result};
-use bytemuck::NoUninit;
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct AttentionParams {
-    q: u64,
-    k: u64,
-    v: u64,
-    out: u64,
-    queries: i32,
-    keys: i32,
-    head_dim: i32,
-    q_width: i32,
-    k_width: i32,
-    v_width: i32,
-    causal: i32,
-    exponent: f32,
+crate::params! {
+    pub(super) struct AttentionParams {
+        q: u64,
+        k: u64,
+        v: u64,
+        out: u64,
+        queries: i32,
+        keys: i32,
+        head_dim: i32,
+        q_width: i32,
+        k_width: i32,
+        v_width: i32,
+        causal: i32,
+        exponent: f32,
+    }
 }
 
 /// One of the kernels: see `Tile` there.

@@ -5,7 +5,6 @@ use super::device::{Launch, Limits};
 use super::program::Site;
 use crate::graph::{Attention, Graph, TensorId, View};
 use crate::{Error, Result};
-use bytemuck::NoUninit;
 
 /// Queries or keys of a block, and its threads.
 const OWN: usize = 64;
@@ -13,27 +12,27 @@ const THREADS: usize = 128;
 /// Bytes of a query's statistics.
 const STATISTICS: usize = 4 * size_of::<f32>();
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct AttentionGradientParams {
-    q: u64,
-    k: u64,
-    v: u64,
-    d: u64,
-    dq: u64,
-    dk: u64,
-    dv: u64,
-    statistics: u64,
-    queries: i32,
-    keys: i32,
-    head_dim: i32,
-    q_width: i32,
-    k_width: i32,
-    v_width: i32,
-    d_width: i32,
-    out_width: i32,
-    exponent: f32,
-    scale: f32,
+crate::params! {
+    pub(super) struct AttentionGradientParams {
+        q: u64,
+        k: u64,
+        v: u64,
+        d: u64,
+        dq: u64,
+        dk: u64,
+        dv: u64,
+        statistics: u64,
+        queries: i32,
+        keys: i32,
+        head_dim: i32,
+        q_width: i32,
+        k_width: i32,
+        v_width: i32,
+        d_width: i32,
+        out_width: i32,
+        exponent: f32,
+        scale: f32,
+    }
 }
 
 /// A pair of the kernels: see `Tile` there.

@@ -3,22 +3,21 @@
 use super::device::Launch;
 use super::program::Site;
 use crate::graph::{Activation, Shape, TensorId, WeightId};
-use bytemuck::NoUninit;
 
 /// Threads of a block.
 const THREADS: usize = 256;
 /// Numbers of a vector load.
 const VECTOR: usize = 8;
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct ElementParams {
-    x: u64,
-    y: u64,
-    out: u64,
-    length: u64,
-    activation: i32,
-    channels: i32,
+crate::params! {
+    pub(super) struct ElementParams {
+        x: u64,
+        y: u64,
+        out: u64,
+        length: u64,
+        activation: i32,
+        channels: i32,
+    }
 }
 
 impl ElementParams {
@@ -71,18 +70,18 @@ pub(super) fn add(a: TensorId, b: TensorId, out: TensorId, site: &Site) -> Launc
     ElementParams::new(a, Some(b), Activation::None, out, site).launch("add", VECTOR)
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct ResizeGradientParams {
-    d: u64,
-    out: u64,
-    pixels: i64,
-    from_height: i32,
-    from_width: i32,
-    height: i32,
-    width: i32,
-    channels: i32,
-    unused: i32,
+crate::params! {
+    pub(super) struct ResizeGradientParams {
+        d: u64,
+        out: u64,
+        pixels: i64,
+        from_height: i32,
+        from_width: i32,
+        height: i32,
+        width: i32,
+        channels: i32,
+        padding: i32,
+    }
 }
 
 pub(super) fn resize_gradient(d: TensorId, out: TensorId, site: &Site) -> Launch {
@@ -96,25 +95,25 @@ pub(super) fn resize_gradient(d: TensorId, out: TensorId, site: &Site) -> Launch
         height: to.h as i32,
         width: to.w as i32,
         channels: to.c as i32,
-        unused: 0,
+        padding: 0,
     };
     let (kernel, width) =
         if to.c.is_multiple_of(VECTOR) { ("resize_gradient_8", VECTOR) } else { ("resize_gradient_1", 1) };
     Launch::new(kernel, [(to.len() / width).div_ceil(THREADS), 1, 1], THREADS, 0, &params)
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct RowParams {
-    x: u64,
-    index: u64,
-    table: u64,
-    positions: u64,
-    class: u64,
-    out: u64,
-    rows: i64,
-    tokens: i32,
-    channels: i32,
+crate::params! {
+    pub(super) struct RowParams {
+        x: u64,
+        index: u64,
+        table: u64,
+        positions: u64,
+        class_token: u64,
+        out: u64,
+        rows: i64,
+        tokens: i32,
+        channels: i32,
+    }
 }
 
 impl RowParams {
@@ -126,7 +125,7 @@ impl RowParams {
             index: 0,
             table: 0,
             positions: 0,
-            class: 0,
+            class_token: 0,
             out: site.address(out),
             rows: shape.rows() as i64,
             tokens: tokens as i32,
@@ -156,7 +155,7 @@ pub(super) fn embed(ids: TensorId, tokens: WeightId, positions: WeightId, out: T
 pub(super) fn class_token(x: TensorId, class: WeightId, positions: WeightId, out: TensorId, site: &Site) -> Launch {
     RowParams {
         x: site.address(x),
-        class: site.weight(class),
+        class_token: site.weight(class),
         positions: site.weight(positions),
         ..RowParams::new(out, site.shape(out).tokens(), site)
     }
@@ -168,16 +167,16 @@ pub(super) fn select_token(x: TensorId, index: TensorId, out: TensorId, site: &S
         .launch("select_token_8", "select_token_1")
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct SinusoidParams {
-    x: u64,
-    out: u64,
-    length: i64,
-    dim: i32,
-    flip_sin_to_cos: i32,
-    freq_shift: f32,
-    unused: i32,
+crate::params! {
+    pub(super) struct SinusoidParams {
+        x: u64,
+        out: u64,
+        length: i64,
+        dim: i32,
+        flip_sin_to_cos: i32,
+        freq_shift: f32,
+        padding: i32,
+    }
 }
 
 pub(super) fn sinusoid(
@@ -196,7 +195,7 @@ pub(super) fn sinusoid(
         dim: dim as i32,
         flip_sin_to_cos: flip_sin_to_cos as i32,
         freq_shift,
-        unused: 0,
+        padding: 0,
     };
     Launch::new("sinusoid", [(length * dim / 2).div_ceil(THREADS), 1, 1], THREADS, 0, &params)
 }

@@ -16,6 +16,7 @@ mod elementwise;
 mod emulated;
 mod gpu;
 mod norm;
+mod params;
 mod program;
 mod sampler;
 mod tiles;
@@ -26,6 +27,8 @@ pub use driver::{Card, Version};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;
 pub use gpu::{cards, open};
+#[cfg(feature = "emulated")]
+pub use params::layouts;
 pub use program::Element;
 pub use sampler::{DeviceSampler, StepNoise};
 pub use weights::Weights;

@@ -12,24 +12,24 @@ const VECTOR: usize = 8;
 /// Bytes of two statistics.
 const PAIR: usize = 2 * size_of::<f32>();
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct GroupNormParams {
-    x: u64,
-    skip: u64,
-    scale_shift: u64,
-    weight: u64,
-    bias: u64,
-    out: u64,
-    partials: u64,
-    x_channels: i32,
-    channels: i32,
-    per_group: i32,
-    slab: i32,
-    pixels: i32,
-    stretch: i32,
-    eps: f32,
-    silu: i32,
+crate::params! {
+    pub(super) struct GroupNormParams {
+        x: u64,
+        skip: u64,
+        scale_shift: u64,
+        weight: u64,
+        bias: u64,
+        out: u64,
+        partials: u64,
+        x_channels: i32,
+        channels: i32,
+        per_group: i32,
+        slab: i32,
+        pixels: i32,
+        stretch: i32,
+        eps: f32,
+        silu: i32,
+    }
 }
 
 /// How one image's group norm is cut into blocks. The image's shape alone decides it.
@@ -140,12 +140,12 @@ pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches:
     }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct GroupNormGradientParams {
-    norm: GroupNormParams,
-    d: u64,
-    sums: u64,
+crate::params! {
+    pub(super) struct GroupNormGradientParams {
+        norm: GroupNormParams,
+        d: u64,
+        sums: u64,
+    }
 }
 
 pub(super) fn group_norm_gradient(
@@ -175,19 +175,19 @@ pub(super) fn group_norm_gradient(
     }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct LayerNormParams {
-    x: u64,
-    d: u64,
-    weight: u64,
-    bias: u64,
-    out: u64,
-    rows: i64,
-    channels: i32,
-    warps: i32,
-    eps: f32,
-    unused: i32,
+crate::params! {
+    pub(super) struct LayerNormParams {
+        x: u64,
+        d: u64,
+        weight: u64,
+        bias: u64,
+        out: u64,
+        rows: i64,
+        channels: i32,
+        warps: i32,
+        eps: f32,
+        padding: i32,
+    }
 }
 
 pub(super) fn layer_norm(
@@ -239,7 +239,7 @@ fn row_launch(
         channels: shape.c as i32,
         warps: warps as i32,
         eps,
-        unused: 0,
+        padding: 0,
     };
     let shared = if warps == 1 { 0 } else { warps * size_of::<f32>() };
     Launch::new(kernel, [shape.rows().div_ceil(rows), 1, 1], 32 * warps * rows, shared, &params)

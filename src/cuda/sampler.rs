@@ -14,7 +14,7 @@ use super::device::{Buffer, Device, Launch};
 use crate::Result;
 use crate::diffusion::scheduler::{HISTORY, Step};
 use crate::graph::Shape;
-use bytemuck::{NoUninit, Pod, Zeroable};
+use bytemuck::{NoUninit, Zeroable};
 use std::sync::Arc;
 
 const THREADS: usize = 256;
@@ -35,28 +35,28 @@ pub enum StepNoise {
     },
 }
 
-/// [`Step`] in f32, as the kernels read it.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct DeviceStep {
-    timestep: f32,
-    input_scale: f32,
-    convert_x: f32,
-    convert_out: f32,
-    clip: f32,
-    base_x: f32,
-    base_saved: f32,
-    base_m: f32,
-    base_history: [f32; HISTORY],
-    next_base: f32,
-    next_out: f32,
-    next_m: f32,
-    next_history: [f32; HISTORY],
-    next_noise: f32,
-    draw: u32,
-    save: i32,
-    push: i32,
-    faults: u32,
+crate::params! {
+    /// [`Step`] in f32, as the kernels read it.
+    pub(super) struct DeviceStep {
+        timestep: f32,
+        input_scale: f32,
+        convert_x: f32,
+        convert_out: f32,
+        clip: f32,
+        base_x: f32,
+        base_saved: f32,
+        base_m: f32,
+        base_history: [f32; HISTORY],
+        next_base: f32,
+        next_out: f32,
+        next_m: f32,
+        next_history: [f32; HISTORY],
+        next_noise: f32,
+        draw: u32,
+        save: i32,
+        push: i32,
+        faults: u32,
+    }
 }
 
 impl DeviceStep {
@@ -83,83 +83,69 @@ impl DeviceStep {
             faults: 0,
         }
     }
-}
 
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C)]
-struct Run {
-    seed: u64,
-    guidance: f32,
-    philox: i32,
-    steps: i32,
-    next: i32,
-    current: i32,
-    picture_faults: u32,
-}
+    pub(super) struct Run {
+        seed: u64,
+        guidance: f32,
+        philox: i32,
+        steps: i32,
+        next: i32,
+        current: i32,
+        picture_faults: u32,
+    }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct LatentSize {
-    length: i32,
-    channels: i32,
-    pixels: i32,
-}
+    pub(super) struct LatentSize {
+        length: i32,
+        channels: i32,
+        pixels: i32,
+    }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct NoiseParams {
-    out: u64,
-    seed: u64,
-    size: LatentSize,
-    draw: u32,
-    scale: f32,
-    unused: i32,
-}
+    pub(super) struct NoiseParams {
+        out: u64,
+        seed: u64,
+        size: LatentSize,
+        draw: u32,
+        scale: f32,
+        padding: i32,
+    }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct PrepareParams {
-    run: u64,
-    steps: u64,
-    latents: u64,
-    sample: u64,
-    timestep: u64,
-    length: i32,
-    copies: i32,
-    rows: i32,
-    unused: i32,
-}
+    pub(super) struct PrepareParams {
+        run: u64,
+        steps: u64,
+        latents: u64,
+        sample: u64,
+        timestep: u64,
+        length: i32,
+        copies: i32,
+        rows: i32,
+        padding: i32,
+    }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct GuideAndStepParams {
-    run: u64,
-    steps: u64,
-    out: u64,
-    noise: u64,
-    latents: u64,
-    saved: u64,
-    history: u64,
-    size: LatentSize,
-    guided: i32,
-}
+    pub(super) struct GuideAndStepParams {
+        run: u64,
+        steps: u64,
+        out: u64,
+        noise: u64,
+        latents: u64,
+        saved: u64,
+        history: u64,
+        size: LatentSize,
+        guided: i32,
+    }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct LatentsForVaeParams {
-    latents: u64,
-    out: u64,
-    length: i32,
-    scaling_factor: f32,
-}
+    pub(super) struct LatentsForVaeParams {
+        latents: u64,
+        out: u64,
+        length: i32,
+        scaling_factor: f32,
+    }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct ToRgb8Params {
-    run: u64,
-    x: u64,
-    out: u64,
-    length: i64,
+    pub(super) struct ToRgb8Params {
+        run: u64,
+        x: u64,
+        out: u64,
+        length: i64,
+    }
 }
 
 /// What the sampler's memory holds, in its order.
@@ -290,7 +276,7 @@ impl DeviceSampler {
     /// ([`crate::diffusion::scheduler::Schedule::init_noise_sigma`]). `seed` is the first image's.
     pub fn draw(&self, seed: u64, sigma: f32) -> Launch {
         let out = self.address(Part::Latents);
-        let params = NoiseParams { out, seed, size: self.size(), draw: 0, scale: sigma, unused: 0 };
+        let params = NoiseParams { out, seed, size: self.size(), draw: 0, scale: sigma, padding: 0 };
         launch("noise", self.shape.len(), &params)
     }
 
@@ -307,7 +293,7 @@ impl DeviceSampler {
             length: self.shape.len() as i32,
             copies,
             rows: copies * self.shape.n as i32,
-            unused: 0,
+            padding: 0,
         };
         launch("prepare", self.shape.len().max(params.rows as usize), &params)
     }

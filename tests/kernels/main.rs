@@ -11,6 +11,7 @@ mod attention_gradient;
 mod conformance;
 mod conv;
 mod elementwise;
+mod layouts;
 mod norm;
 mod sampler;
 mod sources;
@@ -174,12 +175,16 @@ fn compare(
         let ours = result(&label, device, &given);
         within(&label, &ours, &truth, &naive);
         let same = first.get_or_insert_with(|| ours.clone());
-        assert!(same.iter().zip(&ours).all(|(a, b)| a.to_bits() == b.to_bits()), "{label}: bits depend on the schedule");
+        assert!(
+            same.iter().zip(&ours).all(|(a, b)| a.to_bits() == b.to_bits()),
+            "{label}: bits depend on the schedule"
+        );
     }
     // One NaN must reach all that is computed from it, and no other image. In its own it may reach further: attention
     // multiplies what a query does not see by 0.
     let images = graph.shape(graph.output("out")).n;
-    for (i, name) in names.iter().enumerate().filter(|(_, name)| Element::of(graph, graph.input(name)) == Element::F16) {
+    for (i, name) in names.iter().enumerate().filter(|(_, name)| Element::of(graph, graph.input(name)) == Element::F16)
+    {
         let place = given.inputs[i].len() * 2 / 3;
         let number = std::mem::replace(&mut given.inputs[i][place], f64::NAN);
         let (mut truth, naive) = (plain(&given, |x| x), plain(&given, to_half));

@@ -34,14 +34,14 @@ pub fn setmaxnreg() {
     exactly("conformance_setmaxnreg", true, 384, 0, &input, &expected.collect::<Vec<_>>());
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct TmaParams {
-    map: [u64; 16],
-    tile: u64,
-    words: u32,
-    x: [i32; 4],
-    unused: [i32; 9],
+respodiff::params! {
+    pub struct TmaParams {
+        map: [u64; 16],
+        tile: u64,
+        words: u32,
+        x: [i32; 4],
+        padding: [i32; 9],
+    }
 }
 
 /// Where a byte of a tile without swizzle lies with it: 16-byte chunks change places within a span of 16 << `swizzle` bytes,
@@ -95,7 +95,7 @@ impl Tiling<'_> {
         let mut x = [0; 4];
         x[..self.x.len()].copy_from_slice(self.x);
         let map = device.tensor_map(&tiles).unwrap();
-        let params = TmaParams { map, tile, words: words as u32, x, unused: [0; 9] };
+        let params = TmaParams { map, tile, words: words as u32, x, padding: [0; 9] };
         Launch::new(kernel, [1, 1, 1], 32, words * 4 + 8, &params)
     }
 
@@ -151,27 +151,26 @@ pub fn tma() {
     Tiling { sizes: &[64, 9, 20], tile: &[64, 1, 16], x: &[0, 4, 8], swizzle: 3 }.load("conformance_tma_load_3d");
 }
 
-/// Where a tile lies, for a descriptor.
-#[derive(Clone, Copy, Debug, NoUninit)]
-#[repr(C)]
-struct Tile {
-    swizzle: u32,
-    start: u32,
-    leading: u32,
-    stride: u32,
-    step: u32,
-}
+respodiff::params! {
+    /// Where a tile lies, for a descriptor.
+    #[derive(Debug)]
+    pub struct Tile {
+        swizzle: u32,
+        start: u32,
+        leading: u32,
+        stride: u32,
+        step: u32,
+    }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct WgmmaParams {
-    shared: u64,
-    a: u64,
-    d: u64,
-    words: u32,
-    scale_d: u32,
-    of_a: Tile,
-    of_b: Tile,
+    pub struct WgmmaParams {
+        shared: u64,
+        a: u64,
+        d: u64,
+        words: u32,
+        scale_d: u32,
+        of_a: Tile,
+        of_b: Tile,
+    }
 }
 
 /// K of two steps.

@@ -10,7 +10,6 @@
 mod hopper;
 
 use super::{devices, random, support};
-use bytemuck::NoUninit;
 use half::f16;
 use respodiff::cuda::{Buffer, Device, Launch, Limits};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -19,11 +18,17 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct ConformanceParams {
-    input: u64,
-    out: u64,
+respodiff::params! {
+    pub struct ConformanceParams {
+        input: u64,
+        out: u64,
+    }
+}
+
+/// How the structures of these kernels are laid out here.
+pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
+    let hopper = [hopper::TmaParams::layout(), hopper::Tile::layout(), hopper::WgmmaParams::layout()];
+    [vec![ConformanceParams::layout()], hopper.into()].concat()
 }
 
 /// A launch, and the memory it needs besides its output.
@@ -44,12 +49,7 @@ fn recordings() -> PathBuf {
 
 /// What a case leaves in memory that held `before`: on every device, and on a GPU when it was recorded. Of wrappers for
 /// sm_90a alone `hopper` says so.
-fn outputs(
-    case: &str,
-    hopper: bool,
-    before: &[u32],
-    prepare: impl Fn(&Arc<dyn Device>, u64) -> Prepared,
-) -> Outputs {
+fn outputs(case: &str, hopper: bool, before: &[u32], prepare: impl Fn(&Arc<dyn Device>, u64) -> Prepared) -> Outputs {
     if let Some(new) = NAMED.with_borrow_mut(|names| names.as_mut().map(|names| names.insert(case.into()))) {
         assert!(new, "two cases are named {case}: they would share a recording");
         return Vec::new();

@@ -1,0 +1,103 @@
+//! The kernels and the structures that they take, as the C++ compiler lays them out.
+
+use std::ffi::{CStr, c_char, c_void};
+
+/// A structure of parameters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// Its name.
+    pub name: &'static str,
+    /// Its size.
+    pub bytes: usize,
+    /// Its fields, in order.
+    pub fields: Vec<Field>,
+}
+
+/// A field of a structure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Field {
+    /// Its name.
+    pub name: &'static str,
+    /// Bytes from the structure's beginning to the field's.
+    pub offset: usize,
+    /// Its size.
+    pub bytes: usize,
+}
+
+/// A kernel that can be launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    /// Its name.
+    pub name: &'static str,
+    /// The [`Layout`] of the structure that it takes, by name; `None` if that has no LAYOUT beside it.
+    pub structure: Option<&'static str>,
+}
+
+// As in runtime/emu.h.
+#[repr(C)]
+struct RawField {
+    name: *const c_char,
+    offset: usize,
+    bytes: usize,
+}
+
+#[repr(C)]
+struct RawLayout {
+    name: *const c_char,
+    bytes: usize,
+    count: usize,
+    fields: *const RawField,
+    next: *const RawLayout,
+}
+
+#[repr(C)]
+struct RawKernel {
+    name: *const c_char,
+    params_bytes: usize,
+    call: *const c_void,
+    layout: *const RawLayout,
+    next: *const RawKernel,
+}
+
+unsafe extern "C" {
+    fn emu_layouts() -> *const RawLayout;
+    fn emu_kernels() -> *const RawKernel;
+}
+
+/// # Safety
+/// A string that is never freed, as names in a program are.
+unsafe fn text(name: *const c_char) -> &'static str {
+    // SAFETY: the caller's promise.
+    unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("?")
+}
+
+/// The structures that have a LAYOUT beside them; one in a header once for each source that includes it.
+pub fn layouts() -> Vec<Layout> {
+    let mut layouts = Vec::new();
+    // SAFETY: a list of objects that live as long as the program, made before it began.
+    unsafe {
+        let mut next = emu_layouts();
+        while let Some(layout) = next.as_ref() {
+            let fields = std::slice::from_raw_parts(layout.fields, layout.count).iter();
+            let fields = fields.map(|f| Field { name: text(f.name), offset: f.offset, bytes: f.bytes });
+            layouts.push(Layout { name: text(layout.name), bytes: layout.bytes, fields: fields.collect() });
+            next = layout.next;
+        }
+    }
+    layouts
+}
+
+/// All kernels.
+pub fn kernels() -> Vec<Kernel> {
+    let mut kernels = Vec::new();
+    // SAFETY: as above.
+    unsafe {
+        let mut next = emu_kernels();
+        while let Some(kernel) = next.as_ref() {
+            let structure = kernel.layout.as_ref().map(|layout| text(layout.name));
+            kernels.push(Kernel { name: text(kernel.name), structure });
+            next = kernel.next;
+        }
+    }
+    kernels
+}

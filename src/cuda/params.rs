@@ -1,0 +1,50 @@
+//! The structures that kernels take, written a second time: in C++ beside the kernels, here for their launches.
+
+/// Defines mirrors of structures in `kernels/`: fields of the same names and sizes in the same order, none of them left out,
+/// not even padding. `tests/kernels/layouts.rs` compares both, byte by byte.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! params {
+    ($($(#[$attribute:meta])* $visibility:vis struct $name:ident { $($field:ident: $type:ty,)* })*) => {$(
+        $(#[$attribute])*
+        #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+        #[repr(C)]
+        $visibility struct $name { $($field: $type,)* }
+
+        #[cfg(feature = "emulated")]
+        impl $name {
+            $visibility fn layout() -> respodiff_emulated_kernels::Layout {
+                let field = |name, offset, bytes| respodiff_emulated_kernels::Field { name, offset, bytes };
+                let fields =
+                    vec![$(field(stringify!($field), std::mem::offset_of!($name, $field), size_of::<$type>())),*];
+                respodiff_emulated_kernels::Layout { name: stringify!($name), bytes: size_of::<$name>(), fields }
+            }
+        }
+    )*};
+}
+
+/// How the engine's structures are laid out here; those of the tests' kernels are the tests'.
+#[cfg(feature = "emulated")]
+pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
+    use super::{attention, attention_gradient, conv, elementwise, norm, sampler};
+    vec![
+        attention::AttentionParams::layout(),
+        attention_gradient::AttentionGradientParams::layout(),
+        conv::ConvParams::layout(),
+        elementwise::ElementParams::layout(),
+        elementwise::ResizeGradientParams::layout(),
+        elementwise::RowParams::layout(),
+        elementwise::SinusoidParams::layout(),
+        norm::GroupNormParams::layout(),
+        norm::GroupNormGradientParams::layout(),
+        norm::LayerNormParams::layout(),
+        sampler::DeviceStep::layout(),
+        sampler::Run::layout(),
+        sampler::LatentSize::layout(),
+        sampler::NoiseParams::layout(),
+        sampler::PrepareParams::layout(),
+        sampler::GuideAndStepParams::layout(),
+        sampler::LatentsForVaeParams::layout(),
+        sampler::ToRgb8Params::layout(),
+    ]
+}

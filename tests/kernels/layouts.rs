@@ -1,0 +1,36 @@
+//! The structures that kernels take are written twice, in C++ and in Rust, and handed over as bytes: both must lay them out
+//! alike. A GPU would read whatever lies there.
+
+use super::conformance;
+use respodiff_emulated_kernels::{Layout, kernels, layouts};
+
+/// Whether fields lie one after the other and leave no byte between them nor behind.
+fn is_covered(layout: &Layout) -> bool {
+    let end = layout.fields.iter().try_fold(0, |at, field| (field.offset == at).then_some(at + field.bytes));
+    end == Some(layout.bytes)
+}
+
+#[test]
+fn both_languages_lay_structures_out_alike() {
+    let theirs = layouts();
+    let ours = [respodiff::cuda::layouts(), conformance::layouts()].concat();
+    for layout in ours.iter().chain(&theirs) {
+        assert!(is_covered(layout), "bytes that belong to no field, or fields out of order: {layout:#?}");
+    }
+    for layout in &theirs {
+        let mirrors: Vec<&Layout> = ours.iter().filter(|ours| ours.name == layout.name).collect();
+        assert_eq!(mirrors, [layout], "in Rust, and in C++");
+    }
+    for layout in &ours {
+        assert!(theirs.iter().any(|theirs| theirs.name == layout.name), "{}: no LAYOUT in kernels/", layout.name);
+    }
+}
+
+#[test]
+fn every_kernel_takes_a_structure_that_is_compared() {
+    let kernels = kernels();
+    assert!(kernels.len() > 50, "{} kernels", kernels.len());
+    for kernel in kernels {
+        assert!(kernel.structure.is_some(), "{} takes a structure without a LAYOUT beside it", kernel.name);
+    }
+}
