@@ -83,7 +83,9 @@ impl DeviceStep {
             faults: 0,
         }
     }
+}
 
+crate::params! {
     pub(super) struct Run {
         seed: u64,
         guidance: f32,
