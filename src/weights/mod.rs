@@ -7,6 +7,8 @@ mod stored;
 mod tensors;
 
 pub use single::SingleFile;
+#[cfg(test)]
+pub(crate) use stored::Data;
 pub use stored::{Format, Stored};
 pub use tensors::Tensors;
 

@@ -2,6 +2,7 @@
 
 use crate::{Error, Result};
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::borrow::Cow;
 use std::path::Path;
@@ -48,12 +49,12 @@ pub struct Stored<'a> {
     pub outputs: usize,
     /// Numbers of a row (`inputs * kernel * kernel`); 1 for vectors.
     pub width: usize,
-    pub(super) data: Data<'a>,
+    pub(crate) data: Data<'a>,
 }
 
 /// Where a tensor's numbers come from.
 #[derive(Clone, Copy)]
-pub(super) enum Data<'a> {
+pub(crate) enum Data<'a> {
     /// A file's bytes; they may be unaligned.
     File(&'a [u8]),
     /// Uniform numbers, as far as `scale` from `center`; each depends on `seed` and its own position alone.
@@ -127,7 +128,7 @@ impl<'a> Stored<'a> {
                 let size = self.format.bytes();
                 let bytes = &bytes[start * size..][..out.len() * size];
                 match self.format {
-                    Format::F16 => convert(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+                    Format::F16 => halves(bytes, out),
                     Format::BF16 => convert(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
                     Format::F32 => convert(bytes, out, f32::from_le_bytes),
                     Format::F64 => convert(bytes, out, |b| f64::from_le_bytes(b) as f32),
@@ -177,9 +178,22 @@ impl<'a> Stored<'a> {
     }
 }
 
+/// Numbers of `N` bytes each.
 fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; N]) -> f32) {
     for (x, bytes) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
         *x = number(*bytes);
+    }
+}
+
+/// Half-precision numbers, which `half` converts many at a time where they are aligned.
+fn halves(bytes: &[u8], out: &mut [f32]) {
+    let mut aligned = [f16::ZERO; 128];
+    for (out, bytes) in out.chunks_mut(aligned.len()).zip(bytes.chunks(aligned.len() * size_of::<f16>())) {
+        let aligned = &mut aligned[..out.len()];
+        for (x, bytes) in aligned.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *x = f16::from_le_bytes(*bytes);
+        }
+        aligned.convert_to_f32_slice(out);
     }
 }
 
