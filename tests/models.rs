@@ -7,6 +7,8 @@ use respodiff::Device;
 use respodiff::graph::Graph;
 use respodiff::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
 use respodiff::weights::Source;
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use std::collections::HashMap;
 use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2, run};
 
@@ -116,6 +118,48 @@ fn text_encoders() {
         }
     }
     verdict.end();
+}
+
+/// Text encoders as transformers saves them from 5 on, without `text_model.`, in one file, an fp16 variant and in shards.
+#[test]
+fn text_encoders_without_a_prefix() {
+    for (checkpoint, component, file, shards) in [
+        ("sd1", "text_encoder", "model.safetensors", false),
+        ("sd1", "text_encoder", "model.safetensors", true),
+        ("sd2", "text_encoder", "model.fp16.safetensors", false),
+        ("sdxl", "text_encoder", "model.safetensors", false),
+        ("sdxl", "text_encoder_2", "model.safetensors", true),
+    ] {
+        let original = source(&format!("text_{checkpoint}"));
+        let (folder, flat) = (support::copy(checkpoint), |name: &str| name.replace("text_model.", ""));
+        let path = folder.path().join(component).join(file);
+        let bytes = std::fs::read(&path).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let renamed: Vec<_> = tensors.iter().map(|(name, view)| (flat(name), view)).collect();
+        std::fs::remove_file(&path).unwrap();
+        let write = |path, tensors: &[(String, TensorView)]| {
+            std::fs::write(path, safetensors::serialize(tensors.iter().cloned(), None).unwrap()).unwrap();
+        };
+        if shards {
+            let halves = renamed.split_at(renamed.len() / 2);
+            let mut map = serde_json::Map::new();
+            for (half, name) in [(halves.0, "a.safetensors"), (halves.1, "b.safetensors")] {
+                write(path.with_file_name(name), half);
+                map.extend(half.iter().map(|(tensor, _)| (tensor.clone(), name.into())));
+            }
+            let index = serde_json::json!({"weight_map": map}).to_string();
+            std::fs::write(path.with_file_name("model.safetensors.index.json"), index).unwrap();
+        } else {
+            write(path.clone(), &renamed);
+        }
+        let renamed = Source::folder(folder.path()).unwrap();
+        let (text, path) = config(&original, component);
+        let graph = text_encoder(&ClipConfig::parse(&text, &path).expect("config"), 1);
+        for spec in graph.weights() {
+            let read = |source: &Source| source.tensors(component).and_then(|tensors| tensors.read_weight(spec));
+            assert_eq!(read(&renamed).expect("weights"), read(&original).expect("weights"), "{:?}", spec.names);
+        }
+    }
 }
 
 #[test]

@@ -240,7 +240,7 @@ fn what_is_predicted() {
     assert!(config.contains("\"rescale_betas_zero_snr\":true") && config.contains("\"trailing\""), "{config}");
 }
 
-/// Layouts of other tools: text encoders of 2022, SD 2.x in the layout of Stability AI's later code with only the layers in
+/// Layouts of other tools: text encoders of 2022 and of transformers 5, SD 2.x in the layout of Stability AI's later code with only the layers in
 /// use, and a projection that is a linear layer's.
 #[test]
 fn other_spellings() {
@@ -252,12 +252,13 @@ fn other_spellings() {
         let tensors = std::mem::take(&mut original.tensors);
         original.tensors = tensors.into_iter().map(|(name, tensor)| (change(name), tensor)).collect();
     };
-    let mut original = Original::named("sd1");
-    let before = digest(&original.open().unwrap());
-    rename(&mut original, &|name| {
-        name.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")
-    });
-    assert_eq!(digest(&original.open().unwrap()), before);
+    for name in ["sd1", "sdxl"] {
+        let mut original = Original::named(name);
+        let before = digest(&original.open().unwrap());
+        assert!(original.tensors.keys().any(|name| name.contains(".transformer.text_model.")));
+        rename(&mut original, &|name| name.replace(".transformer.text_model.", ".transformer."));
+        assert_eq!(digest(&original.open().unwrap()), before);
+    }
 
     let mut original = Original::named("sd2");
     let before = digest(&original.open().unwrap());

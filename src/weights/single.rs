@@ -11,6 +11,7 @@ use crate::models::tokenizer::Tokenizer;
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
 use crate::{Error, Result};
 use configs::Family;
+pub(super) use names::text_model;
 use prediction::Prediction;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -191,7 +192,7 @@ fn check(path: &Path, tensors: &Tensors, networks: &[Graph]) -> Result<()> {
 }
 
 /// How names begin in diffusers' UNet, VAE and text encoders.
-const COMPONENTS: [&str; 3] = ["down_blocks.", "encoder.down_blocks.", "text_model."];
+const COMPONENTS: [&str; 4] = ["down_blocks.", "encoder.down_blocks.", "text_model.", "encoder.layers."];
 
 /// What a file without a UNet of Stable Diffusion is instead.
 fn describe(all: &Tensors) -> String {

@@ -1,5 +1,6 @@
 //! The safetensors files of one component, mapped into memory and never read whole.
 
+use super::single::text_model;
 use super::stored::{Data, Format, Stored};
 use super::{Source, inside};
 use crate::graph::{WeightKind, WeightSpec};
@@ -97,11 +98,14 @@ impl Tensors {
 
     /// Finds and maps the weights of `component`: full precision before fp16, whole before sharded.
     pub(super) fn open(source: &Source, component: &str) -> Result<Self> {
-        let stem = if component.is_empty() || component.starts_with("text_encoder") {
-            "model"
-        } else {
-            "diffusion_pytorch_model"
-        };
+        if component.starts_with("text_encoder") {
+            let tensors = Self::find_files(source, component, "model")?;
+            return tensors.renamed(|name| vec![(text_model(name).unwrap_or_else(|| name.into()), Part::Whole)]);
+        }
+        Self::find_files(source, component, if component.is_empty() { "model" } else { "diffusion_pytorch_model" })
+    }
+
+    fn find_files(source: &Source, component: &str, stem: &str) -> Result<Self> {
         for variant in ["", ".fp16"] {
             let whole = inside(component, &format!("{stem}{variant}.safetensors"));
             if source.has(&whole) {

@@ -128,13 +128,20 @@ pub(super) fn vae(original: &Tensors) -> Result<Tensors> {
 
 /// OpenAI's text tower as transformers writes it, which is what the original code loads.
 pub(super) fn clip(original: &Tensors) -> Result<Tensors> {
-    original.renamed(|name| match name.split('.').next() {
-        _ if name.ends_with(".position_ids") => vec![],
-        Some("text_model") => vec![(name.into(), Part::Whole)],
-        // Files of 2022.
-        Some("embeddings" | "encoder" | "final_layer_norm") => vec![(format!("text_model.{name}"), Part::Whole)],
+    original.renamed(|name| match text_model(name) {
+        Some(name) if !name.ends_with(".position_ids") => vec![(name, Part::Whole)],
         _ => vec![],
     })
+}
+
+/// The full name of a tensor of transformers' text model: files of 2022, and of transformers from 5 on, may leave
+/// `text_model.` away. None for tensors outside of the model.
+pub(in crate::weights) fn text_model(name: &str) -> Option<String> {
+    match name.split('.').next() {
+        Some("text_model") => Some(name.into()),
+        Some("embeddings" | "encoder" | "final_layer_norm") => Some(format!("text_model.{name}")),
+        _ => None,
+    }
 }
 
 /// OpenCLIP's text tower, of which Stable Diffusion 2.x reads neither the projection nor all layers.
