@@ -25,11 +25,13 @@ struct PackParams {
     int64_t to_element;
     // Elements of a line.
     int32_t length;
-    // cuda::weights::Format's order.
+    // A Format.
     int32_t format;
     int32_t full;
     int32_t padding;
 };
+LAYOUT(PackParams, from, to, fault, from_line, from_group, from_element, to_line, to_group, to_element, length, format, full,
+       padding)
 
 // weights::Format, in its order.
 enum Format { F16, BF16, F32, F64 };

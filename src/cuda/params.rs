@@ -26,7 +26,7 @@ macro_rules! params {
 /// How the engine's structures are laid out here; those of the tests' kernels are the tests'.
 #[cfg(feature = "emulated")]
 pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
-    use super::{attention, attention_gradient, conv, elementwise, norm, sampler};
+    use super::{attention, attention_gradient, conv, elementwise, norm, sampler, weights};
     vec![
         attention::AttentionParams::layout(),
         attention_gradient::AttentionGradientParams::layout(),
@@ -46,5 +46,6 @@ pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
         sampler::GuideAndStepParams::layout(),
         sampler::LatentsForVaeParams::layout(),
         sampler::ToRgb8Params::layout(),
+        weights::PackParams::layout(),
     ]
 }

@@ -6,7 +6,6 @@ use super::device::{Buffer, Device, Launch};
 use crate::graph::{WeightKind, WeightSpec};
 use crate::weights::{Stored, Tensors};
 use crate::{Error, Result};
-use bytemuck::NoUninit;
 use half::f16;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -163,22 +162,22 @@ fn row_bytes(part: &Stored) -> usize {
     numbers * part.format.bytes()
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct PackParams {
-    from: u64,
-    to: u64,
-    fault: u64,
-    from_line: i64,
-    from_group: i64,
-    from_element: i64,
-    to_line: i64,
-    to_group: i64,
-    to_element: i64,
-    length: i32,
-    format: i32,
-    full: i32,
-    padding: i32,
+crate::params! {
+    pub(super) struct PackParams {
+        from: u64,
+        to: u64,
+        fault: u64,
+        from_line: i64,
+        from_group: i64,
+        from_element: i64,
+        to_line: i64,
+        to_group: i64,
+        to_element: i64,
+        length: i32,
+        format: i32,
+        full: i32,
+        padding: i32,
+    }
 }
 
 /// How the numbers of a weight `[outputs, inputs, taps]` are packed. Strides are in numbers.
