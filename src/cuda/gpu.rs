@@ -261,8 +261,8 @@ impl Gpu {
         use CUfunction_attribute::*;
         for (attribute, value) in [
             (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.card.limits.shared as i32),
-            // In percent: kernels that need little shared memory should not make a multiprocessor change how it divides its
-            // memory between that and L1.
+            // In percent: all kernels have a multiprocessor divide its memory between this and L1 in the same way, so that
+            // none waits for that to change. An H100 showed no difference (1.16 us a launch either way).
             (CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
         ] {
             // SAFETY: the function is of a module.
