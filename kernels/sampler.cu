@@ -124,19 +124,26 @@ struct GuideAndStepParams {
 };
 LAYOUT(GuideAndStepParams, run, steps, out, noise, latents, saved, history, size, guided)
 
-__device__ __forceinline__ float term(float coefficient, const float* x, int i) {
-    // Memory that no step has written yet may hold anything; its coefficient is zero then.
-    return coefficient == 0.0f ? 0.0f : coefficient * x[i];
+// sum + coefficient * x, each rounded: what the CPU computes. Written with operators the compiler would fuse the two, which
+// shows where great terms cancel, as the noise does in the last steps of LCM.
+__device__ __forceinline__ float plus(float sum, float coefficient, float x) {
+    return __fadd_rn(sum, __fmul_rn(coefficient, x));
+}
+
+// The same of x[i], unless the coefficient is zero: memory that no step has written yet may hold anything.
+__device__ __forceinline__ float plus_kept(float sum, float coefficient, const float* x, int i) {
+    return coefficient == 0.0f ? sum : plus(sum, coefficient, x[i]);
 }
 
 __device__ __forceinline__ float dot(const float (&coefficients)[3], const float* history, int i, int length) {
     float sum = 0.0f;
 #pragma unroll
-    for (int k = 0; k < 3; k++) sum += term(coefficients[k], history + k * length, i);
+    for (int k = 0; k < 3; k++) sum = plus_kept(sum, coefficients[k], history + k * length, i);
     return sum;
 }
 
-// Classifier-free guidance (arXiv 2207.12598) and the sampler's step, latents in place.
+// Classifier-free guidance (arXiv 2207.12598) and the sampler's step, latents in place: SamplerState::step's arithmetic in its
+// order, and so its numbers to the last bit.
 KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndStepParams p) {
     int i = index(), current = p.run->current, length = p.size.length;
     if (current >= p.run->steps) return;
@@ -144,16 +151,17 @@ KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndSte
     bool finite = true;
     if (i < length) {
         float x = p.latents[i], out = p.out[i];
-        if (p.guided) out += p.run->guidance * (p.out[length + i] - out);
-        float m = step.convert_x * x + step.convert_out * out;
+        if (p.guided) out = plus(out, p.run->guidance, __fsub_rn(p.out[length + i], out));
+        float m = plus(__fmul_rn(step.convert_x, x), step.convert_out, out);
         // Comparisons, so that NaN stays NaN.
         m = m > step.clip ? step.clip : m < -step.clip ? -step.clip : m;
-        float base = step.base_x * x + term(step.base_saved, p.saved, i) + step.base_m * m +
-                     dot(step.base_history, p.history, i, length);
-        float next = step.next_base * base + step.next_out * out + step.next_m * m +
-                     dot(step.next_history, p.history, i, length);
+        float base = plus_kept(__fmul_rn(step.base_x, x), step.base_saved, p.saved, i);
+        base = __fadd_rn(plus(base, step.base_m, m), dot(step.base_history, p.history, i, length));
+        float next = plus(__fmul_rn(step.next_base, base), step.next_out, out);
+        next = __fadd_rn(plus(next, step.next_m, m), dot(step.next_history, p.history, i, length));
         if (step.next_noise != 0.0f) {
-            next += step.next_noise * (p.run->philox ? normal(p.run->seed, step.draw, i, p.size) : p.noise[i]);
+            float noise = p.run->philox ? normal(p.run->seed, step.draw, i, p.size) : p.noise[i];
+            next = plus(next, step.next_noise, noise);
         }
         p.latents[i] = next;
         if (step.save) p.saved[i] = base;

@@ -36,6 +36,9 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
     ("conformance_wgmma_m64n256*", "sm_90a", &["HGMMA.64x256x16.F32"]),
 ];
 
+/// What a kernel's code must not hold: the sampler does the CPU's arithmetic, which fuses nothing.
+const FORBIDDEN: &[(&str, &str)] = &[("guide_and_step", "FFMA")];
+
 /// Every function of a fatbin: architecture, name, code.
 fn functions(cuobjdump: &Path, fatbin: &[u8]) -> Vec<(String, String, String)> {
     let folder = tempfile::tempdir().unwrap();
@@ -91,5 +94,11 @@ fn fast_instructions_are_there() {
                 assert!(code.contains(mnemonic), "{name}: no {mnemonic} in its code for {architecture}");
             }
         }
+    }
+    for (kernel, mnemonic) in FORBIDDEN {
+        let kernels = functions.iter().filter(|(_, name, _)| name == kernel);
+        let holding: Vec<_> = kernels.map(|(architecture, _, code)| (architecture, code.contains(mnemonic))).collect();
+        assert!(!holding.is_empty(), "no kernel {kernel} was compiled");
+        assert!(holding.iter().all(|(_, holds)| !holds), "{kernel}: {mnemonic} in its code: {holding:?}");
     }
 }

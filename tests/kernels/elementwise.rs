@@ -33,7 +33,7 @@ fn activate_gradient() {
                 |g, x| g.activate("activate", x[0], activation),
                 |given, round| {
                     let pairs = given.inputs[0].iter().zip(&given.inputs[1]);
-                    pairs.map(|(&x, d)| round(d * round(slope(x, activation)))).collect()
+                    pairs.map(|(&x, d)| round(d * round(slope(x, activation)))).collect::<Numbers>()
                 },
             );
         }
@@ -68,7 +68,7 @@ fn geglu_and_its_gradient() {
                     let gates = (0..c).map(|i| round(d[i] * round(x[i] * round(slope(x[c + i], Activation::Gelu)))));
                     values.chain(gates).collect::<Numbers>()
                 });
-                both.collect()
+                both.collect::<Numbers>()
             },
         );
     }
@@ -95,7 +95,7 @@ fn two_readers() {
                 };
                 let [silu, gelu] = [Activation::Silu, Activation::Gelu];
                 let sum = |i: usize| round(d[i] * slope(x[i], gelu)) + round(through(i) * slope(x[i], silu));
-                (0..x.len()).map(|i| round(sum(i))).collect()
+                (0..x.len()).map(|i| round(sum(i))).collect::<Numbers>()
             },
         );
     }

@@ -13,6 +13,24 @@ struct Case<'a> {
 
 const EPS: f32 = 1e-5;
 
+/// The gradient by one group or row: `u - mean(u) - x^ mean(u x^)`, for `x^ = (x - mean(x)) * inverse`.
+///
+/// The floor: with one number, or two, all three terms cancel. In f32, of a unit roundoff e, a mean is off by as many e as it
+/// has additions in a row; so is `x - mean(x)`, of the size of x, hence x^ by e |x| * inverse, besides a few e of its own for
+/// the inverse; u has a few roundings as well. So u and its mean are off by k e |u|, and the last term, in which x^ stands
+/// twice, by k e |u| (|x^|^2 + 2 |x^| (|x| * inverse + |x^|)).
+fn gradient_of(x: &[f64], u: &[f64], normal: &[f64], inverse: f64, round: Round) -> Truth {
+    let mean_of = |x: &dyn Fn(usize) -> f64| (0..u.len()).map(x).sum::<f64>() / u.len() as f64;
+    let (mean_u, mean_product) = (round(mean_of(&|i| u[i])), round(mean_of(&|i| u[i] * normal[i])));
+    let numbers = (0..u.len()).map(|i| round(u[i] - mean_u - round(normal[i] * mean_product))).collect();
+    let greatest = |x: &[f64]| x.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+    let (u, normal, from_mean) = (greatest(u), greatest(normal), greatest(x) * inverse);
+    // The kernels' longest chains: a thread's numbers, 40 at most, the lanes of a warp, and up to 32 warps.
+    let roundings = (x.len().min(77) + 5) as f64;
+    let floor = roundings * 2f64.powi(-24) * u * (1.0 + 3.0 * normal * normal + 2.0 * normal * from_mean);
+    Truth { numbers, floor }
+}
+
 impl Case<'_> {
     fn label(&self) -> String {
         let Case { sources, groups, modulated, silu } = self;
@@ -70,9 +88,8 @@ impl Case<'_> {
         check(&self.label(), &self.shapes(), |g, x| self.build(g, x), |given, round| self.plain(given, round));
     }
 
-    /// The gradient by the first source: `u - mean(u) - x^ mean(u x^)` in each group, where `u` is the seed times what the norm
-    /// multiplies by.
-    fn plain_gradient(&self, given: &Given, round: Round) -> Numbers {
+    /// The gradient by the first source: [`gradient_of`] each group, where `u` is the seed times what the norm multiplies by.
+    fn plain_gradient(&self, given: &Given, round: Round) -> Truth {
         let (n, pixels, channels) = (self.sources[0].n, self.sources[0].tokens(), self.channels());
         let (weight, bias) = (&given.weights["norm.weight"], &given.weights["norm.bias"]);
         let first = self.sources[0].c;
@@ -82,7 +99,7 @@ impl Case<'_> {
         };
         let seed = given.inputs.last().unwrap();
         let per_group = channels / self.groups;
-        let mut out = vec![0.0; n * pixels * first];
+        let mut out = Truth::from(vec![0.0; n * pixels * first]);
         for (image, group) in (0..n * self.groups).map(|i| (i / self.groups, i % self.groups)) {
             let places = (0..pixels).flat_map(|p| (group * per_group..(group + 1) * per_group).map(move |c| (p, c)));
             let places: Vec<(usize, usize)> = places.collect();
@@ -103,9 +120,11 @@ impl Case<'_> {
                 round(round(d * scale) * inverse)
             });
             let u: Numbers = u.collect();
-            let (mean_u, mean_product) = (round(mean_of(&|i| u[i])), round(mean_of(&|i| u[i] * normal[i])));
-            for (i, &(p, c)) in places.iter().enumerate().filter(|(_, (_, c))| *c < first) {
-                out[(image * pixels + p) * first + c] = round(u[i] - mean_u - round(normal[i] * mean_product));
+            let x: Numbers = places.iter().map(|&(p, c)| at(image, p, c)).collect();
+            let Truth { numbers, floor } = gradient_of(&x, &u, &normal, inverse, round);
+            out.floor = out.floor.max(floor);
+            for (&(p, c), number) in places.iter().zip(numbers).filter(|((_, c), _)| *c < first) {
+                out.numbers[(image * pixels + p) * first + c] = number;
             }
         }
         out
@@ -153,6 +172,9 @@ fn group_norm_gradient() {
         (1, 3, 3, 9, 1),
         (1, 1, 3, 120, 20), // a last slab of 24 channels after one of 96
         (1, 2, 3, 2600, 1),
+        // Groups of one number and of two, whose gradients are zero.
+        (1, 1, 1, 8, 8),
+        (2, 1, 2, 5, 5),
     ] {
         let sources = &[Shape::new(n, h, w, c)];
         Case { sources, groups, modulated: false, silu: true }.check_gradient();
@@ -241,7 +263,8 @@ fn layer_norm() {
 
 #[test]
 fn layer_norm_gradient() {
-    for (n, w, c) in [(2, 5, 320), (1, 3, 1280), (1, 1, 8), (1, 2, 2048), (3, 5, 12), (1, 7, 1), (2, 3, 333)] {
+    for (n, w, c) in [(2, 5, 320), (1, 3, 1280), (1, 1, 8), (1, 2, 2048), (3, 5, 12), (1, 7, 1), (1, 7, 2), (2, 3, 333)]
+    {
         let shape = Shape::new(n, 1, w, c);
         check_gradient(
             &format!("layer norm of {shape}"),
@@ -249,18 +272,16 @@ fn layer_norm_gradient() {
             vec![random(shape.len(), 5), random(shape.len(), 6)],
             |g, x| g.layer_norm("norm", x[0], EPS),
             |given, round| {
-                let rows = given.inputs[0].chunks_exact(c).zip(given.inputs[1].chunks_exact(c)).flat_map(|(x, d)| {
+                let rows = given.inputs[0].chunks_exact(c).zip(given.inputs[1].chunks_exact(c)).map(|(x, d)| {
                     let mean = round(x.iter().sum::<f64>() / c as f64);
                     let variance = round(x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / c as f64);
                     let inverse = 1.0 / (variance + EPS as f64).sqrt();
                     let normal: Numbers = x.iter().map(|x| round((x - mean) * inverse)).collect();
                     let u = d.iter().zip(&given.weights["norm.weight"]).map(|(d, w)| round(round(d * w) * inverse));
-                    let u: Numbers = u.collect();
-                    let mean_u = round(u.iter().sum::<f64>() / c as f64);
-                    let product = round(u.iter().zip(&normal).map(|(u, x)| u * x).sum::<f64>() / c as f64);
-                    (0..c).map(|i| round(u[i] - mean_u - round(normal[i] * product))).collect::<Numbers>()
+                    gradient_of(x, &u.collect::<Numbers>(), &normal, inverse, round)
                 });
-                rows.collect()
+                rows.reduce(|a, b| Truth { numbers: [a.numbers, b.numbers].concat(), floor: a.floor.max(b.floor) })
+                    .expect("a row")
             },
         );
     }
