@@ -2,6 +2,9 @@
 
 mod support;
 
+use respodiff::engine::SessionOptions;
+use respodiff::weights::Source;
+use respodiff::{Device, Engine};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -29,6 +32,12 @@ fn samples_with_the_demo() {
     assert!(output.status.success(), "{}", text(&output.stderr));
     let names = ["a-photo-of-a-doctor-5-0.png", "a-photo-of-a-doctor-5-1.png", "l.st"];
     assert_eq!(files(folder.path()), names);
+    assert_eq!(text(&output.stdout).lines().collect::<Vec<_>>(), names);
+    let times = text(&output.stderr);
+    assert!(
+        times.starts_with("loaded in ") && times.contains(" s; 2 images, ") && times.ends_with(" s each\n"),
+        "{times}"
+    );
     let tags = respodiff::image::read_png_text(&folder.path().join(names[1])).unwrap();
     let parameters = &tags.iter().find(|(k, _)| k == "parameters").unwrap().1;
     assert!(parameters.contains("a photo of a doctor") && parameters.contains("Seed: 6"), "{parameters}");
@@ -36,6 +45,38 @@ fn samples_with_the_demo() {
     // A name of our own choosing overwrites nothing.
     assert!(respodiff(folder.path(), &args[..8]).status.success());
     assert_eq!(files(folder.path()).len(), 5);
+}
+
+/// One JSON object on stdout, for a service that starts the program.
+#[test]
+fn samples_are_reported_as_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let concept = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/concepts/man.safetensors").display().to_string();
+    let args = ["sample", "a cook", "--steps", "2", "--seed", "7", "--images", "3", "--batch", "2", "--device", "cpu"];
+    let more = ["--out", "x.png", "--save-latents", "l.st", "--concept", &concept, "--json"];
+    let start = std::time::Instant::now();
+    let output = respodiff(folder.path(), &[&args[..], &more].concat());
+    let wall = start.elapsed().as_secs_f64();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(files(folder.path()), ["l.st", "x-0.json", "x-0.png", "x-1.png", "x-2.png"]);
+    for (i, image) in report["images"].as_array().unwrap().iter().enumerate() {
+        assert_eq!((&image["file"], &image["seed"]), (&format!("x-{i}.png").into(), &(7 + i).into()));
+    }
+    assert_eq!(report["images"].as_array().unwrap().len(), 3);
+    assert_eq!((&report["manifest"], &report["latents"]), (&"x-0.json".into(), &"l.st".into()));
+    assert!(report["device"].as_str().unwrap().starts_with("CPU"), "{report}");
+    let seconds = |name: &str| report[name].as_f64().unwrap();
+    let (load, first, each) = (seconds("load_seconds"), seconds("first_image_seconds"), seconds("seconds_per_image"));
+    assert!(0.0 < load && load < first && first < wall && 0.0 < each && load + 3.0 * each < wall, "{report}, {wall}");
+    let engine = Engine::open(&Source::demo(), &Device::Cpu).unwrap();
+    let (width, height) = engine.default_size();
+    let memory = engine.memory(SessionOptions { width, height, batch: 2, guided: true, concepts: true }).unwrap();
+    for (name, bytes) in
+        [("weights", memory.weights), ("text", memory.text), ("unet", memory.unet), ("vae", memory.vae)]
+    {
+        assert_eq!(report["memory"][name], bytes, "{name}");
+    }
 }
 
 #[test]

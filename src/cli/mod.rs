@@ -17,6 +17,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 /// Text to image with Stable Diffusion: fast, fair and safe.
 #[derive(Parser)]
@@ -74,8 +75,9 @@ impl Place {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    let started = Instant::now();
     let result = match Cli::parse().command {
-        Command::Sample(args) => sample::run(&args),
+        Command::Sample(args) => sample::run(&args, started),
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Concept(args) => concepts::run(&args),
@@ -139,8 +141,13 @@ fn warn(text: &str) {
 }
 
 fn complain(kind: &str, text: &str) {
+    note(&format!("{kind}: {}", text.replace('\n', " ")));
+}
+
+/// Prints a line to stderr.
+fn note(line: &str) {
     use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "{kind}: {}", text.replace('\n', " "));
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Prints a line to stdout; a reader that went away is no error.

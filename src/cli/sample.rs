@@ -1,15 +1,17 @@
 //! `respodiff sample`.
 
-use super::{Place, check_writable, concepts, files, interrupt_flag, progress_bar, random_seed, say, warn};
+use super::{Place, check_writable, concepts, files, interrupt_flag, note, progress_bar, random_seed, say, warn};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, Progress, Request, SessionOptions};
 use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD};
 use crate::weights::Source;
 use crate::{Error, Image, Result};
+use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 /// Most images of a run.
 const MAX_IMAGES: usize = 1_000_000;
@@ -69,6 +71,9 @@ pub(super) struct Args {
     /// PNG file or folder; several images add -0, -1, ... [default: the prompt and seed, in this folder]
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Print one JSON object instead of file names: files and seeds, times, memory
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     concepts: concepts::Flags,
     /// Where to compute
@@ -76,7 +81,8 @@ pub(super) struct Args {
     device: Place,
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
+/// `started` is when the process was.
+pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let device = args.device.open()?;
     let mut sampler: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
     if let Some(spacing) = &args.spacing {
@@ -87,7 +93,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let files = output_files(args, seed)?;
 
     let source = Source::resolve(args.model.as_deref(), true)?;
+    let opening = Instant::now();
     let engine = Engine::open(&source, &device)?;
+    let loading = opening.elapsed();
     let schedule = engine.schedule(sampler, args.steps)?;
     for (name, prompt) in [("prompt", Some(&args.prompt)), ("negative prompt", args.negative_prompt.as_ref())] {
         let encoded = prompt.map_or(Ok(vec![]), |prompt| engine.tokenize(prompt))?;
@@ -137,14 +145,23 @@ pub(super) fn run(args: &Args) -> Result<()> {
         concepts: Vec::new(),
         version: env!("CARGO_PKG_VERSION").into(),
     };
-    let mut saved =
-        Saved { files: &files, assignment: &assignment, audited: options.concepts, manifest: Vec::new(), info };
+    let memory = engine.memory(options)?;
+    let mut saved = Saved {
+        files: &files,
+        assignment: &assignment,
+        audited: options.concepts,
+        named: !args.json,
+        manifest: Vec::new(),
+        first: None,
+        info,
+    };
 
     let cancelled = interrupt_flag();
     let (batch, steps) = (options.batch, schedule.steps.len());
     let bar = progress_bar((images.div_ceil(batch) * steps) as u64, "{bar:30} {pos}/{len} {per_sec} {eta} {msg}");
     let one: usize = shape[1..].iter().product();
     let mut final_latents = Vec::with_capacity(images * one);
+    let sampling = Instant::now();
     for start in (0..images).step_by(batch) {
         let end = images.min(start + batch);
         if end - start < options.batch {
@@ -185,16 +202,34 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
     }
     bar.finish_and_clear();
-    if options.concepts {
-        say(&saved.manifest_path().display().to_string());
-    }
-    if let Some(path) = &args.save_latents {
+    let made = saved.manifest.len();
+    let (loading, each) = (loading.as_secs_f64(), sampling.elapsed().as_secs_f64() / made as f64);
+    let others =
+        [("manifest", options.concepts.then(|| saved.manifest_path())), ("latents", args.save_latents.clone())];
+    if let (_, Some(path)) = &others[1] {
         let shape = [&[final_latents.len() / one], &shape[1..]].concat();
         files::write(path, &[("latents", shape, final_latents)])?;
-        say(&path.display().to_string());
     }
-    if saved.manifest.len() < images {
-        return Err(Error::Cancelled(format!("{} of {images} pictures were saved", saved.manifest.len())));
+    note(&format!("loaded in {loading:.2} s; {made} image{}, {each:.2} s each", if made == 1 { "" } else { "s" }));
+    if args.json {
+        let seeds = (0..).map(|i| seed.wrapping_add(i));
+        let pictures = files[..made]
+            .iter()
+            .zip(seeds)
+            .map(|(file, seed)| json!({"file": file.display().to_string(), "seed": seed}));
+        let mut report = json!({
+            "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "images": pictures.collect::<Vec<_>>(),
+            "load_seconds": loading, "seconds_per_image": each,
+            "first_image_seconds": saved.first.map(|first| (first - started).as_secs_f64()),
+            "memory": {"weights": memory.weights, "text": memory.text, "unet": memory.unet, "vae": memory.vae},
+        });
+        others.into_iter().for_each(|(name, path)| report[name] = json!(path.map(|path| path.display().to_string())));
+        say(&format!("{report:#}"));
+    } else {
+        others.iter().filter_map(|(_, path)| path.as_ref()).for_each(|path| say(&path.display().to_string()));
+    }
+    if made < images {
+        return Err(Error::Cancelled(format!("{made} of {images} pictures were saved")));
     }
     Ok(())
 }
@@ -218,7 +253,11 @@ struct Saved<'a> {
     assignment: &'a concepts::Assignment,
     /// Whether a manifest is kept.
     audited: bool,
+    /// Whether files are named on stdout.
+    named: bool,
     manifest: Vec<serde_json::Value>,
+    /// When the first one was there.
+    first: Option<Instant>,
     /// Of the first image, without concepts.
     info: GenerationInfo,
 }
@@ -235,9 +274,11 @@ impl Saved<'_> {
                 ..self.info.clone()
             };
             image.save_png(path, &[(PARAMETERS_KEYWORD, &info.parameters()), (JSON_KEYWORD, &info.json()?)])?;
-            say(&path.display().to_string());
-            self.manifest
-                .push(serde_json::json!({"file": path.file_name().map(|n| n.to_string_lossy()), "info": info}));
+            self.first.get_or_insert_with(Instant::now);
+            if self.named {
+                say(&path.display().to_string());
+            }
+            self.manifest.push(json!({"file": path.file_name().map(|n| n.to_string_lossy()), "info": info}));
         }
         if self.audited {
             let text = serde_json::to_string_pretty(&self.manifest).unwrap_or_default() + "\n";

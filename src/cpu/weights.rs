@@ -67,7 +67,12 @@ impl Weights {
         let lacking = lacking.map(|spec| Ok((spec, tensors.stored(spec)?))).collect::<Result<Vec<_>>>()?;
         let padded = |spec: &WeightSpec| packed(spec).next_multiple_of(ALIGN);
         let mut own = Memory::new(lacking.iter().map(|(spec, _)| padded(spec)).sum())?;
-        pack(&lacking, bytemuck::cast_slice_mut(&mut own.0))?;
+        std::thread::scope(|scope| {
+            let read_ahead = || lacking.iter().for_each(|(_, parts)| tensors.read_ahead(parts));
+            // Without another thread the files are read as they are needed.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, read_ahead);
+            pack(&lacking, bytemuck::cast_slice_mut(&mut own.0))
+        })?;
         let (own, mut end) = (Arc::new(own), 0);
         let mut place = |spec| {
             let start = end;

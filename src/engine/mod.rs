@@ -200,15 +200,23 @@ impl Engine {
         let unet_config = read_config(source, "unet", UNetConfig::parse)?;
         let vae = read_config(source, "vae", VaeConfig::parse)?;
         check_latents(source, &unet_config, &vae)?;
-        let text = TextEncoders::open(source, device, &unet_config)?;
         let load = |component: &str, graph: Graph| device.weights(graph.weights(), &source.tensors(component)?);
+        let (text, (unet_weights, vae_weights)) = rayon::join(
+            || TextEncoders::open(source, device, &unet_config),
+            || {
+                let unet = || load("unet", unet(&unet_config, 1, 8, 8, 1, 0));
+                rayon::join(unet, || load("vae", vae_decoder(&vae, 1, 8, 8)))
+            },
+        );
+        // In this order, whichever of several problems was found first.
+        let text = text?;
         let parts = Parts {
             source: source.clone(),
             device: device.clone(),
             scheduler: read_scheduler(source, text.sized())?,
             text: Arc::new(text),
-            unet: Network { weights: load("unet", unet(&unet_config, 1, 8, 8, 1, 0))?, config: unet_config },
-            vae: Network { weights: load("vae", vae_decoder(&vae, 1, 8, 8))?, config: vae },
+            unet: Network { weights: unet_weights?, config: unet_config },
+            vae: Network { weights: vae_weights?, config: vae },
         };
         Ok(Engine(Arc::new(parts)))
     }

@@ -8,6 +8,7 @@ use crate::models::{ClipConfig, UNetConfig, text_encoder};
 use crate::plan::Plan;
 use crate::weights::Source;
 use crate::{Error, Result};
+use rayon::prelude::*;
 
 /// A checkpoint's text encoders, and how their outputs become inputs of its UNet.
 pub(super) struct TextEncoders {
@@ -44,15 +45,21 @@ impl TextEncoders {
         if let Some(problem) = misfit(&configs, unet) {
             return Err(Error::checkpoint(source.path("unet/config.json"), problem));
         }
-        let tokenizers = folders.iter().zip(&configs).map(|((_, folder), config)| tokenizer(source, folder, config));
-        let tokenizers = tokenizers.collect::<Result<Vec<_>>>()?;
-        let load = |((folder, _), (config, tokenizer)): (&(&str, &str), (ClipConfig, Tokenizer))| {
-            let weights = device.weights(text_encoder(&config, 1).weights(), &source.tensors(folder)?)?;
-            Ok(TextEncoder { tokenizer, network: Network { config, weights } })
+        let both = || folders.par_iter().zip(&configs);
+        let tokenizer = |((_, folder), config): (&(&str, &str), &ClipConfig)| tokenizer(source, folder, config);
+        let load = |((folder, _), config): (&(&str, &str), &ClipConfig)| {
+            device.weights(text_encoder(config, 1).weights(), &source.tensors(folder)?)
         };
+        let (tokenizers, weights): (Vec<_>, Vec<_>) =
+            rayon::join(|| both().map(tokenizer).collect(), || both().map(load).collect());
+        // In this order, whichever of several problems was found first.
+        let tokenizers = tokenizers.into_iter().collect::<Result<Vec<_>>>()?;
+        let weights = weights.into_iter().collect::<Result<Vec<_>>>()?;
+        let networks = configs.into_iter().zip(weights).map(|(config, weights)| Network { config, weights });
+        let encoders = tokenizers.into_iter().zip(networks);
         let sized = unet.text_time.is_some();
         Ok(TextEncoders {
-            encoders: folders.iter().zip(configs.into_iter().zip(tokenizers)).map(load).collect::<Result<_>>()?,
+            encoders: encoders.map(|(tokenizer, network)| TextEncoder { tokenizer, network }).collect(),
             states: if sized { "penultimate_hidden_state" } else { "last_hidden_state" },
             sized,
             zeros: sized && index["force_zeros_for_empty_prompt"].as_bool().unwrap_or(true),
