@@ -1,7 +1,7 @@
 //! Text encoders, a guided UNet step and VAE decode of the demo, and at Stable Diffusion 1.5's and SDXL's size on random
-//! weights, on the CPU; then training: milliseconds of an iteration's parts, and memory.
+//! weights, on the CPU; then training: milliseconds of an iteration's parts, and memory. And loading a checkpoint.
 //!
-//! `cargo bench -- demo`, `cargo bench -- sd15`, `cargo bench -- "sdxl training"`: what a filter leaves out is not made.
+//! `cargo bench -- demo`, `cargo bench -- load`, `cargo bench -- "sdxl training"`: what a filter leaves out is not made.
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use respodiff::bench::{SD15, SDXL, networks};
@@ -9,7 +9,7 @@ use respodiff::plan::Plan;
 use respodiff::respodiff::{Kind, Recipe, Task, Trainer, Variant};
 use respodiff::{Engine, cpu, weights::Source};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A guided step of one image (UNet batch 2), its decode, and both prompts' encoding.
 fn measure(c: &mut Criterion, name: &str, source: &Source) {
@@ -68,6 +68,22 @@ fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
     );
 }
 
+/// From a checkpoint's files to packed weights, tokenizers included. Random weights are made where they are packed, which
+/// takes about as long as converting fp16 files that are in memory.
+fn load(c: &mut Criterion, name: &str, source: &Source) {
+    let mut group = c.benchmark_group("load");
+    group.sample_size(10).measurement_time(Duration::from_secs(5)).warm_up_time(Duration::from_millis(500));
+    let open = || {
+        let start = Instant::now();
+        let engine = Engine::open(source, &respodiff::Device::Cpu).expect("a checkpoint");
+        let time = start.elapsed();
+        // Only one network is in memory at a time, and to free it is not counted.
+        drop(engine);
+        time
+    };
+    group.bench_function(name, |b| b.iter_custom(|times| (0..times).map(|_| open()).sum()));
+}
+
 /// Whether the command line's filter leaves a name in.
 fn wanted(name: &str) -> bool {
     std::env::args().skip(1).filter(|a| !a.starts_with('-')).all(|filter| name.contains(&filter))
@@ -83,5 +99,13 @@ fn all(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, all);
+fn loads(c: &mut Criterion) {
+    for (name, source) in [("demo", Source::demo()), ("sd15", SD15)] {
+        if wanted(&format!("load/{name}")) {
+            load(c, name, &source);
+        }
+    }
+}
+
+criterion_group!(benches, all, loads);
 criterion_main!(benches);
