@@ -1,55 +1,57 @@
-"""PyTorch beside our kernels, and the table of all results: `gpu_torch.py compare`, `images sd15|sdxl`, `table`.
+"""PyTorch beside our kernels, for `gpu-check`: `gpu_torch.py kernels FIGURES`, `gpu_torch.py images FIGURES --model sd15
+--checkpoint FOLDER`.
 
-`compare` reads results/bench-*.json and times cuBLAS, cuDNN and scaled_dot_product_attention at every shape in them, as
-`respodiff bench` does: CUDA events, a cold L2 cache, the median. `images` makes whole images with diffusers, eager and with
-torch.compile, and with `respodiff sample`, of one checkpoint with random weights.
+`kernels` reads FIGURES/bench-*.json and times cuBLAS, cuDNN and scaled_dot_product_attention at every shape in them, as
+`respodiff bench` does: CUDA events, a cold and a warm L2 cache, the median. `images` times a UNet step with guidance, a
+decode and whole images of diffusers, eager and with torch.compile, in fp16 and NHWC, and of `respodiff sample`; weights are
+random. Both write FIGURES/*.json after every figure, so that whoever is killed leaves what there was. They end with code 3
+where a module or a GPU is missing.
 """
 
-import glob
+import argparse
 import json
-import os
 import pathlib
-import re
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 
-import real_size
+try:
+    import torch
 
-RESULTS = "results"
+    import real_size
+except ImportError:
+    traceback.print_exc()
+    sys.exit(3)
+
 DEVICE = "cuda"
-RUNS = 20  # of a kernel
-IMAGES, STEPS, PROMPT = 8, 20, "a photo of a doctor"
-
-
-def load(name):
-    try:
-        with open(os.path.join(RESULTS, name)) as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return None
-
-
-def write(name, value):
-    with open(os.path.join(RESULTS, name), "w") as file:
-        json.dump(value, file, indent=1)
+RUNS = 20  # of a kernel, or of a network in a row
+LAUNCHES = 512  # of the smallest kernel, in a graph
+IMAGES, STEPS, PROMPT = 5, 20, "a photo of a doctor"
+COMPILE = dict(mode="reduce-overhead")  # CUDA graphs
 
 
 class Timer:
-    """Median seconds of a function on a cold cache."""
+    """Median seconds of a function on a cold cache, and on a warm one."""
 
-    def __init__(self, torch):
-        self.torch = torch
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    def __init__(self):
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
 
     def __call__(self, run):
         for _ in range(3):
             run()
+        return [self.median(run, warm) for warm in (False, True)]
+
+    def median(self, run, warm):
         times = []
         for _ in range(RUNS):
-            start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # While the GPU does this, what follows is queued, so that it does not wait for Python.
             self.flush.zero_()
+            if warm:
+                run()
             start.record()
             run()
             end.record()
@@ -58,12 +60,12 @@ class Timer:
         return statistics.median(times)
 
 
-def prepare(torch, case):
-    """What PyTorch would run for a case, in fp16 and channels last; None where it has no one call for it."""
+def prepare(case):
+    """The operation that PyTorch would run for a case, in fp16 and channels last; None where it has no one call for it."""
     functional = torch.nn.functional
 
     def random(*shape):
-        return torch.randn(*shape, device="cuda", dtype=torch.float16)
+        return torch.randn(*shape, device=DEVICE, dtype=torch.float16)
 
     kind = case["kind"]
     if kind == "conv" and case["kernel"] == 1:
@@ -101,157 +103,194 @@ def prepare(torch, case):
     return None
 
 
-def compare_kernels(torch):
-    timer = Timer(torch)
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.float16) for _ in range(2))
-    result = {"torch": torch.__version__, "peak_flops": 2 * 8192**3 / timer(lambda: a @ b), "seconds": {}}
-    print(f"cuBLAS at 8192: {result['peak_flops'] / 1e12:.0f} TFLOP/s", flush=True)
+def launch():
+    """Seconds of one of many launches of PyTorch's smallest kernel in a CUDA graph, each of which waits for the last."""
+    x = torch.zeros(8, device=DEVICE)
+    x.add_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(LAUNCHES):
+            x.add_(1)
+    return in_a_row(graph.replay) / LAUNCHES
+
+
+def kernels(args):
+    """FIGURES/torch.json: the operations of all networks that `respodiff bench` has timed."""
+    benches = {}
+    if args.earlier and args.earlier.exists():
+        benches = {name: value for name, value in json.loads(args.earlier.read_text()).items() if name.startswith("bench-")}
+    benches |= {path.stem: json.loads(path.read_text()) for path in args.figures.glob("bench-*.json")}
+    if not benches:
+        print("not run: there are no figures of the part bench")
+        sys.exit(3)
+    timer, seconds = Timer(), {}
+    result = {"torch": torch.__version__, "launch": launch(), "seconds": seconds}
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.float16) for _ in range(2))
+    result["peak_flops"] = 2 * 8192**3 / timer(lambda: a @ b)[0]
+    print(f"cuBLAS at 8192: {result['peak_flops'] / 1e12:.0f} TFLOP/s; {result['launch'] * 1e6:.2f} us a launch in a graph")
     del a, b
-    for path in sorted(glob.glob(os.path.join(RESULTS, "bench-*.json"))):
-        for network in load(os.path.basename(path))["networks"]:
+    # The largest networks last, and the demo's after them: what is cut off matters least.
+    order = ["bench-sd15", "bench-sdxl", "bench-sd15-training", "bench-sdxl-training"]
+    for name in sorted(benches, key=lambda name: (order.index(name) if name in order else len(order), name)):
+        for network in benches[name]["networks"]:
             for row in network["rows"]:
-                if row["label"] in result["seconds"]:
+                if row["label"] in seconds:
                     continue
                 try:
-                    prepared = prepare(torch, row["case"])
+                    prepared = prepare(row["case"])
                     if prepared:
-                        result["seconds"][row["label"]] = [prepared[0], timer(prepared[1])]
+                        seconds[row["label"]] = [prepared[0], *timer(prepared[1])]
                 except RuntimeError as problem:
-                    print(f"{row['label']}: {str(problem).splitlines()[0]}", flush=True)
-            write("torch.json", result)
+                    print(f"{row['label']}: {str(problem).splitlines()[0]}")
+            real_size.write(args.figures / "torch.json", result)
 
 
-def text(name, folder):
-    """The text encoders' and tokenizers' part of a pipeline."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+def in_a_row(run):
+    """Seconds of a function that is called several times in a row, by the clock, until the last is done."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(RUNS):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / RUNS
 
-    parts = {"text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+
+def in_nhwc(network):
+    return network.to(memory_format=torch.channels_last)
+
+
+def pipeline(name):
+    """diffusers' pipeline of a model with random weights made on the GPU, in fp16 and channels last."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(real_size.TOKENIZER)
+    parts = {part: network.eval() for part, network in real_size.networks(name, DEVICE)}
+    parts |= {"tokenizer": tokenizer, "scheduler": DDIMScheduler(**real_size.SCHEDULER)}
     if name == "sdxl":
-        parts |= {"text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
-    return {part: kind.from_pretrained(folder / part) for part, kind in parts.items()}
-
-
-def pipeline(torch, name, folder):
-    """diffusers' pipeline of a checkpoint, in fp16 and channels last."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-
-    parts = text(name, folder) | {
-        "unet": UNet2DConditionModel.from_pretrained(folder / "unet"),
-        "vae": AutoencoderKL.from_pretrained(folder / "vae"),
-        "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler"),
-    }
-    if name == "sdxl":
-        pipe = StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        pipe = StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, add_watermarker=False)
     else:
         pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe = pipe.to(DEVICE, torch.float16)
-    for network in (pipe.unet, pipe.vae):
-        network.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
+    in_nhwc(pipe.unet), in_nhwc(pipe.vae)
     return pipe
 
 
-def ours(folder):
+def calls(name, pipe):
+    """A step with guidance and a decode, as functions of nothing. What is called is looked up each time."""
+    given = {key: tensor.to(DEVICE, torch.float16) for key, tensor in real_size.inputs(name, "unet").items()}
+    added = {key: given[key] for key in ("text_embeds", "time_ids") if key in given} or None
+    # As the pipelines call them: the networks turn their inputs to NHWC.
+    sample, latents, timestep = given["sample"], given["sample"][:1].clone(), torch.tensor(481, device=DEVICE)
+
+    def step():
+        torch.compiler.cudagraph_mark_step_begin()
+        return pipe.unet(sample, timestep, given["encoder_hidden_states"], added_cond_kwargs=added, return_dict=False)
+
+    def decode():
+        torch.compiler.cudagraph_mark_step_begin()
+        return pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)
+
+    return step, decode
+
+
+def whole(pipe):
+    """Median seconds of an image by diffusers, without its file."""
+    seconds = []
+    for i in range(IMAGES + 2):
+        begin = time.perf_counter()
+        pipe(PROMPT, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(i))
+        seconds.append(time.perf_counter() - begin)
+    # The first ones also pay for compiling and recording.
+    return statistics.median(seconds[2:])
+
+
+def ours(program, folder):
     """Seconds of an image by `respodiff sample`, file and all, and of what comes before the first: by two runs of different
     length."""
     pictures, seconds = folder / "pictures", []
+    pictures.mkdir(exist_ok=True)
     for count in (1, 1 + IMAGES):
-        pictures.mkdir(exist_ok=True)
-        line = ["./respodiff", "sample", PROMPT, "--model", folder, "--device", DEVICE, "--images", count, "--steps", STEPS,
+        line = [program, "sample", PROMPT, "--model", folder, "--device", DEVICE, "--images", count, "--steps", STEPS,
                 "--scheduler", "DDIM", "--seed", 1, "--out", pictures]
         begin = time.perf_counter()
         subprocess.run(list(map(str, line)), check=True, stdout=subprocess.DEVNULL)
         seconds.append(time.perf_counter() - begin)
+    shutil.rmtree(pictures)
     image = (seconds[1] - seconds[0]) / IMAGES
     return image, seconds[0] - image
 
 
-def theirs(torch, name, folder, compiled):
-    """Median seconds of an image by diffusers, without its file, and of what comes before the first."""
-    begin = time.perf_counter()
-    pipe = pipeline(torch, name, folder)
-    if compiled:
-        pipe.unet = torch.compile(pipe.unet, mode="max-autotune", fullgraph=True)
-        pipe.vae.decode = torch.compile(pipe.vae.decode, mode="max-autotune")
-    loaded, seconds = time.perf_counter() - begin, []
-    for _ in range(IMAGES + 1):
-        begun = time.perf_counter()
-        pipe(PROMPT, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1))
-        seconds.append(time.perf_counter() - begun)
-    image = statistics.median(seconds[1:])
-    return image, loaded + seconds[0] - image
+@torch.no_grad()
+def images(args):
+    """FIGURES/images-MODEL.json: a step, a decode and a whole image of diffusers, and a whole image of ours."""
+    name, done = args.model, {}
 
+    def tell(figure, seconds):
+        done[figure] = seconds
+        print(f"{name}, {figure}: {seconds:.4f} s", flush=True)
+        real_size.write(args.figures / f"images-{name}.json", done)
 
-def images(name):
-    """A whole image of a checkpoint of full size with random weights, ours and diffusers'."""
-    import torch
-
-    folder = pathlib.Path(RESULTS, f"checkpoint-{name}")
-    if not (folder / "model_index.json").exists():
-        real_size.make(name, folder)
-    done = {}
-    for who, measure in (
-        ("respodiff", lambda: ours(folder)),
-        ("diffusers", lambda: theirs(torch, name, folder, False)),
-        ("diffusers, torch.compile", lambda: theirs(torch, name, folder, True)),
-    ):
-        done[who] = measure()
-        print(f"{name}, {who}: {done[who][0]:.3f} s an image of {STEPS} steps, {done[who][1]:.1f} s before the first", flush=True)
-        write(f"images-{name}.json", done)
-
-
-def compare():
-    import torch
+    real_size.make(name, args.checkpoint, DEVICE)
+    try:
+        image, start = ours(args.respodiff, args.checkpoint)
+        tell("image, respodiff", image)
+        tell("start to first image, respodiff", start + image)
+    except subprocess.CalledProcessError as problem:
+        # PyTorch's figures are worth having all the same.
+        print(problem, flush=True)
+        args.failed = True
 
     torch.backends.cudnn.benchmark = True
-    compare_kernels(torch)
+    pipe = pipeline(name)
+    step, decode = calls(name, pipe)
+
+    def measure(how):
+        begin = time.perf_counter()
+        for call in (step, decode):
+            for _ in range(4):  # Compiles, records, and replays.
+                call()
+        torch.cuda.synchronize()
+        tell(f"first calls, {how}", time.perf_counter() - begin)
+        tell(f"unet, {how}", in_a_row(step))
+        tell(f"vae, {how}", in_a_row(decode))
+
+    measure("eager")
+    if pipe.vae.config.force_upcast:
+        # So diffusers ships it: the VAE goes to fp32 for every decode and back.
+        tell("image, eager, decode in fp32", whole(pipe))
+        pipe.vae.float()
+        tell("vae, eager, fp32", in_a_row(decode))
+        pipe.vae.half()
+        pipe.vae.register_to_config(force_upcast=False)
+    tell("image, eager", whole(pipe))
+    pipe.unet = torch.compile(pipe.unet, fullgraph=True, **COMPILE)
+    pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, **COMPILE)
+    measure("compiled")
+    tell("image, compiled", whole(pipe))
 
 
-def table():
-    """One Markdown and one JSON of whatever parts have run."""
-    doctor, torch = load("doctor.json"), load("torch.json") or {}
-    whole = {name: load(f"images-{name}.json") or {} for name in ("sd15", "sdxl")}
-    outcomes = {}
-    for path in sorted(glob.glob(os.path.join(RESULTS, "*.outcome"))):
-        with open(path) as file:
-            outcomes[os.path.basename(path)[: -len(".outcome")]] = file.read().strip()
-    benches = {re.sub(r".*bench-|\.json", "", p): load(os.path.basename(p)) for p in sorted(glob.glob(f"{RESULTS}/bench-*.json"))}
-    lines = ["# Kernels on a GPU", ""]
-    for gpu in (doctor or {}).get("gpus", []):
-        lines.append(f"{gpu['name']}, driver of CUDA {doctor['driver']}, respodiff {doctor['version']}, PyTorch {torch.get('torch', 'not run')}.")
-    lines += ["", "| part | outcome |", "| --- | --- |", *(f"| {part} | {outcome} |" for part, outcome in outcomes.items())]
-    if any(whole.values()):
-        lines += ["", f"| an image of {STEPS} guided steps, random weights | s | s before the first |", "| --- | --- | --- |"]
-        for name, who in whole.items():
-            lines += [f"| {name}, {whose} | {image:.3f} | {before:.1f} |" for whose, (image, before) in who.items()]
-    for model, bench in benches.items():
-        peaks = bench["peaks"]
-        lines += ["", f"## {model}, batch {bench['batch']}", ""]
-        lines.append(f"Our best: {peaks['flops'] / 1e12:.0f} TFLOP/s, {peaks['bytes'] / 1e9:.0f} GB/s.")
-        for network in bench["networks"]:
-            total = sum(row["seconds"] * row["count"] for row in network["rows"])
-            lines += ["", f"### {network['network']}: {network['step'] * 1e3:.3f} ms a step, {total * 1e3:.3f} ms one by one", ""]
-            lines += ["| operation | count | us | TFLOP/s | GB/s | % of best | PyTorch us | kernels |", "| --- |" + " --- |" * 7]
-            for row in network["rows"]:
-                seconds = max(row["seconds"], 1e-12)
-                bound = max(row["flops"] / peaks["flops"], row["bytes"] / peaks["bytes"])
-                rival = torch.get("seconds", {}).get(row["label"])
-                rival = f"{rival[1] * 1e6:.1f} ({rival[0]})" if rival else "-"
-                rate = f"{row['flops'] / seconds / 1e12:.1f}" if row["flops"] else "-"
-                lines.append(
-                    f"| {row['label']} | {row['count']} | {seconds * 1e6:.1f} | {rate} | {row['bytes'] / seconds / 1e9:.0f} "
-                    f"| {100 * bound / seconds:.0f} | {rival} | {row['kernels']} |"
-                )
-    with open(os.path.join(RESULTS, "gpu.md"), "w") as file:
-        file.write("\n".join(lines) + "\n")
-    write("gpu.json", {"doctor": doctor, "outcomes": outcomes, "torch": torch, "images": whole, "benches": benches})
-    print(f"{RESULTS}/gpu.md and {RESULTS}/gpu.json")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("kernels", "images"))
+    parser.add_argument("figures", type=pathlib.Path, help="folder of the figures")
+    parser.add_argument("--earlier", type=pathlib.Path, help="gpu.json with figures of earlier calls")
+    parser.add_argument("--model", choices=("sd15", "sdxl"), default="sd15")
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="folder for a checkpoint of that model")
+    parser.add_argument("--respodiff", default="./respodiff")
+    parser.set_defaults(failed=False)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(f"not run: PyTorch {torch.__version__} sees no GPU")
+        sys.exit(3)
+    torch.backends.cudnn.benchmark = True
+    try:
+        kernels(args) if args.task == "kernels" else images(args)
+        sys.exit(args.failed)
+    except ImportError:
+        traceback.print_exc()
+        sys.exit(3)
 
 
 if __name__ == "__main__":
-    tasks = {"compare": compare, "images sd15": lambda: images("sd15"), "images sdxl": lambda: images("sdxl"), "table": table}
-    task = tasks.get(" ".join(sys.argv[1:]))
-    if not task:
-        sys.exit(__doc__)
-    os.makedirs(RESULTS, exist_ok=True)
-    task()
+    main()

@@ -1,10 +1,11 @@
 """Real sizes without real weights: python scripts/real_size.py sd15|sd21|sdxl FOLDER [--device cuda] [--respodiff PROGRAM]
 
-Makes a checkpoint of full size with random fp16 weights in FOLDER, unless one is there, and compares one UNet call and one
-decode with diffusers in fp32 from the same files: relative L2 error (at most 1e-3; on a GPU, in fp16, 1e-2), seconds to
-load, peak memory of the process beside the plan's, and seconds of a call. Needs torch, diffusers, transformers, and memory
-for the UNet in fp32 (SDXL: 12 GiB); programs run one after the other. The text encoders are there for `sample` and `train`;
-`tests/models.rs` holds them to transformers.
+Makes a UNet and a VAE of full size with random fp16 weights in FOLDER, on the device, unless they are there, and compares one
+UNet call and one decode with diffusers in fp32 from the same files: relative L2 error (at most 1e-3; on a GPU, in fp16,
+1e-2), seconds to load, peak memory of the process beside the plan's, and seconds of a first call and of a second. Needs torch
+and diffusers (0.35 or later), and memory for the UNet in fp32 (SDXL: 12 GiB); programs run one after the other. `--whole`
+makes the text encoders too, and with them a checkpoint for `sample` and `train`, which needs transformers (4.57 or later);
+`tests/models.rs` holds those networks to it. Ends with code 3 where a module is missing.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+TOKENIZER = REPOSITORY / "demo/model/tokenizer"
 LIMITS = {"cpu": 1e-3, "cuda": 1e-2}
 CALLS = 3  # of PyTorch, of which the fastest counts
 
@@ -40,29 +43,65 @@ MODELS = {
 }
 
 
-def make(name, folder):
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+           down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, clip_sample=False,
+                 steps_offset=1)
 
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
+
+def write(path, value):
+    """JSON, whole or not at all, whenever this process ends."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(value, indent=1))
+    beside.replace(path)
+
+
+def networks(name, device, whole=True):
+    """A model's networks by name, in fp16 on the device, with the random weights that diffusers and transformers begin a
+    training with."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
     unet, encoders = MODELS[name]
-    UNet2DConditionModel(**unet).save_pretrained(folder / "unet")
-    blocks = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512)
-    scale = dict(scaling_factor=0.13025, force_upcast=True) if name == "sdxl" else {}
-    AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **blocks,
-                  **scale).save_pretrained(folder / "vae")
-    for i, config in enumerate(encoders):
-        suffix = "_2" if i else ""
-        kind = CLIPTextModelWithProjection if i else CLIPTextModel
-        kind(CLIPTextConfig(vocab_size=49408, **config)).save_pretrained(folder / f"text_encoder{suffix}")
-        shutil.copytree(REPOSITORY / "demo/model/tokenizer", folder / f"tokenizer{suffix}")
-    kind = "v_prediction" if name == "sd21" else "epsilon"
-    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False,
-                  clip_sample=False, steps_offset=1, prediction_type=kind).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text("{}\n")
-    torch.set_default_dtype(torch.float32)
+    scale = dict(scaling_factor=0.13025, force_upcast=True) if name == "sdxl" else dict(force_upcast=False)
+    kinds = {"unet": lambda: UNet2DConditionModel(**unet), "vae": lambda: AutoencoderKL(**VAE, **scale)}
+    if whole:
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+        for i, config in enumerate(encoders):
+            kind = CLIPTextModelWithProjection if i else CLIPTextModel
+            kinds["text_encoder_2" if i else "text_encoder"] = (
+                lambda kind=kind, config=config: kind(CLIPTextConfig(vocab_size=49408, **config)))
+    for part, kind in kinds.items():
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float16)
+        try:
+            with torch.device(device):
+                network = kind()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        yield part, network
+
+
+def make(name, folder, device, whole=True):
+    """A checkpoint of a model, or its UNet and VAE alone, unless it is there."""
+    if (folder / ("model_index.json" if whole else "vae")).exists():
+        return
+    # Under another name until it is whole, for the process may be ended meanwhile.
+    making = folder.with_name(folder.name + ".part")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    for part, network in networks(name, device, whole):
+        network.save_pretrained(making / part)
+        if part.startswith("text_encoder"):
+            shutil.copytree(TOKENIZER, making / part.replace("text_encoder", "tokenizer"))
+    if whole:
+        kind = "v_prediction" if name == "sd21" else "epsilon"
+        (making / "scheduler").mkdir()
+        write(making / "scheduler/scheduler_config.json", SCHEDULER | dict(prediction_type=kind, _class_name="DDIMScheduler"))
+        write(making / "model_index.json", {})
+    shutil.rmtree(folder, ignore_errors=True)
+    making.rename(folder)
 
 
 def inputs(name, component):
@@ -86,12 +125,16 @@ def reference(name, folder, device, component, output):
     """diffusers' result; runs in a process of its own, whose end gives all memory back."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     torch.backends.cudnn.allow_tf32 = False
     kind = UNet2DConditionModel if component == "unet" else AutoencoderKL
     begin = time.time()
-    model = kind.from_pretrained(folder / component, torch_dtype=torch.float32).to(device).eval()
+    # Not from_pretrained, which without accelerate makes random weights on the CPU first.
+    with torch.device("meta"):
+        model = kind.from_config(kind.load_config(folder / component))
+    model = model.to_empty(device=device).eval()
+    model.load_state_dict(load_file(folder / component / "diffusion_pytorch_model.safetensors", device=device))
     loaded = time.time() - begin
     given, seconds = {name: tensor.to(device) for name, tensor in inputs(name, component).items()}, []
     for _ in range(CALLS):
@@ -106,7 +149,7 @@ def reference(name, folder, device, component, output):
         seconds.append(time.time() - begin)
     save_file({"out": out.contiguous()}, output)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(json.dumps({"load": loaded, "call": min(seconds), "peak": peak}))
+    print(json.dumps({"load": loaded, "call": seconds[0], "again": min(seconds), "peak": peak}))
 
 
 def ours(program, folder, device, component, given, output):
@@ -118,9 +161,10 @@ def ours(program, folder, device, component, given, output):
     spy = "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:], stderr=subprocess.PIPE, text=True); " \
           "print(r.stderr); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10); sys.exit(r.returncode)"
     run = subprocess.run([sys.executable, "-c", spy, *line], stdout=subprocess.PIPE, text=True, check=True)
-    numbers = re.search(r"([\d.]+) MiB of weights in ([\d.]+) s, ([\d.]+) MiB of activations\s+call: ([\d.]+) s", run.stdout)
-    weights, load, activations, call = map(float, numbers.groups())
-    return {"load": load, "call": call, "peak": float(run.stdout.split()[-1]), "plan": weights + activations}
+    numbers = re.search(r"([\d.]+) MiB of weights in ([\d.]+) s, ([\d.]+) MiB of activations\s+"
+                        r"call: ([\d.]+) s, again ([\d.]+) s", run.stdout)
+    weights, load, activations, call, again = map(float, numbers.groups())
+    return {"load": load, "call": call, "again": again, "peak": float(run.stdout.split()[-1]), "plan": weights + activations}
 
 
 def main():
@@ -129,16 +173,18 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", choices=LIMITS, default="cpu")
     parser.add_argument("--respodiff", default=str(REPOSITORY / "target/release/respodiff"))
+    parser.add_argument("--whole", action="store_true", help="make the text encoders too")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--reference", nargs=2, metavar=("COMPONENT", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.reference:
         return reference(args.model, args.folder, args.device, *args.reference)
-    if not (args.folder / "model_index.json").exists():
-        make(args.model, args.folder)
+    make(args.model, args.folder, args.device, args.whole)
 
     from safetensors.torch import load_file, save_file
 
-    errors = []
+    errors, figures = [], {}
+    print("| | error | s to load | theirs | MiB of the plan | of the process | theirs | s a call, then again | theirs |")
     for component in ("unet", "vae"):
         given, truth, result = (args.folder / f"{component}.{kind}.safetensors" for kind in ("inputs", "truth", "result"))
         save_file(inputs(args.model, component), given)
@@ -148,12 +194,20 @@ def main():
         a, b = load_file(result)["sample" if component == "unet" else "image"].double(), load_file(truth)["out"].double()
         error = ((a - b).norm() / b.norm()).item()
         errors.append(error)
+        figures[component] = {"error": error, "ours": we, "diffusers": they}
+        if args.json:
+            write(args.json, figures)
         print(f"| {args.model} {component} | {error:.1e} | {we['load']:.1f} | {they['load']:.1f} | {we['plan']:.0f} | "
-              f"{we['peak']:.0f} | {they['peak']:.0f} | {we['call']:.2f} | {they['call']:.2f} |", flush=True)
+              f"{we['peak']:.0f} | {they['peak']:.0f} | {we['call']:.3f}, {we['again']:.3f} | {they['call']:.3f}, {they['again']:.3f} |",
+              flush=True)
     # So written, NaN fails too.
     if not all(error <= LIMITS[args.device] for error in errors):
         sys.exit(f"off by {', '.join(f'{error:.1e}' for error in errors)}, allowed {LIMITS[args.device]}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ImportError:
+        traceback.print_exc()
+        sys.exit(3)
