@@ -9,7 +9,8 @@ import json
 import pathlib
 import sys
 
-MODELS = {"sd15": "SD 1.5, 512x512", "sdxl": "SDXL, 1024x1024"}
+MODELS = ["sd15", "sdxl"]
+BENCHES = [*MODELS, *(f"{model}-training" for model in MODELS), "demo", "demo-training"]
 STEPS = 20  # of an image, where losses of a step and of a decode are added up
 WORST = 8  # operations to show
 
@@ -25,6 +26,11 @@ def family(row):
     if kind == "attention":
         return "self attention" if case["queries"] == case["keys"] else "cross attention"
     return {"group_norm": "group norm", "layer_norm": "layer norm"}.get(kind, "others")
+
+
+def benches(figures):
+    """What `respodiff bench` reported, by the model's name."""
+    return [(name, figures[f"bench-{name}"]) for name in BENCHES if f"bench-{name}" in figures]
 
 
 def rivals(figures):
@@ -58,7 +64,7 @@ def losses(model, figures):
         for row in network["rows"]:
             best = rival[row["label"]][0] if row["label"] in rival else bound(row, bench["peaks"])
             found.append(((row["seconds"] - best) * row["count"] * times, network["network"], row))
-    return sorted(found, key=lambda loss: -loss[0])[:WORST]
+    return [loss for loss in sorted(found, key=lambda loss: -loss[0])[:WORST] if loss[0] > 0]
 
 
 def ratio(ours, theirs):
@@ -91,17 +97,14 @@ def steps(figures):
     """Lines of a network: milliseconds of ours, of diffusers compiled and eager, the ratio to the compiled one."""
     lines = [["ms", "ours", "compiled", "eager", "ours / compiled"]]
     milliseconds = lambda seconds: f"{seconds * 1e3:.2f}" if seconds else "-"
-    for name, bench in figures.items():
-        if not name.startswith("bench-"):
-            continue
-        model = name[len("bench-"):]
+    for model, bench in benches(figures):
         images = figures.get(f"images-{model}", {})
         for network in bench["networks"]:
             which, ours = network["network"], network["step"]
             compiled, eager = (images.get(f"{which}, {how}") for how in ("compiled", "eager"))
             lines.append([f"{model} {which}", *map(milliseconds, (ours, compiled, eager)), ratio(ours, compiled)])
             if slow := images.get(f"{which}, eager, fp32"):
-                lines.append([f"  in fp32, as diffusers ships it", "", "", milliseconds(slow), ""])
+                lines.append(["  in fp32, as diffusers ships it", "", "", milliseconds(slow), ""])
     for model in MODELS:
         images = figures.get(f"images-{model}", {})
         if images:
@@ -109,7 +112,7 @@ def steps(figures):
             lines.append([f"{model} image, {STEPS} steps", *map(milliseconds, (ours, compiled, eager)),
                           ratio(ours, compiled) if ours else "-"])
             if slow := images.get("image, eager, decode in fp32"):
-                lines.append([f"  decoded in fp32, as diffusers ships it", "", "", milliseconds(slow), ""])
+                lines.append(["  decoded in fp32, as diffusers ships it; above, force_upcast is off", "", "", milliseconds(slow), ""])
             start, compiling = (images.get(key) for key in ("start to first image, respodiff", "first calls, compiled"))
             lines.append([f"{model} start to first image; compiling", *map(milliseconds, (start, compiling)), "", ""])
     return lines
@@ -119,14 +122,14 @@ def summary(figures):
     """The short block."""
     rival, lines = rivals(figures), [f"== figures: {head(figures)}", *grid(outcomes(figures)), ""]
     lines += [*grid(steps(figures)), ""]
-    launches = {"ours": next((bench["peaks"]["launch"] for name, bench in figures.items() if name.startswith("bench-")), None),
+    launches = {"ours": next((bench["peaks"]["launch"] for _, bench in benches(figures)), None),
                 "PyTorch": figures.get("torch", {}).get("launch")}
     lines += ["a launch in a graph: " + ", ".join(f"{who} {s * 1e6:.2f} us" for who, s in launches.items() if s), ""]
     lines.append("share of each family one by one on a cold cache, and its time beside PyTorch's")
-    for model in [*MODELS, *(f"{model}-training" for model in MODELS)]:
-        for network in figures.get(f"bench-{model}", {}).get("networks", []):
+    for model, bench in benches(figures):
+        for network in bench["networks"]:
             total = sum(row["seconds"] * row["count"] for row in network["rows"])
-            if network["network"].startswith("text") or not total:
+            if network["network"].startswith("text") or model.startswith("demo") or not total:
                 continue
             shares = (f"{name} {100 * ours / total:.0f} %" + (f" x{beside:.2f}" if beside else "")
                       for name, ours, beside in families(network, rival))
@@ -160,11 +163,9 @@ def markdown(figures):
         lines += rows([["network", "error", "s to load", "first call", "again"], *(
             [part, f"{of['error']:.1e}", f"{of['ours']['load']:.1f}", f"{of['ours']['call']:.4f}", f"{of['ours']['again']:.4f}"]
             for part, of in real.items())])
-    for name, bench in figures.items():
-        if not name.startswith("bench-"):
-            continue
+    for model, bench in benches(figures):
         peaks = bench["peaks"]
-        lines += ["", f"## {name[len('bench-'):]}, batch {bench['batch']}", ""]
+        lines += ["", f"## {model}, batch {bench['batch']}", ""]
         lines.append(f"Our best: {peaks['flops'] / 1e12:.0f} TFLOP/s, {peaks['bytes'] / 1e9:.0f} GB/s, "
                      f"{peaks['launch'] * 1e6:.2f} us a launch in a graph.")
         for network in bench["networks"]:

@@ -1,6 +1,6 @@
 //! How fast each operation of a network is on a device: every distinct one at its real shape, with random weights.
 
-use crate::cuda::Element;
+use crate::cuda::{Cache, Element};
 use crate::device::Executor;
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{
@@ -289,6 +289,8 @@ pub struct Peaks {
     pub flops: f64,
     /// Bytes read and written a second, in large copies.
     pub bytes: f64,
+    /// Seconds of an operation on a few numbers, one of many that wait for each other: the least a launch takes in a step.
+    pub launch: f64,
 }
 
 /// One distinct operation of a network.
@@ -302,8 +304,10 @@ pub struct Row {
     pub count: usize,
     /// What was launched, with its grid.
     pub kernels: String,
-    /// Median seconds of one.
+    /// Median seconds of one: on a GPU with a cold L2 cache, on a CPU with the caches as the operation before left them.
     pub seconds: f64,
+    /// On a GPU, median seconds of one that ran just before.
+    pub warm: Option<f64>,
     /// Floating-point operations of one's matrix products.
     pub flops: f64,
     /// Bytes one must move.
@@ -311,7 +315,7 @@ pub struct Row {
 }
 
 impl Row {
-    /// How near it is to what the device can do, whichever of arithmetic and memory limits it.
+    /// How near it is to what the device can do on a cold cache, whichever of arithmetic and memory limits it.
     pub fn of_bound(&self, peaks: &Peaks) -> f64 {
         (self.flops / peaks.flops).max(self.bytes / peaks.bytes) / self.seconds
     }
@@ -324,12 +328,13 @@ pub struct Table {
     pub network: String,
     /// Its operations.
     pub rows: Vec<Row>,
-    /// Seconds of one step in one piece, as an image is made, and of its backward nodes if there are any.
+    /// Seconds of one step in one piece, as an image is made, and of its backward nodes if there are any: the mean of
+    /// several in a row, until the last has run.
     pub step: f64,
 }
 
 impl Table {
-    /// Seconds of all its operations, measured one by one.
+    /// Seconds of all its operations, measured one by one, on a cold cache.
     pub fn total(&self) -> f64 {
         self.rows.iter().map(|row| row.seconds * row.count as f64).sum()
     }
@@ -359,51 +364,58 @@ pub fn measure(
         };
         executor.write(name, &values)?;
     }
-    let mut rows: Vec<(Row, Vec<Duration>)> = Vec::new();
+    let caches: &[Cache] = match device {
+        Device::Cpu => &[Cache::Cold],
+        Device::Cuda(_) => &[Cache::Cold, Cache::Warm],
+    };
+    let mut rows: Vec<(Row, [Vec<Duration>; 2])> = Vec::new();
     let mut places: HashMap<Case, usize> = HashMap::new();
-    for _ in 0..runs {
+    for cache in (0..runs).flat_map(|_| caches) {
         let wanted = |node: &Node| wanted(&Case::of(&graph, node));
-        executor.timed(wanted, |node, launches, time| {
+        executor.timed(*cache, wanted, |node, launches, time| {
             let case = Case::of(&graph, node);
             let place = *places.entry(case.clone()).or_insert_with(|| {
                 let named = launches.iter().map(|l| format!("{} {}x{}x{}", l.kernel, l.grid[0], l.grid[1], l.grid[2]));
                 let (label, flops, bytes) = (case.to_string(), case.flops(), bytes(device, &graph, node));
                 let kernels = named.collect::<Vec<_>>().join(", ");
-                rows.push((Row { case, label, count: 0, kernels, seconds: 0.0, flops, bytes }, Vec::new()));
+                let row = Row { case, label, count: 0, kernels, seconds: 0.0, warm: None, flops, bytes };
+                rows.push((row, Default::default()));
                 rows.len() - 1
             });
-            rows[place].1.push(time);
+            rows[place].1[*cache as usize].push(time);
         })?;
     }
-    let finish = |(mut row, times): (Row, Vec<Duration>)| {
-        row.count = times.len() / runs.max(1);
-        row.seconds = median(times);
+    let finish = |(mut row, [cold, warm]): (Row, [Vec<Duration>; 2])| {
+        row.count = cold.len() / runs.max(1);
+        row.seconds = median(cold).unwrap_or(0.0);
+        row.warm = median(warm);
         row
     };
     let mut rows: Vec<Row> = rows.into_iter().map(finish).collect();
     rows.sort_by(|a, b| (b.seconds * b.count as f64).total_cmp(&(a.seconds * a.count as f64)));
 
-    let output = graph.outputs().next().unwrap_or_default().to_string();
     let reverse = executor.plan().backward().next().is_some();
     let step = |executor: &mut Executor| match reverse {
         true => executor.step().and_then(|()| executor.backward()),
         false => executor.step(),
     };
+    // The first one records the launches. All are only queued until `wait` returns.
     step(&mut executor)?;
-    executor.read(&output)?;
+    executor.wait()?;
     let start = Instant::now();
     (0..runs).try_for_each(|_| step(&mut executor))?;
-    executor.read(&output)?;
+    executor.wait()?;
     Ok(Table { network: network.into(), rows, step: start.elapsed().as_secs_f64() / runs.max(1) as f64 })
 }
 
-/// Seconds.
-fn median(mut times: Vec<Duration>) -> f64 {
+/// Seconds, if there are any.
+fn median(mut times: Vec<Duration>) -> Option<f64> {
     times.sort();
-    times.get(times.len() / 2).map_or(0.0, Duration::as_secs_f64)
+    times.get(times.len() / 2).map(Duration::as_secs_f64)
 }
 
-/// Measures what the device can do at best: matrix products and copies of growing size, until one takes a while.
+/// Measures what the device can do at best: matrix products and copies of growing size, until one takes a while, and
+/// many operations on a few numbers.
 ///
 /// # Errors
 /// As for [`measure`].
@@ -440,12 +452,41 @@ pub fn peaks(device: &Device) -> Result<Peaks> {
     Ok(Peaks {
         flops: best(&product, &[256, 512, 1024, 2048, 4096, 8192], |row| row.flops)?,
         bytes: best(&copy, &[1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18], |row| row.bytes)?,
+        launch: measure(device, "launch", chain(), 20, |_| false)?.step / LAUNCHES as f64,
     })
+}
+
+/// Operations of [`chain`], as many as a step of SD 1.5 has.
+const LAUNCHES: usize = 512;
+
+/// A network of small operations that wait for each other.
+fn chain() -> Graph {
+    let mut g = GraphBuilder::new();
+    let x = g.input("x", Shape::new(1, 1, 1, 8));
+    let y = (0..LAUNCHES).fold(x, |x, i| g.activate(&format!("copy.{i}"), x, Activation::None));
+    g.output("y", y);
+    g.finish()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Every operation of a network is timed, on the kernels with both states of the cache.
+    #[test]
+    fn operations_are_timed_cold_and_on_the_kernels_warm() {
+        let devices = [
+            (Device::Cpu, false),
+            #[cfg(feature = "emulated")]
+            (Device::Cuda(crate::cuda::Emulated::new(crate::cuda::Limits::H100, crate::cuda::Emulated::QUICK)), true),
+        ];
+        for (device, warm) in devices {
+            let table = measure(&device, "chain", chain(), 2, |_| true).unwrap();
+            let [row] = &table.rows[..] else { panic!("{:?}", table.rows) };
+            assert_eq!((row.count, row.warm.is_some(), row.kernels.is_empty()), (LAUNCHES, warm, !warm));
+            assert!(row.seconds > 0.0 && row.warm.is_none_or(|seconds| seconds > 0.0) && table.step > 0.0, "{table:?}");
+        }
+    }
 
     /// A convolution's gradient by data costs its share of the convolution, exactly; attention's needs one product more than
     /// its result by queries alone, three more by keys and values too.

@@ -225,13 +225,25 @@ impl Executor {
         }
     }
 
-    /// Runs all nodes one by one, on the kernels each on a cold cache, and tells of every node for which `wanted` is true
-    /// what it launched there and how long it took.
+    /// Waits until all work given before is done, so that a clock read afterwards has timed it.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with the driver's word about that work.
+    pub fn wait(&self) -> Result<()> {
+        match self {
+            Executor::Cpu(_) => Ok(()),
+            Executor::Cuda(executor) => executor.wait(),
+        }
+    }
+
+    /// Runs all nodes one by one, on the kernels each with the cache as asked (on the CPU as the node before left it), and
+    /// tells of every node for which `wanted` is true what it launched there and how long it took.
     ///
     /// # Errors
     /// As for [`Executor::prologue`].
     pub fn timed(
         &mut self,
+        cache: cuda::Cache,
         wanted: impl Fn(&Node) -> bool + Send,
         mut tell: impl FnMut(&Node, &[cuda::Launch], Duration) + Send,
     ) -> Result<()> {
@@ -240,7 +252,7 @@ impl Executor {
                 executor.timed(wanted, |node, time| tell(node, &[], time));
                 Ok(())
             }
-            Executor::Cuda(executor) => executor.timed(wanted, tell),
+            Executor::Cuda(executor) => executor.timed(cache, wanted, tell),
         }
     }
 }

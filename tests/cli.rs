@@ -213,6 +213,7 @@ fn probes_give_what_diffusers_gave() {
         let args = ["probe", component, "--model", model.to_str().unwrap(), "--inputs", inputs.to_str().unwrap()];
         let output = respodiff(folder.path(), &[&args[..], &["--output", "out.st"]].concat());
         assert!(output.status.success(), "{case}: {}", text(&output.stderr));
+        assert!(text(&output.stderr).contains(" s, again "), "{case}: {}", text(&output.stderr));
         let bytes = std::fs::read(folder.path().join("out.st")).unwrap();
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         for name in tensors {
@@ -483,6 +484,7 @@ fn bench_times_the_operations_that_the_filter_names() {
     assert!(output.status.success(), "{output:?}");
     let report: serde_json::Value =
         serde_json::from_slice(&std::fs::read(folder.path().join("b.json")).unwrap()).unwrap();
+    assert!(report["peaks"]["launch"].as_f64().unwrap() > 0.0, "{report}");
     let rows: Vec<&serde_json::Value> =
         report["networks"].as_array().unwrap().iter().flat_map(|network| network["rows"].as_array().unwrap()).collect();
     assert!(rows.len() >= 4);

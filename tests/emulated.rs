@@ -15,7 +15,7 @@ use safetensors::{Dtype, SafeTensors};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use support::{golden, kernels, relative_l2};
+use support::{golden, kernels, relative_l2, root};
 
 /// What is promised of a UNet call. Whole samplings stay within it where fp16 can: PyTorch's own latents of the demo are 4e-3
 /// off in fp16 after 25 steps; after 6, whose steps are too coarse for PNDM, they are 7e-3 to 5e-2 off.
@@ -26,6 +26,11 @@ fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Outp
     session.and_then(|mut s| s.generate(request, &mut |_| ControlFlow::Continue(()))).unwrap_or_else(|e| panic!("{e}"))
 }
 
+/// From the repository's folder: compiled in, the demo would be a second time in what goes to a machine with a GPU.
+fn demo(device: &Device) -> Engine {
+    Engine::open(&Source::folder(root().join("demo/model")).unwrap(), device).unwrap()
+}
+
 fn engine(checkpoint: &str, device: &Device) -> Engine {
     Engine::open(&Source::folder(golden().join("checkpoints").join(checkpoint)).unwrap(), device).unwrap()
 }
@@ -34,8 +39,7 @@ fn engine(checkpoint: &str, device: &Device) -> Engine {
 fn the_demo_draws_the_same_pictures() {
     let options = SessionOptions { width: 64, height: 64, batch: 2, guided: true, concepts: false };
     let request = Request { prompt: "a photo of a doctor".into(), steps: 25, seed: 11, ..Default::default() };
-    let [ours, truth] =
-        [kernels(), Device::Cpu].map(|d| generate(&Engine::open(&Source::demo(), &d).unwrap(), options, &request));
+    let [ours, truth] = [kernels(), Device::Cpu].map(|device| generate(&demo(&device), options, &request));
     let error = relative_l2(&ours.latents, &truth.latents);
     println!("latents {error:.1e}");
     assert!(error < TOLERANCE, "latents are off by {error:.2e}");
@@ -202,7 +206,7 @@ fn enlarged(network: &str, prefix: &str, factor: f32) -> tempfile::TempDir {
 #[test]
 fn the_demo_trains_as_on_the_cpu() {
     let run = |device: &Device| {
-        let engine = Engine::open(&Source::demo(), device).unwrap();
+        let engine = demo(device);
         let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
         let recipe = Recipe {
             batch: 1,

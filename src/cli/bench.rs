@@ -54,9 +54,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let peaks = peaks(&device)?;
     say(&format!("device  {}", device.name()));
     say(&format!(
-        "best    {:.3} TFLOP/s in matrix products, {:.1} GB/s in copies",
+        "best    {:.3} TFLOP/s in matrix products, {:.1} GB/s in copies, {:.2} us a launch in a step",
         peaks.flops / 1e12,
-        peaks.bytes / 1e9
+        peaks.bytes / 1e9,
+        peaks.launch * 1e6
     ));
     let mut tables = Vec::new();
     for (network, graph) in networks {
@@ -65,6 +66,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
         if !table.rows.is_empty() {
             print(&table, &peaks);
             tables.push(table);
+            if let Some(file) = &args.json {
+                // After every network, so that little is lost when time runs out.
+                let report = serde_json::json!({
+                    "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "model": args.model,
+                    "batch": args.batch, "runs": runs, "peaks": peaks, "networks": tables,
+                });
+                crate::files::write(file, format!("{report:#}\n").as_bytes())?;
+            }
         }
     }
     if tables.is_empty() {
@@ -72,11 +81,6 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Err(Error::usage(format!("--filter {filter}: no operation of {} has this in its line", args.model)));
     }
     if let Some(file) = &args.json {
-        let report = serde_json::json!({
-            "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "model": args.model, "batch": args.batch,
-            "runs": runs, "peaks": peaks, "networks": tables,
-        });
-        crate::files::write(file, format!("{report:#}\n").as_bytes())?;
         say(&file.display().to_string());
     }
     Ok(())
@@ -85,8 +89,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
 fn print(table: &Table, peaks: &Peaks) {
     say("");
     say(&format!(
-        "{:44} {:>5} {:>10} {:>9} {:>8} {:>7} {:>7}  kernels and their grids",
-        table.network, "count", "median us", "total ms", "TFLOP/s", "GB/s", "% best"
+        "{:44} {:>5} {:>10} {:>9} {:>9} {:>8} {:>7} {:>7}  kernels and their grids",
+        table.network, "count", "median us", "warm us", "total ms", "TFLOP/s", "GB/s", "% best"
     ));
     for row in &table.rows {
         let rate = |work: f64, unit: f64, digits: usize| match work > 0.0 {
@@ -94,10 +98,11 @@ fn print(table: &Table, peaks: &Peaks) {
             false => "-".into(),
         };
         say(&format!(
-            "{:44} {:>5} {:>10.1} {:>9.3} {:>8} {:>7} {:>7.1}  {}",
+            "{:44} {:>5} {:>10.1} {:>9} {:>9.3} {:>8} {:>7} {:>7.1}  {}",
             row.label,
             row.count,
             row.seconds * 1e6,
+            row.warm.map_or("-".into(), |seconds| format!("{:.1}", seconds * 1e6)),
             row.seconds * row.count as f64 * 1e3,
             rate(row.flops, 1e12, 2),
             rate(row.bytes, 1e9, 1),

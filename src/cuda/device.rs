@@ -77,6 +77,15 @@ pub struct TensorTiles<'a> {
     pub swizzle: u32,
 }
 
+/// Contents of the L2 cache when a timing begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cache {
+    /// Nothing that the launches read.
+    Cold,
+    /// Whatever the same launches left there, run once before.
+    Warm,
+}
+
 /// A machine that runs kernels: a GPU or the emulator. Work is done in the order in which it was given.
 pub trait Device: Send + Sync {
     /// Its name.
@@ -164,14 +173,14 @@ pub trait Device: Send + Sync {
     /// As for [`Device::run`].
     unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>>;
 
-    /// Runs kernels one after the other, on a cold cache, and waits: how long they took, by the device's own clock.
+    /// Runs kernels one after the other and waits: how long they took, by the device's own clock.
     ///
     /// # Safety
     /// As for [`Device::run`].
     ///
     /// # Errors
     /// As for [`Device::run`].
-    unsafe fn time(&self, launches: &[Launch]) -> Result<Duration>;
+    unsafe fn time(&self, launches: &[Launch], cache: Cache) -> Result<Duration>;
 }
 
 /// Launches that were prepared; see [`Device::record`].

@@ -1,6 +1,6 @@
 //! The emulator as a device: every launch of the engine, on the CPU, under a hostile schedule.
 
-use super::device::{Device, Launch, Limits, Recording, TensorTiles};
+use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
 use crate::{Error, Result};
 use respodiff_emulated_kernels::{Memory, Schedule, TensorMap, launch};
 use std::collections::HashMap;
@@ -97,7 +97,11 @@ impl Device for Emulated {
         Ok(Box::new(Recorded { device: self, launches: launches.to_vec() }))
     }
 
-    unsafe fn time(&self, launches: &[Launch]) -> Result<Duration> {
+    unsafe fn time(&self, launches: &[Launch], cache: Cache) -> Result<Duration> {
+        if cache == Cache::Warm {
+            // SAFETY: the caller's promise.
+            unsafe { self.run(launches)? };
+        }
         let start = Instant::now();
         // SAFETY: the caller's promise.
         unsafe { self.run(launches)? };

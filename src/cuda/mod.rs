@@ -22,7 +22,7 @@ mod sampler;
 mod tiles;
 mod weights;
 
-pub use device::{Buffer, Device, Launch, Limits, Recording, TensorTiles};
+pub use device::{Buffer, Cache, Device, Launch, Limits, Recording, TensorTiles};
 pub use driver::{Card, Version};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;
@@ -185,13 +185,22 @@ impl Executor {
         replay(&self.device, &self.program.backward, &mut self.recordings[1])
     }
 
-    /// Runs all nodes one by one, each on a cold cache, and tells of every node for which `wanted` is true what
+    /// Waits until all work given before is done.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] with the driver's word about that work.
+    pub fn wait(&self) -> Result<()> {
+        self.arena.read(0, &mut [0])
+    }
+
+    /// Runs all nodes one by one, each with the cache as asked, and tells of every node for which `wanted` is true what
     /// it launched and how long that took.
     ///
     /// # Errors
     /// As for [`Executor::prologue`].
     pub fn timed(
         &mut self,
+        cache: Cache,
         wanted: impl Fn(&Node) -> bool,
         mut tell: impl FnMut(&Node, &[Launch], Duration),
     ) -> Result<()> {
@@ -202,7 +211,7 @@ impl Executor {
             // SAFETY: as in `prologue`.
             unsafe {
                 match wanted(node) {
-                    true => tell(node, &launches, self.device.time(&launches)?),
+                    true => tell(node, &launches, self.device.time(&launches, cache)?),
                     false => self.device.run(&launches)?,
                 }
             }

@@ -6,8 +6,10 @@ macro_rules! files {
     };
 }
 
+// Statics, for a constant's bytes would be in a program once for every place that names it.
+
 /// Its files by their paths in the checkpoint.
-pub(super) const FILES: &[(&str, &[u8])] = files![
+pub(super) static FILES: &[(&str, &[u8])] = files![
     "model/",
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -24,7 +26,7 @@ pub(super) const FILES: &[(&str, &[u8])] = files![
 ];
 
 /// The CLIP that judges its pictures.
-pub(super) const CLIP: &[(&str, &[u8])] = files![
+pub(super) static CLIP: &[(&str, &[u8])] = files![
     "clip/",
     "config.json",
     "merges.txt",

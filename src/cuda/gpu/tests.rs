@@ -104,8 +104,10 @@ fn numbers_go_up_through_and_down() {
         graph.replay().unwrap();
         graph.replay().unwrap();
         assert_eq!(factor(), 32.0);
-        assert_eq!(unsafe { device.time(&[twice(&buffer, 1)]) }.unwrap(), Duration::from_micros(1500));
-        assert_eq!(factor(), 64.0);
+        for (cache, after) in [(Cache::Cold, 64.0), (Cache::Warm, 256.0)] {
+            let time = unsafe { device.time(&[twice(&buffer, 1)], cache) }.unwrap();
+            assert_eq!((time, factor()), (Duration::from_micros(1500), after), "{cache:?}");
+        }
         let expected = (5, 0); // a module, a recording, and two events and memory for timing; no failure on the way
         assert_eq!((live() - before, count("failed_calls")), expected);
         // A structure of another size than the kernel's, where the driver tells sizes.
@@ -118,12 +120,12 @@ fn numbers_go_up_through_and_down() {
         let refused = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 0)]) }.err().unwrap();
         assert!(refused.to_string().contains("launching `twice` (grid [0, 1, 1]"), "{refused}");
         unsafe { device.clone().record(&[twice(&buffer, 1)]).unwrap() }.replay().unwrap();
-        assert_eq!(factor(), 128.0);
+        assert_eq!(factor(), 512.0);
         // A copy on the device of two numbers onto others.
         unsafe { device.copy(buffer.address(), buffer.address() + 8, 8).unwrap() };
         let mut back = [0.0f32; 3];
         buffer.read(0, bytemuck::cast_slice_mut(&mut back)).unwrap();
-        assert_eq!(back, [256.0, 384.0, 256.0]);
+        assert_eq!(back, [1024.0, 1536.0, 1024.0]);
     }
     drop(gpu);
     assert_eq!(live(), 0);

@@ -4,8 +4,8 @@
 //! Most comparisons are bit for bit. Products of integers are exact in whatever order they are summed; those of other
 //! numbers may lose one unit in the last place of the greatest addend with each addend, which is the bound here.
 //!
-//! With RESPODIFF_TEST_DEVICE=cuda and RESPODIFF_RECORD=1 outputs of a GPU go to tests/conformance. Those that are there
-//! are held to the same expectations as the emulator's, and the emulator's to them.
+//! With RESPODIFF_TEST_DEVICE=cuda and RESPODIFF_RECORD=FOLDER outputs of a GPU go there. Those in tests/conformance are
+//! held to the same expectations as the emulator's, and the emulator's to them.
 
 mod hopper;
 
@@ -67,10 +67,11 @@ fn outputs(case: &str, hopper: bool, before: &[u32], prepare: impl Fn(&Arc<dyn D
         unsafe { device.run(&[launch]) }.unwrap_or_else(|fault| panic!("{case}, {label}: {fault}"));
         let mut words = vec![0u32; before.len()];
         memory.read(0, bytemuck::cast_slice_mut(&mut words)).unwrap_or_else(|fault| panic!("{case}, {label}: {fault}"));
-        if !emulated && std::env::var_os("RESPODIFF_RECORD").is_some() {
+        if let Some(folder) = std::env::var_os("RESPODIFF_RECORD").filter(|_| !emulated).map(PathBuf::from) {
             let view = TensorView::new(Dtype::U32, vec![words.len()], bytemuck::cast_slice(&words)).unwrap();
-            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
-            safetensors::serialize_to_file([("output", view)], None, &file).unwrap();
+            std::fs::create_dir_all(&folder).unwrap();
+            safetensors::serialize_to_file([("output", view)], None, &folder.join(format!("{case}.safetensors")))
+                .unwrap();
         }
         outputs.push((format!("{case}, {label}"), words));
     }
