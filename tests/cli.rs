@@ -35,7 +35,10 @@ fn samples_with_the_demo() {
     assert_eq!(text(&output.stdout).lines().collect::<Vec<_>>(), names);
     let times = text(&output.stderr);
     assert!(
-        times.starts_with("loaded in ") && times.contains(" s; 2 images, ") && times.ends_with(" s each\n"),
+        times.starts_with("loaded in ")
+            && times.contains(" s; 2 images, ")
+            && times.contains(" s each; ")
+            && times.contains(" GiB of memory planned"),
         "{times}"
     );
     let tags = respodiff::image::read_png_text(&folder.path().join(names[1])).unwrap();
@@ -77,6 +80,7 @@ fn samples_are_reported_as_json() {
     {
         assert_eq!(report["memory"][name], bytes, "{name}");
     }
+    assert_eq!((&report["memory"]["total"], &report["memory"]["taken"]), (&memory.total().into(), &().into()));
 }
 
 #[test]

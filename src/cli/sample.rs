@@ -210,7 +210,14 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         let shape = [&[final_latents.len() / one], &shape[1..]].concat();
         files::write(path, &[("latents", shape, final_latents)])?;
     }
-    note(&format!("loaded in {loading:.2} s; {made} image{}, {each:.2} s each", if made == 1 { "" } else { "s" }));
+    let taken = engine.used_memory();
+    let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+    note(&format!(
+        "loaded in {loading:.2} s; {made} image{}, {each:.2} s each; {:.2} GiB of memory planned{}",
+        if made == 1 { "" } else { "s" },
+        gib(memory.total()),
+        taken.map_or(String::new(), |taken| format!(", {:.2} taken by the device's count", gib(taken)))
+    ));
     if args.json {
         let seeds = (0..).map(|i| seed.wrapping_add(i));
         let pictures = files[..made]
@@ -221,7 +228,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "images": pictures.collect::<Vec<_>>(),
             "load_seconds": loading, "seconds_per_image": each,
             "first_image_seconds": saved.first.map(|first| (first - started).as_secs_f64()),
-            "memory": {"weights": memory.weights, "text": memory.text, "unet": memory.unet, "vae": memory.vae},
+            "memory": {"weights": memory.weights, "text": memory.text, "unet": memory.unet, "vae": memory.vae,
+                "sampler": memory.sampler, "total": memory.total(), "taken": taken},
         });
         others.into_iter().for_each(|(name, path)| report[name] = json!(path.map(|path| path.display().to_string())));
         say(&format!("{report:#}"));
