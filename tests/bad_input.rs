@@ -66,6 +66,24 @@ fn corrupt_headers() {
     }
 }
 
+/// Networks are loaded side by side, and of several problems always the same one is told.
+#[test]
+fn the_first_of_several_problems() {
+    let folder = copy("sdxl");
+    for file in [
+        "vae/diffusion_pytorch_model.safetensors",
+        UNET,
+        "scheduler/scheduler_config.json",
+        "text_encoder_2/model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer_2/vocab.json",
+        "tokenizer/vocab.json",
+    ] {
+        fs::write(folder.path().join(file), "damaged").unwrap();
+        (0..10).for_each(|_| refused(folder.path(), &[file]));
+    }
+}
+
 /// The file with another header, its numbers the same.
 fn with_header(whole: &[u8], header: usize, change: impl FnOnce(&mut String)) -> Vec<u8> {
     let mut text = String::from_utf8(whole[8..8 + header].to_vec()).unwrap();
