@@ -68,8 +68,8 @@ fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
     );
 }
 
-/// From a checkpoint's files to packed weights, tokenizers included. Random weights are made where they are packed, so that no
-/// disk is measured.
+/// From a checkpoint's files to packed weights, tokenizers included. Random weights are made where they are packed, so
+/// that no disk is measured.
 fn load(c: &mut Criterion, name: &str, source: &Source) {
     let mut group = c.benchmark_group("load");
     group.sample_size(10).measurement_time(Duration::from_secs(5)).warm_up_time(Duration::from_millis(500));

@@ -222,8 +222,8 @@ fn pack_panel(parts: &[Stored], columns: &[Option<usize>; PANEL], taps: usize, p
     finite
 }
 
-/// Packs a panel of `[out, in, k, k]` for the data gradient: its rows run over mirrored taps, then the layer's outputs, and
-/// its columns are some of the layer's inputs.
+/// Packs a panel of `[out, in, k, k]` for the data gradient: its rows run over mirrored taps, then the layer's outputs,
+/// and its columns are some of the layer's inputs.
 fn pack_mirrored(parts: &[Stored], inputs: usize, columns: Range<usize>, taps: usize, panel: &mut [f32]) -> bool {
     let outputs = panel.len() / PANEL / taps;
     let mut strip = vec![0.0; columns.len() * taps];

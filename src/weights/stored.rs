@@ -105,8 +105,8 @@ impl<'a> Stored<'a> {
         }
     }
 
-    /// Writes to `out` the numbers from the one at `start` on, as they stand in the row-major `[outputs, width]`. Returns
-    /// false if one of them is NaN or infinite.
+    /// Writes to `out` the numbers from the one at `start` on, as they stand in the row-major `[outputs, width]`.
+    /// Returns false if one of them is NaN or infinite.
     ///
     /// # Panics
     /// If the tensor ends before `out` does.

@@ -277,8 +277,8 @@ impl Tensors {
         named.map(find).collect()
     }
 
-    /// Asks the system to begin reading tensors from the disk, for whoever will read them soon. Returns once that is under
-    /// way, which on a slow disk takes nearly as long as reading them.
+    /// Asks the system to begin reading tensors from the disk, for whoever will read them soon. Returns once that is
+    /// under way, which on a slow disk takes nearly as long as reading them.
     pub fn read_ahead(&self, stored: &[Stored]) {
         // Elsewhere the system reads as it sees fit.
         #[cfg(unix)]
