@@ -241,7 +241,6 @@ def images(args):
         print(problem, flush=True)
         args.failed = True
 
-    torch.backends.cudnn.benchmark = True
     pipe = pipeline(name)
     step, decode = calls(name, pipe)
 
