@@ -2,7 +2,7 @@
 
 use respodiff::cpu::{self, Fp32};
 use respodiff::cuda::Limits;
-use respodiff::graph::{ConvOptions, Graph, GraphBuilder, Shape};
+use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape};
 use respodiff::models::{ClipConfig, text_encoder};
 use respodiff::plan::{Plan, Storage};
 use respodiff::weights::Tensors;
@@ -68,6 +68,29 @@ fn token_ids_are_of_the_vocabulary() {
     executor.step();
 }
 
+/// Where several tables are read by the same indices, the smallest one decides.
+#[test]
+fn indices_are_of_every_table_that_is_read() {
+    let mut b = GraphBuilder::new();
+    let ids = b.input("ids", Shape::new(1, 1, 2, 1));
+    for (table, rows) in [("many", 9), ("few", 4)] {
+        let embedded = b.embed((table, rows), ("positions", 2), ids, 8);
+        b.output(table, embedded);
+    }
+    let graph = b.finish();
+    graph.check_values("ids", &[3.0, 0.0]).unwrap();
+    assert!(graph.check_values("ids", &[4.0, 0.0]).unwrap_err().to_string().contains("from 0 to 3"));
+}
+
+#[test]
+#[should_panic(expected = "indices are an input's")]
+fn computed_indices_are_refused() {
+    let mut b = GraphBuilder::new();
+    let x = b.input("x", Shape::new(1, 1, 2, 1));
+    let ids = b.activate("floor", x, Activation::None);
+    b.embed(("tokens", 9), ("positions", 2), ids, 8);
+}
+
 #[cfg(feature = "emulated")]
 mod on_kernels {
     use super::*;
@@ -99,6 +122,20 @@ mod on_kernels {
         let other = problem(plan(product(64), &Limits::A100), load(&device(Limits::A100), 64));
         assert!(other.contains("not on emulated"), "{other}");
         Executor::new(&here, plan(product(64), &Limits::A100), weights).unwrap();
+    }
+
+    /// Weights beside others on another device are loaded in full: addresses mean nothing there.
+    #[test]
+    fn weights_are_shared_on_one_device_alone() {
+        let (here, there) = (device(Limits::A100), device(Limits::A100));
+        let graph = product(64);
+        let beside = |device, others: &[&Weights]| {
+            Weights::load_beside(device, graph.weights(), &Tensors::random(), others).unwrap()
+        };
+        let first = beside(&here, &[]);
+        assert_eq!(beside(&here, &[&first]).bytes(), 0);
+        assert_eq!(beside(&there, &[&first]).bytes(), first.bytes());
+        assert!(first.bytes() > 0);
     }
 
     #[test]

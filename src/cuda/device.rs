@@ -257,7 +257,7 @@ impl Buffer {
     /// # Panics
     /// If they do not fit.
     pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
-        assert!(offset + bytes.len() <= self.bytes);
+        assert!(offset <= self.bytes && bytes.len() <= self.bytes - offset);
         // SAFETY: inside this buffer.
         unsafe { self.device.upload(self.address + offset as u64, bytes) }
     }
@@ -270,7 +270,7 @@ impl Buffer {
     /// # Panics
     /// If there are not as many.
     pub fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
-        assert!(offset + bytes.len() <= self.bytes);
+        assert!(offset <= self.bytes && bytes.len() <= self.bytes - offset);
         // SAFETY: inside this buffer.
         unsafe { self.device.download(self.address + offset as u64, bytes) }
     }

@@ -129,19 +129,21 @@ impl Executor {
         }
     }
 
-    /// Writes the named input with an output of the last run of another executor on this device, which is as large.
+    /// Writes the named input with an output of the last run of another executor, which is as large. On one device numbers
+    /// stay there.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word.
+    /// As for [`Executor::write`].
     pub fn copy(&mut self, input: &str, from: &Executor, output: &str) -> Result<()> {
         let (to, of) = (self.plan.graph(), from.plan.graph());
         let (input_id, output_id) = (to.input(input), of.output(output));
         let (length, element) = (to.shape(input_id).len(), Element::of(to, input_id));
         assert_eq!(length, of.shape(output_id).len(), "input `{input}`");
-        if element != Element::of(of, output_id) || to.choices(input_id).is_some() {
+        let as_they_are = element == Element::of(of, output_id) && from.arena.is_on(&self.device);
+        if !as_they_are || to.choices(input_id).is_some() {
             return self.write(input, &from.read(output)?);
         }
-        // SAFETY: both lie in the arenas of executors that are borrowed.
+        // SAFETY: both lie on this device, in the arenas of executors that are borrowed.
         unsafe { self.device.copy(self.input_address(input), from.output_address(output), length * element.bytes()) }
     }
 

@@ -49,6 +49,8 @@ impl Weights {
         tensors: &Tensors,
         others: &[&Weights],
     ) -> Result<Arc<Self>> {
+        // Addresses mean nothing on another device.
+        let others: Vec<_> = others.iter().filter(|other| other.is_on(device)).collect();
         let find = |spec| others.iter().find_map(|other| Some(other.places[*other.by_spec.get(spec)?].clone()));
         let found: Vec<Option<(Arc<Buffer>, usize)>> = specs.iter().map(find).collect();
         let lacking = specs.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec);

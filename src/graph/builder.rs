@@ -204,7 +204,11 @@ impl GraphBuilder {
     }
 
     /// Token plus position embedding.
+    ///
+    /// # Panics
+    /// If `ids` is no input: indices are checked when inputs are written, and nowhere else.
     pub fn embed(&mut self, tokens: (&str, usize), positions: (&str, usize), ids: TensorId, width: usize) -> TensorId {
+        self.assert_input(ids);
         let table = |(name, rows): (&str, usize)| WeightSpec {
             names: vec![format!("{name}.weight")],
             outputs: vec![rows],
@@ -253,9 +257,17 @@ impl GraphBuilder {
     }
 
     /// One token of each image.
+    ///
+    /// # Panics
+    /// If `index` is no input, as for [`GraphBuilder::embed`].
     pub fn select_token(&mut self, name: &str, x: TensorId, index: TensorId) -> TensorId {
+        self.assert_input(index);
         let shape = self.shape(x);
         self.node(name, Op::SelectToken { x, index }, Shape { h: 1, w: 1, ..shape })
+    }
+
+    fn assert_input(&self, indices: TensorId) {
+        assert!(self.graph.inputs.iter().any(|(_, id)| *id == indices), "indices are an input's");
     }
 
     fn affine(&mut self, name: &str, channels: usize) -> (WeightId, WeightId) {

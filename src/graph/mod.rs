@@ -454,12 +454,14 @@ impl Graph {
     }
 
     /// From how many rows the values of an input choose, if they are indices: token ids of a vocabulary, or a token's place.
+    /// The fewest count where several nodes read them.
     pub fn choices(&self, input: TensorId) -> Option<usize> {
-        self.nodes.iter().find_map(|node| match node.op {
+        let rows = self.nodes.iter().filter_map(|node| match node.op {
             Op::Embed { ids, tokens, .. } if ids == input => Some(self.weight(tokens).total_outputs()),
             Op::SelectToken { x, index } if index == input => Some(self.shape(x).tokens()),
             _ => None,
-        })
+        });
+        rows.min()
     }
 
     /// Whether `values` may be written to the named input: kernels read by indices without looking at them.
