@@ -3,18 +3,20 @@
 //! All work goes down one stream, in the order in which it was given. A recording is captured on a stream of its own and
 //! becomes a CUDA graph, so that nothing another thread submits meanwhile can end up in it.
 
+mod kernels;
+
 use super::compiled::{FAMILIES, Family, RESOURCES};
 use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
 use super::driver::{self, Card, Version, check, functions::*};
 use crate::{Error, Result};
 use cudarc::driver::sys::{
-    CUcontext, CUevent, CUfunction, CUfunction_attribute, CUgraphExec, CUmodule, CUresult, CUstream, CUstream_flags,
-    CUstreamCaptureMode, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
-    CUtensorMapL2promotion, CUtensorMapSwizzle,
+    CUcontext, CUevent, CUgraphExec, CUresult, CUstream, CUstream_flags, CUstreamCaptureMode, CUtensorMap,
+    CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
 };
+use kernels::{Kernel, Loaded, MAX_PARAMS};
 use rayon::prelude::*;
-use std::collections::{HashMap, VecDeque};
-use std::ffi::{CString, c_void};
+use std::collections::VecDeque;
+use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -25,8 +27,6 @@ const STAGE: usize = 8 << 20;
 const PIECE: usize = 256 << 10;
 /// What is overwritten to empty the L2 cache: more than any has.
 const FLUSH: usize = 256 << 20;
-/// Largest structure of a kernel.
-const MAX_PARAMS: usize = 4096;
 /// Nothing waits for the legacy default stream.
 const NON_BLOCKING: u32 = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
 
@@ -72,8 +72,8 @@ impl Card {
     }
 }
 
-/// The newest of the compiled architectures that a GPU of `capability` runs: one of its generation that is not newer. Code
-/// of an architecture that ends in `a` runs on that alone.
+/// The newest of the compiled architectures that a GPU of `capability` runs: one of its generation that is not newer.
+/// Code of an architecture that ends in `a` runs on that alone.
 fn code(capability: u32, architectures: impl Iterator<Item = &'static str>) -> String {
     if capability < 80 {
         return "none: compute capability 8.0 is needed".into();
@@ -103,38 +103,41 @@ struct Gpu {
     /// Bytes of memory that were free when it was opened.
     free_at_first: usize,
     stream: CUstream,
-    families: &'static [Family],
-    /// What has been loaded: a family's module at its first kernel.
     loaded: Mutex<Loaded>,
-    /// Pinned buffers for uploads, that which was used longest ago first.
+    /// Pinned buffers for uploads. The first is the one that was used longest ago.
     staging: Mutex<VecDeque<Stage>>,
     timer: Mutex<Option<Timer>>,
 }
 
-/// Modules by family, and kernels by name.
-#[derive(Default)]
-struct Loaded {
-    modules: HashMap<&'static str, CUmodule>,
-    kernels: HashMap<&'static str, Kernel>,
+/// An event of the driver's. Whoever drops it has the context.
+struct Event(CUevent);
+
+impl Event {
+    fn new() -> Result<Self> {
+        let mut event = null_mut();
+        // SAFETY: a live local.
+        check("making an event", unsafe { cuEventCreate(&mut event, 0) })?;
+        Ok(Event(event))
+    }
 }
 
-/// A function of a module.
-#[derive(Clone, Copy)]
-struct Kernel {
-    function: CUfunction,
-    /// Bytes of its structure, where the driver tells: from CUDA 12.4 on.
-    params: Option<usize>,
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: from `new`, and gone with this. An error has nobody to go to.
+        unsafe { cuEventDestroy_v2(self.0) };
+    }
 }
 
 /// A pinned buffer, and an event that says when its last copy to the device is done.
 struct Stage {
     buffer: *mut c_void,
-    copied: CUevent,
+    copied: Event,
 }
 
+/// Events around the launches that are timed, and the memory that is overwritten before.
 struct Timer {
-    start: CUevent,
-    end: CUevent,
+    start: Event,
+    end: Event,
     flush: u64,
 }
 
@@ -143,9 +146,7 @@ struct Timer {
 unsafe impl Send for Gpu {}
 // SAFETY: likewise.
 unsafe impl Sync for Gpu {}
-// SAFETY: handles, see above.
-unsafe impl Send for Loaded {}
-// SAFETY: likewise, and memory that whoever holds the stage has for itself.
+// SAFETY: handles, see above, and memory that whoever holds the stage has for itself.
 unsafe impl Send for Stage {}
 
 /// A lock whose data no panic can leave half changed.
@@ -158,7 +159,7 @@ impl Gpu {
         let mut context = null_mut();
         // SAFETY (of all calls here): arguments are live locals, and handles that the driver gave.
         let code = unsafe { cuDevicePrimaryCtxRetain(&mut context, card.device) };
-        if code as u32 == 46 {
+        if code as u32 == CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE as u32 {
             return Err(Error::Device(format!(
                 "{card} is held by another process (`nvidia-smi` tells which, and its compute mode); end that, choose \
                  another GPU with CUDA_VISIBLE_DEVICES, or use --device cpu"
@@ -172,8 +173,7 @@ impl Gpu {
             context,
             free_at_first: 0,
             stream: null_mut(),
-            families,
-            loaded: Mutex::default(),
+            loaded: Mutex::new(Loaded::new(families)),
             staging: Mutex::default(),
             timer: Mutex::new(None),
         };
@@ -190,32 +190,10 @@ impl Gpu {
 
     /// A new buffer for uploads.
     fn stage(&self) -> Result<Stage> {
-        let mut stage = Stage { buffer: null_mut(), copied: null_mut() };
-        // SAFETY: live locals; what has been made is given back if the rest fails.
-        unsafe {
-            check("making an event", cuEventCreate(&mut stage.copied, 0))?;
-            let pinned = check("pinning memory for uploads", cuMemAllocHost_v2(&mut stage.buffer, STAGE));
-            if pinned.is_err() {
-                cuEventDestroy_v2(stage.copied);
-            }
-            pinned.map(|()| stage)
-        }
-    }
-
-    /// Why a family of kernels is not taken.
-    fn refused(&self, family: &str, code: CUresult) -> Error {
-        let driver = self.version;
-        let advice = match code as u32 {
-            // Invalid image, no binary for this GPU, invalid PTX, PTX of an unknown version, invalid source.
-            200 | 209 | 218 | 222 | 300 => {
-                format!(
-                    "the driver (CUDA {driver}) is older than the nvcc that built them: update it, or build with nvcc {driver}"
-                )
-            }
-            _ => "use --device cpu".into(),
-        };
-        let word = driver::word(code);
-        Error::Device(format!("{}: the kernels of `{family}` cannot be loaded: {word}; {advice}", self.card))
+        let (mut buffer, copied) = (null_mut(), Event::new()?);
+        // SAFETY: a live local.
+        check("pinning memory for uploads", unsafe { cuMemAllocHost_v2(&mut buffer, STAGE) })?;
+        Ok(Stage { buffer, copied })
     }
 
     /// Makes the GPU this thread's.
@@ -230,72 +208,10 @@ impl Gpu {
         check(doing, unsafe { cuStreamSynchronize(self.stream) })
     }
 
-    /// The kernel of that name, which may use all shared memory there is. Its family is loaded with its first kernel. No
-    /// call to the driver is expected to fail, so that a tool which watches for failures has none to report.
-    fn kernel(&self, name: &'static str) -> Result<Kernel> {
+    /// The kernels of launches, loaded.
+    fn kernels(&self, launches: &[Launch]) -> Result<Vec<Kernel>> {
         let mut loaded = lock(&self.loaded);
-        if let Some(kernel) = loaded.kernels.get(name) {
-            return Ok(*kernel);
-        }
-        let Some(family) = self.families.iter().find(|family| family.kernels.contains(&name)) else {
-            return Err(Error::Device(format!("this build has no kernel `{name}`; build it again")));
-        };
-        let symbol = CString::new(name).map_err(|_| Error::Device(format!("`{name}` is no kernel's name")))?;
-        let module = match loaded.modules.get(family.name) {
-            Some(module) => *module,
-            None => {
-                let mut module = null_mut();
-                // SAFETY: fatbins are whole, aligned and constant.
-                let code = unsafe { cuModuleLoadData(&mut module, family.fatbin.as_ptr().cast()) };
-                if code as u32 != 0 {
-                    return Err(self.refused(family.name, code));
-                }
-                loaded.modules.insert(family.name, module);
-                module
-            }
-        };
-        let mut function = null_mut();
-        // SAFETY: the module lives as long as `self`; the name ends in a zero.
-        let code = unsafe { cuModuleGetFunction(&mut function, module, symbol.as_ptr()) };
-        check(&format!("looking for kernel `{name}`"), code)?;
-        use CUfunction_attribute::*;
-        for (attribute, value) in [
-            (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self.card.limits.shared as i32),
-            // In percent: all kernels have a multiprocessor divide its memory between this and L1 in the same way, so that
-            // none waits for that to change. An H100 showed no difference (1.16 us a launch either way).
-            (CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
-        ] {
-            // SAFETY: the function is of a module.
-            let code = unsafe { cuFuncSetAttribute(function, attribute, value) };
-            check(&format!("giving `{name}` shared memory"), code)?;
-        }
-        let mut params = None;
-        if self.version.tells_parameters() {
-            let (mut offset, mut size) = (0, 0);
-            // SAFETY: live locals; every kernel has one parameter.
-            let code = unsafe { cuFuncGetParamInfo(function, 0, &mut offset, &mut size) };
-            check(&format!("asking for the parameters of `{name}`"), code)?;
-            params = Some(size);
-        }
-        let kernel = Kernel { function, params };
-        loaded.kernels.insert(name, kernel);
-        Ok(kernel)
-    }
-
-    /// The kernels of launches, loaded, and with structures of the size that the launches give them.
-    fn resolve(&self, launches: &[Launch]) -> Result<Vec<Kernel>> {
-        let resolved = launches.iter().map(|launch| {
-            let kernel = self.kernel(launch.kernel)?;
-            let given = launch.params.len();
-            match kernel.params.unwrap_or(given) {
-                wanted if given > MAX_PARAMS || wanted != given => Err(Error::Device(format!(
-                    "`{}` takes {wanted} bytes of parameters and was given {given}; this is an error of respodiff: report it",
-                    launch.kernel
-                ))),
-                _ => Ok(kernel),
-            }
-        });
-        resolved.collect()
+        launches.iter().map(|launch| loaded.kernel_of(launch, &self.card, self.version)).collect()
     }
 
     /// Puts launches of `kernels` into a stream.
@@ -331,7 +247,7 @@ impl Gpu {
     /// As for [`Device::record`].
     unsafe fn capture(&self, launches: &[Launch], stream: CUstream) -> Result<CUgraphExec> {
         // Loading a module may have to wait for the device, which a capture forbids.
-        let kernels = self.resolve(launches)?;
+        let kernels = self.kernels(launches)?;
         let (mut graph, mut executable) = (null_mut(), null_mut());
         // SAFETY: handles of the driver, live locals, and the caller's promise about the launches.
         unsafe {
@@ -352,16 +268,9 @@ impl Gpu {
         Ok(executable)
     }
 
-    /// Events and the memory that empties the cache, made at the first timing.
+    /// Made at the first timing.
     fn timer(&self) -> Result<Timer> {
-        let mut timer = Timer { start: null_mut(), end: null_mut(), flush: 0 };
-        // SAFETY: live locals.
-        unsafe {
-            check("making an event", cuEventCreate(&mut timer.start, 0))?;
-            check("making an event", cuEventCreate(&mut timer.end, 0))?;
-        }
-        timer.flush = self.allocate(FLUSH)?;
-        Ok(timer)
+        Ok(Timer { start: Event::new()?, end: Event::new()?, flush: self.allocate(FLUSH)? })
     }
 }
 
@@ -383,7 +292,7 @@ impl Device for Gpu {
     }
 
     fn used_bytes(&self) -> Option<usize> {
-        // What other processes take or give back meanwhile cannot be told apart.
+        // Memory that other processes take or give back meanwhile is counted as well.
         Some(self.free_at_first.saturating_sub(self.free_bytes()?))
     }
 
@@ -392,11 +301,12 @@ impl Device for Gpu {
         let mut address = 0;
         // SAFETY: live locals. The driver refuses a size of nothing.
         let code = unsafe { cuMemAlloc_v2(&mut address, bytes.max(1)) };
-        if code as u32 == 2 {
+        if code as u32 == CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32 {
             let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
             let free = self.free_bytes().map_or("less is".into(), |free| format!("{:.2} GiB are", gib(free)));
             return Err(Error::Device(format!(
-                "{}: {:.2} GiB of memory are wanted where {free} free; choose a smaller model, picture or batch, or close other programs",
+                "{}: {:.2} GiB of memory are wanted where {free} free; choose a smaller model, picture or batch, or \
+                 close other programs",
                 self.card.name,
                 gib(bytes)
             )));
@@ -418,14 +328,15 @@ impl Device for Gpu {
             let stage = oldest.map_or_else(|| self.stage(), Ok)?;
             // SAFETY: the buffer is free once its event has passed; the target is the caller's promise.
             let uploaded = unsafe {
-                check("an upload", cuEventSynchronize(stage.copied)).and_then(|()| {
-                    // A file's pages are mapped as they are read, which takes one thread longer than the copy to the device.
+                check("an upload", cuEventSynchronize(stage.copied.0)).and_then(|()| {
+                    // A file's pages are mapped as they are read, which takes one thread longer than the copy to the
+                    // device.
                     let pinned = std::slice::from_raw_parts_mut(stage.buffer.cast::<u8>(), chunk.len());
                     let pieces = pinned.par_chunks_mut(PIECE).zip(chunk.par_chunks(PIECE));
                     pieces.for_each(|(to, from)| to.copy_from_slice(from));
                     let target = address + (i * STAGE) as u64;
                     check("an upload", cuMemcpyHtoDAsync_v2(target, stage.buffer, chunk.len(), self.stream))?;
-                    check("an upload", cuEventRecord(stage.copied, self.stream))
+                    check("an upload", cuEventRecord(stage.copied.0, self.stream))
                 })
             };
             lock(&self.staging).push_back(stage);
@@ -497,7 +408,7 @@ impl Device for Gpu {
     unsafe fn run(&self, launches: &[Launch]) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller's promise.
-        unsafe { self.submit(&self.resolve(launches)?, launches, self.stream) }
+        unsafe { self.submit(&self.kernels(launches)?, launches, self.stream) }
     }
 
     unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>> {
@@ -524,8 +435,8 @@ impl Device for Gpu {
             Some(timer) => timer,
             None => self.timer()?,
         };
-        let Timer { start, end, flush } = *slot.insert(timer);
-        let kernels = self.resolve(launches)?;
+        let Timer { start: Event(start), end: Event(end), flush } = *slot.insert(timer);
+        let kernels = self.kernels(launches)?;
         let mut milliseconds = 0.0;
         // SAFETY: handles of the driver, memory of the timer's, and the caller's promise.
         unsafe {
@@ -553,17 +464,12 @@ impl Drop for Gpu {
                     cuStreamSynchronize(self.stream);
                 }
                 if let Some(timer) = lock(&self.timer).take() {
-                    cuEventDestroy_v2(timer.start);
-                    cuEventDestroy_v2(timer.end);
                     cuMemFree_v2(timer.flush);
                 }
-                for Stage { buffer, copied } in lock(&self.staging).drain(..) {
-                    cuMemFreeHost(buffer);
-                    cuEventDestroy_v2(copied);
+                for stage in lock(&self.staging).drain(..) {
+                    cuMemFreeHost(stage.buffer);
                 }
-                for &module in lock(&self.loaded).modules.values() {
-                    cuModuleUnload(module);
-                }
+                lock(&self.loaded).unload();
                 if !self.stream.is_null() {
                     cuStreamDestroy_v2(self.stream);
                 }

@@ -20,7 +20,8 @@ typedef void* Handle;
 typedef struct { uint64_t x, out, length; } Doubling;
 typedef struct { int capturing; int launches; Doubling taken[8]; } Stream;
 
-static int live, context, set_shared, failures;
+static _Atomic int live, failures;
+static int context, set_shared;
 static size_t used;
 static void* take(size_t bytes) { live++; return calloc(1, bytes); }
 static int give(void* what) { if (!what) return INVALID_VALUE; live--; free(what); return 0; }

@@ -171,6 +171,27 @@ fn trouble_leaves_nothing_behind() {
     assert_eq!(live(), 0);
 }
 
+/// Threads that upload at once, and help each other meanwhile, each have a pinned buffer of their own.
+#[test]
+fn threads_upload_side_by_side() {
+    let Some(_) = each_driver("threads_upload_side_by_side", &[("-O1", "")]) else { return };
+    let gpu = gpu();
+    {
+        let device: Arc<dyn Device> = gpu.clone();
+        let check = |seed: usize| {
+            let bytes: Vec<u8> = (0..2 * STAGE + 12345).map(|i| (i * (2 * seed + 1) / 8) as u8).collect();
+            let buffer = super::super::Buffer::from_bytes(&device, &bytes).unwrap();
+            let mut back = vec![0; bytes.len()];
+            buffer.read(0, &mut back).unwrap();
+            assert!(back == bytes, "upload {seed}");
+        };
+        (0..16).into_par_iter().for_each(check);
+        assert_eq!(count("failed_calls"), 0);
+    }
+    drop(gpu);
+    assert_eq!(live(), 0);
+}
+
 #[test]
 fn a_gpu_that_another_process_holds_is_said_to_be_held() {
     let Some(_) = each_driver("a_gpu_that_another_process_holds_is_said_to_be_held", &[("-DRETAIN=46", "")]) else {
@@ -182,7 +203,7 @@ fn a_gpu_that_another_process_holds_is_said_to_be_held() {
     assert_eq!(live(), 0);
 }
 
-/// Which machine code a GPU runs, of what a build may have.
+/// The machine code that each GPU runs, of all that a build may have.
 #[test]
 fn every_gpu_runs_the_newest_code_that_it_can() {
     let all = ["80", "86", "89", "90a", "100", "120"];
