@@ -19,9 +19,9 @@ const STRIP: usize = 128;
 
 /// A network's weights, shared by every plan of the network at whatever size.
 pub struct Weights {
-    /// What was loaded for this network, in one piece.
+    /// The weights that were loaded for this network, in one piece.
     own: Arc<Memory>,
-    /// Where each weight is: there, or among another network's.
+    /// Each weight's place: in `own`, or among another network's weights.
     places: Vec<(Arc<Memory>, Range<usize>)>,
     specs: Vec<WeightSpec>,
     by_spec: HashMap<WeightSpec, usize>,
@@ -50,7 +50,8 @@ impl Weights {
     /// Reads and packs all of `specs`. No tensor is ever held in two forms.
     ///
     /// # Errors
-    /// What [`Tensors::stored`] finds, or which number is not finite.
+    /// Those of [`Tensors::stored`], [`Error::Checkpoint`] for a number that is not finite, or [`Error::Device`] when
+    /// memory is short.
     pub fn load(specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
         Self::load_beside(specs, tensors, &[])
     }
@@ -84,12 +85,12 @@ impl Weights {
         Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec }))
     }
 
-    /// What they were loaded for.
+    /// The list that they were loaded for.
     pub fn specs(&self) -> &[WeightSpec] {
         &self.specs
     }
 
-    /// Bytes of memory, but for what others hold.
+    /// Bytes of memory, without the weights that another network holds.
     pub fn bytes(&self) -> usize {
         self.own.0.len()
     }
@@ -142,7 +143,7 @@ fn pack(weights: &[(&WeightSpec, Vec<Stored>)], out: &mut [f32]) -> Result<()> {
         let chunks = room[..packed(spec)].chunks_mut(length).enumerate();
         tasks.extend(chunks.map(|(i, out)| Task { index, start: i * length, out }));
     }
-    // A bridge hands tasks out in their order, so that files are read from front to back.
+    // `par_bridge` hands tasks out in their order, so that files are read from front to back.
     let run = |task: Task| {
         let (spec, parts) = &weights[task.index];
         (!pack_stretch(spec, parts, task.start, task.out)).then_some(task.index)
@@ -199,7 +200,8 @@ fn pack_panel(parts: &[Stored], columns: &[Option<usize>; PANEL], taps: usize, p
     let depth = panel.len() / PANEL;
     let channels = depth / taps;
     let together = (STRIP / taps).max(1);
-    // Rows of the strip do not begin a power of two apart, which would put a column into few sets of the cache.
+    // Rows of the strip begin 16 numbers further apart than they are long: a power of two would put a column of the
+    // strip into few sets of the cache.
     let pitch = together * taps + 16;
     let mut strip = vec![0.0; PANEL * pitch];
     let mut finite = true;
@@ -252,123 +254,33 @@ pub(super) fn source_column(panel: usize, j: usize, outputs: usize, gated: bool)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::weights::{Data, Format};
-    use half::{bf16, f16};
+    use crate::weights::cases::{Case, Random};
 
-    struct Random(u64);
-
-    impl Random {
-        fn below(&mut self, n: usize) -> usize {
-            self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (self.0 >> 33) as usize % n
-        }
-    }
-
-    const FORMATS: [Format; 4] = [Format::F16, Format::BF16, Format::F32, Format::F64];
-
-    /// A number's bytes in a file, and what it is in fp32.
-    fn number(format: Format, random: &mut Random) -> (Vec<u8>, f32) {
-        let x = (random.below(1 << 20) as f64 / (1 << 19) as f64 - 1.0) * 0.1f64.powi(random.below(8) as i32);
-        match format {
-            Format::F16 => (f16::from_f64(x).to_le_bytes().to_vec(), f16::from_f64(x).to_f32()),
-            Format::BF16 => (bf16::from_f64(x).to_le_bytes().to_vec(), bf16::from_f64(x).to_f32()),
-            Format::F32 => ((x as f32).to_le_bytes().to_vec(), x as f32),
-            Format::F64 => (x.to_le_bytes().to_vec(), x as f32),
-        }
-    }
-
-    /// A weight with its tensors in files, each behind one byte of something else, and in fp32.
-    struct Case {
-        spec: WeightSpec,
-        files: Vec<(Format, bool, Vec<u8>)>,
-        rows: Vec<Vec<f32>>,
-    }
-
-    impl Case {
-        fn new(kind: WeightKind, outputs: Vec<usize>, width: usize, random: &mut Random) -> Self {
-            let names = (0..outputs.len()).map(|i| format!("tensor {i}")).collect();
-            let spec = WeightSpec { names, outputs, width, kind };
-            let (mut files, mut rows) = (Vec::new(), Vec::new());
-            for &outputs in &spec.outputs {
-                let format = FORMATS[random.below(4)];
-                let matrix =
-                    matches!(spec.kind, WeightKind::Matrix { kernel: 1, .. } | WeightKind::Mirrored { kernel: 1, .. });
-                let transposed = matrix && random.below(2) == 0;
-                let numbers: Vec<(Vec<u8>, f32)> = (0..outputs * width).map(|_| number(format, random)).collect();
-                let mut file = vec![0xff];
-                for i in 0..numbers.len() {
-                    let of = if transposed { i % outputs * width + i / outputs } else { i };
-                    file.extend(&numbers[of].0);
+    /// Every number put into its place, one after the other.
+    fn packed_by_definition(case: &Case) -> Vec<f32> {
+        let outputs = case.spec.total_outputs();
+        let mut numbers = vec![0.0; packed(&case.spec)];
+        for ([output, input, tap], x) in case.numbers() {
+            // Where it stands in which panel of 32 columns, and how many lines the panels have.
+            let (panel, line, lines, column) = match case.spec.kind {
+                WeightKind::Vector | WeightKind::Table => {
+                    numbers[output * case.spec.width + input] = x;
+                    continue;
                 }
-                files.push((format, transposed, file));
-                rows.extend(numbers.chunks(width).map(|row| row.iter().map(|number| number.1).collect::<Vec<f32>>()));
-            }
-            Case { spec, files, rows }
-        }
-
-        fn random(random: &mut Random) -> Self {
-            let sizes = |random: &mut Random, most| (0..1 + random.below(3)).map(|_| 1 + random.below(most)).collect();
-            let (kernel, inputs) = ([1, 1, 2, 3][random.below(4)], 1 + random.below(70));
-            let width = kernel * kernel * inputs;
-            match random.below(5) {
-                0 => Self::new(WeightKind::Vector, sizes(random, 300), 1, random),
-                1 => Self::new(WeightKind::Table, sizes(random, 40), inputs, random),
-                2 => Self::new(WeightKind::Matrix { kernel, inputs, gated: false }, sizes(random, 90), width, random),
-                3 => {
-                    let outputs = vec![2 * (1 + random.below(60))];
-                    Self::new(WeightKind::Matrix { kernel, inputs, gated: true }, outputs, width, random)
+                WeightKind::Mirrored { wanted, .. } if input >= wanted => continue,
+                WeightKind::Mirrored { kernel, .. } => {
+                    let taps = kernel * kernel;
+                    (input / 32, (taps - 1 - tap) * outputs + output, taps * outputs, input % 32)
                 }
-                _ => {
-                    let wanted = 1 + random.below(inputs);
-                    Self::new(WeightKind::Mirrored { kernel, inputs, wanted }, sizes(random, 60), width, random)
+                WeightKind::Matrix { inputs, gated: true, .. } => {
+                    let (pair, side) = (output % (outputs / 2), output / (outputs / 2));
+                    (pair / 16, tap * inputs + input, case.spec.width, 16 * side + pair % 16)
                 }
-            }
-        }
-
-        fn stored(&self) -> Vec<Stored<'_>> {
-            let named = self.spec.names.iter().zip(&self.spec.outputs);
-            let stored = named.zip(&self.files).map(|((name, &outputs), (format, transposed, file))| Stored {
-                name,
-                path: "file".as_ref(),
-                format: *format,
-                transposed: *transposed,
-                outputs,
-                width: self.spec.width,
-                data: Data::File(&file[1..]),
-            });
-            stored.collect()
-        }
-
-        /// One number after the other, each put into its place.
-        fn packed(&self) -> Vec<f32> {
-            let (WeightKind::Matrix { kernel, inputs, .. } | WeightKind::Mirrored { kernel, inputs, .. }) =
-                self.spec.kind
-            else {
-                return self.rows.concat();
+                WeightKind::Matrix { inputs, .. } => (output / 32, tap * inputs + input, case.spec.width, output % 32),
             };
-            let taps = kernel * kernel;
-            let mut packed = vec![0.0; packed(&self.spec)];
-            for (output, row) in self.rows.iter().enumerate() {
-                for (i, &x) in row.iter().enumerate() {
-                    let (input, tap) = (i / taps, i % taps);
-                    let half = self.rows.len() / 2;
-                    let (panel, k, depth, column) = match self.spec.kind {
-                        WeightKind::Mirrored { wanted, .. } if input >= wanted => continue,
-                        WeightKind::Mirrored { .. } => {
-                            let k = (taps - 1 - tap) * self.rows.len() + output;
-                            (input / 32, k, taps * self.rows.len(), input % 32)
-                        }
-                        WeightKind::Matrix { gated: true, .. } => {
-                            let (of, side) = (output % half, output / half);
-                            (of / 16, tap * inputs + input, taps * inputs, 16 * side + of % 16)
-                        }
-                        _ => (output / 32, tap * inputs + input, taps * inputs, output % 32),
-                    };
-                    packed[(panel * depth + k) * 32 + column] = x;
-                }
-            }
-            packed
+            numbers[(panel * lines + line) * 32 + column] = x;
         }
+        numbers
     }
 
     fn load(cases: &[Case]) -> Result<Vec<f32>> {
@@ -382,10 +294,10 @@ mod tests {
     #[test]
     fn weights_are_packed_as_one_number_after_the_other() {
         let mut random = Random(1);
-        for _ in 0..30 {
+        for round in 0..30 {
             let mut cases: Vec<Case> = (0..20).map(|_| Case::random(&mut random)).collect();
-            if random.below(10) == 0 {
-                // Larger than what one thread packs.
+            if round % 10 == 0 {
+                // Larger than the stretch that one thread packs.
                 let kind = WeightKind::Matrix { kernel: 3, inputs: 65, gated: false };
                 cases.push(Case::new(kind, vec![333, 450], 9 * 65, &mut random));
                 cases.push(Case::new(WeightKind::Table, vec![5000], 70, &mut random));
@@ -395,49 +307,29 @@ mod tests {
             let out = load(&cases).unwrap();
             let mut at = 0;
             for case in &cases {
-                let truth = case.packed();
+                let truth = packed_by_definition(case);
                 let got = &out[at..][..truth.len()];
                 let wrong = got.iter().zip(&truth).position(|(a, b)| a.to_bits() != b.to_bits());
-                assert_eq!(
-                    wrong,
-                    None,
-                    "{:?} {:?}",
-                    case.spec,
-                    case.files.iter().map(|f| (f.0, f.1)).collect::<Vec<_>>()
-                );
+                assert_eq!(wrong, None, "{case:?}");
                 at += truth.len().next_multiple_of(ALIGN);
             }
         }
     }
 
-    /// The first bad number of the first bad weight, wherever else there are some.
+    /// The first bad number of the first bad weight is told, whichever others are bad and whatever the formats.
     #[test]
     fn a_number_that_is_not_finite_is_named() {
         let mut random = Random(2);
-        for format in FORMATS {
-            let bad = match format {
-                Format::F16 => f16::NAN.to_le_bytes().to_vec(),
-                Format::BF16 => bf16::NAN.to_le_bytes().to_vec(),
-                Format::F32 => f32::NAN.to_le_bytes().to_vec(),
-                Format::F64 => f64::NAN.to_le_bytes().to_vec(),
-            };
+        let kind = WeightKind::Matrix { kernel: 3, inputs: 40, gated: false };
+        for _ in 0..10 {
             let mut cases: Vec<Case> = (0..12).map(|_| Case::random(&mut random)).collect();
-            let matrix = WeightKind::Matrix { kernel: 3, inputs: 40, gated: false };
             for place in [5, 9] {
-                // The tensors of one weight may be of different formats.
-                cases[place] = loop {
-                    let case = Case::new(matrix.clone(), vec![20, 50], 360, &mut random);
-                    if case.files[1].0 == format {
-                        break case;
-                    }
-                };
+                cases[place] = Case::new(kind.clone(), vec![20, 50], 360, &mut random);
                 cases[place].spec.names[1] = format!("bad {place}");
-                for position in [17_000, 7_777] {
-                    cases[place].files[1].2[1 + position * bad.len()..][..bad.len()].copy_from_slice(&bad);
-                }
+                [17_000, 7_777].into_iter().for_each(|position| cases[place].damage(1, position, f64::NAN));
             }
             let problem = "file: tensor `bad 5` holds NaN at position 7777; the file is damaged";
-            assert_eq!(load(&cases).unwrap_err().to_string(), problem, "{format:?}");
+            assert_eq!(load(&cases).unwrap_err().to_string(), problem, "{:?}", cases[5]);
         }
     }
 }

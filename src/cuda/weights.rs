@@ -34,7 +34,8 @@ impl Weights {
     /// Uploads and packs all of `specs`. The device holds them once, and [`STAGE`] bytes more while this runs.
     ///
     /// # Errors
-    /// What [`Tensors::stored`] finds, [`Error::Checkpoint`] for NaN and infinity, or [`Error::Device`] when memory is short.
+    /// Those of [`Tensors::stored`], [`Error::Checkpoint`] for NaN and infinity, or [`Error::Device`] when memory is
+    /// short.
     pub fn load(device: &Arc<dyn Device>, specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
         Self::load_beside(device, specs, tensors, &[])
     }
@@ -66,12 +67,12 @@ impl Weights {
         Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec }))
     }
 
-    /// What they were loaded for.
+    /// The list that they were loaded for.
     pub fn specs(&self) -> &[WeightSpec] {
         &self.specs
     }
 
-    /// Whether `device` holds them.
+    /// Whether they are on `device`.
     pub(super) fn is_on(&self, device: &Arc<dyn Device>) -> bool {
         self.own.is_on(device)
     }
@@ -109,8 +110,8 @@ fn packed_bytes(spec: &WeightSpec) -> usize {
     }
 }
 
-/// Uploads weights into `own`, one after the other, and packs them there, at most `limit` bytes of a file at a time. Gives
-/// their offsets.
+/// Uploads weights into `own`, one after the other, and packs them there, at most `limit` bytes of a file at a time.
+/// Gives their offsets.
 fn upload(
     device: &Arc<dyn Device>,
     own: &Buffer,
@@ -138,8 +139,8 @@ fn upload(
                 let first = i * rows_at_once;
                 let rows = first..first + chunk.len() / row;
                 stage.write(0, chunk)?;
-                // SAFETY: the launches read `stage` and write inside `own` and `faults`, which outlive the work: the faults
-                // are read after it. The next write to `stage` comes after it on the device, too.
+                // SAFETY: the launches read `stage` and write inside `own` and `faults`, which outlive the work: the
+                // faults are read after it. The next write to `stage` comes after it on the device, too.
                 unsafe { device.run(&packing.launches(part, first_output, rows))? };
             }
             first_output += part.outputs;
@@ -184,18 +185,20 @@ crate::params! {
 
 /// How the numbers of a weight `[outputs, inputs, taps]` are packed. Strides are in numbers.
 ///
-/// A matrix becomes `[outputs, taps, inputs]` with the inputs filled up to a multiple of [`CHUNK`]; a gated one's values and
-/// gates take turns. A mirrored one becomes `[inputs, taps, outputs]`, its taps in reverse and its outputs filled up.
+/// A matrix becomes `[outputs, taps, inputs]` with the inputs filled up to a multiple of [`CHUNK`]; a gated one's
+/// values and gates take turns. A mirrored one becomes `[inputs, taps, outputs]`, its taps in reverse and its outputs
+/// filled up.
 struct Form {
-    /// Inputs that are packed, the first.
+    /// How many inputs are packed; others follow them in the file.
     inputs: usize,
     taps: usize,
-    /// Where the first number goes.
+    /// The place of the first number in the packed form.
     start: i64,
+    /// From there to the next output, input and tap.
     output: i64,
     input: i64,
     tap: i64,
-    /// How many outputs are values, if gates follow them.
+    /// Of a gated matrix, the number of outputs that are values: as many gates follow them in the file.
     values: Option<usize>,
     /// Whether numbers stay fp32.
     full: bool,
@@ -247,7 +250,8 @@ struct Dimension {
 }
 
 impl Packing {
-    /// What packs `rows` of a part of the weight as the file holds it; the part begins with output `first_output`.
+    /// The launches that pack a part of the weight, of which `from` holds these rows as they lie in the file. The
+    /// part's first output is number `first_output` of the weight's.
     fn launches(&self, part: &Stored, first_output: usize, rows: Range<usize>) -> Vec<Launch> {
         let form = &self.form;
         // The file's rows are outputs, or inputs if it holds the matrix transposed.
@@ -259,6 +263,7 @@ impl Packing {
             true => [1, part.outputs as i64, 0],
             false => [part.width as i64, form.taps as i64, 1],
         };
+        // A gated matrix is two copies: values go to even rows of the packed form, gates to odd ones.
         let split = form.values.map_or(outputs.end, |values| values.clamp(outputs.start, outputs.end));
         let of_gates = form.values.unwrap_or(0);
         let spread = if form.values.is_some() { 2 } else { 1 };
@@ -268,7 +273,7 @@ impl Packing {
             let tap = Dimension { length: form.taps, from: from_tap, to: form.tap };
             let from = (outputs_of_piece.start - outputs.start) as i64 * from_output;
             let to = form.start + to + inputs.start as i64 * form.input;
-            // Threads write neighbouring numbers.
+            // The last dimension is the one in which packed numbers are neighbours, for threads to write side by side.
             let dimensions = if form.input == 1 { [output, tap, input] } else { [input, tap, output] };
             self.launch(part, from, to, dimensions)
         };
@@ -304,151 +309,79 @@ impl Packing {
 mod tests {
     use super::super::{Emulated, Limits};
     use super::*;
-    use crate::weights::Format;
-    use half::bf16;
+    use crate::weights::cases::{Case, Random};
+    use respodiff_emulated_kernels::Schedule;
 
-    fn spec(outputs: &[usize], width: usize, kind: WeightKind) -> WeightSpec {
-        let names = (0..outputs.len()).map(|i| format!("part.{i}")).collect();
-        WeightSpec { names, outputs: outputs.to_vec(), width, kind }
-    }
-
-    /// The packed form by its definition, from the numbers `[outputs, inputs, taps]` of all parts.
-    fn packed(spec: &WeightSpec, numbers: &[f32]) -> Vec<u8> {
-        let half = |x: f32| f16::from_f32(x.clamp(-65504.0, 65504.0));
-        let outputs = spec.total_outputs();
-        let halves = match spec.kind {
-            WeightKind::Vector => return bytemuck::cast_slice(numbers).to_vec(),
-            WeightKind::Table => numbers.iter().map(|&x| half(x)).collect::<Vec<f16>>(),
-            WeightKind::Matrix { kernel, inputs, gated } => {
-                let (taps, padded) = (kernel * kernel, inputs.next_multiple_of(CHUNK));
-                let mut halves = vec![f16::ZERO; outputs * taps * padded];
-                for (i, &x) in numbers.iter().enumerate() {
-                    let (output, input, tap) = (i / taps / inputs, i / taps % inputs, i % taps);
+    /// The packed form by its definition, in which every number is put into its place.
+    fn packed_by_definition(case: &Case) -> Vec<u8> {
+        let (spec, outputs) = (&case.spec, case.spec.total_outputs());
+        if spec.kind == WeightKind::Vector {
+            return case.numbers().flat_map(|(_, x)| x.to_le_bytes()).collect();
+        }
+        let mut halves = vec![f16::ZERO; packed_bytes(spec) / size_of::<f16>()];
+        for ([output, input, tap], x) in case.numbers() {
+            let place = match spec.kind {
+                WeightKind::Vector | WeightKind::Table => output * spec.width + input,
+                WeightKind::Matrix { kernel, inputs, gated } => {
                     let row = match gated {
                         false => output,
-                        true if output < outputs / 2 => 2 * output,
-                        true => 2 * (output - outputs / 2) + 1,
+                        true => output % (outputs / 2) * 2 + output / (outputs / 2),
                     };
-                    halves[(row * taps + tap) * padded + input] = half(x);
+                    (row * kernel * kernel + tap) * inputs.next_multiple_of(CHUNK) + input
                 }
-                halves
-            }
-            WeightKind::Mirrored { kernel, inputs, wanted } => {
-                let (taps, padded) = (kernel * kernel, outputs.next_multiple_of(CHUNK));
-                let mut halves = vec![f16::ZERO; wanted * taps * padded];
-                for (i, &x) in numbers.iter().enumerate() {
-                    let (output, input, tap) = (i / taps / inputs, i / taps % inputs, i % taps);
-                    if input < wanted {
-                        halves[(input * taps + taps - 1 - tap) * padded + output] = half(x);
-                    }
+                WeightKind::Mirrored { wanted, .. } if input >= wanted => continue,
+                WeightKind::Mirrored { kernel, .. } => {
+                    let taps = kernel * kernel;
+                    (input * taps + taps - 1 - tap) * outputs.next_multiple_of(CHUNK) + output
                 }
-                halves
-            }
-        };
+            };
+            halves[place] = f16::from_f32(x.clamp(-65504.0, 65504.0));
+        }
         bytemuck::cast_slice(&halves).to_vec()
     }
 
-    /// Every form, of every number format, whole and in chunks of few rows, transposed and not, is what its definition says.
+    fn load(device: &Arc<dyn Device>, cases: &[Case], limit: usize) -> Result<Vec<Vec<u8>>> {
+        let weights: Vec<_> = cases.iter().map(|case| (&case.spec, case.stored())).collect();
+        let own = Buffer::zeroed(device, cases.iter().map(|case| padded_bytes(&case.spec)).sum())?;
+        let read = |(case, offset): (&Case, usize)| {
+            let mut bytes = vec![0; packed_bytes(&case.spec)];
+            own.read(offset, &mut bytes).map(|()| bytes)
+        };
+        cases.iter().zip(upload(device, &own, &weights, limit)?).map(read).collect()
+    }
+
+    /// Every kind, format and layout, bit for bit, a row at a time, a few, and whole.
     #[test]
     fn forms_are_packed_as_defined() {
-        let matrix = |kernel, inputs, gated| WeightKind::Matrix { kernel, inputs, gated };
-        let mirrored = |kernel, inputs, wanted| WeightKind::Mirrored { kernel, inputs, wanted };
-        let specs = [
-            spec(&[11], 1, WeightKind::Vector),
-            spec(&[5, 9, 3], 1, WeightKind::Vector),
-            spec(&[7], 20, WeightKind::Table),
-            spec(&[6, 4, 5], 13, matrix(1, 13, false)),
-            spec(&[10], 9 * 3, matrix(3, 3, false)),
-            spec(&[14], 150, matrix(1, 150, true)),
-            spec(&[11], 9 * 5, mirrored(3, 5, 5)),
-            spec(&[4, 13], 17, mirrored(1, 17, 9)),
-        ];
-        let mut state = 1u32;
-        let mut number = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            // Some are beyond fp16's range, where they saturate.
-            f16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0).to_f32()
-                * if state.is_multiple_of(7) { 1e5 } else { 1.0 }
-        };
-        for format in [Format::F16, Format::BF16, Format::F32, Format::F64] {
-            for transposed in [false, true] {
-                for (limit, schedule) in [1, 200, 1 << 20].iter().zip(respodiff_emulated_kernels::Schedule::hostile(3))
-                {
-                    let device = Emulated::new(Limits::A100, schedule);
-                    let (mut wanted, mut files) = (Vec::new(), Vec::new());
-                    for spec in &specs {
-                        let numbers: Vec<f32> = (0..spec.len())
-                            .map(|_| match format {
-                                Format::F16 => f16::from_f32(number().clamp(-6e4, 6e4)).to_f32(),
-                                Format::BF16 => bf16::from_f32(number()).to_f32(),
-                                _ => number(),
-                            })
-                            .collect();
-                        let only = |kernel| transposed && kernel == 1;
-                        let exchange = match spec.kind {
-                            WeightKind::Vector => false,
-                            WeightKind::Table => only(1),
-                            WeightKind::Matrix { kernel, .. } | WeightKind::Mirrored { kernel, .. } => only(kernel),
-                        };
-                        let mut rest = &numbers[..];
-                        let mut parts = Vec::new();
-                        for &outputs in &spec.outputs {
-                            let (part, others) = rest.split_at(outputs * spec.width);
-                            rest = others;
-                            let order: Vec<f32> = match exchange {
-                                true => (0..part.len()).map(|i| part[i % outputs * spec.width + i / outputs]).collect(),
-                                false => part.to_vec(),
-                            };
-                            let bytes = order.iter().flat_map(|&x| match format {
-                                Format::F16 => f16::from_f32(x).to_le_bytes().to_vec(),
-                                Format::BF16 => bf16::from_f32(x).to_le_bytes().to_vec(),
-                                Format::F32 => x.to_le_bytes().to_vec(),
-                                Format::F64 => f64::from(x).to_le_bytes().to_vec(),
-                            });
-                            parts.push((outputs, exchange, bytes.collect::<Vec<u8>>()));
-                        }
-                        wanted.push(packed(spec, &numbers));
-                        files.push(parts);
-                    }
-                    let stored: Vec<(&WeightSpec, Vec<Stored>)> = specs
-                        .iter()
-                        .zip(&files)
-                        .map(|(spec, parts)| {
-                            let parts = parts.iter().map(|(outputs, exchange, bytes)| {
-                                Stored::new("part", format, *exchange, (*outputs, spec.width), bytes)
-                            });
-                            (spec, parts.collect())
-                        })
-                        .collect();
-                    let total = specs.iter().map(padded_bytes).sum();
-                    let own = Buffer::zeroed(&device, total).unwrap();
-                    let offsets = upload(&device, &own, &stored, *limit).unwrap();
-                    for ((spec, wanted), offset) in specs.iter().zip(&wanted).zip(offsets) {
-                        let mut bytes = vec![0; packed_bytes(spec)];
-                        own.read(offset, &mut bytes).unwrap();
-                        assert!(bytes == *wanted, "{format:?}, transposed {transposed}, limit {limit}: {spec:?}");
-                    }
+        let mut random = Random(1);
+        for schedule in Schedule::hostile(3) {
+            let device = Emulated::new(Limits::A100, schedule);
+            for limit in [1, 1000, 1 << 20] {
+                let cases: Vec<Case> = (0..12).map(|_| Case::random(&mut random)).collect();
+                for (case, bytes) in cases.iter().zip(load(&device, &cases, limit).unwrap()) {
+                    assert!(bytes == packed_by_definition(case), "limit {limit}: {case:?}");
                 }
             }
         }
     }
 
-    /// The first damaged weight is named, whichever number of it is damaged, and however.
+    /// The first bad number of the first bad weight is told, wherever it is and however bad.
     #[test]
     fn damaged_numbers_are_found() {
         let device = Emulated::new(Limits::A100, Emulated::QUICK);
-        let spec = spec(&[40], 300, WeightKind::Matrix { kernel: 1, inputs: 300, gated: false });
-        for (place, value, text) in
-            [(0, f32::NAN, "NaN"), (299, f32::INFINITY, "inf"), (11_999, f32::NEG_INFINITY, "-inf")]
+        let mut random = Random(2);
+        let kind = WeightKind::Matrix { kernel: 1, inputs: 300, gated: false };
+        for (position, value, text) in
+            [(0, f64::NAN, "NaN"), (299, f64::INFINITY, "inf"), (11_999, f64::NEG_INFINITY, "-inf")]
         {
-            let mut numbers = vec![1.0f32; spec.len()];
-            numbers[place] = value;
-            let sound = vec![1.0f32; spec.len()];
-            let of = |name, numbers| Stored::new(name, Format::F32, false, (40, 300), bytemuck::cast_slice(numbers));
-            let stored = vec![(&spec, vec![of("sound", &sound)]), (&spec, vec![of("damaged", &numbers)])];
-            let own = Buffer::zeroed(&device, 2 * padded_bytes(&spec)).unwrap();
-            let problem = upload(&device, &own, &stored, 1000).unwrap_err().to_string();
-            assert!(problem.contains(&format!("tensor `damaged` holds {text} at position {place};")), "{problem}");
+            for _ in 0..4 {
+                let mut cases = [(); 3].map(|()| Case::new(kind.clone(), vec![40], 300, &mut random));
+                cases[1].spec.names[0] = "damaged".into();
+                cases[1..].iter_mut().for_each(|case| case.damage(0, position, value));
+                let problem = load(&device, &cases, 1000).unwrap_err().to_string();
+                let words = format!("tensor `damaged` holds {text} at position {position};");
+                assert!(problem.contains(&words), "{problem}: {:?}", cases[1]);
+            }
         }
     }
 }

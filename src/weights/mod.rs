@@ -1,5 +1,7 @@
 //! Checkpoints: where their files are, and the tensors in them.
 
+#[cfg(test)]
+pub(crate) mod cases;
 mod demo;
 pub mod hub;
 mod single;
@@ -7,8 +9,6 @@ mod stored;
 mod tensors;
 
 pub use single::SingleFile;
-#[cfg(test)]
-pub(crate) use stored::Data;
 pub use stored::{Format, Stored};
 pub use tensors::Tensors;
 

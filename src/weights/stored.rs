@@ -49,12 +49,12 @@ pub struct Stored<'a> {
     pub outputs: usize,
     /// Numbers of a row (`inputs * kernel * kernel`); 1 for vectors.
     pub width: usize,
-    pub(crate) data: Data<'a>,
+    pub(super) data: Data<'a>,
 }
 
 /// Where a tensor's numbers come from.
 #[derive(Clone, Copy)]
-pub(crate) enum Data<'a> {
+pub(super) enum Data<'a> {
     /// A file's bytes; they may be unaligned.
     File(&'a [u8]),
     /// Uniform numbers, as far as `scale` from `center`; each depends on `seed` and its own position alone.
@@ -62,18 +62,6 @@ pub(crate) enum Data<'a> {
 }
 
 impl<'a> Stored<'a> {
-    /// A matrix of `(outputs, width)` whose numbers are `bytes`, for tests.
-    #[cfg(all(test, feature = "emulated"))]
-    pub(crate) fn new(
-        name: &'a str,
-        format: Format,
-        transposed: bool,
-        (outputs, width): (usize, usize),
-        bytes: &'a [u8],
-    ) -> Self {
-        Stored { name, path: Path::new("test"), format, transposed, outputs, width, data: Data::File(bytes) }
-    }
-
     /// How many numbers there are.
     pub fn len(&self) -> usize {
         self.outputs * self.width

@@ -1,0 +1,134 @@
+//! Random weights in files of every format and layout, for the tests of those that pack them.
+
+use super::stored::{Data, Format, Stored};
+use crate::graph::{WeightKind, WeightSpec};
+use half::{bf16, f16};
+
+/// Random numbers from a seed.
+pub(crate) struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) as usize % n
+    }
+}
+
+/// All number formats.
+pub(crate) const FORMATS: [Format; 4] = [Format::F16, Format::BF16, Format::F32, Format::F64];
+
+/// The bytes of a number in a file, and the number in fp32 after that rounding.
+fn written(format: Format, x: f64) -> (Vec<u8>, f32) {
+    match format {
+        Format::F16 => (f16::from_f64(x).to_le_bytes().to_vec(), f16::from_f64(x).to_f32()),
+        Format::BF16 => (bf16::from_f64(x).to_le_bytes().to_vec(), bf16::from_f64(x).to_f32()),
+        Format::F32 => ((x as f32).to_le_bytes().to_vec(), x as f32),
+        Format::F64 => (x.to_le_bytes().to_vec(), x as f32),
+    }
+}
+
+/// A tensor's file, in which one byte of something else is before its numbers, so that they are not aligned.
+struct File {
+    format: Format,
+    transposed: bool,
+    bytes: Vec<u8>,
+}
+
+/// A weight with its tensors in files, and its numbers in fp32.
+pub(crate) struct Case {
+    pub spec: WeightSpec,
+    files: Vec<File>,
+    /// By output, those of all tensors one after the other.
+    rows: Vec<Vec<f32>>,
+}
+
+impl Case {
+    /// Numbers of many sizes, some beyond fp16's range where the format has them.
+    pub fn new(kind: WeightKind, outputs: Vec<usize>, width: usize, random: &mut Random) -> Self {
+        let names = (0..outputs.len()).map(|i| format!("tensor {i}")).collect();
+        let spec = WeightSpec { names, outputs, width, kind };
+        let (mut files, mut rows) = (Vec::new(), Vec::new());
+        for &outputs in &spec.outputs {
+            let format = FORMATS[random.below(4)];
+            let most = if format == Format::F16 { 6e4 } else { 1e6 };
+            let matrix =
+                matches!(spec.kind, WeightKind::Matrix { kernel: 1, .. } | WeightKind::Mirrored { kernel: 1, .. });
+            let transposed = matrix && random.below(2) == 0;
+            let mut number = || {
+                let unit = random.below(1 << 20) as f64 / (1 << 19) as f64 - 1.0;
+                written(format, unit * most * 0.1f64.powi(random.below(12) as i32))
+            };
+            let numbers: Vec<(Vec<u8>, f32)> = (0..outputs * width).map(|_| number()).collect();
+            let mut bytes = vec![0xff];
+            for i in 0..numbers.len() {
+                let place = if transposed { i % outputs * width + i / outputs } else { i };
+                bytes.extend(&numbers[place].0);
+            }
+            files.push(File { format, transposed, bytes });
+            rows.extend(numbers.chunks(width).map(|row| row.iter().map(|number| number.1).collect::<Vec<f32>>()));
+        }
+        Case { spec, files, rows }
+    }
+
+    /// A small weight of any kind.
+    pub fn random(random: &mut Random) -> Self {
+        let sizes = |random: &mut Random, most| (0..1 + random.below(3)).map(|_| 1 + random.below(most)).collect();
+        let (kernel, inputs) = ([1, 1, 2, 3][random.below(4)], 1 + random.below(70));
+        let width = kernel * kernel * inputs;
+        match random.below(5) {
+            0 => Self::new(WeightKind::Vector, sizes(random, 300), 1, random),
+            1 => Self::new(WeightKind::Table, sizes(random, 40), inputs, random),
+            2 => Self::new(WeightKind::Matrix { kernel, inputs, gated: false }, sizes(random, 90), width, random),
+            3 => {
+                let outputs = vec![2 * (1 + random.below(60))];
+                Self::new(WeightKind::Matrix { kernel, inputs, gated: true }, outputs, width, random)
+            }
+            _ => {
+                let wanted = 1 + random.below(inputs);
+                Self::new(WeightKind::Mirrored { kernel, inputs, wanted }, sizes(random, 60), width, random)
+            }
+        }
+    }
+
+    /// The tensors as [`super::Tensors::stored`] would find them.
+    pub fn stored(&self) -> Vec<Stored<'_>> {
+        let named = self.spec.names.iter().zip(&self.spec.outputs);
+        let stored = named.zip(&self.files).map(|((name, &outputs), file)| Stored {
+            name,
+            path: "file".as_ref(),
+            format: file.format,
+            transposed: file.transposed,
+            outputs,
+            width: self.spec.width,
+            data: Data::File(&file.bytes[1..]),
+        });
+        stored.collect()
+    }
+
+    /// Every number with its output, input and tap.
+    pub fn numbers(&self) -> impl Iterator<Item = ([usize; 3], f32)> {
+        let taps = match self.spec.kind {
+            WeightKind::Matrix { kernel, .. } | WeightKind::Mirrored { kernel, .. } => kernel * kernel,
+            WeightKind::Vector | WeightKind::Table => 1,
+        };
+        let row = move |(output, row): (usize, &Vec<f32>)| {
+            let numbers = row.iter().enumerate();
+            numbers.map(|(i, &x)| ([output, i / taps, i % taps], x)).collect::<Vec<_>>()
+        };
+        self.rows.iter().enumerate().flat_map(row)
+    }
+
+    /// Puts `value`, which is not finite, at a position of a tensor's file.
+    pub fn damage(&mut self, tensor: usize, position: usize, value: f64) {
+        let File { format, bytes, .. } = &mut self.files[tensor];
+        let value = written(*format, value).0;
+        bytes[1 + position * value.len()..][..value.len()].copy_from_slice(&value);
+    }
+}
+
+impl std::fmt::Debug for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let layouts: Vec<_> = self.files.iter().map(|file| (file.format, file.transposed)).collect();
+        write!(f, "{:?}, formats and whether transposed: {layouts:?}", self.spec)
+    }
+}
