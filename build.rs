@@ -78,7 +78,8 @@ struct Family {
     log: String,
 }
 
-/// The flags for every file: what runs where is [`PORTABLE`]'s machine code, 9.0's own instructions, and PTX for the rest.
+/// The flags for every file: what runs where is [`PORTABLE`]'s machine code, 9.0's own instructions, and PTX for the
+/// rest.
 fn flags(nvcc: &Path) -> Result<Vec<String>, String> {
     let offered = Command::new(nvcc).arg("--list-gpu-code").output();
     let offered = offered.map_err(|e| format!("cannot run {}: {e}", nvcc.display()))?;

@@ -1,7 +1,8 @@
 //! Text encoders, a guided UNet step and VAE decode of the demo, and at Stable Diffusion 1.5's and SDXL's size on random
 //! weights, on the CPU; then training: milliseconds of an iteration's parts, and memory. And loading a checkpoint.
 //!
-//! `cargo bench -- demo`, `cargo bench -- load`, `cargo bench -- "sdxl training"`: what a filter leaves out is not made.
+//! `cargo bench -- demo`, `cargo bench -- load`, `cargo bench -- "sdxl training"`: what a filter leaves out is not
+//! made.
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use respodiff::bench::{SD15, SDXL, networks};

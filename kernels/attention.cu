@@ -14,9 +14,9 @@
 //
 // WIDTH is the head dimension filled up with zeros; rows in shared memory are an odd number of 16-byte chunks apart, which
 // keeps ldmatrix free of bank conflicts. Four groups of rows (16 or 32 each) have a warp each; at WIDTH 512 two, since the
-// 64 x 512 accumulators want 256 threads, and each of the two accumulates half the channels. With 32 keys each computes the
-// scores of half of them, and they exchange maxima and weights through shared memory. With 16 keys there is no room for that
-// exchange: both compute all scores, which makes three matrix products' work of two.
+// 64 x 512 accumulators want 256 threads, and each of the two accumulates half the channels. With 32 keys each computes
+// the scores of half of them, and they exchange maxima and weights through shared memory. With 16 keys there is no room
+// for that exchange: both compute all scores, which makes three matrix products' work of two.
 //
 // Key tiles come by cp.async: K and V of the next tile while this one is computed (two stages), but at 512, where only one
 // fits, V while scores are computed and the next K while values are summed. The last keys, and all where a query sees only
@@ -28,8 +28,8 @@
 // as long, and issuing everything a little longer, so that a polynomial in exp2's place would not pay; from 64 on mma.sync
 // is the bound.
 //
-// Results do not depend on ROWS nor on what other rows hold: the number of keys and KEYS, which is the card's, decide the order
-// of sums.
+// Results do not depend on ROWS nor on what other rows hold: the number of keys and KEYS, which is the card's, decide
+// the order of sums.
 #include "attention.cuh"
 
 struct AttentionParams {
@@ -63,7 +63,7 @@ template <int WIDTH_, int ROWS_, int KEYS_, bool VECTOR_> struct Tile {
     // Warps that share a group of rows, and stages of keys and values.
     static constexpr int SPLIT = WIDTH > 256 ? 2 : 1, STAGES = SPLIT == 1 ? 2 : 1;
     static constexpr int THREADS = 128 * SPLIT;
-    // Whether warps that share rows divide a tile's keys among them and exchange the weights.
+    // True if warps that share rows divide a tile's keys among them and exchange the weights.
     static constexpr bool EXCHANGE = SPLIT > 1 && KEYS / SPLIT >= 16;
     // 16-row pieces of a warp.
     static constexpr int PIECES = ROWS / 64;

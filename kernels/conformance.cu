@@ -17,7 +17,7 @@ KERNEL conformance_exp2_approx(const __grid_constant__ ConformanceParams p) {
 }
 EXPORT(conformance_exp2_approx)
 
-// Of each number the half, and of each pair of neighbours both.
+// Halves of single numbers, then of each number and its neighbour as a pair.
 KERNEL conformance_to_half(const __grid_constant__ ConformanceParams p) {
     uint32_t lane = threadIdx.x;
     float x = __int_as_float(p.input[lane]), y = __int_as_float(p.input[lane ^ 1]);

@@ -5,11 +5,11 @@
 // A block of eight warps makes one tile of sums. Its depth passes through shared memory in stages of 64 (16-byte chunks,
 // XOR-swizzled, free of bank conflicts), three or four of them in flight by cp.async; each warp holds its part of the tile in
 // registers and feeds mma.m16n8k16 by ldmatrix. For every 64 of depth a block reads 128 (rows + columns) bytes, mostly from
-// L2, for rows * columns * 64 multiply-adds. 128x160 is bound by the tensor cores of an A100 (1280 cycles for each stage, and
-// 1120 for what passes through shared memory) and by the shared memory of an H100 (1024 and 1120); GeForce cards, with a quarter
-// of the tensor cores, are bound by these in all tiles. Tiles of 64 rows and less are bound by L2 elsewhere, those of 16
-// rows (time embeddings) by the weights' way from memory. The sums go through shared memory once more, so that residuals are
-// read and results written 16 bytes at a time.
+// L2, for rows * columns * 64 multiply-adds. 128x160 is bound by the tensor cores of an A100 (1280 cycles for each
+// stage, and 1120 for what passes through shared memory) and by the shared memory of an H100 (1024 and 1120); GeForce
+// cards, with a quarter of the tensor cores, are bound by these in all tiles. Tiles of 64 rows and less are bound by L2
+// elsewhere, those of 16 rows (time embeddings) by the weights' way from memory. The sums go through shared memory once
+// more, so that residuals are read and results written 16 bytes at a time.
 //
 // Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks, which leave fp32 sums for
 // `conv_finish` to add in order. Each sum is one chain of multiply-adds in the order of the depth, in steps of 16: no bit of it

@@ -12,7 +12,8 @@
 #include <stdint.h>
 #define KERNEL extern "C" __global__ void
 #define EXPORT(kernel)
-// Names the fields of a structure that kernels take, or that is part of one: src/cuda has its mirror, and a test compares both.
+// Names the fields of a structure that kernels take, or that is part of one: src/cuda has its mirror, and a test
+// compares both.
 #define LAYOUT(structure, ...)
 #define PTX_FN static __device__ __forceinline__
 #define PTX_DEVICE(...) __VA_ARGS__
@@ -58,8 +59,8 @@ PTX_FN float exp2_approx(float x) {
     PTX_EMULATED(float y = exp2f(x); return y < 0x1p-126f ? 0.0f : y;)
 }
 
-// The nearest half. What is beyond 65504, fp16's greatest finite number, becomes that: an image may clip, but infinities never
-// come of it. NaN stays NaN, so that whoever reads the end of a network hears of it.
+// The nearest half. What is beyond 65504, fp16's greatest finite number, becomes that: an image may clip, but
+// infinities never come of it. NaN stays NaN, so that whoever reads the end of a network hears of it.
 PTX_FN __half to_half(float x) {
     PTX_DEVICE(uint16_t y; asm("cvt.rn.satfinite.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return __ushort_as_half(y);)
     PTX_EMULATED(return x != x ? __ushort_as_half(0x7fff) : __float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f));)

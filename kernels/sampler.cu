@@ -16,8 +16,8 @@ struct DeviceStep {
     int32_t save, push;
     uint32_t faults;  // warps that found latents not finite
 };
-LAYOUT(DeviceStep, timestep, input_scale, convert_x, convert_out, clip, base_x, base_saved, base_m, base_history, next_base,
-       next_out, next_m, next_history, next_noise, draw, save, push, faults)
+LAYOUT(DeviceStep, timestep, input_scale, convert_x, convert_out, clip, base_x, base_saved, base_m, base_history,
+       next_base, next_out, next_m, next_history, next_noise, draw, save, push, faults)
 
 // A request.
 struct Run {
@@ -124,8 +124,8 @@ struct GuideAndStepParams {
 };
 LAYOUT(GuideAndStepParams, run, steps, out, noise, latents, saved, history, size, guided)
 
-// sum + coefficient * x, each rounded: what the CPU computes. Written with operators the compiler would fuse the two, which
-// shows where great terms cancel, as the noise does in the last steps of LCM.
+// sum + coefficient * x, each rounded: what the CPU computes. Written with operators the compiler would fuse the two,
+// which shows where great terms cancel, as the noise does in the last steps of LCM.
 __device__ __forceinline__ float plus(float sum, float coefficient, float x) {
     return __fadd_rn(sum, __fmul_rn(coefficient, x));
 }
@@ -142,8 +142,8 @@ __device__ __forceinline__ float dot(const float (&coefficients)[3], const float
     return sum;
 }
 
-// Classifier-free guidance (arXiv 2207.12598) and the sampler's step, latents in place: SamplerState::step's arithmetic in its
-// order, and so its numbers to the last bit.
+// Classifier-free guidance (arXiv 2207.12598) and the sampler's step, latents in place: SamplerState::step's arithmetic
+// in its order, and so its numbers to the last bit.
 KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndStepParams p) {
     int i = index(), current = p.run->current, length = p.size.length;
     if (current >= p.run->steps) return;

@@ -16,7 +16,7 @@ WORST = 8  # operations to show
 
 
 def family(row):
-    """What to count an operation with."""
+    """The family that an operation is counted with."""
     case = row["case"]
     kind = case["kind"]
     if kind == "conv" and case["kernel"] == 1:
@@ -29,7 +29,7 @@ def family(row):
 
 
 def benches(figures):
-    """What `respodiff bench` reported, by the model's name."""
+    """The reports of `respodiff bench`, by the model's name."""
     return [(name, figures[f"bench-{name}"]) for name in BENCHES if f"bench-{name}" in figures]
 
 
@@ -39,7 +39,7 @@ def rivals(figures):
 
 
 def families(network, rival):
-    """Of each family its seconds, and the ratio to PyTorch's where that has the same operations."""
+    """The seconds of each family, and the ratio to PyTorch's where that has the same operations."""
     sums = {}
     for row in network["rows"]:
         ours, compared, theirs = sums.get(family(row), (0, 0, 0))

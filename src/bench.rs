@@ -289,7 +289,8 @@ pub struct Peaks {
     pub flops: f64,
     /// Bytes read and written a second, in large copies.
     pub bytes: f64,
-    /// Seconds of an operation on a few numbers, one of many that wait for each other: the least a launch takes in a step.
+    /// Seconds of an operation on a few numbers, one of many that wait for each other: the least a launch takes in a
+    /// step.
     pub launch: f64,
 }
 
@@ -304,7 +305,8 @@ pub struct Row {
     pub count: usize,
     /// What was launched, with its grid.
     pub kernels: String,
-    /// Median seconds of one: on a GPU with a cold L2 cache, on a CPU with the caches as the operation before left them.
+    /// Median seconds of one: on a GPU with a cold L2 cache, on a CPU with the caches as the operation before left
+    /// them.
     pub seconds: f64,
     /// On a GPU, median seconds of one that ran just before.
     pub warm: Option<f64>,

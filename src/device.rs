@@ -69,7 +69,8 @@ impl Device {
     /// Allocates what a plan of this device needs and readies it to run.
     ///
     /// # Errors
-    /// [`Error::Device`] when memory is short, an operation has no kernel, or plan or weights are another device's or network's.
+    /// [`Error::Device`] when memory is short, an operation has no kernel, or plan or weights are another device's or
+    /// network's.
     pub fn executor(&self, plan: Plan, weights: &Weights) -> Result<Executor> {
         let plan = Arc::new(plan);
         match (self, weights) {
@@ -143,7 +144,8 @@ impl Executor {
     /// Writes the named input, which keeps its value from run to run.
     ///
     /// # Errors
-    /// [`Error::Usage`] for an index (a token id) beyond what it chooses from, [`Error::Device`] with the driver's word.
+    /// [`Error::Usage`] for an index (a token id) beyond what it chooses from, [`Error::Device`] with the driver's
+    /// word.
     ///
     /// # Panics
     /// If the graph has no such input, or one of another length.
@@ -236,8 +238,8 @@ impl Executor {
         }
     }
 
-    /// Runs all nodes one by one, on the kernels each with the cache as asked (on the CPU as the node before left it), and
-    /// tells of every node for which `wanted` is true what it launched there and how long it took.
+    /// Runs all nodes one by one, on the kernels each with the cache as asked (on the CPU as the node before left it),
+    /// and tells of every node for which `wanted` is true what it launched there and how long it took.
     ///
     /// # Errors
     /// As for [`Executor::prologue`].

@@ -120,7 +120,8 @@ fn text_encoders() {
     verdict.end();
 }
 
-/// Text encoders as transformers saves them from 5 on, without `text_model.`, in one file, an fp16 variant and in shards.
+/// Text encoders as transformers saves them from 5 on, without `text_model.`, in one file, an fp16 variant and in
+/// shards.
 #[test]
 fn text_encoders_without_a_prefix() {
     for (checkpoint, component, file, shards) in [

@@ -1,4 +1,5 @@
-//! Plans, weights and inputs that do not belong together are errors, on every device, before anything is read or written.
+//! Plans, weights and inputs that do not belong together are errors, on every device, before anything is read or
+//! written.
 
 use respodiff::cpu::{self, Fp32};
 use respodiff::cuda::Limits;

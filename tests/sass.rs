@@ -5,7 +5,7 @@ use respodiff::cuda::compiled::FAMILIES;
 use std::path::Path;
 use std::process::Command;
 
-/// Of the kernels of a name (`*` is any text), for which architectures (all, if none is said), what their code must hold.
+/// Kernels by name (`*` is any text), architectures (all if none is named), and instructions that their code must hold.
 const REQUIRED: &[(&str, &str, &[&str])] = &[
     // Tensor cores fed by ldmatrix, shared memory filled sixteen bytes at a time past L1.
     ("conv_*x*", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
@@ -36,7 +36,7 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
     ("conformance_wgmma_m64n256*", "sm_90a", &["HGMMA.64x256x16.F32"]),
 ];
 
-/// What a kernel's code must not hold: the sampler does the CPU's arithmetic, which fuses nothing.
+/// Instructions that a kernel's code must not hold: the sampler does the CPU's arithmetic, which fuses nothing.
 const FORBIDDEN: &[(&str, &str)] = &[("guide_and_step", "FFMA")];
 
 /// Every function of a fatbin: architecture, name, code.

@@ -240,8 +240,8 @@ fn what_is_predicted() {
     assert!(config.contains("\"rescale_betas_zero_snr\":true") && config.contains("\"trailing\""), "{config}");
 }
 
-/// Layouts of other tools: text encoders of 2022 and of transformers 5, SD 2.x in the layout of Stability AI's later code with only the layers in
-/// use, and a projection that is a linear layer's.
+/// Layouts of other tools: text encoders of 2022 and of transformers 5, SD 2.x in the layout of Stability AI's later
+/// code with only the layers in use, and a projection that is a linear layer's.
 #[test]
 fn other_spellings() {
     let digest = |source: &Source| {

@@ -188,7 +188,7 @@ static void add(EmuCounters& to, const EmuCounters& from) {
 
 using namespace emu;
 
-// What has registered itself: heads of lists.
+// All structures and kernels, which have registered themselves before main: the first of each list.
 extern "C" const Layout* emu_layouts() { return layouts; }
 extern "C" const Kernel* emu_kernels() { return kernels; }
 

@@ -100,7 +100,8 @@ void tma_store(const CUtensorMap* map, uint32_t src, int rank, const int* c, con
     TensorMap t = decode(map, rank, "TMA store", site);
     Store s{*map, src, tile_bytes(t), {}, me.store_group, false, {}, site, 0};
     for (int i = 0; i < rank; i++) {
-        // So it is on an H100, whatever the swizzle. Beyond the far end a store is clipped, and loads may begin anywhere.
+        // So it is on an H100, whatever the swizzle. Beyond the far end a store is clipped, and loads may begin
+        // anywhere.
         if (c[i] < 0)
             fail_at(site, "TMA store: illegal instruction: the tile begins at coordinate %d along dimension %d; only loads may "
                           "begin below 0", c[i], i);

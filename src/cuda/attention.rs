@@ -69,7 +69,7 @@ impl Tile {
         128 * self.split()
     }
 
-    /// Whether warps that share a row divide a step's keys among them; else each computes the scores of all.
+    /// True if warps that share a row divide a step's keys among them. If not, each computes the scores of all keys.
     fn exchanges(&self) -> bool {
         self.split() > 1 && self.keys / self.split() >= 16
     }
@@ -97,8 +97,8 @@ impl Tile {
     }
 
     /// Estimated time: blocks of the busiest multiprocessor, times what one costs. Keys and values pass from shared memory
-    /// to registers once for a block, which costs as much as another 32 queries. Warps that share rows without exchanging
-    /// compute the scores, which are half of the work, twice.
+    /// to registers once for a block, which costs as much as another 32 queries. Warps that share rows without
+    /// exchanging compute the scores, which are half of the work, twice.
     fn time(&self, queries: usize, heads: usize, limits: Limits) -> usize {
         let blocks = IMAGES * heads * queries.div_ceil(self.rows);
         let halves = if self.split() > 1 && !self.exchanges() { 3 } else { 2 };

@@ -97,7 +97,8 @@ pub trait Device: Send + Sync {
     /// Bytes of memory that are free, where that is known.
     fn free_bytes(&self) -> Option<usize>;
 
-    /// Bytes of its memory that have been taken since it was opened, by its own count, which rounds up what is asked for.
+    /// Bytes of its memory that have been taken since it was opened, by its own count, which rounds up what is asked
+    /// for.
     fn used_bytes(&self) -> Option<usize>;
 
     /// Takes memory.

@@ -75,8 +75,8 @@ impl Executor {
     /// Allocates the arena and prepares the launches.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] when memory is short, an operation has no kernel, the plan was not made with the device's
-    /// [`Limits`] as storage, or the weights are another network's or on another device.
+    /// [`crate::Error::Device`] when memory is short, an operation has no kernel, the plan was not made with the
+    /// device's [`Limits`] as storage, or the weights are another network's or on another device.
     pub fn new(device: &Arc<dyn Device>, plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
         plan.check(&device.limits(), weights.specs())?;
         if !weights.is_on(device) {
@@ -112,7 +112,8 @@ impl Executor {
         &self.program.step
     }
 
-    /// Writes the named input, NHWC. It keeps its value from run to run. What fp16 cannot hold becomes its greatest number.
+    /// Writes the named input, NHWC. It keeps its value from run to run. What fp16 cannot hold becomes its greatest
+    /// number.
     ///
     /// # Errors
     /// [`Error::Usage`] for an index beyond what it chooses from, [`Error::Device`] with the driver's word.
@@ -129,8 +130,8 @@ impl Executor {
         }
     }
 
-    /// Writes the named input with an output of the last run of another executor, which is as large. On one device numbers
-    /// stay there.
+    /// Writes the named input with an output of the last run of another executor, which is as large. On one device
+    /// numbers stay there.
     ///
     /// # Errors
     /// As for [`Executor::write`].

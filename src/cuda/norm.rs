@@ -118,9 +118,10 @@ impl Cut {
         Launch::new(kernel, [self.stretches, self.slabs, images], THREADS, shared, params)
     }
 
-    /// Bytes of shared memory for a pair of numbers of each of a slab's groups, and of each channel in each lane. A block
-    /// has as many lanes as its columns fit into its threads. The last slab, which may be narrower, has more than the
-    /// others, and with them more channels in all; but never more than all threads have, unless there is only one lane.
+    /// Bytes of shared memory: a pair of numbers for each group of a slab, and one for each channel of a slab in each
+    /// lane. A block has as many lanes as a slab's columns fit into its threads. The last slab may be narrower and have
+    /// more lanes, and with them more channels in all than a full slab; but never more than all threads hold, unless it
+    /// has one lane.
     fn shared(&self, per_group: usize) -> (usize, usize) {
         (self.slab / per_group * PAIR, (THREADS * self.width).max(self.slab) * PAIR)
     }

@@ -1,7 +1,7 @@
 //! The structures that kernels take, written a second time: in C++ beside the kernels, here for their launches.
 
-/// Defines mirrors of structures in `kernels/`: fields of the same names and sizes in the same order, none of them left out,
-/// not even padding. `tests/kernels/layouts.rs` compares both, byte by byte.
+/// Defines mirrors of structures in `kernels/`: fields of the same names and sizes in the same order, none of them left
+/// out, not even padding. `tests/kernels/layouts.rs` compares both, byte by byte.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! params {
@@ -23,7 +23,7 @@ macro_rules! params {
     )*};
 }
 
-/// How the engine's structures are laid out here; those of the tests' kernels are the tests'.
+/// The layouts of the engine's structures in Rust. The structures of the tests' kernels are in the tests.
 #[cfg(feature = "emulated")]
 pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
     use super::{attention, attention_gradient, conv, elementwise, norm, sampler, weights};

@@ -169,9 +169,9 @@ impl Tile {
     }
 }
 
-/// fp16 multiply-adds with fp32 sums that mma.sync gets out of a multiprocessor in a cycle. GeForce cards have a quarter of an
-/// A100's (71, 165 and 210 TFLOP/s on an RTX 3090, 4090 and 5090, by NVIDIA's architecture papers); an H100's share of what
-/// wgmma gets was measured.
+/// fp16 multiply-adds with fp32 sums that mma.sync gets out of a multiprocessor in a cycle. GeForce cards have a
+/// quarter of an A100's (71, 165 and 210 TFLOP/s on an RTX 3090, 4090 and 5090, by NVIDIA's architecture papers); an
+/// H100's share of what wgmma gets was measured.
 fn multiply_adds(limits: Limits) -> f64 {
     match limits.capability {
         86 | 89 | 120.. => 256.0,
@@ -227,7 +227,7 @@ pub(super) mod tests {
         ]
     }
 
-    /// What training repeats: the way up from the bottleneck and its gradient.
+    /// The network that training repeats: the way up from the bottleneck, and its gradient.
     pub(in super::super) fn trainings() -> Vec<(&'static str, Graph)> {
         let up = |text, size| {
             let config = UNetConfig::parse(text, Path::new("config.json")).unwrap();

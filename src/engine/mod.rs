@@ -367,7 +367,8 @@ impl Engine {
         Session::new(self.clone(), options, plans)
     }
 
-    /// Bytes of the device's memory that are taken since it was opened, by the driver's count; on the CPU that is not known.
+    /// Bytes of the device's memory that are taken since it was opened, by the driver's count; on the CPU that is not
+    /// known.
     pub fn used_memory(&self) -> Option<usize> {
         match &self.0.device {
             Device::Cpu => None,

@@ -453,8 +453,8 @@ impl Graph {
         self.inputs.iter().find(|(n, _)| n == name).map(|(_, id)| *id)
     }
 
-    /// From how many rows the values of an input choose, if they are indices: token ids of a vocabulary, or a token's place.
-    /// The fewest count where several nodes read them.
+    /// From how many rows the values of an input choose, if they are indices: token ids of a vocabulary, or a token's
+    /// place. The fewest count where several nodes read them.
     pub fn choices(&self, input: TensorId) -> Option<usize> {
         let rows = self.nodes.iter().filter_map(|node| match node.op {
             Op::Embed { ids, tokens, .. } if ids == input => Some(self.weight(tokens).total_outputs()),
@@ -464,7 +464,7 @@ impl Graph {
         rows.min()
     }
 
-    /// Whether `values` may be written to the named input: kernels read by indices without looking at them.
+    /// Checks that `values` may be written to the named input: kernels read by indices without looking at them.
     ///
     /// # Errors
     /// [`Error::Usage`] for the first index that is not whole or not among the rows that there are.

@@ -12,7 +12,7 @@ use arena::{Interval, place};
 
 /// How an executor stores what flows through a graph.
 pub trait Storage {
-    /// Which executor, and all that its sizes depend on: plans of different names do not fit each other's executors.
+    /// Names the executor and everything that its sizes depend on: a plan runs only where the storage has its name.
     fn name(&self) -> String;
 
     /// Bytes of an activation.
@@ -90,7 +90,7 @@ impl Plan {
         &self.graph
     }
 
-    /// Whether an executor with this storage can run it, with weights that were loaded for `specs`.
+    /// Checks that an executor with this storage can run it, with weights that were loaded for `specs`.
     ///
     /// # Errors
     /// [`Error::Device`]: offsets and sizes are those of another storage, or the weights another network's.

@@ -1,5 +1,5 @@
-//! The structures that kernels take are written twice, in C++ and in Rust, and handed over as bytes: both must lay them out
-//! alike. A GPU would read whatever lies there.
+//! The structures that kernels take are written twice, in C++ and in Rust, and handed over as bytes: both must lay them
+//! out alike. A GPU would read whatever lies there.
 
 use super::conformance;
 use respodiff_emulated_kernels::{Layout, kernels, layouts};

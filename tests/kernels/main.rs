@@ -90,11 +90,11 @@ fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
     (folder, by_name)
 }
 
-/// What a plain loop comes to.
+/// The result of a plain loop.
 pub struct Truth {
     pub numbers: Numbers,
-    /// How far the kernels' f32 may be off however small the numbers are: where all of a result cancels, the roundings of
-    /// what cancelled are left.
+    /// How far the kernels' f32 may be off however small the numbers are: where all of a result cancels, the roundings
+    /// of what cancelled are left.
     pub floor: f64,
 }
 
@@ -216,8 +216,8 @@ fn compare<T: Into<Truth>>(
     first.expect("a device")
 }
 
-/// Every number within twice the worst error of the naive fp16 loop and one rounding of the greatest result, or within the
-/// truth's floor. NaN where that is the truth, and there alone.
+/// Every number within twice the worst error of the naive fp16 loop and one rounding of the greatest result, or within
+/// the truth's floor. NaN where that is the truth, and there alone.
 pub fn within(label: &str, ours: &[f32], truth: &Truth, naive: &[f64]) {
     let Truth { numbers: truth, floor } = truth;
     assert_eq!(ours.len(), truth.len(), "{label}");

@@ -15,10 +15,10 @@ const EPS: f32 = 1e-5;
 
 /// The gradient by one group or row: `u - mean(u) - x^ mean(u x^)`, for `x^ = (x - mean(x)) * inverse`.
 ///
-/// The floor: with one number, or two, all three terms cancel. In f32, of a unit roundoff e, a mean is off by as many e as it
-/// has additions in a row; so is `x - mean(x)`, of the size of x, hence x^ by e |x| * inverse, besides a few e of its own for
-/// the inverse; u has a few roundings as well. So u and its mean are off by k e |u|, and the last term, in which x^ stands
-/// twice, by k e |u| (|x^|^2 + 2 |x^| (|x| * inverse + |x^|)).
+/// The floor: with one number, or two, all three terms cancel. In f32, of a unit roundoff e, a mean is off by as many e
+/// as it has additions in a row; so is `x - mean(x)`, of the size of x, hence x^ by e |x| * inverse, besides a few e of
+/// its own for the inverse; u has a few roundings as well. So u and its mean are off by k e |u|, and the last term, in
+/// which x^ stands twice, by k e |u| (|x^|^2 + 2 |x^| (|x| * inverse + |x^|)).
 fn gradient_of(x: &[f64], u: &[f64], normal: &[f64], inverse: f64, round: Round) -> Truth {
     let mean_of = |x: &dyn Fn(usize) -> f64| (0..u.len()).map(x).sum::<f64>() / u.len() as f64;
     let (mean_u, mean_product) = (round(mean_of(&|i| u[i])), round(mean_of(&|i| u[i] * normal[i])));
@@ -88,7 +88,8 @@ impl Case<'_> {
         check(&self.label(), &self.shapes(), |g, x| self.build(g, x), |given, round| self.plain(given, round));
     }
 
-    /// The gradient by the first source: [`gradient_of`] each group, where `u` is the seed times what the norm multiplies by.
+    /// The gradient by the first source: [`gradient_of`] each group, where `u` is the seed times what the norm
+    /// multiplies by.
     fn plain_gradient(&self, given: &Given, round: Round) -> Truth {
         let (n, pixels, channels) = (self.sources[0].n, self.sources[0].tokens(), self.channels());
         let (weight, bias) = (&given.weights["norm.weight"], &given.weights["norm.bias"]);

@@ -81,8 +81,8 @@ impl Session {
     }
 
     /// Samples with a "model" that is a random multiple of its input plus random numbers, next to the CPU's sampler, which
-    /// is given the same outputs. Both do the same f32 arithmetic in the same order: their numbers are equal. Of noise drawn on
-    /// the device that holds but for one number in 10^8, whose f64 is about half-way between two f32.
+    /// is given the same outputs. Both do the same f32 arithmetic in the same order: their numbers are equal. Of noise
+    /// drawn on the device that holds but for one number in 10^8, whose f64 is about half-way between two f32.
     fn check(&self, label: &str, schedule: &Schedule, rng: Rng) {
         let guidance = 7.5;
         let rows = if self.guided { 2 } else { 1 };

@@ -137,7 +137,8 @@ impl Tiling<'_> {
 #[test]
 pub fn tma() {
     for swizzle in 0..4 {
-        // A tile over the far corner, a span wide. A store that begins at a negative coordinate is an illegal instruction.
+        // A tile over the far corner, a span wide. A store that begins at a negative coordinate is an illegal
+        // instruction.
         let tile = [[24, 16, 32, 64][swizzle as usize], 16];
         let corner = |x| Tiling { sizes: &[88, 13], tile: &tile, x, swizzle };
         corner(&[8, 2]).load("conformance_tma_load_2d");

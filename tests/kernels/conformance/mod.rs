@@ -4,8 +4,8 @@
 //! Most comparisons are bit for bit. Products of integers are exact in whatever order they are summed; those of other
 //! numbers may lose one unit in the last place of the greatest addend with each addend, which is the bound here.
 //!
-//! With RESPODIFF_TEST_DEVICE=cuda and RESPODIFF_RECORD=FOLDER outputs of a GPU go there. Those in tests/conformance are
-//! held to the same expectations as the emulator's, and the emulator's to them.
+//! With RESPODIFF_TEST_DEVICE=cuda and RESPODIFF_RECORD=FOLDER outputs of a GPU go there. Those in tests/conformance
+//! are held to the same expectations as the emulator's, and the emulator's to them.
 
 mod hopper;
 
@@ -34,7 +34,7 @@ pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
 /// A launch, and the memory it needs besides its output.
 type Prepared = (Launch, Vec<Buffer>);
 
-/// What a case left: each output with who made it.
+/// The outputs of a case, each with the name of the device that made it.
 type Outputs = Vec<(String, Vec<u32>)>;
 
 thread_local! {
@@ -47,8 +47,8 @@ fn recordings() -> PathBuf {
     support::root().join("tests/conformance")
 }
 
-/// What a case leaves in memory that held `before`: on every device, and on a GPU when it was recorded. Of wrappers for
-/// sm_90a alone `hopper` says so.
+/// The words that a case leaves in memory which held `before`: from every device, and from the GPU that was recorded.
+/// `hopper` is true for wrappers that only sm_90a has.
 fn outputs(case: &str, hopper: bool, before: &[u32], prepare: impl Fn(&Arc<dyn Device>, u64) -> Prepared) -> Outputs {
     if let Some(new) = NAMED.with_borrow_mut(|names| names.as_mut().map(|names| names.insert(case.into()))) {
         assert!(new, "two cases are named {case}: they would share a recording");
