@@ -83,15 +83,38 @@ fn samples_are_reported_as_json() {
     assert_eq!((&report["memory"]["total"], &report["memory"]["taken"]), (&memory.total().into(), &().into()));
 }
 
+/// A file for `--latents`, of images of the demo's size.
+fn write_latents(path: &Path, numbers: &[f32]) {
+    let (shape, bytes) = (vec![numbers.len() / 256, 4, 8, 8], bytemuck::cast_slice(numbers));
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, bytes).unwrap();
+    std::fs::write(path, safetensors::serialize([("latents", view)], None).unwrap()).unwrap();
+}
+
+/// A batch that fails takes nothing from those before it: their pictures, latents and report are there.
+#[test]
+fn a_failure_keeps_what_was_made_before() {
+    let folder = tempfile::tempdir().unwrap();
+    write_latents(&folder.path().join("noise.st"), &[[0.5; 2 * 256], [3e38; 2 * 256]].concat());
+    let args =
+        ["sample", "a cook", "--steps", "2", "--images", "4", "--batch", "2", "--device", "cpu", "--out", "x.png"];
+    let more = ["--latents", "noise.st", "--save-latents", "l.st", "--json"];
+    let output = respodiff(folder.path(), &[&args[..], &more].concat());
+    assert!(!output.status.success());
+    assert!(text(&output.stderr).contains("error: ") && text(&output.stderr).contains("step 1"), "{output:?}");
+    assert_eq!(files(folder.path()), ["l.st", "noise.st", "x-0.png", "x-1.png"]);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["images"].as_array().unwrap().len(), 2, "{report}");
+    let bytes = std::fs::read(folder.path().join("l.st")).unwrap();
+    let latents = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(latents.tensor("latents").unwrap().shape(), [2, 4, 8, 8]);
+}
+
 #[test]
 fn given_noise_is_the_seeds_noise() {
     let folder = tempfile::tempdir().unwrap();
     let mut noise = vec![0.0f32; 4 * 64];
     respodiff::diffusion::noise::NormalGenerator::new(Default::default(), 3).fill(&mut noise);
-    let view =
-        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1, 4, 8, 8], bytemuck::cast_slice(&noise));
-    let bytes = safetensors::serialize([("latents", view.unwrap())], None).unwrap();
-    std::fs::write(folder.path().join("noise.st"), bytes).unwrap();
+    write_latents(&folder.path().join("noise.st"), &noise);
     let sample = |extra: &[&str], out: &str| {
         let args: Vec<&str> =
             ["sample", "a cook", "--steps", "2", "--out", out].into_iter().chain(extra.iter().copied()).collect();

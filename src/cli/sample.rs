@@ -114,7 +114,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         guided: guidance > 1.0,
         concepts: args.concepts.any(),
     };
-    let mut session = engine.session(options)?;
+    let mut session = Some(engine.session(options)?);
     let shape = engine.latent_shape(SessionOptions { batch: images, ..options }).to_vec();
     let latents = match &args.latents {
         Some(path) => {
@@ -162,13 +162,13 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let one: usize = shape[1..].iter().product();
     let mut final_latents = Vec::with_capacity(images * one);
     let sampling = Instant::now();
-    for start in (0..images).step_by(batch) {
+    // Makes a batch; false if the run was broken off meanwhile.
+    let mut make = |start: usize| -> Result<bool> {
         let end = images.min(start + batch);
         if end - start < options.batch {
             // The last batch is smaller. Its session needs the room of the other.
             options.batch = end - start;
-            drop(session);
-            session = engine.session(options)?;
+            session = None;
         }
         let request = Request {
             prompt: args.prompt.clone(),
@@ -183,22 +183,33 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             latents: latents.as_ref().map(|all| all[start * one..end * one].to_vec()),
             concepts: if options.concepts { assignment[start..end].to_vec() } else { Vec::new() },
         };
+        let session = match &mut session {
+            Some(session) => session,
+            none => none.insert(engine.session(options)?),
+        };
         let output = session.generate(&request, &mut |progress| {
             match progress {
                 Progress::Step { done, .. } => bar.set_position((start / batch * steps + done) as u64),
                 Progress::Decoded { done, .. } => bar.set_message(format!("decoded {}/{images}", start + done)),
             }
             if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        });
-        let output = match output {
-            Err(Error::Cancelled(_)) if start > 0 => break,
-            output => output?,
-        };
-        final_latents.extend_from_slice(&output.latents);
+        })?;
         // Printed lines and the bar would mix.
         bar.suspend(|| saved.add(&output.images))?;
-        if output.images.len() < options.batch {
-            break;
+        final_latents.extend_from_slice(&output.latents);
+        Ok(output.images.len() == options.batch)
+    };
+    let mut failure = None;
+    for start in (0..images).step_by(batch) {
+        match make(start) {
+            Ok(true) => {}
+            Ok(false) => break,
+            // Pictures of earlier batches are there: they are reported first.
+            Err(problem) if start > 0 => {
+                failure = Some(problem);
+                break;
+            }
+            Err(problem) => return Err(problem),
         }
     }
     bar.finish_and_clear();
@@ -236,10 +247,11 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     } else {
         others.iter().filter_map(|(_, path)| path.as_ref()).for_each(|path| say(&path.display().to_string()));
     }
-    if made < images {
-        return Err(Error::Cancelled(format!("{made} of {images} pictures were saved")));
+    match failure {
+        Some(problem) if !matches!(problem, Error::Cancelled(_)) => Err(problem),
+        _ if made < images => Err(Error::Cancelled(format!("{made} of {images} pictures were saved"))),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// Two whole numbers.
