@@ -217,7 +217,8 @@ impl Form {
             full: false,
         };
         match spec.kind {
-            WeightKind::Vector => Form { full: true, ..plain },
+            // Its numbers are outputs, and neighbours.
+            WeightKind::Vector => Form { full: true, output: 1, input: 0, ..plain },
             WeightKind::Table => plain,
             WeightKind::Matrix { kernel, inputs, gated } => {
                 let (taps, padded) = (kernel * kernel, inputs.next_multiple_of(CHUNK) as i64);
