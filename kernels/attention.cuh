@@ -75,12 +75,6 @@ template <class T> PTX_FN void add_product(Sums<T>& sums, const uint32_t (&a)[T:
     }
 }
 
-PTX_FN uint32_t bits_of(__half2 pair) {
-    uint32_t bits;
-    memcpy(&bits, &pair, 4);
-    return bits;
-}
-
 // Writes a warp's sums times its rows' factors, of those rows that are among the block's first `rows`. On the way they pass
 // through shared memory at `offset`, where no other warp may still read the warp's rows. `part` is which of the warps that share
 // them, a part of the columns each, this one is.

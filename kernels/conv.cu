@@ -14,17 +14,12 @@
 // Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks, which leave fp32 sums for
 // `conv_finish` to add in order. Each sum is one chain of multiply-adds in the order of the depth, in steps of 16: no bit of it
 // depends on the tile.
-#include "numeric.cuh"
+#include "epilogue.cuh"
 
 struct ConvParams {
     const __half* sources[2];
-    const __half* weight;     // [columns][kernel * kernel][depth]
-    const float* bias;        // may be missing, as the following may
-    const __half* per_image;  // [images][channels]
-    const __half* residual;
-    void* out;
-    const __half* shift;  // added to the images from `first_shifted` on, in a second result
-    __half* shifted;
+    const __half* weight;  // [columns][kernel * kernel][depth]
+    Epilogue after;
     float* partial;  // [splits][rows][pitch]
     uint64_t resize_y, resize_x;  // stored over seen size, times 2^32, rounded up: exact for sides below 2^16
     int32_t source_channels[2];
@@ -33,17 +28,12 @@ struct ConvParams {
     int32_t seen_height, seen_width;
     int32_t out_height, out_width;
     int32_t kernel, stride, pad;
-    int32_t rows, pixels;       // of all images and of one
-    int32_t columns, channels;  // of the product and of the result: half as many behind a gate
-    int32_t splits, steps;      // stages of each split
-    int32_t activation;
-    int32_t full;  // whether the result is fp32
-    int32_t first_shifted;
-    float gain, bias_gain, scale;
+    int32_t rows;           // of all images
+    int32_t columns;        // of the product: twice the result's behind a gate
+    int32_t splits, steps;  // stages of each split
 };
-LAYOUT(ConvParams, sources, weight, bias, per_image, residual, out, shift, shifted, partial, resize_y, resize_x,
-       source_channels, depth, height, width, seen_height, seen_width, out_height, out_width, kernel, stride, pad, rows,
-       pixels, columns, channels, splits, steps, activation, full, first_shifted, gain, bias_gain, scale)
+LAYOUT(ConvParams, sources, weight, after, partial, resize_y, resize_x, source_channels, depth, height, width, seen_height, seen_width,
+       out_height, out_width, kernel, stride, pad, rows, columns, splits, steps)
 
 namespace {
 
@@ -57,46 +47,6 @@ constexpr int BAND = 8;                     // tiles of rows that are made toget
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4); }
 
 __device__ __forceinline__ int pitch_of(const ConvParams& p) { return (p.columns + 15) / 16 * 16; }
-
-__device__ __forceinline__ void read8(const float* from, int count, bool aligned, float (&x)[8]) {
-    if (aligned) {
-        const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
-        x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[i] = i < count ? from[i] : 0.0f;
-    }
-}
-
-__device__ __forceinline__ void read8(const __half* from, int count, bool aligned, float (&x)[8]) {
-    if (aligned) {
-        unpack(*reinterpret_cast<const Half8*>(from), x);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[i] = i < count ? __half2float(from[i]) : 0.0f;
-    }
-}
-
-__device__ __forceinline__ void write8(float* to, int count, bool aligned, const float (&x)[8]) {
-    if (aligned) {
-        *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
-        *reinterpret_cast<float4*>(to + 4) = make_float4(x[4], x[5], x[6], x[7]);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (i < count) to[i] = x[i];
-    }
-}
-
-__device__ __forceinline__ void write8(__half* to, int count, bool aligned, const float (&x)[8]) {
-    if (aligned) {
-        *reinterpret_cast<Half8*>(to) = pack(x);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (i < count) to[i] = to_half(x[i]);
-    }
-}
 
 // Adds eight sums, or eight pairs of values and gates, which take turns.
 __device__ __forceinline__ void add_sums(const float* from, bool gated, float (&x)[8], float (&gate)[8]) {
@@ -113,56 +63,6 @@ __device__ __forceinline__ void add_sums(const float* from, bool gated, float (&
     } else {
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] += more[i];
-    }
-}
-
-// All that follows the product, for eight channels of a row of the result.
-__device__ __forceinline__ void finish(const ConvParams& p, float (&x)[8], float (&gate)[8], int row, int channel) {
-    const bool gated = p.activation == GEGLU;
-    const bool aligned = p.channels % 8 == 0;
-    const int count = min(8, p.channels - channel);
-    const int image = row / p.pixels;
-    const size_t at = size_t(row) * p.channels + channel;
-    float more[8];
-    float bias[8] = {};
-    if (p.bias) read8(p.bias + channel, count, aligned, bias);
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = fmaf(x[i], p.gain, p.bias_gain * bias[i]);
-    if (p.per_image) {
-        read8(p.per_image + size_t(image) * p.channels + channel, count, aligned, more);
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[i] += more[i];
-    }
-    if (gated) {
-        if (p.bias) read8(p.bias + p.channels + channel, count, aligned, bias);
-#pragma unroll
-        for (int i = 0; i < 8; i++) gate[i] = fmaf(gate[i], p.gain, p.bias_gain * bias[i]);
-    }
-    if (p.activation != NONE) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const float y = activation_of(gated ? gate[i] : x[i], gated ? GELU : p.activation);
-            x[i] = gated ? x[i] * y : y;
-        }
-    }
-    if (p.residual) {
-        read8(p.residual + at, count, aligned, more);
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[i] += more[i];
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] *= p.scale;
-    if (p.full)
-        write8(static_cast<float*>(p.out) + at, count, aligned, x);
-    else
-        write8(static_cast<__half*>(p.out) + at, count, aligned, x);
-    if (p.shifted) {
-        if (image >= p.first_shifted) {
-            read8(p.shift + at - size_t(p.first_shifted) * p.pixels * p.channels, count, aligned, more);
-#pragma unroll
-            for (int i = 0; i < 8; i++) x[i] += more[i];
-        }
-        write8(p.shifted + at, count, aligned, x);
     }
 }
 
@@ -327,7 +227,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
             *reinterpret_cast<float2*>(at + 8 * PITCH) = make_float2(sums[i][j][2], sums[i][j][3]);
         }
     __syncthreads();
-    const bool whole = p.splits == 1, gated = p.activation == GEGLU;
+    const bool whole = p.splits == 1, gated = p.after.activation == GEGLU;
     const int group = whole && gated ? 16 : 8, groups = COLUMNS / group;
     for (int i = thread; i < ROWS * groups; i += THREADS) {
         const int row = first_row + i / groups, column = first_column + i % groups * group;
@@ -336,7 +236,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
         float x[8] = {}, gate[8] = {};
         add_sums(at, whole && gated, x, gate);
         if (whole) {
-            finish(p, x, gate, row, gated ? column / 2 : column);
+            finish(p.after, x, gate, row, gated ? column / 2 : column);
         } else {
             write8(p.partial + (size_t(blockIdx.y) * p.rows + row) * pitch_of(p) + column, 8, true, x);
         }
@@ -363,14 +263,14 @@ CONV(conv_16x64_odd, 2, 16, 64, 1, 4, false)
 
 // Adds the splits' sums in order and does what follows a product: eight channels of a row a thread, memory bound.
 KERNEL __launch_bounds__(256) conv_finish(const __grid_constant__ ConvParams p) {
-    const int groups = (p.channels + 7) / 8;
+    const int groups = (p.after.channels + 7) / 8;
     const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
     if (i >= int64_t(p.rows) * groups) return;
     const int row = i / groups, channel = i % groups * 8, pitch = pitch_of(p);
-    const bool gated = p.activation == GEGLU;
+    const bool gated = p.after.activation == GEGLU;
     const float* sums = p.partial + size_t(row) * pitch + (gated ? 2 * channel : channel);
     float x[8] = {}, gate[8] = {};
     for (int split = 0; split < p.splits; split++, sums += size_t(p.rows) * pitch) add_sums(sums, gated, x, gate);
-    finish(p, x, gate, row, channel);
+    finish(p.after, x, gate, row, channel);
 }
 EXPORT(conv_finish)

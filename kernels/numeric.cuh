@@ -15,6 +15,19 @@ union __align__(16) Half8 {
     }
 };
 
+// Two halves as one register, and back.
+PTX_FN uint32_t bits_of(__half2 pair) {
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+PTX_FN __half2 pair_of(uint32_t bits) {
+    __half2 pair;
+    memcpy(&pair, &bits, 4);
+    return pair;
+}
+
 __device__ __forceinline__ void unpack(Half8 v, float (&x)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {

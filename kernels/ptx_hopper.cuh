@@ -114,6 +114,16 @@ template <int N> PTX_FN void wgmma_wait(PTX_ONLY_LINE) {
     PTX_EMULATED(emu::wgmma_wait(N, EMU_PASS);)
 }
 
+// The compiler moves no use of the sums over this. It does not know that they change between a wgmma and its wait, so that one of
+// these belongs before wgmma_fence and after wgmma_wait.
+template <int R> PTX_FN void wgmma_hold(float (&d)[R]) {
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+        PTX_DEVICE(asm volatile("" : "+f"(d[i])::"memory");)
+        PTX_EMULATED((void)d;)
+    }
+}
+
 // The warpgroup's registers a thread become R, a multiple of 8: more, waiting until others gave some, or fewer.
 template <int R> PTX_FN void reg_inc() {
     static_assert(R % 8 == 0 && R >= 24 && R <= 256);

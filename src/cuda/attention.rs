@@ -1,7 +1,7 @@
 //! Launches of `kernels/attention.cu`.
 
 use super::device::{Launch, Limits};
-use super::program::Site;
+use super::site::Site;
 use super::weights::CHUNK;
 use crate::graph::{Attention, Shape, TensorId, View};
 use crate::{Error, Result};

@@ -2,7 +2,7 @@
 
 use super::attention::is_aligned;
 use super::device::{Launch, Limits};
-use super::program::Site;
+use super::site::Site;
 use crate::graph::{Attention, Graph, TensorId, View};
 use crate::{Error, Result};
 

@@ -1,21 +1,19 @@
 //! Launches of `kernels/conv.cu`.
 
+use super::conv_hopper;
 use super::device::{Launch, Limits};
-use super::program::{Element, Site};
-use super::tiles::{Choice, Product, THREADS, Tile, choose};
+use super::epilogue::Epilogue;
+use super::site::Site;
+use super::tiles::{Choice, Instruction, Product, THREADS, Tile, choose};
 use super::weights::CHUNK;
-use crate::graph::{Conv, Graph, Op, Shape, TensorId, WeightKind};
+use crate::Result;
+use crate::graph::{Activation, Conv, Graph, Shape, TensorId, WeightKind};
 
 crate::params! {
     pub(super) struct ConvParams {
         sources: [u64; 2],
         weight: u64,
-        bias: u64,
-        per_image: u64,
-        residual: u64,
-        out: u64,
-        shift: u64,
-        shifted: u64,
+        after: Epilogue,
         partial: u64,
         resize_y: u64,
         resize_x: u64,
@@ -31,31 +29,10 @@ crate::params! {
         stride: i32,
         pad: i32,
         rows: i32,
-        pixels: i32,
         columns: i32,
-        channels: i32,
         splits: i32,
         steps: i32,
-        activation: i32,
-        full: i32,
-        first_shifted: i32,
-        gain: f32,
-        bias_gain: f32,
-        scale: f32,
     }
-}
-
-/// The RespoDiff shift of `x` and its result, if there is one: the convolution that makes `x` writes both.
-fn shift_of(graph: &Graph, x: TensorId) -> Option<(TensorId, TensorId)> {
-    graph.nodes().iter().find_map(|node| match node.op {
-        Op::Shift { x: shifted, shift } if shifted == x => Some((shift, node.output)),
-        _ => None,
-    })
-}
-
-/// Whether a convolution makes `x`, and with it what `x` is shifted to.
-pub(super) fn makes(graph: &Graph, x: TensorId) -> bool {
-    graph.nodes().iter().any(|node| node.output == x && matches!(node.op, Op::Conv(_)))
 }
 
 /// The product of one image, and how it is computed for all.
@@ -70,6 +47,8 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
         },
         depth: conv.kernel * conv.kernel * channels.next_multiple_of(CHUNK),
         vector: conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(CHUNK)),
+        gated: conv.activation == Activation::Geglu,
+        area: conv_hopper::area(graph, conv, out),
     };
     (one, choose(one, shape.n, limits))
 }
@@ -77,30 +56,34 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
 /// Bytes of the sums of a depth in parts.
 pub(super) fn workspace(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> usize {
     let (one, choice) = plan(graph, conv, out, limits);
-    Product { rows: graph.shape(out).rows(), ..one }.partial_bytes(choice.splits)
+    choice.tile.partial_bytes(&Product { rows: graph.shape(out).rows(), ..one }, choice.splits)
 }
 
-pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site, launches: &mut Vec<Launch>) {
-    let graph = site.graph();
+/// Whether every pixel is read once and by itself.
+pub(super) fn is_pointwise(conv: &Conv) -> bool {
+    conv.kernel == 1 && conv.stride == 1 && conv.pad == 0 && conv.resize.is_none()
+}
+
+/// # Errors
+/// [`crate::Error::Device`] if TMA does not take the tensors.
+pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
     let (input, output) = (site.shape(conv.sources.x), site.shape(out));
-    let (one, Choice { tile, splits, steps }) = plan(graph, conv, out, site.limits);
+    let (one, choice) = plan(site.graph(), conv, out, site.limits);
     let all = Product { rows: output.rows(), ..one };
-    // Where every pixel is read once and by itself, each is an image of its own: any number of tokens, no geometry.
-    let pointwise = conv.kernel == 1 && conv.stride == 1 && conv.pad == 0 && conv.resize.is_none();
+    let Choice { tile, splits, steps } = choice;
+    if tile.instruction == Instruction::Wgmma {
+        launches.push(conv_hopper::launch(conv, out, site, &all, choice)?);
+        return Ok(());
+    }
+    // A pixel that is read by itself is an image of its own: any number of tokens, no geometry.
     let point = Shape::new(output.rows(), 1, 1, input.c);
-    let (stored, made) = if pointwise { (point, point) } else { (input, output) };
+    let (stored, made) = if is_pointwise(conv) { (point, point) } else { (input, output) };
     let (seen_height, seen_width) = conv.resize.unwrap_or((stored.h, stored.w));
     let ratio = |stored: usize, seen: usize| ((stored as u64) << 32).div_ceil(seen as u64);
-    let shift = shift_of(graph, out);
     let params = ConvParams {
         sources: [site.address(conv.sources.x), site.optional(conv.sources.skip)],
         weight: site.weight(conv.weight),
-        bias: conv.bias.map_or(0, |id| site.weight(id)),
-        per_image: site.optional(conv.per_image),
-        residual: site.optional(conv.residual),
-        out: site.address(out),
-        shift: site.optional(shift.map(|(shift, _)| shift)),
-        shifted: site.optional(shift.map(|(_, shifted)| shifted)),
+        after: Epilogue::new(conv, out, site),
         partial: if splits > 1 { site.workspace() } else { 0 },
         resize_y: ratio(stored.h, seen_height),
         resize_x: ratio(stored.w, seen_width),
@@ -116,25 +99,24 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site, launches: &mut Vec<L
         stride: conv.stride as i32,
         pad: conv.pad as i32,
         rows: all.rows as i32,
-        pixels: output.tokens() as i32,
         columns: all.columns as i32,
-        channels: output.c as i32,
         splits: splits as i32,
         steps: steps as i32,
-        activation: conv.activation as i32,
-        full: i32::from(site.element(out) == Element::F32),
-        first_shifted: shift.map_or(0, |(shift, _)| (output.n - site.shape(shift).n) as i32),
-        gain: conv.gain,
-        bias_gain: conv.bias_gain,
-        scale: conv.scale,
     };
-    launches.extend(launch(tile, &all, splits, &params));
+    launches.extend(launch(tile, &all, splits, output.c, &params));
+    Ok(())
 }
 
 /// The product, and where its depth is in parts what adds them up.
-fn launch(tile: &Tile, product: &Product, splits: usize, params: &ConvParams) -> impl Iterator<Item = Launch> {
+fn launch(
+    tile: &Tile,
+    product: &Product,
+    splits: usize,
+    channels: usize,
+    params: &ConvParams,
+) -> impl Iterator<Item = Launch> {
     let multiply = Launch::new(tile.kernel, [tile.count(product), splits, 1], THREADS, tile.shared(), params);
-    let threads = product.rows * (params.channels as usize).div_ceil(CHUNK);
+    let threads = product.rows * channels.div_ceil(CHUNK);
     let finish = || Launch::new("conv_finish", [threads.div_ceil(THREADS), 1, 1], THREADS, 0, params);
     std::iter::once(multiply).chain((splits > 1).then(finish))
 }
@@ -185,20 +167,38 @@ mod tests {
                         .collect();
                 let [source, second, weight, per_image, residual, shift] =
                     [0, 1, 2, 3, 4, 5].map(|i| buffers[i].address());
-                let product = Product { rows, columns, depth: 9 * depth, vector: true };
-                let partial = Buffer::new(&device, product.partial_bytes(splits)).unwrap();
-                for tile in &TILES {
+                let product = Product {
+                    rows,
+                    columns,
+                    depth: 9 * depth,
+                    vector: true,
+                    gated: activation == Activation::Geglu,
+                    area: None,
+                };
+                let partial = Buffer::new(&device, TILES[0].partial_bytes(&product, splits)).unwrap();
+                for tile in TILES.iter().filter(|tile| tile.instruction == Instruction::MmaSync) {
                     let out = Buffer::new(&device, rows * channels * 2).unwrap();
                     let shifted = Buffer::new(&device, rows * channels * 2).unwrap();
-                    let params = ConvParams {
-                        sources: [source, second],
-                        weight,
+                    let after = Epilogue {
                         bias: bias.address(),
                         per_image,
                         residual,
                         out: out.address(),
                         shift,
                         shifted: shifted.address(),
+                        channels: channels as i32,
+                        pixels: (h * w) as i32,
+                        activation: activation as i32,
+                        full: 0,
+                        first_shifted: 1,
+                        gain: 0.75,
+                        bias_gain: 1.5,
+                        scale: 0.5,
+                    };
+                    let params = ConvParams {
+                        sources: [source, second],
+                        weight,
+                        after,
                         partial: partial.address(),
                         resize_y: 1 << 32,
                         resize_x: 1 << 32,
@@ -214,19 +214,11 @@ mod tests {
                         stride: 1,
                         pad: 1,
                         rows: rows as i32,
-                        pixels: (h * w) as i32,
                         columns: columns as i32,
-                        channels: channels as i32,
                         splits: splits as i32,
                         steps: product.depth.div_ceil(STEP).div_ceil(splits) as i32,
-                        activation: activation as i32,
-                        full: 0,
-                        first_shifted: 1,
-                        gain: 0.75,
-                        bias_gain: 1.5,
-                        scale: 0.5,
                     };
-                    let launches: Vec<Launch> = launch(tile, &product, splits, &params).collect();
+                    let launches: Vec<Launch> = launch(tile, &product, splits, channels, &params).collect();
                     // SAFETY: the buffers are as long as the structure says.
                     let run = unsafe { device.run(&launches) };
                     run.unwrap_or_else(|fault| panic!("{}, {schedule:?}: {fault}", tile.kernel));

@@ -1,7 +1,7 @@
 //! Launches of `kernels/elementwise.cu`.
 
 use super::device::Launch;
-use super::program::Site;
+use super::site::Site;
 use crate::graph::{Activation, Shape, TensorId, WeightId};
 
 /// Threads of a block.

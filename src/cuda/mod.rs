@@ -9,16 +9,19 @@ mod attention;
 mod attention_gradient;
 pub mod compiled;
 mod conv;
+mod conv_hopper;
 mod device;
 mod driver;
 mod elementwise;
 #[cfg(feature = "emulated")]
 mod emulated;
+mod epilogue;
 mod gpu;
 mod norm;
 mod params;
 mod program;
 mod sampler;
+mod site;
 mod tiles;
 mod weights;
 
@@ -29,8 +32,8 @@ pub use emulated::Emulated;
 pub use gpu::{cards, open};
 #[cfg(feature = "emulated")]
 pub use params::layouts;
-pub use program::Element;
 pub use sampler::{DeviceSampler, StepNoise};
+pub use site::Element;
 pub use weights::Weights;
 
 use crate::graph::{Graph, Node, TensorId};
@@ -38,6 +41,7 @@ use crate::plan::{Plan, Storage};
 use crate::{Error, Result};
 use half::f16;
 use program::Program;
+use site::{Bindings, COUNTERS};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -66,6 +70,8 @@ pub struct Executor {
     weights: Arc<Weights>,
     device: Arc<dyn Device>,
     arena: Buffer,
+    /// See [`site::Bindings::counters`].
+    counters: Buffer,
     program: Program,
     /// Of the step and of the backward nodes; each made at its first run.
     recordings: [Option<Box<dyn Recording>>; 2],
@@ -83,8 +89,9 @@ impl Executor {
             return Err(Error::Device(format!("the weights are not on {}; load them there", device.name())));
         }
         let arena = Buffer::zeroed(device, plan.arena_bytes())?;
-        let program = Program::new(&plan, &weights.addresses(), device.limits(), arena.address())?;
-        Ok(Executor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
+        let counters = Buffer::zeroed(device, COUNTERS * size_of::<u32>())?;
+        let program = bound(device, &weights, &arena, &counters, |bindings| Program::new(&plan, bindings))?;
+        Ok(Executor { plan, weights, device: device.clone(), arena, counters, program, recordings: [None, None] })
     }
 
     /// The plan.
@@ -207,10 +214,10 @@ impl Executor {
         wanted: impl Fn(&Node) -> bool,
         mut tell: impl FnMut(&Node, &[Launch], Duration),
     ) -> Result<()> {
-        let weights = self.weights.addresses();
-        let lower = Program::lowering(&self.plan, &weights, self.device.limits(), self.arena.address());
         for (node, workspace) in self.plan.all() {
-            let launches = lower(node, workspace)?;
+            let launches = bound(&self.device, &self.weights, &self.arena, &self.counters, |bindings| {
+                Program::lowering(&self.plan, bindings)(node, workspace)
+            })?;
             // SAFETY: as in `prologue`.
             unsafe {
                 match wanted(node) {
@@ -221,6 +228,23 @@ impl Executor {
         }
         Ok(())
     }
+}
+
+/// Calls `lower` with what an executor holds on its device.
+fn bound<T>(
+    device: &Arc<dyn Device>,
+    weights: &Weights,
+    arena: &Buffer,
+    counters: &Buffer,
+    lower: impl FnOnce(&Bindings) -> Result<T>,
+) -> Result<T> {
+    lower(&Bindings {
+        limits: device.limits(),
+        weights: &weights.addresses(),
+        arena: arena.address(),
+        counters: counters.address(),
+        tensor_map: &|tiles| device.tensor_map(tiles),
+    })
 }
 
 /// Runs launches of an executor, which are recorded the first time.

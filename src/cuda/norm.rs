@@ -1,7 +1,7 @@
 //! Launches of `kernels/norm.cu`.
 
 use super::device::Launch;
-use super::program::Site;
+use super::site::Site;
 use crate::graph::{Graph, GroupNorm, Shape, TensorId, WeightId};
 use bytemuck::NoUninit;
 

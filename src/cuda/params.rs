@@ -5,11 +5,11 @@
 #[doc(hidden)]
 #[macro_export]
 macro_rules! params {
-    ($($(#[$attribute:meta])* $visibility:vis struct $name:ident { $($field:ident: $type:ty,)* })*) => {$(
+    ($($(#[$attribute:meta])* $visibility:vis struct $name:ident { $($seen:vis $field:ident: $type:ty,)* })*) => {$(
         $(#[$attribute])*
         #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
         #[repr(C)]
-        $visibility struct $name { $($field: $type,)* }
+        $visibility struct $name { $($seen $field: $type,)* }
 
         #[cfg(feature = "emulated")]
         impl $name {
@@ -26,11 +26,13 @@ macro_rules! params {
 /// The layouts of the engine's structures in Rust. The structures of the tests' kernels are in the tests.
 #[cfg(feature = "emulated")]
 pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
-    use super::{attention, attention_gradient, conv, elementwise, norm, sampler, weights};
+    use super::{attention, attention_gradient, conv, conv_hopper, elementwise, epilogue, norm, sampler, weights};
     vec![
         attention::AttentionParams::layout(),
         attention_gradient::AttentionGradientParams::layout(),
         conv::ConvParams::layout(),
+        conv_hopper::ConvHopperParams::layout(),
+        epilogue::Epilogue::layout(),
         elementwise::ElementParams::layout(),
         elementwise::ResizeGradientParams::layout(),
         elementwise::RowParams::layout(),

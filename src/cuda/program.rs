@@ -1,91 +1,11 @@
-//! A plan as lists of kernel launches: what each node becomes, and how its activations are stored.
+//! A plan as lists of kernel launches: what each node becomes.
 
 use super::device::{Launch, Limits};
-use super::{attention, attention_gradient, conv, elementwise, norm};
-use crate::graph::{Graph, Node, Op, Shape, TensorId, WeightId};
+use super::site::{Bindings, Site};
+use super::{attention, attention_gradient, conv, elementwise, epilogue, norm};
+use crate::graph::{Graph, Node, Op};
 use crate::plan::Plan;
 use crate::{Error, Result};
-
-/// How an activation is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Element {
-    /// What flows between layers.
-    F16,
-    /// Indices and timesteps, which are exact, and what a network ends in.
-    F32,
-}
-
-impl Element {
-    /// How `graph` stores an activation: fp16, but for numbers that are no activations (token ids, indices, timesteps) and
-    /// for results of a last matrix product, whose rounding guidance would multiply.
-    pub fn of(graph: &Graph, id: TensorId) -> Self {
-        let reads = |node: &Node| node.op.inputs().any(|input| input == id);
-        let exact = |node: &Node| match node.op {
-            Op::Embed { ids, .. } => ids == id,
-            Op::Sinusoid { x, .. } => x == id,
-            Op::SelectToken { index, .. } => index == id,
-            _ => false,
-        };
-        let last = |node: &Node| node.output == id && matches!(node.op, Op::Conv(_));
-        let nodes = graph.nodes();
-        if nodes.iter().any(exact) || (nodes.iter().any(last) && !nodes.iter().any(reads)) {
-            Element::F32
-        } else {
-            Element::F16
-        }
-    }
-
-    /// Bytes of one number.
-    pub fn bytes(self) -> usize {
-        match self {
-            Element::F16 => 2,
-            Element::F32 => 4,
-        }
-    }
-}
-
-/// What the launches of one node are made from.
-pub(super) struct Site<'a> {
-    pub limits: Limits,
-    plan: &'a Plan,
-    /// Their addresses.
-    weights: &'a [u64],
-    arena: u64,
-    workspace: (usize, usize),
-}
-
-impl Site<'_> {
-    pub fn graph(&self) -> &Graph {
-        self.plan.graph()
-    }
-
-    pub fn shape(&self, id: TensorId) -> Shape {
-        self.graph().shape(id)
-    }
-
-    /// Where an activation lies.
-    pub fn address(&self, id: TensorId) -> u64 {
-        self.arena + self.plan.offset(id) as u64
-    }
-
-    /// Where an activation lies that may be missing: 0 then.
-    pub fn optional(&self, id: Option<TensorId>) -> u64 {
-        id.map_or(0, |id| self.address(id))
-    }
-
-    pub fn element(&self, id: TensorId) -> Element {
-        Element::of(self.graph(), id)
-    }
-
-    pub fn weight(&self, id: WeightId) -> u64 {
-        self.weights[id.0]
-    }
-
-    /// The node's scratch memory: as many bytes as its family's `workspace` said.
-    pub fn workspace(&self) -> u64 {
-        self.arena + self.workspace.0 as u64
-    }
-}
 
 /// The launches of a plan's phases.
 pub(super) struct Program {
@@ -97,8 +17,8 @@ pub(super) struct Program {
 impl Program {
     /// # Errors
     /// [`Error::Device`] for an operation that has no kernel.
-    pub fn new(plan: &Plan, weights: &[u64], limits: Limits, arena: u64) -> Result<Self> {
-        let lower = Self::lowering(plan, weights, limits, arena);
+    pub fn new(plan: &Plan, bindings: &Bindings) -> Result<Self> {
+        let lower = Self::lowering(plan, bindings);
         let all = |nodes: &mut dyn Iterator<Item = (&Node, (usize, usize))>| {
             let launches: Vec<Vec<Launch>> =
                 nodes.map(|(node, workspace)| lower(node, workspace)).collect::<Result<_>>()?;
@@ -111,16 +31,11 @@ impl Program {
         })
     }
 
-    /// A function that turns a node with its workspace into launches; `weights` are addresses.
-    pub fn lowering(
-        plan: &Plan,
-        weights: &[u64],
-        limits: Limits,
-        arena: u64,
-    ) -> impl Fn(&Node, (usize, usize)) -> Result<Vec<Launch>> {
+    /// A function that turns a node with its workspace into launches.
+    pub fn lowering(plan: &Plan, bindings: &Bindings) -> impl Fn(&Node, (usize, usize)) -> Result<Vec<Launch>> {
         move |node, workspace| {
             let mut launches = Vec::new();
-            lower(node, &Site { limits, plan, weights, arena, workspace }, &mut launches)?;
+            lower(node, &Site { limits: bindings.limits, bindings, plan, workspace }, &mut launches)?;
             Ok(launches)
         }
     }
@@ -129,9 +44,9 @@ impl Program {
 fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
     let out = node.output;
     match node.op {
-        Op::Conv(ref op) => conv::conv(op, out, site, launches),
+        Op::Conv(ref op) => conv::conv(op, out, site, launches)?,
         // Written along with what is shifted.
-        Op::Shift { x, .. } if conv::makes(site.graph(), x) => {}
+        Op::Shift { x, .. } if epilogue::makes(site.graph(), x) => {}
         Op::GroupNorm(ref norm) => norm::group_norm(norm, out, site, launches),
         Op::LayerNorm { x, weight, bias, eps } => {
             launches.push(norm::layer_norm(x, (weight, bias), eps, out, site));
@@ -181,6 +96,7 @@ pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
 #[cfg(test)]
 mod tests {
     use super::super::compiled::{FAMILIES, RESOURCES, Resources};
+    use super::super::device::TensorTiles;
     use super::super::tiles::tests::{networks, trainings};
     use super::*;
     #[cfg(feature = "emulated")]
@@ -211,8 +127,10 @@ mod tests {
             };
             for (name, graph) in &graphs {
                 let plan = Plan::new(graph.clone(), &["encoder_hidden_states"], &limits);
-                let addresses = vec![0; graph.weights().len()];
-                let program = Program::new(&plan, &addresses, limits, 0);
+                let weights = vec![0; graph.weights().len()];
+                let tensor_map = |_: &TensorTiles| Ok([0; 16]);
+                let bindings = Bindings { limits, weights: &weights, arena: 0, counters: 0, tensor_map: &tensor_map };
+                let program = Program::new(&plan, &bindings);
                 let program = program.unwrap_or_else(|problem| panic!("{name} on {limits:?}: {problem}"));
                 for launch in program.prologue.iter().chain(&program.step).chain(&program.backward) {
                     let Launch { kernel, block, shared, .. } = *launch;

@@ -14,13 +14,25 @@ const MIN_STEPS: usize = 4;
 /// Most bytes of sums that the parts of a guided pair's depth leave behind: they should stay in L2.
 const MAX_PARTIAL: usize = 16 << 20;
 
-/// A kernel of `kernels/conv.cu` that makes tiles of `rows` by `columns`.
+/// What multiplies. The two round at different places, so that an image's shape alone must decide which it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Instruction {
+    /// Of warps, on every GPU: `kernels/conv.cu`.
+    MmaSync,
+    /// Of warpgroups, on 9.0 alone: `kernels/conv_hopper.cu`.
+    Wgmma,
+}
+
+/// A kernel that makes tiles of `rows` by `columns`.
 #[derive(Debug, PartialEq)]
 pub(super) struct Tile {
     pub kernel: &'static str,
+    pub instruction: Instruction,
     pub rows: usize,
     pub columns: usize,
-    /// Warps one below the other; eight in all.
+    /// Whether columns are values and gates in turns; mma.sync's kernels do both.
+    pub gated: Option<bool>,
+    /// Warps one below the other; eight in all. A wgmma tile has two warpgroups one below the other.
     pub warps_down: usize,
     /// Stages in shared memory.
     pub stages: usize,
@@ -30,20 +42,41 @@ pub(super) struct Tile {
     pub vector: bool,
 }
 
+const fn mma(
+    kernel: &'static str,
+    [rows, columns]: [usize; 2],
+    warps_down: usize,
+    stages: usize,
+    resident: usize,
+    vector: bool,
+) -> Tile {
+    Tile { kernel, instruction: Instruction::MmaSync, rows, columns, gated: None, warps_down, stages, resident, vector }
+}
+
+const fn wgmma(kernel: &'static str, columns: usize, stages: usize, gated: bool) -> Tile {
+    let (instruction, gated) = (Instruction::Wgmma, Some(gated));
+    Tile { kernel, instruction, rows: 128, columns, gated, warps_down: 8, stages, resident: 1, vector: true }
+}
+
 /// The candidates. Channels are multiples of 160 in Stable Diffusion's UNets and of 128 in its VAEs.
-#[rustfmt::skip]
-pub(super) const TILES: [Tile; 11] = [
-    Tile { kernel: "conv_128x160", rows: 128, columns: 160, warps_down: 2, stages: 4, resident: 1, vector: true },
-    Tile { kernel: "conv_128x128", rows: 128, columns: 128, warps_down: 2, stages: 4, resident: 1, vector: true },
-    Tile { kernel: "conv_128x80", rows: 128, columns: 80, warps_down: 4, stages: 3, resident: 2, vector: true },
-    Tile { kernel: "conv_64x160", rows: 64, columns: 160, warps_down: 2, stages: 3, resident: 2, vector: true },
-    Tile { kernel: "conv_64x80", rows: 64, columns: 80, warps_down: 4, stages: 4, resident: 2, vector: true },
-    Tile { kernel: "conv_64x64", rows: 64, columns: 64, warps_down: 2, stages: 4, resident: 2, vector: true },
-    Tile { kernel: "conv_32x64", rows: 32, columns: 64, warps_down: 2, stages: 4, resident: 2, vector: true },
-    Tile { kernel: "conv_16x64", rows: 16, columns: 64, warps_down: 1, stages: 4, resident: 2, vector: true },
-    Tile { kernel: "conv_128x16", rows: 128, columns: 16, warps_down: 8, stages: 3, resident: 2, vector: true },
-    Tile { kernel: "conv_64x64_odd", rows: 64, columns: 64, warps_down: 2, stages: 4, resident: 2, vector: false },
-    Tile { kernel: "conv_16x64_odd", rows: 16, columns: 64, warps_down: 1, stages: 4, resident: 2, vector: false },
+pub(super) const TILES: [Tile; 17] = [
+    mma("conv_128x160", [128, 160], 2, 4, 1, true),
+    mma("conv_128x128", [128, 128], 2, 4, 1, true),
+    mma("conv_128x80", [128, 80], 4, 3, 2, true),
+    mma("conv_64x160", [64, 160], 2, 3, 2, true),
+    mma("conv_64x80", [64, 80], 4, 4, 2, true),
+    mma("conv_64x64", [64, 64], 2, 4, 2, true),
+    mma("conv_32x64", [32, 64], 2, 4, 2, true),
+    mma("conv_16x64", [16, 64], 1, 4, 2, true),
+    mma("conv_128x16", [128, 16], 8, 3, 2, true),
+    mma("conv_64x64_odd", [64, 64], 2, 4, 2, false),
+    mma("conv_16x64_odd", [16, 64], 1, 4, 2, false),
+    wgmma("conv_hopper_80", 80, 6, false),
+    wgmma("conv_hopper_128", 128, 5, false),
+    wgmma("conv_hopper_160", 160, 5, false),
+    wgmma("conv_hopper_256", 256, 3, false),
+    wgmma("conv_hopper_160_gated", 160, 5, true),
+    wgmma("conv_hopper_256_gated", 256, 3, true),
 ];
 
 /// A matrix product.
@@ -55,6 +88,67 @@ pub(super) struct Product {
     pub depth: usize,
     /// Whether a pixel of each source is a whole number of 16 bytes.
     pub vector: bool,
+    /// Whether the columns are values and gates.
+    pub gated: bool,
+    /// How TMA would fetch the rows, if wgmma's kernels can do this product.
+    pub area: Option<Area>,
+}
+
+/// What TMA fetches tiles of: images of this size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Area {
+    pub height: usize,
+    pub width: usize,
+    /// Whether all images' pixels are one row, since none is read with its neighbours.
+    pub flat: bool,
+}
+
+/// A rectangle of 128 pixels: powers of two, of width, height and images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rectangle {
+    pub log_width: u32,
+    pub log_height: u32,
+}
+
+impl Rectangle {
+    pub const PIXELS: usize = 128;
+
+    pub fn size(self) -> [usize; 3] {
+        let (width, height) = (1 << self.log_width, 1 << self.log_height);
+        [width, height, Self::PIXELS / width / height]
+    }
+
+    /// How many cover so many images: across and down one, and images.
+    pub fn count(self, area: Area, images: usize) -> [usize; 3] {
+        let [width, height, deep] = self.size();
+        [area.width.div_ceil(width), area.height.div_ceil(height), images.div_ceil(deep)]
+    }
+}
+
+impl Area {
+    /// Width, height and images as TMA sees so many images.
+    pub fn seen(self, images: usize) -> (Area, usize) {
+        match self.flat {
+            true => (Area { height: 1, width: self.height * self.width * images, flat: true }, 1),
+            false => (self, images),
+        }
+    }
+
+    /// The rectangle of which the fewest cover a guided pair of images; the widest of several.
+    pub fn rectangle(self) -> Rectangle {
+        if self.flat {
+            return Rectangle { log_width: 7, log_height: 0 };
+        }
+        let logs = (3..=7).rev().flat_map(|log_width| (0..=7 - log_width).rev().map(move |h| (log_width, h)));
+        let all = logs.map(|(log_width, log_height)| Rectangle { log_width, log_height });
+        all.min_by_key(|rectangle| rectangle.count(self, 2).iter().product::<usize>()).expect("there are some")
+    }
+
+    /// Rectangles that cover so many images.
+    fn rectangles(self, images: usize) -> usize {
+        let (seen, images) = self.seen(images);
+        self.rectangle().count(seen, images).iter().product()
+    }
 }
 
 impl Product {
@@ -65,12 +159,12 @@ impl Product {
     /// Whether `splits` parts are long enough, none is empty, and their sums are few enough.
     fn may_split(&self, splits: usize) -> bool {
         let steps = self.steps().div_ceil(splits);
-        steps >= MIN_STEPS && self.steps().div_ceil(steps) == splits && self.partial_bytes(splits) <= MAX_PARTIAL
+        steps >= MIN_STEPS && self.steps().div_ceil(steps) == splits && self.pitched_bytes(splits) <= MAX_PARTIAL
     }
 
-    /// Bytes of the sums that `splits` parts leave behind; the kernels know the pitch.
-    pub fn partial_bytes(&self, splits: usize) -> usize {
-        if splits == 1 { 0 } else { splits * self.rows * self.columns.next_multiple_of(16) * size_of::<f32>() }
+    /// Bytes of the sums of `splits` parts, rows one after the other.
+    fn pitched_bytes(&self, splits: usize) -> usize {
+        splits * self.rows * self.columns.next_multiple_of(16) * size_of::<f32>()
     }
 }
 
@@ -84,14 +178,15 @@ pub(super) struct Choice {
     pub steps: usize,
 }
 
-/// The best way to compute a product of `images` times `one`'s rows. The number of splits decides the order of sums, so it
-/// is a guided pair's, however many images there are.
+/// The best way to compute a product of `images` times `one`'s rows. The number of splits and the instruction decide how sums
+/// are rounded, so they are a guided pair's, however many images there are.
 pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
-    let fastest = |product: Product, splits: &mut dyn Iterator<Item = usize>| {
+    let fastest = |product: Product, splits: &mut dyn Iterator<Item = usize>, by: &[Instruction]| {
         let mut best = None;
         for splits in splits {
             let steps = product.steps().div_ceil(splits);
-            for tile in TILES.iter().filter(|tile| tile.rejected(&product, limits).is_none()) {
+            let able = |tile: &&Tile| by.contains(&tile.instruction) && tile.rejected(&product, limits).is_none();
+            for tile in TILES.iter().filter(able) {
                 let time = tile.estimate(&product, splits, limits);
                 if best.is_none_or(|(least, _)| time < least) {
                     best = Some((time, Choice { tile, splits, steps }));
@@ -102,25 +197,48 @@ pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
         best.expect("a tile for every product").1
     };
     let two = Product { rows: 2 * one.rows, ..one };
-    let pair = fastest(two, &mut (1..=MAX_SPLITS).filter(|&splits| splits == 1 || two.may_split(splits)));
-    fastest(Product { rows: images * one.rows, ..one }, &mut std::iter::once(pair.splits))
+    let may = |&splits: &usize| splits == 1 || two.may_split(splits);
+    let pair = fastest(two, &mut (1..=MAX_SPLITS).filter(may), &[Instruction::MmaSync, Instruction::Wgmma]);
+    let all = Product { rows: images * one.rows, ..one };
+    fastest(all, &mut std::iter::once(pair.splits), &[pair.tile.instruction])
 }
 
 impl Tile {
-    /// Bytes of shared memory.
+    /// Bytes of shared memory: the stages, and for wgmma's kernels the results and 256 bytes of barriers behind them.
     pub fn shared(&self) -> usize {
-        self.stages * (self.rows + self.columns) * STEP * 2
+        let stages = self.stages * (self.rows + self.columns) * STEP * 2;
+        let results = if self.gated == Some(true) { self.columns / 2 } else { self.columns };
+        stages + if self.instruction == Instruction::Wgmma { self.rows * results * 2 + 256 } else { 0 }
     }
 
     /// Tiles that cover a product.
     pub fn count(&self, product: &Product) -> usize {
-        product.rows.div_ceil(self.rows) * product.columns.div_ceil(self.columns)
+        let down = match (self.instruction, product.area) {
+            (Instruction::Wgmma, Some(area)) => area.rectangles(product.rows / (area.height * area.width)),
+            _ => product.rows.div_ceil(self.rows),
+        };
+        down * product.columns.div_ceil(self.columns)
+    }
+
+    /// Bytes of the sums that `splits` parts leave behind; the kernels know their order.
+    pub fn partial_bytes(&self, product: &Product, splits: usize) -> usize {
+        match self.instruction {
+            _ if splits == 1 => 0,
+            Instruction::MmaSync => product.pitched_bytes(splits),
+            Instruction::Wgmma => splits * self.count(product) * self.rows * self.columns * size_of::<f32>(),
+        }
     }
 
     /// Why a product cannot, or should not, be cut into tiles like this.
     fn rejected(&self, product: &Product, limits: Limits) -> Option<&'static str> {
         let smallest = self.rows == 16;
-        if self.shared() > limits.shared as usize {
+        if self.instruction == Instruction::Wgmma && limits.capability != 90 {
+            Some("its instructions are another architecture's")
+        } else if self.instruction == Instruction::Wgmma && product.area.is_none() {
+            Some("TMA cannot fetch the sources")
+        } else if self.gated.is_some_and(|gated| gated != product.gated) {
+            Some("it is for products with or without a gate, and this is the other")
+        } else if self.shared() > limits.shared as usize {
             Some("its stages do not fit into the shared memory of a block")
         } else if self.vector && !product.vector {
             Some("it reads 16 bytes at a time and the sources' pixels are no multiple of that")
@@ -136,11 +254,17 @@ impl Tile {
     }
 
     /// Cycles for a product whose depth is in `splits` parts.
-    ///
+    fn estimate(&self, product: &Product, splits: usize, limits: Limits) -> f64 {
+        match self.instruction {
+            Instruction::MmaSync => self.estimate_mma(product, splits, limits),
+            Instruction::Wgmma => self.estimate_wgmma(product, splits, limits),
+        }
+    }
+
     /// A multiprocessor is bound by its tensor cores, by shared memory (128 bytes a cycle) or by what reaches it from L2; and a
     /// lone block by how long a stage takes to come. To this come filling the pipeline and storing the tile, and, with splits,
     /// another launch and the sums' way to L2 and back.
-    fn estimate(&self, product: &Product, splits: usize, limits: Limits) -> f64 {
+    fn estimate_mma(&self, product: &Product, splits: usize, limits: Limits) -> f64 {
         /// Cycles from a request to its data under load, and of a launch.
         const LATENCY: f64 = 1000.0;
         const LAUNCH: f64 = 2000.0;
@@ -165,7 +289,26 @@ impl Tile {
         if splits == 1 {
             return product_time;
         }
-        product_time + LAUNCH + 2.0 * product.partial_bytes(splits) as f64 / (L2 * multiprocessors as f64)
+        product_time + LAUNCH + 2.0 * product.pitched_bytes(splits) as f64 / (L2 * multiprocessors as f64)
+    }
+
+    /// Blocks are persistent, one on each multiprocessor, bound by the tensor cores or by what reaches them from L2: of a step
+    /// of 128x160 a prototype took 75 to 94 % for the tensor cores, of 128x128 60 to 70, of 128x80 44 on an H100. Storing a
+    /// tile is not hidden. With splits the last block of a tile reads what the others left.
+    fn estimate_wgmma(&self, product: &Product, splits: usize, limits: Limits) -> f64 {
+        /// Multiply-adds a cycle, and bytes a cycle from L2 where neighbours read the same.
+        const MULTIPLY_ADDS: f64 = 2048.0;
+        const L2: f64 = 58.0;
+        /// Cycles of filling the ring and of storing a tile.
+        const FILL: f64 = 2500.0;
+        let (rows, columns) = (self.rows as f64, self.columns as f64);
+        let multiply = rows * columns * STEP as f64 / MULTIPLY_ADDS / 0.94;
+        let step = multiply.max(2.0 * STEP as f64 * (rows + columns) / L2);
+        let steps = product.steps().div_ceil(splits) as f64;
+        let rounds = (self.count(product) * splits).div_ceil(limits.multiprocessors as usize) as f64;
+        let store = 500.0 + rows * columns / 16.0;
+        let sums = if splits == 1 { 0.0 } else { 1500.0 + splits as f64 * rows * columns * 4.0 / L2 };
+        FILL + rounds * (steps * step + store) + sums
     }
 }
 
@@ -181,158 +324,4 @@ fn multiply_adds(limits: Limits) -> f64 {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
-    use super::super::conv::plan;
-    use super::*;
-    use crate::graph::{Graph, Keep, Op};
-    use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, unet_halves, vae_decoder, vae_encoder};
-    use std::path::Path;
-
-    const CLIP_L: &str = r#"{"architectures": ["CLIPTextModel"], "vocab_size": 49408, "hidden_size": 768,
-      "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
-      "hidden_act": "quick_gelu"}"#;
-    const CLIP_G: &str = r#"{"architectures": ["CLIPTextModelWithProjection"], "vocab_size": 49408, "hidden_size": 1280,
-      "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "max_position_embeddings": 77,
-      "hidden_act": "gelu", "projection_dim": 1280}"#;
-    const SD15: &str = r#"{"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768,
-      "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
-      "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-      "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}"#;
-    const SDXL: &str = r#"{"_class_name": "UNet2DConditionModel", "sample_size": 128, "cross_attention_dim": 2048,
-      "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
-      "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": true, "addition_embed_type": "text_time",
-      "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-      "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-      "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}"#;
-    const VAE: &str = r#"{"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
-      "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
-      "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
-      "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]}"#;
-
-    /// Name, graph, and the least share of the multiprocessors' time that goes into sums that are wanted, were all tiles
-    /// equally fast per multiply-add.
-    pub(in super::super) fn networks() -> Vec<(&'static str, Graph, f64)> {
-        let path = Path::new("config.json");
-        let clip = |text| text_encoder(&ClipConfig::parse(text, path).unwrap(), 2);
-        let network = |text, size| unet(&UNetConfig::parse(text, path).unwrap(), 2, size, size, 77, 1);
-        let vae = VaeConfig::parse(VAE, path).unwrap();
-        vec![
-            ("CLIP ViT-L", clip(CLIP_L), 0.55),
-            ("CLIP ViT-bigG", clip(CLIP_G), 0.55),
-            ("SD 1.5, a guided pair", network(SD15, 64), 0.8),
-            ("SDXL, a guided pair", network(SDXL, 128), 0.85),
-            ("VAE decoder, 512", vae_decoder(&vae, 1, 64, 64), 0.85),
-            ("VAE encoder, 512", vae_encoder(&vae, 1, 512, 512), 0.85),
-            ("VAE decoder, 1024", vae_decoder(&vae, 1, 128, 128), 0.85),
-        ]
-    }
-
-    /// The network that training repeats: the way up from the bottleneck, and its gradient.
-    pub(in super::super) fn trainings() -> Vec<(&'static str, Graph)> {
-        let up = |text, size| {
-            let config = UNetConfig::parse(text, Path::new("config.json")).unwrap();
-            unet_halves(&config, 1, size, size, 77).1.with_gradient("sample", "mid", Keep::All)
-        };
-        vec![("SD 1.5, training", up(SD15, 64)), ("SDXL, training", up(SDXL, 128))]
-    }
-
-    /// Every layer has a tile that fits; few multiprocessors idle; the sums of split depths stay in L2.
-    #[test]
-    fn layers_of_real_networks() {
-        for limits in [Limits::A100, Limits::H100] {
-            for (name, graph, least) in networks() {
-                let (mut wanted, mut spent, mut estimate, mut workspace) = (0.0, 0.0, 0.0, 0);
-                let mut rows = std::collections::BTreeMap::<_, usize>::new();
-                for node in graph.nodes() {
-                    let Op::Conv(conv) = &node.op else { continue };
-                    let shape = graph.shape(node.output);
-                    let (one, choice) = plan(&graph, conv, node.output, limits);
-                    let all = Product { rows: shape.rows(), ..one };
-                    assert_eq!(choice.tile.rejected(&all, limits), None, "{}", node.name);
-                    assert!(choice.splits * choice.steps * STEP >= all.depth, "{}", node.name);
-                    let blocks = (choice.tile.count(&all) * choice.splits) as f64;
-                    let multiprocessors = limits.multiprocessors as f64;
-                    let rounds = (blocks / multiprocessors).ceil() * multiprocessors;
-                    let tile = (choice.tile.rows * choice.tile.columns * choice.steps * STEP) as f64;
-                    wanted += (all.rows * all.columns * all.depth) as f64;
-                    spent += rounds * tile;
-                    estimate += choice.tile.estimate(&all, choice.splits, limits);
-                    workspace = workspace.max(all.partial_bytes(choice.splits));
-                    let efficiency = (all.rows * all.columns * all.depth) as f64 / (rounds * tile);
-                    let key = (
-                        all.rows,
-                        all.columns,
-                        all.depth,
-                        choice.tile.kernel,
-                        choice.splits,
-                        (efficiency * 100.0) as u32,
-                    );
-                    *rows.entry(key).or_default() += 1;
-                }
-                // Seen with `--nocapture`: how a change of the estimate changes the choices.
-                for ((rows, columns, depth, kernel, splits, efficiency), count) in rows {
-                    println!("  {count:3} of {rows} x {columns} x {depth}: {kernel}, {splits} splits, {efficiency} %");
-                }
-                println!(
-                    "{name}, {} multiprocessors: {:.1} % wanted; {:.0} % of the tensor cores by estimate; {} KiB of sums",
-                    limits.multiprocessors,
-                    100.0 * wanted / spent,
-                    100.0 * wanted / multiply_adds(limits) / limits.multiprocessors as f64 / estimate,
-                    workspace >> 10
-                );
-                assert!(wanted >= least * spent, "{name}: {} of the time is wanted", wanted / spent);
-                assert!(workspace <= MAX_PARTIAL, "{name}: {workspace} bytes of sums");
-            }
-        }
-    }
-
-    /// How a depth is split decides the order of its sums, so a batch must not.
-    #[test]
-    fn splits_do_not_depend_on_the_batch() {
-        for (rows, columns, depth) in
-            [(64, 1280, 11520), (256, 1280, 23040), (1, 1280, 1280), (77, 768, 3072), (4096, 320, 2880)]
-        {
-            let one = Product { rows, columns, depth, vector: true };
-            let pair = choose(one, 2, Limits::H100);
-            for images in 1..20 {
-                let choice = choose(one, images, Limits::H100);
-                assert_eq!((choice.splits, choice.steps), (pair.splits, pair.steps), "{one:?}, {images} images");
-            }
-        }
-    }
-
-    /// The tiles that Stable Diffusion's channels ask for.
-    #[test]
-    fn known_choices() {
-        let tile = |rows, columns, depth, vector| {
-            let choice = choose(Product { rows, columns, depth, vector }, 2, Limits::H100);
-            (choice.tile.kernel, choice.splits)
-        };
-        assert_eq!(tile(4096, 320, 2880, true), ("conv_128x160", 1));
-        assert_eq!(tile(4096, 320, 2880, false).0, "conv_64x64_odd");
-        assert_eq!(tile(65536, 3, 1152, true).0, "conv_128x16");
-        assert_eq!(tile(1, 1280, 1280, true).0, "conv_16x64");
-        let (_, splits) = tile(64, 1280, 11520, true);
-        assert!(splits > 1, "a guided pair's deepest convolution has too few tiles without splits");
-    }
-
-    #[test]
-    fn rejections() {
-        let product = Product { rows: 8192, columns: 320, depth: 2880, vector: true };
-        let reason = |product: Product, shared: u32, kernel: &str| {
-            let tile = TILES.iter().find(|tile| tile.kernel == kernel).unwrap();
-            tile.rejected(&product, Limits { shared, ..Limits::A100 })
-        };
-        let shared = Limits::A100.shared;
-        assert_eq!(reason(product, shared, "conv_128x160"), None);
-        assert!(reason(product, 99 << 10, "conv_128x160").unwrap().contains("shared memory"));
-        assert!(reason(product, shared, "conv_64x64_odd").unwrap().contains("number by number"));
-        assert!(reason(Product { vector: false, ..product }, shared, "conv_64x64").unwrap().contains("16 bytes"));
-        assert!(reason(Product { rows: 63, ..product }, shared, "conv_128x160").unwrap().contains("rows"));
-        assert!(reason(Product { columns: 64, ..product }, shared, "conv_128x128").unwrap().contains("columns"));
-        // The least that any supported GPU offers still leaves a tile for everything.
-        for (rows, columns, vector) in [(1, 1, false), (1, 1, true), (1 << 20, 4096, true), (1 << 20, 4096, false)] {
-            choose(Product { rows, columns, depth: 8, vector }, 1, Limits { shared: 99 << 10, ..Limits::A100 });
-        }
-    }
-}
+pub(super) mod tests;

@@ -152,14 +152,17 @@ impl Case {
         result.into_iter().map(round).collect()
     }
 
-    /// On a device with few multiprocessors, whose tiles are large, and on one with so many that depths are split.
+    /// On a device with few multiprocessors, whose tiles are large, and on one with so many that depths are split; and on
+    /// 9.0, where stages of 64 channels have kernels of their own.
     fn check(&self) {
         let shapes = self.shapes();
-        for multiprocessors in [1, 108] {
+        let hopper = (self.channels.is_multiple_of(64) && self.skip.is_multiple_of(64)).then_some(Limits::H100);
+        let devices = [Limits::A100].into_iter().chain(hopper);
+        for (limits, multiprocessors) in devices.flat_map(|limits| [(limits, 1), (limits, 108)]) {
             let inputs = shapes.iter().enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64)).collect();
             check_with(
-                Limits { multiprocessors, ..Limits::A100 },
-                &format!("{multiprocessors} multiprocessors, {self:?}"),
+                Limits { multiprocessors, ..limits },
+                &format!("{multiprocessors} multiprocessors of {}, {self:?}", limits.capability),
                 &shapes,
                 inputs,
                 |g, x| self.build(g, x),
@@ -191,6 +194,17 @@ fn convolutions() {
     Case::conv3x3((10, 14), 16, 3).with(|c| (c.read, c.images) = (false, 1)).check();
     // One pixel: all taps but one in the padding.
     Case::conv3x3((1, 1), 24, 16).check();
+}
+
+/// Shapes that 9.0's kernels take at any size: several rectangles, of one image and of several, two sources, gates.
+#[test]
+fn tiles_of_warpgroups() {
+    Case::conv3x3((8, 8), 64, 160).with(|c| (c.skip, c.residual, c.images) = (64, true, 3)).check();
+    Case::conv3x3((19, 17), 64, 96).with(|c| (c.per_image, c.images) = (true, 1)).check();
+    Case::conv3x3((3, 131), 64, 40).check();
+    Case::linear(150, 128, 320).with(|c| (c.per_image, c.residual) = (true, true)).check();
+    Case::linear(130, 64, 320).with(|c| c.options.activation = Activation::Geglu).check();
+    Case::linear(67, 640, 96).check();
 }
 
 #[test]

@@ -1,0 +1,351 @@
+// Convolutions of stride 1 and linear layers for sm_90a: the implicit matrix product of conv.cu, with tiles that TMA fetches and
+// wgmma multiplies. Empty for other architectures, whose products are conv.cu's.
+//
+// A tile is a rectangle of pixels, 128 in all, by COLUMNS output channels. A block has three warpgroups: one thread of the last
+// fetches, the first two multiply 64 pixels each. The depth, taps by channels, passes through a ring of stages of 64. For each
+// stage TMA brings the tile's pixels as they lie under the tap, the rectangle moved by it. What lies outside the image comes as
+// zeros, so that padding costs nothing, and two sources are two tensor maps. Blocks are persistent: while a tile's results are
+// stored, the next tile's first stages are fetched.
+//
+//   COLUMNS  stages  shared memory (KiB)  cycles of a stage: tensor cores, and L2 at 60 bytes a cycle
+//     80       6        177                 320  443
+//    128       5        193                 512  546
+//    160       5        221                 640  614
+//    256       3        209                1024  819
+//
+// Bound: the tensor cores from 160 columns on (2048 multiply-adds a cycle and multiprocessor), L2 below. A prototype of this loop
+// had 75 to 94 % of the tensor cores at 128x160 on an H100, 690 to 810 TFLOP/s.
+//
+// Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks. Each leaves its sums in
+// memory and counts itself. The last to come adds all of them, in the order of the depth and not in that of coming.
+//
+// Each sum is one chain of products of 16 in the order of the depth: no bit depends on the tile. It is not the chain of conv.cu's
+// mma.sync, whose instruction rounds elsewhere, so that the host chooses between the two by one image's shape alone.
+#include "epilogue.cuh"
+
+struct ConvHopperParams {
+    CUtensorMap sources[2];  // {channels, width, height, images}, in boxes of 64 channels by the rectangle
+    CUtensorMap weight;      // {depth, columns}, in boxes of 64 by COLUMNS
+    CUtensorMap out;         // as the sources, in boxes of one span of channels by half the rectangle
+    CUtensorMap residual;    // likewise; not read if there is none
+    Epilogue after;
+    float4* partial;     // [tiles][splits][sums of a thread / 4][256 threads]
+    uint32_t* counters;  // one for each tile; 0 before and after
+    int32_t height, width, images;
+    int32_t log_width, log_height;  // of the rectangle: log2; what is left of 128 are images
+    int32_t across_image, down_image;  // rectangles that cover an image
+    int32_t tiles_down, tiles_across;  // tiles of the product: rectangles of all images, and groups of columns
+    int32_t blocks[2];                 // stages of one tap, by source
+    int32_t kernel;
+    int32_t splits, steps;  // of the depth, and stages of each split
+};
+LAYOUT(ConvHopperParams, sources, weight, out, residual, after, partial, counters, height, width, images, log_width, log_height,
+       across_image, down_image, tiles_down, tiles_across, blocks, kernel, splits, steps)
+
+namespace {
+
+constexpr int ROWS = 128;
+constexpr int CONSUMERS = 256;           // threads that multiply
+constexpr int THREADS = CONSUMERS + 128;
+constexpr int STEP = 64;                 // depth of a stage: one span of 128 bytes
+constexpr int BAND = 8;                  // rectangles that are made together, for the weights' sake
+
+template <int COLUMNS_, int STAGES_, bool GATED_> struct Tile {
+    static constexpr int COLUMNS = COLUMNS_, STAGES = STAGES_;
+    static constexpr bool GATED = GATED_;
+    static constexpr int A = ROWS * STEP * 2, B = COLUMNS * STEP * 2, STAGE = A + B;
+    // Of the result: columns of a tile, channels of a box, bytes of a span, boxes, bytes of the 64 pixels of a warpgroup.
+    static constexpr int OUT = GATED ? COLUMNS / 2 : COLUMNS;
+    static constexpr int BOX = OUT % 64 == 0 ? 64 : OUT % 32 == 0 ? 32 : 16, SPAN = BOX * 2, BOXES = OUT / BOX;
+    static constexpr int PIECE = 64 * OUT * 2;
+    // Offsets in shared memory.
+    static constexpr int STAGING = STAGES * STAGE, BARRIERS = STAGING + 2 * PIECE;
+    static constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * STAGES, ARRIVED = EMPTY + 8 * STAGES, TICKET = ARRIVED + 16;
+};
+
+// Where a tile lies.
+struct Place {
+    int x, y, image, column;
+};
+
+// Tiles in bands of BAND rectangles by all columns, down each band first: blocks that run together share weights and pixels.
+template <class T> PTX_FN Place place_of(const ConvHopperParams& p, int tile) {
+    int band = tile / (BAND * p.tiles_across), in_band = tile % (BAND * p.tiles_across);
+    int rows = min(BAND, p.tiles_down - band * BAND);
+    int rectangle = band * BAND + in_band % rows, rest = rectangle / p.across_image;
+    int images = ROWS >> (p.log_width + p.log_height);
+    return {rectangle % p.across_image << p.log_width, rest % p.down_image << p.log_height, rest / p.down_image * images,
+            in_band / rows * T::COLUMNS};
+}
+
+template <int COLUMNS> PTX_FN void multiply(float (&d)[COLUMNS / 2], uint64_t a, uint64_t b, int add) {
+    if constexpr (COLUMNS == 80) wgmma_m64n80k16<0>(d, a, b, add);
+    if constexpr (COLUMNS == 128) wgmma_m64n128k16<0>(d, a, b, add);
+    if constexpr (COLUMNS == 160) wgmma_m64n160k16<0>(d, a, b, add);
+    if constexpr (COLUMNS == 256) wgmma_m64n256k16<0>(d, a, b, add);
+}
+
+// The fetching thread: all stages of all of the block's tiles, as fast as the ring has room.
+template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t shared) {
+    int units = p.tiles_down * p.tiles_across * p.splits, blocks = p.blocks[0] + p.blocks[1], pad = p.kernel / 2;
+    int slot = 0, parity = 1;
+    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+        Place at = place_of<T>(p, unit / p.splits);
+        int first = unit % p.splits * p.steps, last = min(first + p.steps, blocks * p.kernel * p.kernel);
+        int tap = first / blocks, block = first % blocks, ky = tap / p.kernel, kx = tap % p.kernel;
+        for (int step = first; step < last; step++) {
+            uint32_t full = shared + T::FULL + 8 * slot, a = shared + slot * T::STAGE;
+            mbar_wait(shared + T::EMPTY + 8 * slot, parity);
+            mbar_expect_tx(full, T::STAGE);
+            bool second = block >= p.blocks[0];
+            tma_load_4d(a, &p.sources[second], full, (second ? block - p.blocks[0] : block) * STEP, at.x + kx - pad, at.y + ky - pad,
+                        at.image);
+            tma_load_2d(a + T::A, &p.weight, full, step * STEP, at.column);
+            if (++block == blocks) {
+                block = 0;
+                if (++kx == p.kernel) kx = 0, ky++;
+            }
+            if (++slot == T::STAGES) slot = 0, parity ^= 1;
+        }
+    }
+}
+
+// Adds the sums of all splits of a tile if this block is the last of them to come; else leaves its own, and returns false.
+template <class T>
+PTX_FN bool combine(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], int tile, int split, uint32_t* ticket) {
+    constexpr int QUADS = T::COLUMNS / 8;
+    float4* of_tile = p.partial + size_t(tile) * p.splits * QUADS * CONSUMERS + threadIdx.x;
+    float4* own = of_tile + size_t(split) * QUADS * CONSUMERS;
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) own[i * CONSUMERS] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
+    __threadfence();
+    named_bar_sync(3, CONSUMERS);
+    if (threadIdx.x == 0) {
+        *ticket = atomicAdd(p.counters + tile, 1u);
+        // Everybody has come: the counter is as it was found.
+        if (*ticket == p.splits - 1) p.counters[tile] = 0;
+    }
+    named_bar_sync(3, CONSUMERS);
+    bool last = *ticket == p.splits - 1;
+    // The ticket has been read before the next tile's is drawn.
+    named_bar_sync(3, CONSUMERS);
+    if (!last) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) {
+        float4 sum = of_tile[i * CONSUMERS];
+        for (int k = 1; k < p.splits; k++) {
+            float4 more = of_tile[(size_t(k) * QUADS + i) * CONSUMERS];
+            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+        }
+        d[4 * i] = sum.x, d[4 * i + 1] = sum.y, d[4 * i + 2] = sum.z, d[4 * i + 3] = sum.w;
+    }
+    return true;
+}
+
+// What follows the sums of two neighbouring channels of a row, before the residual.
+PTX_FN float2 activated(const Epilogue& e, float2 x, float2 bias, float2 per_image) {
+    x.x = fmaf(x.x, e.gain, e.bias_gain * bias.x) + per_image.x;
+    x.y = fmaf(x.y, e.gain, e.bias_gain * bias.y) + per_image.y;
+    return e.activation == NONE ? x : make_float2(activation_of(x.x, e.activation), activation_of(x.y, e.activation));
+}
+
+// The part of a tile's rectangle that a warpgroup has: its half of the 128 pixels.
+PTX_FN Place piece_of(const ConvHopperParams& p, const Place& at, int group) {
+    int row = group * 64;
+    return {at.x + (row & ((1 << p.log_width) - 1)), at.y + (row >> p.log_width & ((1 << p.log_height) - 1)),
+            at.image + (row >> (p.log_width + p.log_height)), at.column};
+}
+
+// By the thread that stores: waits until its last store has read the staging memory, and fetches the residual there.
+template <class T> PTX_FN void prepare_staging(const ConvHopperParams& p, const Place& at, uint32_t shared, int group) {
+    tma_store_wait<0>();
+    if (!p.after.residual) return;
+    uint32_t staging = shared + T::STAGING + group * T::PIECE, arrived = shared + T::ARRIVED + 8 * group;
+    Place corner = piece_of(p, at, group);
+    mbar_expect_tx(arrived, T::PIECE);
+#pragma unroll
+    for (int box = 0; box < T::BOXES; box++)
+        tma_load_4d(staging + box * 64 * T::SPAN, &p.residual, arrived, corner.column + box * T::BOX, corner.x, corner.y, corner.image);
+}
+
+// Two neighbouring channels of the second result, RespoDiff's, which is seldom wanted.
+PTX_FN void shift_pair(const Epilogue& e, float2 x, int64_t pixel, int image, int channel) {
+    if (image >= e.first_shifted) {
+        int64_t at = (pixel - int64_t(e.first_shifted) * e.pixels) * e.channels + channel;
+        float2 shift = __half22float2(*reinterpret_cast<const __half2*>(e.shift + at));
+        x.x += shift.x, x.y += shift.y;
+    }
+    *reinterpret_cast<__half2*>(e.shifted + pixel * e.channels + channel) = to_halves(x.x, x.y);
+}
+
+// Eight results of a row behind a gate, as stmatrix wants them: this lane's are 2 * (lane % 4) and the next. They stand in sixteen
+// columns of the product, so that this lane's sums make numbers lane % 4 and 4 more; two lanes of four have what it wants.
+template <class T> PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d)[T::COLUMNS / 2], int first, int chunk, int h) {
+    int t = threadIdx.x % 4;
+    float y[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float* sums = d + (2 * chunk + i) * 4 + h * 2;
+        int channel = first + chunk * 8 + i * 4 + t;
+        bool biased = e.bias && channel < e.channels;
+        float value = fmaf(sums[0], e.gain, biased ? e.bias_gain * e.bias[channel] : 0.0f);
+        float gate = fmaf(sums[1], e.gain, biased ? e.bias_gain * e.bias[e.channels + channel] : 0.0f);
+        y[i] = value * gelu(gate) * e.scale;
+    }
+    uint32_t own = bits_of(to_halves(y[0], y[1])), source = t % 2 * 2;
+    uint32_t low = __shfl_sync(0xffffffffu, own, source, 4), high = __shfl_sync(0xffffffffu, own, source + 1, 4);
+    return t < 2 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000u);
+}
+
+// A multiplying warpgroup's results: from fragments, through the staging memory, into the result.
+template <class T>
+PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at, uint32_t shared, int parity) {
+    const Epilogue& e = p.after;
+    int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    uint32_t staging = shared + T::STAGING + group * T::PIECE;
+    // The staging memory is free: the thread that stored has waited, and has fetched the residual there if there is one.
+    if (e.residual) mbar_wait(shared + T::ARRIVED + 8 * group, parity);
+    else named_bar_sync(1 + group, 128);
+
+    // Rows lane / 4 and 8 below it of the warp's 16, as pixels.
+    int64_t pixel[2];
+    bool inside[2];
+    int image[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int row = group * 64 + warp * 16 + lane / 4 + h * 8;
+        int x = at.x + (row & ((1 << p.log_width) - 1)), y = at.y + (row >> p.log_width & ((1 << p.log_height) - 1));
+        int z = at.image + (row >> (p.log_width + p.log_height));
+        inside[h] = x < p.width && y < p.height && z < p.images;
+        pixel[h] = (int64_t(z) * p.height + y) * p.width + x;
+        // Where pixels are read by themselves, all images are one to TMA.
+        image[h] = pixel[h] / e.pixels;
+    }
+    // ldmatrix and stmatrix: this lane names a row of 8 channels of the upper or lower 8 rows, of the left or right half of 16.
+    int row = warp * 16 + lane % 16;
+    int twist = T::SPAN == 128 ? row % 8 : T::SPAN == 64 ? row / 2 % 4 : row / 4 % 2;
+#pragma unroll
+    for (int j = 0; j < T::OUT / 16; j++) {
+        int chunk = 2 * j + lane / 16, in_box = chunk % (T::BOX / 8);
+        uint32_t place = staging + chunk / (T::BOX / 8) * 64 * T::SPAN + row * T::SPAN + ((in_box ^ twist) << 4);
+        // Of the left and the right 8 channels, the upper and the lower row: two neighbouring channels.
+        uint32_t results[4];
+        if constexpr (T::GATED) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) results[i] = gated_pair<T>(e, d, at.column / 2, 2 * j + i / 2, i % 2);
+        } else {
+            uint32_t residual[4] = {};
+            if (e.residual) ldmatrix_x4(residual, place);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int channel = at.column + (2 * j + i / 2) * 8 + lane % 4 * 2, h = i % 2;
+                bool in = channel < e.channels && inside[h];
+                float2 bias = {}, more = {}, added = __half22float2(pair_of(residual[i]));
+                if (e.bias && in) bias = *reinterpret_cast<const float2*>(e.bias + channel);
+                if (e.per_image && in)
+                    more = __half22float2(*reinterpret_cast<const __half2*>(e.per_image + int64_t(image[h]) * e.channels + channel));
+                const float* sums = d + (2 * j + i / 2) * 4 + h * 2;
+                float2 y = activated(e, make_float2(sums[0], sums[1]), bias, more);
+                y.x = (y.x + added.x) * e.scale, y.y = (y.y + added.y) * e.scale;
+                results[i] = bits_of(to_halves(y.x, y.y));
+                if (e.shifted && in) shift_pair(e, y, pixel[h], image[h], channel);
+            }
+        }
+        stmatrix_x4(place, results);
+    }
+    fence_proxy_async();
+    named_bar_sync(1 + group, 128);
+    if (threadIdx.x % 128 == 0) {
+        Place corner = piece_of(p, at, group);
+#pragma unroll
+        for (int box = 0; box < T::BOXES; box++)
+            tma_store_4d(&p.out, staging + box * 64 * T::SPAN, corner.column / (T::GATED ? 2 : 1) + box * T::BOX, corner.x, corner.y,
+                         corner.image);
+        tma_store_commit();
+    }
+}
+
+template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t shared) {
+    int units = p.tiles_down * p.tiles_across * p.splits;
+    int stages = (p.blocks[0] + p.blocks[1]) * p.kernel * p.kernel;
+    int group = threadIdx.x / 128, lane = threadIdx.x % 32;
+    bool stores = threadIdx.x % 128 == 0;
+    int slot = 0, parity = 0, arrived = 0;
+    float d[T::COLUMNS / 2];
+    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+        int tile = unit / p.splits, split = unit % p.splits;
+        Place at = place_of<T>(p, tile);
+        // With splits only the last block stores, and fetches the residual when it knows that it is.
+        if (p.splits == 1 && stores) prepare_staging<T>(p, at, shared, group);
+        int count = min(p.steps, stages - split * p.steps), previous = 0;
+        for (int step = 0; step < count; step++) {
+            mbar_wait(shared + T::FULL + 8 * slot, parity);
+            uint64_t a = wg_desc_sw128(shared + slot * T::STAGE + group * 64 * 128, 16, 1024);
+            uint64_t b = wg_desc_sw128(shared + slot * T::STAGE + T::A, 16, 1024);
+            wgmma_hold(d);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < STEP / 16; k++) multiply<T::COLUMNS>(d, a + 2 * k, b + 2 * k, step > 0 || k > 0);
+            wgmma_commit();
+            if (step > 0) {
+                // The products of the stage before are done, and its slot may be filled again.
+                wgmma_wait<1>();
+                if (lane == 0) mbar_arrive(shared + T::EMPTY + 8 * previous);
+            }
+            previous = slot;
+            if (++slot == T::STAGES) slot = 0, parity ^= 1;
+        }
+        wgmma_wait<0>();
+        wgmma_hold(d);
+        if (lane == 0) mbar_arrive(shared + T::EMPTY + 8 * previous);
+        if (p.splits > 1) {
+            uint32_t* ticket = reinterpret_cast<uint32_t*>(dyn_smem() + T::TICKET);
+            if (!combine<T>(p, d, tile, split, ticket)) continue;
+            if (stores) prepare_staging<T>(p, at, shared, group);
+        }
+        store_tile<T>(p, d, at, shared, arrived);
+        arrived ^= 1;
+    }
+    if (stores) tma_store_wait<0>();
+}
+
+template <class T> PTX_FN void conv(const ConvHopperParams& p) {
+    uint32_t shared = smem_u32(dyn_smem());
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < T::STAGES; i++) {
+            mbar_init(shared + T::FULL + 8 * i, 1);
+            mbar_init(shared + T::EMPTY + 8 * i, CONSUMERS / 32);
+        }
+        for (int i = 0; i < 2; i++) mbar_init(shared + T::ARRIVED + 8 * i, 1);
+        fence_mbar_init();
+    }
+    __syncthreads();
+    if (threadIdx.x >= CONSUMERS) {
+        reg_dec<40>();
+        if (threadIdx.x == CONSUMERS) produce<T>(p, shared);
+    } else {
+        reg_inc<232>();
+        consume<T>(p, shared);
+    }
+}
+
+}  // namespace
+
+#ifdef PTX_HOPPER
+#define CONV_HOPPER_BODY(...) conv<Tile<__VA_ARGS__>>(p);
+#else
+#define CONV_HOPPER_BODY(...)
+#endif
+// Columns, stages, whether columns are values and gates in turns.
+#define CONV_HOPPER(name, ...)                                                                            \
+    KERNEL __launch_bounds__(THREADS, 1) name(const __grid_constant__ ConvHopperParams p) {               \
+        CONV_HOPPER_BODY(__VA_ARGS__)                                                                     \
+    }                                                                                                     \
+    EXPORT(name)
+CONV_HOPPER(conv_hopper_80, 80, 6, false)
+CONV_HOPPER(conv_hopper_128, 128, 5, false)
+CONV_HOPPER(conv_hopper_160, 160, 5, false)
+CONV_HOPPER(conv_hopper_256, 256, 3, false)
+CONV_HOPPER(conv_hopper_160_gated, 160, 5, true)
+CONV_HOPPER(conv_hopper_256_gated, 256, 3, true)

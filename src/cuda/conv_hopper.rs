@@ -1,0 +1,297 @@
+//! Launches of `kernels/conv_hopper.cu`.
+
+use super::conv::is_pointwise;
+use super::device::{Launch, TensorTiles};
+use super::epilogue::{self, Epilogue};
+use super::site::{COUNTERS, Element, Site};
+use super::tiles::{Area, Choice, Product, Rectangle, STEP};
+use crate::graph::{Activation, Conv, Graph, TensorId};
+use crate::{Error, Result};
+use half::f16;
+
+/// Threads of a block: two warpgroups that multiply, and one of which a thread fetches.
+const THREADS: usize = 384;
+/// `CUtensorMapSwizzle` of spans of 32, 64 and 128 bytes.
+const SWIZZLES: [(usize, u32); 3] = [(128, 3), (64, 2), (32, 1)];
+
+crate::params! {
+    pub(super) struct ConvHopperParams {
+        sources: [[u64; 16]; 2],
+        weight: [u64; 16],
+        out: [u64; 16],
+        residual: [u64; 16],
+        after: Epilogue,
+        partial: u64,
+        counters: u64,
+        height: i32,
+        width: i32,
+        images: i32,
+        log_width: i32,
+        log_height: i32,
+        across_image: i32,
+        down_image: i32,
+        tiles_down: i32,
+        tiles_across: i32,
+        blocks: [i32; 2],
+        kernel: i32,
+        splits: i32,
+        steps: i32,
+        padding: [i32; 10],
+    }
+}
+
+/// How TMA would fetch what a convolution reads, if the kernels can do it: each stage is 64 channels of one source, rectangles
+/// move by whole pixels, and results are fp16 in whole 16 bytes.
+pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Option<Area> {
+    let (input, shape) = (graph.shape(conv.sources.x), graph.shape(out));
+    let gated = conv.activation == Activation::Geglu;
+    let plain = conv.residual.is_none() && conv.per_image.is_none() && !epilogue::is_shifted(graph, out);
+    let suits = conv.stride == 1
+        && conv.resize.is_none()
+        && conv.kernel % 2 == 1
+        && conv.pad == conv.kernel / 2
+        && (input.h, input.w) == (shape.h, shape.w)
+        && conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP))
+        && shape.c.is_multiple_of(8)
+        && Element::of(graph, out) == Element::F16
+        && (plain || !gated);
+    suits.then_some(Area { height: shape.h, width: shape.w, flat: is_pointwise(conv) })
+}
+
+/// # Errors
+/// [`Error::Device`] if TMA does not take the tensors.
+pub(super) fn launch(
+    conv: &Conv,
+    out: TensorId,
+    site: &Site,
+    product: &Product,
+    Choice { tile, splits, steps }: Choice,
+) -> Result<Launch> {
+    let shape = site.shape(out);
+    let area = product.area.ok_or_else(|| Error::Device("a product that TMA cannot fetch".into()))?;
+    let (seen, images) = area.seen(shape.n);
+    let rectangle = if area.flat { Rectangle { log_width: 7, log_height: 0 } } else { area.rectangle() };
+    let [across, down, deep] = rectangle.count(seen, images);
+    let [width, height, pictures] = rectangle.size();
+    // A warpgroup's half: of the images, else of the height, else of the width.
+    let half = match [width, height, pictures] {
+        [w, h, n] if n > 1 => [w, h, n / 2],
+        [w, h, n] if h > 1 => [w, h / 2, n],
+        [w, h, n] => [w / 2, h, n],
+    };
+    let image = |address, channels: usize, [width, height, pictures]: [usize; 3], span: usize| {
+        let pixel = (channels * size_of::<f16>()) as u64;
+        let sizes = [channels as u64, seen.width as u64, seen.height as u64, images as u64];
+        let strides = [pixel, pixel * sizes[1], pixel * sizes[1] * sizes[2]];
+        let tile = [span / size_of::<f16>(), width, height, pictures].map(|n| n as u32);
+        let swizzle = SWIZZLES.iter().find(|(bytes, _)| *bytes == span).map_or(0, |(_, swizzle)| *swizzle);
+        (site.bindings.tensor_map)(&TensorTiles { address, sizes: &sizes, strides: &strides, tile: &tile, swizzle })
+    };
+    let source = |id: TensorId| image(site.address(id), site.shape(id).c, rectangle.size(), 2 * STEP);
+    let first = source(conv.sources.x)?;
+    let second = conv.sources.skip.map_or(Ok(first), source)?;
+    let weight = (site.bindings.tensor_map)(&TensorTiles {
+        address: site.weight(conv.weight),
+        sizes: &[product.depth as u64, product.columns as u64],
+        strides: &[(product.depth * size_of::<f16>()) as u64],
+        tile: &[STEP as u32, tile.columns as u32],
+        swizzle: SWIZZLES[0].1,
+    })?;
+    // Results are stored in boxes of the widest span that divides a tile's.
+    let results = if product.gated { tile.columns / 2 } else { tile.columns } * size_of::<f16>();
+    let span = SWIZZLES.iter().map(|(bytes, _)| *bytes).find(|bytes| results % bytes == 0).unwrap_or(32);
+    let result = |id: TensorId| image(site.address(id), shape.c, half, span);
+    let stored = result(out)?;
+    let residual = conv.residual.map_or(Ok(stored), result)?;
+    let (tiles_down, tiles_across) = (across * down * deep, product.columns.div_ceil(tile.columns));
+    if splits > 1 && tiles_down * tiles_across > COUNTERS {
+        let problem = format!("{} tiles of split sums are more than {COUNTERS}", tiles_down * tiles_across);
+        return Err(Error::Device(problem + "; make a smaller batch"));
+    }
+    let blocks = |id: Option<TensorId>| id.map_or(0, |id| site.shape(id).c / STEP) as i32;
+    let params = ConvHopperParams {
+        sources: [first, second],
+        weight,
+        out: stored,
+        residual,
+        after: Epilogue::new(conv, out, site),
+        partial: if splits > 1 { site.workspace() } else { 0 },
+        counters: site.bindings.counters,
+        height: seen.height as i32,
+        width: seen.width as i32,
+        images: images as i32,
+        log_width: rectangle.log_width as i32,
+        log_height: rectangle.log_height as i32,
+        across_image: across as i32,
+        down_image: down as i32,
+        tiles_down: tiles_down as i32,
+        tiles_across: tiles_across as i32,
+        blocks: [blocks(Some(conv.sources.x)), blocks(conv.sources.skip)],
+        kernel: conv.kernel as i32,
+        splits: splits as i32,
+        steps: steps as i32,
+        padding: [0; 10],
+    };
+    let units = tiles_down * tiles_across * splits;
+    let grid = [units.min(site.limits.multiprocessors as usize), 1, 1];
+    Ok(Launch::new(tile.kernel, grid, THREADS, tile.shared(), &params))
+}
+
+#[cfg(all(test, feature = "emulated"))]
+mod tests {
+    use super::super::tiles::{Instruction, TILES};
+    use super::super::{Emulated, Executor, Limits, Weights, bound};
+    use super::*;
+    use crate::graph::{ConvOptions, GraphBuilder, Op, Shape, Sources};
+    use crate::plan::Plan;
+    use crate::weights::Tensors;
+    use respodiff_emulated_kernels::Schedule;
+    use std::sync::Arc;
+
+    /// Floats of scratch memory for sums of parts.
+    const SCRATCH: usize = 1 << 20;
+
+    struct Case {
+        images: usize,
+        size: (usize, usize),
+        channels: [usize; 2],
+        outputs: usize,
+        kernel: usize,
+        activation: Activation,
+        /// Whether a row of each image, a residual and a shift are added.
+        more: bool,
+    }
+
+    impl Case {
+        fn graph(&self) -> Graph {
+            let Case { images, size: (h, w), channels: [x, skip], outputs, kernel, activation, more } = *self;
+            let gated = activation == Activation::Geglu;
+            let result = Shape::new(images, h, w, if gated { outputs / 2 } else { outputs });
+            let mut g = GraphBuilder::new();
+            let scratch = g.input("scratch", Shape::new(1, 1, 1, 2 * SCRATCH));
+            g.output("scratch", scratch);
+            let source = g.input("x", Shape::new(images, h, w, x));
+            let skip = (skip > 0).then(|| g.input("skip", Shape::new(images, h, w, skip)));
+            let per_image = more.then(|| g.input("per_image", Shape::new(images, 1, 1, result.c)));
+            let residual = more.then(|| g.input("residual", result));
+            let geometry = if kernel == 3 { ConvOptions::conv3x3() } else { ConvOptions::default() };
+            let options =
+                ConvOptions { activation, per_image, residual, gain: 0.75, bias_gain: 1.5, scale: 0.5, ..geometry };
+            let mut out = g.conv("layer", Sources { x: source, skip }, outputs, options);
+            if more {
+                let shift = g.input("shift", Shape { n: 1, ..result });
+                let shifted = g.shift("shift", out, shift);
+                g.output("shifted", shifted);
+            }
+            // Something reads the result, which makes it fp16.
+            out = g.activate("read", out, Activation::Silu);
+            g.output("out", out);
+            g.finish()
+        }
+
+        /// What a device makes: all outputs, by the kernel that is chosen for it, or by `tile` with `splits`.
+        fn run(
+            &self,
+            limits: Limits,
+            schedule: Schedule,
+            by: Option<(&'static super::super::tiles::Tile, usize)>,
+        ) -> Vec<f32> {
+            let device = Emulated::new(limits, schedule);
+            let graph = self.graph();
+            let weights = Weights::load(&device, graph.weights(), &Tensors::random()).unwrap();
+            let plan = Arc::new(Plan::new(graph, &[], &limits));
+            let mut executor = Executor::new(&device, plan.clone(), weights).unwrap();
+            let graph = plan.graph();
+            for (seed, name) in ["x", "skip", "per_image", "residual", "shift"].into_iter().enumerate() {
+                let Some(id) = graph.find_input(name) else { continue };
+                let number = |i: usize| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.5 - 1.0;
+                let numbers: Vec<f32> = (0..graph.shape(id).len()).map(number).collect();
+                executor.write(name, &numbers).unwrap();
+            }
+            match by {
+                None => executor.step().unwrap(),
+                Some((tile, splits)) => {
+                    let scratch = plan.offset(graph.input("scratch"));
+                    let Executor { weights, arena, counters, .. } = &executor;
+                    bound(&device, weights, arena, counters, |bindings| {
+                        for (node, workspace) in plan.step() {
+                            let Op::Conv(conv) = &node.op else {
+                                // SAFETY: all memory is the executor's.
+                                unsafe {
+                                    device.run(&super::super::Program::lowering(&plan, bindings)(node, workspace)?)?
+                                };
+                                continue;
+                            };
+                            let (one, _) = super::super::conv::plan(graph, conv, node.output, limits);
+                            let product = Product { rows: graph.shape(node.output).rows(), ..one };
+                            let steps = product.depth.div_ceil(STEP).div_ceil(splits);
+                            let site = Site { limits, bindings, plan: &plan, workspace: (scratch, 4 * SCRATCH) };
+                            assert!(tile.partial_bytes(&product, splits) <= 4 * SCRATCH);
+                            let launch = launch(conv, node.output, &site, &product, Choice { tile, splits, steps })?;
+                            // SAFETY: as above.
+                            unsafe { device.run(&[launch])? };
+                        }
+                        Ok(())
+                    })
+                    .unwrap_or_else(|fault| panic!("{}, {splits} splits, {schedule:?}: {fault}", tile.kernel));
+                }
+            }
+            let outputs = ["out", "shifted"].into_iter().take(if self.more { 2 } else { 1 });
+            outputs.flat_map(|name| executor.read(name).unwrap()).collect()
+        }
+    }
+
+    /// Every tile and number of parts makes what mma.sync's kernels make, but for the last bit, and the same bits as every
+    /// other tile, on every hostile schedule.
+    #[test]
+    fn tiles_agree_with_the_other_instruction() {
+        let case = |images, size, channels, outputs, kernel, activation, more| Case {
+            images,
+            size,
+            channels,
+            outputs,
+            kernel,
+            activation,
+            more,
+        };
+        let cases = [
+            // A convolution of two sources with all that can follow, of a size that fills no rectangle.
+            case(3, (5, 7), [64, 128], 168, 3, Activation::None, true),
+            case(2, (9, 20), [64, 0], 328, 3, Activation::Silu, true),
+            case(1, (3, 140), [128, 0], 88, 3, Activation::None, false),
+            // Linear layers, whose rows fill no tile.
+            case(2, (1, 77), [192, 0], 264, 1, Activation::QuickGelu, true),
+            case(3, (10, 21), [128, 0], 336, 1, Activation::Geglu, false),
+            case(1, (1, 1), [320, 0], 16, 1, Activation::None, false),
+        ];
+        for case in cases {
+            let truth = case.run(Limits::A100, Schedule::QUICK, None);
+            let gated = case.activation == Activation::Geglu;
+            let depth = case.kernel * case.kernel * case.channels.iter().sum::<usize>() / STEP;
+            let tiles = TILES.iter().filter(|tile| tile.instruction == Instruction::Wgmma && tile.gated == Some(gated));
+            let mut first: [Option<Vec<f32>>; 4] = Default::default();
+            for (number, tile) in tiles.enumerate() {
+                for splits in (1..=3).filter(|&splits| depth.div_ceil(depth.div_ceil(splits)) == splits) {
+                    for schedule in Schedule::hostile(number as u64 + 1) {
+                        // Few multiprocessors, so that blocks make several tiles.
+                        let limits = Limits { multiprocessors: 3, ..Limits::H100 };
+                        let made = case.run(limits, schedule, Some((tile, splits)));
+                        let label =
+                            format!("{}, {splits} splits, {schedule:?}, {} to {}", tile.kernel, depth, case.outputs);
+                        for (i, (&x, &y)) in made.iter().zip(&truth).enumerate() {
+                            // A last bit of the layer's result, which SiLU brings to at least |y| from at most |y| + 0.28,
+                            // and one of its own.
+                            let off = (x - y).abs();
+                            assert!(off <= 1.5e-3 * (y.abs() + 0.28), "{label}: number {i} is {x}, and {y} is right");
+                        }
+                        let first = first[splits].get_or_insert_with(|| made.clone());
+                        assert!(
+                            made.iter().zip(&*first).all(|(a, b)| a.to_bits() == b.to_bits()),
+                            "{label}: other bits"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! The structure of `kernels/epilogue.cuh`: what follows a matrix product.
+
+use super::site::{Element, Site};
+use crate::graph::{Conv, Graph, Op, TensorId};
+
+crate::params! {
+    pub(super) struct Epilogue {
+        pub bias: u64,
+        pub per_image: u64,
+        pub residual: u64,
+        pub out: u64,
+        pub shift: u64,
+        pub shifted: u64,
+        pub channels: i32,
+        pub pixels: i32,
+        pub activation: i32,
+        pub full: i32,
+        pub first_shifted: i32,
+        pub gain: f32,
+        pub bias_gain: f32,
+        pub scale: f32,
+    }
+}
+
+/// The RespoDiff shift of `x` and its result, if there is one: the convolution that makes `x` writes both.
+fn shift_of(graph: &Graph, x: TensorId) -> Option<(TensorId, TensorId)> {
+    graph.nodes().iter().find_map(|node| match node.op {
+        Op::Shift { x: shifted, shift } if shifted == x => Some((shift, node.output)),
+        _ => None,
+    })
+}
+
+/// Whether `x` is shifted.
+pub(super) fn is_shifted(graph: &Graph, x: TensorId) -> bool {
+    shift_of(graph, x).is_some()
+}
+
+/// Whether a convolution makes `x`, and with it what `x` is shifted to.
+pub(super) fn makes(graph: &Graph, x: TensorId) -> bool {
+    graph.nodes().iter().any(|node| node.output == x && matches!(node.op, Op::Conv(_)))
+}
+
+impl Epilogue {
+    pub fn new(conv: &Conv, out: TensorId, site: &Site) -> Self {
+        let (output, shift) = (site.shape(out), shift_of(site.graph(), out));
+        Epilogue {
+            bias: conv.bias.map_or(0, |id| site.weight(id)),
+            per_image: site.optional(conv.per_image),
+            residual: site.optional(conv.residual),
+            out: site.address(out),
+            shift: site.optional(shift.map(|(shift, _)| shift)),
+            shifted: site.optional(shift.map(|(_, shifted)| shifted)),
+            channels: output.c as i32,
+            pixels: output.tokens() as i32,
+            activation: conv.activation as i32,
+            full: i32::from(site.element(out) == Element::F32),
+            first_shifted: shift.map_or(0, |(shift, _)| (output.n - site.shape(shift).n) as i32),
+            gain: conv.gain,
+            bias_gain: conv.bias_gain,
+            scale: conv.scale,
+        }
+    }
+}
