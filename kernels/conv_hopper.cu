@@ -7,6 +7,9 @@
 // zeros, so that padding costs nothing, and two sources are two tensor maps. Blocks are persistent: while a tile's results are
 // stored, the next tile's first stages are fetched.
 //
+// A 3x3 convolution of a source that is doubled first is four of 2x2 on the source itself, one for each parity of the result's
+// row and column, whose results lie two pixels apart: 4/9 of the work (src/cuda/weights.rs sums the taps).
+//
 //   COLUMNS  stages  shared memory (KiB)  cycles of a stage: tensor cores, and L2 at 60 bytes a cycle
 //     80       6        177                 320  443
 //    128       5        193                 512  546
@@ -25,8 +28,8 @@
 
 struct ConvHopperParams {
     CUtensorMap sources[2];  // {channels, width, height, images}, in boxes of 64 channels by the rectangle
-    CUtensorMap weight;      // {depth, columns}, in boxes of 64 by COLUMNS
-    CUtensorMap out;         // as the sources, in boxes of one span of channels by half the rectangle
+    CUtensorMap weight;      // {depth, phases * columns}, in boxes of 64 by COLUMNS
+    CUtensorMap out[4];      // of each phase, as the sources, in boxes of one span of channels by half the rectangle
     CUtensorMap residual;    // likewise; not read if there is none
     Epilogue after;
     float4* partial;     // [tiles][splits][sums of a thread / 4][256 threads]
@@ -34,13 +37,15 @@ struct ConvHopperParams {
     int32_t height, width, images;
     int32_t log_width, log_height;  // of the rectangle: log2; what is left of 128 are images
     int32_t across_image, down_image;  // rectangles that cover an image
-    int32_t tiles_down, tiles_across;  // tiles of the product: rectangles of all images, and groups of columns
+    int32_t tiles_down, tiles_across;  // tiles of the product: rectangles of all images, and groups of columns of all phases
+    int32_t columns, tiles_of_columns;  // of one phase
     int32_t blocks[2];                 // stages of one tap, by source
     int32_t kernel;
     int32_t splits, steps;  // of the depth, and stages of each split
+    int32_t padding[8];
 };
 LAYOUT(ConvHopperParams, sources, weight, out, residual, after, partial, counters, height, width, images, log_width, log_height,
-       across_image, down_image, tiles_down, tiles_across, blocks, kernel, splits, steps)
+       across_image, down_image, tiles_down, tiles_across, columns, tiles_of_columns, blocks, kernel, splits, steps, padding)
 
 namespace {
 
@@ -63,9 +68,10 @@ template <int COLUMNS_, int STAGES_, bool GATED_> struct Tile {
     static constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * STAGES, ARRIVED = EMPTY + 8 * STAGES, TICKET = ARRIVED + 16;
 };
 
-// Where a tile lies.
+// Where a tile lies: its rectangle among the source's pixels, its first column, and 2 * row parity + column parity of its results
+// where the source is doubled.
 struct Place {
-    int x, y, image, column;
+    int x, y, image, column, phase;
 };
 
 // Tiles in bands of BAND rectangles by all columns, down each band first: blocks that run together share weights and pixels.
@@ -73,9 +79,9 @@ template <class T> PTX_FN Place place_of(const ConvHopperParams& p, int tile) {
     int band = tile / (BAND * p.tiles_across), in_band = tile % (BAND * p.tiles_across);
     int rows = min(BAND, p.tiles_down - band * BAND);
     int rectangle = band * BAND + in_band % rows, rest = rectangle / p.across_image;
-    int images = ROWS >> (p.log_width + p.log_height);
+    int images = ROWS >> (p.log_width + p.log_height), group = in_band / rows;
     return {rectangle % p.across_image << p.log_width, rest % p.down_image << p.log_height, rest / p.down_image * images,
-            in_band / rows * T::COLUMNS};
+            group % p.tiles_of_columns * T::COLUMNS, group / p.tiles_of_columns};
 }
 
 template <int COLUMNS> PTX_FN void multiply(float (&d)[COLUMNS / 2], uint64_t a, uint64_t b, int add) {
@@ -87,20 +93,22 @@ template <int COLUMNS> PTX_FN void multiply(float (&d)[COLUMNS / 2], uint64_t a,
 
 // The fetching thread: all stages of all of the block's tiles, as fast as the ring has room.
 template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t shared) {
-    int units = p.tiles_down * p.tiles_across * p.splits, blocks = p.blocks[0] + p.blocks[1], pad = p.kernel / 2;
+    int units = p.tiles_down * p.tiles_across * p.splits, blocks = p.blocks[0] + p.blocks[1];
     int slot = 0, parity = 1;
     for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
         Place at = place_of<T>(p, unit / p.splits);
         int first = unit % p.splits * p.steps, last = min(first + p.steps, blocks * p.kernel * p.kernel);
         int tap = first / blocks, block = first % blocks, ky = tap / p.kernel, kx = tap % p.kernel;
+        // Odd rows of a doubled source see its own row and the next, even ones that before.
+        int pad_x = p.kernel / 2 - at.phase % 2, pad_y = p.kernel / 2 - at.phase / 2;
         for (int step = first; step < last; step++) {
             uint32_t full = shared + T::FULL + 8 * slot, a = shared + slot * T::STAGE;
             mbar_wait(shared + T::EMPTY + 8 * slot, parity);
             mbar_expect_tx(full, T::STAGE);
             bool second = block >= p.blocks[0];
-            tma_load_4d(a, &p.sources[second], full, (second ? block - p.blocks[0] : block) * STEP, at.x + kx - pad, at.y + ky - pad,
+            tma_load_4d(a, &p.sources[second], full, (second ? block - p.blocks[0] : block) * STEP, at.x + kx - pad_x, at.y + ky - pad_y,
                         at.image);
-            tma_load_2d(a + T::A, &p.weight, full, step * STEP, at.column);
+            tma_load_2d(a + T::A, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
             if (++block == blocks) {
                 block = 0;
                 if (++kx == p.kernel) kx = 0, ky++;
@@ -154,7 +162,7 @@ PTX_FN float2 activated(const Epilogue& e, float2 x, float2 bias, float2 per_ima
 PTX_FN Place piece_of(const ConvHopperParams& p, const Place& at, int group) {
     int row = group * 64;
     return {at.x + (row & ((1 << p.log_width) - 1)), at.y + (row >> p.log_width & ((1 << p.log_height) - 1)),
-            at.image + (row >> (p.log_width + p.log_height)), at.column};
+            at.image + (row >> (p.log_width + p.log_height)), at.column, at.phase};
 }
 
 // By the thread that stores: waits until its last store has read the staging memory, and fetches the residual there.
@@ -260,7 +268,7 @@ PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], co
         Place corner = piece_of(p, at, group);
 #pragma unroll
         for (int box = 0; box < T::BOXES; box++)
-            tma_store_4d(&p.out, staging + box * 64 * T::SPAN, corner.column / (T::GATED ? 2 : 1) + box * T::BOX, corner.x, corner.y,
+            tma_store_4d(&p.out[at.phase], staging + box * 64 * T::SPAN, corner.column / (T::GATED ? 2 : 1) + box * T::BOX, corner.x, corner.y,
                          corner.image);
         tma_store_commit();
     }

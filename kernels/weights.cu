@@ -1,7 +1,7 @@
 // Weights on their way from a checkpoint's file to the forms that the other kernels read. Every form is a strided copy
 // of the file's tensor: a matrix [out, in, taps] becomes [out, taps, in], a mirrored one [in, taps reversed, out], and
-// a gated one has its rows dealt to even and odd places. So one kernel does all of them, and what a form is stays with
-// src/cuda/weights.rs.
+// a gated one has its rows dealt to even and odd places. For a convolution of a doubled source, a tap is the sum of one,
+// two or four of the file's. So one kernel does all of them, and src/cuda/weights.rs alone knows the forms.
 //
 // A block copies one line of the result: its threads take neighbouring numbers of it, 128 at a time.
 //
@@ -31,10 +31,13 @@ struct PackParams {
     // A Format.
     int32_t format;
     int32_t full;
+    // Numbers that are added up, in rows and columns of a 3x3 kernel; 1 and 1 for a copy.
+    int32_t down;
+    int32_t across;
     int32_t padding;
 };
 LAYOUT(PackParams, from, to, fault, from_line, from_group, from_element, to_line, to_group, to_element, length, format,
-       full, padding)
+       full, down, across, padding)
 
 // weights::Format, in its order.
 enum Format { F16, BF16, F32, F64 };
@@ -53,7 +56,10 @@ KERNEL __launch_bounds__(128) pack_weights(const __grid_constant__ PackParams p)
     int64_t to = blockIdx.x * p.to_line + blockIdx.y * p.to_group;
     bool finite = true;
     for (int i = threadIdx.x; i < p.length; i += 128) {
-        float x = number_at(p.from, from + i * p.from_element, p.format);
+        int64_t place = from + i * p.from_element;
+        float x = number_at(p.from, place, p.format);
+        for (int k = 1; k < p.down * p.across; k++)
+            x += number_at(p.from, place + k / p.across * 3 + k % p.across, p.format);
         finite = finite && fabsf(x) < INFINITY;
         int64_t at = to + i * p.to_element;
         if (p.full) reinterpret_cast<float*>(p.to)[at] = x;

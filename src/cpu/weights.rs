@@ -298,7 +298,7 @@ mod tests {
             let mut cases: Vec<Case> = (0..20).map(|_| Case::random(&mut random)).collect();
             if round % 10 == 0 {
                 // Larger than the stretch that one thread packs.
-                let kind = WeightKind::Matrix { kernel: 3, inputs: 65, gated: false };
+                let kind = WeightKind::Matrix { kernel: 3, inputs: 65, gated: false, resized: false };
                 cases.push(Case::new(kind, vec![333, 450], 9 * 65, &mut random));
                 cases.push(Case::new(WeightKind::Table, vec![5000], 70, &mut random));
                 let kind = WeightKind::Mirrored { kernel: 1, inputs: 300, wanted: 290 };
@@ -320,7 +320,7 @@ mod tests {
     #[test]
     fn a_number_that_is_not_finite_is_named() {
         let mut random = Random(2);
-        let kind = WeightKind::Matrix { kernel: 3, inputs: 40, gated: false };
+        let kind = WeightKind::Matrix { kernel: 3, inputs: 40, gated: false, resized: false };
         for _ in 0..10 {
             let mut cases: Vec<Case> = (0..12).map(|_| Case::random(&mut random)).collect();
             for place in [5, 9] {

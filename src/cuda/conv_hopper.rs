@@ -4,7 +4,8 @@ use super::conv::is_pointwise;
 use super::device::{Launch, TensorTiles};
 use super::epilogue::{self, Epilogue};
 use super::site::{COUNTERS, Element, Site};
-use super::tiles::{Area, Choice, Product, Rectangle, STEP};
+use super::tiles::{Area, Choice, Pixels, Product, STEP};
+use super::weights::phases_at;
 use crate::graph::{Activation, Conv, Graph, TensorId};
 use crate::{Error, Result};
 use half::f16;
@@ -18,7 +19,7 @@ crate::params! {
     pub(super) struct ConvHopperParams {
         sources: [[u64; 16]; 2],
         weight: [u64; 16],
-        out: [u64; 16],
+        out: [[u64; 16]; 4],
         residual: [u64; 16],
         after: Epilogue,
         partial: u64,
@@ -32,30 +33,39 @@ crate::params! {
         down_image: i32,
         tiles_down: i32,
         tiles_across: i32,
+        columns: i32,
+        tiles_of_columns: i32,
         blocks: [i32; 2],
         kernel: i32,
         splits: i32,
         steps: i32,
-        padding: [i32; 10],
+        padding: [i32; 8],
     }
 }
 
 /// How TMA would fetch what a convolution reads, if the kernels can do it: each stage is 64 channels of one source, rectangles
-/// move by whole pixels, and results are fp16 in whole 16 bytes.
+/// move by whole pixels, and results are fp16 in whole 16 bytes. A source may be doubled for a plain 3x3 convolution.
 pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Option<Area> {
     let (input, shape) = (graph.shape(conv.sources.x), graph.shape(out));
     let gated = conv.activation == Activation::Geglu;
     let plain = conv.residual.is_none() && conv.per_image.is_none() && !epilogue::is_shifted(graph, out);
+    let doubled = conv.resize.is_some();
+    let size = if doubled { (2 * input.h, 2 * input.w) } else { (input.h, input.w) };
     let suits = conv.stride == 1
-        && conv.resize.is_none()
         && conv.kernel % 2 == 1
         && conv.pad == conv.kernel / 2
-        && (input.h, input.w) == (shape.h, shape.w)
+        && size == (shape.h, shape.w)
+        && (!doubled || (conv.resize == Some(size) && conv.kernel == 3 && plain && !gated))
         && conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP))
         && shape.c.is_multiple_of(8)
         && Element::of(graph, out) == Element::F16
         && (plain || !gated);
-    suits.then_some(Area { height: shape.h, width: shape.w, flat: is_pointwise(conv) })
+    let pixels = match (is_pointwise(conv), doubled) {
+        (true, _) => Pixels::Apart,
+        (_, false) => Pixels::Near,
+        (_, true) => Pixels::Doubled,
+    };
+    suits.then_some(Area { height: input.h, width: input.w, pixels })
 }
 
 /// # Errors
@@ -70,7 +80,7 @@ pub(super) fn launch(
     let shape = site.shape(out);
     let area = product.area.ok_or_else(|| Error::Device("a product that TMA cannot fetch".into()))?;
     let (seen, images) = area.seen(shape.n);
-    let rectangle = if area.flat { Rectangle { log_width: 7, log_height: 0 } } else { area.rectangle() };
+    let rectangle = area.rectangle();
     let [across, down, deep] = rectangle.count(seen, images);
     let [width, height, pictures] = rectangle.size();
     // A warpgroup's half: of the images, else of the height, else of the width.
@@ -79,31 +89,42 @@ pub(super) fn launch(
         [w, h, n] if h > 1 => [w, h / 2, n],
         [w, h, n] => [w / 2, h, n],
     };
-    let image = |address, channels: usize, [width, height, pictures]: [usize; 3], span: usize| {
-        let pixel = (channels * size_of::<f16>()) as u64;
+    // Images of `channels` of which every `step`-th row and column is seen.
+    let image = |address, channels: usize, step: usize, [width, height, pictures]: [usize; 3], span: usize| {
+        let (pixel, step) = ((channels * size_of::<f16>()) as u64, step as u64);
         let sizes = [channels as u64, seen.width as u64, seen.height as u64, images as u64];
-        let strides = [pixel, pixel * sizes[1], pixel * sizes[1] * sizes[2]];
+        let row = pixel * sizes[1] * step;
+        let strides = [pixel * step, row * step, row * sizes[2] * step];
         let tile = [span / size_of::<f16>(), width, height, pictures].map(|n| n as u32);
         let swizzle = SWIZZLES.iter().find(|(bytes, _)| *bytes == span).map_or(0, |(_, swizzle)| *swizzle);
         (site.bindings.tensor_map)(&TensorTiles { address, sizes: &sizes, strides: &strides, tile: &tile, swizzle })
     };
-    let source = |id: TensorId| image(site.address(id), site.shape(id).c, rectangle.size(), 2 * STEP);
+    let source = |id: TensorId| image(site.address(id), site.shape(id).c, 1, rectangle.size(), 2 * STEP);
     let first = source(conv.sources.x)?;
     let second = conv.sources.skip.map_or(Ok(first), source)?;
+    let doubled = area.pixels == Pixels::Doubled;
+    let (phases, kernel) = if doubled { (4, 2) } else { (1, conv.kernel) };
+    let depth = product.depth / (conv.kernel * conv.kernel) * kernel * kernel;
+    let form = if doubled { phases_at(site.graph().weight(conv.weight)) } else { 0 };
     let weight = (site.bindings.tensor_map)(&TensorTiles {
-        address: site.weight(conv.weight),
-        sizes: &[product.depth as u64, product.columns as u64],
-        strides: &[(product.depth * size_of::<f16>()) as u64],
+        address: site.weight(conv.weight) + form as u64,
+        sizes: &[depth as u64, (phases * product.columns) as u64],
+        strides: &[(depth * size_of::<f16>()) as u64],
         tile: &[STEP as u32, tile.columns as u32],
         swizzle: SWIZZLES[0].1,
     })?;
     // Results are stored in boxes of the widest span that divides a tile's.
     let results = if product.gated { tile.columns / 2 } else { tile.columns } * size_of::<f16>();
     let span = SWIZZLES.iter().map(|(bytes, _)| *bytes).find(|bytes| results % bytes == 0).unwrap_or(32);
-    let result = |id: TensorId| image(site.address(id), shape.c, half, span);
-    let stored = result(out)?;
-    let residual = conv.residual.map_or(Ok(stored), result)?;
-    let (tiles_down, tiles_across) = (across * down * deep, product.columns.div_ceil(tile.columns));
+    let result = |address, step| image(address, shape.c, step, half, span);
+    let mut stored = [result(site.address(out), if doubled { 2 } else { 1 })?; 4];
+    for (phase, map) in stored.iter_mut().enumerate().skip(1).filter(|_| doubled) {
+        let first = (phase / 2 * shape.w + phase % 2) * shape.c * size_of::<f16>();
+        *map = result(site.address(out) + first as u64, 2)?;
+    }
+    let residual = conv.residual.map_or(Ok(stored[0]), |id| result(site.address(id), 1))?;
+    let tiles_of_columns = product.columns.div_ceil(tile.columns);
+    let (tiles_down, tiles_across) = (across * down * deep, phases * tiles_of_columns);
     if splits > 1 && tiles_down * tiles_across > COUNTERS {
         let problem = format!("{} tiles of split sums are more than {COUNTERS}", tiles_down * tiles_across);
         return Err(Error::Device(problem + "; make a smaller batch"));
@@ -126,11 +147,13 @@ pub(super) fn launch(
         down_image: down as i32,
         tiles_down: tiles_down as i32,
         tiles_across: tiles_across as i32,
+        columns: product.columns as i32,
+        tiles_of_columns: tiles_of_columns as i32,
         blocks: [blocks(Some(conv.sources.x)), blocks(conv.sources.skip)],
-        kernel: conv.kernel as i32,
+        kernel: kernel as i32,
         splits: splits as i32,
         steps: steps as i32,
-        padding: [0; 10],
+        padding: [0; 8],
     };
     let units = tiles_down * tiles_across * splits;
     let grid = [units.min(site.limits.multiprocessors as usize), 1, 1];
@@ -149,7 +172,7 @@ mod tests {
     use std::sync::Arc;
 
     /// Floats of scratch memory for sums of parts.
-    const SCRATCH: usize = 1 << 20;
+    const SCRATCH: usize = 1 << 22;
 
     struct Case {
         images: usize,
@@ -160,13 +183,16 @@ mod tests {
         activation: Activation,
         /// Whether a row of each image, a residual and a shift are added.
         more: bool,
+        /// Whether the source is doubled.
+        doubled: bool,
     }
 
     impl Case {
         fn graph(&self) -> Graph {
-            let Case { images, size: (h, w), channels: [x, skip], outputs, kernel, activation, more } = *self;
+            let Case { images, size: (h, w), channels: [x, skip], outputs, kernel, activation, more, doubled } = *self;
             let gated = activation == Activation::Geglu;
-            let result = Shape::new(images, h, w, if gated { outputs / 2 } else { outputs });
+            let scale = if doubled { 2 } else { 1 };
+            let result = Shape::new(images, scale * h, scale * w, if gated { outputs / 2 } else { outputs });
             let mut g = GraphBuilder::new();
             let scratch = g.input("scratch", Shape::new(1, 1, 1, 2 * SCRATCH));
             g.output("scratch", scratch);
@@ -175,6 +201,7 @@ mod tests {
             let per_image = more.then(|| g.input("per_image", Shape::new(images, 1, 1, result.c)));
             let residual = more.then(|| g.input("residual", result));
             let geometry = if kernel == 3 { ConvOptions::conv3x3() } else { ConvOptions::default() };
+            let geometry = ConvOptions { resize: doubled.then_some((2 * h, 2 * w)), ..geometry };
             let options =
                 ConvOptions { activation, per_image, residual, gain: 0.75, bias_gain: 1.5, scale: 0.5, ..geometry };
             let mut out = g.conv("layer", Sources { x: source, skip }, outputs, options);
@@ -224,7 +251,7 @@ mod tests {
                             };
                             let (one, _) = super::super::conv::plan(graph, conv, node.output, limits);
                             let product = Product { rows: graph.shape(node.output).rows(), ..one };
-                            let steps = product.depth.div_ceil(STEP).div_ceil(splits);
+                            let steps = product.steps(tile.instruction).div_ceil(splits);
                             let site = Site { limits, bindings, plan: &plan, workspace: (scratch, 4 * SCRATCH) };
                             assert!(tile.partial_bytes(&product, splits) <= 4 * SCRATCH);
                             let launch = launch(conv, node.output, &site, &product, Choice { tile, splits, steps })?;
@@ -253,6 +280,7 @@ mod tests {
             kernel,
             activation,
             more,
+            doubled: false,
         };
         let cases = [
             // A convolution of two sources with all that can follow, of a size that fills no rectangle.
@@ -263,11 +291,15 @@ mod tests {
             case(2, (1, 77), [192, 0], 264, 1, Activation::QuickGelu, true),
             case(3, (10, 21), [128, 0], 336, 1, Activation::Geglu, false),
             case(1, (1, 1), [320, 0], 16, 1, Activation::None, false),
+            // Doubled sources.
+            Case { doubled: true, ..case(3, (5, 7), [64, 0], 168, 3, Activation::None, false) },
+            Case { doubled: true, ..case(1, (11, 13), [128, 64], 88, 3, Activation::Silu, false) },
         ];
         for case in cases {
             let truth = case.run(Limits::A100, Schedule::QUICK, None);
             let gated = case.activation == Activation::Geglu;
-            let depth = case.kernel * case.kernel * case.channels.iter().sum::<usize>() / STEP;
+            let taps = if case.doubled { 4 } else { case.kernel * case.kernel };
+            let depth = taps * case.channels.iter().sum::<usize>() / STEP;
             let tiles = TILES.iter().filter(|tile| tile.instruction == Instruction::Wgmma && tile.gated == Some(gated));
             let mut first: [Option<Vec<f32>>; 4] = Default::default();
             for (number, tile) in tiles.enumerate() {
@@ -280,7 +312,7 @@ mod tests {
                             format!("{}, {splits} splits, {schedule:?}, {} to {}", tile.kernel, depth, case.outputs);
                         for (i, (&x, &y)) in made.iter().zip(&truth).enumerate() {
                             // A last bit of the layer's result, which SiLU brings to at least |y| from at most |y| + 0.28,
-                            // and one of its own.
+                            // and one of its own. Sums of taps, rounded once more, stay within that here.
                             let off = (x - y).abs();
                             assert!(off <= 1.5e-3 * (y.abs() + 0.28), "{label}: number {i} is {x}, and {y} is right");
                         }

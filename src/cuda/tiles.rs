@@ -99,8 +99,18 @@ pub(super) struct Product {
 pub(super) struct Area {
     pub height: usize,
     pub width: usize,
-    /// Whether all images' pixels are one row, since none is read with its neighbours.
-    pub flat: bool,
+    pub pixels: Pixels,
+}
+
+/// How pixels are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pixels {
+    /// Each by itself: all images' are one row.
+    Apart,
+    /// With their neighbours.
+    Near,
+    /// With their neighbours, doubled: the result has four for each, which are products of their own.
+    Doubled,
 }
 
 /// A rectangle of 128 pixels: powers of two, of width, height and images.
@@ -128,15 +138,15 @@ impl Rectangle {
 impl Area {
     /// Width, height and images as TMA sees so many images.
     pub fn seen(self, images: usize) -> (Area, usize) {
-        match self.flat {
-            true => (Area { height: 1, width: self.height * self.width * images, flat: true }, 1),
-            false => (self, images),
+        match self.pixels {
+            Pixels::Apart => (Area { height: 1, width: self.height * self.width * images, ..self }, 1),
+            Pixels::Near | Pixels::Doubled => (self, images),
         }
     }
 
     /// The rectangle of which the fewest cover a guided pair of images; the widest of several.
     pub fn rectangle(self) -> Rectangle {
-        if self.flat {
+        if self.pixels == Pixels::Apart {
             return Rectangle { log_width: 7, log_height: 0 };
         }
         let logs = (3..=7).rev().flat_map(|log_width| (0..=7 - log_width).rev().map(move |h| (log_width, h)));
@@ -144,22 +154,28 @@ impl Area {
         all.min_by_key(|rectangle| rectangle.count(self, 2).iter().product::<usize>()).expect("there are some")
     }
 
-    /// Rectangles that cover so many images.
-    fn rectangles(self, images: usize) -> usize {
-        let (seen, images) = self.seen(images);
-        self.rectangle().count(seen, images).iter().product()
+    /// Rectangles that cover so many rows of a product, as often as they are made.
+    fn rectangles(self, rows: usize) -> usize {
+        let phases = if self.pixels == Pixels::Doubled { 4 } else { 1 };
+        let (seen, images) = self.seen(rows / (phases * self.height * self.width));
+        phases * self.rectangle().count(seen, images).iter().product::<usize>()
     }
 }
 
 impl Product {
-    fn steps(&self) -> usize {
-        self.depth.div_ceil(STEP)
+    /// Stages of the depth. Of a doubled source wgmma's kernels see four pixels where others see nine.
+    pub fn steps(&self, instruction: Instruction) -> usize {
+        match (instruction, self.area) {
+            (Instruction::Wgmma, Some(Area { pixels: Pixels::Doubled, .. })) => self.depth / 9 * 4 / STEP,
+            _ => self.depth.div_ceil(STEP),
+        }
     }
 
     /// Whether `splits` parts are long enough, none is empty, and their sums are few enough.
-    fn may_split(&self, splits: usize) -> bool {
-        let steps = self.steps().div_ceil(splits);
-        steps >= MIN_STEPS && self.steps().div_ceil(steps) == splits && self.pitched_bytes(splits) <= MAX_PARTIAL
+    fn may_split(&self, splits: usize, instruction: Instruction) -> bool {
+        let all = self.steps(instruction);
+        let steps = all.div_ceil(splits);
+        steps >= MIN_STEPS && all.div_ceil(steps) == splits && self.pitched_bytes(splits) <= MAX_PARTIAL
     }
 
     /// Bytes of the sums of `splits` parts, rows one after the other.
@@ -181,14 +197,13 @@ pub(super) struct Choice {
 /// The best way to compute a product of `images` times `one`'s rows. The number of splits and the instruction decide how sums
 /// are rounded, so they are a guided pair's, however many images there are.
 pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
-    let fastest = |product: Product, splits: &mut dyn Iterator<Item = usize>, by: &[Instruction]| {
+    let fastest = |product: Product, may: &dyn Fn(usize, Instruction) -> bool| {
         let mut best = None;
-        for splits in splits {
-            let steps = product.steps().div_ceil(splits);
-            let able = |tile: &&Tile| by.contains(&tile.instruction) && tile.rejected(&product, limits).is_none();
-            for tile in TILES.iter().filter(able) {
+        for tile in TILES.iter().filter(|tile| tile.rejected(&product, limits).is_none()) {
+            for splits in (1..=MAX_SPLITS).filter(|&splits| may(splits, tile.instruction)) {
                 let time = tile.estimate(&product, splits, limits);
                 if best.is_none_or(|(least, _)| time < least) {
+                    let steps = product.steps(tile.instruction).div_ceil(splits);
                     best = Some((time, Choice { tile, splits, steps }));
                 }
             }
@@ -197,10 +212,9 @@ pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
         best.expect("a tile for every product").1
     };
     let two = Product { rows: 2 * one.rows, ..one };
-    let may = |&splits: &usize| splits == 1 || two.may_split(splits);
-    let pair = fastest(two, &mut (1..=MAX_SPLITS).filter(may), &[Instruction::MmaSync, Instruction::Wgmma]);
-    let all = Product { rows: images * one.rows, ..one };
-    fastest(all, &mut std::iter::once(pair.splits), &[pair.tile.instruction])
+    let pair = fastest(two, &|splits, by| splits == 1 || two.may_split(splits, by));
+    let as_pair = |splits, by| (splits, by) == (pair.splits, pair.tile.instruction);
+    fastest(Product { rows: images * one.rows, ..one }, &as_pair)
 }
 
 impl Tile {
@@ -214,7 +228,7 @@ impl Tile {
     /// Tiles that cover a product.
     pub fn count(&self, product: &Product) -> usize {
         let down = match (self.instruction, product.area) {
-            (Instruction::Wgmma, Some(area)) => area.rectangles(product.rows / (area.height * area.width)),
+            (Instruction::Wgmma, Some(area)) => area.rectangles(product.rows),
             _ => product.rows.div_ceil(self.rows),
         };
         down * product.columns.div_ceil(self.columns)
@@ -280,7 +294,7 @@ impl Tile {
         let store = LATENCY + rows * columns / 16.0;
 
         let multiprocessors = limits.multiprocessors as usize;
-        let steps = product.steps().div_ceil(splits) as f64;
+        let steps = product.steps(self.instruction).div_ceil(splits) as f64;
         let blocks = (self.count(product) * splits).div_ceil(multiprocessors);
         // A kilobyte of each block's shared memory is the driver's.
         let resident = ((limits.shared as usize + 1024) / (self.shared() + 1024)).min(self.resident).max(1);
@@ -304,7 +318,7 @@ impl Tile {
         let (rows, columns) = (self.rows as f64, self.columns as f64);
         let multiply = rows * columns * STEP as f64 / MULTIPLY_ADDS / 0.94;
         let step = multiply.max(2.0 * STEP as f64 * (rows + columns) / L2);
-        let steps = product.steps().div_ceil(splits) as f64;
+        let steps = product.steps(self.instruction).div_ceil(splits) as f64;
         let rounds = (self.count(product) * splits).div_ceil(limits.multiprocessors as usize) as f64;
         let store = 500.0 + rows * columns / 16.0;
         let sums = if splits == 1 { 0.0 } else { 1500.0 + splits as f64 * rows * columns * 4.0 / L2 };

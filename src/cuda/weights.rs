@@ -2,7 +2,8 @@
 //!
 //! Tensors go to the device as they lie in their files, and `kernels/weights.cu` packs them there.
 
-use super::device::{Buffer, Device, Launch};
+use super::device::{Buffer, Device, Launch, Limits};
+use super::tiles::STEP;
 use crate::graph::{WeightKind, WeightSpec};
 use crate::weights::{Stored, Tensors};
 use crate::{Error, Result};
@@ -27,6 +28,7 @@ pub struct Weights {
     /// Where each weight begins: there, or among another network's.
     places: Vec<(Arc<Buffer>, usize)>,
     specs: Vec<WeightSpec>,
+    limits: Limits,
     by_spec: HashMap<WeightSpec, usize>,
 }
 
@@ -58,13 +60,14 @@ impl Weights {
         // All that can be wrong but the numbers is found before anything is allocated.
         let stored: Vec<(&WeightSpec, Vec<Stored>)> =
             lacking.map(|spec| Ok((spec, tensors.stored(spec)?))).collect::<Result<_>>()?;
-        let own = Arc::new(Buffer::zeroed(device, stored.iter().map(|(spec, _)| padded_bytes(spec)).sum())?);
+        let limits = device.limits();
+        let own = Arc::new(Buffer::zeroed(device, stored.iter().map(|(spec, _)| padded_bytes(spec, limits)).sum())?);
         let offsets = upload(device, &own, &stored, STAGE)?;
         let mut offsets = offsets.into_iter();
         let mut place = |found: Option<_>| found.or_else(|| Some((own.clone(), offsets.next()?)));
         let places = found.into_iter().filter_map(&mut place).collect();
         let by_spec = specs.iter().enumerate().map(|(place, spec)| (spec.clone(), place)).collect();
-        Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec }))
+        Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), limits, by_spec }))
     }
 
     /// The list that they were loaded for.
@@ -84,7 +87,8 @@ impl Weights {
 
     /// Bytes that `specs` would take beside these.
     pub fn missing(&self, specs: &[WeightSpec]) -> usize {
-        specs.iter().filter(|spec| !self.by_spec.contains_key(spec)).map(padded_bytes).sum()
+        let missing = specs.iter().filter(|spec| !self.by_spec.contains_key(spec));
+        missing.map(|spec| padded_bytes(spec, self.limits)).sum()
     }
 
     /// Where each weight begins, by its number in the network.
@@ -93,8 +97,30 @@ impl Weights {
     }
 }
 
-fn padded_bytes(spec: &WeightSpec) -> usize {
+/// Bytes from one weight to the next on a device.
+fn padded_bytes(spec: &WeightSpec, limits: Limits) -> usize {
+    phases_at(spec) + phases_bytes(spec, limits).next_multiple_of(ALIGN)
+}
+
+/// Where behind a weight its form for a doubled source begins.
+pub(super) fn phases_at(spec: &WeightSpec) -> usize {
     packed_bytes(spec).next_multiple_of(ALIGN)
+}
+
+/// Bytes of a weight's form for a doubled source, where there are kernels for that.
+///
+/// Behind a doubling a 3x3 kernel sees 2x2 pixels, which ones and how often depends on whether the result's row and column are
+/// even: these four phases are 2x2 kernels whose taps are sums of the 3x3 one's, 4/9 of the work. They are packed as
+/// `[2 * row parity + column parity][outputs][taps][inputs]`.
+fn phases_bytes(spec: &WeightSpec, limits: Limits) -> usize {
+    match spec.kind {
+        WeightKind::Matrix { kernel: 3, inputs, gated: false, resized: true }
+            if limits.capability == 90 && inputs.is_multiple_of(STEP) =>
+        {
+            4 * spec.total_outputs() * 4 * inputs * size_of::<f16>()
+        }
+        _ => 0,
+    }
 }
 
 fn packed_bytes(spec: &WeightSpec) -> usize {
@@ -131,6 +157,8 @@ fn upload(
             to: own.address() + end as u64,
             fault: faults.address() + (number * size_of::<u32>()) as u64,
             from: stage.address(),
+            outputs: spec.total_outputs(),
+            phases: (phases_bytes(spec, device.limits()) > 0).then(|| phases_at(spec) / size_of::<f16>()),
         };
         let mut first_output = 0;
         for part in parts {
@@ -146,7 +174,7 @@ fn upload(
             first_output += part.outputs;
         }
         offsets.push(end);
-        end += padded_bytes(spec);
+        end += padded_bytes(spec, device.limits());
     }
     let mut bytes = vec![0; faults.len()];
     faults.read(0, &mut bytes)?;
@@ -179,6 +207,8 @@ crate::params! {
         length: i32,
         format: i32,
         full: i32,
+        down: i32,
+        across: i32,
         padding: i32,
     }
 }
@@ -220,7 +250,7 @@ impl Form {
             // Its numbers are outputs, and neighbours.
             WeightKind::Vector => Form { full: true, output: 1, input: 0, ..plain },
             WeightKind::Table => plain,
-            WeightKind::Matrix { kernel, inputs, gated } => {
+            WeightKind::Matrix { kernel, inputs, gated, .. } => {
                 let (taps, padded) = (kernel * kernel, inputs.next_multiple_of(CHUNK) as i64);
                 let values = gated.then_some(spec.total_outputs() / 2);
                 Form { inputs, taps, output: taps as i64 * padded, tap: padded, values, ..plain }
@@ -240,6 +270,9 @@ struct Packing {
     from: u64,
     to: u64,
     fault: u64,
+    outputs: usize,
+    /// Where the form for a doubled source begins, in numbers, if it is wanted.
+    phases: Option<usize>,
 }
 
 /// One dimension of a strided copy.
@@ -276,15 +309,42 @@ impl Packing {
             let to = form.start + to + inputs.start as i64 * form.input;
             // The last dimension is the one in which packed numbers are neighbours, for threads to write side by side.
             let dimensions = if form.input == 1 { [output, tap, input] } else { [input, tap, output] };
-            self.launch(part, from, to, dimensions)
+            self.launch(part, from, to, [1, 1], dimensions)
         };
         let values = piece(outputs.start..split, spread * outputs.start as i64 * form.output);
         let gates = piece(split..outputs.end, (2 * (split as i64 - of_gates as i64) + 1) * form.output);
-        values.into_iter().chain(gates).collect()
+        let phases = self.phases.into_iter().flat_map(|start| self.phase_launches(part, start, outputs.clone()));
+        values.into_iter().chain(gates).chain(phases).collect()
     }
 
-    /// A copy that is `from` and `to` numbers further on, unless there is nothing to copy.
-    fn launch(&self, part: &Stored, from: i64, to: i64, [line, group, element]: [Dimension; 3]) -> Option<Launch> {
+    /// What packs outputs for a doubled source, see [`phases_bytes`]: of each phase every tap, from the taps that it sums.
+    fn phase_launches(&self, part: &Stored, start: usize, outputs: Range<usize>) -> Vec<Launch> {
+        /// By the parity of the result's row and the row of the tap: the first row of the 3x3 kernel, and how many. Columns
+        /// likewise.
+        const SUMMED: [[(i64, i32); 2]; 2] = [[(0, 1), (1, 2)], [(0, 2), (2, 1)]];
+        let inputs = self.form.inputs;
+        let mut launches = Vec::new();
+        for (phase, tap) in (0..4).flat_map(|phase| (0..4).map(move |tap| (phase, tap))) {
+            let ((row, down), (column, across)) = (SUMMED[phase / 2][tap / 2], SUMMED[phase % 2][tap % 2]);
+            let output = Dimension { length: outputs.len(), from: part.width as i64, to: 4 * inputs as i64 };
+            let one = Dimension { length: 1, from: 0, to: 0 };
+            let input = Dimension { length: inputs, from: 9, to: 1 };
+            let to = start + ((phase * self.outputs + outputs.start) * 4 + tap) * inputs;
+            launches.extend(self.launch(part, 3 * row + column, to as i64, [down, across], [output, one, input]));
+        }
+        launches
+    }
+
+    /// A copy that is `from` and `to` numbers further on, unless there is nothing to copy. Each number is the sum of so many,
+    /// down and across a 3x3 kernel.
+    fn launch(
+        &self,
+        part: &Stored,
+        from: i64,
+        to: i64,
+        [down, across]: [i32; 2],
+        [line, group, element]: [Dimension; 3],
+    ) -> Option<Launch> {
         let bytes = if self.form.full { size_of::<f32>() } else { size_of::<f16>() } as i64;
         let params = PackParams {
             from: self.from.wrapping_add_signed(from * part.format.bytes() as i64),
@@ -299,6 +359,8 @@ impl Packing {
             length: element.length as i32,
             format: part.format as i32,
             full: self.form.full.into(),
+            down,
+            across,
             padding: 0,
         };
         let any = line.length * group.length * element.length > 0;
@@ -308,7 +370,7 @@ impl Packing {
 
 #[cfg(all(test, feature = "emulated"))]
 mod tests {
-    use super::super::{Emulated, Limits};
+    use super::super::Emulated;
     use super::*;
     use crate::weights::cases::{Case, Random};
     use respodiff_emulated_kernels::Schedule;
@@ -323,7 +385,7 @@ mod tests {
         for ([output, input, tap], x) in case.numbers() {
             let place = match spec.kind {
                 WeightKind::Vector | WeightKind::Table => output * spec.width + input,
-                WeightKind::Matrix { kernel, inputs, gated } => {
+                WeightKind::Matrix { kernel, inputs, gated, .. } => {
                     let row = match gated {
                         false => output,
                         true => output % (outputs / 2) * 2 + output / (outputs / 2),
@@ -343,9 +405,10 @@ mod tests {
 
     fn load(device: &Arc<dyn Device>, cases: &[Case], limit: usize) -> Result<Vec<Vec<u8>>> {
         let weights: Vec<_> = cases.iter().map(|case| (&case.spec, case.stored())).collect();
-        let own = Buffer::zeroed(device, cases.iter().map(|case| padded_bytes(&case.spec)).sum())?;
+        let own = Buffer::zeroed(device, cases.iter().map(|case| padded_bytes(&case.spec, device.limits())).sum())?;
         let read = |(case, offset): (&Case, usize)| {
-            let mut bytes = vec![0; packed_bytes(&case.spec)];
+            let phases = phases_bytes(&case.spec, device.limits());
+            let mut bytes = vec![0; if phases > 0 { phases_at(&case.spec) + phases } else { packed_bytes(&case.spec) }];
             own.read(offset, &mut bytes).map(|()| bytes)
         };
         cases.iter().zip(upload(device, &own, &weights, limit)?).map(read).collect()
@@ -366,12 +429,39 @@ mod tests {
         }
     }
 
+    /// For 9.0 a 3x3 kernel behind a resize is packed a second time, for doubled sources: row 2 of a doubled image, which is
+    /// even, and row 3, which is odd, see its rows 1 to 3 and 2 to 4, which are rows 0, 1, 1 and 1, 1, 2 of the source.
+    #[test]
+    fn phases_of_a_doubled_source() {
+        let (outputs, inputs) = (5, 64);
+        let kind = WeightKind::Matrix { kernel: 3, inputs, gated: false, resized: true };
+        let cases = [Case::new(kind, vec![outputs], 9 * inputs, &mut Random(3))];
+        let half = |x: f32| f16::from_f32(x.clamp(-65504.0, 65504.0));
+        let seen = |parity: usize, k: usize| [[0, 1, 1], [0, 0, 1]][parity][k];
+        for limit in [1, 9000, 1 << 20] {
+            let exact = load(&Emulated::new(Limits::A100, Emulated::QUICK), &cases, limit).unwrap().remove(0);
+            assert_eq!(exact, packed_by_definition(&cases[0]));
+            let both = load(&Emulated::new(Limits::H100, Emulated::QUICK), &cases, limit).unwrap().remove(0);
+            assert_eq!(both[..exact.len()], exact);
+            let phases: Vec<f16> = bytemuck::pod_collect_to_vec(&both[phases_at(&cases[0].spec)..]);
+            let mut wanted = vec![0.0; 4 * outputs * 4 * inputs];
+            for ([output, input, tap], x) in cases[0].numbers() {
+                for phase in 0..4 {
+                    let to = seen(phase / 2, tap / 3) * 2 + seen(phase % 2, tap % 3);
+                    wanted[((phase * outputs + output) * 4 + to) * inputs + input] += x;
+                }
+            }
+            assert!(phases.iter().zip(&wanted).all(|(&x, &y)| x == half(y)), "limit {limit}");
+            assert_eq!(phases.len(), wanted.len());
+        }
+    }
+
     /// The first bad number of the first bad weight is told, wherever it is and however bad.
     #[test]
     fn damaged_numbers_are_found() {
         let device = Emulated::new(Limits::A100, Emulated::QUICK);
         let mut random = Random(2);
-        let kind = WeightKind::Matrix { kernel: 1, inputs: 300, gated: false };
+        let kind = WeightKind::Matrix { kernel: 1, inputs: 300, gated: false, resized: false };
         for (position, value, text) in
             [(0, f64::NAN, "NaN"), (299, f64::INFINITY, "inf"), (11_999, f64::NEG_INFINITY, "-inf")]
         {

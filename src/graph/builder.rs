@@ -130,7 +130,12 @@ impl GraphBuilder {
             names: layers.iter().map(|l| format!("{l}.weight")).collect(),
             outputs: outputs.to_vec(),
             width: channels * options.kernel * options.kernel,
-            kind: WeightKind::Matrix { kernel: options.kernel, inputs: channels, gated },
+            kind: WeightKind::Matrix {
+                kernel: options.kernel,
+                inputs: channels,
+                gated,
+                resized: options.resize.is_some(),
+            },
         });
         let bias = options.bias.then(|| {
             self.weight(WeightSpec {

@@ -84,6 +84,8 @@ pub enum WeightKind {
         inputs: usize,
         /// Output columns hold a value half and a gate half (GEGLU), which an executor lays side by side.
         gated: bool,
+        /// The source is resized first: where that doubles it, an executor may want sums of taps instead.
+        resized: bool,
     },
     /// A [`WeightKind::Matrix`] read backwards, for data gradients: outputs become inputs, and taps are mirrored.
     Mirrored {

@@ -78,10 +78,15 @@ impl Case {
         match random.below(5) {
             0 => Self::new(WeightKind::Vector, sizes(random, 300), 1, random),
             1 => Self::new(WeightKind::Table, sizes(random, 40), inputs, random),
-            2 => Self::new(WeightKind::Matrix { kernel, inputs, gated: false }, sizes(random, 90), width, random),
+            2 => Self::new(
+                WeightKind::Matrix { kernel, inputs, gated: false, resized: false },
+                sizes(random, 90),
+                width,
+                random,
+            ),
             3 => {
                 let outputs = vec![2 * (1 + random.below(60))];
-                Self::new(WeightKind::Matrix { kernel, inputs, gated: true }, outputs, width, random)
+                Self::new(WeightKind::Matrix { kernel, inputs, gated: true, resized: false }, outputs, width, random)
             }
             _ => {
                 let wanted = 1 + random.below(inputs);

@@ -205,6 +205,9 @@ fn tiles_of_warpgroups() {
     Case::linear(150, 128, 320).with(|c| (c.per_image, c.residual) = (true, true)).check();
     Case::linear(130, 64, 320).with(|c| c.options.activation = Activation::Geglu).check();
     Case::linear(67, 640, 96).check();
+    // A doubled source, whose taps are summed before they are rounded.
+    Case::conv3x3((5, 7), 64, 96).with(|c| c.options.resize = Some((10, 14))).check();
+    Case::conv3x3((9, 19), 128, 200).with(|c| (c.images, c.options.resize) = (3, Some((18, 38)))).check();
 }
 
 #[test]

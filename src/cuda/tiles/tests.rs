@@ -65,7 +65,7 @@ fn layers_of_real_networks() {
                 let (one, choice) = plan(&graph, conv, node.output, limits);
                 let all = Product { rows: shape.rows(), ..one };
                 assert_eq!(choice.tile.rejected(&all, limits), None, "{}", node.name);
-                assert!(choice.splits * choice.steps * STEP >= all.depth, "{}", node.name);
+                assert!(choice.splits * choice.steps >= all.steps(choice.tile.instruction), "{}", node.name);
                 let blocks = (choice.tile.count(&all) * choice.splits) as f64;
                 let multiprocessors = limits.multiprocessors as f64;
                 let rounds = (blocks / multiprocessors).ceil() * multiprocessors;
