@@ -330,10 +330,10 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
     }
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
-        reg_dec<40>();
+        reg_dec<56>();
         if (threadIdx.x == CONSUMERS) produce<T>(p, shared);
     } else {
-        reg_inc<232>();
+        reg_inc<224>();
         consume<T>(p, shared);
     }
 }
