@@ -38,6 +38,19 @@ fn the_cpu_takes_no_plan_of_a_gpu() {
     assert!(problem.contains("another network's"), "{problem}");
 }
 
+/// A petabyte, which no address space holds.
+#[test]
+fn memory_that_is_not_to_be_had_is_an_error() {
+    let mut b = GraphBuilder::new();
+    let x = b.input("x", Shape::new(1, 1 << 20, 1 << 20, 1 << 7));
+    let y = b.activate("y", x, Activation::Silu);
+    b.output("y", y);
+    let graph = b.finish();
+    let weights = on_cpu(&graph);
+    let problem = cpu::Executor::new(plan(graph, &Fp32), weights).err().unwrap().to_string();
+    assert!(problem.contains("1048576.0 GiB of memory for activations are not to be had"), "{problem}");
+}
+
 /// A tiny text encoder, whose token ids choose from ten rows.
 fn text() -> Graph {
     let config = r#"{"architectures": ["CLIPTextModel"], "vocab_size": 10, "hidden_size": 16, "intermediate_size": 16,

@@ -15,9 +15,9 @@ pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
 pub use weights::Weights;
 
-use crate::Result;
 use crate::graph::{Graph, Node, Op, Shape, TensorId};
 use crate::plan::{Plan, Storage};
+use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -65,10 +65,11 @@ impl Executor {
     /// Allocates the arena, zeroed.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if the plan was not made with [`Fp32`], or the weights are another network's.
+    /// [`crate::Error::Device`] if the plan was not made with [`Fp32`], the weights are another network's, or memory is
+    /// short.
     pub fn new(plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
         plan.check(&Fp32, weights.specs())?;
-        let arena = Arena::new(plan.arena_bytes() / size_of::<f32>());
+        let arena = Arena::new(plan.arena_bytes() / size_of::<f32>())?;
         Ok(Executor { plan, weights, arena })
     }
 
@@ -264,8 +265,12 @@ struct Arena(Vec<Line>);
 struct Line([f32; 16]);
 
 impl Arena {
-    fn new(len: usize) -> Self {
-        Arena(bytemuck::allocation::zeroed_vec(len.div_ceil(16)))
+    fn new(len: usize) -> Result<Self> {
+        let lines = bytemuck::allocation::try_zeroed_vec(len.div_ceil(16)).map_err(|()| {
+            let gib = (len * size_of::<f32>()) as f64 / (1u64 << 30) as f64;
+            Error::Device(format!("{gib:.1} GiB of memory for activations are not to be had"))
+        })?;
+        Ok(Arena(lines))
     }
 
     fn numbers(&self) -> &[f32] {
