@@ -84,6 +84,21 @@ fn the_first_of_several_problems() {
     }
 }
 
+/// A text encoder in both of its spellings: which of two tensors is meant nobody knows, and the same one is told each time.
+#[test]
+fn tensors_under_two_names() {
+    use safetensors::SafeTensors;
+    let folder = copy("sd1");
+    let file = folder.path().join("text_encoder/model.safetensors");
+    let whole = fs::read(&file).unwrap();
+    let tensors = SafeTensors::deserialize(&whole).unwrap();
+    let short = |name: &str| name.replace("text_model.", "");
+    let both = tensors.iter().flat_map(|(name, view)| [(short(name), view.clone()), (name.into(), view)]);
+    fs::write(&file, safetensors::serialize(both, None).unwrap()).unwrap();
+    let first = tensors.names().into_iter().min().unwrap();
+    (0..10).for_each(|_| refused(folder.path(), &["text_encoder", &format!("`{first}` is there a second time")]));
+}
+
 /// The file with another header, its numbers the same.
 fn with_header(whole: &[u8], header: usize, change: impl FnOnce(&mut String)) -> Vec<u8> {
     let mut text = String::from_utf8(whole[8..8 + header].to_vec()).unwrap();

@@ -203,7 +203,10 @@ impl Tensors {
     /// [`Error::Checkpoint`] if two tensors get one name.
     pub(super) fn renamed(&self, rename: impl Fn(&str) -> Vec<(String, Part)>) -> Result<Self> {
         let mut tensors = Tensors { files: self.files.clone(), ..Self::none() };
-        for (old, entry) in &self.index {
+        // In the order of their names: of several problems the same one is told every time.
+        let mut index: Vec<(&String, &Entry)> = self.index.iter().collect();
+        index.sort_unstable_by_key(|(name, _)| *name);
+        for (old, entry) in index {
             for (name, part) in rename(old) {
                 let Some(entry) = part.of(entry) else { continue };
                 if tensors.index.insert(name, entry).is_some() {
