@@ -308,6 +308,24 @@ fn probes_the_second_text_encoder_and_prompts() {
     assert_eq!(tensors(&folder.path().join("o.st"))["text_embeds"], first["text_embeds"]);
 }
 
+/// Numbers that fp32 does not hold, and ids that are no whole numbers.
+#[test]
+fn probes_take_no_numbers_that_they_would_change() {
+    let folder = tempfile::tempdir().unwrap();
+    let (latents, ids) = (vec![1e300f64; 4 * 8 * 8], vec![0.5f64; 77]);
+    for (component, name, shape, values, words) in [
+        ("vae-decode", "latents", vec![1, 4, 8, 8], &latents, "holds NaN or infinity"),
+        ("text", "input_ids", vec![1, 77], &ids, "`input_ids` holds 0.5"),
+    ] {
+        let bytes = bytemuck::cast_slice(values);
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F64, shape, bytes).unwrap();
+        std::fs::write(folder.path().join("in.st"), safetensors::serialize([(name, view)], None).unwrap()).unwrap();
+        let output = respodiff(folder.path(), &["probe", component, "--inputs", "in.st", "--output", "out.st"]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(text(&output.stderr).contains(words), "{}", text(&output.stderr));
+    }
+}
+
 #[test]
 fn probes_schedulers() {
     let folder = tempfile::tempdir().unwrap();

@@ -72,8 +72,8 @@ impl TensorFile {
             let problem = format!("tensor `{name}` has shape {:?}; [{}] is wanted", tensor.shape, want.join(", "));
             return Err(Error::checkpoint(&self.path, problem));
         }
-        if !tensor.values.iter().all(|x| x.is_finite()) {
-            return Err(Error::checkpoint(&self.path, format!("tensor `{name}` holds NaN or infinity")));
+        if !tensor.values.iter().all(|&x| (x as f32).is_finite()) {
+            return Err(Error::checkpoint(&self.path, format!("tensor `{name}` holds NaN or infinity in fp32")));
         }
         Ok(tensor)
     }

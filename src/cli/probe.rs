@@ -130,7 +130,9 @@ fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<
     let ids: Vec<i64> = match (&inputs, &args.prompt) {
         (Some(file), _) => {
             let ids = file.get("input_ids", &[None, Some(width)])?;
-            if let Some(bad) = ids.values.iter().find(|&&id| id < 0.0 || id >= config.vocab_size as f64) {
+            if let Some(bad) =
+                ids.values.iter().find(|&&id| id < 0.0 || id >= config.vocab_size as f64 || id.fract() != 0.0)
+            {
                 return Err(file.error(format!("`input_ids` holds {bad}; the vocabulary has {}", config.vocab_size)));
             }
             ids.values.iter().map(|&id| id as i64).collect()
