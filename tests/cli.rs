@@ -499,6 +499,30 @@ fn a_reader_that_goes_away_is_no_panic() {
     assert!(output.status.success() && !text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
 }
 
+/// A GPU that is there and cannot be had is told of by whoever takes the CPU instead.
+#[cfg(target_os = "linux")]
+#[test]
+fn auto_says_why_it_passes_a_gpu_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let driver = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/driver.c");
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-fPIC", "-w", "-DRETAIN=46"]).arg(driver).arg("-o");
+    assert!(compiler.arg(folder.path().join("libcuda.so")).status().unwrap().success());
+    let run = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_respodiff"));
+        command.args(args).env("LD_LIBRARY_PATH", folder.path()).output().unwrap()
+    };
+    let doctor: serde_json::Value = serde_json::from_slice(&run(&["doctor", "--json"]).stdout).unwrap();
+    let output = run(&["info"]);
+    let said = text(&output.stderr);
+    assert!(output.status.success() && text(&output.stdout).contains("device     CPU"), "{said}");
+    // A build without kernels is for the CPU, and has nothing to tell.
+    let wanted = doctor["kernels"] != serde_json::json!([]);
+    let words = "warning: the CPU is taken: Test GPU (9.0) is held by another process";
+    assert_eq!(said.contains(words), wanted, "{said}");
+    assert_eq!(said.lines().count(), usize::from(wanted), "{said}");
+}
+
 /// On whatever machine this is, one with a GPU included.
 #[test]
 fn doctor_says_what_auto_takes_and_what_is_wrong() {

@@ -66,7 +66,17 @@ impl Place {
         match self {
             Place::Cpu => Ok(Device::Cpu),
             Place::Cuda => cuda::open().map(Device::Cuda),
-            Place::Auto => Ok(Device::auto()),
+            Place::Auto => Ok(cuda::open().map_or_else(
+                |problem| {
+                    // Whoever has a GPU expects it to be used. A build without kernels was made for the CPU.
+                    let usable = || cuda::cards().is_ok_and(|(_, cards)| cards.iter().any(cuda::Card::usable));
+                    if !cuda::compiled::FAMILIES.is_empty() && usable() {
+                        warn(&format!("the CPU is taken: {problem}"));
+                    }
+                    Device::Cpu
+                },
+                Device::Cuda,
+            )),
             #[cfg(feature = "emulated")]
             Place::Emulated => Ok(Device::Cuda(cuda::Emulated::new(cuda::Limits::A100, cuda::Emulated::QUICK))),
         }
