@@ -499,6 +499,18 @@ fn a_reader_that_goes_away_is_no_panic() {
     assert!(output.status.success() && !text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
 }
 
+/// A report that a full disk has swallowed is no success.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_cannot_be_printed_is_an_error() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_respodiff"));
+    let output = command.args(["doctor", "--json"]).stdout(full).output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.starts_with("error: cannot print: ") && said.lines().count() == 1, "{said}");
+}
+
 /// A GPU that is there and cannot be had is told of by whoever takes the CPU instead.
 #[cfg(target_os = "linux")]
 #[test]

@@ -15,8 +15,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// Text to image with Stable Diffusion: fast, fair and safe.
@@ -97,7 +97,13 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => match UNPRINTED.get() {
+            None => ExitCode::SUCCESS,
+            Some(problem) => {
+                complain("error", &format!("cannot print: {problem}"));
+                ExitCode::FAILURE
+            }
+        },
         Err(error) => {
             complain("error", &error.to_string());
             ExitCode::from(error.exit_code())
@@ -160,8 +166,15 @@ fn note(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// Prints a line to stdout; a reader that went away is no error.
+/// The first line that could not be printed.
+static UNPRINTED: OnceLock<std::io::Error> = OnceLock::new();
+
+/// Prints a line to stdout; a reader that went away is no error, and any other is one at the end, when all work is done.
 fn say(line: &str) {
     use std::io::Write;
-    let _ = writeln!(std::io::stdout(), "{line}");
+    if let Err(problem) = writeln!(std::io::stdout(), "{line}")
+        && problem.kind() != std::io::ErrorKind::BrokenPipe
+    {
+        let _ = UNPRINTED.set(problem);
+    }
 }
