@@ -42,7 +42,7 @@ struct ConvHopperParams {
     int32_t blocks[2];                 // stages of one tap, by source
     int32_t kernel;
     int32_t splits, steps;  // of the depth, and stages of each split
-    int32_t padding[8];
+    int32_t padding[6];
 };
 LAYOUT(ConvHopperParams, sources, weight, out, residual, after, partial, counters, height, width, images, log_width, log_height,
        across_image, down_image, tiles_down, tiles_across, columns, tiles_of_columns, blocks, kernel, splits, steps, padding)
@@ -252,7 +252,7 @@ PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], co
                 float2 bias = {}, more = {}, added = __half22float2(pair_of(residual[i]));
                 if (e.bias && in) bias = *reinterpret_cast<const float2*>(e.bias + channel);
                 if (e.per_image && in)
-                    more = __half22float2(*reinterpret_cast<const __half2*>(e.per_image + int64_t(image[h]) * e.channels + channel));
+                    more = __half22float2(*reinterpret_cast<const __half2*>(e.per_image + int64_t(image[h]) * e.per_image_width + channel));
                 const float* sums = d + (2 * j + i / 2) * 4 + h * 2;
                 float2 y = activated(e, make_float2(sums[0], sums[1]), bias, more);
                 y.x = (y.x + added.x) * e.scale, y.y = (y.y + added.y) * e.scale;

@@ -6,20 +6,22 @@
 // values and gates in turns, and out = value * gelu(gate).
 struct Epilogue {
     const float* bias;        // may be missing, as the following may
-    const __half* per_image;  // [images][channels]
+    const __half* per_image;  // of each image, `per_image_width` apart
     const __half* residual;
     void* out;
     const __half* shift;  // added to the images from `first_shifted` on, in a second result
     __half* shifted;
     int32_t channels;  // of the result
+    int32_t per_image_width;
     int32_t pixels;    // of an image
     int32_t activation;
     int32_t full;  // whether the result is fp32
     int32_t first_shifted;
     float gain, bias_gain, scale;
+    int32_t padding;
 };
-LAYOUT(Epilogue, bias, per_image, residual, out, shift, shifted, channels, pixels, activation, full, first_shifted, gain, bias_gain,
-       scale)
+LAYOUT(Epilogue, bias, per_image, residual, out, shift, shifted, channels, per_image_width, pixels, activation, full, first_shifted, gain,
+       bias_gain, scale, padding)
 
 PTX_FN void read8(const float* from, int count, bool aligned, float (&x)[8]) {
     if (aligned) {
@@ -74,7 +76,9 @@ PTX_FN void finish(const Epilogue& e, float (&x)[8], float (&gate)[8], int row, 
 #pragma unroll
     for (int i = 0; i < 8; i++) x[i] = fmaf(x[i], e.gain, e.bias_gain * bias[i]);
     if (e.per_image) {
-        read8(e.per_image + size_t(image) * e.channels + channel, count, aligned, more);
+        // It may begin anywhere in a row that several layers share.
+        const __half* from = e.per_image + size_t(image) * e.per_image_width + channel;
+        read8(from, count, aligned && uintptr_t(from) % 16 == 0, more);
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] += more[i];
     }

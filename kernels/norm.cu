@@ -27,11 +27,12 @@
 struct GroupNormParams {
     const __half* x;
     const __half* skip;  // channels after those of x, or null
-    const __half* scale_shift;  // [n][2][channels] or null
+    const __half* scale_shift;  // of each image [2][channels], `scale_shift_width` apart, or null
     const float* weight;
     const float* bias;
     __half* out;
     float2* partials;  // [n][groups][stretches]: mean, squared deviations
+    int64_t scale_shift_width;
     int32_t x_channels;
     int32_t channels;
     int32_t per_group;
@@ -41,8 +42,8 @@ struct GroupNormParams {
     float eps;
     int32_t silu;
 };
-LAYOUT(GroupNormParams, x, skip, scale_shift, weight, bias, out, partials, x_channels, channels, per_group, slab,
-       pixels, stretch, eps, silu)
+LAYOUT(GroupNormParams, x, skip, scale_shift, weight, bias, out, partials, scale_shift_width, x_channels, channels, per_group,
+       slab, pixels, stretch, eps, silu)
 
 constexpr int THREADS = 256;
 constexpr int AHEAD = 4;
@@ -184,7 +185,7 @@ __device__ __forceinline__ void affine(const GroupNormParams& p, const Place<W>&
         scale[j] *= group.y;
         shift[j] -= group.x * scale[j];
         if (p.scale_shift) {
-            const __half* modulation = p.scale_shift + place.image * 2 * p.channels + c;
+            const __half* modulation = p.scale_shift + place.image * p.scale_shift_width + c;
             float factor = 1.0f + __half2float(modulation[0]);
             scale[j] *= factor;
             shift[j] = shift[j] * factor + __half2float(modulation[p.channels]);

@@ -295,7 +295,7 @@ fn norms() {
         let modulation = Shape::new(shape.n, 1, 1, 2 * shape.c);
         check(
             &format!("group norm {shape} modulated"),
-            |g, x, other| g.group_norm("n", x, groups, 1e-5, true, other),
+            |g, x, other| g.group_norm("n", x, groups, 1e-5, true, other.map(Into::into)),
             shape,
             Some(modulation),
             |x, m, w| group_norm(x, shape, groups, (&w["n.weight"], &w["n.bias"]), Some(m), true),

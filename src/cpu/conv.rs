@@ -50,7 +50,8 @@ struct Task<'a> {
     depth: usize,
     weight: &'a [f32],
     bias: Option<&'a [f32]>,
-    per_image: Option<&'a [f32]>,
+    /// Numbers of all images, from the first that this layer reads, and how many are between an image's and the next's.
+    per_image: Option<(&'a [f32], usize)>,
     residual: Option<&'a [f32]>,
     zeros: &'a [f32],
 }
@@ -84,7 +85,7 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
         depth: pieces.iter().map(|p| p.len).sum(),
         weight: weights.get(conv.weight),
         bias: conv.bias.map(|b| weights.get(b)),
-        per_image: conv.per_image.map(|t| memory.read(t)),
+        per_image: conv.per_image.map(|view| (&memory.read(view.tensor)[view.offset..], memory.shape(view.tensor).c)),
         residual: conv.residual.map(|t| memory.read(t)),
         zeros,
     };
@@ -168,7 +169,7 @@ fn strip(task: &Task, rows: std::ops::Range<usize>, panel: usize, out: &SharedOu
     let pixels = task.output.tokens();
     for (row, sums) in rows.zip(sums.0.chunks_exact_mut(PANEL)) {
         let at = row * width + first_column;
-        let per_image = task.per_image.map(|v| &v[row / pixels * width + first_column..][..count]);
+        let per_image = task.per_image.map(|(v, width)| &v[row / pixels * width + first_column..][..count]);
         let residual = task.residual.map(|v| &v[at..][..count]);
         // SAFETY: this strip alone writes these rows and columns.
         let out = unsafe { out.at(at, count) };

@@ -74,7 +74,10 @@ fn affine_of(norm: &GroupNorm, weights: &Weights, memory: &Memory, partial: &[f3
     let per_group = channels / norm.groups;
     affine.par_chunks_exact_mut(channels * 2).enumerate().for_each(|(image, affine)| {
         let (scales, shifts) = affine.split_at_mut(channels);
-        let modulation = norm.scale_shift.map(|t| &memory.read(t)[image * channels * 2..][..channels * 2]);
+        let modulation = norm.scale_shift.map(|view| {
+            let start = image * memory.shape(view.tensor).c + view.offset;
+            &memory.read(view.tensor)[start..][..channels * 2]
+        });
         let partial = &partial[image * stretches * channels * 2..][..stretches * channels * 2];
         for group in (0..channels).step_by(per_group).map(|c| c..c + per_group) {
             let (mean, inverse) = moments(partial, &group, channels, x.tokens(), norm.eps);

@@ -132,11 +132,10 @@ pub(super) fn attention(attention: &Attention, out: TensorId, site: &Site) -> Re
         let widest = TILES.iter().map(|tile| tile.width).max().unwrap_or(0);
         Error::Device(format!("attention heads of {head_dim} channels; the kernels take {widest}; use --device cpu"))
     })?;
-    let address = |view: View| site.address(view.tensor) + (view.offset * size_of::<half::f16>()) as u64;
     let params = AttentionParams {
-        q: address(q),
-        k: address(k),
-        v: address(v),
+        q: site.view(q),
+        k: site.view(k),
+        v: site.view(v),
         out: site.address(out),
         queries: queries as i32,
         keys: keys as i32,

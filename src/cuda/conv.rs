@@ -187,6 +187,7 @@ mod tests {
                         shift,
                         shifted: shifted.address(),
                         channels: channels as i32,
+                        per_image_width: channels as i32,
                         pixels: (h * w) as i32,
                         activation: activation as i32,
                         full: 0,
@@ -194,6 +195,7 @@ mod tests {
                         gain: 0.75,
                         bias_gain: 1.5,
                         scale: 0.5,
+                        padding: 0,
                     };
                     let params = ConvParams {
                         sources: [source, second],

@@ -39,7 +39,7 @@ crate::params! {
         kernel: i32,
         splits: i32,
         steps: i32,
-        padding: [i32; 8],
+        padding: [i32; 6],
     }
 }
 
@@ -59,7 +59,8 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Option<Area> {
         && conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP))
         && shape.c.is_multiple_of(8)
         && Element::of(graph, out) == Element::F16
-        && (plain || !gated);
+        && (plain || !gated)
+        && conv.per_image.is_none_or(|view| view.offset % 2 == 0 && graph.shape(view.tensor).c % 2 == 0);
     let pixels = match (is_pointwise(conv), doubled) {
         (true, _) => Pixels::Apart,
         (_, false) => Pixels::Near,
@@ -153,7 +154,7 @@ pub(super) fn launch(
         kernel: kernel as i32,
         splits: splits as i32,
         steps: steps as i32,
-        padding: [0; 8],
+        padding: [0; 6],
     };
     let units = tiles_down * tiles_across * splits;
     let grid = [units.min(site.limits.multiprocessors as usize), 1, 1];
@@ -165,7 +166,7 @@ mod tests {
     use super::super::tiles::{Instruction, TILES};
     use super::super::{Emulated, Executor, Limits, Weights, bound};
     use super::*;
-    use crate::graph::{ConvOptions, GraphBuilder, Op, Shape, Sources};
+    use crate::graph::{ConvOptions, GraphBuilder, Op, Shape, Sources, View};
     use crate::plan::Plan;
     use crate::weights::Tensors;
     use respodiff_emulated_kernels::Schedule;
@@ -198,7 +199,9 @@ mod tests {
             g.output("scratch", scratch);
             let source = g.input("x", Shape::new(images, h, w, x));
             let skip = (skip > 0).then(|| g.input("skip", Shape::new(images, h, w, skip)));
-            let per_image = more.then(|| g.input("per_image", Shape::new(images, 1, 1, result.c)));
+            // Of two layers' numbers, the second's.
+            let per_image = more.then(|| g.input("per_image", Shape::new(images, 1, 1, result.c + 6)));
+            let per_image = per_image.map(|tensor| View { tensor, offset: 6 });
             let residual = more.then(|| g.input("residual", result));
             let geometry = if kernel == 3 { ConvOptions::conv3x3() } else { ConvOptions::default() };
             let geometry = ConvOptions { resize: doubled.then_some((2 * h, 2 * w)), ..geometry };

@@ -12,6 +12,7 @@ crate::params! {
         pub shift: u64,
         pub shifted: u64,
         pub channels: i32,
+        pub per_image_width: i32,
         pub pixels: i32,
         pub activation: i32,
         pub full: i32,
@@ -19,6 +20,7 @@ crate::params! {
         pub gain: f32,
         pub bias_gain: f32,
         pub scale: f32,
+        pub padding: i32,
     }
 }
 
@@ -45,12 +47,13 @@ impl Epilogue {
         let (output, shift) = (site.shape(out), shift_of(site.graph(), out));
         Epilogue {
             bias: conv.bias.map_or(0, |id| site.weight(id)),
-            per_image: site.optional(conv.per_image),
+            per_image: conv.per_image.map_or(0, |view| site.view(view)),
             residual: site.optional(conv.residual),
             out: site.address(out),
             shift: site.optional(shift.map(|(shift, _)| shift)),
             shifted: site.optional(shift.map(|(_, shifted)| shifted)),
             channels: output.c as i32,
+            per_image_width: conv.per_image.map_or(0, |view| site.shape(view.tensor).c as i32),
             pixels: output.tokens() as i32,
             activation: conv.activation as i32,
             full: i32::from(site.element(out) == Element::F32),
@@ -58,6 +61,7 @@ impl Epilogue {
             gain: conv.gain,
             bias_gain: conv.bias_gain,
             scale: conv.scale,
+            padding: 0,
         }
     }
 }

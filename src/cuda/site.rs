@@ -2,7 +2,7 @@
 
 use super::device::{Limits, TensorTiles};
 use crate::Result;
-use crate::graph::{Graph, Node, Op, Shape, TensorId, WeightId};
+use crate::graph::{Graph, Node, Op, Shape, TensorId, View, WeightId};
 use crate::plan::Plan;
 
 /// How an activation is stored.
@@ -86,6 +86,11 @@ impl Site<'_> {
     /// Where an activation lies that may be missing: 0 then.
     pub fn optional(&self, id: Option<TensorId>) -> u64 {
         id.map_or(0, |id| self.address(id))
+    }
+
+    /// Where a view's first channel lies, of halves.
+    pub fn view(&self, view: View) -> u64 {
+        self.address(view.tensor) + (view.offset * size_of::<half::f16>()) as u64
     }
 
     pub fn element(&self, id: TensorId) -> Element {

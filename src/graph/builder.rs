@@ -18,7 +18,7 @@ pub struct ConvOptions {
     /// Whether there is a bias.
     pub bias: bool,
     /// `[n, 1, 1, c]` to add.
-    pub per_image: Option<TensorId>,
+    pub per_image: Option<View>,
     /// What multiplies the product.
     pub gain: f32,
     /// What multiplies the bias.
@@ -171,7 +171,7 @@ impl GraphBuilder {
         groups: usize,
         eps: f32,
         silu: bool,
-        scale_shift: Option<TensorId>,
+        scale_shift: Option<View>,
     ) -> TensorId {
         let sources = sources.into();
         let channels = sources.iter().map(|t| self.shape(t).c).sum();

@@ -165,13 +165,19 @@ impl Sources {
     }
 }
 
-/// Channels `offset..` of an activation: how attention reads its part of a fused q, k, v.
+/// Channels `offset..` of an activation: how a layer reads its part of a fused one, such as q, k, v.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct View {
     /// The whole activation.
     pub tensor: TensorId,
     /// First channel.
     pub offset: usize,
+}
+
+impl From<TensorId> for View {
+    fn from(tensor: TensorId) -> Self {
+        View { tensor, offset: 0 }
+    }
 }
 
 /// A convolution or linear layer:
@@ -193,7 +199,7 @@ pub struct Conv {
     /// Nearest-neighbour resize of the input to this height and width, folded into the read.
     pub resize: Option<(usize, usize)>,
     /// `[n, 1, 1, c]` added to every pixel of its image (the time embedding).
-    pub per_image: Option<TensorId>,
+    pub per_image: Option<View>,
     /// Multiplies the product: with `bias_gain`, how a network is scaled down that would leave fp16's range.
     pub gain: f32,
     /// Multiplies the bias.
@@ -220,7 +226,7 @@ pub struct GroupNorm {
     /// Added to the variance.
     pub eps: f32,
     /// `[n, 1, 1, 2c]`: `y * (1 + scale) + shift`, scales first.
-    pub scale_shift: Option<TensorId>,
+    pub scale_shift: Option<View>,
     /// Whether SiLU follows.
     pub silu: bool,
 }
@@ -376,10 +382,17 @@ impl Op {
     /// Where the operation says what it reads.
     pub(crate) fn slots(&mut self) -> [Option<&mut TensorId>; 4] {
         match self {
-            Op::Conv(c) => [Some(&mut c.sources.x), c.sources.skip.as_mut(), c.per_image.as_mut(), c.residual.as_mut()],
-            Op::GroupNorm(of) => [Some(&mut of.sources.x), of.sources.skip.as_mut(), of.scale_shift.as_mut(), None],
+            Op::Conv(c) => {
+                let per_image = c.per_image.as_mut().map(|view| &mut view.tensor);
+                [Some(&mut c.sources.x), c.sources.skip.as_mut(), per_image, c.residual.as_mut()]
+            }
+            Op::GroupNorm(of) => {
+                let scale_shift = of.scale_shift.as_mut().map(|view| &mut view.tensor);
+                [Some(&mut of.sources.x), of.sources.skip.as_mut(), scale_shift, None]
+            }
             Op::GroupNormGradient { of, d } => {
-                [Some(&mut of.sources.x), of.sources.skip.as_mut(), of.scale_shift.as_mut(), Some(d)]
+                let scale_shift = of.scale_shift.as_mut().map(|view| &mut view.tensor);
+                [Some(&mut of.sources.x), of.sources.skip.as_mut(), scale_shift, Some(d)]
             }
             Op::LayerNorm { x, .. } | Op::Activate { x, .. } | Op::Sinusoid { x, .. } | Op::ClassToken { x, .. } => {
                 [Some(x), None, None, None]

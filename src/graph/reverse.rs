@@ -209,7 +209,7 @@ impl Reverse {
     /// A convolution's data gradient is a convolution with the mirrored weight.
     fn conv(&mut self, name: &str, conv: Conv, d: TensorId) {
         assert!(conv.stride == 1 && conv.scale == 1.0, "{name}: a strided or scaled convolution");
-        assert!(!conv.per_image.is_some_and(|t| self.wants(t)), "{name}: by what is added per image");
+        assert!(!conv.per_image.is_some_and(|view| self.wants(view.tensor)), "{name}: by what is added per image");
         assert!(!conv.sources.skip.is_some_and(|t| self.wants(t)), "{name}: by a skip connection");
         if let Some(residual) = conv.residual.filter(|&t| self.wants(t)) {
             self.give(residual, d);

@@ -7,10 +7,10 @@ use crate::graph::{ConvOptions, GraphBuilder, Sources, TensorId, View};
 pub(super) enum Time {
     /// Not at all.
     None,
-    /// Projected and added between the convolutions.
-    Add(TensorId),
-    /// Projected to the scale and shift of the second norm.
-    ScaleShift(TensorId),
+    /// Added between the convolutions: as many channels as there are, `[n, 1, 1, c]`.
+    Add(View),
+    /// As the scale and shift of the second norm, `[n, 1, 1, 2c]`.
+    ScaleShift(View),
 }
 
 /// A residual block: norm, SiLU and convolution, twice.
@@ -43,12 +43,8 @@ impl Resnet {
 
         let (per_image, scale_shift) = match self.time {
             Time::None => (None, None),
-            Time::Add(time) => {
-                (Some(g.linear(&layer("time_emb_proj"), time, channels, ConvOptions::default())), None) // [n, 1, 1, c]
-            }
-            Time::ScaleShift(time) => {
-                (None, Some(g.linear(&layer("time_emb_proj"), time, 2 * channels, ConvOptions::default()))) // [n, 1, 1, 2c]
-            }
+            Time::Add(time) => (Some(time), None),
+            Time::ScaleShift(time) => (None, Some(time)),
         };
         let residual = match inputs == channels {
             true => sources.x,

@@ -3,7 +3,7 @@
 
 use super::blocks::{Resnet, Time, attention, downsample, upsample};
 use super::{UNetConfig, UNetLevel};
-use crate::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape, Sources, TensorId};
+use crate::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape, Sources, TensorId, View};
 
 /// Added to the variance in the group norm that begins a transformer.
 const TRANSFORMER_EPS: f32 = 1e-6;
@@ -22,7 +22,7 @@ pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize
     let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
     let time = time_embedding(&mut g, config, batch);
     let context = g.input("encoder_hidden_states", Shape::new(batch, 1, tokens, config.cross_attention_dim));
-    let mut net = UNet { config, g, time, context };
+    let mut net = UNet { config, g, time, context, projected: time.into() };
     let (x, mut skips) = net.down(sample);
     let x = net.middle(x);
     net.g.output("mid", x);
@@ -41,7 +41,7 @@ pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens
     let time = time_embedding(&mut g, config, batch);
     let states = Shape::new(batch, 1, tokens, config.cross_attention_dim);
     let context = g.input("encoder_hidden_states", states);
-    let mut first = UNet { config, g, time, context };
+    let mut first = UNet { config, g, time, context, projected: time.into() };
     let (x, skips) = first.down(sample);
     let x = first.middle(x);
     first.g.output("mid", x);
@@ -57,7 +57,7 @@ pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens
     let context = g.input("encoder_hidden_states", states);
     let mut skips: Vec<TensorId> =
         skips.iter().enumerate().map(|(i, &skip)| g.input(&format!("skip.{i}"), first.shape(skip))).collect();
-    let mut second = UNet { config, g, time, context };
+    let mut second = UNet { config, g, time, context, projected: time.into() };
     second.up(x, &mut skips);
     (first, second.g.finish())
 }
@@ -89,12 +89,31 @@ struct UNet<'a> {
     g: GraphBuilder,
     time: TensorId,
     context: TensorId,
+    /// The timestep as the next resnet reads it, and those behind it: see [`UNet::project_time`].
+    projected: View,
 }
 
 impl UNet<'_> {
+    /// The timestep projected for resnets, of given names and channels, in one product: each has a few rows of a wide matrix,
+    /// and as many products would each wait for their part of it.
+    fn project_time(&mut self, resnets: Vec<(String, usize)>) {
+        let each = if self.config.time_scale_shift { 2 } else { 1 };
+        let names: Vec<String> = resnets.iter().map(|(name, _)| format!("{name}.time_emb_proj")).collect();
+        let outputs: Vec<usize> = resnets.iter().map(|(_, channels)| each * channels).collect();
+        self.projected = self.g.fused("time_emb_proj", &names, self.time, &outputs, ConvOptions::default()).into();
+    }
+
     /// The coarsest activation, and those that the way up reads again.
     fn down(&mut self, sample: TensorId) -> (TensorId, Vec<TensorId>) {
         let levels = &self.config.levels;
+        let resnets = levels.iter().enumerate().flat_map(|(i, level)| {
+            (0..level.layers).map(move |j| (format!("down_blocks.{i}.resnets.{j}"), level.channels))
+        });
+        let middle = levels
+            .last()
+            .into_iter()
+            .flat_map(|level| (0..2).map(|j| (format!("mid_block.resnets.{j}"), level.channels)));
+        self.project_time(resnets.chain(middle).collect());
         let mut x = self.g.conv("conv_in", sample, levels[0].channels, ConvOptions::conv3x3()); // [n, h, w, c]
         let mut skips = vec![x];
         for (i, level) in levels.iter().enumerate() {
@@ -133,6 +152,10 @@ impl UNet<'_> {
 
     /// From the bottleneck to the output `sample`.
     fn up(&mut self, mut x: TensorId, skips: &mut Vec<TensorId>) {
+        let resnets = self.config.levels.iter().rev().enumerate().flat_map(|(i, level)| {
+            (0..=level.layers).map(move |j| (format!("up_blocks.{i}.resnets.{j}"), level.channels))
+        });
+        self.project_time(resnets.collect());
         for (i, level) in self.config.levels.iter().rev().enumerate() {
             let name = format!("up_blocks.{i}");
             for j in 0..=level.layers {
@@ -155,10 +178,11 @@ impl UNet<'_> {
     }
 
     fn resnet(&mut self, name: &str, sources: impl Into<Sources>, channels: usize, scale: f32) -> TensorId {
-        let time = match self.config.time_scale_shift {
-            true => Time::ScaleShift(self.time),
-            false => Time::Add(self.time),
+        let (time, width) = match self.config.time_scale_shift {
+            true => (Time::ScaleShift(self.projected), 2 * channels),
+            false => (Time::Add(self.projected), channels),
         };
+        self.projected.offset += width;
         let resnet =
             Resnet { groups: self.config.norm_num_groups, eps: self.config.norm_eps, time, scale, shrink: 1.0 };
         resnet.build(&mut self.g, name, sources, channels)

@@ -1,7 +1,10 @@
 //! `kernels/conv.cu`.
 
 use super::*;
-use respodiff::graph::{Activation, ConvOptions, Sources};
+use respodiff::graph::{Activation, ConvOptions, Sources, View};
+
+/// Channels of other layers that stand before those that are added for each image: no whole 16 bytes.
+const OTHERS: usize = 10;
 
 /// A convolution and the size it is tried at.
 #[derive(Clone, Debug)]
@@ -51,7 +54,7 @@ impl Case {
         let (n, (h, w), out) = (self.images, self.size, self.shape());
         let mut shapes = vec![Shape::new(n, h, w, self.channels)];
         shapes.extend((self.skip > 0).then_some(Shape::new(n, h, w, self.skip)));
-        shapes.extend(self.per_image.then_some(Shape::new(n, 1, 1, out.c)));
+        shapes.extend(self.per_image.then_some(Shape::new(n, 1, 1, OTHERS + out.c)));
         shapes.extend(self.residual.then_some(out));
         shapes
     }
@@ -62,6 +65,7 @@ impl Case {
         let skip = (self.skip > 0).then(|| inputs.next().unwrap());
         let per_image = self.per_image.then(|| inputs.next().unwrap());
         let residual = self.residual.then(|| inputs.next().unwrap());
+        let per_image = per_image.map(|tensor| View { tensor, offset: OTHERS });
         let options = ConvOptions { per_image, residual, ..self.options.clone() };
         let out = g.conv("conv", Sources { x, skip }, self.outputs, options);
         if self.read {
@@ -106,7 +110,7 @@ impl Case {
             for c in 0..out.c {
                 let mut value = sum(image, y, x, c);
                 if self.per_image {
-                    value = round(value + rest[0][image * out.c + c]);
+                    value = round(value + rest[0][image * (OTHERS + out.c) + OTHERS + c]);
                 }
                 value = match o.activation {
                     Activation::Geglu => value * round(activated(sum(image, y, x, out.c + c), Activation::Gelu)),

@@ -1,6 +1,10 @@
 //! `kernels/norm.cu`.
 
 use super::*;
+use respodiff::graph::View;
+
+/// Channels of other layers that stand before those that modulate.
+const OTHERS: usize = 3;
 use respodiff::graph::Activation;
 
 /// A group norm: shapes of the sources, groups, whether it is modulated and followed by SiLU.
@@ -43,13 +47,13 @@ impl Case<'_> {
     }
 
     fn shapes(&self) -> Vec<Shape> {
-        let modulation = Shape::new(self.sources[0].n, 1, 1, 2 * self.channels());
+        let modulation = Shape::new(self.sources[0].n, 1, 1, OTHERS + 2 * self.channels());
         self.sources.iter().copied().chain(self.modulated.then_some(modulation)).collect()
     }
 
     fn build(&self, g: &mut GraphBuilder, x: &[TensorId]) -> TensorId {
         let sources = respodiff::graph::Sources { x: x[0], skip: (self.sources.len() == 2).then(|| x[1]) };
-        let modulation = self.modulated.then(|| x[self.sources.len()]);
+        let modulation = self.modulated.then(|| View { tensor: x[self.sources.len()], offset: OTHERS });
         g.group_norm("norm", sources, self.groups, EPS, self.silu, modulation)
     }
 
@@ -73,7 +77,7 @@ impl Case<'_> {
                     let normal = round((at(image, p, c) - mean) / (variance + EPS as f64).sqrt());
                     let mut y = round(normal * weight[c] + bias[c]);
                     if self.modulated {
-                        let modulation = &given.inputs[self.sources.len()][image * 2 * channels..];
+                        let modulation = &given.inputs[self.sources.len()][image * (OTHERS + 2 * channels) + OTHERS..];
                         y = round(y * (1.0 + modulation[c]) + modulation[channels + c]);
                     }
                     let y = if self.silu { activated(y, Activation::Silu) } else { y };
@@ -112,7 +116,7 @@ impl Case<'_> {
             let u = places.iter().zip(&normal).map(|(&(p, c), normal)| {
                 let (mut y, mut scale) = (round(normal * weight[c] + bias[c]), weight[c]);
                 if self.modulated {
-                    let modulation = &given.inputs[self.sources.len()][image * 2 * channels..];
+                    let modulation = &given.inputs[self.sources.len()][image * (OTHERS + 2 * channels) + OTHERS..];
                     y = round(y * (1.0 + modulation[c]) + modulation[channels + c]);
                     scale = round(scale * (1.0 + modulation[c]));
                 }
