@@ -84,7 +84,7 @@ fn the_first_of_several_problems() {
     }
 }
 
-/// A text encoder in both of its spellings: which of two tensors is meant nobody knows, and the same one is told each time.
+/// A text encoder in both of its spellings: nobody knows which of two tensors is meant, and always the same is told.
 #[test]
 fn tensors_under_two_names() {
     use safetensors::SafeTensors;

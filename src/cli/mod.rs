@@ -169,7 +169,7 @@ fn note(line: &str) {
 /// The first line that could not be printed.
 static UNPRINTED: OnceLock<std::io::Error> = OnceLock::new();
 
-/// Prints a line to stdout; a reader that went away is no error, and any other is one at the end, when all work is done.
+/// Prints a line to stdout. A reader that went away is no error; any other trouble is one, once all work is done.
 fn say(line: &str) {
     use std::io::Write;
     if let Err(problem) = writeln!(std::io::stdout(), "{line}")
