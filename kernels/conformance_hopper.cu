@@ -168,6 +168,10 @@ template <int N, class Multiply> __device__ __forceinline__ void multiplied(cons
         }); \
     } \
     EXPORT(conformance_wgmma_m64n##N##k16_rs_tb##TB)
+WGMMA(40, 0)
+WGMMA(40, 1)
+WGMMA(64, 0)
+WGMMA(64, 1)
 WGMMA(80, 0)
 WGMMA(80, 1)
 WGMMA(128, 0)

@@ -1,5 +1,6 @@
-//! Launches of `kernels/attention.cu`.
+//! Launches of `kernels/attention.cu`, and which of its kernels, where it is not one of `attention_hopper.cu`.
 
+use super::attention_hopper;
 use super::device::{Launch, Limits};
 use super::site::Site;
 use super::weights::CHUNK;
@@ -121,8 +122,11 @@ pub(super) fn is_aligned(attention: &Attention, shape: impl Fn(TensorId) -> Shap
 }
 
 /// # Errors
-/// [`Error::Device`] for heads wider than any kernel's.
+/// [`Error::Device`] for heads wider than any kernel's, or if TMA does not take the tensors.
 pub(super) fn attention(attention: &Attention, out: TensorId, site: &Site) -> Result<Launch> {
+    if let Some(tile) = attention_hopper::choose(attention, |t| site.shape(t), site.limits) {
+        return attention_hopper::launch(attention, out, site, tile);
+    }
     let Attention { q, k, v, heads, head_dim, scale, causal } = *attention;
     let width = |view: View| site.shape(view.tensor).c;
     let Shape { n: images, .. } = site.shape(out);

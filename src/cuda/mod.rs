@@ -7,6 +7,7 @@
 
 mod attention;
 mod attention_gradient;
+mod attention_hopper;
 pub mod compiled;
 mod conv;
 mod conv_hopper;

@@ -338,7 +338,7 @@ fn named_barriers() {
 /// A recording that no case reads would hold the emulator to nothing.
 #[test]
 fn every_recording_is_of_a_case() {
-    let tests: [fn(); 17] = [
+    let tests: [fn(); 19] = [
         shared_addresses,
         exp2,
         to_half,
@@ -352,6 +352,8 @@ fn every_recording_is_of_a_case() {
         hopper::mbarriers,
         hopper::setmaxnreg,
         hopper::tma,
+        hopper::wgmma_n40,
+        hopper::wgmma_n64,
         hopper::wgmma_n80,
         hopper::wgmma_n128,
         hopper::wgmma_n160,

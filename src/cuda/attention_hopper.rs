@@ -1,0 +1,191 @@
+//! Launches of `kernels/attention_hopper.cu`.
+
+use super::attention::is_aligned;
+use super::device::{Launch, Limits, TensorTiles};
+use super::site::Site;
+use crate::Result;
+use crate::graph::{Attention, Shape, TensorId, View};
+use half::f16;
+
+/// Queries of a warpgroup.
+const ROWS: usize = 64;
+/// Channels of a span in shared memory, its bytes, and its `CUtensorMapSwizzle`.
+const SPAN: usize = 64;
+const SPAN_BYTES: usize = SPAN * size_of::<f16>();
+const SWIZZLE: u32 = 3;
+
+crate::params! {
+    pub(super) struct AttentionHopperParams {
+        q: [u64; 16],
+        k: [u64; 16],
+        v: [u64; 16],
+        out: [u64; 16],
+        queries: i32,
+        keys: i32,
+        exponent: f32,
+        padding: [i32; 13],
+    }
+}
+
+/// One of the kernels: see `Tile` there.
+#[derive(Debug, PartialEq)]
+pub(super) struct Tile {
+    pub kernel: &'static str,
+    head_dim: usize,
+    /// Warpgroups that multiply.
+    groups: usize,
+    /// Stages of keys and values; a single one holds all of them.
+    stages: usize,
+    /// Keys of a stage.
+    keys: usize,
+}
+
+const fn tile(kernel: &'static str, head_dim: usize, groups: usize, stages: usize, keys: usize) -> Tile {
+    Tile { kernel, head_dim, groups, stages, keys }
+}
+
+const TILES: [Tile; 8] = [
+    tile("attention_hopper_40_held", 40, 3, 1, 80),
+    tile("attention_hopper_64_held", 64, 3, 1, 80),
+    tile("attention_hopper_80_held", 80, 2, 1, 80),
+    tile("attention_hopper_160_held", 160, 2, 1, 80),
+    tile("attention_hopper_40_ring", 40, 3, 4, 128),
+    tile("attention_hopper_64_ring", 64, 3, 4, 128),
+    tile("attention_hopper_80_ring", 80, 2, 2, 128),
+    tile("attention_hopper_160_ring", 160, 2, 2, 64),
+];
+
+impl Tile {
+    /// Threads of a block: one more warpgroup fetches.
+    fn threads(&self) -> usize {
+        128 * (self.groups + 1)
+    }
+
+    /// Bytes of shared memory: queries, twice where they pass by, keys and values, results, and 256 of barriers.
+    fn shared(&self) -> usize {
+        let slots = if self.stages == 1 { 2 } else { 1 };
+        let rows = self.groups * ROWS * (slots + 1) + 2 * self.stages * self.keys;
+        rows * self.head_dim.div_ceil(SPAN) * SPAN_BYTES + 256
+    }
+
+    /// Blocks of each of so many heads of all images: the fewest whose busiest multiprocessor is done soonest.
+    fn blocks(&self, queries: usize, heads: usize, limits: Limits) -> usize {
+        let tiles = queries.div_ceil(self.groups * ROWS);
+        let time =
+            |blocks: &usize| (blocks * heads).div_ceil(limits.multiprocessors as usize) * tiles.div_ceil(*blocks);
+        (1..=tiles).min_by_key(time).unwrap_or(1)
+    }
+}
+
+/// The kernel for one image's shape, if there is one: for the widths of heads that Stable Diffusion's UNets have, and for
+/// tensors that TMA takes, whose pixels are a whole number of heads.
+pub(super) fn choose(
+    attention: &Attention,
+    shape: impl Fn(TensorId) -> Shape,
+    limits: Limits,
+) -> Option<&'static Tile> {
+    let Attention { q, k, v, head_dim, causal, .. } = *attention;
+    let whole = |view: View| shape(view.tensor).c.is_multiple_of(head_dim);
+    let suits = limits.capability == 90 && !causal && is_aligned(attention, &shape) && [q, k, v].into_iter().all(whole);
+    let keys = shape(k.tensor).tokens();
+    TILES.iter().find(|tile| suits && tile.head_dim == head_dim && (tile.stages > 1 || keys <= tile.keys))
+}
+
+/// # Errors
+/// [`crate::Error::Device`] if TMA does not take the tensors.
+pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &Tile) -> Result<Launch> {
+    let Attention { q, k, v, heads, head_dim, scale, .. } = *attention;
+    let (queries, keys) = (site.shape(out).tokens(), site.shape(k.tensor).tokens());
+    let images = site.shape(out).n;
+    let map = |View { tensor, offset }: View, rows: usize| {
+        let (tokens, width) = (site.shape(tensor).tokens(), site.shape(tensor).c);
+        let sizes = [head_dim, heads, tokens, images].map(|n| n as u64);
+        let strides = [head_dim, width, tokens * width].map(|n| (n * size_of::<f16>()) as u64);
+        let address = site.address(tensor) + (offset * size_of::<f16>()) as u64;
+        let tile = [SPAN as u32, 1, rows as u32, 1];
+        (site.bindings.tensor_map)(&TensorTiles {
+            address,
+            sizes: &sizes,
+            strides: &strides,
+            tile: &tile,
+            swizzle: SWIZZLE,
+        })
+    };
+    let params = AttentionHopperParams {
+        q: map(q, ROWS)?,
+        k: map(k, tile.keys)?,
+        v: map(v, tile.keys)?,
+        out: map(View { tensor: out, offset: 0 }, ROWS)?,
+        queries: queries as i32,
+        keys: keys as i32,
+        exponent: scale * std::f32::consts::LOG2_E,
+        padding: [0; 13],
+    };
+    let grid = [tile.blocks(queries, heads * images, site.limits), heads, images];
+    Ok(Launch::new(tile.kernel, grid, tile.threads(), tile.shared(), &params))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tiles::tests::networks;
+    use super::*;
+    use crate::graph::Op;
+    use std::collections::BTreeSet;
+
+    /// The shapes of the real networks: one image's queries and keys, heads and their channels, with the kernel on `limits`.
+    fn chosen(limits: Limits) -> BTreeSet<(usize, usize, usize, usize, bool, Option<&'static str>)> {
+        let mut all = BTreeSet::new();
+        for (_, graph, _) in networks() {
+            for node in graph.nodes() {
+                let Op::Attention(of) = &node.op else { continue };
+                let (queries, keys) = (graph.shape(node.output).tokens(), graph.shape(of.k.tensor).tokens());
+                let tile = choose(of, |id| graph.shape(id), limits);
+                all.insert((queries, keys, of.heads, of.head_dim, of.causal, tile.map(|tile| tile.kernel)));
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn kernels_of_real_networks_on_an_h100() {
+        let expected = [
+            // CLIP, the VAEs.
+            (77, 77, 12, 64, true, None),
+            (77, 77, 20, 64, true, None),
+            (4096, 4096, 1, 512, false, None),
+            (16384, 16384, 1, 512, false, None),
+            // Stable Diffusion 1.5 at 512.
+            (4096, 4096, 8, 40, false, Some("attention_hopper_40_ring")),
+            (4096, 77, 8, 40, false, Some("attention_hopper_40_held")),
+            (1024, 1024, 8, 80, false, Some("attention_hopper_80_ring")),
+            (1024, 77, 8, 80, false, Some("attention_hopper_80_held")),
+            (256, 256, 8, 160, false, Some("attention_hopper_160_ring")),
+            (256, 77, 8, 160, false, Some("attention_hopper_160_held")),
+            (64, 64, 8, 160, false, Some("attention_hopper_160_held")),
+            (64, 77, 8, 160, false, Some("attention_hopper_160_held")),
+            // SDXL at 1024.
+            (4096, 4096, 10, 64, false, Some("attention_hopper_64_ring")),
+            (4096, 77, 10, 64, false, Some("attention_hopper_64_held")),
+            (1024, 1024, 20, 64, false, Some("attention_hopper_64_ring")),
+            (1024, 77, 20, 64, false, Some("attention_hopper_64_held")),
+        ];
+        assert_eq!(chosen(Limits::H100), expected.into());
+        for limits in Limits::CARDS.into_iter().filter(|&limits| limits != Limits::H100) {
+            assert!(chosen(limits).into_iter().all(|(.., kernel)| kernel.is_none()), "{limits:?}");
+        }
+    }
+
+    #[test]
+    fn blocks_fill_the_multiprocessors() {
+        let tile = |kernel| TILES.iter().find(|tile| tile.kernel == kernel).unwrap();
+        let blocks = |kernel, queries, heads| tile(kernel).blocks(queries, heads, Limits::H100);
+        // Of a guided pair: as few rounds as if tiles were dealt out one by one.
+        assert_eq!(blocks("attention_hopper_40_ring", 4096, 16), 8);
+        assert_eq!(blocks("attention_hopper_64_ring", 4096, 20), 6);
+        assert_eq!(blocks("attention_hopper_64_ring", 1024, 40), 3);
+        assert_eq!(blocks("attention_hopper_80_ring", 1024, 16), 8);
+        // Of eight: 80 heads of 22 tiles, which are 13.3 a multiprocessor.
+        assert_eq!(blocks("attention_hopper_64_ring", 4096, 80), 11);
+        assert!(TILES.iter().all(|tile| tile.shared() <= Limits::H100.shared as usize));
+    }
+}
