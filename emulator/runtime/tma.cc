@@ -162,7 +162,10 @@ extern "C" int emu_tensor_map(CUtensorMap* out, uint32_t element, uint32_t rank,
         t.size[i] = sizes[i];
         t.box[i] = box[i];
         if (i == 0) continue;
+        // Each dimension goes in whole steps of the one before, and holds all of it: so the driver's documentation asks.
+        uint64_t step = i == 1 ? element : strides[i - 2];
         if (strides[i - 1] & 15 || strides[i - 1] >= 1ull << 40) return 1;
+        if (strides[i - 1] % step || strides[i - 1] < step * sizes[i - 1]) return 1;
         t.stride[i - 1] = strides[i - 1];
     }
     uint32_t inner = box[0] * element;

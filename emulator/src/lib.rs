@@ -205,7 +205,9 @@ impl TensorMap {
         {
             return Ok(map);
         }
-        Err(Fault(format!("no tensor map of rank {rank}, tile {tile:?}, swizzle {swizzle}: alignment, size or rank")))
+        Err(Fault(format!(
+            "no tensor map of rank {rank}, tile {tile:?}, swizzle {swizzle}: alignment, strides, size or rank"
+        )))
     }
 }
 

@@ -317,3 +317,16 @@ fn a_block_does_the_same_on_any_number_of_cores() {
     assert_eq!(counted(1), counted(4));
     assert_eq!(counted(1).0.blocks, 40);
 }
+
+#[test]
+fn tensor_maps_of_strides_that_no_tensor_has() {
+    let memory = Memory::new(1 << 16);
+    let map = |strides: &[u64]| {
+        TensorMap::tiled(memory.address(), 2, &[40, 2, 5], strides, &[64, 1, 8], 3).map_err(|fault| fault.to_string())
+    };
+    assert!(map(&[80, 160]).is_ok() && map(&[80, 240]).is_ok());
+    // No multiple of 16, no multiple of the stride before, and rows of one another.
+    for strides in [[80, 168], [80, 176], [64, 192], [80, 80]] {
+        assert!(map(&strides).unwrap_err().contains("strides"), "{strides:?}");
+    }
+}
