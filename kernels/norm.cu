@@ -10,8 +10,8 @@
 //
 // Sums of squares are taken about the column's first pixel. That is one of the n numbers summed, so they are at most n + 1
 // times the squared deviations about the mean, and the subtraction costs log2(n + 1) bits at worst, whatever the mean:
-// nothing to fp32, n being a few hundred. All that comes after is merged by Chan, Golub and LeVeque's rule (1983), in an
-// order that one image's shape decides.
+// nothing to fp32, n being a few hundred. All that comes after is put together in two passes over these few numbers, the mean
+// and then the squared deviations about it, in an order that one image's shape decides.
 //
 // Layer norm. A row stays in the registers of one warp (of several beyond 1280 channels): one read, one write.
 //
@@ -48,28 +48,19 @@ LAYOUT(GroupNormParams, x, skip, scale_shift, weight, bias, out, partials, scale
 constexpr int THREADS = 256;
 constexpr int AHEAD = 4;
 
+// Count, mean and squared deviations of numbers.
 struct Moments {
     float count, mean, squares;
 };
 
-__device__ __forceinline__ Moments merge(Moments a, Moments b) {
-    float count = a.count + b.count;
-    float share = count > 0.0f ? b.count / count : 0.0f;
-    float delta = b.mean - a.mean;
-    return {count, a.mean + delta * share, a.squares + b.squares + delta * delta * a.count * share};
-}
-
-// Right in lane 0.
-__device__ __forceinline__ Moments warp_merge(Moments a) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-        Moments b;
-        b.count = __shfl_down_sync(0xffffffffu, a.count, offset);
-        b.mean = __shfl_down_sync(0xffffffffu, a.mean, offset);
-        b.squares = __shfl_down_sync(0xffffffffu, a.squares, offset);
-        a = merge(a, b);
-    }
-    return a;
+// The moments of all that the warp's lanes see of `each`, which calls f(count, mean, squares) for parts: first the mean, then the
+// squared deviations about it, so that the sums wait for nothing but the number before.
+template <class Each> __device__ __forceinline__ Moments warp_moments(float count, Each each) {
+    float mean = 0.0f, squares = 0.0f;
+    each([&](float n, float m, float) { mean += n * m; });
+    mean = warp_sum(mean) / count;
+    each([&](float n, float m, float s) { squares += s + n * (m - mean) * (m - mean); });
+    return {count, mean, warp_sum(squares)};
 }
 
 // A thread's channels of an image's first pixel, and how many are between them and those of the next.
@@ -82,6 +73,8 @@ struct Column {
 template <int W> struct Place {
     int first, channels, columns, lanes, lane;
     int begin, end;
+    // Pixels of every lane, and how many lanes have one more.
+    int whole, longer;
     int64_t image;
 
     __device__ __forceinline__ explicit Place(const GroupNormParams& p) {
@@ -92,6 +85,8 @@ template <int W> struct Place {
         lane = threadIdx.x / columns;
         begin = blockIdx.x * p.stretch;
         end = min(begin + p.stretch, p.pixels);
+        whole = (end - begin) / lanes;
+        longer = (end - begin) % lanes;
         image = blockIdx.z;
     }
 
@@ -129,7 +124,19 @@ template <int W> struct Place {
     }
 
     // How many pixels a lane has.
-    __device__ __forceinline__ int count(int lane) const { return max(end - begin - lane + lanes - 1, 0) / lanes; }
+    __device__ __forceinline__ int count(int lane) const { return whole + (lane < longer); }
+
+    // f(lane of the block, numbers) for this lane's share of what the block's lanes left for a group of the slab, channel by
+    // channel.
+    template <class F> __device__ __forceinline__ void each_pair(const float2* pairs, int group, int per_group, F f) const {
+        int channel = threadIdx.x % 32, of = channel / per_group;
+        channel -= of * per_group;
+        while (of < lanes) {
+            f(of, pairs[of * channels + group * per_group + channel]);
+            channel += 32;
+            for (; channel >= per_group; channel -= per_group) of++;
+        }
+    }
 };
 
 // Hands every group's moments in the block's stretch to f(group in the slab, moments), in one thread.
@@ -157,13 +164,9 @@ __device__ __forceinline__ void stretch_moments(const GroupNormParams& p, const 
     });
     __syncthreads();
     for (int group = threadIdx.x / 32; group < place.channels / p.per_group; group += THREADS / 32) {
-        Moments total = {};
-        for (int i = threadIdx.x % 32; i < place.lanes * p.per_group; i += 32) {
-            int lane = i / p.per_group;
-            float2 s = sums[lane * place.channels + group * p.per_group + i % p.per_group];
-            total = merge(total, {float(place.count(lane)), s.x, s.y});
-        }
-        total = warp_merge(total);
+        Moments total = warp_moments(float(place.end - place.begin) * p.per_group, [&](auto part) {
+            place.each_pair(sums, group, p.per_group, [&](int lane, float2 s) { part(place.count(lane), s.x, s.y); });
+        });
         if (threadIdx.x % 32 == 0) f(group, total);
     }
 }
@@ -226,12 +229,10 @@ template <int W> __device__ __forceinline__ void merge_stretches(const GroupNorm
     int64_t first = place.image * (p.channels / p.per_group) + place.first / p.per_group;
     for (int group = threadIdx.x / 32; group < place.channels / p.per_group; group += THREADS / 32) {
         const float2* partials = p.partials + (first + group) * gridDim.x;
-        Moments total = {};
-        for (int i = threadIdx.x % 32; i < gridDim.x; i += 32) {
-            float count = float(min(p.stretch, p.pixels - i * p.stretch)) * p.per_group;
-            total = merge(total, {count, partials[i].x, partials[i].y});
-        }
-        total = warp_merge(total);
+        Moments total = warp_moments(float(p.pixels) * p.per_group, [&](auto part) {
+            for (int i = threadIdx.x % 32; i < gridDim.x; i += 32)
+                part(float(min(p.stretch, p.pixels - i * p.stretch)) * p.per_group, partials[i].x, partials[i].y);
+        });
         if (threadIdx.x % 32 == 0) groups[group] = mean_and_inverse(total, p.eps);
     }
     __syncthreads();
@@ -312,10 +313,7 @@ __device__ __forceinline__ void stretch_sums(const GroupNormGradientParams& p, c
     int per_group = p.norm.per_group;
     for (int group = threadIdx.x / 32; group < place.channels / per_group; group += THREADS / 32) {
         float2 total = {0.0f, 0.0f};
-        for (int i = threadIdx.x % 32; i < place.lanes * per_group; i += 32) {
-            float2 s = sums[i / per_group * place.channels + group * per_group + i % per_group];
-            total.x += s.x, total.y += s.y;
-        }
+        place.each_pair(sums, group, per_group, [&](int, float2 s) { total.x += s.x, total.y += s.y; });
         total = make_float2(warp_sum(total.x), warp_sum(total.y));
         if (threadIdx.x % 32 == 0) f(group, total);
     }
