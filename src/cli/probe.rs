@@ -1,7 +1,7 @@
 //! `respodiff probe`: components alone, to hold the engine against another implementation.
 
 use super::files::{TensorFile, write};
-use super::{Place, say, warn};
+use super::{Place, check_writable, say, warn};
 use crate::device::{Device, Executor};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 use crate::engine::{UNET_CONSTANTS, read_config};
@@ -70,6 +70,7 @@ pub(super) struct Args {
 type Named = (&'static str, Vec<usize>, Vec<f32>);
 
 pub(super) fn run(args: &Args) -> Result<()> {
+    check_writable(&args.output)?;
     let source = Source::resolve(args.model.as_deref(), true)?;
     let results = match (args.component, &args.inputs) {
         (Component::Text, inputs) => text(args, &source, inputs.as_deref().map(TensorFile::read).transpose()?)?,

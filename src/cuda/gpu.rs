@@ -159,10 +159,14 @@ impl Gpu {
         let mut context = null_mut();
         // SAFETY (of all calls here): arguments are live locals, and handles that the driver gave.
         let code = unsafe { cuDevicePrimaryCtxRetain(&mut context, card.device) };
-        if code as u32 == CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE as u32 {
+        let held = [
+            (CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE, "is held by another process"),
+            (CUresult::CUDA_ERROR_OUT_OF_MEMORY, "has no memory left beside what other processes hold"),
+        ];
+        if let Some((_, held)) = held.iter().find(|(problem, _)| code as u32 == *problem as u32) {
             return Err(Error::Device(format!(
-                "{card} is held by another process (`nvidia-smi` tells which, and its compute mode); end that, choose \
-                 another GPU with CUDA_VISIBLE_DEVICES, or use --device cpu"
+                "{card} {held} (`nvidia-smi` tells which, and its compute mode); end that, choose another GPU with \
+                 CUDA_VISIBLE_DEVICES, or use --device cpu"
             )));
         }
         check(&format!("starting {card}"), code)?;
