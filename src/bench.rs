@@ -1,6 +1,6 @@
 //! How fast each operation of a network is on a device: every distinct one at its real shape, with random weights.
 
-use crate::cuda::{Cache, Element};
+use crate::cuda::{Cache, Element, Launch};
 use crate::device::Executor;
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{
@@ -342,6 +342,12 @@ impl Table {
     }
 }
 
+/// Launches by kernel and grid, on one line.
+pub fn kernels(launches: &[Launch]) -> String {
+    let named = launches.iter().map(|Launch { kernel, grid: [x, y, z], .. }| format!("{kernel} {x}x{y}x{z}"));
+    named.collect::<Vec<_>>().join(", ")
+}
+
 /// Times the operations of a network for which `wanted` is true, each as the median of `runs` passes over all alike.
 ///
 /// # Errors
@@ -377,10 +383,9 @@ pub fn measure(
         executor.timed(*cache, wanted, |node, launches, time| {
             let case = Case::of(&graph, node);
             let place = *places.entry(case.clone()).or_insert_with(|| {
-                let named = launches.iter().map(|l| format!("{} {}x{}x{}", l.kernel, l.grid[0], l.grid[1], l.grid[2]));
                 let (label, flops, bytes) = (case.to_string(), case.flops(), bytes(device, &graph, node));
-                let kernels = named.collect::<Vec<_>>().join(", ");
-                let row = Row { case, label, count: 0, kernels, seconds: 0.0, warm: None, flops, bytes };
+                let row =
+                    Row { case, label, count: 0, kernels: kernels(launches), seconds: 0.0, warm: None, flops, bytes };
                 rows.push((row, Default::default()));
                 rows.len() - 1
             });

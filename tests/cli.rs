@@ -556,6 +556,27 @@ fn doctor_says_what_auto_takes_and_what_is_wrong() {
     }
 }
 
+/// Without any GPU: each operation's kernels on each card, and why a convolution of an H100 has none of its own.
+#[test]
+fn bench_tells_the_kernels_of_cards_that_are_not_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let plans = |card: &str, filter: &str| {
+        let output = respodiff(folder.path(), &["bench", "--plans", card, "--filter", filter]);
+        assert!(output.status.success(), "{output:?}");
+        text(&output.stdout)
+    };
+    let told = plans("h100", "conv3x3");
+    assert!(told.contains("conv_hopper_160 ") && told.contains("conv3x3 2x32x32 320->320 half"), "{told}");
+    assert!(told.contains("(its result has fewer pixels than its source)"), "{told}");
+    assert!(told.contains("(64 channels are no stage of its sources)"), "{told}");
+    for card in ["a100", "rtx-3090", "rtx-4090", "b200", "rtx-5090"] {
+        let told = plans(card, "attention");
+        assert!(told.contains("attention 2x8x160 64x64") && !told.contains("hopper") && !told.contains('('), "{told}");
+    }
+    assert!(plans("rtx-4090", "attention").contains("attention_512_64_16 64x1x1"));
+    assert_eq!(respodiff(folder.path(), &["bench", "--plans", "h1000"]).status.code(), Some(2));
+}
+
 #[test]
 fn bench_times_the_operations_that_the_filter_names() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,9 +1,12 @@
 //! `respodiff bench`.
 
 use super::{Place, check_writable, say};
-use crate::bench::{Peaks, SD15, SDXL, Table, measure, networks, peaks, training};
+use crate::bench::{Case, Peaks, SD15, SDXL, Table, kernels, measure, networks, peaks, training};
+use crate::cuda::{self, Limits};
+use crate::graph::Graph;
 use crate::weights::Source;
 use crate::{Device, Error, Result};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -20,6 +23,9 @@ pub(super) struct Args {
     /// The networks of a training instead: the UNet's way up from the bottleneck, and the gradient back to it
     #[arg(long)]
     training: bool,
+    /// Measure nothing: the kernels that each operation gets on this card, which need not be there
+    #[arg(long, value_enum, value_name = "CARD", conflicts_with_all = ["runs", "json", "device"])]
+    plans: Option<Card>,
     /// Passes over each network [default: 20 on a GPU, 3 elsewhere]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     runs: Option<u16>,
@@ -29,6 +35,49 @@ pub(super) struct Args {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = Place::Auto)]
     device: Place,
+}
+
+/// One of each kind.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Card {
+    A100,
+    #[value(name = "rtx-3090")]
+    Rtx3090,
+    #[value(name = "rtx-4090")]
+    Rtx4090,
+    H100,
+    B200,
+    #[value(name = "rtx-5090")]
+    Rtx5090,
+}
+
+impl Card {
+    fn limits(self) -> Limits {
+        Limits::CARDS[self as usize]
+    }
+}
+
+/// A line for each operation: how often, its kernels with their grids, and why they are not 9.0's.
+fn print_plans(network: &str, graph: &Graph, limits: Limits, wanted: impl Fn(&str) -> bool) -> Result<()> {
+    let (mut lines, mut launches) = (BTreeMap::<_, usize>::new(), 0);
+    for (node, of_node, reason) in cuda::kernels(graph, limits)? {
+        let case = Case::of(graph, &node).to_string();
+        if wanted(&case) {
+            launches += of_node.len();
+            *lines.entry((case, kernels(&of_node), reason)).or_default() += 1;
+        }
+    }
+    if lines.is_empty() {
+        return Ok(());
+    }
+    say("");
+    say(&format!("{network:44} {:>5}  kernels and their grids", "count"));
+    for ((case, kernels, reason), count) in lines {
+        let reason = reason.map_or(String::new(), |reason| format!("  ({reason})"));
+        say(&format!("{case:44} {count:>5}  {kernels}{reason}"));
+    }
+    say(&format!("{:44} {launches} launches", "in all"));
+    Ok(())
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -45,6 +94,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
         true => vec![training(&source, args.batch as usize)?],
         false => networks(&source, args.batch as usize)?,
     };
+    let wanted =
+        |network: &str, line: &str| args.filter.as_deref().is_none_or(|text| line.contains(text) || network == text);
+    if let Some(card) = args.plans {
+        for (network, graph) in &networks {
+            print_plans(network, graph, card.limits(), |line| wanted(network, line))?;
+        }
+        return Ok(());
+    }
     let device = args.device.open()?;
     let usual = match (&device, args.device) {
         (Device::Cuda(_), Place::Auto | Place::Cuda) => 20,
@@ -61,8 +118,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     ));
     let mut tables = Vec::new();
     for (network, graph) in networks {
-        let wanted = |line: &str| args.filter.as_deref().is_none_or(|text| line.contains(text) || network == text);
-        let table = measure(&device, network, graph, runs, |case| wanted(&case.to_string()))?;
+        let table = measure(&device, network, graph, runs, |case| wanted(network, &case.to_string()))?;
         if !table.rows.is_empty() {
             print(&table, &peaks);
             tables.push(table);

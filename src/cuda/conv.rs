@@ -48,9 +48,19 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
         depth: conv.kernel * conv.kernel * channels.next_multiple_of(CHUNK),
         vector: conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(CHUNK)),
         gated: conv.activation == Activation::Geglu,
-        area: conv_hopper::area(graph, conv, out),
+        area: conv_hopper::area(graph, conv, out).ok(),
     };
     (one, choose(one, shape.n, limits))
+}
+
+/// Why a convolution gets none of the kernels of 9.0 there; `None` if it gets one.
+pub(super) fn reason(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> Option<&'static str> {
+    match conv_hopper::area(graph, conv, out) {
+        _ if limits.capability != 90 => None,
+        Err(reason) => Some(reason),
+        Ok(_) if plan(graph, conv, out, limits).1.tile.instruction == Instruction::Wgmma => None,
+        Ok(_) => Some("a tile of mma.sync should be faster"),
+    }
 }
 
 /// Bytes of the sums of a depth in parts.

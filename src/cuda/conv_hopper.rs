@@ -6,7 +6,7 @@ use super::epilogue::{self, Epilogue};
 use super::site::{COUNTERS, Element, Site};
 use super::tiles::{Area, Choice, Pixels, Product, STEP};
 use super::weights::phases_at;
-use crate::graph::{Activation, Conv, Graph, TensorId};
+use crate::graph::{Activation, Conv, Graph, TensorId, View};
 use crate::{Error, Result};
 use half::f16;
 
@@ -45,28 +45,39 @@ crate::params! {
 
 /// How TMA would fetch what a convolution reads, if the kernels can do it: each stage is 64 channels of one source, rectangles
 /// move by whole pixels, and results are fp16 in whole 16 bytes. A source may be doubled for a plain 3x3 convolution.
-pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Option<Area> {
+///
+/// # Errors
+/// Why they cannot.
+pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'static str> {
     let (input, shape) = (graph.shape(conv.sources.x), graph.shape(out));
     let gated = conv.activation == Activation::Geglu;
     let plain = conv.residual.is_none() && conv.per_image.is_none() && !epilogue::is_shifted(graph, out);
-    let doubled = conv.resize.is_some();
-    let size = if doubled { (2 * input.h, 2 * input.w) } else { (input.h, input.w) };
-    let suits = conv.stride == 1
-        && conv.kernel % 2 == 1
-        && conv.pad == conv.kernel / 2
-        && size == (shape.h, shape.w)
-        && (!doubled || (conv.resize == Some(size) && conv.kernel == 3 && plain && !gated))
-        && conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP))
-        && shape.c.is_multiple_of(8)
-        && Element::of(graph, out) == Element::F16
-        && (plain || !gated)
-        && conv.per_image.is_none_or(|view| view.offset % 2 == 0 && graph.shape(view.tensor).c % 2 == 0);
-    let pixels = match (is_pointwise(conv), doubled) {
+    let size = if conv.resize.is_some() { (2 * input.h, 2 * input.w) } else { (input.h, input.w) };
+    let even = |view: View| view.offset.is_multiple_of(2) && graph.shape(view.tensor).c.is_multiple_of(2);
+    let pixels = match (is_pointwise(conv), conv.resize.is_some()) {
         (true, _) => Pixels::Apart,
         (_, false) => Pixels::Near,
         (_, true) => Pixels::Doubled,
     };
-    suits.then_some(Area { height: input.h, width: input.w, pixels })
+    for (holds, otherwise) in [
+        (conv.stride == 1, "its result has fewer pixels than its source"),
+        (conv.kernel % 2 == 1 && conv.pad == conv.kernel / 2, "its kernel has no middle"),
+        (size == (shape.h, shape.w), "its source is resized by other than two"),
+        (
+            conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP)),
+            "64 channels are no stage of its sources",
+        ),
+        (shape.c.is_multiple_of(8), "its results are no whole 16 bytes"),
+        (Element::of(graph, out) == Element::F16, "its results are fp32"),
+        (plain || !gated, "something is added behind its gate"),
+        (pixels != Pixels::Doubled || (plain && !gated && conv.kernel == 3), "something follows its doubled source"),
+        (conv.per_image.is_none_or(even), "pairs of numbers for each image are not aligned"),
+    ] {
+        if !holds {
+            return Err(otherwise);
+        }
+    }
+    Ok(Area { height: input.h, width: input.w, pixels })
 }
 
 /// # Errors
@@ -116,7 +127,7 @@ pub(super) fn launch(
     })?;
     // Results are stored in boxes of the widest span that divides a tile's.
     let results = if product.gated { tile.columns / 2 } else { tile.columns } * size_of::<f16>();
-    let span = SWIZZLES.iter().map(|(bytes, _)| *bytes).find(|bytes| results % bytes == 0).unwrap_or(32);
+    let span = SWIZZLES.iter().map(|(bytes, _)| *bytes).find(|bytes| results.is_multiple_of(*bytes)).unwrap_or(32);
     let result = |address, step| image(address, shape.c, step, half, span);
     let mut stored = [result(site.address(out), if doubled { 2 } else { 1 })?; 4];
     for (phase, map) in stored.iter_mut().enumerate().skip(1).filter(|_| doubled) {
@@ -166,7 +177,7 @@ mod tests {
     use super::super::tiles::{Instruction, TILES};
     use super::super::{Emulated, Executor, Limits, Weights, bound};
     use super::*;
-    use crate::graph::{ConvOptions, GraphBuilder, Op, Shape, Sources, View};
+    use crate::graph::{ConvOptions, GraphBuilder, Op, Shape, Sources};
     use crate::plan::Plan;
     use crate::weights::Tensors;
     use respodiff_emulated_kernels::Schedule;

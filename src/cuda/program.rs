@@ -1,6 +1,6 @@
 //! A plan as lists of kernel launches: what each node becomes.
 
-use super::device::{Launch, Limits};
+use super::device::{Launch, Limits, TensorTiles};
 use super::site::{Bindings, Site};
 use super::{attention, attention_gradient, conv, elementwise, epilogue, norm};
 use crate::graph::{Graph, Node, Op};
@@ -39,6 +39,27 @@ impl Program {
             Ok(launches)
         }
     }
+}
+
+/// The launches of each node of a network on a card of these limits, without the card: addresses are 0, and tensor maps empty.
+/// Of convolutions that get none of 9.0's kernels there it says why.
+///
+/// # Errors
+/// [`Error::Device`] for an operation that has no kernel.
+pub fn kernels(graph: &Graph, limits: Limits) -> Result<Vec<(Node, Vec<Launch>, Option<&'static str>)>> {
+    let plan = Plan::new(graph.clone(), &[], &limits);
+    let weights = vec![0; graph.weights().len()];
+    let tensor_map = |_: &TensorTiles| Ok([0; 16]);
+    let bindings = Bindings { limits, weights: &weights, arena: 0, counters: 0, tensor_map: &tensor_map };
+    let lower = Program::lowering(&plan, &bindings);
+    let of_node = |(node, workspace): (&Node, (usize, usize))| {
+        let reason = match &node.op {
+            Op::Conv(op) => conv::reason(graph, op, node.output, limits),
+            _ => None,
+        };
+        Ok((node.clone(), lower(node, workspace)?, reason))
+    };
+    plan.all().map(of_node).collect()
 }
 
 fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
@@ -96,7 +117,6 @@ pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
 #[cfg(test)]
 mod tests {
     use super::super::compiled::{FAMILIES, RESOURCES, Resources};
-    use super::super::device::TensorTiles;
     use super::super::tiles::tests::{networks, trainings};
     use super::*;
     #[cfg(feature = "emulated")]
@@ -126,13 +146,9 @@ mod tests {
                 RESOURCES.iter().find(of).map_or(0, |resources| resources.registers)
             };
             for (name, graph) in &graphs {
-                let plan = Plan::new(graph.clone(), &["encoder_hidden_states"], &limits);
-                let weights = vec![0; graph.weights().len()];
-                let tensor_map = |_: &TensorTiles| Ok([0; 16]);
-                let bindings = Bindings { limits, weights: &weights, arena: 0, counters: 0, tensor_map: &tensor_map };
-                let program = Program::new(&plan, &bindings);
-                let program = program.unwrap_or_else(|problem| panic!("{name} on {limits:?}: {problem}"));
-                for launch in program.prologue.iter().chain(&program.step).chain(&program.backward) {
+                let kernels = kernels(graph, limits);
+                let kernels = kernels.unwrap_or_else(|problem| panic!("{name} on {limits:?}: {problem}"));
+                for launch in kernels.iter().flat_map(|(_, launches, _)| launches) {
                     let Launch { kernel, block, shared, .. } = *launch;
                     assert!(compiled(kernel), "{name}: {kernel} was not compiled");
                     assert!(shared <= limits.shared, "{name} on {limits:?}: {kernel} wants {shared} bytes");
