@@ -177,12 +177,17 @@ KERNEL product(const __grid_constant__ ProductParams p) {
         if (f != 1) mbar_wait(full + slot * 8, tile / 2 & 1);       // 1: read before it has come
         uint64_t a = wg_desc_sw128(s + slot * SLOT, 16, 1024), b = wg_desc_sw128(s + slot * SLOT + A, 16, 1024);
         if (f != 6) wgmma_fence();                                  // 6: no fence
-        for (int k = 0; k < 4; k++) wgmma_m64n128k16<0>(d, a + k * 2, b + k * 2, 1);
+        for (int k = 0; k < 4; k++) {
+            wgmma_m64n128k16<0>(d, a + k * 2, b + k * 2, 1);
+            if (f == 17 && k == 1) wgmma_commit();
+        }
         if (f == 10) d[3] = 1;                                      // 10: an accumulator in flight is changed
         wgmma_commit();
         if (f == 5 && thread == 128) mbar_arrive(empty + slot * 8); // 5: released while it is being read
+        if (f == 17) wgmma_wait<1>();                               // 17: released by who has waited for half
+        if (f == 17 && thread == 128) mbar_arrive(empty + slot * 8);
         if (f != 11 || tile + 1 < p.tiles) wgmma_wait<0>();         // 11: the last product is not waited for
-        if (f != 5 && thread == 128) mbar_arrive(empty + slot * 8);
+        if (f != 5 && f != 17 && thread == 128) mbar_arrive(empty + slot * 8);
         if (f == 13 && thread >= 192) break;                        // 13: half of the warpgroup goes away
     }
     int lane = thread % 32, warp = thread / 32 % 4;

@@ -180,8 +180,10 @@ void product_reads(Block& b, Warpgroup& w, Product& p, uint32_t offset, uint32_t
     access({b, tensor_core(b, w), p.race_clock, p.known.generic, &p.known.async, false, p.site}, offset, bytes);
 }
 
-void products_waited(Thread& t, Warpgroup& w) {
-    if (racing()) join_at(t.clocks.generic, tensor_core(*t.block, w), w.race_clock);
+// The thread has waited for the first `count` products; another one of the warpgroup may have waited for more. Each reads
+// shared memory, so that their clocks are their numbers, from 1.
+void products_waited(Thread& t, Warpgroup& w, uint32_t count) {
+    if (racing()) join_at(t.clocks.generic, tensor_core(*t.block, w), count);
 }
 
 }  // namespace emu

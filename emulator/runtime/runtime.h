@@ -293,7 +293,7 @@ uint32_t tma_read(Thread& issuer, uint32_t offset, uint32_t bytes, const Site& s
 void tma_read_waited(Thread& thread, uint32_t clock);
 void product_issued(Thread& thread, Product& p);
 void product_reads(Block& block, Warpgroup& w, Product& p, uint32_t offset, uint32_t bytes);
-void products_waited(Thread& thread, Warpgroup& w);
+void products_waited(Thread& thread, Warpgroup& w, uint32_t count);
 void proxy_fence(Thread& thread);
 
 }  // namespace emu

@@ -213,7 +213,7 @@ void wgmma_wait(int groups, const char* f, int l) {
     };
     while (w.done < upto && !all_issued()) wait_in(w.waiting, {Wait::Wgmma, {f, l}});
     if (w.done < upto) complete(*me.block, w, upto);
-    if (upto) products_waited(me, w);
+    if (upto) products_waited(me, w, upto);
 }
 
 std::string wgmma_at_exit(Block& b) {

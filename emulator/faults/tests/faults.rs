@@ -197,6 +197,7 @@ const FAULTS: &[(&str, i32, &str, &str)] = &[
     ("product", 14, "exits with TMA loads into its shared memory in flight", ".F.FF"),
     ("product", 15, "more arrivals in this phase than its count 1", "FFFFF"),
     ("product", 16, "TMA load: misaligned", "FFFFF"),
+    ("product", 17, "shared-memory race|written by a TMA load|read by the tensor core", "????F"),
     ("stored", 1, "missing fence.proxy.async|read by the tensor core", "....F"),
     ("stored", 2, "shared-memory race|read by the tensor core", "????F"),
     ("stored", 3, "base offset", "FFFFF"),
