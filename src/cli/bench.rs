@@ -2,7 +2,7 @@
 
 use super::{Place, check_writable, say};
 use crate::bench::{Case, Peaks, SD15, SDXL, Table, kernels, measure, networks, peaks, training};
-use crate::cuda::{self, Limits};
+use crate::cuda::{Limits, Lowered, lowered};
 use crate::graph::Graph;
 use crate::weights::Source;
 use crate::{Device, Error, Result};
@@ -60,7 +60,7 @@ impl Card {
 /// A line for each operation: how often, its kernels with their grids, and why they are not 9.0's.
 fn print_plans(network: &str, graph: &Graph, limits: Limits, wanted: impl Fn(&str) -> bool) -> Result<()> {
     let (mut lines, mut launches) = (BTreeMap::<_, usize>::new(), 0);
-    for (node, of_node, reason) in cuda::kernels(graph, limits)? {
+    for Lowered { node, launches: of_node, reason } in lowered(graph, limits)? {
         let case = Case::of(graph, &node).to_string();
         if wanted(&case) {
             launches += of_node.len();

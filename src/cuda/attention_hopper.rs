@@ -132,8 +132,11 @@ mod tests {
     use crate::graph::Op;
     use std::collections::BTreeSet;
 
-    /// The shapes of the real networks: one image's queries and keys, heads and their channels, with the kernel on `limits`.
-    fn chosen(limits: Limits) -> BTreeSet<(usize, usize, usize, usize, bool, Option<&'static str>)> {
+    /// One image's queries and keys, heads and their channels, whether causal, and the kernel for that.
+    type Chosen = (usize, usize, usize, usize, bool, Option<&'static str>);
+
+    /// The attentions of the real networks, on a card of `limits`.
+    fn chosen(limits: Limits) -> BTreeSet<Chosen> {
         let mut all = BTreeSet::new();
         for (_, graph, _) in networks() {
             for node in graph.nodes() {

@@ -33,7 +33,7 @@ pub use emulated::Emulated;
 pub use gpu::{cards, open};
 #[cfg(feature = "emulated")]
 pub use params::layouts;
-pub use program::kernels;
+pub use program::{Lowered, lowered};
 pub use sampler::{DeviceSampler, StepNoise};
 pub use site::Element;
 pub use weights::Weights;

@@ -41,12 +41,21 @@ impl Program {
     }
 }
 
+/// What a node becomes on a card.
+pub struct Lowered {
+    /// The node.
+    pub node: Node,
+    /// Its launches; their addresses mean nothing.
+    pub launches: Vec<Launch>,
+    /// Why a convolution gets none of the kernels of 9.0 there, if that is the card's.
+    pub reason: Option<&'static str>,
+}
+
 /// The launches of each node of a network on a card of these limits, without the card: addresses are 0, and tensor maps empty.
-/// Of convolutions that get none of 9.0's kernels there it says why.
 ///
 /// # Errors
 /// [`Error::Device`] for an operation that has no kernel.
-pub fn kernels(graph: &Graph, limits: Limits) -> Result<Vec<(Node, Vec<Launch>, Option<&'static str>)>> {
+pub fn lowered(graph: &Graph, limits: Limits) -> Result<Vec<Lowered>> {
     let plan = Plan::new(graph.clone(), &[], &limits);
     let weights = vec![0; graph.weights().len()];
     let tensor_map = |_: &TensorTiles| Ok([0; 16]);
@@ -57,7 +66,7 @@ pub fn kernels(graph: &Graph, limits: Limits) -> Result<Vec<(Node, Vec<Launch>, 
             Op::Conv(op) => conv::reason(graph, op, node.output, limits),
             _ => None,
         };
-        Ok((node.clone(), lower(node, workspace)?, reason))
+        Ok(Lowered { node: node.clone(), launches: lower(node, workspace)?, reason })
     };
     plan.all().map(of_node).collect()
 }
@@ -146,9 +155,9 @@ mod tests {
                 RESOURCES.iter().find(of).map_or(0, |resources| resources.registers)
             };
             for (name, graph) in &graphs {
-                let kernels = kernels(graph, limits);
-                let kernels = kernels.unwrap_or_else(|problem| panic!("{name} on {limits:?}: {problem}"));
-                for launch in kernels.iter().flat_map(|(_, launches, _)| launches) {
+                let nodes = lowered(graph, limits);
+                let nodes = nodes.unwrap_or_else(|problem| panic!("{name} on {limits:?}: {problem}"));
+                for launch in nodes.iter().flat_map(|node| &node.launches) {
                     let Launch { kernel, block, shared, .. } = *launch;
                     assert!(compiled(kernel), "{name}: {kernel} was not compiled");
                     assert!(shared <= limits.shared, "{name} on {limits:?}: {kernel} wants {shared} bytes");
