@@ -1,39 +1,44 @@
-// Attention for sm_90a: that of attention.cu, with tiles that TMA fetches and wgmma multiplies. Empty for other architectures,
-// whose attention is attention.cu's, as is that under a causal mask, of heads of other widths, and of 512 channels.
+// Attention for sm_90a: that of attention.cu, with tiles that TMA fetches and wgmma multiplies. Empty for other
+// architectures, whose attention is attention.cu's, as is that under a causal mask, of heads of other widths, and of
+// 512 channels.
 //
-// A block belongs to one head of one image. The warpgroups but the last have 64 queries each; of the last one thread fetches.
-// Scores are a product out of shared memory, S = Q K^T; they become weights in the registers where they are, and as fp16 these
-// are the left side of the next product, P V. Queries are tiles of the block's, which walks over them with the grid's width.
+// A block belongs to one head of one image. The warpgroups but the last have 64 queries each; of the last one thread
+// fetches. Scores are a product out of shared memory, S = Q K^T; they become weights in the registers where they are,
+// and as fp16 these are the left side of the next product, P V. Queries are tiles of the block's, which walks over them
+// with the grid's width.
 //
-// Keys and values pass through a ring of stages of KEYS tokens (_ring). With at most 80 keys, which is what a text has, one stage
-// is all of them: it is fetched once, and queries pass by (_held). Channels lie in spans of 64, the 128 bytes of a swizzle, and
-// TMA fills up with zeros: behind the head's channels, behind the last key, behind the last query. Results are stored by TMA too,
-// which leaves out what is outside.
+// Keys and values pass through a ring of stages of KEYS tokens (_ring). With at most 80 keys, which is what a text has,
+// one stage is all of them: it is fetched once, and queries pass by (_held). Channels lie in spans of 64, the 128 bytes
+// of a swizzle, and TMA fills up with zeros: behind the head's channels, behind the last key, behind the last query.
+// Results are stored by TMA too, which leaves out what is outside.
 //
-//            warpgroups      stages   shared      cycles of 64 queries by a stage, on a multiprocessor:
-//   WIDTH   that multiply  x KEYS     memory KiB   exp2 at 16 a cycle, tensor cores (16 channels by 8 columns: 4 cycles)
-//     40          3        4 x 128      176             512   192 + 208
-//     64          3        4 x 128      176             512   256 + 256
-//     80          2        2 x 128      192             512   320 + 320
-//    160          2        2 x  64      192             256   320 + 320
-//     40          3        1 x  80       92             320   120 + 130
-//     64          3        1 x  80       92             320   160 + 160
-//     80          2        1 x  80      136             320   200 + 200
-//    160          2        1 x  80      204             320   400 + 400
+//            multiplying   stages   shared memory   cycles of 64 queries by a stage, on a multiprocessor: exp2,
+//   WIDTH    warpgroups    x KEYS      (KiB)         16 a cycle; tensor cores, 4 for 16 x 8 of a product
+//     40         3         4 x 128      176           512      192 + 160
+//     64         3         4 x 128      176           512      256 + 256
+//     80         2         2 x 128      192           512      320 + 320
+//    160         2         2 x  64      192           256      320 + 320
+//     40         3         1 x  80       92           320      120 + 100
+//     64         3         1 x  80       92           320      160 + 160
+//     80         2         1 x  80      136           320      200 + 200
+//    160         2         1 x  80      204           320      400 + 400
 //
-// Bound: exp2 up to 64 channels, the tensor cores above. So that both have work at once, a warpgroup begins the scores of the next
-// stage together with the sums of the last, and softens the former while the latter are under way; and the warpgroups take turns at
-// beginning, which keeps them apart: while one softens, another multiplies.
+// Bound: exp2 up to 64 channels, the tensor cores above. So that both have work at once, a warpgroup begins the scores
+// of the next stage together with the sums of the last, and softens the former while the latter are under way; and the
+// warpgroups take turns at beginning, which keeps them apart: while one softens, another multiplies. At 40 channels a
+// stage is some 460 instructions of a warp, 64 of which are exp2 at 8 cycles: issuing takes nearly as long as exp2.
 //
-// Memory: q once, out once; k and v once for each block, 2 * KEYS * WIDTH * 2 bytes a stage: 80 KB for 1536 cycles of exp2 of three
-// warpgroups at 128 keys of 40 channels, far below what L2 gives.
+// Memory: q once, out once; k and v once for each tile of a block's queries, or once for the block where they stay. At 40
+// channels a stage is 20 KiB for the 1536 cycles that three warpgroups' exp2 takes, far below what L2 gives.
 //
-// Predicted, from a prototype of this loop on an H100: 134 us for 2x8 heads of 40 with 4096 keys, 200 us for 2x10 heads of 64 with
-// 4096 and 29 us for 2x20 heads of 64 with 1024; with 77 keys at most the 11.1, 10.9 and 6.8 us that it took with a fetch for each
-// tile. Its sums were of weights before their rounding, which saves two conversions in nine instructions.
+// Not measured yet. A prototype of this loop took, on an H100, 134 us for 2x8 heads of 40 with 4096 keys, 200 us for
+// 2x10 heads of 64 with 4096 and 29 us for 2x20 heads of 64 with 1024; and with 77 keys 11.1, 10.9 and 6.8 us.
+// Predicted is about that: here a text's keys are fetched once for a block, and sums really are under way while exp2 is
+// computed (see `soften`), whereas the prototype's compiler had it wait first; but sums of rounded weights take two
+// conversions more for two scores.
 //
-// Results do not depend on how many warpgroups, blocks or images there are: the keys' number decides the order of sums, from the
-// last stage, which may be partly masked, to the first.
+// Results do not depend on how many warpgroups, blocks or images there are: the keys' number decides the order of sums,
+// from the last stage, which may be partly masked, to the first.
 #include "numeric.cuh"
 
 struct AttentionHopperParams {
@@ -46,21 +51,22 @@ struct AttentionHopperParams {
 };
 LAYOUT(AttentionHopperParams, q, k, v, out, queries, keys, exponent, padding)
 
-namespace {
+namespace attention_hopper {
 
-// As in attention.cu: how much log2 of a weight may exceed the reference before the reference is raised.
-constexpr float HEADROOM = 8.0f;
 constexpr int ROWS = 64;   // queries of a warpgroup
 constexpr int SPAN = 128;  // bytes of 64 channels
 
 template <int WIDTH_, int GROUPS_, int STAGES_, int KEYS_> struct Tile {
     static constexpr int WIDTH = WIDTH_, GROUPS = GROUPS_, STAGES = STAGES_, KEYS = KEYS_;
     static constexpr int THREADS = 128 * (GROUPS + 1);
+    // As in attention.cu: how much log2 of a weight may exceed the reference before the reference is raised.
+    static constexpr float HEADROOM = 8.0f;
     // Whether the only stage stays. Then the next queries come meanwhile.
     static constexpr bool HELD = STAGES == 1;
     static constexpr int QUERY_SLOTS = HELD ? 2 : 1;
     static constexpr int SPANS = (WIDTH + 63) / 64;
-    // Registers of a thread that multiplies, and of one of the fetching warpgroup: 64 Ki of them are a multiprocessor's.
+    // Registers of a thread that multiplies, and of one of the fetching warpgroup: 64 Ki of them are a
+    // multiprocessor's.
     static constexpr int MANY = GROUPS == 3 ? 160 : 232, FEW = GROUPS == 3 ? 32 : 40;
     // Bytes of a warpgroup's queries, or results, and of a stage's keys, or values.
     static constexpr int Q = SPANS * ROWS * SPAN, K = SPANS * KEYS * SPAN;
@@ -80,11 +86,13 @@ template <int N> struct Ring {
 };
 
 // Fetches ROWS tokens of the block's head from `token` on into a slot, as soon as that is empty.
-template <int ROWS, int SPANS> PTX_FN void fetch(const CUtensorMap& map, uint32_t slot, uint32_t pair, int parity, int token) {
+template <int ROWS, int SPANS>
+PTX_FN void fetch(const CUtensorMap& map, uint32_t slot, uint32_t pair, int parity, int token) {
     mbar_wait(pair + 8, parity);
     mbar_expect_tx(pair, SPANS * ROWS * SPAN);
 #pragma unroll
-    for (int i = 0; i < SPANS; i++) tma_load_4d(slot + i * ROWS * SPAN, &map, pair, i * 64, blockIdx.y, token, blockIdx.z);
+    for (int i = 0; i < SPANS; i++)
+        tma_load_4d(slot + i * ROWS * SPAN, &map, pair, i * 64, blockIdx.y, token, blockIdx.z);
 }
 
 // The fetching thread.
@@ -116,7 +124,8 @@ template <class T> PTX_FN void begin_scores(float (&scores)[T::KEYS / 2], uint32
 #pragma unroll
     for (int i = 0; i < (T::WIDTH + 15) / 16; i++) {
         // 16 channels are 32 bytes of a span; descriptors count in 16.
-        uint64_t of_a = a + (i / 4 * ROWS * SPAN + i % 4 * 32) / 16, of_b = b + (i / 4 * T::KEYS * SPAN + i % 4 * 32) / 16;
+        uint64_t of_a = a + (i / 4 * ROWS * SPAN + i % 4 * 32) / 16;
+        uint64_t of_b = b + (i / 4 * T::KEYS * SPAN + i % 4 * 32) / 16;
         if constexpr (T::KEYS == 64) wgmma_m64n64k16<0>(scores, of_a, of_b, i > 0);
         if constexpr (T::KEYS == 80) wgmma_m64n80k16<0>(scores, of_a, of_b, i > 0);
         if constexpr (T::KEYS == 128) wgmma_m64n128k16<0>(scores, of_a, of_b, i > 0);
@@ -127,7 +136,8 @@ template <class T> PTX_FN void begin_scores(float (&scores)[T::KEYS / 2], uint32
 template <int KEYS> using Weights = uint32_t[KEYS / 16][4];
 
 // Begins to add a stage's weighted values.
-template <class T> PTX_FN void begin_sums(float (&out)[T::WIDTH / 2], const Weights<T::KEYS>& weights, uint32_t values) {
+template <class T>
+PTX_FN void begin_sums(float (&out)[T::WIDTH / 2], const Weights<T::KEYS>& weights, uint32_t values) {
     uint64_t b = wg_desc_sw128(values, T::KEYS * SPAN, 8 * SPAN);
     wgmma_hold(out);
     wgmma_fence();
@@ -150,8 +160,8 @@ struct Rows {
     float sum[2];
 };
 
-// Scores become weights, where they are; of the stage's keys only the first `count` exist. Where a reference has to rise, which
-// is seldom, what was summed is brought to the new one, as soon as the products under way are done.
+// Scores become weights, where they are; of the stage's keys only the first `count` exist. Then all products are waited
+// for. Where a reference had to rise, which is seldom, what was summed is brought to the new one.
 template <class T, bool MASKED>
 PTX_FN void soften(float (&scores)[T::KEYS / 2], float (&out)[T::WIDTH / 2], Rows& rows, int count, float exponent) {
     if constexpr (MASKED) {
@@ -166,20 +176,26 @@ PTX_FN void soften(float (&scores)[T::KEYS / 2], float (&out)[T::WIDTH / 2], Row
         // Two chains, of even and of odd keys.
         float even = scores[2 * h], odd = scores[2 * h + 1];
 #pragma unroll
-        for (int i = 1; i < T::KEYS / 8; i++) even = fmaxf(even, scores[4 * i + 2 * h]), odd = fmaxf(odd, scores[4 * i + 2 * h + 1]);
+        for (int i = 1; i < T::KEYS / 8; i++) {
+            even = fmaxf(even, scores[4 * i + 2 * h]);
+            odd = fmaxf(odd, scores[4 * i + 2 * h + 1]);
+        }
         float top = fmaxf(even, odd);
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
         top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
         top *= exponent;
-        bool raise = top > rows.reference[h] + HEADROOM;
+        bool raise = top > rows.reference[h] + T::HEADROOM;
         factor[h] = raise ? exp2_approx(rows.reference[h] - top) : 1.0f;
         if (raise) rows.reference[h] = top;
         raised |= raise;
     }
 #pragma unroll
-    for (int i = 0; i < T::KEYS / 2; i++) scores[i] = exp2_approx(fmaf(scores[i], exponent, -rows.reference[i / 2 % 2]));
+    for (int i = 0; i < T::KEYS / 2; i++)
+        scores[i] = exp2_approx(fmaf(scores[i], exponent, -rows.reference[i / 2 % 2]));
     wgmma_hold(scores);
-    // A row's factor is 1 unless it was raised: whether the others make the warp multiply does not show.
+    // A row's factor is 1 unless it was raised: whether the others make the warp multiply does not show. The branch has
+    // another use: no compiler moves the wait behind it to before the exponentials, which it does where nothing else is
+    // in the way.
     if (__any_sync(0xffffffffu, raised)) {
         wgmma_wait<0>();
         wgmma_hold(out);
@@ -205,7 +221,8 @@ template <class T> PTX_FN void round(const float (&scores)[T::KEYS / 2], Weights
 
 // A warpgroup's results: sums over sums of weights, through shared memory.
 template <class T>
-PTX_FN void store(const AttentionHopperParams& p, const float (&out)[T::WIDTH / 2], Rows& rows, uint32_t shared, int group, int token) {
+PTX_FN void store(const AttentionHopperParams& p, const float (&out)[T::WIDTH / 2], const Rows& rows, uint32_t shared,
+                  int group, int token) {
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     float inverse[2];
 #pragma unroll
@@ -324,18 +341,19 @@ template <class T> PTX_FN void attend(const AttentionHopperParams& p) {
     }
 }
 
-}  // namespace
+}  // namespace attention_hopper
 
 #ifdef PTX_HOPPER
-#define ATTENTION_HOPPER_BODY(...) attend<Tile<__VA_ARGS__>>(p);
+#define ATTENTION_HOPPER_BODY(...) attention_hopper::attend<attention_hopper::Tile<__VA_ARGS__>>(p);
 #else
 #define ATTENTION_HOPPER_BODY(...)
 #endif
 // Channels of a head, warpgroups that multiply, stages, keys of a stage.
-#define ATTENTION_HOPPER(name, ...)                                                                                    \
-    KERNEL __launch_bounds__(Tile<__VA_ARGS__>::THREADS, 1) name(const __grid_constant__ AttentionHopperParams p) {    \
-        ATTENTION_HOPPER_BODY(__VA_ARGS__)                                                                             \
-    }                                                                                                                  \
+#define ATTENTION_HOPPER(name, ...)                                          \
+    KERNEL __launch_bounds__(attention_hopper::Tile<__VA_ARGS__>::THREADS, 1) \
+    name(const __grid_constant__ AttentionHopperParams p) {                  \
+        ATTENTION_HOPPER_BODY(__VA_ARGS__)                                   \
+    }                                                                        \
     EXPORT(name)
 ATTENTION_HOPPER(attention_hopper_40_ring, 40, 3, 4, 128)
 ATTENTION_HOPPER(attention_hopper_64_ring, 64, 3, 4, 128)

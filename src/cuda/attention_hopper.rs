@@ -132,10 +132,10 @@ mod tests {
     use crate::graph::Op;
     use std::collections::BTreeSet;
 
-    /// One image's queries and keys, heads and their channels, whether causal, and the kernel for that.
+    /// One image's queries and keys, heads and their channels, whether it is causal, and the kernel if one is chosen.
     type Chosen = (usize, usize, usize, usize, bool, Option<&'static str>);
 
-    /// The attentions of the real networks, on a card of `limits`.
+    /// The shapes of the real networks on `limits`.
     fn chosen(limits: Limits) -> BTreeSet<Chosen> {
         let mut all = BTreeSet::new();
         for (_, graph, _) in networks() {
