@@ -28,8 +28,8 @@
 // warpgroups take turns at beginning, which keeps them apart: while one softens, another multiplies. At 40 channels a
 // stage is some 460 instructions of a warp, 64 of which are exp2 at 8 cycles: issuing takes nearly as long as exp2.
 //
-// Memory: q once, out once; k and v once for each tile of a block's queries, or once for the block where they stay. At 40
-// channels a stage is 20 KiB for the 1536 cycles that three warpgroups' exp2 takes, far below what L2 gives.
+// Memory: q once, out once; k and v once for each tile of a block's queries, or once for the block where they stay. At
+// 40 channels a stage is 20 KiB for the 1536 cycles that three warpgroups' exp2 takes, far below what L2 gives.
 //
 // Not measured yet. A prototype of this loop took, on an H100, 134 us for 2x8 heads of 40 with 4096 keys, 200 us for
 // 2x10 heads of 64 with 4096 and 29 us for 2x20 heads of 64 with 1024; and with 77 keys 11.1, 10.9 and 6.8 us.
