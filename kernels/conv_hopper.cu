@@ -47,7 +47,7 @@ struct ConvHopperParams {
 LAYOUT(ConvHopperParams, sources, weight, out, residual, after, partial, counters, height, width, images, log_width, log_height,
        across_image, down_image, tiles_down, tiles_across, columns, tiles_of_columns, blocks, kernel, splits, steps, padding)
 
-namespace {
+namespace conv_hopper {
 
 constexpr int ROWS = 128;
 constexpr int CONSUMERS = 256;           // threads that multiply
@@ -338,16 +338,16 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
     }
 }
 
-}  // namespace
+}  // namespace conv_hopper
 
 #ifdef PTX_HOPPER
-#define CONV_HOPPER_BODY(...) conv<Tile<__VA_ARGS__>>(p);
+#define CONV_HOPPER_BODY(...) conv_hopper::conv<conv_hopper::Tile<__VA_ARGS__>>(p);
 #else
 #define CONV_HOPPER_BODY(...)
 #endif
 // Columns, stages, whether columns are values and gates in turns.
 #define CONV_HOPPER(name, ...)                                                                            \
-    KERNEL __launch_bounds__(THREADS, 1) name(const __grid_constant__ ConvHopperParams p) {               \
+    KERNEL __launch_bounds__(conv_hopper::THREADS, 1) name(const __grid_constant__ ConvHopperParams p) {  \
         CONV_HOPPER_BODY(__VA_ARGS__)                                                                     \
     }                                                                                                     \
     EXPORT(name)
