@@ -61,7 +61,7 @@ template <int WIDTH_, int GROUPS_, int STAGES_, int KEYS_> struct Tile {
     static constexpr int THREADS = 128 * (GROUPS + 1);
     // As in attention.cu: how much log2 of a weight may exceed the reference before the reference is raised.
     static constexpr float HEADROOM = 8.0f;
-    // Whether the only stage stays. Then the next queries come meanwhile.
+    // True if there is one stage, which stays for all of the block's queries; the next of these are fetched meanwhile.
     static constexpr bool HELD = STAGES == 1;
     static constexpr int QUERY_SLOTS = HELD ? 2 : 1;
     static constexpr int SPANS = (WIDTH + 63) / 64;

@@ -1,14 +1,14 @@
-// Convolutions of stride 1 and linear layers for sm_90a: the implicit matrix product of conv.cu, with tiles that TMA fetches and
-// wgmma multiplies. Empty for other architectures, whose products are conv.cu's.
+// Convolutions of stride 1 and linear layers for sm_90a: the implicit matrix product of conv.cu, with tiles that TMA
+// fetches and wgmma multiplies. Empty for other architectures, whose products are conv.cu's.
 //
-// A tile is a rectangle of pixels, 128 in all, by COLUMNS output channels. A block has three warpgroups: one thread of the last
-// fetches, the first two multiply 64 pixels each. The depth, taps by channels, passes through a ring of stages of 64. For each
-// stage TMA brings the tile's pixels as they lie under the tap, the rectangle moved by it. What lies outside the image comes as
-// zeros, so that padding costs nothing, and two sources are two tensor maps. Blocks are persistent: while a tile's results are
-// stored, the next tile's first stages are fetched.
+// A tile is a rectangle of pixels, 128 in all, by COLUMNS output channels. A block has three warpgroups: one thread of
+// the last fetches, the first two multiply 64 pixels each. The depth, taps by channels, passes through a ring of stages
+// of 64. For each stage TMA brings the tile's pixels as they lie under the tap, the rectangle moved by it. What lies
+// outside the image comes as zeros, so that padding costs nothing, and two sources are two tensor maps. Blocks are
+// persistent: while a tile's results are stored, the next tile's first stages are fetched.
 //
-// A 3x3 convolution of a source that is doubled first is four of 2x2 on the source itself, one for each parity of the result's
-// row and column, whose results lie two pixels apart: 4/9 of the work (src/cuda/weights.rs sums the taps).
+// A 3x3 convolution of a source that is doubled first is four of 2x2 on the source itself, one for each parity of the
+// result's row and column, whose results lie two pixels apart: 4/9 of the work (src/cuda/weights.rs sums the taps).
 //
 //   COLUMNS  stages  shared memory (KiB)  cycles of a stage: tensor cores, and L2 at 60 bytes a cycle
 //     80       6        177                 320  443
@@ -16,72 +16,79 @@
 //    160       5        221                 640  614
 //    256       3        209                1024  819
 //
-// Bound: the tensor cores from 160 columns on (2048 multiply-adds a cycle and multiprocessor), L2 below. A prototype of this loop
-// had 75 to 94 % of the tensor cores at 128x160 on an H100, 690 to 810 TFLOP/s.
+// Bound: the tensor cores from 160 columns on (2048 multiply-adds a cycle and multiprocessor), L2 below. A prototype of
+// this loop had 75 to 94 % of the tensor cores at 128x160 on an H100, 690 to 810 TFLOP/s.
 //
-// Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks. Each leaves its sums in
-// memory and counts itself. The last to come adds all of them, in the order of the depth and not in that of coming.
+// Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks. Each leaves its
+// sums in memory and counts itself. The last to come adds all of them, in the order of the depth and not in that of
+// coming.
 //
-// Each sum is one chain of products of 16 in the order of the depth: no bit depends on the tile. It is not the chain of conv.cu's
-// mma.sync, whose instruction rounds elsewhere, so that the host chooses between the two by one image's shape alone.
+// Each sum is one chain of products of 16 in the order of the depth: no bit depends on the tile. It is not the chain of
+// conv.cu's mma.sync, whose instruction rounds elsewhere, so that the host chooses between the two by one image's shape
+// alone.
 #include "epilogue.cuh"
 
 struct ConvHopperParams {
     CUtensorMap sources[2];  // {channels, width, height, images}, in boxes of 64 channels by the rectangle
-    CUtensorMap weight;      // {depth, phases * columns}, in boxes of 64 by COLUMNS
-    CUtensorMap out[4];      // of each phase, as the sources, in boxes of one span of channels by half the rectangle
-    CUtensorMap residual;    // likewise; not read if there is none
+    CUtensorMap weight;  // {depth, phases * columns}, in boxes of 64 by COLUMNS
+    CUtensorMap out[4];  // of each phase, as the sources, in boxes of one span of channels by half the rectangle
+    CUtensorMap residual;  // likewise; not read if there is none
     Epilogue after;
-    float4* partial;     // [tiles][splits][sums of a thread / 4][256 threads]
+    float4* partial;  // [tiles][splits][sums of a thread / 4][256 threads]
     uint32_t* counters;  // one for each tile; 0 before and after
     int32_t height, width, images;
     int32_t log_width, log_height;  // of the rectangle: log2; what is left of 128 are images
     int32_t across_image, down_image;  // rectangles that cover an image
-    int32_t tiles_down, tiles_across;  // tiles of the product: rectangles of all images, and groups of columns of all phases
+    // Tiles of the product: rectangles of all images, and groups of columns of all phases.
+    int32_t tiles_down, tiles_across;
     int32_t columns, tiles_of_columns;  // of one phase
-    int32_t blocks[2];                 // stages of one tap, by source
+    int32_t blocks[2];  // stages of one tap, by source
     int32_t kernel;
     int32_t splits, steps;  // of the depth, and stages of each split
     int32_t padding[6];
 };
-LAYOUT(ConvHopperParams, sources, weight, out, residual, after, partial, counters, height, width, images, log_width, log_height,
-       across_image, down_image, tiles_down, tiles_across, columns, tiles_of_columns, blocks, kernel, splits, steps, padding)
+LAYOUT(ConvHopperParams, sources, weight, out, residual, after, partial, counters, height, width, images, log_width,
+       log_height, across_image, down_image, tiles_down, tiles_across, columns, tiles_of_columns, blocks, kernel,
+       splits, steps, padding)
 
 namespace conv_hopper {
 
 constexpr int ROWS = 128;
-constexpr int CONSUMERS = 256;           // threads that multiply
+constexpr int CONSUMERS = 256;  // threads that multiply
 constexpr int THREADS = CONSUMERS + 128;
-constexpr int STEP = 64;                 // depth of a stage: one span of 128 bytes
-constexpr int BAND = 8;                  // rectangles that are made together, for the weights' sake
+constexpr int STEP = 64;  // depth of a stage: one span of 128 bytes
+constexpr int BAND = 8;  // rectangles that are made together, for the weights' sake
 
 template <int COLUMNS_, int STAGES_, bool GATED_> struct Tile {
     static constexpr int COLUMNS = COLUMNS_, STAGES = STAGES_;
     static constexpr bool GATED = GATED_;
     static constexpr int A = ROWS * STEP * 2, B = COLUMNS * STEP * 2, STAGE = A + B;
-    // Of the result: columns of a tile, channels of a box, bytes of a span, boxes, bytes of the 64 pixels of a warpgroup.
+    // Of the result: columns of a tile, channels of a box, bytes of a span, boxes, bytes of the 64 pixels of a
+    // warpgroup.
     static constexpr int OUT = GATED ? COLUMNS / 2 : COLUMNS;
     static constexpr int BOX = OUT % 64 == 0 ? 64 : OUT % 32 == 0 ? 32 : 16, SPAN = BOX * 2, BOXES = OUT / BOX;
     static constexpr int PIECE = 64 * OUT * 2;
     // Offsets in shared memory.
     static constexpr int STAGING = STAGES * STAGE, BARRIERS = STAGING + 2 * PIECE;
-    static constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * STAGES, ARRIVED = EMPTY + 8 * STAGES, TICKET = ARRIVED + 16;
+    static constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * STAGES, ARRIVED = EMPTY + 8 * STAGES,
+                         TICKET = ARRIVED + 16;
 };
 
-// Where a tile lies: its rectangle among the source's pixels, its first column, and 2 * row parity + column parity of its results
-// where the source is doubled.
+// Where a tile lies: its rectangle among the source's pixels, its first column, and 2 * row parity + column parity of
+// its results where the source is doubled.
 struct Place {
     int x, y, image, column, phase;
 };
 
-// Tiles in bands of BAND rectangles by all columns, down each band first: blocks that run together share weights and pixels.
+// Tiles in bands of BAND rectangles by all columns, down each band first: blocks that run together share weights and
+// pixels.
 template <class T> PTX_FN Place place_of(const ConvHopperParams& p, int tile) {
     int band = tile / (BAND * p.tiles_across), in_band = tile % (BAND * p.tiles_across);
     int rows = min(BAND, p.tiles_down - band * BAND);
     int rectangle = band * BAND + in_band % rows, rest = rectangle / p.across_image;
     int images = ROWS >> (p.log_width + p.log_height), group = in_band / rows;
-    return {rectangle % p.across_image << p.log_width, rest % p.down_image << p.log_height, rest / p.down_image * images,
-            group % p.tiles_of_columns * T::COLUMNS, group / p.tiles_of_columns};
+    return {rectangle % p.across_image << p.log_width, rest % p.down_image << p.log_height,
+            rest / p.down_image * images, group % p.tiles_of_columns * T::COLUMNS, group / p.tiles_of_columns};
 }
 
 template <int COLUMNS> PTX_FN void multiply(float (&d)[COLUMNS / 2], uint64_t a, uint64_t b, int add) {
@@ -106,8 +113,8 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
             mbar_wait(shared + T::EMPTY + 8 * slot, parity);
             mbar_expect_tx(full, T::STAGE);
             bool second = block >= p.blocks[0];
-            tma_load_4d(a, &p.sources[second], full, (second ? block - p.blocks[0] : block) * STEP, at.x + kx - pad_x, at.y + ky - pad_y,
-                        at.image);
+            tma_load_4d(a, &p.sources[second], full, (second ? block - p.blocks[0] : block) * STEP, at.x + kx - pad_x,
+                        at.y + ky - pad_y, at.image);
             tma_load_2d(a + T::A, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
             if (++block == blocks) {
                 block = 0;
@@ -118,14 +125,16 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
     }
 }
 
-// Adds the sums of all splits of a tile if this block is the last of them to come; else leaves its own, and returns false.
+// Adds the sums of all splits of a tile if this block is the last of them to come; else leaves its own, and returns
+// false.
 template <class T>
 PTX_FN bool combine(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], int tile, int split, uint32_t* ticket) {
     constexpr int QUADS = T::COLUMNS / 8;
     float4* of_tile = p.partial + size_t(tile) * p.splits * QUADS * CONSUMERS + threadIdx.x;
     float4* own = of_tile + size_t(split) * QUADS * CONSUMERS;
 #pragma unroll
-    for (int i = 0; i < QUADS; i++) own[i * CONSUMERS] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
+    for (int i = 0; i < QUADS; i++)
+        own[i * CONSUMERS] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
     __threadfence();
     named_bar_sync(3, CONSUMERS);
     if (threadIdx.x == 0) {
@@ -151,7 +160,8 @@ PTX_FN bool combine(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], int t
     return true;
 }
 
-// What follows the sums of two neighbouring channels of a row, before the residual.
+// The sums of two neighbouring channels of a row with bias, the image's row and the activation; the residual comes
+// later.
 PTX_FN float2 activated(const Epilogue& e, float2 x, float2 bias, float2 per_image) {
     x.x = fmaf(x.x, e.gain, e.bias_gain * bias.x) + per_image.x;
     x.y = fmaf(x.y, e.gain, e.bias_gain * bias.y) + per_image.y;
@@ -174,7 +184,8 @@ template <class T> PTX_FN void prepare_staging(const ConvHopperParams& p, const 
     mbar_expect_tx(arrived, T::PIECE);
 #pragma unroll
     for (int box = 0; box < T::BOXES; box++)
-        tma_load_4d(staging + box * 64 * T::SPAN, &p.residual, arrived, corner.column + box * T::BOX, corner.x, corner.y, corner.image);
+        tma_load_4d(staging + box * 64 * T::SPAN, &p.residual, arrived, corner.column + box * T::BOX, corner.x,
+                    corner.y, corner.image);
 }
 
 // Two neighbouring channels of the second result, RespoDiff's, which is seldom wanted.
@@ -187,9 +198,11 @@ PTX_FN void shift_pair(const Epilogue& e, float2 x, int64_t pixel, int image, in
     *reinterpret_cast<__half2*>(e.shifted + pixel * e.channels + channel) = to_halves(x.x, x.y);
 }
 
-// Eight results of a row behind a gate, as stmatrix wants them: this lane's are 2 * (lane % 4) and the next. They stand in sixteen
-// columns of the product, so that this lane's sums make numbers lane % 4 and 4 more; two lanes of four have what it wants.
-template <class T> PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d)[T::COLUMNS / 2], int first, int chunk, int h) {
+// Eight results of a row behind a gate, as stmatrix wants them: this lane's are 2 * (lane % 4) and the next. They stand
+// in sixteen columns of the product, so that this lane's sums make numbers lane % 4 and 4 more; two lanes of four have
+// what it wants.
+template <class T>
+PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d)[T::COLUMNS / 2], int first, int chunk, int h) {
     int t = threadIdx.x % 4;
     float y[2];
 #pragma unroll
@@ -207,14 +220,17 @@ template <class T> PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d
 }
 
 // A multiplying warpgroup's results: from fragments, through the staging memory, into the result.
-template <class T>
-PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at, uint32_t shared, int parity) {
+template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at,
+                                          uint32_t shared, int parity) {
     const Epilogue& e = p.after;
     int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     uint32_t staging = shared + T::STAGING + group * T::PIECE;
-    // The staging memory is free: the thread that stored has waited, and has fetched the residual there if there is one.
-    if (e.residual) mbar_wait(shared + T::ARRIVED + 8 * group, parity);
-    else named_bar_sync(1 + group, 128);
+    // The staging memory is free: the thread that stored has waited, and has fetched the residual there if there is
+    // one.
+    if (e.residual)
+        mbar_wait(shared + T::ARRIVED + 8 * group, parity);
+    else
+        named_bar_sync(1 + group, 128);
 
     // Rows lane / 4 and 8 below it of the warp's 16, as pixels.
     int64_t pixel[2];
@@ -230,7 +246,8 @@ PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], co
         // Where pixels are read by themselves, all images are one to TMA.
         image[h] = pixel[h] / e.pixels;
     }
-    // ldmatrix and stmatrix: this lane names a row of 8 channels of the upper or lower 8 rows, of the left or right half of 16.
+    // ldmatrix and stmatrix: this lane names a row of 8 channels of the upper or lower 8 rows, of the left or right
+    // half of 16.
     int row = warp * 16 + lane % 16;
     int twist = T::SPAN == 128 ? row % 8 : T::SPAN == 64 ? row / 2 % 4 : row / 4 % 2;
 #pragma unroll
@@ -252,7 +269,8 @@ PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], co
                 float2 bias = {}, more = {}, added = __half22float2(pair_of(residual[i]));
                 if (e.bias && in) bias = *reinterpret_cast<const float2*>(e.bias + channel);
                 if (e.per_image && in)
-                    more = __half22float2(*reinterpret_cast<const __half2*>(e.per_image + int64_t(image[h]) * e.per_image_width + channel));
+                    more = __half22float2(*reinterpret_cast<const __half2*>(
+                        e.per_image + int64_t(image[h]) * e.per_image_width + channel));
                 const float* sums = d + (2 * j + i / 2) * 4 + h * 2;
                 float2 y = activated(e, make_float2(sums[0], sums[1]), bias, more);
                 y.x = (y.x + added.x) * e.scale, y.y = (y.y + added.y) * e.scale;
@@ -268,8 +286,8 @@ PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], co
         Place corner = piece_of(p, at, group);
 #pragma unroll
         for (int box = 0; box < T::BOXES; box++)
-            tma_store_4d(&p.out[at.phase], staging + box * 64 * T::SPAN, corner.column / (T::GATED ? 2 : 1) + box * T::BOX, corner.x, corner.y,
-                         corner.image);
+            tma_store_4d(&p.out[at.phase], staging + box * 64 * T::SPAN,
+                         corner.column / (T::GATED ? 2 : 1) + box * T::BOX, corner.x, corner.y, corner.image);
         tma_store_commit();
     }
 }
@@ -346,11 +364,9 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
 #define CONV_HOPPER_BODY(...)
 #endif
 // Columns, stages, whether columns are values and gates in turns.
-#define CONV_HOPPER(name, ...)                                                                            \
-    KERNEL __launch_bounds__(conv_hopper::THREADS, 1) name(const __grid_constant__ ConvHopperParams p) {  \
-        CONV_HOPPER_BODY(__VA_ARGS__)                                                                     \
-    }                                                                                                     \
-    EXPORT(name)
+#define CONV_HOPPER(name, ...)                        \
+    KERNEL __launch_bounds__(conv_hopper::THREADS, 1) \
+        name(const __grid_constant__ ConvHopperParams p){CONV_HOPPER_BODY(__VA_ARGS__)} EXPORT(name)
 CONV_HOPPER(conv_hopper_80, 80, 6, false)
 CONV_HOPPER(conv_hopper_128, 128, 5, false)
 CONV_HOPPER(conv_hopper_160, 160, 5, false)

@@ -1,11 +1,12 @@
-// All that follows a matrix product: bias, a row of each image, activation or gate, residual, scale, and RespoDiff's shift.
+// All that follows a matrix product: bias, a row of each image, activation or gate, residual, scale, and RespoDiff's
+// shift.
 #pragma once
 #include "numeric.cuh"
 
-// out = activation(gain * sum + bias_gain * bias + per_image) + residual, times `scale`; behind a gate, the product's columns are
-// values and gates in turns, and out = value * gelu(gate).
+// out = activation(gain * sum + bias_gain * bias + per_image) + residual, times `scale`; behind a gate, the product's
+// columns are values and gates in turns, and out = value * gelu(gate).
 struct Epilogue {
-    const float* bias;        // may be missing, as the following may
+    const float* bias;  // may be missing, as the following may
     const __half* per_image;  // of each image, `per_image_width` apart
     const __half* residual;
     void* out;
@@ -13,15 +14,15 @@ struct Epilogue {
     __half* shifted;
     int32_t channels;  // of the result
     int32_t per_image_width;
-    int32_t pixels;    // of an image
+    int32_t pixels;  // of an image
     int32_t activation;
     int32_t full;  // whether the result is fp32
     int32_t first_shifted;
     float gain, bias_gain, scale;
     int32_t padding;
 };
-LAYOUT(Epilogue, bias, per_image, residual, out, shift, shifted, channels, per_image_width, pixels, activation, full, first_shifted, gain,
-       bias_gain, scale, padding)
+LAYOUT(Epilogue, bias, per_image, residual, out, shift, shifted, channels, per_image_width, pixels, activation, full,
+       first_shifted, gain, bias_gain, scale, padding)
 
 PTX_FN void read8(const float* from, int count, bool aligned, float (&x)[8]) {
     if (aligned) {

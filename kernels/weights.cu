@@ -1,15 +1,15 @@
 // Weights on their way from a checkpoint's file to the forms that the other kernels read. Every form is a strided copy
 // of the file's tensor: a matrix [out, in, taps] becomes [out, taps, in], a mirrored one [in, taps reversed, out], and
-// a gated one has its rows dealt to even and odd places. For a convolution of a doubled source, a tap is the sum of one,
-// two or four of the file's. So one kernel does all of them, and src/cuda/weights.rs alone knows the forms.
+// a gated one has its rows dealt to even and odd places. For a convolution of a doubled source, a tap is the sum of
+// one, two or four of the file's. So one kernel does all of them, and src/cuda/weights.rs alone knows the forms.
 //
 // A block copies one line of the result: its threads take neighbouring numbers of it, 128 at a time.
 //
 // Memory: each number is read once (2 to 8 bytes) and written once (2 or 4). A 3x3 kernel's numbers are nine apart in
 // the file, so that a line of it is fetched from L2 nine times; mirrored ones are rows apart, 32 bytes fetched for
 // each.
-// Bound: the copy to the device, some 25 to 50 GB/s, which runs before it in the stream; the kernel should take a tenth of
-// that time, which no GPU has measured yet.
+// Bound: the copy to the device, some 25 to 50 GB/s, which runs before it in the stream; the kernel should take a tenth
+// of that time, which no GPU has measured yet.
 #include "numeric.cuh"
 
 struct PackParams {

@@ -69,7 +69,7 @@ pub(super) fn workspace(graph: &Graph, conv: &Conv, out: TensorId, limits: Limit
     choice.tile.partial_bytes(&Product { rows: graph.shape(out).rows(), ..one }, choice.splits)
 }
 
-/// Whether every pixel is read once and by itself.
+/// True if every pixel is read once and by itself.
 pub(super) fn is_pointwise(conv: &Conv) -> bool {
     conv.kernel == 1 && conv.stride == 1 && conv.pad == 0 && conv.resize.is_none()
 }

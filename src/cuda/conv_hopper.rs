@@ -193,9 +193,9 @@ mod tests {
         outputs: usize,
         kernel: usize,
         activation: Activation,
-        /// Whether a row of each image, a residual and a shift are added.
+        /// True if a row of each image, a residual and a shift are added.
         more: bool,
-        /// Whether the source is doubled.
+        /// True if the source is doubled.
         doubled: bool,
     }
 
@@ -230,7 +230,7 @@ mod tests {
             g.finish()
         }
 
-        /// What a device makes: all outputs, by the kernel that is chosen for it, or by `tile` with `splits`.
+        /// All outputs that a device makes, by the kernel that is chosen for it, or by `tile` with `splits`.
         fn run(
             &self,
             limits: Limits,

@@ -32,7 +32,7 @@ fn shift_of(graph: &Graph, x: TensorId) -> Option<(TensorId, TensorId)> {
     })
 }
 
-/// Whether `x` is shifted.
+/// True if `x` is shifted.
 pub(super) fn is_shifted(graph: &Graph, x: TensorId) -> bool {
     shift_of(graph, x).is_some()
 }

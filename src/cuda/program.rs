@@ -41,7 +41,7 @@ impl Program {
     }
 }
 
-/// What a node becomes on a card.
+/// A node's launches on a card.
 pub struct Lowered {
     /// The node.
     pub node: Node,

@@ -1,4 +1,4 @@
-//! What the launches of one node are made from: where things lie, and how activations are stored.
+//! The surroundings of a node from which its launches are made: where things lie, and how activations are stored.
 
 use super::device::{Limits, TensorTiles};
 use crate::Result;
@@ -45,7 +45,7 @@ impl Element {
 
 /// A plan's memory on a device.
 pub(super) struct Bindings<'a> {
-    /// What the device offers.
+    /// The device's.
     pub limits: Limits,
     /// Where each weight begins, by its number in the network.
     pub weights: &'a [u64],

@@ -14,7 +14,7 @@ const MIN_STEPS: usize = 4;
 /// Most bytes of sums that the parts of a guided pair's depth leave behind: they should stay in L2.
 const MAX_PARTIAL: usize = 16 << 20;
 
-/// What multiplies. The two round at different places, so that an image's shape alone must decide which it is.
+/// The instruction that multiplies. The two round at different places, so that one image's shape alone must choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Instruction {
     /// Of warps, on every GPU: `kernels/conv.cu`.
@@ -30,7 +30,7 @@ pub(super) struct Tile {
     pub instruction: Instruction,
     pub rows: usize,
     pub columns: usize,
-    /// Whether columns are values and gates in turns; mma.sync's kernels do both.
+    /// True if columns are values and gates in turns, and false if not; mma.sync's kernels do both.
     pub gated: Option<bool>,
     /// Warps one below the other; eight in all. A wgmma tile has two warpgroups one below the other.
     pub warps_down: usize,
@@ -88,13 +88,13 @@ pub(super) struct Product {
     pub depth: usize,
     /// Whether a pixel of each source is a whole number of 16 bytes.
     pub vector: bool,
-    /// Whether the columns are values and gates.
+    /// True if the columns are values and gates.
     pub gated: bool,
     /// How TMA would fetch the rows, if wgmma's kernels can do this product.
     pub area: Option<Area>,
 }
 
-/// What TMA fetches tiles of: images of this size.
+/// The images that TMA fetches tiles of: their size, and how pixels are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Area {
     pub height: usize,
