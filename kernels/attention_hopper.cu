@@ -309,6 +309,8 @@ template <class T> PTX_FN void consume(const AttentionHopperParams& p, uint32_t 
         wgmma_hold(out);
         release(v, T::V_PAIRS);
         store<T>(p, out, rows, shared, group, (tile * T::GROUPS + group) * ROWS);
+        // wgmma is for whole warps: the thread that stored catches up.
+        __syncwarp();
     }
     if (threadIdx.x % 128 == 0) tma_store_wait<0>();
 }

@@ -304,6 +304,8 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
         Place at = place_of<T>(p, tile);
         // With splits only the last block stores, and fetches the residual when it knows that it is.
         if (p.splits == 1 && stores) prepare_staging<T>(p, at, shared, group);
+        // wgmma is for whole warps: the thread that stored, and fetched, catches up.
+        __syncwarp();
         int count = min(p.steps, stages - split * p.steps), previous = 0;
         for (int step = 0; step < count; step++) {
             mbar_wait(shared + T::FULL + 8 * slot, parity);
