@@ -32,8 +32,8 @@ struct ConvParams {
     int32_t columns;        // of the product: twice the result's behind a gate
     int32_t splits, steps;  // stages of each split
 };
-LAYOUT(ConvParams, sources, weight, after, partial, resize_y, resize_x, source_channels, depth, height, width, seen_height, seen_width,
-       out_height, out_width, kernel, stride, pad, rows, columns, splits, steps)
+LAYOUT(ConvParams, sources, weight, after, partial, resize_y, resize_x, source_channels, depth, height, width, seen_height,
+       seen_width, out_height, out_width, kernel, stride, pad, rows, columns, splits, steps)
 
 namespace {
 

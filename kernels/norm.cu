@@ -10,8 +10,8 @@
 //
 // Sums of squares are taken about the column's first pixel. That is one of the n numbers summed, so they are at most n + 1
 // times the squared deviations about the mean, and the subtraction costs log2(n + 1) bits at worst, whatever the mean:
-// nothing to fp32, n being a few hundred. All that comes after is put together in two passes over these few numbers, the mean
-// and then the squared deviations about it, in an order that one image's shape decides.
+// nothing to fp32, n being a few hundred. All that comes after is put together in two passes over these few numbers, the
+// mean and then the squared deviations about it, in an order that one image's shape decides.
 //
 // Layer norm. A row stays in the registers of one warp (of several beyond 1280 channels): one read, one write.
 //
@@ -42,8 +42,8 @@ struct GroupNormParams {
     float eps;
     int32_t silu;
 };
-LAYOUT(GroupNormParams, x, skip, scale_shift, weight, bias, out, partials, scale_shift_width, x_channels, channels, per_group,
-       slab, pixels, stretch, eps, silu)
+LAYOUT(GroupNormParams, x, skip, scale_shift, weight, bias, out, partials, scale_shift_width, x_channels, channels,
+       per_group, slab, pixels, stretch, eps, silu)
 
 constexpr int THREADS = 256;
 constexpr int AHEAD = 4;
@@ -53,8 +53,8 @@ struct Moments {
     float count, mean, squares;
 };
 
-// The moments of all that the warp's lanes see of `each`, which calls f(count, mean, squares) for parts: first the mean, then the
-// squared deviations about it, so that the sums wait for nothing but the number before.
+// The moments of `count` numbers, whose parts the warp's lanes share: `each` calls its argument with the count, mean and
+// squared deviations of every part of this lane. The mean comes first, then the squared deviations about it: plain sums.
 template <class Each> __device__ __forceinline__ Moments warp_moments(float count, Each each) {
     float mean = 0.0f, squares = 0.0f;
     each([&](float n, float m, float) { mean += n * m; });
@@ -126,9 +126,10 @@ template <int W> struct Place {
     // How many pixels a lane has.
     __device__ __forceinline__ int count(int lane) const { return whole + (lane < longer); }
 
-    // f(lane of the block, numbers) for this lane's share of what the block's lanes left for a group of the slab, channel by
-    // channel.
-    template <class F> __device__ __forceinline__ void each_pair(const float2* pairs, int group, int per_group, F f) const {
+    // Every lane of the block left a pair of numbers for each channel of a group. Calls f(lane of the block, pair) for those
+    // pairs that this lane of the warp shares in.
+    template <class F>
+    __device__ __forceinline__ void each_pair(const float2* pairs, int group, int per_group, F f) const {
         int channel = threadIdx.x % 32, of = channel / per_group;
         channel -= of * per_group;
         while (of < lanes) {

@@ -114,8 +114,8 @@ template <int N> PTX_FN void wgmma_wait(PTX_ONLY_LINE) {
     PTX_EMULATED(emu::wgmma_wait(N, EMU_PASS);)
 }
 
-// The compiler moves no use of the sums over this. It does not know that they change between a wgmma and its wait, so that one of
-// these belongs before wgmma_fence and after wgmma_wait.
+// The compiler moves no use of the sums over this. It does not know that they change between a wgmma and its wait, so
+// that one of these belongs before wgmma_fence and after wgmma_wait.
 template <int R> PTX_FN void wgmma_hold(float (&d)[R]) {
 #pragma unroll
     for (int i = 0; i < R; i++) {

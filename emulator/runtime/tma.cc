@@ -103,8 +103,10 @@ void tma_store(const CUtensorMap* map, uint32_t src, int rank, const int* c, con
         // So it is on an H100, whatever the swizzle. Beyond the far end a store is clipped, and loads may begin
         // anywhere.
         if (c[i] < 0)
-            fail_at(site, "TMA store: illegal instruction: the tile begins at coordinate %d along dimension %d; only loads may "
-                          "begin below 0", c[i], i);
+            fail_at(site,
+                    "TMA store: illegal instruction: the tile begins at coordinate %d along dimension %d; only loads may "
+                    "begin below 0",
+                    c[i], i);
         s.coordinates[i] = c[i];
     }
     shared_at(*me.block, src, s.bytes, 128, "TMA store", site);
@@ -162,7 +164,7 @@ extern "C" int emu_tensor_map(CUtensorMap* out, uint32_t element, uint32_t rank,
         t.size[i] = sizes[i];
         t.box[i] = box[i];
         if (i == 0) continue;
-        // Each dimension goes in whole steps of the one before, and holds all of it: so the driver's documentation asks.
+        // The driver's documentation asks that each dimension goes in whole steps of the one before, and holds all of it.
         uint64_t step = i == 1 ? element : strides[i - 2];
         if (strides[i - 1] & 15 || strides[i - 1] >= 1ull << 40) return 1;
         if (strides[i - 1] % step || strides[i - 1] < step * sizes[i - 1]) return 1;

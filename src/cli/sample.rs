@@ -273,7 +273,7 @@ struct Saved<'a> {
     assignment: &'a concepts::Assignment,
     /// Whether a manifest is kept.
     audited: bool,
-    /// Whether files are named on stdout.
+    /// True if files are named on stdout, each as it is written.
     named: bool,
     manifest: Vec<serde_json::Value>,
     /// When the first one was there.

@@ -101,13 +101,11 @@ pub(super) fn attention_gradient(
             let problem = format!("the gradient of attention with heads of {head_dim} channels, causal {causal}");
             Error::Device(format!("{problem}; the kernels take {widest}, not causal; use --device cpu"))
         })?;
-    let channels = |offset: usize| (offset * size_of::<half::f16>()) as u64;
-    let address = |view: View| site.address(view.tensor) + channels(view.offset);
-    let result = |view: View| if fused { site.address(out) + channels(view.offset) } else { site.address(out) };
+    let result = |view: View| if fused { site.view(View { tensor: out, ..view }) } else { site.address(out) };
     let params = AttentionGradientParams {
-        q: address(q),
-        k: address(k),
-        v: address(v),
+        q: site.view(q),
+        k: site.view(k),
+        v: site.view(v),
         d: site.address(d),
         dq: result(q),
         dk: result(k),

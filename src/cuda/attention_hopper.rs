@@ -77,8 +77,8 @@ impl Tile {
     }
 }
 
-/// The kernel for one image's shape, if there is one: for the widths of heads that Stable Diffusion's UNets have, and for
-/// tensors that TMA takes, whose pixels are a whole number of heads.
+/// The kernel for one image's shape, if there is one: for the widths of heads that Stable Diffusion's UNets have, and
+/// for tensors that TMA takes, whose pixels are a whole number of heads.
 pub(super) fn choose(
     attention: &Attention,
     shape: impl Fn(TensorId) -> Shape,
@@ -97,11 +97,11 @@ pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &T
     let Attention { q, k, v, heads, head_dim, scale, .. } = *attention;
     let (queries, keys) = (site.shape(out).tokens(), site.shape(k.tensor).tokens());
     let images = site.shape(out).n;
-    let map = |View { tensor, offset }: View, rows: usize| {
-        let (tokens, width) = (site.shape(tensor).tokens(), site.shape(tensor).c);
+    let map = |view: View, rows: usize| {
+        let (tokens, width) = (site.shape(view.tensor).tokens(), site.shape(view.tensor).c);
         let sizes = [head_dim, heads, tokens, images].map(|n| n as u64);
         let strides = [head_dim, width, tokens * width].map(|n| (n * size_of::<f16>()) as u64);
-        let address = site.address(tensor) + (offset * size_of::<f16>()) as u64;
+        let address = site.view(view);
         let tile = [SPAN as u32, 1, rows as u32, 1];
         (site.bindings.tensor_map)(&TensorTiles {
             address,
@@ -115,7 +115,7 @@ pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &T
         q: map(q, ROWS)?,
         k: map(k, tile.keys)?,
         v: map(v, tile.keys)?,
-        out: map(View { tensor: out, offset: 0 }, ROWS)?,
+        out: map(out.into(), ROWS)?,
         queries: queries as i32,
         keys: keys as i32,
         exponent: scale * std::f32::consts::LOG2_E,

@@ -16,7 +16,7 @@ pub struct Family {
 pub struct Resources {
     /// The kernel's name in `kernels/`.
     pub kernel: &'static str,
-    /// Whose machine code, such as `80` or `90a`.
+    /// The architecture of the machine code, such as `80` or `90a`.
     pub architecture: &'static str,
     /// Registers of a thread.
     pub registers: u32,

@@ -235,7 +235,7 @@ impl Buffer {
         self.address
     }
 
-    /// Whether it is memory of this device.
+    /// True if it is memory of this device.
     pub(super) fn is_on(&self, device: &Arc<dyn Device>) -> bool {
         Arc::ptr_eq(&self.device, device)
     }

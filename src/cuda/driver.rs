@@ -64,7 +64,7 @@ pub(super) mod functions {
 pub struct Version(u32);
 
 impl Version {
-    /// Whether the driver has `cuFuncGetParamInfo`.
+    /// True if the driver has `cuFuncGetParamInfo`.
     pub(super) fn tells_parameters(self) -> bool {
         self >= Version(12_040)
     }

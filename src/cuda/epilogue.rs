@@ -37,7 +37,7 @@ pub(super) fn is_shifted(graph: &Graph, x: TensorId) -> bool {
     shift_of(graph, x).is_some()
 }
 
-/// Whether a convolution makes `x`, and with it what `x` is shifted to.
+/// True if a convolution makes `x`: its kernel then also writes the shifted `x`.
 pub(super) fn makes(graph: &Graph, x: TensorId) -> bool {
     graph.nodes().iter().any(|node| node.output == x && matches!(node.op, Op::Conv(_)))
 }

@@ -8,7 +8,7 @@ use crate::plan::Plan;
 /// How an activation is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
-    /// What flows between layers.
+    /// Activations between layers.
     F16,
     /// Indices and timesteps, which are exact, and what a network ends in.
     F32,

@@ -75,7 +75,7 @@ impl Weights {
         &self.specs
     }
 
-    /// Whether they are on `device`.
+    /// True if they are on `device`.
     pub(super) fn is_on(&self, device: &Arc<dyn Device>) -> bool {
         self.own.is_on(device)
     }
@@ -230,7 +230,7 @@ struct Form {
     tap: i64,
     /// Of a gated matrix, the number of outputs that are values: as many gates follow them in the file.
     values: Option<usize>,
-    /// Whether numbers stay fp32.
+    /// True if numbers stay fp32.
     full: bool,
 }
 
@@ -317,7 +317,8 @@ impl Packing {
         values.into_iter().chain(gates).chain(phases).collect()
     }
 
-    /// What packs outputs for a doubled source, see [`phases_bytes`]: of each phase every tap, from the taps that it sums.
+    /// The launches that pack outputs for a doubled source (see [`phases_bytes`]): one for each phase and tap, which sums taps
+    /// of the file.
     fn phase_launches(&self, part: &Stored, start: usize, outputs: Range<usize>) -> Vec<Launch> {
         /// By the parity of the result's row and the row of the tap: the first row of the 3x3 kernel, and how many. Columns
         /// likewise.

@@ -43,7 +43,7 @@ pub struct Stored<'a> {
     pub path: &'a Path,
     /// How its numbers are written.
     pub format: Format,
-    /// Whether the file holds the matrix with rows and columns exchanged, as `[width, outputs]`.
+    /// True if the file holds the matrix with rows and columns exchanged, as `[width, outputs]`.
     pub transposed: bool,
     /// Rows of the matrix or table, elements of a vector.
     pub outputs: usize,
