@@ -23,6 +23,9 @@
 // sums in memory and counts itself. The last to come adds all of them, in the order of the depth and not in that of
 // coming.
 //
+// Where group norms read the result, the epilogue leaves them its moments, from the staging memory: 40 loads of 4 bytes a
+// thread for units of 10 channels, some 400 cycles a tile, instead of a kernel that reads the whole result again.
+//
 // Each sum is one chain of products of 16 in the order of the depth: no bit depends on the tile. It is not the chain of
 // conv.cu's mma.sync, whose instruction rounds elsewhere, so that the host chooses between the two by one image's shape
 // alone.
@@ -36,6 +39,9 @@ struct ConvHopperParams {
     Epilogue after;
     float4* partial;  // [tiles][splits][sums of a thread / 4][256 threads]
     uint32_t* counters;  // one for each tile; 0 before and after
+    // For group norms that read the result: mean and squared deviations of `unit_channels` channels in 64 pixels,
+    // [images][units of channels][phases][pixel_units]. May be missing.
+    float2* moments;
     int32_t height, width, images;
     int32_t log_width, log_height;  // of the rectangle: log2; what is left of 128 are images
     int32_t across_image, down_image;  // rectangles that cover an image
@@ -45,11 +51,12 @@ struct ConvHopperParams {
     int32_t blocks[2];  // stages of one tap, by source
     int32_t kernel;
     int32_t splits, steps;  // of the depth, and stages of each split
-    int32_t padding[6];
+    int32_t unit_channels, pixel_units;
+    int32_t padding[2];
 };
-LAYOUT(ConvHopperParams, sources, weight, out, residual, after, partial, counters, height, width, images, log_width,
-       log_height, across_image, down_image, tiles_down, tiles_across, columns, tiles_of_columns, blocks, kernel,
-       splits, steps, padding)
+LAYOUT(ConvHopperParams, sources, weight, out, residual, after, partial, counters, moments, height, width, images,
+       log_width, log_height, across_image, down_image, tiles_down, tiles_across, columns, tiles_of_columns, blocks,
+       kernel, splits, steps, unit_channels, pixel_units, padding)
 
 namespace conv_hopper {
 
@@ -219,6 +226,54 @@ PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d)[T::COLUMNS / 2], 
     return t < 2 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000u);
 }
 
+// How a row's 16-byte chunks change places in the staging memory.
+template <class T> PTX_FN int twist_of(int row) {
+    return T::SPAN == 128 ? row % 8 : T::SPAN == 64 ? row / 2 % 4 : row / 4 % 2;
+}
+
+// Moments of the warpgroup's results as they are stored, from the staging memory. Eight lanes share a unit of channels,
+// and take every eighth of the 64 pixels. Squares are taken about the unit's first number, as in norm.cu.
+template <class T> PTX_FN void store_moments(const ConvHopperParams& p, const Place& at, int group) {
+    Place corner = piece_of(p, at, group);
+    if (corner.x >= p.width || corner.y >= p.height || corner.image >= p.images) return;
+    // The warpgroup's 64 pixels are a rectangle of one image, whose number among all of them this is.
+    int log_width = min(p.log_width, 6), log_height = 6 - log_width;
+    int piece = ((corner.image * p.height + corner.y) >> log_height) * (p.width >> log_width);
+    piece += corner.x >> log_width;
+    int image = piece / p.pixel_units, lane = threadIdx.x % 8;
+    uint32_t lanes = 0xffu << threadIdx.x % 32 / 8 * 8;
+    const unsigned char* staging = dyn_smem() + T::STAGING + group * T::PIECE;
+    auto pair_at = [&](int row, int channel) {
+        int chunk = channel / 8, in_box = chunk % (T::BOX / 8) ^ twist_of<T>(row);
+        int place = chunk / (T::BOX / 8) * 64 * T::SPAN + row * T::SPAN + in_box * 16 + channel % 8 * 2;
+        return __half22float2(*reinterpret_cast<const __half2*>(staging + place));
+    };
+    for (int unit = threadIdx.x % 128 / 8; unit < T::OUT / p.unit_channels; unit += 16) {
+        int first = unit * p.unit_channels;
+        if (at.column + first >= p.after.channels) break;
+        float pivot = pair_at(0, first).x, sum = 0.0f, squares = 0.0f;
+        for (int channel = first; channel < first + p.unit_channels; channel += 2) {
+#pragma unroll
+            for (int row = 0; row < 64; row += 8) {
+                float2 x = pair_at(row + lane, channel);
+                x.x -= pivot, x.y -= pivot;
+                sum += x.x + x.y;
+                squares = fmaf(x.x, x.x, fmaf(x.y, x.y, squares));
+            }
+        }
+#pragma unroll
+        for (int offset = 4; offset > 0; offset /= 2) {
+            sum += __shfl_xor_sync(lanes, sum, offset);
+            squares += __shfl_xor_sync(lanes, squares, offset);
+        }
+        float mean = sum / (64 * p.unit_channels);
+        int64_t place = int64_t(image) * (p.after.channels / p.unit_channels) + (at.column + first) / p.unit_channels;
+        place = place * (p.tiles_across / p.tiles_of_columns) + at.phase;
+        place = place * p.pixel_units + piece % p.pixel_units;
+        if (lane == 0) p.moments[place] = make_float2(pivot + mean, fmaxf(squares - sum * mean, 0.0f));
+    }
+}
+
 // A multiplying warpgroup's results: from fragments, through the staging memory, into the result.
 template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at,
                                           uint32_t shared, int parity) {
@@ -249,11 +304,10 @@ template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[
     // ldmatrix and stmatrix: this lane names a row of 8 channels of the upper or lower 8 rows, of the left or right
     // half of 16.
     int row = warp * 16 + lane % 16;
-    int twist = T::SPAN == 128 ? row % 8 : T::SPAN == 64 ? row / 2 % 4 : row / 4 % 2;
 #pragma unroll
     for (int j = 0; j < T::OUT / 16; j++) {
         int chunk = 2 * j + lane / 16, in_box = chunk % (T::BOX / 8);
-        uint32_t place = staging + chunk / (T::BOX / 8) * 64 * T::SPAN + row * T::SPAN + ((in_box ^ twist) << 4);
+        uint32_t place = staging + chunk / (T::BOX / 8) * 64 * T::SPAN + row * T::SPAN + ((in_box ^ twist_of<T>(row)) << 4);
         // Of the left and the right 8 channels, the upper and the lower row: two neighbouring channels.
         uint32_t results[4];
         if constexpr (T::GATED) {
@@ -289,6 +343,12 @@ template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[
             tma_store_4d(&p.out[at.phase], staging + box * 64 * T::SPAN,
                          corner.column / (T::GATED ? 2 : 1) + box * T::BOX, corner.x, corner.y, corner.image);
         tma_store_commit();
+    }
+    if (!T::GATED && p.moments) {
+        // The thread that stored keeps to its warp, and the staging memory is read until all have arrived.
+        __syncwarp();
+        store_moments<T>(p, at, group);
+        named_bar_sync(1 + group, 128);
     }
 }
 

@@ -4,9 +4,12 @@
 // bytes of a pixel for most layers) and a stretch of one image's pixels. A thread has a column of W channels, of which it
 // takes every `lanes`-th pixel, four loads of 16 bytes in flight.
 //   group_norm_statistics: one read of the input; mean and squared deviations of each group in the stretch, 8 bytes each.
-//   group_norm_apply: merges the stretches of its groups (at most 256 x 8 bytes a group), one read and one write.
+//   group_norm_apply: merges the moments of its groups (at most 256 x 8 bytes a group and unit), one read and one write.
 //   group_norm: both in one for images that are one stretch; the second read hits the cache.
 // 3 x 2 bytes an element; should reach 85 % of the memory's bandwidth where the input exceeds the L2 cache.
+// Where the products that made the sources left moments of them (conv_hopper.cu), nothing computes statistics, and 2 x 2
+// bytes an element remain. Of large images these are many: group_norm_merge adds them up to stretches, 8 bytes for each
+// unit of 64 pixels, which is 1/16 to 1/128 of what statistics would read.
 //
 // Sums of squares are taken about the column's first pixel. That is one of the n numbers summed, so they are at most n + 1
 // times the squared deviations about the mean, and the subtraction costs log2(n + 1) bits at worst, whatever the mean:
@@ -31,7 +34,10 @@ struct GroupNormParams {
     const float* weight;
     const float* bias;
     __half* out;
-    float2* partials;  // [n][groups][stretches]: mean, squared deviations
+    float2* partials;  // [n][groups][gridDim.x]: what statistics and merge write, mean and squared deviations
+    // What merge and apply read, likewise: [n][units of channels][units of pixels] of the first channels, and of the
+    // others.
+    const float2* moments[2];
     int64_t scale_shift_width;
     int32_t x_channels;
     int32_t channels;
@@ -41,9 +47,14 @@ struct GroupNormParams {
     int32_t stretch;  // pixels of a block
     float eps;
     int32_t silu;
+    int32_t first_moments;  // channels of moments[0]
+    int32_t unit_channels[2];
+    int32_t unit_pixels;  // the last unit of an image may have fewer
+    int32_t pixel_units;  // of an image
+    int32_t padding;
 };
-LAYOUT(GroupNormParams, x, skip, scale_shift, weight, bias, out, partials, scale_shift_width, x_channels, channels,
-       per_group, slab, pixels, stretch, eps, silu)
+LAYOUT(GroupNormParams, x, skip, scale_shift, weight, bias, out, partials, moments, scale_shift_width, x_channels, channels,
+       per_group, slab, pixels, stretch, eps, silu, first_moments, unit_channels, unit_pixels, pixel_units, padding)
 
 constexpr int THREADS = 256;
 constexpr int AHEAD = 4;
@@ -225,14 +236,49 @@ template <int W> __device__ __forceinline__ void statistics_kernel(const GroupNo
     });
 }
 
-// Mean and inverse deviation of the slab's groups, from all stretches.
-template <int W> __device__ __forceinline__ void merge_stretches(const GroupNormParams& p, const Place<W>& place, float2* groups) {
-    int64_t first = place.image * (p.channels / p.per_group) + place.first / p.per_group;
+// Calls f(count, mean, squared deviations) for those units of a group, in units of pixels from `first` to before `last`, that
+// this lane of the warp shares in.
+template <class F>
+__device__ __forceinline__ void each_unit(const GroupNormParams& p, int64_t image, int group, int first, int last, F f) {
+    int across = last - first;
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+        // The channels that these moments are of, and those of them that are the group's.
+        int base = s == 0 ? 0 : p.first_moments, width = s == 0 ? p.first_moments : p.channels - p.first_moments;
+        int begin = max(group * p.per_group, base), end = min((group + 1) * p.per_group, base + width);
+        if (begin >= end) continue;
+        const float2* units = p.moments[s] + (image * width + begin - base) / p.unit_channels[s] * p.pixel_units;
+        int all = (end - begin) / p.unit_channels[s] * across;
+        for (int i = threadIdx.x % 32; i < all; i += 32) {
+            int pixels = first + i % across;
+            float2 unit = units[i / across * p.pixel_units + pixels];
+            int count = min(p.unit_pixels, p.pixels - pixels * p.unit_pixels) * p.unit_channels[s];
+            f(float(count), unit.x, unit.y);
+        }
+    }
+}
+
+// A warp a group: the moments of `gridDim.x` parts of an image.
+KERNEL __launch_bounds__(THREADS) group_norm_merge(const __grid_constant__ GroupNormParams p) {
+    int groups = p.channels / p.per_group, group = blockIdx.y * (THREADS / 32) + threadIdx.x / 32;
+    if (group >= groups) return;
+    int each = (p.pixel_units + gridDim.x - 1) / gridDim.x, first = blockIdx.x * each;
+    int last = min(first + each, p.pixel_units);
+    int pixels = min(last * p.unit_pixels, p.pixels) - first * p.unit_pixels;
+    Moments total = warp_moments(float(pixels) * p.per_group,
+                                 [&](auto part) { each_unit(p, blockIdx.z, group, first, last, part); });
+    if (threadIdx.x % 32 == 0)
+        p.partials[(int64_t(blockIdx.z) * groups + group) * gridDim.x + blockIdx.x] =
+            make_float2(total.mean, total.squares);
+}
+EXPORT(group_norm_merge)
+
+// Mean and inverse deviation of the slab's groups.
+template <int W>
+__device__ __forceinline__ void merge_moments(const GroupNormParams& p, const Place<W>& place, float2* groups) {
     for (int group = threadIdx.x / 32; group < place.channels / p.per_group; group += THREADS / 32) {
-        const float2* partials = p.partials + (first + group) * gridDim.x;
         Moments total = warp_moments(float(p.pixels) * p.per_group, [&](auto part) {
-            for (int i = threadIdx.x % 32; i < gridDim.x; i += 32)
-                part(float(min(p.stretch, p.pixels - i * p.stretch)) * p.per_group, partials[i].x, partials[i].y);
+            each_unit(p, place.image, place.first / p.per_group + group, 0, p.pixel_units, part);
         });
         if (threadIdx.x % 32 == 0) groups[group] = mean_and_inverse(total, p.eps);
     }
@@ -242,7 +288,7 @@ template <int W> __device__ __forceinline__ void merge_stretches(const GroupNorm
 template <int W> __device__ __forceinline__ void apply_kernel(const GroupNormParams& p) {
     Place<W> place(p);
     float2* groups = reinterpret_cast<float2*>(dyn_smem());
-    merge_stretches(p, place, groups);
+    merge_moments(p, place, groups);
     apply(p, place, groups);
 }
 
@@ -348,7 +394,7 @@ template <int W> __device__ __forceinline__ void gradient_sums_kernel(const Grou
     Place<W> place(p.norm);
     int slab_groups = p.norm.slab / p.norm.per_group;
     float2* groups = reinterpret_cast<float2*>(dyn_smem());
-    merge_stretches(p.norm, place, groups);
+    merge_moments(p.norm, place, groups);
     int64_t first = place.image * (p.norm.channels / p.norm.per_group) + place.first / p.norm.per_group;
     stretch_sums(p, place, groups, groups + 2 * slab_groups, [&](int group, float2 total) {
         p.sums[(first + group) * gridDim.x + blockIdx.x] = total;
@@ -369,7 +415,7 @@ template <int W> __device__ __forceinline__ void gradient_apply_kernel(const Gro
         total = make_float2(warp_sum(total.x), warp_sum(total.y));
         if (threadIdx.x % 32 == 0) totals[group] = total;
     }
-    merge_stretches(p.norm, place, groups);
+    merge_moments(p.norm, place, groups);
     apply_gradient(p, place, groups, totals);
 }
 

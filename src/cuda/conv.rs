@@ -3,11 +3,12 @@
 use super::conv_hopper;
 use super::device::{Launch, Limits};
 use super::epilogue::Epilogue;
+use super::moments::{self, Moments};
 use super::site::Site;
 use super::tiles::{Choice, Instruction, Product, THREADS, Tile, choose};
 use super::weights::CHUNK;
 use crate::Result;
-use crate::graph::{Activation, Conv, Graph, Shape, TensorId, WeightKind};
+use crate::graph::{Activation, Conv, Graph, Op, Shape, TensorId, WeightKind};
 
 crate::params! {
     pub(super) struct ConvParams {
@@ -48,9 +49,21 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
         depth: conv.kernel * conv.kernel * channels.next_multiple_of(CHUNK),
         vector: conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(CHUNK)),
         gated: conv.activation == Activation::Geglu,
+        unit: moments::unit(graph, out).unwrap_or(1),
         area: conv_hopper::area(graph, conv, out).ok(),
     };
     (one, choose(one, shape.n, limits))
+}
+
+/// The moments that a convolution leaves behind its result `id` for the group norms that read it; `None` if none want them,
+/// no convolution makes it, or its kernel's rectangles are no whole units.
+pub(super) fn moments(graph: &Graph, id: TensorId, limits: Limits) -> Option<Moments> {
+    let channels = moments::unit(graph, id)?;
+    let node = graph.nodes().iter().find(|node| node.output == id)?;
+    let Op::Conv(conv) = &node.op else { return None };
+    let (one, choice) = plan(graph, conv, id, limits);
+    let whole = choice.tile.instruction == Instruction::Wgmma && one.area?.is_whole_units();
+    whole.then(|| Moments { channels, pixel_units: one.rows / moments::PIXELS })
 }
 
 /// Why a convolution gets none of the kernels of 9.0 there; `None` if it gets one.
@@ -183,6 +196,7 @@ mod tests {
                     depth: 9 * depth,
                     vector: true,
                     gated: activation == Activation::Geglu,
+                    unit: 1,
                     area: None,
                 };
                 let partial = Buffer::new(&device, TILES[0].partial_bytes(&product, splits)).unwrap();

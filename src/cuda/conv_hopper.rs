@@ -1,6 +1,6 @@
 //! Launches of `kernels/conv_hopper.cu`.
 
-use super::conv::is_pointwise;
+use super::conv::{self, is_pointwise};
 use super::device::{Launch, TensorTiles};
 use super::epilogue::{self, Epilogue};
 use super::site::{COUNTERS, Element, Site};
@@ -24,6 +24,7 @@ crate::params! {
         after: Epilogue,
         partial: u64,
         counters: u64,
+        moments: u64,
         height: i32,
         width: i32,
         images: i32,
@@ -39,7 +40,9 @@ crate::params! {
         kernel: i32,
         splits: i32,
         steps: i32,
-        padding: [i32; 6],
+        unit_channels: i32,
+        pixel_units: i32,
+        padding: [i32; 2],
     }
 }
 
@@ -142,6 +145,7 @@ pub(super) fn launch(
         let problem = format!("{} tiles of split sums are more than {COUNTERS}", tiles_down * tiles_across);
         return Err(Error::Device(problem + "; make a smaller batch"));
     }
+    let moments = conv::moments(site.graph(), out, site.limits);
     let blocks = |id: Option<TensorId>| id.map_or(0, |id| site.shape(id).c / STEP) as i32;
     let params = ConvHopperParams {
         sources: [first, second],
@@ -151,6 +155,7 @@ pub(super) fn launch(
         after: Epilogue::new(conv, out, site),
         partial: if splits > 1 { site.workspace() } else { 0 },
         counters: site.bindings.counters,
+        moments: moments.map_or(0, |_| site.moments(out)),
         height: seen.height as i32,
         width: seen.width as i32,
         images: images as i32,
@@ -166,7 +171,9 @@ pub(super) fn launch(
         kernel: kernel as i32,
         splits: splits as i32,
         steps: steps as i32,
-        padding: [0; 6],
+        unit_channels: moments.map_or(1, |of| of.channels) as i32,
+        pixel_units: moments.map_or(1, |of| of.pixel_units / phases) as i32,
+        padding: [0; 2],
     };
     let units = tiles_down * tiles_across * splits;
     let grid = [units.min(site.limits.multiprocessors as usize), 1, 1];

@@ -18,6 +18,7 @@ mod elementwise;
 mod emulated;
 mod epilogue;
 mod gpu;
+mod moments;
 mod norm;
 mod params;
 mod program;
@@ -42,6 +43,7 @@ use crate::graph::{Graph, Node, TensorId};
 use crate::plan::{Plan, Storage};
 use crate::{Error, Result};
 use half::f16;
+use moments::Moments;
 use program::Program;
 use site::{Bindings, COUNTERS};
 use std::sync::Arc;
@@ -54,7 +56,11 @@ impl Storage for Limits {
     }
 
     fn tensor(&self, graph: &Graph, id: TensorId) -> usize {
-        graph.shape(id).len() * Element::of(graph, id).bytes()
+        let shape = graph.shape(id);
+        match conv::moments(graph, id, *self) {
+            Some(moments) => Moments::offset(shape) + moments.bytes(shape),
+            None => shape.len() * Element::of(graph, id).bytes(),
+        }
     }
 
     fn workspace(&self, graph: &Graph, node: &Node) -> usize {

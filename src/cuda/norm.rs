@@ -1,16 +1,16 @@
 //! Launches of `kernels/norm.cu`.
 
+use super::conv;
 use super::device::Launch;
+use super::moments::{Cut, Moments, PAIR, PIXELS, THREADS, VECTOR};
 use super::site::Site;
 use crate::graph::{Graph, GroupNorm, Shape, TensorId, WeightId};
 use bytemuck::NoUninit;
 
-/// Threads of a group norm's block.
-const THREADS: usize = 256;
-/// Channels of a vector load.
-const VECTOR: usize = 8;
-/// Bytes of two statistics.
-const PAIR: usize = 2 * size_of::<f32>();
+/// The most units of an image's pixels that every block of the last kernel reads. More of them are merged before, into
+/// [`MERGED`] parts of the image at most.
+const READ_UNITS: usize = 256;
+const MERGED: usize = 64;
 
 crate::params! {
     pub(super) struct GroupNormParams {
@@ -21,6 +21,7 @@ crate::params! {
         bias: u64,
         out: u64,
         partials: u64,
+        moments: [u64; 2],
         scale_shift_width: i64,
         x_channels: i32,
         channels: i32,
@@ -30,52 +31,12 @@ crate::params! {
         stretch: i32,
         eps: f32,
         silu: i32,
+        first_moments: i32,
+        unit_channels: [i32; 2],
+        unit_pixels: i32,
+        pixel_units: i32,
+        padding: i32,
     }
-}
-
-/// How one image's group norm is cut into blocks. The image's shape alone decides it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Cut {
-    /// Channels of a thread.
-    width: usize,
-    /// Channels of a block: whole groups.
-    slab: usize,
-    /// Pixels of a block.
-    stretch: usize,
-    slabs: usize,
-    stretches: usize,
-}
-
-impl Cut {
-    /// For channels of the sources, in order.
-    fn new(sources: &[usize], per_group: usize, pixels: usize) -> Self {
-        // A slab fills sectors of 32 bytes and has at least 128 bytes of a pixel. A stretch gives every thread eight
-        // vectors, two rounds of loads, which is 20 blocks for the smallest image that is cut at all and hundreds for most;
-        // and there are no more than 256, all of which every block of the second kernel reads.
-        const SECTOR: usize = 16;
-        const SLAB: usize = 64;
-        const STRETCH: usize = 8 * THREADS;
-        const UNCUT: usize = 4 * STRETCH;
-        const STRETCHES: usize = 256;
-        let channels: usize = sources.iter().sum();
-        let width = if sources.iter().all(|c| c.is_multiple_of(VECTOR)) { VECTOR } else { 1 };
-        let unit = per_group / gcd(per_group, SECTOR) * SECTOR;
-        let slab = (unit * SLAB.div_ceil(unit)).min(channels);
-        let columns = pixels * (slab / width);
-        let wanted = if columns <= UNCUT { 1 } else { (columns / STRETCH).min(STRETCHES) };
-        let stretch = pixels.div_ceil(wanted);
-        Cut { width, slab, stretch, slabs: channels.div_ceil(slab), stretches: pixels.div_ceil(stretch) }
-    }
-
-    fn of(norm: &GroupNorm, shape: impl Fn(TensorId) -> Shape) -> Self {
-        let sources: Vec<usize> = norm.sources.iter().map(|t| shape(t).c).collect();
-        let per_group = sources.iter().sum::<usize>() / norm.groups;
-        Cut::new(&sources, per_group, shape(norm.sources.x).tokens())
-    }
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// Two numbers of each group in each stretch, unless the image is one: mean and squared deviations; for a gradient as many
@@ -87,13 +48,15 @@ pub(super) fn workspace(graph: &Graph, norm: &GroupNorm) -> usize {
     }
 }
 
-/// What the norm's kernels and its gradient's read, and how it is cut.
-fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (GroupNormParams, Cut) {
+/// The launches that leave the moments of the norm's groups, what its other kernels and its gradient's read, and how it is
+/// cut. One stretch needs no such launches.
+fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (Vec<Launch>, GroupNormParams, Cut) {
     let x = site.shape(norm.sources.x);
     let shape = Shape { c: norm.sources.iter().map(|t| site.shape(t).c).sum(), ..x };
     let cut = Cut::of(norm, |t| site.shape(t));
     let per_group = shape.c / norm.groups;
-    let params = GroupNormParams {
+    // As the statistics kernel writes them: units are a group's channels in a stretch.
+    let mut params = GroupNormParams {
         x: site.address(norm.sources.x),
         skip: site.optional(norm.sources.skip),
         scale_shift: norm.scale_shift.map_or(0, |view| site.view(view)),
@@ -101,6 +64,7 @@ fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (GroupNorm
         bias: site.weight(norm.bias),
         out: site.address(out),
         partials: site.workspace(),
+        moments: [site.workspace(), 0],
         scale_shift_width: norm.scale_shift.map_or(0, |view| site.shape(view.tensor).c as i64),
         x_channels: x.c as i32,
         channels: shape.c as i32,
@@ -110,8 +74,37 @@ fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (GroupNorm
         stretch: cut.stretch as i32,
         eps: norm.eps,
         silu: norm.silu as i32,
+        first_moments: shape.c as i32,
+        unit_channels: [per_group as i32, 1],
+        unit_pixels: cut.stretch as i32,
+        pixel_units: cut.stretches as i32,
+        padding: 0,
     };
-    (params, cut)
+    if cut.stretches == 1 {
+        return (Vec::new(), params, cut);
+    }
+    let left = norm.sources.iter().map(|id| conv::moments(site.graph(), id, site.limits));
+    let Some(left) = left.collect::<Option<Vec<Moments>>>() else {
+        let kernels = ["group_norm_statistics_8", "group_norm_statistics_1"];
+        return (vec![cut.launch(kernels, x.n, cut.shared(per_group).1, &params)], params, cut);
+    };
+    let units = GroupNormParams {
+        moments: [Some(norm.sources.x), norm.sources.skip].map(|id| id.map_or(0, |id| site.moments(id))),
+        first_moments: x.c as i32,
+        unit_channels: [left[0].channels as i32, left.last().map_or(1, |last| last.channels as i32)],
+        unit_pixels: PIXELS as i32,
+        pixel_units: left[0].pixel_units as i32,
+        ..params
+    };
+    if left[0].pixel_units <= READ_UNITS {
+        return (Vec::new(), units, cut);
+    }
+    let each = left[0].pixel_units.div_ceil(MERGED.min(cut.stretches));
+    let parts = left[0].pixel_units.div_ceil(each);
+    params.unit_pixels = (each * PIXELS) as i32;
+    params.pixel_units = parts as i32;
+    let grid = [parts, norm.groups.div_ceil(THREADS / 32), x.n];
+    (vec![Launch::new("group_norm_merge", grid, THREADS, 0, &units)], params, cut)
 }
 
 impl Cut {
@@ -119,26 +112,16 @@ impl Cut {
         let kernel = kernels[usize::from(self.width != VECTOR)];
         Launch::new(kernel, [self.stretches, self.slabs, images], THREADS, shared, params)
     }
-
-    /// Bytes of shared memory: a pair of numbers for each group of a slab, and one for each channel of a slab in each
-    /// lane. A block has as many lanes as a slab's columns fit into its threads. The last slab may be narrower and have
-    /// more lanes, and with them more channels in all than a full slab; but never more than all threads hold, unless it
-    /// has one lane.
-    fn shared(&self, per_group: usize) -> (usize, usize) {
-        (self.slab / per_group * PAIR, (THREADS * self.width).max(self.slab) * PAIR)
-    }
 }
 
 pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches: &mut Vec<Launch>) {
     let images = site.shape(out).n;
-    let (params, cut) = group_norm_params(norm, out, site);
-    let per_group = params.per_group as usize;
-    let (groups, sums) = cut.shared(per_group);
+    let (moments, params, cut) = group_norm_params(norm, out, site);
+    let (groups, sums) = cut.shared(params.per_group as usize);
+    launches.extend(moments);
     if cut.stretches == 1 {
         launches.push(cut.launch(["group_norm_8", "group_norm_1"], images, groups + sums, &params));
     } else {
-        let statistics = ["group_norm_statistics_8", "group_norm_statistics_1"];
-        launches.push(cut.launch(statistics, images, sums, &params));
         launches.push(cut.launch(["group_norm_apply_8", "group_norm_apply_1"], images, groups, &params));
     }
 }
@@ -159,9 +142,9 @@ pub(super) fn group_norm_gradient(
     launches: &mut Vec<Launch>,
 ) {
     let images = site.shape(out).n;
-    let (params, cut) = group_norm_params(norm, out, site);
-    let per_group = params.per_group as usize;
-    let (groups, sums) = cut.shared(per_group);
+    let (moments, params, cut) = group_norm_params(norm, out, site);
+    let (groups, sums) = cut.shared(params.per_group as usize);
+    launches.extend(moments);
     let statistics = workspace(site.graph(), norm) as u64;
     let gradient = GroupNormGradientParams { norm: params, d: site.address(d), sums: site.workspace() + statistics };
     let shared = 2 * groups + sums;
@@ -169,8 +152,6 @@ pub(super) fn group_norm_gradient(
         let whole = ["group_norm_gradient_8", "group_norm_gradient_1"];
         launches.push(cut.launch(whole, images, shared, &gradient));
     } else {
-        let statistics = ["group_norm_statistics_8", "group_norm_statistics_1"];
-        launches.push(cut.launch(statistics, images, sums, &params));
         let sums = ["group_norm_gradient_sums_8", "group_norm_gradient_sums_1"];
         launches.push(cut.launch(sums, images, shared, &gradient));
         let apply = ["group_norm_gradient_apply_8", "group_norm_gradient_apply_1"];
@@ -246,49 +227,4 @@ fn row_launch(
     };
     let shared = if warps == 1 { 0 } else { warps * size_of::<f32>() };
     Launch::new(kernel, [shape.rows().div_ceil(rows), 1, 1], 32 * warps * rows, shared, &params)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// No slab of any norm stores more pairs than its launch has memory for, by the kernel's own count of lanes.
-    #[test]
-    fn shared_memory_holds_every_slab() {
-        for groups in 1..=64 {
-            for per_group in 1..=160 {
-                let channels = groups * per_group;
-                let cut = Cut::new(&[channels], per_group, 4096);
-                for slab in 0..cut.slabs {
-                    let channels = cut.slab.min(channels - slab * cut.slab);
-                    let lanes = (THREADS / (channels / cut.width)).max(1);
-                    let (_, sums) = cut.shared(per_group);
-                    assert!(lanes * channels * PAIR <= sums, "{groups} groups of {per_group}: slab {slab} of {cut:?}");
-                }
-            }
-        }
-    }
-
-    /// Every group norm of SD 1.5 and SDXL at their sizes: whole groups and sectors, everything covered, blocks enough
-    /// for a GPU where an image is cut, and stretches few enough for every block to read them.
-    #[test]
-    fn cuts_of_real_layers() {
-        let unet = [320, 640, 960, 1280, 1920, 2560].map(|c| (c, [8, 16, 32, 64, 128]));
-        let vae = [128, 256, 512].map(|c| (c, [64, 128, 256, 512, 1024]));
-        for (channels, sides) in unet.into_iter().chain(vae) {
-            for side in sides {
-                let (per_group, pixels) = (channels / 32, side * side);
-                let cut = Cut::new(&[channels], per_group, pixels);
-                let label = format!("{side}x{side}x{channels}: {cut:?}");
-                assert!(
-                    cut.width == VECTOR && cut.slab.is_multiple_of(per_group) && cut.slab.is_multiple_of(16),
-                    "{label}"
-                );
-                assert!(cut.slab >= 64 && cut.slabs * cut.slab >= channels, "{label}");
-                assert!((cut.slabs - 1) * cut.slab < channels && (cut.stretches - 1) * cut.stretch < pixels, "{label}");
-                assert!(cut.stretches * cut.stretch >= pixels && cut.stretches <= 256, "{label}");
-                assert!(cut.stretches == 1 || cut.stretches * cut.slabs >= 20, "{label}");
-            }
-        }
-    }
 }

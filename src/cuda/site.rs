@@ -1,6 +1,7 @@
 //! The surroundings of a node from which its launches are made: where things lie, and how activations are stored.
 
 use super::device::{Limits, TensorTiles};
+use super::moments::Moments;
 use crate::Result;
 use crate::graph::{Graph, Node, Op, Shape, TensorId, View, WeightId};
 use crate::plan::Plan;
@@ -86,6 +87,11 @@ impl Site<'_> {
     /// Where an activation lies that may be missing: 0 then.
     pub fn optional(&self, id: Option<TensorId>) -> u64 {
         id.map_or(0, |id| self.address(id))
+    }
+
+    /// Where the moments of an activation lie, if it has any.
+    pub fn moments(&self, id: TensorId) -> u64 {
+        self.address(id) + Moments::offset(self.shape(id)) as u64
     }
 
     /// Where a view's first channel lies, of halves.

@@ -90,6 +90,8 @@ pub(super) struct Product {
     pub vector: bool,
     /// True if the columns are values and gates.
     pub gated: bool,
+    /// Columns that no tile of wgmma's may part, because moments are taken of them together.
+    pub unit: usize,
     /// How TMA would fetch the rows, if wgmma's kernels can do this product.
     pub area: Option<Area>,
 }
@@ -152,6 +154,19 @@ impl Area {
         let logs = (3..=7).rev().flat_map(|log_width| (0..=7 - log_width).rev().map(move |h| (log_width, h)));
         let all = logs.map(|(log_width, log_height)| Rectangle { log_width, log_height });
         all.min_by_key(|rectangle| rectangle.count(self, 2).iter().product::<usize>()).expect("there are some")
+    }
+
+    /// True if every warpgroup's half of a rectangle that has pixels of an image has 64 of the same image.
+    pub fn is_whole_units(self) -> bool {
+        let Rectangle { log_width, log_height } = self.rectangle();
+        match self.pixels {
+            Pixels::Apart => (self.height * self.width).is_multiple_of(Rectangle::PIXELS / 2),
+            _ => {
+                let width = log_width.min(6);
+                let half = |size: usize, log: u32| size.is_multiple_of(1 << log);
+                log_width + log_height >= 6 && half(self.width, width) && half(self.height, 6 - width)
+            }
+        }
     }
 
     /// Rectangles that cover so many rows of a product, as often as they are made.
@@ -250,6 +265,8 @@ impl Tile {
             Some("its instructions are another architecture's")
         } else if self.instruction == Instruction::Wgmma && product.area.is_none() {
             Some("TMA cannot fetch the sources")
+        } else if self.instruction == Instruction::Wgmma && !self.columns.is_multiple_of(product.unit) {
+            Some("it would part channels that a norm's moments are taken of")
         } else if self.gated.is_some_and(|gated| gated != product.gated) {
             Some("it is for products with or without a gate, and this is the other")
         } else if self.shared() > limits.shared as usize {
