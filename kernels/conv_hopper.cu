@@ -19,6 +19,9 @@
 // Bound: the tensor cores from 160 columns on (2048 multiply-adds a cycle and multiprocessor), L2 below. A prototype of
 // this loop had 75 to 94 % of the tensor cores at 128x160 on an H100, 690 to 810 TFLOP/s.
 //
+// The 1x1 convolution of a resnet's sources that is added to its second convolution is more of that one's depth, with
+// two tensor maps and a weight of its own: its result is neither written nor read.
+//
 // Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks. Each leaves its
 // sums in memory and counts itself. The last to come adds all of them, in the order of the depth and not in that of
 // coming.
@@ -36,12 +39,15 @@ struct ConvHopperParams {
     CUtensorMap weight;  // {depth, phases * columns}, in boxes of 64 by COLUMNS
     CUtensorMap out[4];  // of each phase, as the sources, in boxes of one span of channels by half the rectangle
     CUtensorMap residual;  // likewise; not read if there is none
+    // A 1x1 convolution whose result is added, of the same pixels: more depth. As the above.
+    CUtensorMap added_sources[2], added_weight;
     Epilogue after;
     float4* partial;  // [tiles][splits][sums of a thread / 4][256 threads]
     uint32_t* counters;  // one for each tile; 0 before and after
     // For group norms that read the result: mean and squared deviations of `unit_channels` channels in 64 pixels,
     // [images][units of channels][phases][pixel_units]. May be missing.
     float2* moments;
+    const float* added_bias;  // may be missing
     int32_t height, width, images;
     int32_t log_width, log_height;  // of the rectangle: log2; what is left of 128 are images
     int32_t across_image, down_image;  // rectangles that cover an image
@@ -49,14 +55,15 @@ struct ConvHopperParams {
     int32_t tiles_down, tiles_across;
     int32_t columns, tiles_of_columns;  // of one phase
     int32_t blocks[2];  // stages of one tap, by source
+    int32_t added_blocks[2];
     int32_t kernel;
     int32_t splits, steps;  // of the depth, and stages of each split
     int32_t unit_channels, pixel_units;
-    int32_t padding[2];
+    int32_t padding[14];
 };
-LAYOUT(ConvHopperParams, sources, weight, out, residual, after, partial, counters, moments, height, width, images,
-       log_width, log_height, across_image, down_image, tiles_down, tiles_across, columns, tiles_of_columns, blocks,
-       kernel, splits, steps, unit_channels, pixel_units, padding)
+LAYOUT(ConvHopperParams, sources, weight, out, residual, added_sources, added_weight, after, partial, counters, moments,
+       added_bias, height, width, images, log_width, log_height, across_image, down_image, tiles_down, tiles_across,
+       columns, tiles_of_columns, blocks, added_blocks, kernel, splits, steps, unit_channels, pixel_units, padding)
 
 namespace conv_hopper {
 
@@ -108,10 +115,11 @@ template <int COLUMNS> PTX_FN void multiply(float (&d)[COLUMNS / 2], uint64_t a,
 // The fetching thread: all stages of all of the block's tiles, as fast as the ring has room.
 template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t shared) {
     int units = p.tiles_down * p.tiles_across * p.splits, blocks = p.blocks[0] + p.blocks[1];
+    int stages = blocks * p.kernel * p.kernel, all = stages + p.added_blocks[0] + p.added_blocks[1];
     int slot = 0, parity = 1;
     for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
         Place at = place_of<T>(p, unit / p.splits);
-        int first = unit % p.splits * p.steps, last = min(first + p.steps, blocks * p.kernel * p.kernel);
+        int first = unit % p.splits * p.steps, last = min(first + p.steps, all);
         int tap = first / blocks, block = first % blocks, ky = tap / p.kernel, kx = tap % p.kernel;
         // Odd rows of a doubled source see its own row and the next, even ones that before.
         int pad_x = p.kernel / 2 - at.phase % 2, pad_y = p.kernel / 2 - at.phase / 2;
@@ -119,13 +127,21 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
             uint32_t full = shared + T::FULL + 8 * slot, a = shared + slot * T::STAGE;
             mbar_wait(shared + T::EMPTY + 8 * slot, parity);
             mbar_expect_tx(full, T::STAGE);
-            bool second = block >= p.blocks[0];
-            tma_load_4d(a, &p.sources[second], full, (second ? block - p.blocks[0] : block) * STEP, at.x + kx - pad_x,
-                        at.y + ky - pad_y, at.image);
-            tma_load_2d(a + T::A, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
-            if (++block == blocks) {
-                block = 0;
-                if (++kx == p.kernel) kx = 0, ky++;
+            if (step < stages) {
+                bool second = block >= p.blocks[0];
+                int channel = (second ? block - p.blocks[0] : block) * STEP;
+                tma_load_4d(a, &p.sources[second], full, channel, at.x + kx - pad_x, at.y + ky - pad_y, at.image);
+                tma_load_2d(a + T::A, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
+                if (++block == blocks) {
+                    block = 0;
+                    if (++kx == p.kernel) kx = 0, ky++;
+                }
+            } else {
+                int added = step - stages;
+                bool second = added >= p.added_blocks[0];
+                int channel = (second ? added - p.added_blocks[0] : added) * STEP;
+                tma_load_4d(a, &p.added_sources[second], full, channel, at.x, at.y, at.image);
+                tma_load_2d(a + T::A, &p.added_weight, full, added * STEP, at.column);
             }
             if (++slot == T::STAGES) slot = 0, parity ^= 1;
         }
@@ -322,6 +338,10 @@ template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[
                 bool in = channel < e.channels && inside[h];
                 float2 bias = {}, more = {}, added = __half22float2(pair_of(residual[i]));
                 if (e.bias && in) bias = *reinterpret_cast<const float2*>(e.bias + channel);
+                if (p.added_bias && in) {
+                    float2 added = *reinterpret_cast<const float2*>(p.added_bias + channel);
+                    bias.x += added.x, bias.y += added.y;
+                }
                 if (e.per_image && in)
                     more = __half22float2(*reinterpret_cast<const __half2*>(
                         e.per_image + int64_t(image[h]) * e.per_image_width + channel));
@@ -354,7 +374,7 @@ template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[
 
 template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t shared) {
     int units = p.tiles_down * p.tiles_across * p.splits;
-    int stages = (p.blocks[0] + p.blocks[1]) * p.kernel * p.kernel;
+    int stages = (p.blocks[0] + p.blocks[1]) * p.kernel * p.kernel + p.added_blocks[0] + p.added_blocks[1];
     int group = threadIdx.x / 128, lane = threadIdx.x % 32;
     bool stores = threadIdx.x % 128 == 0;
     int slot = 0, parity = 0, arrived = 0;

@@ -47,12 +47,37 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
             _ => graph.weight(conv.weight).total_outputs(),
         },
         depth: conv.kernel * conv.kernel * channels.next_multiple_of(CHUNK),
+        added: 0,
         vector: conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(CHUNK)),
         gated: conv.activation == Activation::Geglu,
         unit: moments::unit(graph, out).unwrap_or(1),
         area: conv_hopper::area(graph, conv, out).ok(),
     };
+    if let Some(added) = conv_hopper::added(graph, conv, out) {
+        let both = Product { added: added.sources.iter().map(|id| graph.shape(id).c).sum(), ..one };
+        let choice = choose(both, shape.n, limits);
+        if choice.tile.instruction == Instruction::Wgmma {
+            return (both, choice);
+        }
+    }
     (one, choose(one, shape.n, limits))
+}
+
+/// True if another convolution computes this one's result `out` as a part of its own.
+pub(super) fn is_added(graph: &Graph, out: TensorId, limits: Limits) -> bool {
+    graph.nodes().iter().any(|node| match &node.op {
+        Op::Conv(conv) if conv.residual == Some(out) => plan(graph, conv, node.output, limits).0.added > 0,
+        _ => false,
+    })
+}
+
+/// The activations that the kernel of a convolution reads.
+pub(super) fn reads(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> Vec<TensorId> {
+    let added = conv_hopper::added(graph, conv, out).filter(|_| plan(graph, conv, out, limits).0.added > 0);
+    let per_image = conv.per_image.map(|view| view.tensor);
+    let residual = conv.residual.filter(|_| added.is_none());
+    let added = added.into_iter().flat_map(|added| added.sources.iter());
+    conv.sources.iter().chain(per_image).chain(residual).chain(added).collect()
 }
 
 /// The moments that a convolution leaves behind its result `id` for the group norms that read it; `None` if none want them,
@@ -70,6 +95,7 @@ pub(super) fn moments(graph: &Graph, id: TensorId, limits: Limits) -> Option<Mom
 pub(super) fn reason(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> Option<&'static str> {
     match conv_hopper::area(graph, conv, out) {
         _ if limits.capability != 90 => None,
+        _ if is_added(graph, out, limits) => Some("it is more depth of the convolution that adds it"),
         Err(reason) => Some(reason),
         Ok(_) if plan(graph, conv, out, limits).1.tile.instruction == Instruction::Wgmma => None,
         Ok(_) => Some("a tile of mma.sync should be faster"),
@@ -78,6 +104,9 @@ pub(super) fn reason(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) 
 
 /// Bytes of the sums of a depth in parts.
 pub(super) fn workspace(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> usize {
+    if is_added(graph, out, limits) {
+        return 0;
+    }
     let (one, choice) = plan(graph, conv, out, limits);
     choice.tile.partial_bytes(&Product { rows: graph.shape(out).rows(), ..one }, choice.splits)
 }
@@ -90,6 +119,9 @@ pub(super) fn is_pointwise(conv: &Conv) -> bool {
 /// # Errors
 /// [`crate::Error::Device`] if TMA does not take the tensors.
 pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
+    if is_added(site.graph(), out, site.limits) {
+        return Ok(());
+    }
     let (input, output) = (site.shape(conv.sources.x), site.shape(out));
     let (one, choice) = plan(site.graph(), conv, out, site.limits);
     let all = Product { rows: output.rows(), ..one };
@@ -196,6 +228,7 @@ mod tests {
                     depth: 9 * depth,
                     vector: true,
                     gated: activation == Activation::Geglu,
+                    added: 0,
                     unit: 1,
                     area: None,
                 };

@@ -6,7 +6,7 @@ use super::epilogue::{self, Epilogue};
 use super::site::{COUNTERS, Element, Site};
 use super::tiles::{Area, Choice, Pixels, Product, STEP};
 use super::weights::phases_at;
-use crate::graph::{Activation, Conv, Graph, TensorId, View};
+use crate::graph::{Activation, Conv, Graph, Op, TensorId, View};
 use crate::{Error, Result};
 use half::f16;
 
@@ -21,10 +21,13 @@ crate::params! {
         weight: [u64; 16],
         out: [[u64; 16]; 4],
         residual: [u64; 16],
+        added_sources: [[u64; 16]; 2],
+        added_weight: [u64; 16],
         after: Epilogue,
         partial: u64,
         counters: u64,
         moments: u64,
+        added_bias: u64,
         height: i32,
         width: i32,
         images: i32,
@@ -37,12 +40,13 @@ crate::params! {
         columns: i32,
         tiles_of_columns: i32,
         blocks: [i32; 2],
+        added_blocks: [i32; 2],
         kernel: i32,
         splits: i32,
         steps: i32,
         unit_channels: i32,
         pixel_units: i32,
-        padding: [i32; 2],
+        padding: [i32; 14],
     }
 }
 
@@ -84,6 +88,25 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
     Ok(Area { height: input.h, width: input.w, pixels })
 }
 
+/// The 1x1 convolution whose result `conv` adds, if that can be more of its depth: nothing else reads the result, nothing but
+/// a bias follows it, and both products are scaled alike.
+pub(super) fn added<'a>(graph: &'a Graph, conv: &Conv, out: TensorId) -> Option<&'a Conv> {
+    let residual = conv.residual?;
+    let node = graph.nodes().iter().find(|node| node.output == residual)?;
+    let Op::Conv(added) = &node.op else { return None };
+    let readers = graph.nodes().iter().filter(|node| node.op.inputs().any(|id| id == residual)).count();
+    let alone = readers == 1 && graph.outputs().all(|name| graph.output(name) != residual);
+    let plain = added.residual.is_none()
+        && added.per_image.is_none()
+        && added.activation == Activation::None
+        && added.scale == 1.0
+        && (added.gain, added.bias_gain) == (conv.gain, conv.bias_gain);
+    let whole = added.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP));
+    let near = area(graph, conv, out).is_ok_and(|area| area.pixels == Pixels::Near);
+    let suits = alone && plain && whole && near && is_pointwise(added) && conv.activation == Activation::None;
+    suits.then_some(added)
+}
+
 /// # Errors
 /// [`Error::Device`] if TMA does not take the tensors.
 pub(super) fn launch(
@@ -122,13 +145,16 @@ pub(super) fn launch(
     let (phases, kernel) = if doubled { (4, 2) } else { (1, conv.kernel) };
     let depth = product.depth / (conv.kernel * conv.kernel) * kernel * kernel;
     let form = if doubled { phases_at(site.graph().weight(conv.weight)) } else { 0 };
-    let weight = (site.bindings.tensor_map)(&TensorTiles {
-        address: site.weight(conv.weight) + form as u64,
-        sizes: &[depth as u64, (phases * product.columns) as u64],
-        strides: &[(depth * size_of::<f16>()) as u64],
-        tile: &[STEP as u32, tile.columns as u32],
-        swizzle: SWIZZLES[0].1,
-    })?;
+    let matrix = |address, depth: usize, columns: usize| {
+        (site.bindings.tensor_map)(&TensorTiles {
+            address,
+            sizes: &[depth as u64, columns as u64],
+            strides: &[(depth * size_of::<f16>()) as u64],
+            tile: &[STEP as u32, tile.columns as u32],
+            swizzle: SWIZZLES[0].1,
+        })
+    };
+    let weight = matrix(site.weight(conv.weight) + form as u64, depth, phases * product.columns)?;
     // Results are stored in boxes of the widest span that divides a tile's.
     let results = if product.gated { tile.columns / 2 } else { tile.columns } * size_of::<f16>();
     let span = SWIZZLES.iter().map(|(bytes, _)| *bytes).find(|bytes| results.is_multiple_of(*bytes)).unwrap_or(32);
@@ -138,7 +164,15 @@ pub(super) fn launch(
         let first = (phase / 2 * shape.w + phase % 2) * shape.c * size_of::<f16>();
         *map = result(site.address(out) + first as u64, 2)?;
     }
-    let residual = conv.residual.map_or(Ok(stored[0]), |id| result(site.address(id), 1))?;
+    let added = added(site.graph(), conv, out).filter(|_| product.added > 0);
+    let residual = conv.residual.filter(|_| added.is_none());
+    let mut after = Epilogue::new(conv, out, site);
+    after.residual = site.optional(residual);
+    let residual = residual.map_or(Ok(stored[0]), |id| result(site.address(id), 1))?;
+    let added_first = added.map_or(Ok(first), |added| source(added.sources.x))?;
+    let added_second = added.and_then(|added| added.sources.skip).map_or(Ok(added_first), source)?;
+    let added_weight =
+        added.map_or(Ok(weight), |added| matrix(site.weight(added.weight), product.added, product.columns))?;
     let tiles_of_columns = product.columns.div_ceil(tile.columns);
     let (tiles_down, tiles_across) = (across * down * deep, phases * tiles_of_columns);
     if splits > 1 && tiles_down * tiles_across > COUNTERS {
@@ -152,10 +186,13 @@ pub(super) fn launch(
         weight,
         out: stored,
         residual,
-        after: Epilogue::new(conv, out, site),
+        added_sources: [added_first, added_second],
+        added_weight,
+        after,
         partial: if splits > 1 { site.workspace() } else { 0 },
         counters: site.bindings.counters,
         moments: moments.map_or(0, |_| site.moments(out)),
+        added_bias: added.and_then(|added| added.bias).map_or(0, |id| site.weight(id)),
         height: seen.height as i32,
         width: seen.width as i32,
         images: images as i32,
@@ -168,12 +205,13 @@ pub(super) fn launch(
         columns: product.columns as i32,
         tiles_of_columns: tiles_of_columns as i32,
         blocks: [blocks(Some(conv.sources.x)), blocks(conv.sources.skip)],
+        added_blocks: [added.map(|added| added.sources.x), added.and_then(|added| added.sources.skip)].map(blocks),
         kernel: kernel as i32,
         splits: splits as i32,
         steps: steps as i32,
         unit_channels: moments.map_or(1, |of| of.channels) as i32,
         pixel_units: moments.map_or(1, |of| of.pixel_units / phases) as i32,
-        padding: [0; 2],
+        padding: [0; 14],
     };
     let units = tiles_down * tiles_across * splits;
     let grid = [units.min(site.limits.multiprocessors as usize), 1, 1];
@@ -185,7 +223,7 @@ mod tests {
     use super::super::tiles::{Instruction, TILES};
     use super::super::{Emulated, Executor, Limits, Weights, bound};
     use super::*;
-    use crate::graph::{ConvOptions, GraphBuilder, Op, Shape, Sources};
+    use crate::graph::{ConvOptions, GraphBuilder, Shape, Sources};
     use crate::plan::Plan;
     use crate::weights::Tensors;
     use respodiff_emulated_kernels::Schedule;
@@ -346,6 +384,61 @@ mod tests {
                         );
                     }
                 }
+            }
+        }
+    }
+
+    /// A 1x1 convolution of two sources that is added to a 3x3 one has no launch, and the sum is what two products give but
+    /// for the rounding of the first; the same bits whatever the tiles' number is, and for an image alone.
+    #[test]
+    fn added_convolutions_are_more_depth() {
+        let graph = |images: usize, apart: bool| {
+            let mut g = GraphBuilder::new();
+            let [x, a, b] =
+                [("x", 320), ("a", 64), ("b", 192)].map(|(name, c)| g.input(name, Shape::new(images, 12, 20, c)));
+            let added = g.conv("added", Sources { x: a, skip: Some(b) }, 160, ConvOptions::default());
+            let options = ConvOptions { residual: Some(added), scale: 0.5, ..ConvOptions::conv3x3() };
+            let out = g.conv("layer", x, 160, options);
+            let read = g.activate("read", out, Activation::Silu);
+            g.output("out", out);
+            g.output("read", read);
+            if apart {
+                g.output("added", added);
+            }
+            g.finish()
+        };
+        let run = |images: usize, apart: bool, limits: Limits, schedule| {
+            let device = Emulated::new(limits, schedule);
+            let plan = Arc::new(Plan::new(graph(images, apart), &[], &limits));
+            let weights = Weights::load(&device, plan.graph().weights(), &Tensors::random()).unwrap();
+            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            for (seed, name) in ["x", "a", "b"].into_iter().enumerate() {
+                let graph = executor.plan().graph();
+                let numbers = graph.shape(graph.input(name)).len();
+                let number = |i: usize| ((i * 7919 + seed * 104_729) % 2003) as f32 / 1001.5 - 1.0;
+                executor.write(name, &(0..numbers).map(number).collect::<Vec<_>>()).unwrap();
+            }
+            executor.step().unwrap_or_else(|fault| panic!("{images} images, {schedule:?}: {fault}"));
+            (executor.step_launches().len(), executor.read("out").unwrap())
+        };
+        // Few multiprocessors make blocks compute several tiles; many split the depth, after the same rules.
+        for multiprocessors in [2, 24] {
+            let limits = Limits { multiprocessors, ..Limits::H100 };
+            let graph = graph(2, false);
+            let splits = graph.nodes().iter().filter_map(|node| match &node.op {
+                Op::Conv(conv) => Some(super::super::conv::plan(&graph, conv, node.output, limits).1.splits),
+                _ => None,
+            });
+            assert_eq!(splits.last().is_some_and(|splits| splits > 1), multiprocessors == 24);
+            let (_, apart) = run(2, true, limits, Schedule::QUICK);
+            let (_, one) = run(1, false, limits, Schedule::QUICK);
+            for schedule in Schedule::hostile(5) {
+                let (launches, made) = run(2, false, limits, schedule);
+                assert_eq!(launches, 2, "{multiprocessors} multiprocessors");
+                // The result of the 1x1 convolution, of up to 4, was rounded to fp16, and half of it added.
+                let off = made.iter().zip(&apart).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+                assert!(off > 0.0 && off <= 2e-3, "{multiprocessors} multiprocessors: {off}");
+                assert!(made.iter().zip(&one).all(|(x, y)| x.to_bits() == y.to_bits()), "{schedule:?}");
             }
         }
     }

@@ -39,7 +39,7 @@ pub use sampler::{DeviceSampler, StepNoise};
 pub use site::Element;
 pub use weights::Weights;
 
-use crate::graph::{Graph, Node, TensorId};
+use crate::graph::{Graph, Node, Op, TensorId};
 use crate::plan::{Plan, Storage};
 use crate::{Error, Result};
 use half::f16;
@@ -59,7 +59,15 @@ impl Storage for Limits {
         let shape = graph.shape(id);
         match conv::moments(graph, id, *self) {
             Some(moments) => Moments::offset(shape) + moments.bytes(shape),
+            None if conv::is_added(graph, id, *self) => 0,
             None => shape.len() * Element::of(graph, id).bytes(),
+        }
+    }
+
+    fn reads(&self, graph: &Graph, node: &Node) -> Vec<TensorId> {
+        match &node.op {
+            Op::Conv(conv) => conv::reads(graph, conv, node.output, *self),
+            op => op.inputs().collect(),
         }
     }
 
@@ -213,8 +221,8 @@ impl Executor {
         self.arena.read(0, &mut [0])
     }
 
-    /// Runs all nodes one by one, each with the cache as asked, and tells of every node for which `wanted` is true what
-    /// it launched and how long that took.
+    /// Runs all nodes one by one, each with the cache as asked, and tells of every node that has launches of its own and
+    /// for which `wanted` is true what it launched and how long that took.
     ///
     /// # Errors
     /// As for [`Executor::prologue`].
@@ -230,7 +238,7 @@ impl Executor {
             })?;
             // SAFETY: as in `prologue`.
             unsafe {
-                match wanted(node) {
+                match wanted(node) && !launches.is_empty() {
                     true => tell(node, &launches, self.device.time(&launches, cache)?),
                     false => self.device.run(&launches)?,
                 }

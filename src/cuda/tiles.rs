@@ -86,6 +86,8 @@ pub(super) struct Product {
     pub columns: usize,
     /// Taps by channels, these filled up to whole chunks.
     pub depth: usize,
+    /// Channels of a product of the same rows and columns that is added to it, multiples of [`STEP`]; wgmma's kernels can.
+    pub added: usize,
     /// Whether a pixel of each source is a whole number of 16 bytes.
     pub vector: bool,
     /// True if the columns are values and gates.
@@ -182,7 +184,7 @@ impl Product {
     pub fn steps(&self, instruction: Instruction) -> usize {
         match (instruction, self.area) {
             (Instruction::Wgmma, Some(Area { pixels: Pixels::Doubled, .. })) => self.depth / 9 * 4 / STEP,
-            _ => self.depth.div_ceil(STEP),
+            _ => self.depth.div_ceil(STEP) + self.added / STEP,
         }
     }
 

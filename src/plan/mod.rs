@@ -18,6 +18,11 @@ pub trait Storage {
     /// Bytes of an activation.
     fn tensor(&self, graph: &Graph, id: TensorId) -> usize;
 
+    /// The activations that are read while a node runs: the operation's inputs, unless nodes are computed together.
+    fn reads(&self, _: &Graph, node: &Node) -> Vec<TensorId> {
+        node.op.inputs().collect()
+    }
+
     /// Bytes of scratch memory wanted while a node runs.
     fn workspace(&self, graph: &Graph, node: &Node) -> usize;
 }
@@ -59,7 +64,7 @@ impl Plan {
             let produced = &mut lives[node.output.0];
             produced.first = produced.first.min(position);
             produced.last = produced.last.max(position);
-            for input in node.op.inputs() {
+            for input in storage.reads(&graph, node) {
                 let life = &mut lives[input.0];
                 life.last = life.last.max(if life.first < prologue && position >= prologue { last } else { position });
             }

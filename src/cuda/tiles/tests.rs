@@ -102,7 +102,7 @@ fn splits_do_not_depend_on_the_batch() {
     for (rows, columns, depth) in
         [(64, 1280, 11520), (256, 1280, 23040), (1, 1280, 1280), (77, 768, 3072), (4096, 320, 2880)]
     {
-        let one = Product { rows, columns, depth, vector: true, gated: false, unit: 1, area: None };
+        let one = Product { rows, columns, depth, vector: true, gated: false, added: 0, unit: 1, area: None };
         let pair = choose(one, 2, Limits::H100);
         for images in 1..20 {
             let choice = choose(one, images, Limits::H100);
@@ -115,8 +115,11 @@ fn splits_do_not_depend_on_the_batch() {
 #[test]
 fn known_choices() {
     let tile = |rows, columns, depth, vector| {
-        let choice =
-            choose(Product { rows, columns, depth, vector, gated: false, unit: 1, area: None }, 2, Limits::H100);
+        let choice = choose(
+            Product { rows, columns, depth, vector, gated: false, added: 0, unit: 1, area: None },
+            2,
+            Limits::H100,
+        );
         (choice.tile.kernel, choice.splits)
     };
     assert_eq!(tile(4096, 320, 2880, true), ("conv_128x160", 1));
@@ -129,7 +132,8 @@ fn known_choices() {
 
 #[test]
 fn rejections() {
-    let product = Product { rows: 8192, columns: 320, depth: 2880, vector: true, gated: false, unit: 1, area: None };
+    let product =
+        Product { rows: 8192, columns: 320, depth: 2880, vector: true, gated: false, added: 0, unit: 1, area: None };
     let reason = |product: Product, shared: u32, kernel: &str| {
         let tile = TILES.iter().find(|tile| tile.kernel == kernel).unwrap();
         tile.rejected(&product, Limits { shared, ..Limits::A100 })
@@ -144,7 +148,7 @@ fn rejections() {
     // The least that any supported GPU offers still leaves a tile for everything.
     for (rows, columns, vector) in [(1, 1, false), (1, 1, true), (1 << 20, 4096, true), (1 << 20, 4096, false)] {
         choose(
-            Product { rows, columns, depth: 8, vector, gated: false, unit: 1, area: None },
+            Product { rows, columns, depth: 8, vector, gated: false, added: 0, unit: 1, area: None },
             1,
             Limits { shared: 99 << 10, ..Limits::A100 },
         );
