@@ -88,7 +88,7 @@ pub(super) fn moments(graph: &Graph, id: TensorId, limits: Limits) -> Option<Mom
     let Op::Conv(conv) = &node.op else { return None };
     let (one, choice) = plan(graph, conv, id, limits);
     let whole = choice.tile.instruction == Instruction::Wgmma && one.area?.is_whole_units();
-    whole.then(|| Moments { channels, pixel_units: one.rows / moments::PIXELS })
+    whole.then_some(Moments { channels, pixel_units: one.rows / moments::PIXELS })
 }
 
 /// Why a convolution gets none of the kernels of 9.0 there; `None` if it gets one.

@@ -429,7 +429,7 @@ mod tests {
                 Op::Conv(conv) => Some(super::super::conv::plan(&graph, conv, node.output, limits).1.splits),
                 _ => None,
             });
-            assert_eq!(splits.last().is_some_and(|splits| splits > 1), multiprocessors == 24);
+            assert_eq!(splits.max().is_some_and(|splits| splits > 1), multiprocessors == 24);
             let (_, apart) = run(2, true, limits, Schedule::QUICK);
             let (_, one) = run(1, false, limits, Schedule::QUICK);
             for schedule in Schedule::hostile(5) {
