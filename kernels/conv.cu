@@ -1,19 +1,36 @@
-// Convolutions and linear layers as one implicit matrix product: rows are output pixels, columns output channels, the depth
-// is taps by channels. Sources are read where they lie: stride, padding, nearest resize and the concatenation of two sources
-// are part of the load, everything that follows the product is part of the store.
+// Convolutions and linear layers as one implicit matrix product: rows are output pixels, columns output channels, the
+// depth is taps by channels. Sources are read where they lie: stride, padding, nearest resize and the concatenation of
+// two sources are part of the load, everything that follows the product is part of the store.
 //
-// A block of eight warps makes one tile of sums. Its depth passes through shared memory in stages of 64 (16-byte chunks,
-// XOR-swizzled, free of bank conflicts), three or four of them in flight by cp.async; each warp holds its part of the tile in
-// registers and feeds mma.m16n8k16 by ldmatrix. For every 64 of depth a block reads 128 (rows + columns) bytes, mostly from
-// L2, for rows * columns * 64 multiply-adds. 128x160 is bound by the tensor cores of an A100 (1280 cycles for each
-// stage, and 1120 for what passes through shared memory) and by the shared memory of an H100 (1024 and 1120); GeForce
-// cards, with a quarter of the tensor cores, are bound by these in all tiles. Tiles of 64 rows and less are bound by L2
-// elsewhere, those of 16 rows (time embeddings) by the weights' way from memory. The sums go through shared memory once
-// more, so that residuals are read and results written 16 bytes at a time.
+// A block of eight warps makes one tile of sums. Its depth passes through shared memory in stages of 64 (16-byte
+// chunks, XOR-swizzled, free of bank conflicts), three or four of them in flight by cp.async; each warp holds its part
+// of the tile in registers and feeds mma.m16n8k16 by ldmatrix. The copies of a later stage are issued between the
+// products of this one, from pointers that move on by a stage: when all of them came first, an H100 had no eligible
+// warp in 68 % of cycles. The sums go through shared memory once more, so that residuals are read and results written
+// 16 bytes at a time.
 //
-// Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks, which leave fp32 sums for
-// `conv_finish` to add in order. Each sum is one chain of multiply-adds in the order of the depth, in steps of 16: no bit of it
-// depends on the tile.
+// For every 64 of depth a block reads 128 (rows + columns) bytes, mostly from L2, for 64 * rows * columns
+// multiply-adds. Cycles of such a stage:
+//
+//   tile (of a warp)          tensor cores of an A100, an H100   shared memory (copies and ldmatrix)
+//   128x256, 256x128 (64x64)       2048  1638                        1408
+//   128x160 (64x40)                1280  1024                        1120
+//   128x128 (64x32)                1024   819                        1024
+//   128x80 (32x40)                  640   512                         784
+//   64x160 (32x40)                  640   512                         800
+//   64x80 (16x40)                   320   256                         592
+//   64x64 (32x16)                   256   205                         512
+//
+// Bound: the greater of the two. GeForce cards, with a quarter of an A100's tensor cores, are bound by these in all
+// tiles; their 99 KiB of shared memory have no room for the first three lines. Tiles of 64 rows and less are bound by
+// L2 elsewhere, those of 16 rows (time embeddings) by the weights' way from memory.
+//
+// A 3x3 convolution of a source that is doubled first is four of 2x2 on the source itself, one for each parity of the
+// result's row and column, which are the product's phases: 4/9 of the work (src/cuda/weights.rs sums the taps).
+//
+// Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks, of which the
+// last to come adds the sums of all. Each sum is one chain of multiply-adds in the order of the depth, in steps of 16:
+// no bit of it depends on the tile.
 #include "epilogue.cuh"
 #include "splits.cuh"
 
@@ -37,7 +54,8 @@ struct ConvParams {
     int32_t padding;
 };
 LAYOUT(ConvParams, sources, weight, after, partial, counters, resize_y, resize_x, source_channels, depth, height, width,
-       seen_height, seen_width, out_height, out_width, kernel, stride, pad, phases, rows, columns, splits, steps, padding)
+       seen_height, seen_width, out_height, out_width, kernel, stride, pad, phases, rows, columns, splits, steps,
+       padding)
 
 namespace {
 
@@ -120,7 +138,8 @@ template <int ROWS> struct Pixels {
     // Whether the depth goes this far: the last stage may not be full.
     __device__ __forceinline__ bool inside(const ConvParams& p) const { return ky < p.kernel; }
 
-    // To the next stage, or to the end of the depth. Seldom more than two additions: taps and sources are stages long.
+    // To the next stage, or without `more` to the end of the depth, from where on all is zero. Seldom more than two
+    // additions: taps and sources are several stages long.
     __device__ __forceinline__ void advance(const ConvParams& p, bool more) {
         channel += STEP, from += ROW_BYTES;
         if (channel < end && more) return;
@@ -150,8 +169,8 @@ template <int ROWS> struct Pixels {
         width = p.source_channels[!first] * 2, end = first ? c0 : p.depth;
     }
 
-    // Fetches the thread's chunk of its row i to place `to` in shared memory: 16 bytes at once, or number by number where a
-    // pixel is no whole number of chunks.
+    // Fetches the thread's chunk of its row i to place `to` in shared memory: 16 bytes at once, or number by number
+    // where a pixel is no whole number of chunks.
     template <bool VECTOR> __device__ __forceinline__ void fetch(const ConvParams& p, int i, int to) const {
         if constexpr (VECTOR) {
             cp_async16(smem_u32(dyn_smem()) + to, from + int64_t(pixel[i]) * width, pixel[i] >= 0);
@@ -222,14 +241,14 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
         advance(slot + 1 < p.steps);
         cp_async_commit();
     }
-    // What this lane names for ldmatrix in a stage's first slice. Two chunks further on, in the next slice, the swizzle makes
-    // of an addition an exclusive or.
+    // What this lane names for ldmatrix in a stage's first slice. The swizzle makes an exclusive or of the addition
+    // that leads to the other slices, two chunks further on each.
     const int rows_at = swizzled(warp_row + lane % 16, lane / 16);
     const int columns_at = ROWS * ROW_BYTES + swizzled(warp_column + lane % 8, lane / 8);
     int slot = 0;
     for (int step = 0; step < p.steps; step++) {
         cp_async_wait<STAGES - 2>();
-        // The stage has landed for all, and all are done with the one before it, into whose place the next goes.
+        // The stage has landed for all, and all are done with the one before it, into whose place a later one goes.
         __syncthreads();
         const int next = slot == 0 ? STAGES - 1 : slot - 1;
         const uint32_t rows = shared + slot * STAGE + rows_at, columns = shared + slot * STAGE + columns_at;
@@ -247,7 +266,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
 #pragma unroll
             for (int j = 0; j < NT; j++) of_k[j][0] = b[j][k % 2 * 2], of_k[j][1] = b[j][k % 2 * 2 + 1];
             mma_tile<MT, NT>(sums, a, of_k);
-            // The next stage's copies are issued while the tensor cores are busy.
+            // A later stage's copies are issued while the tensor cores are busy.
 #pragma unroll
             for (int part = PARTS * k / SLICES; part < PARTS * (k + 1) / SLICES; part++)
                 fetch(part, next);
@@ -261,8 +280,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
 
     if (p.splits > 1) {
         float(&flat)[MT * NT * 4] = reinterpret_cast<float(&)[MT * NT * 4]>(sums);
-        if (!add_splits<MT * NT>(flat, p.partial, p.counters, blockIdx.x, p.splits, blockIdx.y, dyn_smem()))
-            return;
+        if (!add_splits<MT * NT>(flat, p.partial, p.counters, blockIdx.x, p.splits, blockIdx.y, dyn_smem())) return;
     }
     // The sums change hands: from fragments to eight neighbouring columns a thread.
     __syncthreads();
@@ -290,7 +308,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
 }  // namespace
 
 // Rows, columns, warps down the rows, stages, whether pixels are whole chunks; `resident` blocks a multiprocessor.
-#define CONV(name, resident, ...)                                                                                        \
+#define CONV(name, resident, ...)                                                                                    \
     KERNEL __launch_bounds__(THREADS, resident) name(const __grid_constant__ ConvParams p) { conv<__VA_ARGS__>(p); } \
     EXPORT(name)
 CONV(conv_128x256, 1, 128, 256, 2, 3, true)
@@ -301,8 +319,8 @@ CONV(conv_128x80, 2, 128, 80, 4, 3, true)
 CONV(conv_64x160, 2, 64, 160, 2, 3, true)
 CONV(conv_64x80, 2, 64, 80, 4, 4, true)
 CONV(conv_64x64, 2, 64, 64, 2, 4, true)
-CONV(conv_32x64, 2, 32, 64, 2, 4, true)
-CONV(conv_16x64, 2, 16, 64, 1, 4, true)
-CONV(conv_128x16, 2, 128, 16, 8, 3, true)
+CONV(conv_32x64, 3, 32, 64, 2, 4, true)
+CONV(conv_16x64, 4, 16, 64, 1, 4, true)
+CONV(conv_128x16, 3, 128, 16, 8, 3, true)
 CONV(conv_64x64_odd, 2, 64, 64, 2, 4, false)
-CONV(conv_16x64_odd, 2, 16, 64, 1, 4, false)
+CONV(conv_16x64_odd, 3, 16, 64, 1, 4, false)

@@ -4,10 +4,10 @@
 
 constexpr int SUMMERS = 256;  // threads of a block that hold sums, the first ones
 
-// Called by all of these. If this block is the last of a tile's to come, its sums become those of all parts, added in the
-// order of the depth and not in that of coming; else it leaves its own in memory, and gets false.
-// `partial` is [tiles][splits][QUADS][SUMMERS]; `counters` has one for each tile, 0 before and after. The first word of
-// shared memory at `ticket` is free from the moment at which all threads are here. Uses named barrier 3.
+// Called by all of these. Each block leaves its sums in memory. The last of a tile's blocks to come gets the sums of
+// all parts, added in the order of the depth and not in that of coming, and true; the others get false.
+// `partial` is [tiles][splits][QUADS][SUMMERS]; `counters` has one for each tile, 0 before and after. The word of
+// shared memory at `ticket` may be in use until all threads are here. Uses named barrier 3.
 template <int QUADS>
 PTX_FN bool add_splits(float (&sums)[4 * QUADS], float4* partial, uint32_t* counters, int tile, int splits, int split,
                        unsigned char* ticket) {
