@@ -1,105 +1,155 @@
-// Convolutions and linear layers as one implicit matrix product: rows are output pixels, columns output channels, the depth
-// is taps by channels. Sources are read where they lie: stride, padding, nearest resize and the concatenation of two sources
-// are part of the load, everything that follows the product is part of the store.
+// Convolutions and linear layers as one implicit matrix product: rows are output pixels, columns output channels, the
+// depth is taps by channels. Sources are read where they lie: stride, padding, nearest resize and the concatenation of
+// two sources are part of the load, everything that follows the product is part of the store.
 //
-// A block of eight warps makes one tile of sums. Its depth passes through shared memory in stages of 64 (16-byte chunks,
-// XOR-swizzled, free of bank conflicts), three or four of them in flight by cp.async; each warp holds its part of the tile in
-// registers and feeds mma.m16n8k16 by ldmatrix. For every 64 of depth a block reads 128 (rows + columns) bytes, mostly from
-// L2, for rows * columns * 64 multiply-adds. 128x160 is bound by the tensor cores of an A100 (1280 cycles for each
-// stage, and 1120 for what passes through shared memory) and by the shared memory of an H100 (1024 and 1120); GeForce
-// cards, with a quarter of the tensor cores, are bound by these in all tiles. Tiles of 64 rows and less are bound by L2
-// elsewhere, those of 16 rows (time embeddings) by the weights' way from memory. The sums go through shared memory once
-// more, so that residuals are read and results written 16 bytes at a time.
+// A block of eight warps makes one tile of sums. Its depth passes through shared memory in stages of 64 (16-byte
+// chunks, XOR-swizzled, free of bank conflicts), three or four of them in flight by cp.async; each warp holds its part
+// of the tile in registers and feeds mma.m16n8k16 by ldmatrix. The copies of a later stage are issued between the
+// products of this one, from pointers that move on by a stage: when all of them came first, an H100 had no eligible
+// warp in 68 % of cycles. The sums go through shared memory once more, so that residuals are read and results written
+// 16 bytes at a time.
 //
-// Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks, which leave fp32 sums for
-// `conv_finish` to add in order. Each sum is one chain of multiply-adds in the order of the depth, in steps of 16: no bit of it
-// depends on the tile.
+// For every 64 of depth a block reads 128 (rows + columns) bytes, mostly from L2, for 64 * rows * columns
+// multiply-adds. Cycles of such a stage:
+//
+//   tile (of a warp)          tensor cores of an A100, an H100   shared memory (copies and ldmatrix)
+//   128x256, 256x128 (64x64)       2048  1638                        1408
+//   128x160 (64x40)                1280  1024                        1120
+//   128x128 (64x32)                1024   819                        1024
+//   128x80 (32x40)                  640   512                         784
+//   64x160 (32x40)                  640   512                         800
+//   64x80 (16x40)                   320   256                         592
+//   64x64 (32x16)                   256   205                         512
+//
+// Bound: the greater of the two. GeForce cards, with a quarter of an A100's tensor cores, are bound by these in all
+// tiles; their 99 KiB of shared memory have no room for the first three lines. Tiles of 64 rows and less are bound by
+// L2 elsewhere, those of 16 rows (time embeddings) by the weights' way from memory.
+//
+// A 3x3 convolution of a source that is doubled first is four of 2x2 on the source itself, one for each parity of the
+// result's row and column, which are the product's phases: 4/9 of the work (src/cuda/weights.rs sums the taps).
+//
+// Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks, of which the
+// last to come adds the sums of all. Each sum is one chain of multiply-adds in the order of the depth, in steps of 16:
+// no bit of it depends on the tile.
 #include "epilogue.cuh"
+#include "splits.cuh"
 
 struct ConvParams {
     const __half* sources[2];
-    const __half* weight;  // [columns][kernel * kernel][depth]
+    const __half* weight;  // [phases][columns][kernel * kernel][depth]
     Epilogue after;
-    float* partial;  // [splits][rows][pitch]
+    float4* partial;     // see splits.cuh
+    uint32_t* counters;  // likewise
     uint64_t resize_y, resize_x;  // stored over seen size, times 2^32, rounded up: exact for sides below 2^16
     int32_t source_channels[2];
     int32_t depth;  // channels of both sources, filled up to a multiple of 8
     int32_t height, width;
     int32_t seen_height, seen_width;
-    int32_t out_height, out_width;
+    int32_t out_height, out_width;  // of one phase
     int32_t kernel, stride, pad;
-    int32_t rows;           // of all images
-    int32_t columns;        // of the product: twice the result's behind a gate
+    int32_t phases;         // 4 of a doubled source, else 1
+    int32_t rows;           // of all images, of one phase
+    int32_t columns;        // of one phase's product: twice the result's behind a gate
     int32_t splits, steps;  // stages of each split
+    int32_t padding;
 };
-LAYOUT(ConvParams, sources, weight, after, partial, resize_y, resize_x, source_channels, depth, height, width, seen_height,
-       seen_width, out_height, out_width, kernel, stride, pad, rows, columns, splits, steps)
+LAYOUT(ConvParams, sources, weight, after, partial, counters, resize_y, resize_x, source_channels, depth, height, width,
+       seen_height, seen_width, out_height, out_width, kernel, stride, pad, phases, rows, columns, splits, steps,
+       padding)
 
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int STEP = 64;                    // depth of a stage
-constexpr int CHUNKS = STEP / 8;            // of 16 bytes in a row of it
-constexpr int LANES = THREADS / CHUNKS;     // rows that all threads fetch at once, a chunk each
+constexpr int STEP = 64;                 // depth of a stage
+constexpr int SLICES = STEP / 16;        // of a stage: the depth of one product
+constexpr int CHUNKS = STEP / 8;         // of 16 bytes in a row of it
+constexpr int LANES = THREADS / CHUNKS;  // rows that all threads fetch at once, a chunk each
 constexpr int ROW_BYTES = STEP * 2;
-constexpr int BAND = 8;                     // tiles of rows that are made together, for the weights' sake
+constexpr int BAND = 8;                  // tiles of rows that are made together, for the weights' sake
 
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4); }
 
-__device__ __forceinline__ int pitch_of(const ConvParams& p) { return (p.columns + 15) / 16 * 16; }
-
-// Adds eight sums, or eight pairs of values and gates, which take turns.
-__device__ __forceinline__ void add_sums(const float* from, bool gated, float (&x)[8], float (&gate)[8]) {
-    float more[8];
-    read8(from, 8, true, more);
+// Eight neighbouring sums, or eight pairs of values and gates, which take turns.
+__device__ __forceinline__ void read_sums(const float* from, bool gated, float (&x)[8], float (&gate)[8]) {
+    float low[8], high[8];
+    read8(from, 8, true, low);
     if (gated) {
-        float last[8];
-        read8(from + 8, 8, true, last);
+        read8(from + 8, 8, true, high);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            x[i] += more[2 * i], gate[i] += more[2 * i + 1];
-            x[i + 4] += last[2 * i], gate[i + 4] += last[2 * i + 1];
+            x[i] = low[2 * i], gate[i] = low[2 * i + 1];
+            x[i + 4] = high[2 * i], gate[i + 4] = high[2 * i + 1];
         }
     } else {
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i] += more[i];
+        for (int i = 0; i < 8; i++) x[i] = low[i];
     }
 }
 
-// A thread's chunk of the depth, which moves on by a stage at a time, and the pixels it is read from for each of the thread's
-// rows of the tile.
+// Where a block's tile lies: its first row and column in the product of one phase.
+struct Place {
+    int row, column, phase;
+};
+
+// Tiles in bands of BAND by all columns, down each band first: blocks that run together share weights and pixels.
+template <int ROWS, int COLUMNS> __device__ __forceinline__ Place place_of(const ConvParams& p, int tile) {
+    const int tiles_down = (p.rows + ROWS - 1) / ROWS, tiles_of_columns = (p.columns + COLUMNS - 1) / COLUMNS;
+    const int tiles_across = p.phases * tiles_of_columns;
+    const int band = tile / (BAND * tiles_across), in_band = tile % (BAND * tiles_across);
+    const int band_rows = min(BAND, tiles_down - band * BAND), group = in_band / band_rows;
+    return {(band * BAND + in_band % band_rows) * ROWS, group % tiles_of_columns * COLUMNS, group / tiles_of_columns};
+}
+
+// The row of the result that a row of a phase's product is.
+__device__ __forceinline__ int result_row(const ConvParams& p, int row, int phase) {
+    if (p.phases == 1) return row;
+    const int line = row / p.out_width, x = row % p.out_width;
+    // Each line of pixels is two of the result, each pixel two of these.
+    return (2 * line + phase / 2) * 2 * p.out_width + 2 * x + phase % 2;
+}
+
+// A thread's chunk of the depth, which moves on by a stage at a time, and the pixels it is read from for each of the
+// thread's rows of the tile.
 template <int ROWS> struct Pixels {
     static constexpr int COUNT = (ROWS + LANES - 1) / LANES;
     int image[COUNT];   // first pixel of a row's image
     int corner[COUNT];  // where its first tap lies: y in the upper half, x in the lower
     int pixel[COUNT];   // under the tap; -1 in the padding and beyond the last row
     int ky, kx, channel;
+    const unsigned char* from;  // the channel, in the first pixel of its source
+    int width, end;             // bytes of a pixel of that source, and the first channel that is another's
 
-    __device__ __forceinline__ void begin(const ConvParams& p, int first_row, int first_chunk) {
+    __device__ __forceinline__ void begin(const ConvParams& p, const Place& place, int first_chunk) {
+        const int pad_y = p.pad - place.phase / 2, pad_x = p.pad - place.phase % 2;
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            const int row = first_row + threadIdx.x / CHUNKS + i * LANES;
+            const int row = place.row + threadIdx.x / CHUNKS + i * LANES;
             const int size = p.out_height * p.out_width, at = row % size;
             image[i] = row / size * p.height * p.width;
-            const int y = row < p.rows ? at / p.out_width * p.stride - p.pad : -p.kernel;
-            corner[i] = y * 65536 + ((at % p.out_width * p.stride - p.pad) & 0xffff);
+            const int y = row < p.rows ? at / p.out_width * p.stride - pad_y : -p.kernel;
+            corner[i] = y * 65536 + ((at % p.out_width * p.stride - pad_x) & 0xffff);
         }
         const int chunk = first_chunk + threadIdx.x % CHUNKS, chunks = p.depth / 8, tap = chunk / chunks;
         channel = chunk % chunks * 8, ky = tap / p.kernel, kx = tap % p.kernel;
         locate(p);
+        choose_source(p);
     }
 
     // Whether the depth goes this far: the last stage may not be full.
     __device__ __forceinline__ bool inside(const ConvParams& p) const { return ky < p.kernel; }
 
-    __device__ __forceinline__ void advance(const ConvParams& p) {
-        channel += STEP;
-        if (channel < p.depth) return;
-        do {
+    // To the next stage, or without `more` to the end of the depth, from where on all is zero. Seldom more than two
+    // additions: taps and sources are several stages long.
+    __device__ __forceinline__ void advance(const ConvParams& p, bool more) {
+        channel += STEP, from += ROW_BYTES;
+        if (channel < end && more) return;
+        if (!more) ky = p.kernel;
+        while (channel >= p.depth) {
             channel -= p.depth;
             if (++kx == p.kernel) kx = 0, ky++;
-        } while (channel >= p.depth);
+        }
         locate(p);
+        choose_source(p);
     }
 
     __device__ __forceinline__ void locate(const ConvParams& p) {
@@ -112,30 +162,29 @@ template <int ROWS> struct Pixels {
         }
     }
 
-    // Fetches the thread's chunks of a stage: by 16 bytes at once, or number by number where a pixel is no whole number of chunks.
-    template <bool VECTOR> __device__ __forceinline__ void fetch(const ConvParams& p, int stage) const {
-        const int lane = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
-        const int c0 = p.source_channels[0], c1 = p.source_channels[1];
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            const int row = lane + i * LANES;
-            if (ROWS % LANES != 0 && row >= ROWS) continue;
-            if (VECTOR) {
-                const bool first = channel < c0;
-                const __half* source = first ? p.sources[0] : p.sources[1];
-                const int64_t at = int64_t(pixel[i]) * (first ? c0 : c1) + (first ? channel : channel - c0);
-                cp_async16(smem_u32(dyn_smem()) + stage + swizzled(row, chunk), pixel[i] < 0 ? source : source + at, pixel[i] >= 0);
-            } else {
-                Half8 numbers;
-                __half* x = &numbers.pairs[0].x;
-                for (int j = 0; j < 8; j++) {
-                    const int c = channel + j;
-                    x[j] = pixel[i] < 0 || c >= c0 + c1 ? to_half(0.0f)
-                           : c < c0                     ? p.sources[0][int64_t(pixel[i]) * c0 + c]
-                                                        : p.sources[1][int64_t(pixel[i]) * c1 + c - c0];
-                }
-                *reinterpret_cast<Half8*>(dyn_smem() + stage + swizzled(row, chunk)) = numbers;
+    __device__ __forceinline__ void choose_source(const ConvParams& p) {
+        const int c0 = p.source_channels[0];
+        const bool first = channel < c0;
+        from = reinterpret_cast<const unsigned char*>(first ? p.sources[0] + channel : p.sources[1] + (channel - c0));
+        width = p.source_channels[!first] * 2, end = first ? c0 : p.depth;
+    }
+
+    // Fetches the thread's chunk of its row i to place `to` in shared memory: 16 bytes at once, or number by number
+    // where a pixel is no whole number of chunks.
+    template <bool VECTOR> __device__ __forceinline__ void fetch(const ConvParams& p, int i, int to) const {
+        if constexpr (VECTOR) {
+            cp_async16(smem_u32(dyn_smem()) + to, from + int64_t(pixel[i]) * width, pixel[i] >= 0);
+        } else {
+            const int c0 = p.source_channels[0], c1 = p.source_channels[1];
+            Half8 numbers;
+            __half* x = &numbers.pairs[0].x;
+            for (int j = 0; j < 8; j++) {
+                const int c = channel + j;
+                x[j] = pixel[i] < 0 || c >= c0 + c1 ? to_half(0.0f)
+                       : c < c0                     ? p.sources[0][int64_t(pixel[i]) * c0 + c]
+                                                    : p.sources[1][int64_t(pixel[i]) * c1 + c - c0];
             }
+            *reinterpret_cast<Half8*>(dyn_smem() + to) = numbers;
         }
     }
 };
@@ -147,75 +196,93 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
     constexpr int MT = WARP_ROWS / 16, NT = WARP_COLUMNS / 8;
     constexpr int STAGE = (ROWS + COLUMNS) * ROW_BYTES;
     constexpr int PITCH = COLUMNS + 8;  // of the sums; eight more keep the rows of a fragment in different banks
+    // Chunks of a stage that a thread fetches: of pixels and of weights.
+    constexpr int OF_PIXELS = Pixels<ROWS>::COUNT, PARTS = OF_PIXELS + (COLUMNS + LANES - 1) / LANES;
     static_assert(MT * WARPS_DOWN * 16 == ROWS && NT * WARPS_ACROSS * 8 == COLUMNS, "warps do not cover the tile");
     static_assert(ROWS * PITCH * 4 <= STAGES * STAGE, "the sums do not fit");
 
-    // Tiles in bands of BAND by all columns, down each band first: blocks that run together share weights and pixels.
-    const int tiles_down = (p.rows + ROWS - 1) / ROWS, tiles_across = (p.columns + COLUMNS - 1) / COLUMNS;
-    const int band = blockIdx.x / (BAND * tiles_across), in_band = blockIdx.x % (BAND * tiles_across);
-    const int band_rows = min(BAND, tiles_down - band * BAND);
-    const int first_row = (band * BAND + in_band % band_rows) * ROWS, first_column = in_band / band_rows * COLUMNS;
-
+    const Place place = place_of<ROWS, COLUMNS>(p, blockIdx.x);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int warp_row = warp / WARPS_ACROSS * WARP_ROWS, warp_column = warp % WARPS_ACROSS * WARP_COLUMNS;
     const uint32_t shared = smem_u32(dyn_smem());
 
     const int first_chunk = blockIdx.y * p.steps * CHUNKS;
     Pixels<ROWS> pixels;
-    pixels.begin(p, first_row, first_chunk);
+    pixels.begin(p, place, first_chunk);
     const int depth = p.kernel * p.kernel * p.depth;
-    int weight = (first_column + thread / CHUNKS) * depth + (first_chunk + thread % CHUNKS) * 8;
+    // The thread's first chunk of weights, and how many columns there are from there on.
+    const int column = place.column + thread / CHUNKS, columns_left = p.columns - column;
+    const __half* weight =
+        p.weight + int64_t(place.phase * p.columns + column) * depth + (first_chunk + thread % CHUNKS) * 8;
 
-    auto fetch = [&](int slot) {
-        pixels.template fetch<VECTOR>(p, slot * STAGE);
-#pragma unroll
-        for (int i = 0; i < (COLUMNS + LANES - 1) / LANES; i++) {
-            const int column = thread / CHUNKS + i * LANES;
-            if (COLUMNS % LANES != 0 && column >= COLUMNS) continue;
-            const bool in = pixels.inside(p) && first_column + column < p.columns;
-            const uint32_t to = shared + slot * STAGE + ROWS * ROW_BYTES + swizzled(column, thread % CHUNKS);
-            cp_async16(to, p.weight + (in ? weight + i * LANES * depth : 0), in);
+    // Part `part` of PARTS of a stage: of the pixels, then of the weights behind them.
+    const int place_in_stage = swizzled(thread / CHUNKS, thread % CHUNKS);
+    auto fetch = [&](int part, int slot) {
+        const bool of_pixels = part < OF_PIXELS;
+        const int i = of_pixels ? part : part - OF_PIXELS, size = of_pixels ? ROWS : COLUMNS;
+        if ((i + 1) * LANES > size && thread / CHUNKS + i * LANES >= size) return;
+        const int to = slot * STAGE + place_in_stage + ((of_pixels ? 0 : ROWS) + i * LANES) * ROW_BYTES;
+        if (of_pixels) {
+            pixels.template fetch<VECTOR>(p, i, to);
+        } else {
+            cp_async16(shared + to, weight + int64_t(LANES * depth) * i, pixels.inside(p) && i * LANES < columns_left);
         }
+    };
+    auto advance = [&](bool more) {
         weight += STEP;
-        pixels.advance(p);
+        pixels.advance(p, more);
     };
 
     float sums[MT][NT][4] = {};
 #pragma unroll 1
     for (int slot = 0; slot < STAGES - 1; slot++) {
-        if (slot < p.steps) fetch(slot);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) fetch(part, slot);
+        advance(slot + 1 < p.steps);
         cp_async_commit();
     }
+    // What this lane names for ldmatrix in a stage's first slice. The swizzle makes an exclusive or of the addition
+    // that leads to the other slices, two chunks further on each.
+    const int rows_at = swizzled(warp_row + lane % 16, lane / 16);
+    const int columns_at = ROWS * ROW_BYTES + swizzled(warp_column + lane % 8, lane / 8);
     int slot = 0;
     for (int step = 0; step < p.steps; step++) {
         cp_async_wait<STAGES - 2>();
-        // The stage has landed for all, and all are done with the one before it, into whose place the next goes.
+        // The stage has landed for all, and all are done with the one before it, into whose place a later one goes.
         __syncthreads();
-        if (step + STAGES - 1 < p.steps) fetch(slot == 0 ? STAGES - 1 : slot - 1);
-        cp_async_commit();
-        const uint32_t rows = shared + slot * STAGE, columns = rows + ROWS * ROW_BYTES;
+        const int next = slot == 0 ? STAGES - 1 : slot - 1;
+        const uint32_t rows = shared + slot * STAGE + rows_at, columns = shared + slot * STAGE + columns_at;
+        uint32_t b[NT][4];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int k = 0; k < SLICES; k++) {
             // One ldmatrix a tile of eight columns: 32 of depth, two products' worth.
-            uint32_t b[NT][4];
 #pragma unroll
-            for (int j = 0; j < NT; j++)
-                ldmatrix_x4(b[j], columns + swizzled(warp_column + j * 8 + lane % 8, half * 4 + lane / 8));
+            for (int j = 0; j < NT && k % 2 == 0; j++)
+                ldmatrix_x4(b[j], (columns ^ k * 32) + j * 8 * ROW_BYTES);
+            uint32_t a[MT][4], of_k[NT][2];
 #pragma unroll
-            for (int k = 0; k < 2; k++) {
-                uint32_t a[MT][4], part[NT][2];
+            for (int i = 0; i < MT; i++)
+                ldmatrix_x4(a[i], (rows ^ k * 32) + i * 16 * ROW_BYTES);
 #pragma unroll
-                for (int i = 0; i < MT; i++)
-                    ldmatrix_x4(a[i], rows + swizzled(warp_row + i * 16 + lane % 16, half * 4 + k * 2 + lane / 16));
+            for (int j = 0; j < NT; j++) of_k[j][0] = b[j][k % 2 * 2], of_k[j][1] = b[j][k % 2 * 2 + 1];
+            mma_tile<MT, NT>(sums, a, of_k);
+            // A later stage's copies are issued while the tensor cores are busy.
 #pragma unroll
-                for (int j = 0; j < NT; j++) part[j][0] = b[j][2 * k], part[j][1] = b[j][2 * k + 1];
-                mma_tile<MT, NT>(sums, a, part);
-            }
+            for (int part = PARTS * k / SLICES; part < PARTS * (k + 1) / SLICES; part++)
+                fetch(part, next);
         }
+        advance(step + STAGES < p.steps);
+        cp_async_commit();
         slot = slot == STAGES - 1 ? 0 : slot + 1;
     }
+    // What is still on its way are the zeros behind the end.
+    cp_async_wait<0>();
 
-    // The sums change hands: from fragments to eight neighbouring columns a thread. No copy is in flight any more.
+    if (p.splits > 1) {
+        float(&flat)[MT * NT * 4] = reinterpret_cast<float(&)[MT * NT * 4]>(sums);
+        if (!add_splits<MT * NT>(flat, p.partial, p.counters, blockIdx.x, p.splits, blockIdx.y, dyn_smem())) return;
+    }
+    // The sums change hands: from fragments to eight neighbouring columns a thread.
     __syncthreads();
     float* tile = reinterpret_cast<float*>(dyn_smem());
 #pragma unroll
@@ -227,50 +294,33 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
             *reinterpret_cast<float2*>(at + 8 * PITCH) = make_float2(sums[i][j][2], sums[i][j][3]);
         }
     __syncthreads();
-    const bool whole = p.splits == 1, gated = p.after.activation == GEGLU;
-    const int group = whole && gated ? 16 : 8, groups = COLUMNS / group;
+    const bool gated = p.after.activation == GEGLU;
+    const int group = gated ? 16 : 8, groups = COLUMNS / group;
     for (int i = thread; i < ROWS * groups; i += THREADS) {
-        const int row = first_row + i / groups, column = first_column + i % groups * group;
+        const int row = place.row + i / groups, column = place.column + i % groups * group;
         if (row >= p.rows || column >= p.columns) continue;
-        const float* at = tile + (row - first_row) * PITCH + column - first_column;
-        float x[8] = {}, gate[8] = {};
-        add_sums(at, whole && gated, x, gate);
-        if (whole) {
-            finish(p.after, x, gate, row, gated ? column / 2 : column);
-        } else {
-            write8(p.partial + (size_t(blockIdx.y) * p.rows + row) * pitch_of(p) + column, 8, true, x);
-        }
+        float x[8], gate[8] = {};
+        read_sums(tile + i / groups * PITCH + i % groups * group, gated, x, gate);
+        finish(p.after, x, gate, result_row(p, row, place.phase), gated ? column / 2 : column);
     }
 }
 
 }  // namespace
 
 // Rows, columns, warps down the rows, stages, whether pixels are whole chunks; `resident` blocks a multiprocessor.
-#define CONV(name, resident, ...)                                                                                        \
+#define CONV(name, resident, ...)                                                                                    \
     KERNEL __launch_bounds__(THREADS, resident) name(const __grid_constant__ ConvParams p) { conv<__VA_ARGS__>(p); } \
     EXPORT(name)
+CONV(conv_128x256, 1, 128, 256, 2, 3, true)
+CONV(conv_256x128, 1, 256, 128, 4, 3, true)
 CONV(conv_128x160, 1, 128, 160, 2, 4, true)
 CONV(conv_128x128, 1, 128, 128, 2, 4, true)
 CONV(conv_128x80, 2, 128, 80, 4, 3, true)
 CONV(conv_64x160, 2, 64, 160, 2, 3, true)
 CONV(conv_64x80, 2, 64, 80, 4, 4, true)
 CONV(conv_64x64, 2, 64, 64, 2, 4, true)
-CONV(conv_32x64, 2, 32, 64, 2, 4, true)
-CONV(conv_16x64, 2, 16, 64, 1, 4, true)
-CONV(conv_128x16, 2, 128, 16, 8, 3, true)
+CONV(conv_32x64, 3, 32, 64, 2, 4, true)
+CONV(conv_16x64, 4, 16, 64, 1, 4, true)
+CONV(conv_128x16, 3, 128, 16, 8, 3, true)
 CONV(conv_64x64_odd, 2, 64, 64, 2, 4, false)
-CONV(conv_16x64_odd, 2, 16, 64, 1, 4, false)
-
-// Adds the splits' sums in order and does what follows a product: eight channels of a row a thread, memory bound.
-KERNEL __launch_bounds__(256) conv_finish(const __grid_constant__ ConvParams p) {
-    const int groups = (p.after.channels + 7) / 8;
-    const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
-    if (i >= int64_t(p.rows) * groups) return;
-    const int row = i / groups, channel = i % groups * 8, pitch = pitch_of(p);
-    const bool gated = p.after.activation == GEGLU;
-    const float* sums = p.partial + size_t(row) * pitch + (gated ? 2 * channel : channel);
-    float x[8] = {}, gate[8] = {};
-    for (int split = 0; split < p.splits; split++, sums += size_t(p.rows) * pitch) add_sums(sums, gated, x, gate);
-    finish(p.after, x, gate, row, channel);
-}
-EXPORT(conv_finish)
+CONV(conv_16x64_odd, 3, 16, 64, 1, 4, false)

@@ -33,6 +33,7 @@
 // conv.cu's mma.sync, whose instruction rounds elsewhere, so that the host chooses between the two by one image's shape
 // alone.
 #include "epilogue.cuh"
+#include "splits.cuh"
 
 struct ConvHopperParams {
     CUtensorMap sources[2];  // {channels, width, height, images}, in boxes of 64 channels by the rectangle
@@ -42,8 +43,8 @@ struct ConvHopperParams {
     // A 1x1 convolution whose result is added, of the same pixels: more depth. As the above.
     CUtensorMap added_sources[2], added_weight;
     Epilogue after;
-    float4* partial;  // [tiles][splits][sums of a thread / 4][256 threads]
-    uint32_t* counters;  // one for each tile; 0 before and after
+    float4* partial;  // see splits.cuh
+    uint32_t* counters;  // likewise
     // For group norms that read the result: mean and squared deviations of `unit_channels` channels in 64 pixels,
     // [images][units of channels][phases][pixel_units]. May be missing.
     float2* moments;
@@ -68,7 +69,7 @@ LAYOUT(ConvHopperParams, sources, weight, out, residual, added_sources, added_we
 namespace conv_hopper {
 
 constexpr int ROWS = 128;
-constexpr int CONSUMERS = 256;  // threads that multiply
+constexpr int CONSUMERS = SUMMERS;  // threads that multiply
 constexpr int THREADS = CONSUMERS + 128;
 constexpr int STEP = 64;  // depth of a stage: one span of 128 bytes
 constexpr int BAND = 8;  // rectangles that are made together, for the weights' sake
@@ -146,41 +147,6 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
             if (++slot == T::STAGES) slot = 0, parity ^= 1;
         }
     }
-}
-
-// Adds the sums of all splits of a tile if this block is the last of them to come; else leaves its own, and returns
-// false.
-template <class T>
-PTX_FN bool combine(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], int tile, int split, uint32_t* ticket) {
-    constexpr int QUADS = T::COLUMNS / 8;
-    float4* of_tile = p.partial + size_t(tile) * p.splits * QUADS * CONSUMERS + threadIdx.x;
-    float4* own = of_tile + size_t(split) * QUADS * CONSUMERS;
-#pragma unroll
-    for (int i = 0; i < QUADS; i++)
-        own[i * CONSUMERS] = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
-    __threadfence();
-    named_bar_sync(3, CONSUMERS);
-    if (threadIdx.x == 0) {
-        *ticket = atomicAdd(p.counters + tile, 1u);
-        // Everybody has come: the counter is as it was found.
-        if (*ticket == p.splits - 1) p.counters[tile] = 0;
-    }
-    named_bar_sync(3, CONSUMERS);
-    bool last = *ticket == p.splits - 1;
-    // The ticket has been read before the next tile's is drawn.
-    named_bar_sync(3, CONSUMERS);
-    if (!last) return false;
-    __threadfence();
-#pragma unroll
-    for (int i = 0; i < QUADS; i++) {
-        float4 sum = of_tile[i * CONSUMERS];
-        for (int k = 1; k < p.splits; k++) {
-            float4 more = of_tile[(size_t(k) * QUADS + i) * CONSUMERS];
-            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-        }
-        d[4 * i] = sum.x, d[4 * i + 1] = sum.y, d[4 * i + 2] = sum.z, d[4 * i + 3] = sum.w;
-    }
-    return true;
 }
 
 // The sums of two neighbouring channels of a row with bias, the image's row and the activation; the residual comes
@@ -408,8 +374,8 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
         wgmma_hold(d);
         if (lane == 0) mbar_arrive(shared + T::EMPTY + 8 * previous);
         if (p.splits > 1) {
-            uint32_t* ticket = reinterpret_cast<uint32_t*>(dyn_smem() + T::TICKET);
-            if (!combine<T>(p, d, tile, split, ticket)) continue;
+            if (!add_splits<T::COLUMNS / 8>(d, p.partial, p.counters, tile, p.splits, split, dyn_smem() + T::TICKET))
+                continue;
             if (stores) prepare_staging<T>(p, at, shared, group);
         }
         store_tile<T>(p, d, at, shared, arrived);

@@ -86,9 +86,11 @@ PTX_FN void cp_async8(uint32_t to, const void* from, bool pred PTX_LINE) {
                             : "memory");)
     PTX_EMULATED(emu::cp_async(to, from, 8, pred ? 8 : 0, EMU_PASS);)
 }
-// The widest goes past the L1 cache.
+// The widest goes past the L1 cache. A predicate tells it to ignore the source: a size would have to be computed for
+// each copy.
 PTX_FN void cp_async16(uint32_t to, const void* from, bool pred PTX_LINE) {
-    PTX_DEVICE(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(pred ? 16 : 0)
+    PTX_DEVICE(asm volatile("{.reg .pred none; setp.eq.s32 none, %2, 0;"
+                            "cp.async.cg.shared.global [%0], [%1], 16, none;}" ::"r"(to), "l"(from), "r"(int(pred))
                             : "memory");)
     PTX_EMULATED(emu::cp_async(to, from, 16, pred ? 16 : 0, EMU_PASS);)
 }

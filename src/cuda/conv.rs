@@ -4,11 +4,11 @@ use super::conv_hopper;
 use super::device::{Launch, Limits};
 use super::epilogue::Epilogue;
 use super::moments::{self, Moments};
-use super::site::Site;
-use super::tiles::{Choice, Instruction, Product, THREADS, Tile, choose};
-use super::weights::CHUNK;
-use crate::Result;
+use super::site::{COUNTERS, Site};
+use super::tiles::{Choice, Instruction, Product, THREADS, choose};
+use super::weights::{CHUNK, has_phases, phases_at};
 use crate::graph::{Activation, Conv, Graph, Op, Shape, TensorId, WeightKind};
+use crate::{Error, Result};
 
 crate::params! {
     pub(super) struct ConvParams {
@@ -16,6 +16,7 @@ crate::params! {
         weight: u64,
         after: Epilogue,
         partial: u64,
+        counters: u64,
         resize_y: u64,
         resize_x: u64,
         source_channels: [i32; 2],
@@ -29,38 +30,41 @@ crate::params! {
         kernel: i32,
         stride: i32,
         pad: i32,
+        phases: i32,
         rows: i32,
         columns: i32,
         splits: i32,
         steps: i32,
+        padding: i32,
     }
 }
 
-/// The product of one image, and how it is computed for all.
+/// The product of all images, and how it is computed.
 pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> (Product, Choice) {
     let shape = graph.shape(out);
     let channels: usize = conv.sources.iter().map(|id| graph.shape(id).c).sum();
+    let (phases, taps) = if is_doubled(graph, conv, out) { (4, 4) } else { (1, conv.kernel * conv.kernel) };
     let one = Product {
-        rows: shape.tokens(),
+        phases,
+        rows: shape.tokens() / phases,
         columns: match graph.weight(conv.weight).kind {
             WeightKind::Mirrored { wanted, .. } => wanted,
             _ => graph.weight(conv.weight).total_outputs(),
         },
-        depth: conv.kernel * conv.kernel * channels.next_multiple_of(CHUNK),
+        depth: taps * channels.next_multiple_of(CHUNK),
         added: 0,
         vector: conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(CHUNK)),
         gated: conv.activation == Activation::Geglu,
         unit: moments::unit(graph, out).unwrap_or(1),
         area: conv_hopper::area(graph, conv, out).ok(),
     };
-    if let Some(added) = conv_hopper::added(graph, conv, out) {
+    let with_added = conv_hopper::added(graph, conv, out).and_then(|added| {
         let both = Product { added: added.sources.iter().map(|id| graph.shape(id).c).sum(), ..one };
         let choice = choose(both, shape.n, limits);
-        if choice.tile.instruction == Instruction::Wgmma {
-            return (both, choice);
-        }
-    }
-    (one, choose(one, shape.n, limits))
+        (choice.tile.instruction == Instruction::Wgmma).then_some((both, choice))
+    });
+    let (one, choice) = with_added.unwrap_or_else(|| (one, choose(one, shape.n, limits)));
+    (Product { rows: shape.n * one.rows, ..one }, choice)
 }
 
 /// True if another convolution computes this one's result `out` as a part of its own.
@@ -86,9 +90,9 @@ pub(super) fn moments(graph: &Graph, id: TensorId, limits: Limits) -> Option<Mom
     let channels = moments::unit(graph, id)?;
     let node = graph.nodes().iter().find(|node| node.output == id)?;
     let Op::Conv(conv) = &node.op else { return None };
-    let (one, choice) = plan(graph, conv, id, limits);
-    let whole = choice.tile.instruction == Instruction::Wgmma && one.area?.is_whole_units();
-    whole.then_some(Moments { channels, pixel_units: one.rows / moments::PIXELS })
+    let (product, choice) = plan(graph, conv, id, limits);
+    let whole = choice.tile.instruction == Instruction::Wgmma && product.area?.is_whole_units();
+    whole.then_some(Moments { channels, pixel_units: graph.shape(id).tokens() / moments::PIXELS })
 }
 
 /// Why a convolution gets none of the kernels of 9.0 there; `None` if it gets one.
@@ -107,8 +111,8 @@ pub(super) fn workspace(graph: &Graph, conv: &Conv, out: TensorId, limits: Limit
     if is_added(graph, out, limits) {
         return 0;
     }
-    let (one, choice) = plan(graph, conv, out, limits);
-    choice.tile.partial_bytes(&Product { rows: graph.shape(out).rows(), ..one }, choice.splits)
+    let (product, choice) = plan(graph, conv, out, limits);
+    choice.tile.partial_bytes(&product, choice.splits)
 }
 
 /// True if every pixel is read once and by itself.
@@ -116,64 +120,73 @@ pub(super) fn is_pointwise(conv: &Conv) -> bool {
     conv.kernel == 1 && conv.stride == 1 && conv.pad == 0 && conv.resize.is_none()
 }
 
+/// True if a 3x3 convolution's source is doubled first. It is four of 2x2 on the source itself, 4/9 of the work, one for each
+/// parity of the result's row and column: the product's phases.
+pub(super) fn is_doubled(graph: &Graph, conv: &Conv, out: TensorId) -> bool {
+    let (input, shape) = (graph.shape(conv.sources.x), graph.shape(out));
+    let size = (2 * input.h, 2 * input.w);
+    let plain = has_phases(graph.weight(conv.weight)) && conv.stride == 1 && conv.pad == 1;
+    plain && conv.resize == Some(size) && (shape.h, shape.w) == size
+}
+
+/// Where the weights of a product lie.
+pub(super) fn weight_address(conv: &Conv, site: &Site, product: &Product) -> u64 {
+    let behind = if product.phases > 1 { phases_at(site.graph().weight(conv.weight)) } else { 0 };
+    site.weight(conv.weight) + behind as u64
+}
+
 /// # Errors
-/// [`crate::Error::Device`] if TMA does not take the tensors.
-pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
-    if is_added(site.graph(), out, site.limits) {
-        return Ok(());
-    }
+/// [`Error::Device`] for more split sums than there are counters, or if TMA does not take the tensors.
+pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
     let (input, output) = (site.shape(conv.sources.x), site.shape(out));
-    let (one, choice) = plan(site.graph(), conv, out, site.limits);
-    let all = Product { rows: output.rows(), ..one };
+    let (product, choice) = plan(site.graph(), conv, out, site.limits);
     let Choice { tile, splits, steps } = choice;
+    let tiles = tile.count(&product);
+    if splits > 1 && tiles > COUNTERS {
+        let problem = format!("{tiles} tiles of split sums are more than {COUNTERS}");
+        return Err(Error::Device(problem + "; make a smaller batch"));
+    }
     if tile.instruction == Instruction::Wgmma {
-        launches.push(conv_hopper::launch(conv, out, site, &all, choice)?);
-        return Ok(());
+        return conv_hopper::launch(conv, out, site, &product, choice);
     }
     // A pixel that is read by itself is an image of its own: any number of tokens, no geometry.
     let point = Shape::new(output.rows(), 1, 1, input.c);
-    let (stored, made) = if is_pointwise(conv) { (point, point) } else { (input, output) };
-    let (seen_height, seen_width) = conv.resize.unwrap_or((stored.h, stored.w));
+    let doubled = product.phases > 1;
+    let (stored, made) = match () {
+        () if is_pointwise(conv) => (point, point),
+        () if doubled => (input, input),
+        () => (input, output),
+    };
+    let kernel = if doubled { 2 } else { conv.kernel };
+    let (seen_height, seen_width) = conv.resize.filter(|_| !doubled).unwrap_or((stored.h, stored.w));
     let ratio = |stored: usize, seen: usize| ((stored as u64) << 32).div_ceil(seen as u64);
     let params = ConvParams {
         sources: [site.address(conv.sources.x), site.optional(conv.sources.skip)],
-        weight: site.weight(conv.weight),
+        weight: weight_address(conv, site, &product),
         after: Epilogue::new(conv, out, site),
         partial: if splits > 1 { site.workspace() } else { 0 },
+        counters: site.bindings.counters,
         resize_y: ratio(stored.h, seen_height),
         resize_x: ratio(stored.w, seen_width),
         source_channels: [input.c as i32, conv.sources.skip.map_or(0, |id| site.shape(id).c as i32)],
-        depth: (one.depth / (conv.kernel * conv.kernel)) as i32,
+        depth: (product.depth / (kernel * kernel)) as i32,
         height: stored.h as i32,
         width: stored.w as i32,
         seen_height: seen_height as i32,
         seen_width: seen_width as i32,
         out_height: made.h as i32,
         out_width: made.w as i32,
-        kernel: conv.kernel as i32,
+        kernel: kernel as i32,
         stride: conv.stride as i32,
         pad: conv.pad as i32,
-        rows: all.rows as i32,
-        columns: all.columns as i32,
+        phases: product.phases as i32,
+        rows: product.rows as i32,
+        columns: product.columns as i32,
         splits: splits as i32,
         steps: steps as i32,
+        padding: 0,
     };
-    launches.extend(launch(tile, &all, splits, output.c, &params));
-    Ok(())
-}
-
-/// The product, and where its depth is in parts what adds them up.
-fn launch(
-    tile: &Tile,
-    product: &Product,
-    splits: usize,
-    channels: usize,
-    params: &ConvParams,
-) -> impl Iterator<Item = Launch> {
-    let multiply = Launch::new(tile.kernel, [tile.count(product), splits, 1], THREADS, tile.shared(), params);
-    let threads = product.rows * channels.div_ceil(CHUNK);
-    let finish = || Launch::new("conv_finish", [threads.div_ceil(THREADS), 1, 1], THREADS, 0, params);
-    std::iter::once(multiply).chain((splits > 1).then(finish))
+    Ok(Launch::new(tile.kernel, [tiles, splits, 1], THREADS, tile.shared(), &params))
 }
 
 #[cfg(all(test, feature = "emulated"))]
@@ -223,6 +236,7 @@ mod tests {
                 let [source, second, weight, per_image, residual, shift] =
                     [0, 1, 2, 3, 4, 5].map(|i| buffers[i].address());
                 let product = Product {
+                    phases: 1,
                     rows,
                     columns,
                     depth: 9 * depth,
@@ -232,8 +246,9 @@ mod tests {
                     unit: 1,
                     area: None,
                 };
-                let partial = Buffer::new(&device, TILES[0].partial_bytes(&product, splits)).unwrap();
+                let counters = Buffer::zeroed(&device, COUNTERS * size_of::<u32>()).unwrap();
                 for tile in TILES.iter().filter(|tile| tile.instruction == Instruction::MmaSync) {
+                    let partial = Buffer::new(&device, tile.partial_bytes(&product, splits)).unwrap();
                     let out = Buffer::new(&device, rows * channels * 2).unwrap();
                     let shifted = Buffer::new(&device, rows * channels * 2).unwrap();
                     let after = Epilogue {
@@ -259,6 +274,7 @@ mod tests {
                         weight,
                         after,
                         partial: partial.address(),
+                        counters: counters.address(),
                         resize_y: 1 << 32,
                         resize_x: 1 << 32,
                         source_channels: [x as i32, skip as i32],
@@ -272,14 +288,17 @@ mod tests {
                         kernel: 3,
                         stride: 1,
                         pad: 1,
+                        phases: 1,
                         rows: rows as i32,
                         columns: columns as i32,
                         splits: splits as i32,
                         steps: product.depth.div_ceil(STEP).div_ceil(splits) as i32,
+                        padding: 0,
                     };
-                    let launches: Vec<Launch> = launch(tile, &product, splits, channels, &params).collect();
+                    let grid = [tile.count(&product), splits, 1];
+                    let launch = Launch::new(tile.kernel, grid, THREADS, tile.shared(), &params);
                     // SAFETY: the buffers are as long as the structure says.
-                    let run = unsafe { device.run(&launches) };
+                    let run = unsafe { device.run(&[launch]) };
                     run.unwrap_or_else(|fault| panic!("{}, {schedule:?}: {fault}", tile.kernel));
                     let mut bits = vec![0; 2 * out.len()];
                     let (mid, end) = bits.split_at_mut(out.len());

@@ -1,11 +1,10 @@
 //! Launches of `kernels/conv_hopper.cu`.
 
-use super::conv::{self, is_pointwise};
+use super::conv::{self, is_doubled, is_pointwise, weight_address};
 use super::device::{Launch, TensorTiles};
 use super::epilogue::{self, Epilogue};
-use super::site::{COUNTERS, Element, Site};
+use super::site::{Element, Site};
 use super::tiles::{Area, Choice, Pixels, Product, STEP};
-use super::weights::phases_at;
 use crate::graph::{Activation, Conv, Graph, Op, TensorId, View};
 use crate::{Error, Result};
 use half::f16;
@@ -60,17 +59,14 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
     let (input, shape) = (graph.shape(conv.sources.x), graph.shape(out));
     let gated = conv.activation == Activation::Geglu;
     let plain = conv.residual.is_none() && conv.per_image.is_none() && !epilogue::is_shifted(graph, out);
-    let size = if conv.resize.is_some() { (2 * input.h, 2 * input.w) } else { (input.h, input.w) };
+    let doubled = is_doubled(graph, conv, out);
+    let size = if doubled { (2 * input.h, 2 * input.w) } else { (input.h, input.w) };
     let even = |view: View| view.offset.is_multiple_of(2) && graph.shape(view.tensor).c.is_multiple_of(2);
-    let pixels = match (is_pointwise(conv), conv.resize.is_some()) {
-        (true, _) => Pixels::Apart,
-        (_, false) => Pixels::Near,
-        (_, true) => Pixels::Doubled,
-    };
+    let pixels = if is_pointwise(conv) { Pixels::Apart } else { Pixels::Near };
     for (holds, otherwise) in [
         (conv.stride == 1, "its result has fewer pixels than its source"),
         (conv.kernel % 2 == 1 && conv.pad == conv.kernel / 2, "its kernel has no middle"),
-        (size == (shape.h, shape.w), "its source is resized by other than two"),
+        (size == (shape.h, shape.w) && (doubled || conv.resize.is_none()), "its source is resized by other than two"),
         (
             conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP)),
             "64 channels are no stage of its sources",
@@ -78,7 +74,7 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
         (shape.c.is_multiple_of(8), "its results are no whole 16 bytes"),
         (Element::of(graph, out) == Element::F16, "its results are fp32"),
         (plain || !gated, "something is added behind its gate"),
-        (pixels != Pixels::Doubled || (plain && !gated && conv.kernel == 3), "something follows its doubled source"),
+        (!doubled || plain, "something follows its doubled source"),
         (conv.per_image.is_none_or(even), "pairs of numbers for each image are not aligned"),
     ] {
         if !holds {
@@ -141,10 +137,8 @@ pub(super) fn launch(
     let source = |id: TensorId| image(site.address(id), site.shape(id).c, 1, rectangle.size(), 2 * STEP);
     let first = source(conv.sources.x)?;
     let second = conv.sources.skip.map_or(Ok(first), source)?;
-    let doubled = area.pixels == Pixels::Doubled;
-    let (phases, kernel) = if doubled { (4, 2) } else { (1, conv.kernel) };
-    let depth = product.depth / (conv.kernel * conv.kernel) * kernel * kernel;
-    let form = if doubled { phases_at(site.graph().weight(conv.weight)) } else { 0 };
+    let (phases, doubled) = (product.phases, product.phases > 1);
+    let kernel = if doubled { 2 } else { conv.kernel };
     let matrix = |address, depth: usize, columns: usize| {
         (site.bindings.tensor_map)(&TensorTiles {
             address,
@@ -154,7 +148,7 @@ pub(super) fn launch(
             swizzle: SWIZZLES[0].1,
         })
     };
-    let weight = matrix(site.weight(conv.weight) + form as u64, depth, phases * product.columns)?;
+    let weight = matrix(weight_address(conv, site, product), product.depth, phases * product.columns)?;
     // Results are stored in boxes of the widest span that divides a tile's.
     let results = if product.gated { tile.columns / 2 } else { tile.columns } * size_of::<f16>();
     let span = SWIZZLES.iter().map(|(bytes, _)| *bytes).find(|bytes| results.is_multiple_of(*bytes)).unwrap_or(32);
@@ -175,10 +169,6 @@ pub(super) fn launch(
         added.map_or(Ok(weight), |added| matrix(site.weight(added.weight), product.added, product.columns))?;
     let tiles_of_columns = product.columns.div_ceil(tile.columns);
     let (tiles_down, tiles_across) = (across * down * deep, phases * tiles_of_columns);
-    if splits > 1 && tiles_down * tiles_across > COUNTERS {
-        let problem = format!("{} tiles of split sums are more than {COUNTERS}", tiles_down * tiles_across);
-        return Err(Error::Device(problem + "; make a smaller batch"));
-    }
     let moments = conv::moments(site.graph(), out, site.limits);
     let blocks = |id: Option<TensorId>| id.map_or(0, |id| site.shape(id).c / STEP) as i32;
     let params = ConvHopperParams {
@@ -309,9 +299,8 @@ mod tests {
                                 };
                                 continue;
                             };
-                            let (one, _) = super::super::conv::plan(graph, conv, node.output, limits);
-                            let product = Product { rows: graph.shape(node.output).rows(), ..one };
-                            let steps = product.steps(tile.instruction).div_ceil(splits);
+                            let (product, _) = super::super::conv::plan(graph, conv, node.output, limits);
+                            let steps = product.steps().div_ceil(splits);
                             let site = Site { limits, bindings, plan: &plan, workspace: (scratch, 4 * SCRATCH) };
                             assert!(tile.partial_bytes(&product, splits) <= 4 * SCRATCH);
                             let launch = launch(conv, node.output, &site, &product, Choice { tile, splits, steps })?;

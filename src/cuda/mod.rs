@@ -105,9 +105,7 @@ impl Executor {
             return Err(Error::Device(format!("the weights are not on {}; load them there", device.name())));
         }
         let arena = Buffer::zeroed(device, plan.arena_bytes())?;
-        // Only kernels of 9.0 count.
-        let counters = if device.limits().capability == 90 { COUNTERS } else { 0 };
-        let counters = Buffer::zeroed(device, counters * size_of::<u32>())?;
+        let counters = Buffer::zeroed(device, COUNTERS * size_of::<u32>())?;
         let program = bound(device, &weights, &arena, &counters, |bindings| Program::new(&plan, bindings))?;
         Ok(Executor { plan, weights, device: device.clone(), arena, counters, program, recordings: [None, None] })
     }

@@ -74,7 +74,7 @@ pub fn lowered(graph: &Graph, limits: Limits) -> Result<Vec<Lowered>> {
 fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
     let out = node.output;
     match node.op {
-        Op::Conv(ref op) => conv::conv(op, out, site, launches)?,
+        Op::Conv(ref op) => launches.push(conv::conv(op, out, site)?),
         // Written along with what is shifted.
         Op::Shift { x, .. } if epilogue::makes(site.graph(), x) => {}
         Op::GroupNorm(ref norm) => norm::group_norm(norm, out, site, launches),

@@ -59,18 +59,20 @@ const fn wgmma(kernel: &'static str, columns: usize, stages: usize, gated: bool)
 }
 
 /// The candidates. Channels are multiples of 160 in Stable Diffusion's UNets and of 128 in its VAEs.
-pub(super) const TILES: [Tile; 17] = [
+pub(super) const TILES: [Tile; 19] = [
+    mma("conv_128x256", [128, 256], 2, 3, 1, true),
+    mma("conv_256x128", [256, 128], 4, 3, 1, true),
     mma("conv_128x160", [128, 160], 2, 4, 1, true),
     mma("conv_128x128", [128, 128], 2, 4, 1, true),
     mma("conv_128x80", [128, 80], 4, 3, 2, true),
     mma("conv_64x160", [64, 160], 2, 3, 2, true),
     mma("conv_64x80", [64, 80], 4, 4, 2, true),
     mma("conv_64x64", [64, 64], 2, 4, 2, true),
-    mma("conv_32x64", [32, 64], 2, 4, 2, true),
-    mma("conv_16x64", [16, 64], 1, 4, 2, true),
-    mma("conv_128x16", [128, 16], 8, 3, 2, true),
+    mma("conv_32x64", [32, 64], 2, 4, 3, true),
+    mma("conv_16x64", [16, 64], 1, 4, 4, true),
+    mma("conv_128x16", [128, 16], 8, 3, 3, true),
     mma("conv_64x64_odd", [64, 64], 2, 4, 2, false),
-    mma("conv_16x64_odd", [16, 64], 1, 4, 2, false),
+    mma("conv_16x64_odd", [16, 64], 1, 4, 3, false),
     wgmma("conv_hopper_80", 80, 6, false),
     wgmma("conv_hopper_128", 128, 5, false),
     wgmma("conv_hopper_160", 160, 5, false),
@@ -79,9 +81,11 @@ pub(super) const TILES: [Tile; 17] = [
     wgmma("conv_hopper_256_gated", 256, 3, true),
 ];
 
-/// A matrix product.
+/// A matrix product, or as many of the same shape as there are phases.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Product {
+    /// Four for a doubled source: the results of even and odd rows and columns. Else one.
+    pub phases: usize,
     pub rows: usize,
     pub columns: usize,
     /// Taps by channels, these filled up to whole chunks.
@@ -113,8 +117,6 @@ pub(super) enum Pixels {
     Apart,
     /// With their neighbours.
     Near,
-    /// With their neighbours, doubled: the result has four for each, which are products of their own.
-    Doubled,
 }
 
 /// A rectangle of 128 pixels: powers of two, of width, height and images.
@@ -144,7 +146,7 @@ impl Area {
     pub fn seen(self, images: usize) -> (Area, usize) {
         match self.pixels {
             Pixels::Apart => (Area { height: 1, width: self.height * self.width * images, ..self }, 1),
-            Pixels::Near | Pixels::Doubled => (self, images),
+            Pixels::Near => (self, images),
         }
     }
 
@@ -163,7 +165,7 @@ impl Area {
         let Rectangle { log_width, log_height } = self.rectangle();
         match self.pixels {
             Pixels::Apart => (self.height * self.width).is_multiple_of(Rectangle::PIXELS / 2),
-            _ => {
+            Pixels::Near => {
                 let width = log_width.min(6);
                 let half = |size: usize, log: u32| size.is_multiple_of(1 << log);
                 log_width + log_height >= 6 && half(self.width, width) && half(self.height, 6 - width)
@@ -171,33 +173,24 @@ impl Area {
         }
     }
 
-    /// Rectangles that cover so many rows of a product, as often as they are made.
+    /// Rectangles that cover so many rows of a product.
     fn rectangles(self, rows: usize) -> usize {
-        let phases = if self.pixels == Pixels::Doubled { 4 } else { 1 };
-        let (seen, images) = self.seen(rows / (phases * self.height * self.width));
-        phases * self.rectangle().count(seen, images).iter().product::<usize>()
+        let (seen, images) = self.seen(rows / (self.height * self.width));
+        self.rectangle().count(seen, images).iter().product()
     }
 }
 
 impl Product {
-    /// Stages of the depth. Of a doubled source wgmma's kernels see four pixels where others see nine.
-    pub fn steps(&self, instruction: Instruction) -> usize {
-        match (instruction, self.area) {
-            (Instruction::Wgmma, Some(Area { pixels: Pixels::Doubled, .. })) => self.depth / 9 * 4 / STEP,
-            _ => self.depth.div_ceil(STEP) + self.added / STEP,
-        }
+    /// Stages of the depth.
+    pub fn steps(&self) -> usize {
+        self.depth.div_ceil(STEP) + self.added / STEP
     }
 
     /// Whether `splits` parts are long enough, none is empty, and their sums are few enough.
-    fn may_split(&self, splits: usize, instruction: Instruction) -> bool {
-        let all = self.steps(instruction);
-        let steps = all.div_ceil(splits);
-        steps >= MIN_STEPS && all.div_ceil(steps) == splits && self.pitched_bytes(splits) <= MAX_PARTIAL
-    }
-
-    /// Bytes of the sums of `splits` parts, rows one after the other.
-    fn pitched_bytes(&self, splits: usize) -> usize {
-        splits * self.rows * self.columns.next_multiple_of(16) * size_of::<f32>()
+    fn may_split(&self, splits: usize) -> bool {
+        let steps = self.steps().div_ceil(splits);
+        let bytes = splits * self.phases * self.rows * self.columns * size_of::<f32>();
+        steps >= MIN_STEPS && self.steps().div_ceil(steps) == splits && bytes <= MAX_PARTIAL
     }
 }
 
@@ -220,7 +213,7 @@ pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
             for splits in (1..=MAX_SPLITS).filter(|&splits| may(splits, tile.instruction)) {
                 let time = tile.estimate(&product, splits, limits);
                 if best.is_none_or(|(least, _)| time < least) {
-                    let steps = product.steps(tile.instruction).div_ceil(splits);
+                    let steps = product.steps().div_ceil(splits);
                     best = Some((time, Choice { tile, splits, steps }));
                 }
             }
@@ -229,7 +222,7 @@ pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
         best.expect("a tile for every product").1
     };
     let two = Product { rows: 2 * one.rows, ..one };
-    let pair = fastest(two, &|splits, by| splits == 1 || two.may_split(splits, by));
+    let pair = fastest(two, &|splits, _| splits == 1 || two.may_split(splits));
     let as_pair = |splits, by| (splits, by) == (pair.splits, pair.tile.instruction);
     fastest(Product { rows: images * one.rows, ..one }, &as_pair)
 }
@@ -242,22 +235,18 @@ impl Tile {
         stages + if self.instruction == Instruction::Wgmma { self.rows * results * 2 + 256 } else { 0 }
     }
 
-    /// Tiles that cover a product.
+    /// Tiles that cover a product, of all phases.
     pub fn count(&self, product: &Product) -> usize {
         let down = match (self.instruction, product.area) {
             (Instruction::Wgmma, Some(area)) => area.rectangles(product.rows),
             _ => product.rows.div_ceil(self.rows),
         };
-        down * product.columns.div_ceil(self.columns)
+        product.phases * down * product.columns.div_ceil(self.columns)
     }
 
     /// Bytes of the sums that `splits` parts leave behind; the kernels know their order.
     pub fn partial_bytes(&self, product: &Product, splits: usize) -> usize {
-        match self.instruction {
-            _ if splits == 1 => 0,
-            Instruction::MmaSync => product.pitched_bytes(splits),
-            Instruction::Wgmma => splits * self.count(product) * self.rows * self.columns * size_of::<f32>(),
-        }
+        if splits == 1 { 0 } else { splits * self.count(product) * self.rows * self.columns * size_of::<f32>() }
     }
 
     /// Why a product cannot, or should not, be cut into tiles like this.
@@ -295,12 +284,11 @@ impl Tile {
     }
 
     /// A multiprocessor is bound by its tensor cores, by shared memory (128 bytes a cycle) or by what reaches it from L2; and a
-    /// lone block by how long a stage takes to come. To this come filling the pipeline and storing the tile, and, with splits,
-    /// another launch and the sums' way to L2 and back.
+    /// lone block by how long a stage takes to come. To this come filling the pipeline and storing the tile, and what splits
+    /// take.
     fn estimate_mma(&self, product: &Product, splits: usize, limits: Limits) -> f64 {
-        /// Cycles from a request to its data under load, and of a launch.
+        /// Cycles from a request to its data under load.
         const LATENCY: f64 = 1000.0;
-        const LAUNCH: f64 = 2000.0;
         /// Bytes a cycle from L2 for each multiprocessor.
         const L2: f64 = 40.0;
         let (rows, columns, warps) = (self.rows as f64, self.columns as f64, (THREADS / 32) as f64);
@@ -313,21 +301,25 @@ impl Tile {
         let store = LATENCY + rows * columns / 16.0;
 
         let multiprocessors = limits.multiprocessors as usize;
-        let steps = product.steps(self.instruction).div_ceil(splits) as f64;
+        let steps = product.steps().div_ceil(splits) as f64;
         let blocks = (self.count(product) * splits).div_ceil(multiprocessors);
         // A kilobyte of each block's shared memory is the driver's.
         let resident = ((limits.shared as usize + 1024) / (self.shared() + 1024)).min(self.resident).max(1);
         let rounds = blocks.div_ceil(resident) as f64;
-        let product_time = (blocks as f64 * steps * busy).max(rounds * steps * alone) + rounds * store;
-        if splits == 1 {
-            return product_time;
-        }
-        product_time + LAUNCH + 2.0 * product.pitched_bytes(splits) as f64 / (L2 * multiprocessors as f64)
+        (blocks as f64 * steps * busy).max(rounds * steps * alone) + rounds * store + self.adding(splits, L2)
+    }
+
+    /// Cycles that the last block of a tile takes to read what the others left, at so many bytes a cycle.
+    fn adding(&self, splits: usize, l2: f64) -> f64 {
+        /// Leaving the sums and counting.
+        const MEETING: f64 = 1500.0;
+        let bytes = splits * self.rows * self.columns * size_of::<f32>();
+        if splits == 1 { 0.0 } else { MEETING + bytes as f64 / l2 }
     }
 
     /// Blocks are persistent, one on each multiprocessor, bound by the tensor cores or by what reaches them from L2: of a step
     /// of 128x160 a prototype took 75 to 94 % for the tensor cores, of 128x128 60 to 70, of 128x80 44 on an H100. Storing a
-    /// tile is not hidden. With splits the last block of a tile reads what the others left.
+    /// tile is not hidden.
     fn estimate_wgmma(&self, product: &Product, splits: usize, limits: Limits) -> f64 {
         /// Multiply-adds a cycle, and bytes a cycle from L2 where neighbours read the same.
         const MULTIPLY_ADDS: f64 = 2048.0;
@@ -337,11 +329,10 @@ impl Tile {
         let (rows, columns) = (self.rows as f64, self.columns as f64);
         let multiply = rows * columns * STEP as f64 / MULTIPLY_ADDS / 0.94;
         let step = multiply.max(2.0 * STEP as f64 * (rows + columns) / L2);
-        let steps = product.steps(self.instruction).div_ceil(splits) as f64;
+        let steps = product.steps().div_ceil(splits) as f64;
         let rounds = (self.count(product) * splits).div_ceil(limits.multiprocessors as usize) as f64;
         let store = 500.0 + rows * columns / 16.0;
-        let sums = if splits == 1 { 0.0 } else { 1500.0 + splits as f64 * rows * columns * 4.0 / L2 };
-        FILL + rounds * (steps * step + store) + sums
+        FILL + rounds * (steps * step + store) + self.adding(splits, L2)
     }
 }
 

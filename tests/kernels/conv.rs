@@ -230,6 +230,21 @@ fn resized_sources() {
     }
 }
 
+/// Sources that are doubled exactly, as four products: of no whole chunks, with all that can follow, of two sources, and of
+/// a depth that is split.
+#[test]
+fn doubled_sources() {
+    let doubled = |(h, w), channels, outputs| {
+        Case::conv3x3((h, w), channels, outputs).with(|c| c.options.resize = Some((2 * h, 2 * w)))
+    };
+    doubled((1, 1), 8, 8).check();
+    doubled((4, 3), 7, 5).check();
+    doubled((3, 5), 24, 88).with(|c| (c.per_image, c.residual, c.images) = (true, true, 3)).check();
+    doubled((5, 2), 16, 24).with(|c| c.skip = 40).check();
+    doubled((3, 3), 12, 10).with(|c| (c.skip, c.residual) = (5, true)).check();
+    doubled((2, 3), 320, 72).with(|c| (c.images, c.options.activation) = (1, Activation::Silu)).check();
+}
+
 #[test]
 fn concatenated_sources() {
     for (channels, skip) in [(16, 8), (40, 72), (12, 20), (4, 3), (64, 128)] {
@@ -346,6 +361,7 @@ fn batch_invariance() {
         Case::linear(1, 1280, 64),
         Case::conv3x3((8, 8), 160, 40),
         Case::conv3x3((4, 4), 320, 160),
+        Case::conv3x3((4, 3), 320, 40).with(|c| c.options.resize = Some((8, 6))),
     ];
     for case in cases {
         let run = |images: usize| {

@@ -61,20 +61,18 @@ fn layers_of_real_networks() {
             let mut rows = std::collections::BTreeMap::<_, usize>::new();
             for node in graph.nodes() {
                 let Op::Conv(conv) = &node.op else { continue };
-                let shape = graph.shape(node.output);
-                let (one, choice) = plan(&graph, conv, node.output, limits);
-                let all = Product { rows: shape.rows(), ..one };
+                let (all, choice) = plan(&graph, conv, node.output, limits);
                 assert_eq!(choice.tile.rejected(&all, limits), None, "{}", node.name);
-                assert!(choice.splits * choice.steps >= all.steps(choice.tile.instruction), "{}", node.name);
+                assert!(choice.splits * choice.steps >= all.steps(), "{}", node.name);
                 let blocks = (choice.tile.count(&all) * choice.splits) as f64;
                 let multiprocessors = limits.multiprocessors as f64;
                 let rounds = (blocks / multiprocessors).ceil() * multiprocessors;
                 let tile = (choice.tile.rows * choice.tile.columns * choice.steps * STEP) as f64;
-                wanted += (all.rows * all.columns * all.depth) as f64;
+                wanted += (all.phases * all.rows * all.columns * all.depth) as f64;
                 spent += rounds * tile;
                 estimate += choice.tile.estimate(&all, choice.splits, limits);
                 workspace = workspace.max(choice.tile.partial_bytes(&all, choice.splits));
-                let efficiency = (all.rows * all.columns * all.depth) as f64 / (rounds * tile);
+                let efficiency = (all.phases * all.rows * all.columns * all.depth) as f64 / (rounds * tile);
                 let key =
                     (all.rows, all.columns, all.depth, choice.tile.kernel, choice.splits, (efficiency * 100.0) as u32);
                 *rows.entry(key).or_default() += 1;
@@ -102,7 +100,8 @@ fn splits_do_not_depend_on_the_batch() {
     for (rows, columns, depth) in
         [(64, 1280, 11520), (256, 1280, 23040), (1, 1280, 1280), (77, 768, 3072), (4096, 320, 2880)]
     {
-        let one = Product { rows, columns, depth, vector: true, gated: false, added: 0, unit: 1, area: None };
+        let one =
+            Product { rows, columns, depth, vector: true, gated: false, phases: 1, added: 0, unit: 1, area: None };
         let pair = choose(one, 2, Limits::H100);
         for images in 1..20 {
             let choice = choose(one, images, Limits::H100);
@@ -116,7 +115,7 @@ fn splits_do_not_depend_on_the_batch() {
 fn known_choices() {
     let tile = |rows, columns, depth, vector| {
         let choice = choose(
-            Product { rows, columns, depth, vector, gated: false, added: 0, unit: 1, area: None },
+            Product { rows, columns, depth, vector, gated: false, phases: 1, added: 0, unit: 1, area: None },
             2,
             Limits::H100,
         );
@@ -132,8 +131,17 @@ fn known_choices() {
 
 #[test]
 fn rejections() {
-    let product =
-        Product { rows: 8192, columns: 320, depth: 2880, vector: true, gated: false, added: 0, unit: 1, area: None };
+    let product = Product {
+        rows: 8192,
+        columns: 320,
+        depth: 2880,
+        vector: true,
+        gated: false,
+        phases: 1,
+        added: 0,
+        unit: 1,
+        area: None,
+    };
     let reason = |product: Product, shared: u32, kernel: &str| {
         let tile = TILES.iter().find(|tile| tile.kernel == kernel).unwrap();
         tile.rejected(&product, Limits { shared, ..Limits::A100 })
@@ -148,7 +156,7 @@ fn rejections() {
     // The least that any supported GPU offers still leaves a tile for everything.
     for (rows, columns, vector) in [(1, 1, false), (1, 1, true), (1 << 20, 4096, true), (1 << 20, 4096, false)] {
         choose(
-            Product { rows, columns, depth: 8, vector, gated: false, added: 0, unit: 1, area: None },
+            Product { rows, columns, depth: 8, vector, gated: false, phases: 1, added: 0, unit: 1, area: None },
             1,
             Limits { shared: 99 << 10, ..Limits::A100 },
         );
