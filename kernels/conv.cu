@@ -150,6 +150,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
     static_assert(MT * WARPS_DOWN * 16 == ROWS && NT * WARPS_ACROSS * 8 == COLUMNS, "warps do not cover the tile");
     static_assert(ROWS * PITCH * 4 <= STAGES * STAGE, "the sums do not fit");
 
+    griddep_launch_dependents();
     // Tiles in bands of BAND by all columns, down each band first: blocks that run together share weights and pixels.
     const int tiles_down = (p.rows + ROWS - 1) / ROWS, tiles_across = (p.columns + COLUMNS - 1) / COLUMNS;
     const int band = blockIdx.x / (BAND * tiles_across), in_band = blockIdx.x % (BAND * tiles_across);
@@ -180,6 +181,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
         pixels.advance(p);
     };
 
+    griddep_wait();
     float sums[MT][NT][4] = {};
 #pragma unroll 1
     for (int slot = 0; slot < STAGES - 1; slot++) {
@@ -263,6 +265,8 @@ CONV(conv_16x64_odd, 2, 16, 64, 1, 4, false)
 
 // Adds the splits' sums in order and does what follows a product: eight channels of a row a thread, memory bound.
 KERNEL __launch_bounds__(256) conv_finish(const __grid_constant__ ConvParams p) {
+    griddep_launch_dependents();
+    griddep_wait();
     const int groups = (p.after.channels + 7) / 8;
     const int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
     if (i >= int64_t(p.rows) * groups) return;

@@ -339,6 +339,7 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
 }
 
 template <class T> PTX_FN void conv(const ConvHopperParams& p) {
+    griddep_launch_dependents();
     uint32_t shared = smem_u32(dyn_smem());
     if (threadIdx.x == 0) {
         for (int i = 0; i < T::STAGES; i++) {
@@ -349,6 +350,7 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
         fence_mbar_init();
     }
     __syncthreads();
+    griddep_wait();
     if (threadIdx.x >= CONSUMERS) {
         reg_dec<56>();
         if (threadIdx.x == CONSUMERS) produce<T>(p, shared);
