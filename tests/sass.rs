@@ -44,8 +44,8 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
 /// Instructions that a kernel's code must not hold: the sampler does the CPU's arithmetic, which fuses nothing.
 const FORBIDDEN: &[(&str, &str)] = &[("guide_and_step", "FFMA")];
 
-/// Instructions that no kernel of 9.0 may reach before it has waited for the launches before it: global memory, the end.
-/// TMA may fetch weights.
+/// Instructions that no kernel of 9.0 may reach before it has waited for the launches before it: they read or write
+/// global memory or end the thread. TMA may fetch weights.
 const TOO_EARLY: &[&str] = &["LDG", "STG", "ATOM", "RED", "UTMASTG", "EXIT"];
 
 /// Every function of a fatbin: architecture, name, code.
