@@ -233,6 +233,7 @@ template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __h
 
 // A block: ROWS queries (x) of a head (y) of an image (z).
 template <class T> PTX_FN void attend(const AttentionParams& p) {
+    griddep_launch_dependents();
     int first_query = blockIdx.x * T::ROWS, rows = min(T::ROWS, p.queries - first_query);
     const __half* q = p.q + (int64_t(blockIdx.z) * p.queries + first_query) * p.q_width + blockIdx.y * p.head_dim;
     const __half* k = p.k + int64_t(blockIdx.z) * p.keys * p.k_width + blockIdx.y * p.head_dim;
@@ -256,6 +257,7 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
 #pragma unroll
     for (int i = 0; i < T::PIECES; i++) s.reference[i][0] = s.reference[i][1] = -INFINITY;
 
+    griddep_wait();
     load<T, T::ROWS>(0, q, p.q_width, rows, p.head_dim);
     load_keys(0);
     if (T::STAGES > 1) load_values(0);

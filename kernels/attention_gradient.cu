@@ -204,11 +204,13 @@ template <class T> PTX_FN int stage_at(int stage) { return T::OTHERS_AT + stage 
 
 // A block: 64 queries (x) of a head (y) of an image (z).
 template <class T> PTX_FN void by_query(const AttentionGradientParams& p) {
+    griddep_launch_dependents();
     const Rows own = queries_of(p), others = keys_of(p);
     const int first_own = blockIdx.x * T::OWN, count = min(T::OWN, own.count - first_own);
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16;
     auto fetch = [&](int stage, int first) { load_pair<T, T::OTHERS>(stage_at<T>(stage), others, first, p.head_dim); };
 
+    griddep_wait();
     load_pair<T, T::OWN>(0, own, first_own, p.head_dim);
     Seen seen[2] = {{NO_SCORE, 0.0f, 0.0f}, {NO_SCORE, 0.0f, 0.0f}};
     stream<T>(others.count, fetch, [&](int stage, int tile) {
@@ -256,6 +258,7 @@ template <class T> PTX_FN void by_query(const AttentionGradientParams& p) {
 
 // A block: 64 keys (x) of a head (y) of an image (z).
 template <class T> PTX_FN void by_key(const AttentionGradientParams& p) {
+    griddep_launch_dependents();
     const Rows own = keys_of(p), others = queries_of(p);
     const int first_own = blockIdx.x * T::OWN, count = min(T::OWN, own.count - first_own), row = threadIdx.x / 32 * 16;
     const float4* statistics = p.statistics + (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.queries;
@@ -268,6 +271,7 @@ template <class T> PTX_FN void by_key(const AttentionGradientParams& p) {
                        statistics + (in ? first + threadIdx.x : 0), in);
     };
 
+    griddep_wait();
     load_pair<T, T::OWN>(0, own, first_own, p.head_dim);
     Sums<T> dk = {}, dv = {};
     stream<T>(others.count, fetch, [&](int stage, int tile) {

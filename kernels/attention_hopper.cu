@@ -317,6 +317,7 @@ template <class T> PTX_FN void consume(const AttentionHopperParams& p, uint32_t 
 
 // A block: of a head (y) of an image (z) the queries' tiles from x on, the grid's width apart.
 template <class T> PTX_FN void attend(const AttentionHopperParams& p) {
+    griddep_launch_dependents();
     uint32_t shared = smem_u32(dyn_smem());
     if (threadIdx.x == 0) {
         auto pairs = [&](int at, int count, int readers) {
@@ -332,6 +333,7 @@ template <class T> PTX_FN void attend(const AttentionHopperParams& p) {
         fence_mbar_init();
     }
     __syncthreads();
+    griddep_wait();
     constexpr int QUERIES = ROWS * T::GROUPS;
     int tiles = (p.queries + QUERIES - 1) / QUERIES, stages = (p.keys + T::KEYS - 1) / T::KEYS;
     if (threadIdx.x >= 128 * T::GROUPS) {

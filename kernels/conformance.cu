@@ -129,3 +129,14 @@ KERNEL conformance_named_barriers(const __grid_constant__ ConformanceParams p) {
     }
 }
 EXPORT(conformance_named_barriers)
+
+// Works on what the launch before left, 32 words, and leaves as many.
+KERNEL conformance_griddep(const __grid_constant__ ConformanceParams p) {
+    uint32_t lane = threadIdx.x, x = p.input[lane];
+    griddep_launch_dependents();
+    griddep_wait();
+    uint32_t before = p.out[shuffled(lane)];
+    __syncwarp();
+    p.out[lane] = before * 5 + x;
+}
+EXPORT(conformance_griddep)

@@ -201,6 +201,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
     static_assert(MT * WARPS_DOWN * 16 == ROWS && NT * WARPS_ACROSS * 8 == COLUMNS, "warps do not cover the tile");
     static_assert(ROWS * PITCH * 4 <= STAGES * STAGE, "the sums do not fit");
 
+    griddep_launch_dependents();
     const Place place = place_of<ROWS, COLUMNS>(p, blockIdx.x);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int warp_row = warp / WARPS_ACROSS * WARP_ROWS, warp_column = warp % WARPS_ACROSS * WARP_COLUMNS;
@@ -233,6 +234,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
         pixels.advance(p, more);
     };
 
+    griddep_wait();
     float sums[MT][NT][4] = {};
 #pragma unroll 1
     for (int slot = 0; slot < STAGES - 1; slot++) {

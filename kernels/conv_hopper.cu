@@ -113,10 +113,21 @@ template <int COLUMNS> PTX_FN void multiply(float (&d)[COLUMNS / 2], uint64_t a,
     if constexpr (COLUMNS == 256) wgmma_m64n256k16<0>(d, a, b, add);
 }
 
-// The fetching thread: all stages of all of the block's tiles, as fast as the ring has room.
+// The fetching thread: all stages of all of the block's tiles, as fast as the ring has room. The weights of the first
+// stages, which fill the ring once, are on their way before the launches before this one are over.
 template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t shared) {
     int units = p.tiles_down * p.tiles_across * p.splits, blocks = p.blocks[0] + p.blocks[1];
     int stages = blocks * p.kernel * p.kernel, all = stages + p.added_blocks[0] + p.added_blocks[1];
+    auto fetch_weights = [&](const Place& at, int step, int slot) {
+        uint32_t full = shared + T::FULL + 8 * slot, to = shared + slot * T::STAGE + T::A;
+        mbar_expect_tx(full, T::STAGE);
+        if (step < stages) tma_load_2d(to, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
+        else tma_load_2d(to, &p.added_weight, full, (step - stages) * STEP, at.column);
+    };
+    int start = blockIdx.x % p.splits * p.steps;
+    int early = min(T::STAGES, min(p.steps, all - start));
+    for (int i = 0; i < early; i++) fetch_weights(place_of<T>(p, blockIdx.x / p.splits), start + i, i);
+    griddep_wait();
     int slot = 0, parity = 1;
     for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
         Place at = place_of<T>(p, unit / p.splits);
@@ -125,14 +136,17 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
         // Odd rows of a doubled source see its own row and the next, even ones that before.
         int pad_x = p.kernel / 2 - at.phase % 2, pad_y = p.kernel / 2 - at.phase / 2;
         for (int step = first; step < last; step++) {
-            uint32_t full = shared + T::FULL + 8 * slot, a = shared + slot * T::STAGE;
-            mbar_wait(shared + T::EMPTY + 8 * slot, parity);
-            mbar_expect_tx(full, T::STAGE);
+            if (early > 0) {
+                early--;
+            } else {
+                mbar_wait(shared + T::EMPTY + 8 * slot, parity);
+                fetch_weights(at, step, slot);
+            }
+            uint32_t full = shared + T::FULL + 8 * slot, to = shared + slot * T::STAGE;
             if (step < stages) {
                 bool second = block >= p.blocks[0];
                 int channel = (second ? block - p.blocks[0] : block) * STEP;
-                tma_load_4d(a, &p.sources[second], full, channel, at.x + kx - pad_x, at.y + ky - pad_y, at.image);
-                tma_load_2d(a + T::A, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
+                tma_load_4d(to, &p.sources[second], full, channel, at.x + kx - pad_x, at.y + ky - pad_y, at.image);
                 if (++block == blocks) {
                     block = 0;
                     if (++kx == p.kernel) kx = 0, ky++;
@@ -141,8 +155,7 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
                 int added = step - stages;
                 bool second = added >= p.added_blocks[0];
                 int channel = (second ? added - p.added_blocks[0] : added) * STEP;
-                tma_load_4d(a, &p.added_sources[second], full, channel, at.x, at.y, at.image);
-                tma_load_2d(a + T::A, &p.added_weight, full, added * STEP, at.column);
+                tma_load_4d(to, &p.added_sources[second], full, channel, at.x, at.y, at.image);
             }
             if (++slot == T::STAGES) slot = 0, parity ^= 1;
         }
@@ -385,6 +398,7 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
 }
 
 template <class T> PTX_FN void conv(const ConvHopperParams& p) {
+    griddep_launch_dependents();
     uint32_t shared = smem_u32(dyn_smem());
     if (threadIdx.x == 0) {
         for (int i = 0; i < T::STAGES; i++) {
@@ -398,8 +412,10 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
     if (threadIdx.x >= CONSUMERS) {
         reg_dec<56>();
         if (threadIdx.x == CONSUMERS) produce<T>(p, shared);
+        griddep_wait();
     } else {
         reg_inc<224>();
+        griddep_wait();
         consume<T>(p, shared);
     }
 }

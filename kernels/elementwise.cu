@@ -13,6 +13,8 @@ LAYOUT(ElementParams, x, y, out, length, activation, channels)
 
 // out = f(x, y). A thread takes eight numbers; the last ones of an odd length one by one.
 template <bool BINARY, class F> __device__ __forceinline__ void map(const ElementParams& p, F f) {
+    griddep_launch_dependents();
+    griddep_wait();
     uint64_t i = (uint64_t(blockIdx.x) * 256 + threadIdx.x) * 8;
     if (i + 8 <= p.length) {
         float x[8], y[8] = {};
@@ -52,6 +54,8 @@ template <int W> __device__ __forceinline__ bool pair_place(const ElementParams&
 
 // out = value * gelu(gate).
 template <int W> __device__ __forceinline__ void geglu(const ElementParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     uint64_t value, result;
     if (!pair_place<W>(p, value, result)) return;
     float x[W], gate[W];
@@ -64,6 +68,8 @@ template <int W> __device__ __forceinline__ void geglu(const ElementParams& p) {
 
 // y is the gradient by that; out, like x, has gradients by the values and then by the gates.
 template <int W> __device__ __forceinline__ void geglu_gradient(const ElementParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     uint64_t value, result;
     if (!pair_place<W>(p, value, result)) return;
     float x[W], gate[W], y[W];
@@ -104,6 +110,8 @@ LAYOUT(ResizeGradientParams, d, out, pixels, from_height, from_width, height, wi
 // Every pixel's sum over those that a nearest-neighbour resize copied from it: y gave rows ceil(y * from / to) and on. One
 // read of the larger image, one write of the smaller; a thread has W channels of a pixel.
 template <int W> __device__ __forceinline__ void resize_gradient(const ResizeGradientParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
     int columns = p.channels / W;
     int64_t pixel = i / columns;
@@ -168,6 +176,8 @@ template <int W> __device__ __forceinline__ void add_and_store(const RowParams& 
 
 // out[row] = table[index[row]] + positions[row's place in its image]. Indices are whole and inside the table.
 template <int W> __device__ __forceinline__ void embed(const RowParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     RowPlace at;
     if (!row_place<W>(p, at)) return;
     float x[W];
@@ -177,6 +187,8 @@ template <int W> __device__ __forceinline__ void embed(const RowParams& p) {
 
 // A learnt token, then those of x; positions added to all.
 template <int W> __device__ __forceinline__ void class_token(const RowParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     RowPlace at;
     if (!row_place<W>(p, at)) return;
     int64_t image = at.row / p.tokens;
@@ -193,6 +205,8 @@ template <int W> __device__ __forceinline__ void class_token(const RowParams& p)
 
 // out[image] = x[image, index[image]].
 template <int W> __device__ __forceinline__ void select_token(const RowParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     RowPlace at;
     if (!row_place<W>(p, at)) return;
     float x[W];
@@ -224,6 +238,8 @@ LAYOUT(SinusoidParams, x, out, length, dim, flip_sin_to_cos, freq_shift, padding
 // Sines and cosines of x at frequencies that fall from 1 to about 1e-4, a thread a pair. In f64 as on the CPU, angles being
 // up to a thousand radians: the result is exact but for its rounding to fp16.
 KERNEL __launch_bounds__(256) sinusoid(const __grid_constant__ SinusoidParams p) {
+    griddep_launch_dependents();
+    griddep_wait();
     int half = p.dim / 2;
     int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
     int64_t number = i / half;

@@ -228,6 +228,8 @@ __device__ __forceinline__ void apply(const GroupNormParams& p, const Place<W>& 
 }
 
 template <int W> __device__ __forceinline__ void statistics_kernel(const GroupNormParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     Place<W> place(p);
     int groups = p.channels / p.per_group;
     int64_t first = place.image * groups + place.first / p.per_group;
@@ -260,6 +262,8 @@ __device__ __forceinline__ void each_unit(const GroupNormParams& p, int64_t imag
 
 // A warp a group: the moments of `gridDim.x` parts of an image.
 KERNEL __launch_bounds__(THREADS) group_norm_merge(const __grid_constant__ GroupNormParams p) {
+    griddep_launch_dependents();
+    griddep_wait();
     int groups = p.channels / p.per_group, group = blockIdx.y * (THREADS / 32) + threadIdx.x / 32;
     if (group >= groups) return;
     int each = (p.pixel_units + gridDim.x - 1) / gridDim.x, first = blockIdx.x * each;
@@ -286,6 +290,8 @@ __device__ __forceinline__ void merge_moments(const GroupNormParams& p, const Pl
 }
 
 template <int W> __device__ __forceinline__ void apply_kernel(const GroupNormParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     Place<W> place(p);
     float2* groups = reinterpret_cast<float2*>(dyn_smem());
     merge_moments(p, place, groups);
@@ -293,6 +299,8 @@ template <int W> __device__ __forceinline__ void apply_kernel(const GroupNormPar
 }
 
 template <int W> __device__ __forceinline__ void whole_kernel(const GroupNormParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     Place<W> place(p);
     float2* groups = reinterpret_cast<float2*>(dyn_smem());
     float2* sums = groups + p.slab / p.per_group;
@@ -391,6 +399,8 @@ __device__ __forceinline__ void apply_gradient(const GroupNormGradientParams& p,
 
 // Shared memory: moments of the slab's groups, their sums over the image, then columns' sums.
 template <int W> __device__ __forceinline__ void gradient_sums_kernel(const GroupNormGradientParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     Place<W> place(p.norm);
     int slab_groups = p.norm.slab / p.norm.per_group;
     float2* groups = reinterpret_cast<float2*>(dyn_smem());
@@ -402,6 +412,8 @@ template <int W> __device__ __forceinline__ void gradient_sums_kernel(const Grou
 }
 
 template <int W> __device__ __forceinline__ void gradient_apply_kernel(const GroupNormGradientParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     Place<W> place(p.norm);
     float2* groups = reinterpret_cast<float2*>(dyn_smem());
     float2* totals = groups + p.norm.slab / p.norm.per_group;
@@ -420,6 +432,8 @@ template <int W> __device__ __forceinline__ void gradient_apply_kernel(const Gro
 }
 
 template <int W> __device__ __forceinline__ void gradient_kernel(const GroupNormGradientParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     Place<W> place(p.norm);
     int slab_groups = p.norm.slab / p.norm.per_group;
     float2* groups = reinterpret_cast<float2*>(dyn_smem());
@@ -473,6 +487,8 @@ __device__ __forceinline__ float row_sum(float x, int warps) {
 
 // GRADIENT: p.out is the gradient by x, else the norm of x.
 template <int W, bool GRADIENT> __device__ __forceinline__ void layer_norm_kernel(const LayerNormParams& p) {
+    griddep_launch_dependents();
+    griddep_wait();
     int threads = 32 * p.warps;
     int64_t row = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
     // Threads past the last row stay for the barriers.

@@ -37,6 +37,30 @@
 #define PTX_HOPPER 1
 #endif
 
+// ---- dependent launches, sm_90a ----
+//
+// A launch may begin while those before it in its list still run, and what they write is not there yet; what it writes
+// they may still read, since the arena uses memory again. So every thread of every kernel waits, and until then reads
+// no memory but its parameters and what no launch of a list writes, which is weights. It writes none.
+//
+// A launch's wait ends when the one launch before it has ended and its writes can be seen. That it includes all earlier
+// launches is due to that one having waited itself: threads that have nothing to do wait, too.
+
+// Waits for all launches before this one.
+PTX_FN void griddep_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    PTX_EMULATED(emu::griddep_wait();)
+}
+// Lets the next launch begin, which it does as soon as all blocks of this one have called this or ended. It takes what
+// room these leave on the multiprocessors and waits there, so that every kernel calls this first.
+PTX_FN void griddep_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- shared memory ----
 
 // The block's dynamic shared memory, as large as the launch says; aligned to 1024 bytes, as swizzled tiles need.

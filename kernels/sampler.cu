@@ -80,6 +80,8 @@ LAYOUT(NoiseParams, out, seed, size, draw, scale, padding)
 
 // out = scale * normal numbers.
 KERNEL __launch_bounds__(256) noise(const __grid_constant__ NoiseParams p) {
+    griddep_launch_dependents();
+    griddep_wait();
     int i = index();
     if (i < p.size.length) p.out[i] = normal(p.seed, p.draw, i, p.size) * p.scale;
 }
@@ -100,6 +102,8 @@ LAYOUT(PrepareParams, run, steps, latents, sample, timestep, length, copies, row
 
 // The UNet's inputs: the scaled latents for each half of a guided batch, and the timestep. Past the last step, nothing.
 KERNEL __launch_bounds__(256) prepare(const __grid_constant__ PrepareParams p) {
+    griddep_launch_dependents();
+    griddep_wait();
     int i = index(), step = p.run->next;
     if (i == 0) p.run->current = step;
     if (step >= p.run->steps) return;
@@ -145,6 +149,8 @@ __device__ __forceinline__ float dot(const float (&coefficients)[3], const float
 // Classifier-free guidance (arXiv 2207.12598) and the sampler's step, latents in place: SamplerState::step's arithmetic
 // in its order, and so its numbers to the last bit.
 KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndStepParams p) {
+    griddep_launch_dependents();
+    griddep_wait();
     int i = index(), current = p.run->current, length = p.size.length;
     if (current >= p.run->steps) return;
     DeviceStep& step = p.steps[current];
@@ -186,6 +192,8 @@ struct LatentsForVaeParams {
 LAYOUT(LatentsForVaeParams, latents, out, length, scaling_factor)
 
 KERNEL __launch_bounds__(256) latents_for_vae(const __grid_constant__ LatentsForVaeParams p) {
+    griddep_launch_dependents();
+    griddep_wait();
     int i = index();
     if (i < p.length) p.out[i] = to_half(p.latents[i] / p.scaling_factor);
 }
@@ -205,6 +213,8 @@ __device__ __forceinline__ uint32_t to_byte(float x) {
 }
 
 KERNEL __launch_bounds__(256) to_rgb8(const __grid_constant__ ToRgb8Params p) {
+    griddep_launch_dependents();
+    griddep_wait();
     int64_t i = (int64_t(blockIdx.x) * 256 + threadIdx.x) * 4;
     bool finite = true;
     if (i + 4 <= p.length) {

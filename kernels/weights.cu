@@ -52,6 +52,8 @@ __device__ __forceinline__ float number_at(const unsigned char* from, int64_t in
 }
 
 KERNEL __launch_bounds__(128) pack_weights(const __grid_constant__ PackParams p) {
+    griddep_launch_dependents();
+    griddep_wait();
     int64_t from = blockIdx.x * p.from_line + blockIdx.y * p.from_group;
     int64_t to = blockIdx.x * p.to_line + blockIdx.y * p.to_group;
     bool finite = true;

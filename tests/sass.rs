@@ -30,6 +30,7 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
     ("conformance_mbarriers*", "sm_90a", &["SYNCS.PHASECHK.TRANS64.TRYWAIT"]),
     ("conformance_tma_load*", "sm_90a", &["UTMALDG"]),
     ("conformance_tma_store*", "sm_90a", &["UTMASTG"]),
+    ("conformance_griddep", "sm_90a", &["PREEXIT", "ACQBULK"]),
     ("conformance_setmaxnreg*", "sm_90a", &["USETMAXREG"]),
     // One instruction of the whole width.
     ("conformance_wgmma_m64n40*", "sm_90a", &["HGMMA.64x40x16.F32"]),
@@ -42,6 +43,10 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
 
 /// Instructions that a kernel's code must not hold: the sampler does the CPU's arithmetic, which fuses nothing.
 const FORBIDDEN: &[(&str, &str)] = &[("guide_and_step", "FFMA")];
+
+/// Instructions that no kernel of 9.0 may reach before it has waited for the launches before it: they read or write
+/// global memory or end the thread. TMA may fetch weights.
+const TOO_EARLY: &[&str] = &["LDG", "STG", "ATOM", "RED", "UTMASTG", "EXIT"];
 
 /// Every function of a fatbin: architecture, name, code.
 fn functions(cuobjdump: &Path, fatbin: &[u8]) -> Vec<(String, String, String)> {
@@ -98,6 +103,15 @@ fn fast_instructions_are_there() {
                 assert!(code.contains(mnemonic), "{name}: no {mnemonic} in its code for {architecture}");
             }
         }
+    }
+    let waits = |(architecture, name, _): &&(String, String, String)| {
+        architecture == "sm_90a" && !name.starts_with("conformance_")
+    };
+    for (_, name, code) in functions.iter().filter(waits) {
+        assert!(code.contains("PREEXIT"), "{name} does not let the next launch begin");
+        let (before, _) = code.split_once("ACQBULK").unwrap_or_else(|| panic!("{name} does not wait"));
+        let early = before.split_whitespace().find(|word| TOO_EARLY.iter().any(|early| word.starts_with(early)));
+        assert!(early.is_none(), "{name}: {} before it waits", early.unwrap());
     }
     for (kernel, mnemonic) in FORBIDDEN {
         let kernels = functions.iter().filter(|(_, name, _)| name == kernel);

@@ -285,3 +285,39 @@ KERNEL relay(const __grid_constant__ FaultParams p) {
     if (threadIdx.x == 0) atomicAdd(flag, 1u);
 }
 EXPORT(relay)
+
+// ---- chain: out[thread] = before[31 - thread of the block] + constant[...], `before` being earlier launches'; 32 threads ----
+
+struct ChainParams {
+    CUtensorMap map;        // of `before`, 32 floats
+    const float *constant, *before;
+    float* out;
+    int32_t fault, padding;
+    uint64_t unused[4];
+};
+
+KERNEL chain(const __grid_constant__ ChainParams p) {
+    float* numbers = (float*)dyn_smem();
+    uint32_t s = smem_u32(numbers), arrived = s + 128;
+    int lane = threadIdx.x, f = p.fault;
+    float x = p.constant[lane];                                     // never written: may be read at once
+    if (lane == 0) {
+        mbar_init(arrived, 1);
+        fence_mbar_init();
+        mbar_expect_tx(arrived, 128);
+        if (f == 1) tma_load_2d(s, &p.map, arrived, 0, 0);          // 1 to 6: while launches before may still run
+    }
+    if (f == 2) x += 0 * p.before[lane];
+    if (f == 3) p.out[blockIdx.x * 32 + lane] = 0;
+    if (f == 4) cp_async4(s + lane * 4, p.before + lane, true);
+    if (f == 5 && lane == 0) atomicAdd((unsigned*)p.out, 0u);
+    if (f == 6 && lane == 0) tma_store_2d(&p.map, s, 0, 0);
+    if (f == 7 && blockIdx.x == 1) return;                          // 7: a block goes away without having waited
+    if (f != 8 || lane != 9) griddep_wait();                        // 8: a thread has not waited
+    if (f != 1 && lane == 0) tma_load_2d(s, &p.map, arrived, 0, 0);
+    __syncwarp();
+    mbar_wait(arrived, 0);
+    if (f == 8 && lane == 9) return;
+    p.out[blockIdx.x * 32 + lane] = x + numbers[31 - lane];
+}
+EXPORT(chain)

@@ -37,6 +37,7 @@ static void start_thread(Block& b, Thread& t, const Launch& launch, uint3 block_
     t.shared = b.shared;
     t.shared_bytes = b.shared_bytes;
     t.done = false;
+    t.waited = !launch.dependent;
     t.copy_group = t.store_group = t.yields = 0;
     t.products = t.product_groups = 0;
     t.wgmma_fenced = false;
@@ -192,10 +193,17 @@ using namespace emu;
 extern "C" const Layout* emu_layouts() { return layouts; }
 extern "C" const Kernel* emu_kernels() { return kernels; }
 
-// Runs a kernel. 0, or the first fault in `error`.
-extern "C" int emu_launch(const char* name, const uint32_t grid[3], uint32_t threads, uint32_t shared_bytes, const void* params,
-                          size_t params_bytes, const EmuConfig* config, EmuCounters* counters, char* error, size_t error_bytes) {
+extern "C" List* emu_list_new() { return new List; }
+extern "C" void emu_list_free(List* list) { delete list; }
+
+// Runs a kernel as the next of a list. 0, or the first fault in `error`.
+extern "C" int emu_launch(List* list, const char* name, const uint32_t grid[3], uint32_t threads, uint32_t shared_bytes,
+                          const void* params, size_t params_bytes, const EmuConfig* config, EmuCounters* counters, char* error,
+                          size_t error_bytes) {
     Launch launch;
+    launch.list = list;
+    launch.dependent = list->begun;
+    list->begun = true;
     launch.kernel = kernels;
     while (launch.kernel && strcmp(launch.kernel->name, name)) launch.kernel = launch.kernel->next;
     launch.params = params;

@@ -35,6 +35,7 @@ unsigned char* fit_shared(unsigned char* mapping, uint32_t bytes) {
 
 struct Buffer {
     const unsigned char *start = nullptr, *end = nullptr;   // of what may be used
+    bool written = false;                                   // the list of launches knows that it is
 };
 static std::mutex lock;
 static std::map<const unsigned char*, Buffer> buffers;      // by start
@@ -75,27 +76,45 @@ static std::string relation(const unsigned char* p) {
 
 static bool inside(const Buffer& b, const unsigned char* p, size_t bytes) { return p >= b.start && p + bytes <= b.end; }
 
-static __attribute__((noinline)) void look_up(const unsigned char* p, size_t bytes, bool write, const Site& site, Buffer& slot) {
+// Finds the buffer; false if the place is read and in none, and may be.
+static __attribute__((noinline)) bool look_up(const unsigned char* p, size_t bytes, bool write, const Site& site, Buffer& slot) {
     Buffer b;
     if (nearest(p, b) && inside(b, p, bytes)) {
         slot = b;
-        return;
+        return true;
     }
     if (!write) {
         // Parameters, and tables of constants in the program itself.
         auto* params = (const unsigned char*)worker->launch->params;
         Buffer of_params{params, params + worker->launch->kernel->params_bytes};
-        if (inside(of_params, p, bytes)) return;
+        if (inside(of_params, p, bytes)) return false;
         Dl_info info;
-        if (dladdr(p, &info)) return;
+        if (dladdr(p, &info)) return false;
     }
     fail_at(site, "out of bounds: %zu bytes of global memory %s, %s", bytes, write ? "written" : "read", relation(p).c_str());
+}
+
+static __attribute__((noinline)) void note_write(Buffer& b) {
+    std::lock_guard<std::mutex> hold(worker->launch->list->lock);
+    worker->launch->list->written.insert(b.start);
+    b.written = true;
+}
+
+// Launches before this one may still run: what is written they may use, and what they write is not there yet.
+static __attribute__((noinline)) void early_access(const Buffer& b, const unsigned char* p, size_t bytes, bool write, const Site& site) {
+    List& list = *worker->launch->list;
+    std::lock_guard<std::mutex> hold(list.lock);
+    if (write || list.written.count(b.start))
+        fail_at(site, "missing griddep_wait: %zu bytes of global memory %s, %s, while launches before this one may still run",
+                bytes, write ? "written" : "read", relation(p).c_str());
 }
 
 void global_access(const void* pointer, size_t bytes, bool write, const Site& site) {
     auto* p = (const unsigned char*)pointer;
     Buffer& slot = cache[(uintptr_t)p >> 21 & 63];
-    if (__builtin_expect(!inside(slot, p, bytes), 0)) look_up(p, bytes, write, site, slot);
+    if (__builtin_expect(!inside(slot, p, bytes), 0) && !look_up(p, bytes, write, site, slot)) return;
+    if (__builtin_expect(!self()->waited, 0)) early_access(slot, p, bytes, write, site);
+    if (__builtin_expect(write && !slot.written, 0)) note_write(slot);
 }
 
 // ---- memory faults: what no check saw coming --------------------------------------------------

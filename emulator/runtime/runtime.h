@@ -6,6 +6,8 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 #undef memcpy
@@ -154,6 +156,7 @@ struct Thread : Fiber {
     // Looked at by every call-out.
     unsigned char *shared, *stack;
     uint32_t shared_bytes;
+    bool waited;                // for the launches before this one, if there are any in its list
 
     Block* block;
     int index, warp, lane;
@@ -193,8 +196,17 @@ struct Flight {
     std::function<void()> land;
 };
 
+// Launches of which each but the first may begin while those before it still run.
+struct List {
+    bool begun = false;
+    std::mutex lock;
+    std::set<const unsigned char*> written;     // the starts of the buffers that they write
+};
+
 // What the workers of a launch share.
 struct Launch {
+    List* list;
+    bool dependent;                     // there are launches before it in the list
     const Kernel* kernel;
     const void* params;
     dim3 grid;

@@ -117,10 +117,14 @@ void yield_now() {
     wait_in(self()->block->yielded, {});
 }
 
+void griddep_wait() { self()->waited = true; }
+
 void run_thread() {
     for (;;) {
         worker->launch->kernel->call(worker->launch->params);
         Thread& t = *self();
+        if (!t.waited)
+            fail_at(Site(), "missing griddep_wait: the thread exits, and who waits for this launch does not wait for those before");
         copies_at_exit(t);
         stores_at_exit(t);
         t.done = true;

@@ -53,6 +53,7 @@ void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, int rank, cons
     Block* b = me.block;
     Site site(f, l);
     TensorMap t = decode(map, rank, "TMA load", site);
+    global_access((const void*)t.start, 1, false, site);
     uint32_t bytes = tile_bytes(t);
     unsigned char* to = shared_at(*b, dst, bytes, 128, "TMA load", site);
     MBarrier* m = get_mbarrier(bar, site);
@@ -98,6 +99,7 @@ void tma_store(const CUtensorMap* map, uint32_t src, int rank, const int* c, con
     Thread& me = *self();
     Site site(f, l);
     TensorMap t = decode(map, rank, "TMA store", site);
+    global_access((const void*)t.start, 1, true, site);
     Store s{*map, src, tile_bytes(t), {}, me.store_group, false, {}, site, 0};
     for (int i = 0; i < rank; i++) {
         // So it is on an H100, whatever the swizzle. Beyond the far end a store is clipped, and loads may begin

@@ -122,7 +122,10 @@ unsafe extern "C" {
         tile: *const u32,
         swizzle: u32,
     ) -> c_int;
+    fn emu_list_new() -> *mut c_void;
+    fn emu_list_free(list: *mut c_void);
     fn emu_launch(
+        list: *mut c_void,
         name: *const c_char,
         grid: *const u32,
         threads: u32,
@@ -211,13 +214,99 @@ impl TensorMap {
     }
 }
 
-/// Runs a kernel that takes one structure by value.
+/// Launches one after the other, each of which but the first may begin while those before it still run: until a thread
+/// has waited for these (`griddep_wait`) it may read memory that none of them writes, and no more, and without having
+/// waited it may not end. What is written is counted by allocations.
+pub struct List(*mut c_void);
+
+impl List {
+    /// An empty list.
+    pub fn new() -> Self {
+        // SAFETY: freed once, in `drop`.
+        List(unsafe { emu_list_new() })
+    }
+
+    /// Runs a kernel that takes one structure by value, as the next of the list.
+    ///
+    /// # Safety
+    /// `params` are what the kernel of that name expects; the memory they point to is alive and used by nobody else.
+    ///
+    /// # Errors
+    /// The first fault found; results are then worthless. Parameters of another size than the kernel's structure are
+    /// one.
+    pub unsafe fn launch(
+        &mut self,
+        kernel: &str,
+        grid: [u32; 3],
+        block: u32,
+        shared: u32,
+        params: &[u8],
+        schedule: &Schedule,
+    ) -> Result<Counters, Fault> {
+        let name = CString::new(kernel).map_err(|_| Fault("a kernel's name holds a zero".into()))?;
+        let threads = match schedule.threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
+            n => n,
+        };
+        let config = Config {
+            seed: schedule.seed,
+            order: schedule.order as i32,
+            landing: schedule.landing as i32,
+            resident: schedule.resident as i32,
+            races: i32::from(schedule.races),
+            threads: threads as i32,
+        };
+        // Parameters may hold tensor maps, which are aligned to 64 bytes.
+        let mut aligned = vec![TensorMap([0; 16]); params.len().div_ceil(size_of::<TensorMap>()).max(1)];
+        // SAFETY: as many bytes as there are.
+        unsafe { std::ptr::copy_nonoverlapping(params.as_ptr(), aligned.as_mut_ptr().cast(), params.len()) };
+        let mut counters = Counters::default();
+        let mut error = vec![0 as c_char; 4096];
+        // SAFETY: pointers to live locals; the rest is the caller's promise.
+        let code = unsafe {
+            emu_launch(
+                self.0,
+                name.as_ptr(),
+                grid.as_ptr(),
+                block,
+                shared,
+                aligned.as_ptr().cast(),
+                params.len(),
+                &config,
+                &mut counters,
+                error.as_mut_ptr(),
+                error.len(),
+            )
+        };
+        if code == 0 {
+            return Ok(counters);
+        }
+        // SAFETY: the runtime ends it with a zero.
+        let text = unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy().into_owned();
+        Err(Fault(format!("{kernel}: {text}")))
+    }
+}
+
+impl Default for List {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for List {
+    fn drop(&mut self) {
+        // SAFETY: made by `emu_list_new`.
+        unsafe { emu_list_free(self.0) }
+    }
+}
+
+/// Runs a kernel as the only launch of a list.
 ///
 /// # Safety
-/// `params` are what the kernel of that name expects; the memory they point to is alive and used by nobody else.
+/// As for [`List::launch`].
 ///
 /// # Errors
-/// The first fault found; results are then worthless. Parameters of another size than the kernel's structure are one.
+/// As for [`List::launch`].
 pub unsafe fn launch(
     kernel: &str,
     grid: [u32; 3],
@@ -226,44 +315,6 @@ pub unsafe fn launch(
     params: &[u8],
     schedule: &Schedule,
 ) -> Result<Counters, Fault> {
-    let name = CString::new(kernel).map_err(|_| Fault("a kernel's name holds a zero".into()))?;
-    let threads = match schedule.threads {
-        0 => std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
-        n => n,
-    };
-    let config = Config {
-        seed: schedule.seed,
-        order: schedule.order as i32,
-        landing: schedule.landing as i32,
-        resident: schedule.resident as i32,
-        races: i32::from(schedule.races),
-        threads: threads as i32,
-    };
-    // Parameters may hold tensor maps, which are aligned to 64 bytes.
-    let mut aligned = vec![TensorMap([0; 16]); params.len().div_ceil(size_of::<TensorMap>()).max(1)];
-    // SAFETY: as many bytes as there are.
-    unsafe { std::ptr::copy_nonoverlapping(params.as_ptr(), aligned.as_mut_ptr().cast(), params.len()) };
-    let mut counters = Counters::default();
-    let mut error = vec![0 as c_char; 4096];
-    // SAFETY: pointers to live locals; the rest is the caller's promise.
-    let code = unsafe {
-        emu_launch(
-            name.as_ptr(),
-            grid.as_ptr(),
-            block,
-            shared,
-            aligned.as_ptr().cast(),
-            params.len(),
-            &config,
-            &mut counters,
-            error.as_mut_ptr(),
-            error.len(),
-        )
-    };
-    if code == 0 {
-        return Ok(counters);
-    }
-    // SAFETY: the runtime ends it with a zero.
-    let text = unsafe { CStr::from_ptr(error.as_ptr()) }.to_string_lossy().into_owned();
-    Err(Fault(format!("{kernel}: {text}")))
+    // SAFETY: the caller's promise.
+    unsafe { List::new().launch(kernel, grid, block, shared, params, schedule) }
 }

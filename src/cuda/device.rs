@@ -156,7 +156,9 @@ pub trait Device: Send + Sync {
     /// [`crate::Error::Device`] if TMA has no such tensors or tiles.
     fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]>;
 
-    /// Runs kernels one after the other.
+    /// Runs kernels one after the other. Each but the first may begin while those before it still run, and waits for
+    /// them by itself (`griddep_wait` in `kernels/ptx.cuh`). The first begins when all work given before is done: that
+    /// may be a copy, the end of a recording, or the event that starts a timing, and nothing would be gained.
     ///
     /// # Safety
     /// The structures' pointers are valid for what the kernels do with them.

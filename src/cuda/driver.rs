@@ -55,7 +55,7 @@ pub(super) mod functions {
         cuStreamCreate cuStreamDestroy_v2 cuStreamSynchronize cuStreamBeginCapture_v2 cuStreamEndCapture
         cuGraphInstantiateWithFlags cuGraphDestroy cuGraphUpload cuGraphLaunch cuGraphExecDestroy
         cuEventCreate cuEventDestroy_v2 cuEventRecord cuEventSynchronize
-        cuModuleLoadData cuModuleUnload cuModuleGetFunction cuFuncSetAttribute cuTensorMapEncodeTiled cuLaunchKernel
+        cuModuleLoadData cuModuleUnload cuModuleGetFunction cuFuncSetAttribute cuTensorMapEncodeTiled cuLaunchKernelEx
     }
 }
 
@@ -67,6 +67,12 @@ impl Version {
     /// True if the driver has `cuFuncGetParamInfo`.
     pub(super) fn tells_parameters(self) -> bool {
         self >= Version(12_040)
+    }
+
+    /// True if graphs have edges along which a launch begins before the one before it ends. Streams have known such
+    /// launches since CUDA 11.8.
+    pub(super) fn has_programmatic_edges(self) -> bool {
+        self >= Version(12_030)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
 use crate::{Error, Result};
-use respodiff_emulated_kernels::{Memory, Schedule, TensorMap, launch};
+use respodiff_emulated_kernels::{List, Memory, Schedule, TensorMap};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -85,9 +85,10 @@ impl Device for Emulated {
     }
 
     unsafe fn run(&self, launches: &[Launch]) -> Result<()> {
+        let mut list = List::new();
         for Launch { kernel, grid, block, shared, params } in launches {
             // SAFETY: the caller's promise.
-            let outcome = unsafe { launch(kernel, *grid, *block, *shared, params, &self.schedule) };
+            let outcome = unsafe { list.launch(kernel, *grid, *block, *shared, params, &self.schedule) };
             outcome.map_err(|fault| Error::Device(fault.to_string()))?;
         }
         Ok(())

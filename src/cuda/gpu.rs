@@ -10,8 +10,9 @@ use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
 use super::driver::{self, Card, Version, check, functions::*};
 use crate::{Error, Result};
 use cudarc::driver::sys::{
-    CUcontext, CUevent, CUgraphExec, CUresult, CUstream, CUstream_flags, CUstreamCaptureMode, CUtensorMap,
-    CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
+    CUcontext, CUevent, CUgraphExec, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
+    CUresult, CUstream, CUstream_flags, CUstreamCaptureMode, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill,
+    CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
 };
 use kernels::{Kernel, Loaded, MAX_PARAMS};
 use rayon::prelude::*;
@@ -218,7 +219,14 @@ impl Gpu {
         launches.iter().map(|launch| loaded.kernel_of(launch, &self.card, self.version)).collect()
     }
 
-    /// Puts launches of `kernels` into a stream.
+    /// Whether a launch may begin before the one before it in its list ends. Its kernel must wait by itself, and only
+    /// the machine code for 9.0 does: `build.rs` makes that for newer cards out of PTX for 8.0, which cannot say it.
+    fn launches_overlap(&self) -> bool {
+        self.card.limits.capability == 90 && self.version.has_programmatic_edges()
+    }
+
+    /// Puts launches of `kernels` into a stream. On a stream in capture a launch that may begin early becomes a node
+    /// behind a programmatic edge.
     ///
     /// # Safety
     /// As for [`Device::run`].
@@ -227,18 +235,32 @@ impl Gpu {
         #[repr(align(64))]
         struct Params([u8; MAX_PARAMS]);
         let mut params = Params([0; MAX_PARAMS]);
-        for (kernel, launch) in kernels.iter().zip(launches) {
-            params.0[..launch.params.len()].copy_from_slice(&launch.params);
+        let mut early = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let overlap = self.launches_overlap();
+        for (i, (kernel, launch)) in kernels.iter().zip(launches).enumerate() {
+            let Launch { kernel: name, grid, block, shared, params: bytes } = launch;
+            params.0[..bytes.len()].copy_from_slice(bytes);
             let mut arguments = [params.0.as_mut_ptr().cast::<c_void>()];
-            let ([x, y, z], nothing) = (launch.grid, null_mut());
-            // SAFETY: the driver copies the one structure before it returns; the rest is the caller's promise.
-            let code = unsafe {
-                let Launch { block, shared, .. } = *launch;
-                cuLaunchKernel(kernel.function, x, y, z, block, 1, 1, shared, stream, arguments.as_mut_ptr(), nothing)
+            let config = CUlaunchConfig {
+                gridDimX: grid[0],
+                gridDimY: grid[1],
+                gridDimZ: grid[2],
+                blockDimX: *block,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: *shared,
+                hStream: stream,
+                attrs: &mut early,
+                numAttrs: (overlap && i > 0).into(),
             };
+            // SAFETY: the driver copies the one structure before it returns; the rest is the caller's promise.
+            let code = unsafe { cuLaunchKernelEx(&config, kernel.function, arguments.as_mut_ptr(), null_mut()) };
             if code as u32 != 0 {
-                let Launch { kernel, grid, block, shared, .. } = launch;
-                let doing = format!("launching `{kernel}` (grid {grid:?}, {block} threads, {shared} bytes shared)");
+                let doing = format!("launching `{name}` (grid {grid:?}, {block} threads, {shared} bytes shared)");
                 check(&doing, code)?;
             }
         }

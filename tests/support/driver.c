@@ -20,7 +20,7 @@ typedef void* Handle;
 typedef struct { uint64_t x, out, length; } Doubling;
 typedef struct { int capturing; int launches; Doubling taken[8]; } Stream;
 
-static _Atomic int live, failures;
+static _Atomic int live, failures, early;
 static int context, set_shared;
 static size_t used;
 static void* take(size_t bytes) { live++; return calloc(1, bytes); }
@@ -130,11 +130,20 @@ int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address
     memcpy(map, seen, sizeof seen);
     return 0;
 }
-int cuLaunchKernel(Handle f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                   Handle s, void** params, void** extra) {
-    if (!f || !gx || !gy || !gz || !bx || by != 1 || bz != 1 || extra || shared > (unsigned)set_shared) return told(INVALID_VALUE);
+typedef struct { int id; char pad[4]; union { char bytes[64]; int allowed; } value; } Attribute;
+typedef struct { unsigned grid[3], block[3], shared; Handle stream; Attribute* attributes; unsigned count; } Config;
+// Counts launches that may begin before the one before them ends: the one attribute that is known.
+int early_launches(void) { return early; }
+int cuLaunchKernelEx(const Config* c, Handle f, void** params, void** extra) {
+    const unsigned *g = c->grid, *b = c->block;
+    if (!f || !g[0] || !g[1] || !g[2] || !b[0] || b[1] != 1 || b[2] != 1 || extra || c->shared > (unsigned)set_shared)
+        return told(INVALID_VALUE);
     if ((uint64_t)params[0] % 64) return told(INVALID_VALUE);
-    Stream* stream = s;
+    if (c->count > 1 || (c->count && (c->attributes->id != 6 || c->attributes->value.allowed != 1))) return told(INVALID_VALUE);
+    // Older GPUs lack them, older drivers in graphs.
+    if (c->count && (CAPABILITY < 90 || VERSION < 12030)) return told(INVALID_VALUE);
+    early += c->count;
+    Stream* stream = c->stream;
     if (stream->capturing) stream->taken[stream->launches++] = *(Doubling*)params[0];
     else doubled(*(Doubling*)params[0]);
     return 0;

@@ -1,6 +1,6 @@
 //! Plants faults and expects to hear of them; runs the kernels without faults many times and expects to hear nothing.
 
-use respodiff_emulator_faults::{Fault, Landing, Memory, Order, Schedule, TensorMap, launch};
+use respodiff_emulator_faults::{Fault, Landing, List, Memory, Order, Schedule, TensorMap, launch};
 
 // ---- memory -----------------------------------------------------------------------------------
 
@@ -132,8 +132,39 @@ fn stored(layout: (usize, i32, i32), fault: i32, schedule: &Schedule) -> Outcome
     outcome(start("stored", 1, 128, shared, &params, schedule), &out, &matmul(&a, &b, 64))
 }
 
+/// Three launches of a list, of which the second and the third work on what the first left. The last has the fault.
+fn chain(fault: i32, schedule: &Schedule) -> Outcome {
+    let (length, blocks) = (64, 2);
+    let memory_of = |numbers: &[f32]| {
+        let memory = Memory::new(numbers.len() * 4);
+        // SAFETY: as many floats as the memory has.
+        unsafe { std::ptr::copy_nonoverlapping(numbers.as_ptr(), memory.address() as *mut f32, numbers.len()) };
+        memory
+    };
+    let given: Vec<f32> = (0..length).map(|i| (i * i % 23) as f32).collect();
+    let constant: Vec<f32> = (0..32).map(|i| (i * 7 % 16) as f32).collect();
+    let of = |before: &[f32]| -> Vec<f32> { (0..length).map(|i| before[31 - i % 32] + constant[i % 32]).collect() };
+    let [x, c] = [&given, &constant].map(|numbers| memory_of(numbers));
+    let [first, second, third] = [(); 3].map(|()| Memory::new(length * 4));
+    let mut list = List::new();
+    let mut next = |before: &Memory, out: &Memory, fault: i32| {
+        let map = TensorMap::tiled(before.address(), 4, &[32, 1], &[128], &[32, 1], 0).unwrap();
+        let mut params = map.0.to_vec();
+        params.extend([c.address(), before.address(), out.address(), pair(fault as usize, 0), 0, 0, 0, 0]);
+        let bytes: Vec<u8> = params.iter().flat_map(|word| word.to_le_bytes()).collect();
+        // SAFETY: the kernel's parameters; its faults are caught by the emulator.
+        unsafe { list.launch("chain", [blocks, 1, 1], 32, 144, &bytes, schedule) }.map(drop)
+    };
+    let run = next(&x, &first, 0).and_then(|()| next(&first, &second, 0)).and_then(|()| next(&first, &third, fault));
+    match run {
+        Ok(()) if floats(&second) != of(&of(&given)) => Outcome::Wrong,
+        run => outcome(run, &third, &of(&of(&given))),
+    }
+}
+
 fn run(kernel: &str, fault: i32, schedule: &Schedule) -> Outcome {
     match kernel {
+        "chain" => chain(fault, schedule),
         "product" => product(fault, schedule),
         "stored" => stored((64, 3, 0), fault, schedule),
         _ => plain(kernel, fault, schedule),
@@ -209,6 +240,14 @@ const FAULTS: &[(&str, i32, &str, &str)] = &[
     ("stored", 9, "exits with a TMA store in flight", ".F.FF"),
     ("stored", 10, "shared-memory race|earlier read by a TMA store", "????F"),
     ("stored", 11, "TMA store: illegal instruction|coordinate -1 along dimension 1", "FFFFF"),
+    ("chain", 1, "faults.cu|missing griddep_wait|read, 0 bytes into a 256-byte global buffer", "FFFFF"),
+    ("chain", 2, "faults.cu|missing griddep_wait|4 bytes of global memory read", "FFFFF"),
+    ("chain", 3, "faults.cu|missing griddep_wait|4 bytes of global memory written", "FFFFF"),
+    ("chain", 4, "faults.cu|missing griddep_wait|4 bytes of global memory read", "FFFFF"),
+    ("chain", 5, "missing griddep_wait|4 bytes of global memory written", "FFFFF"),
+    ("chain", 6, "faults.cu|missing griddep_wait|written, 0 bytes into a 256-byte global buffer", "FFFFF"),
+    ("chain", 7, "missing griddep_wait|the thread exits", "FFFFF"),
+    ("chain", 8, "missing griddep_wait|the thread exits", "FFFFF"),
 ];
 
 #[test]
@@ -280,7 +319,7 @@ fn schedules(seed: u64) -> impl Iterator<Item = Schedule> {
 fn correct_kernels_pass_whatever_the_schedule() {
     for seed in 0..8 {
         for schedule in schedules(seed) {
-            for kernel in ["reduce", "exchange", "stream", "narrow", "product", "stored"] {
+            for kernel in ["reduce", "exchange", "stream", "narrow", "product", "stored", "chain"] {
                 let outcome = run(kernel, 0, &schedule);
                 assert!(matches!(outcome, Outcome::Right), "{kernel} {schedule:?}: {outcome:?}");
             }

@@ -131,6 +131,32 @@ fn numbers_go_up_through_and_down() {
     assert_eq!(live(), 0);
 }
 
+/// All launches of a list but the first, run or recorded, where the kernels wait by themselves and graphs can say it.
+#[test]
+fn launches_overlap_on_9_0_alone() {
+    let drivers = [
+        ("-O1", "2 1"),
+        ("-DVERSION=12030", "2 1"),
+        ("-DVERSION=12020", "0 0"),
+        ("-DCAPABILITY=89", "0 0"),
+        ("-DCAPABILITY=100", "0 0"),
+    ];
+    let Some(words) = each_driver("launches_overlap_on_9_0_alone", &drivers) else { return };
+    let gpu = gpu();
+    {
+        let device: Arc<dyn Device> = gpu.clone();
+        let buffer = super::super::Buffer::zeroed(&device, 64).unwrap();
+        let launches: [Launch; 3] = std::array::from_fn(|_| twice(&buffer, 1));
+        unsafe { device.run(&launches).unwrap() };
+        let run = count("early_launches");
+        unsafe { device.clone().record(&launches[..2]).unwrap() };
+        assert_eq!(format!("{run} {}", count("early_launches") - run), words);
+        assert_eq!(count("failed_calls"), 0);
+    }
+    drop(gpu);
+    assert_eq!(live(), 0);
+}
+
 #[test]
 fn a_driver_that_does_not_start_says_why_in_one_line() {
     let drivers = [

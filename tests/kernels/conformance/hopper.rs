@@ -110,7 +110,7 @@ impl Tiling<'_> {
         let case = format!("tma_load_{}", self.name());
         let outputs = outputs(&case, true, &vec![!0; expected.len()], |device, tile| {
             let memory = Buffer::from_bytes(device, bytemuck::cast_slice(&tensor)).unwrap();
-            (self.prepare(kernel, device, memory.address(), tile), vec![memory])
+            (vec![self.prepare(kernel, device, memory.address(), tile)], vec![memory])
         });
         same(&outputs, &expected);
     }
@@ -128,7 +128,7 @@ impl Tiling<'_> {
         let case = format!("tma_store_{}", self.name());
         let outputs = outputs(&case, true, &before, |device, tensor| {
             let memory = Buffer::from_bytes(device, bytemuck::cast_slice(&tile)).unwrap();
-            (self.prepare(kernel, device, tensor, memory.address()), vec![memory])
+            (vec![self.prepare(kernel, device, tensor, memory.address())], vec![memory])
         });
         same(&outputs, &expected);
     }
@@ -258,7 +258,7 @@ fn wgmma(kernel: &'static str, columns: usize, from_registers: bool, across: boo
                 of_a,
                 of_b,
             };
-            (Launch::new(kernel, [1, 1, 1], 128, bytes, &params), vec![image, a])
+            (vec![Launch::new(kernel, [1, 1, 1], 128, bytes, &params)], vec![image, a])
         });
         near(&outputs, &truth);
     }
