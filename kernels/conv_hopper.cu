@@ -29,6 +29,12 @@
 // Where group norms read the result, the epilogue leaves them its moments, from the staging memory: 40 loads of 4 bytes a
 // thread for units of 10 channels, some 400 cycles a tile, instead of a kernel that reads the whole result again.
 //
+// Where a layer norm stands between two products of pixels by themselves, it has no kernel. Its scale and shift are in the
+// second product's weights (weights.cu). The first product leaves moments of each row's units of 80 or 64 channels: ten
+// loads of 16 bytes a thread. The second one multiplies the rows as they are, and gets each row's mean and deviation
+// from these moments, at most 128 bytes, while its first stage is multiplied. Then W' x becomes
+// (W' x - mean S) / deviation + T, in fp32, so that the normalised row is never rounded.
+//
 // Each sum is one chain of products of 16 in the order of the depth: no bit depends on the tile. It is not the chain of
 // conv.cu's mma.sync, whose instruction rounds elsewhere, so that the host chooses between the two by one image's shape
 // alone.
@@ -47,8 +53,11 @@ struct ConvHopperParams {
     uint32_t* counters;  // likewise
     // For group norms that read the result: mean and squared deviations of `unit_channels` channels in 64 pixels,
     // [images][units of channels][phases][pixel_units]. May be missing.
+    // For layer norms, which have units of one pixel, [pixels of all images][units of channels].
     float2* moments;
     const float* added_bias;  // may be missing
+    // What such a product left of the first source's rows, if this one normalises them; else null.
+    const float2* source_moments;
     int32_t height, width, images;
     int32_t log_width, log_height;  // of the rectangle: log2; what is left of 128 are images
     int32_t across_image, down_image;  // rectangles that cover an image
@@ -59,12 +68,15 @@ struct ConvHopperParams {
     int32_t added_blocks[2];
     int32_t kernel;
     int32_t splits, steps;  // of the depth, and stages of each split
-    int32_t unit_channels, pixel_units;
-    int32_t padding[14];
+    int32_t unit_pixels, unit_channels, pixel_units;  // of `moments`
+    int32_t source_units;  // of a row, in `source_moments`
+    float source_eps;  // what the layer norm adds to the variance
+    int32_t padding[7];
 };
 LAYOUT(ConvHopperParams, sources, weight, out, residual, added_sources, added_weight, after, partial, counters, moments,
-       added_bias, height, width, images, log_width, log_height, across_image, down_image, tiles_down, tiles_across,
-       columns, tiles_of_columns, blocks, added_blocks, kernel, splits, steps, unit_channels, pixel_units, padding)
+       added_bias, source_moments, height, width, images, log_width, log_height, across_image, down_image, tiles_down, tiles_across,
+       columns, tiles_of_columns, blocks, added_blocks, kernel, splits, steps, unit_pixels, unit_channels,
+       pixel_units, source_units, source_eps, padding)
 
 namespace conv_hopper {
 
@@ -162,6 +174,58 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
     }
 }
 
+PTX_FN float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// Mean and inverse deviation of the source's rows of which this thread holds sums, by the moments of their units, which
+// four lanes share: the mean first, then the squared deviations about it.
+PTX_FN void source_norms(const ConvHopperParams& p, const Place& at, float2 (&norms)[2]) {
+    constexpr int SHARE = 4;  // of 16 units
+    float each = float(p.blocks[0] * STEP / p.source_units), units = float(p.source_units);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int row = at.x + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + h * 8;
+        const float2* of_row = p.source_moments + int64_t(row) * p.source_units;
+        float2 parts[SHARE];
+        float mean = 0.0f, squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SHARE; i++) {
+            int unit = threadIdx.x % 4 + 4 * i;
+            parts[i] = unit < p.source_units && row < p.width ? of_row[unit] : float2{};
+        }
+#pragma unroll
+        for (int i = 0; i < SHARE; i++) mean += parts[i].x;
+        mean = quad_sum(mean) / units;
+#pragma unroll
+        for (int i = 0; i < SHARE; i++) {
+            float off = parts[i].x - mean;
+            if (int(threadIdx.x % 4 + 4 * i) < p.source_units) squares += fmaf(each * off, off, parts[i].y);
+        }
+        norms[h] = make_float2(mean, rsqrtf(quad_sum(squares) / (units * each) + p.source_eps));
+    }
+}
+
+// The sums behind a folded layer norm: `norms` are mean and inverse deviation of the thread's rows, and 0 and 1 where the
+// source is normalised already.
+template <class T>
+PTX_FN void normalise(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const float2 (&norms)[2], const Place& at) {
+    int column = at.column + threadIdx.x % 4 * 2;
+    const float2* folded = p.after.folded + column;
+#pragma unroll
+    for (int j = 0; j < T::COLUMNS / 8; j++) {
+        if (column + j * 8 >= p.columns) break;
+        float4 sums = *reinterpret_cast<const float4*>(folded + j * 8);  // S and T of two columns
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float* of_row = d + j * 4 + h * 2;
+            of_row[0] = fmaf(norms[h].y, fmaf(-norms[h].x, sums.x, of_row[0]), sums.y);
+            of_row[1] = fmaf(norms[h].y, fmaf(-norms[h].x, sums.z, of_row[1]), sums.w);
+        }
+    }
+}
+
 // The sums of two neighbouring channels of a row with bias, the image's row and the activation; the residual comes
 // later.
 PTX_FN float2 activated(const Epilogue& e, float2 x, float2 bias, float2 per_image) {
@@ -221,6 +285,10 @@ PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d)[T::COLUMNS / 2], 
     return t < 2 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000u);
 }
 
+PTX_FN float sum_of(const float (&x)[8]) {
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
 // How a row's 16-byte chunks change places in the staging memory.
 template <class T> PTX_FN int twist_of(int row) {
     return T::SPAN == 128 ? row % 8 : T::SPAN == 64 ? row / 2 % 4 : row / 4 % 2;
@@ -266,6 +334,37 @@ template <class T> PTX_FN void store_moments(const ConvHopperParams& p, const Pl
         place = place * (p.tiles_across / p.tiles_of_columns) + at.phase;
         place = place * p.pixel_units + piece % p.pixel_units;
         if (lane == 0) p.moments[place] = make_float2(pivot + mean, fmaxf(squares - sum * mean, 0.0f));
+    }
+}
+
+// Moments of each row's units of channels, likewise: a thread has a row and every second unit. Rows are 16 bytes at
+// a time, of which eight sums are made side by side.
+template <class T> PTX_FN void store_row_moments(const ConvHopperParams& p, const Place& at, int group) {
+    constexpr int UNIT = T::COLUMNS % 80 == 0 ? 80 : 64, CHUNKS = UNIT / 8;
+    int row = threadIdx.x % 64, pixel = at.x + group * 64 + row;
+    if (pixel >= p.width) return;
+    const unsigned char* of_row = dyn_smem() + T::STAGING + group * T::PIECE + row * T::SPAN;
+    float2* moments = p.moments + int64_t(pixel) * (p.after.channels / UNIT);
+    for (int unit = threadIdx.x % 128 / 64; unit < T::OUT / UNIT; unit += 2) {
+        if (at.column + unit * UNIT >= p.after.channels) break;
+        Half8 chunks[CHUNKS];
+        float sums[8] = {}, squares[8] = {}, x[8];
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            int chunk = unit * CHUNKS + i, in_box = chunk % (T::BOX / 8) ^ twist_of<T>(row);
+            chunks[i] = *reinterpret_cast<const Half8*>(of_row + chunk / (T::BOX / 8) * 64 * T::SPAN + in_box * 16);
+            unpack(chunks[i], x);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sums[j] += x[j];
+        }
+        float mean = sum_of(sums) / UNIT;
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) {
+            unpack(chunks[i], x);
+#pragma unroll
+            for (int j = 0; j < 8; j++) squares[j] = fmaf(x[j] - mean, x[j] - mean, squares[j]);
+        }
+        moments[at.column / UNIT + unit] = make_float2(mean, sum_of(squares));
     }
 }
 
@@ -346,7 +445,8 @@ template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[
     if (!T::GATED && p.moments) {
         // The thread that stored keeps to its warp, and the staging memory is read until all have arrived.
         __syncwarp();
-        store_moments<T>(p, at, group);
+        if (p.unit_pixels == 1) store_row_moments<T>(p, at, group);
+        else store_moments<T>(p, at, group);
         named_bar_sync(1 + group, 128);
     }
 }
@@ -366,6 +466,7 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
         // wgmma is for whole warps: the thread that stored, and fetched, catches up.
         __syncwarp();
         int count = min(p.steps, stages - split * p.steps), previous = 0;
+        float2 norms[2] = {{0.0f, 1.0f}, {0.0f, 1.0f}};
         for (int step = 0; step < count; step++) {
             mbar_wait(shared + T::FULL + 8 * slot, parity);
             uint64_t a = wg_desc_sw128(shared + slot * T::STAGE + group * 64 * 128, 16, 1024);
@@ -379,6 +480,8 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
                 // The products of the stage before are done, and its slot may be filled again.
                 wgmma_wait<1>();
                 if (lane == 0) mbar_arrive(shared + T::EMPTY + 8 * previous);
+            } else if (p.source_moments) {
+                source_norms(p, at, norms);
             }
             previous = slot;
             if (++slot == T::STAGES) slot = 0, parity ^= 1;
@@ -391,6 +494,7 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
                 continue;
             if (stores) prepare_staging<T>(p, at, shared, group);
         }
+        if (p.after.folded) normalise<T>(p, d, norms, at);
         store_tile<T>(p, d, at, shared, arrived);
         arrived ^= 1;
     }

@@ -4,9 +4,11 @@
 #include "numeric.cuh"
 
 // out = activation(gain * sum + bias_gain * bias + per_image) + residual, times `scale`; behind a gate, the product's
-// columns are values and gates in turns, and out = value * gelu(gate).
+// columns are values and gates in turns, and out = value * gelu(gate). Where a layer norm is folded into the weights, its
+// shift adds T of the column to the sum.
 struct Epilogue {
     const float* bias;  // may be missing, as the following may
+    const float2* folded;  // S and T of each of the product's columns, see weights.cu
     const __half* per_image;  // of each image, `per_image_width` apart
     const __half* residual;
     void* out;
@@ -21,7 +23,7 @@ struct Epilogue {
     float gain, bias_gain, scale;
     int32_t padding;
 };
-LAYOUT(Epilogue, bias, per_image, residual, out, shift, shifted, channels, per_image_width, pixels, activation, full,
+LAYOUT(Epilogue, bias, folded, per_image, residual, out, shift, shifted, channels, per_image_width, pixels, activation, full,
        first_shifted, gain, bias_gain, scale, padding)
 
 PTX_FN void read8(const float* from, int count, bool aligned, float (&x)[8]) {
@@ -73,6 +75,15 @@ PTX_FN void finish(const Epilogue& e, float (&x)[8], float (&gate)[8], int row, 
     const size_t at = size_t(row) * e.channels + channel;
     float more[8];
     float bias[8] = {};
+    if (e.folded) {
+        const float2* folded = e.folded + (gated ? 2 * channel : channel);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            if (i >= count) break;
+            x[i] += folded[gated ? 2 * i : i].y;
+            if (gated) gate[i] += folded[2 * i + 1].y;
+        }
+    }
     if (e.bias) read8(e.bias + channel, count, aligned, bias);
 #pragma unroll
     for (int i = 0; i < 8; i++) x[i] = fmaf(x[i], e.gain, e.bias_gain * bias[i]);

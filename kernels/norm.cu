@@ -16,7 +16,9 @@
 // nothing to fp32, n being a few hundred. All that comes after is put together in two passes over these few numbers, the
 // mean and then the squared deviations about it, in an order that one image's shape decides.
 //
-// Layer norm. A row stays in the registers of one warp (of several beyond 1280 channels): one read, one write.
+// Layer norm. A row stays in the registers of one warp (of several beyond 1280 channels): one read, one write. Where only
+// matrix products read it, its scale and shift are in their weights; where these are conv_hopper.cu's, and so is what
+// made the input, there is no launch at all.
 //
 // Gradients by the input, of which all statistics are computed once more. With d the gradient by the result, x^ the normalised
 // input and u = d times what the norm (and SiLU) multiplies x by, it is u - mean(u) - x^ mean(u x^), means over a group or row.
@@ -458,8 +460,8 @@ GROUP_NORM_GRADIENT(group_norm_gradient, gradient_kernel, 1)
 struct LayerNormParams {
     const __half* x;
     const __half* d;  // of a gradient
-    const float* weight;
-    const float* bias;  // of the norm itself
+    const float* weight;  // null if it is folded into the products that read the norm
+    const float* bias;  // of the norm itself, likewise
     __half* out;
     int64_t rows;
     int32_t channels;
@@ -532,11 +534,11 @@ template <int W, bool GRADIENT> __device__ __forceinline__ void layer_norm_kerne
                 float x[W], u[W], weight[W];
                 unpack(kept[i], x);
                 unpack(kept_d[i], u);
-                load_floats(p.weight + channel, weight);
+                if (p.weight) load_floats(p.weight + channel, weight);
 #pragma unroll
                 for (int j = 0; j < W; j++) {
                     x[j] = (x[j] - mean) * inverse;
-                    u[j] *= weight[j] * inverse;
+                    u[j] *= p.weight ? weight[j] * inverse : inverse;
                 }
                 f(channel, x, u);
             }
@@ -558,11 +560,15 @@ template <int W, bool GRADIENT> __device__ __forceinline__ void layer_norm_kerne
         });
     } else {
         each([&](int channel, float(&x)[W]) {
-            float weight[W], bias[W];
-            load_floats(p.weight + channel, weight);
-            load_floats(p.bias + channel, bias);
 #pragma unroll
-            for (int j = 0; j < W; j++) x[j] = (x[j] - mean) * inverse * weight[j] + bias[j];
+            for (int j = 0; j < W; j++) x[j] = (x[j] - mean) * inverse;
+            if (p.weight) {
+                float weight[W], bias[W];
+                load_floats(p.weight + channel, weight);
+                load_floats(p.bias + channel, bias);
+#pragma unroll
+                for (int j = 0; j < W; j++) x[j] = x[j] * weight[j] + bias[j];
+            }
             store_halves(p.out + row * p.channels + channel, x);
         });
     }

@@ -5,6 +5,11 @@
 //
 // A block copies one line of the result: its threads take neighbouring numbers of it, 128 at a time.
 //
+// Where a matrix W multiplies a layer norm's result, the norm's scale and shift are folded into it. Its numbers become
+// W' = fp16(scale[k] W[c][k]), and for each column c the block adds up S[c] = sum of W'[c][k], of the rounded numbers, and
+// T[c] = sum of shift[k] W[c][k]. Then W (scale (x - mean) / deviation + shift) = (W' x - mean S) / deviation + T. A file
+// that holds the matrix transposed comes in pieces of inputs, whose sums add up from launch to launch.
+//
 // Memory: each number is read once (2 to 8 bytes) and written once (2 or 4). A 3x3 kernel's numbers are nine apart in
 // the file, so that a line of it is fetched from L2 nine times; mirrored ones are rows apart, 32 bytes fetched for
 // each.
@@ -19,6 +24,11 @@ struct PackParams {
     unsigned char* to;
     // Becomes 1 if a number is NaN or infinite.
     uint32_t* fault;
+    // Of the norm that is folded into the matrix, from the first number's input on; or null.
+    const float* norm_scale;
+    // Likewise, and S and T of the first line's column; null if the sums are not wanted.
+    const float* norm_shift;
+    float2* sums;
     // Numbers from one line (x), group of lines (y) and element (z) to the next, where they are read and where they go.
     int64_t from_line;
     int64_t from_group;
@@ -34,10 +44,13 @@ struct PackParams {
     // Numbers that are added up, in rows and columns of a 3x3 kernel; 1 and 1 for a copy.
     int32_t down;
     int32_t across;
-    int32_t padding;
+    // Inputs from one line and element to the next, and columns from one line to the next.
+    int32_t input_line;
+    int32_t input_element;
+    int32_t column_line;
 };
-LAYOUT(PackParams, from, to, fault, from_line, from_group, from_element, to_line, to_group, to_element, length, format,
-       full, down, across, padding)
+LAYOUT(PackParams, from, to, fault, norm_scale, norm_shift, sums, from_line, from_group, from_element, to_line, to_group,
+       to_element, length, format, full, down, across, input_line, input_element, column_line)
 
 // weights::Format, in its order.
 enum Format { F16, BF16, F32, F64 };
@@ -51,23 +64,43 @@ __device__ __forceinline__ float number_at(const unsigned char* from, int64_t in
     }
 }
 
+// Adds the threads' shares of S and T to those of the line's column.
+__device__ __forceinline__ void add_sums(const PackParams& p, float2 sums) {
+    float2* by_warp = reinterpret_cast<float2*>(dyn_smem());
+    sums = make_float2(warp_sum(sums.x), warp_sum(sums.y));
+    if (threadIdx.x % 32 == 0) by_warp[threadIdx.x / 32] = sums;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int warp = 1; warp < 4; warp++) sums.x += by_warp[warp].x, sums.y += by_warp[warp].y;
+    float2* column = p.sums + int64_t(blockIdx.x) * p.column_line;
+    *column = make_float2(column->x + sums.x, column->y + sums.y);
+}
+
 KERNEL __launch_bounds__(128) pack_weights(const __grid_constant__ PackParams p) {
     griddep_launch_dependents();
     griddep_wait();
     int64_t from = blockIdx.x * p.from_line + blockIdx.y * p.from_group;
     int64_t to = blockIdx.x * p.to_line + blockIdx.y * p.to_group;
     bool finite = true;
+    float2 sums = {};
     for (int i = threadIdx.x; i < p.length; i += 128) {
         int64_t place = from + i * p.from_element;
         float x = number_at(p.from, place, p.format);
         for (int k = 1; k < p.down * p.across; k++)
             x += number_at(p.from, place + k / p.across * 3 + k % p.across, p.format);
         finite = finite && fabsf(x) < INFINITY;
+        if (p.norm_scale) {
+            int64_t input = int64_t(blockIdx.x) * p.input_line + int64_t(i) * p.input_element;
+            if (p.sums) sums.y = fmaf(x, p.norm_shift[input], sums.y);
+            x *= p.norm_scale[input];
+            sums.x += __half2float(to_half(x));
+        }
         int64_t at = to + i * p.to_element;
         if (p.full) reinterpret_cast<float*>(p.to)[at] = x;
         else reinterpret_cast<__half*>(p.to)[at] = to_half(x);
     }
     // Whoever writes it writes the same.
     if (!finite) *p.fault = 1;
+    if (p.sums) add_sums(p, sums);
 }
 EXPORT(pack_weights)

@@ -3,10 +3,11 @@
 use super::conv_hopper;
 use super::device::{Launch, Limits};
 use super::epilogue::Epilogue;
+use super::folded;
 use super::moments::{self, Moments};
 use super::site::{COUNTERS, Site};
-use super::tiles::{Choice, Instruction, Product, THREADS, choose};
-use super::weights::{CHUNK, has_phases, phases_at};
+use super::tiles::{Choice, Instruction, Pixels, Product, THREADS, choose};
+use super::weights::{CHUNK, has_phases};
 use crate::graph::{Activation, Conv, Graph, Op, Shape, TensorId, WeightKind};
 use crate::{Error, Result};
 
@@ -55,7 +56,7 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
         added: 0,
         vector: conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(CHUNK)),
         gated: conv.activation == Activation::Geglu,
-        unit: moments::unit(graph, out).unwrap_or(1),
+        unit: moments::wanted(graph, out).map_or(1, |moments| moments.channels),
         area: conv_hopper::area(graph, conv, out).ok(),
     };
     let with_added = conv_hopper::added(graph, conv, out).and_then(|added| {
@@ -81,18 +82,26 @@ pub(super) fn reads(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -
     let per_image = conv.per_image.map(|view| view.tensor);
     let residual = conv.residual.filter(|_| added.is_none());
     let added = added.into_iter().flat_map(|added| added.sources.iter());
-    conv.sources.iter().chain(per_image).chain(residual).chain(added).collect()
+    let sources = match folded::norm(graph, conv, limits) {
+        Some(norm) => norm.x.into(),
+        None => conv.sources,
+    };
+    sources.iter().chain(per_image).chain(residual).chain(added).collect()
 }
 
-/// The moments that a convolution leaves behind its result `id` for the group norms that read it; `None` if none want them,
-/// no convolution makes it, or its kernel's rectangles are no whole units.
+/// The moments that a convolution leaves behind its result `id` for the norms that read it; `None` if none want them, no
+/// convolution makes it, its kernel's rectangles are no whole units, or no layer norm is computed by its readers.
 pub(super) fn moments(graph: &Graph, id: TensorId, limits: Limits) -> Option<Moments> {
-    let channels = moments::unit(graph, id)?;
+    let moments = moments::wanted(graph, id)?;
     let node = graph.nodes().iter().find(|node| node.output == id)?;
     let Op::Conv(conv) = &node.op else { return None };
     let (product, choice) = plan(graph, conv, id, limits);
-    let whole = choice.tile.instruction == Instruction::Wgmma && product.area?.is_whole_units();
-    whole.then_some(Moments { channels, pixel_units: graph.shape(id).tokens() / moments::PIXELS })
+    let area = product.area?;
+    let suits = match moments.pixels {
+        1 => area.pixels == Pixels::Apart && folded::is_wanted(graph, id, limits),
+        _ => area.is_whole_units(),
+    };
+    (suits && choice.tile.instruction == Instruction::Wgmma && !product.gated).then_some(moments)
 }
 
 /// Why a convolution gets none of the kernels of 9.0 there; `None` if it gets one.
@@ -115,11 +124,6 @@ pub(super) fn workspace(graph: &Graph, conv: &Conv, out: TensorId, limits: Limit
     choice.tile.partial_bytes(&product, choice.splits)
 }
 
-/// True if every pixel is read once and by itself.
-pub(super) fn is_pointwise(conv: &Conv) -> bool {
-    conv.kernel == 1 && conv.stride == 1 && conv.pad == 0 && conv.resize.is_none()
-}
-
 /// True if a 3x3 convolution's source is doubled first. It is four of 2x2 on the source itself, 4/9 of the work, one for each
 /// parity of the result's row and column: the product's phases.
 pub(super) fn is_doubled(graph: &Graph, conv: &Conv, out: TensorId) -> bool {
@@ -131,8 +135,10 @@ pub(super) fn is_doubled(graph: &Graph, conv: &Conv, out: TensorId) -> bool {
 
 /// Where the weights of a product lie.
 pub(super) fn weight_address(conv: &Conv, site: &Site, product: &Product) -> u64 {
-    let behind = if product.phases > 1 { phases_at(site.graph().weight(conv.weight)) } else { 0 };
-    site.weight(conv.weight) + behind as u64
+    match product.phases {
+        1 => site.weight(conv.weight),
+        _ => site.behind(conv.weight),
+    }
 }
 
 /// # Errors
@@ -153,7 +159,7 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
     let point = Shape::new(output.rows(), 1, 1, input.c);
     let doubled = product.phases > 1;
     let (stored, made) = match () {
-        () if is_pointwise(conv) => (point, point),
+        () if conv.is_pointwise() => (point, point),
         () if doubled => (input, input),
         () => (input, output),
     };
@@ -253,6 +259,7 @@ mod tests {
                     let shifted = Buffer::new(&device, rows * channels * 2).unwrap();
                     let after = Epilogue {
                         bias: bias.address(),
+                        folded: 0,
                         per_image,
                         residual,
                         out: out.address(),

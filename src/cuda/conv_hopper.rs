@@ -1,8 +1,9 @@
 //! Launches of `kernels/conv_hopper.cu`.
 
-use super::conv::{self, is_doubled, is_pointwise, weight_address};
+use super::conv::{self, is_doubled, weight_address};
 use super::device::{Launch, TensorTiles};
 use super::epilogue::{self, Epilogue};
+use super::folded;
 use super::site::{Element, Site};
 use super::tiles::{Area, Choice, Pixels, Product, STEP};
 use crate::graph::{Activation, Conv, Graph, Op, TensorId, View};
@@ -27,6 +28,7 @@ crate::params! {
         counters: u64,
         moments: u64,
         added_bias: u64,
+        source_moments: u64,
         height: i32,
         width: i32,
         images: i32,
@@ -43,9 +45,12 @@ crate::params! {
         kernel: i32,
         splits: i32,
         steps: i32,
+        unit_pixels: i32,
         unit_channels: i32,
         pixel_units: i32,
-        padding: [i32; 14],
+        source_units: i32,
+        source_eps: f32,
+        padding: [i32; 7],
     }
 }
 
@@ -62,7 +67,7 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
     let doubled = is_doubled(graph, conv, out);
     let size = if doubled { (2 * input.h, 2 * input.w) } else { (input.h, input.w) };
     let even = |view: View| view.offset.is_multiple_of(2) && graph.shape(view.tensor).c.is_multiple_of(2);
-    let pixels = if is_pointwise(conv) { Pixels::Apart } else { Pixels::Near };
+    let pixels = if conv.is_pointwise() { Pixels::Apart } else { Pixels::Near };
     for (holds, otherwise) in [
         (conv.stride == 1, "its result has fewer pixels than its source"),
         (conv.kernel % 2 == 1 && conv.pad == conv.kernel / 2, "its kernel has no middle"),
@@ -99,7 +104,7 @@ pub(super) fn added<'a>(graph: &'a Graph, conv: &Conv, out: TensorId) -> Option<
         && (added.gain, added.bias_gain) == (conv.gain, conv.bias_gain);
     let whole = added.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP));
     let near = area(graph, conv, out).is_ok_and(|area| area.pixels == Pixels::Near);
-    let suits = alone && plain && whole && near && is_pointwise(added) && conv.activation == Activation::None;
+    let suits = alone && plain && whole && near && added.is_pointwise() && conv.activation == Activation::None;
     suits.then_some(added)
 }
 
@@ -135,7 +140,11 @@ pub(super) fn launch(
         (site.bindings.tensor_map)(&TensorTiles { address, sizes: &sizes, strides: &strides, tile: &tile, swizzle })
     };
     let source = |id: TensorId| image(site.address(id), site.shape(id).c, 1, rectangle.size(), 2 * STEP);
-    let first = source(conv.sources.x)?;
+    // A layer norm without a launch: the product is of what it would normalise.
+    let norm = folded::norm(site.graph(), conv, site.limits);
+    let x = norm.as_ref().map_or(conv.sources.x, |norm| norm.x);
+    let source_moments = norm.as_ref().and_then(|norm| conv::moments(site.graph(), norm.x, site.limits));
+    let first = source(x)?;
     let second = conv.sources.skip.map_or(Ok(first), source)?;
     let (phases, doubled) = (product.phases, product.phases > 1);
     let kernel = if doubled { 2 } else { conv.kernel };
@@ -183,6 +192,7 @@ pub(super) fn launch(
         counters: site.bindings.counters,
         moments: moments.map_or(0, |_| site.moments(out)),
         added_bias: added.and_then(|added| added.bias).map_or(0, |id| site.weight(id)),
+        source_moments: source_moments.map_or(0, |_| site.moments(x)),
         height: seen.height as i32,
         width: seen.width as i32,
         images: images as i32,
@@ -199,9 +209,12 @@ pub(super) fn launch(
         kernel: kernel as i32,
         splits: splits as i32,
         steps: steps as i32,
+        unit_pixels: moments.map_or(1, |of| of.pixels) as i32,
         unit_channels: moments.map_or(1, |of| of.channels) as i32,
-        pixel_units: moments.map_or(1, |of| of.pixel_units / phases) as i32,
-        padding: [0; 14],
+        pixel_units: moments.map_or(1, |of| of.pixel_units(shape) / phases) as i32,
+        source_units: source_moments.map_or(1, |of| site.shape(x).c / of.channels) as i32,
+        source_eps: norm.map_or(0.0, |norm| norm.eps),
+        padding: [0; 7],
     };
     let units = tiles_down * tiles_across * splits;
     let grid = [units.min(site.limits.multiprocessors as usize), 1, 1];

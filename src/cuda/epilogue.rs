@@ -1,11 +1,13 @@
 //! The structure of `kernels/epilogue.cuh`: what follows a matrix product.
 
 use super::site::{Element, Site};
+use super::weights::has_sums;
 use crate::graph::{Conv, Graph, Op, TensorId};
 
 crate::params! {
     pub(super) struct Epilogue {
         pub bias: u64,
+        pub folded: u64,
         pub per_image: u64,
         pub residual: u64,
         pub out: u64,
@@ -47,6 +49,7 @@ impl Epilogue {
         let (output, shift) = (site.shape(out), shift_of(site.graph(), out));
         Epilogue {
             bias: conv.bias.map_or(0, |id| site.weight(id)),
+            folded: if has_sums(site.graph().weight(conv.weight)) { site.behind(conv.weight) } else { 0 },
             per_image: conv.per_image.map_or(0, |view| site.view(view)),
             residual: site.optional(conv.residual),
             out: site.address(out),

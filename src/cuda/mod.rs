@@ -17,6 +17,7 @@ mod elementwise;
 #[cfg(feature = "emulated")]
 mod emulated;
 mod epilogue;
+mod folded;
 mod gpu;
 mod moments;
 mod norm;
@@ -59,7 +60,7 @@ impl Storage for Limits {
         let shape = graph.shape(id);
         match conv::moments(graph, id, *self) {
             Some(moments) => Moments::offset(shape) + moments.bytes(shape),
-            None if conv::is_added(graph, id, *self) => 0,
+            None if conv::is_added(graph, id, *self) || folded::has_no_launch(graph, id, *self) => 0,
             None => shape.len() * Element::of(graph, id).bytes(),
         }
     }

@@ -1,4 +1,4 @@
-//! How group norms are cut into blocks, and the moments of their sources that matrix products leave for them.
+//! How group norms are cut into blocks, and the moments of results that matrix products leave for the norms that read them.
 
 use crate::graph::{Graph, GroupNorm, Op, Shape, TensorId};
 use half::f16;
@@ -9,17 +9,22 @@ pub(super) const THREADS: usize = 256;
 pub(super) const VECTOR: usize = 8;
 /// Bytes of the mean and the squared deviations of a unit.
 pub(super) const PAIR: usize = 2 * size_of::<f32>();
-/// Pixels of a unit: those of a warpgroup in `kernels/conv_hopper.cu`.
+/// Pixels of a unit for group norms: those of a warpgroup in `kernels/conv_hopper.cu`.
 pub(super) const PIXELS: usize = 64;
+/// Channels of a unit for layer norms, the first that divides the row, and the most units of a row: four loads of each of
+/// the four lanes that share it. A tile whose columns are a multiple of 80 has the former units, another the latter.
+const ROW_CHANNELS: [usize; 2] = [80, 64];
+const ROW_UNITS: usize = 16;
 
-/// The moments of an activation, which lie behind it: of every unit, some channels of [`PIXELS`] pixels that neither the
-/// batch nor a tile changes.
+/// The moments of an activation, which lie behind it: of every unit, some channels of some pixels that neither the batch
+/// nor a tile changes. For group norms they are `[images][units of channels][units of pixels]`, for layer norms
+/// `[pixels of all images][units of channels]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Moments {
     /// Channels of a unit.
     pub channels: usize,
-    /// Units of an image that have the same channels.
-    pub pixel_units: usize,
+    /// Pixels of a unit: [`PIXELS`] for group norms, 1 for layer norms.
+    pub pixels: usize,
 }
 
 impl Moments {
@@ -28,18 +33,31 @@ impl Moments {
         (shape.len() * size_of::<f16>()).next_multiple_of(PAIR)
     }
 
+    /// Units of an image that have the same channels.
+    pub fn pixel_units(&self, shape: Shape) -> usize {
+        shape.tokens() / self.pixels
+    }
+
     /// Their size in bytes.
     pub fn bytes(&self, shape: Shape) -> usize {
-        shape.n * (shape.c / self.channels) * self.pixel_units * PAIR
+        shape.n * (shape.c / self.channels) * self.pixel_units(shape) * PAIR
     }
 }
 
-/// The channels of a unit of which each group of all norms that read an activation has a whole number; `None` if no norm
-/// reads it that takes its image in several stretches, or if units would be odd or smaller than four channels.
-pub(super) fn unit(graph: &Graph, id: TensorId) -> Option<usize> {
-    let mut unit = 0;
+/// The moments that the norms which read an activation want. For group norms that take its image in several stretches, each
+/// group has a whole number of units; `None` if these would be odd or smaller than four channels. Where there is no such
+/// norm, a layer norm that is folded into matrices wants moments of rows; `None` if no unit divides a row, or too many do.
+pub(super) fn wanted(graph: &Graph, id: TensorId) -> Option<Moments> {
+    let (mut unit, mut rows) = (0, false);
     for node in graph.nodes() {
-        let (Op::GroupNorm(norm) | Op::GroupNormGradient { of: norm, .. }) = &node.op else { continue };
+        let norm = match &node.op {
+            Op::GroupNorm(norm) | Op::GroupNormGradient { of: norm, .. } => norm,
+            Op::LayerNorm { x, weight, .. } => {
+                rows |= *x == id && graph.is_folded(*weight);
+                continue;
+            }
+            _ => continue,
+        };
         let mut first = 0;
         for source in norm.sources.iter() {
             if source == id && Cut::of(norm, |id| graph.shape(id)).stretches > 1 {
@@ -49,7 +67,12 @@ pub(super) fn unit(graph: &Graph, id: TensorId) -> Option<usize> {
             first += graph.shape(source).c;
         }
     }
-    (unit >= 4 && unit.is_multiple_of(2)).then_some(unit)
+    if unit > 0 || !rows {
+        return (unit >= 4 && unit.is_multiple_of(2)).then_some(Moments { channels: unit, pixels: PIXELS });
+    }
+    let row = graph.shape(id).c;
+    let channels = ROW_CHANNELS.into_iter().find(|&channels| row.is_multiple_of(channels))?;
+    (row / channels <= ROW_UNITS).then_some(Moments { channels, pixels: 1 })
 }
 
 /// How one image's group norm is cut into blocks. The image's shape alone decides it.

@@ -88,19 +88,20 @@ fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (Vec<Launc
         let kernels = ["group_norm_statistics_8", "group_norm_statistics_1"];
         return (vec![cut.launch(kernels, x.n, cut.shared(per_group).1, &params)], params, cut);
     };
+    let pixel_units = left[0].pixel_units(x);
     let units = GroupNormParams {
         moments: [Some(norm.sources.x), norm.sources.skip].map(|id| id.map_or(0, |id| site.moments(id))),
         first_moments: x.c as i32,
         unit_channels: [left[0].channels as i32, left.last().map_or(1, |last| last.channels as i32)],
         unit_pixels: PIXELS as i32,
-        pixel_units: left[0].pixel_units as i32,
+        pixel_units: pixel_units as i32,
         ..params
     };
-    if left[0].pixel_units <= READ_UNITS {
+    if pixel_units <= READ_UNITS {
         return (Vec::new(), units, cut);
     }
-    let each = left[0].pixel_units.div_ceil(MERGED.min(cut.stretches));
-    let parts = left[0].pixel_units.div_ceil(each);
+    let each = pixel_units.div_ceil(MERGED.min(cut.stretches));
+    let parts = pixel_units.div_ceil(each);
     params.unit_pixels = (each * PIXELS) as i32;
     params.pixel_units = parts as i32;
     let grid = [parts, norm.groups.div_ceil(THREADS / 32), x.n];
@@ -181,7 +182,8 @@ pub(super) fn layer_norm(
     out: TensorId,
     site: &Site,
 ) -> Launch {
-    let addresses = [site.address(x), 0, site.weight(weight), site.weight(bias)];
+    let affine = [weight, bias].map(|id| if site.graph().is_folded(weight) { 0 } else { site.weight(id) });
+    let addresses = [site.address(x), 0, affine[0], affine[1]];
     row_launch(addresses, eps, out, ["layer_norm_8", "layer_norm_1"], site)
 }
 
@@ -193,7 +195,8 @@ pub(super) fn layer_norm_gradient(
     out: TensorId,
     site: &Site,
 ) -> Launch {
-    let addresses = [site.address(x), site.address(d), site.weight(weight), 0];
+    let weight = if site.graph().is_folded(weight) { 0 } else { site.weight(weight) };
+    let addresses = [site.address(x), site.address(d), weight, 0];
     row_launch(addresses, eps, out, ["layer_norm_gradient_8", "layer_norm_gradient_1"], site)
 }
 

@@ -2,7 +2,7 @@
 
 use super::device::{Launch, Limits, TensorTiles};
 use super::site::{Bindings, Site};
-use super::{attention, attention_gradient, conv, elementwise, epilogue, norm};
+use super::{attention, attention_gradient, conv, elementwise, epilogue, folded, norm};
 use crate::graph::{Graph, Node, Op};
 use crate::plan::Plan;
 use crate::{Error, Result};
@@ -47,7 +47,7 @@ pub struct Lowered {
     pub node: Node,
     /// Its launches; their addresses mean nothing.
     pub launches: Vec<Launch>,
-    /// Why a convolution gets none of the kernels of 9.0 there, if that is the card's.
+    /// Why a convolution gets none of the kernels of 9.0 there, if that is the card's, or a layer norm no launch.
     pub reason: Option<&'static str>,
 }
 
@@ -64,6 +64,9 @@ pub fn lowered(graph: &Graph, limits: Limits) -> Result<Vec<Lowered>> {
     let of_node = |(node, workspace): (&Node, (usize, usize))| {
         let reason = match &node.op {
             Op::Conv(op) => conv::reason(graph, op, node.output, limits),
+            Op::LayerNorm { .. } if folded::has_no_launch(graph, node.output, limits) => {
+                Some("the products that read it normalise their sums")
+            }
             _ => None,
         };
         Ok(Lowered { node: node.clone(), launches: lower(node, workspace)?, reason })
@@ -75,6 +78,8 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
     let out = node.output;
     match node.op {
         Op::Conv(ref op) => launches.push(conv::conv(op, out, site)?),
+        // Computed by the products that read it.
+        Op::LayerNorm { .. } if folded::has_no_launch(site.graph(), out, site.limits) => {}
         // Written along with what is shifted.
         Op::Shift { x, .. } if epilogue::makes(site.graph(), x) => {}
         Op::GroupNorm(ref norm) => norm::group_norm(norm, out, site, launches),

@@ -2,6 +2,7 @@
 
 use super::device::{Limits, TensorTiles};
 use super::moments::Moments;
+use super::weights;
 use crate::Result;
 use crate::graph::{Graph, Node, Op, Shape, TensorId, View, WeightId};
 use crate::plan::Plan;
@@ -105,6 +106,11 @@ impl Site<'_> {
 
     pub fn weight(&self, id: WeightId) -> u64 {
         self.bindings.weights[id.0]
+    }
+
+    /// Where the second part of a weight begins, if it has one.
+    pub fn behind(&self, id: WeightId) -> u64 {
+        self.weight(id) + weights::behind(self.graph().weight(id)) as u64
     }
 
     /// The node's scratch memory: as many bytes as its family's `workspace` said.

@@ -19,6 +19,8 @@ const ALIGN: usize = 256;
 const STAGE: usize = 64 << 20;
 /// Threads of a block.
 const THREADS: usize = 128;
+/// Bytes of S and T.
+const SUMS: usize = 2 * size_of::<f32>();
 
 /// A network's weights in device memory, shared by every plan of the network at whatever size.
 pub struct Weights {
@@ -55,11 +57,12 @@ impl Weights {
         let find = |spec| others.iter().find_map(|other| Some(other.places[*other.by_spec.get(spec)?].clone()));
         let found: Vec<Option<(Arc<Buffer>, usize)>> = specs.iter().map(find).collect();
         let lacking = specs.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec);
+        let lacking: Vec<_> = lacking.map(|spec| (spec, spec.norm_vector())).collect();
         // All that can be wrong but the numbers is found before anything is allocated.
-        let stored: Vec<(&WeightSpec, Vec<Stored>)> =
-            lacking.map(|spec| Ok((spec, tensors.stored(spec)?))).collect::<Result<_>>()?;
-        let own = Arc::new(Buffer::zeroed(device, stored.iter().map(|(spec, _)| padded_bytes(spec)).sum())?);
-        let offsets = upload(device, &own, &stored, STAGE)?;
+        let loading = lacking.iter().map(|(spec, norm)| Loading::find(spec, norm.as_ref(), tensors));
+        let loading: Vec<Loading> = loading.collect::<Result<_>>()?;
+        let own = Arc::new(Buffer::zeroed(device, loading.iter().map(|weight| padded_bytes(weight.spec)).sum())?);
+        let offsets = upload(device, &own, &loading, STAGE)?;
         let mut offsets = offsets.into_iter();
         let mut place = |found: Option<_>| found.or_else(|| Some((own.clone(), offsets.next()?)));
         let places = found.into_iter().filter_map(&mut place).collect();
@@ -94,14 +97,44 @@ impl Weights {
     }
 }
 
-/// Bytes from one weight to the next on a device.
-fn padded_bytes(spec: &WeightSpec) -> usize {
-    phases_at(spec) + phases_bytes(spec).next_multiple_of(ALIGN)
+/// A weight and its tensors, and as much of the norm that is folded into it.
+struct Loading<'a> {
+    spec: &'a WeightSpec,
+    parts: Vec<Stored<'a>>,
+    norm: Option<(&'a WeightSpec, Vec<Stored<'a>>)>,
 }
 
-/// Where behind a weight its form for a doubled source begins.
-pub(super) fn phases_at(spec: &WeightSpec) -> usize {
+impl<'a> Loading<'a> {
+    fn find(spec: &'a WeightSpec, norm: Option<&'a WeightSpec>, tensors: &'a Tensors) -> Result<Self> {
+        let norm = norm.map(|norm| Ok::<_, Error>((norm, tensors.stored(norm)?))).transpose()?;
+        Ok(Loading { spec, parts: tensors.stored(spec)?, norm })
+    }
+
+    /// All tensors in the order in which they are uploaded.
+    fn tensors(&self) -> impl Iterator<Item = &Stored<'a>> {
+        self.norm.iter().flat_map(|(_, parts)| parts).chain(&self.parts)
+    }
+}
+
+/// Bytes from one weight to the next on a device.
+fn padded_bytes(spec: &WeightSpec) -> usize {
+    behind(spec) + (phases_bytes(spec) + sums_bytes(spec)).next_multiple_of(ALIGN)
+}
+
+/// How far behind a weight's first byte its second part begins: the form for a doubled source, or the sums for a norm.
+/// No weight has both.
+pub(super) fn behind(spec: &WeightSpec) -> usize {
     packed_bytes(spec).next_multiple_of(ALIGN)
+}
+
+/// True if a matrix has sums for the norm that is folded into it.
+pub(super) fn has_sums(spec: &WeightSpec) -> bool {
+    spec.norm.is_some() && matches!(spec.kind, WeightKind::Matrix { .. })
+}
+
+/// Bytes of these sums: S and T of each packed column, as `kernels/weights.cu` defines them.
+fn sums_bytes(spec: &WeightSpec) -> usize {
+    if has_sums(spec) { spec.total_outputs() * SUMS } else { 0 }
 }
 
 /// True if a weight has a second form, for a doubled source.
@@ -133,28 +166,30 @@ fn packed_bytes(spec: &WeightSpec) -> usize {
 
 /// Uploads weights into `own`, one after the other, and packs them there, at most `limit` bytes of a file at a time.
 /// Gives their offsets.
-fn upload(
-    device: &Arc<dyn Device>,
-    own: &Buffer,
-    weights: &[(&WeightSpec, Vec<Stored>)],
-    limit: usize,
-) -> Result<Vec<usize>> {
+fn upload(device: &Arc<dyn Device>, own: &Buffer, weights: &[Loading], limit: usize) -> Result<Vec<usize>> {
     let whole_rows = |part: &Stored| (limit / row_bytes(part)).max(1);
-    let parts = || weights.iter().flat_map(|(_, parts)| parts);
-    let largest = parts().map(|part| part.bytes_in_file().min(whole_rows(part) * row_bytes(part))).max();
+    let largest = weights
+        .iter()
+        .flat_map(Loading::tensors)
+        .map(|part| part.bytes_in_file().min(whole_rows(part) * row_bytes(part)))
+        .max();
     let stage = Buffer::new(device, largest.unwrap_or(0))?;
     // A word for every weight, so that the first damaged one can be named.
     let faults = Buffer::zeroed(device, weights.len() * size_of::<u32>())?;
-    let (mut offsets, mut end) = (Vec::new(), 0);
-    for (number, (spec, parts)) in weights.iter().enumerate() {
-        let packing = Packing {
-            form: Form::of(spec),
-            to: own.address() + end as u64,
-            fault: faults.address() + (number * size_of::<u32>()) as u64,
-            from: stage.address(),
-            outputs: spec.total_outputs(),
-            phases: has_phases(spec).then(|| phases_at(spec) / size_of::<f16>()),
-        };
+    // Scale and shift of the norm that is folded into the next weight.
+    let norms = weights.iter().flat_map(|weight| &weight.norm).map(|(norm, _)| packed_bytes(norm));
+    let norm = Buffer::new(device, norms.max().unwrap_or(0))?;
+    let packing = |number: usize, spec: &WeightSpec, to: u64| Packing {
+        form: Form::of(spec),
+        to,
+        fault: faults.address() + (number * size_of::<u32>()) as u64,
+        from: stage.address(),
+        outputs: spec.total_outputs(),
+        phases: has_phases(spec).then(|| behind(spec) / size_of::<f16>()),
+        norm: spec.norm.is_some().then(|| norm.address()),
+        sums: has_sums(spec).then(|| to + behind(spec) as u64),
+    };
+    let pack = |packing: Packing, parts: &[Stored]| {
         let mut first_output = 0;
         for part in parts {
             let (row, rows_at_once) = (row_bytes(part), whole_rows(part));
@@ -162,21 +197,29 @@ fn upload(
                 let first = i * rows_at_once;
                 let rows = first..first + chunk.len() / row;
                 stage.write(0, chunk)?;
-                // SAFETY: the launches read `stage` and write inside `own` and `faults`, which outlive the work: the
-                // faults are read after it. The next write to `stage` comes after it on the device, too.
+                // SAFETY: the launches read `stage` and `norm` and write inside `own`, `norm` and `faults`, which outlive
+                // the work: the faults are read after it. The next write to `stage` comes after it on the device, too.
                 unsafe { device.run(&packing.launches(part, first_output, rows))? };
             }
             first_output += part.outputs;
         }
+        Ok::<_, Error>(())
+    };
+    let (mut offsets, mut end) = (Vec::new(), 0);
+    for (number, Loading { spec, parts, norm: folded }) in weights.iter().enumerate() {
+        if let Some((vector, parts)) = folded {
+            pack(packing(number, vector, norm.address()), parts)?;
+        }
+        pack(packing(number, spec, own.address() + end as u64), parts)?;
         offsets.push(end);
         end += padded_bytes(spec);
     }
     let mut bytes = vec![0; faults.len()];
     faults.read(0, &mut bytes)?;
     if let Some(bad) = bytes.iter().position(|&byte| byte != 0) {
-        let (spec, parts) = &weights[bad / size_of::<u32>()];
-        parts.iter().try_for_each(Stored::check_finite)?;
-        let problem = format!("the device found NaN or infinity in {:?} where the file holds none", spec.names);
+        let weight = &weights[bad / size_of::<u32>()];
+        weight.tensors().try_for_each(Stored::check_finite)?;
+        let problem = format!("the device found NaN or infinity in {:?} where the file holds none", weight.spec.names);
         return Err(Error::Device(problem + "; its memory or its link is faulty"));
     }
     Ok(offsets)
@@ -193,6 +236,9 @@ crate::params! {
         from: u64,
         to: u64,
         fault: u64,
+        norm_scale: u64,
+        norm_shift: u64,
+        sums: u64,
         from_line: i64,
         from_group: i64,
         from_element: i64,
@@ -204,7 +250,9 @@ crate::params! {
         full: i32,
         down: i32,
         across: i32,
-        padding: i32,
+        input_line: i32,
+        input_element: i32,
+        column_line: i32,
     }
 }
 
@@ -268,6 +316,21 @@ struct Packing {
     outputs: usize,
     /// Where the form for a doubled source begins, in numbers, if it is wanted.
     phases: Option<usize>,
+    /// Where the scale and the shift of the norm lie that is folded into the matrix.
+    norm: Option<u64>,
+    /// Where the matrix's sums for it begin, if they are wanted.
+    sums: Option<u64>,
+}
+
+/// What the lines of a copy have to do with a norm that is folded into the matrix: fields of [`PackParams`].
+#[derive(Default)]
+struct Folded {
+    norm_scale: u64,
+    norm_shift: u64,
+    sums: u64,
+    input_line: i32,
+    input_element: i32,
+    column_line: i32,
 }
 
 /// One dimension of a strided copy.
@@ -296,18 +359,28 @@ impl Packing {
         let split = form.values.map_or(outputs.end, |values| values.clamp(outputs.start, outputs.end));
         let of_gates = form.values.unwrap_or(0);
         let spread = if form.values.is_some() { 2 } else { 1 };
-        let piece = |outputs_of_piece: Range<usize>, to: i64| {
+        // `column` is the packed place of the piece's first output.
+        let piece = |outputs_of_piece: Range<usize>, column: i64| {
             let output = Dimension { length: outputs_of_piece.len(), from: from_output, to: spread * form.output };
             let input = Dimension { length: inputs.len(), from: from_input, to: form.input };
             let tap = Dimension { length: form.taps, from: from_tap, to: form.tap };
             let from = (outputs_of_piece.start - outputs.start) as i64 * from_output;
-            let to = form.start + to + inputs.start as i64 * form.input;
+            let to = form.start + column * form.output + inputs.start as i64 * form.input;
             // The last dimension is the one in which packed numbers are neighbours, for threads to write side by side.
-            let dimensions = if form.input == 1 { [output, tap, input] } else { [input, tap, output] };
-            self.launch(part, from, to, [1, 1], dimensions)
+            let across_inputs = form.input == 1;
+            let dimensions = if across_inputs { [output, tap, input] } else { [input, tap, output] };
+            let folded = self.norm.map(|norm| Folded {
+                norm_scale: norm + (inputs.start * size_of::<f32>()) as u64,
+                norm_shift: norm + ((part.width + inputs.start) * size_of::<f32>()) as u64,
+                sums: self.sums.map_or(0, |sums| sums + column as u64 * SUMS as u64),
+                input_line: i32::from(!across_inputs),
+                input_element: i32::from(across_inputs),
+                column_line: spread as i32,
+            });
+            self.launch(part, from, to, [1, 1], dimensions, folded.unwrap_or_default())
         };
-        let values = piece(outputs.start..split, spread * outputs.start as i64 * form.output);
-        let gates = piece(split..outputs.end, (2 * (split as i64 - of_gates as i64) + 1) * form.output);
+        let values = piece(outputs.start..split, spread * outputs.start as i64);
+        let gates = piece(split..outputs.end, 2 * (split as i64 - of_gates as i64) + 1);
         let phases = self.phases.into_iter().flat_map(|start| self.phase_launches(part, start, outputs.clone()));
         values.into_iter().chain(gates).chain(phases).collect()
     }
@@ -326,7 +399,9 @@ impl Packing {
             let one = Dimension { length: 1, from: 0, to: 0 };
             let input = Dimension { length: inputs, from: 9, to: 1 };
             let to = start + ((phase * self.outputs + outputs.start) * 4 + tap) * pixel;
-            launches.extend(self.launch(part, 3 * row + column, to as i64, [down, across], [output, one, input]));
+            let dimensions = [output, one, input];
+            let launch = self.launch(part, 3 * row + column, to as i64, [down, across], dimensions, Folded::default());
+            launches.extend(launch);
         }
         launches
     }
@@ -340,12 +415,16 @@ impl Packing {
         to: i64,
         [down, across]: [i32; 2],
         [line, group, element]: [Dimension; 3],
+        folded: Folded,
     ) -> Option<Launch> {
         let bytes = if self.form.full { size_of::<f32>() } else { size_of::<f16>() } as i64;
         let params = PackParams {
             from: self.from.wrapping_add_signed(from * part.format.bytes() as i64),
             to: self.to.wrapping_add_signed(to * bytes),
             fault: self.fault,
+            norm_scale: folded.norm_scale,
+            norm_shift: folded.norm_shift,
+            sums: folded.sums,
             from_line: line.from,
             from_group: group.from,
             from_element: element.from,
@@ -357,10 +436,13 @@ impl Packing {
             full: self.form.full.into(),
             down,
             across,
-            padding: 0,
+            input_line: folded.input_line,
+            input_element: folded.input_element,
+            column_line: folded.column_line,
         };
+        let shared = if folded.sums == 0 { 0 } else { THREADS / 32 * SUMS };
         let any = line.length * group.length * element.length > 0;
-        any.then(|| Launch::new("pack_weights", [line.length, group.length, 1], THREADS, 0, &params))
+        any.then(|| Launch::new("pack_weights", [line.length, group.length, 1], THREADS, shared, &params))
     }
 }
 
@@ -377,8 +459,10 @@ mod tests {
         if spec.kind == WeightKind::Vector {
             return case.numbers().flat_map(|(_, x)| x.to_le_bytes()).collect();
         }
+        let norm: Option<Vec<f32>> = case.norm.as_ref().map(|norm| norm.numbers().map(|(_, x)| x).collect());
         let mut halves = vec![f16::ZERO; packed_bytes(spec) / size_of::<f16>()];
         for ([output, input, tap], x) in case.numbers() {
+            let x = x * norm.as_ref().map_or(1.0, |norm| norm[input]);
             let place = match spec.kind {
                 WeightKind::Vector | WeightKind::Table => output * spec.width + input,
                 WeightKind::Matrix { kernel, inputs, gated, .. } => {
@@ -400,17 +484,49 @@ mod tests {
     }
 
     fn load(device: &Arc<dyn Device>, cases: &[Case], limit: usize) -> Result<Vec<Vec<u8>>> {
-        let weights: Vec<_> = cases.iter().map(|case| (&case.spec, case.stored())).collect();
+        let loading = cases.iter().map(|case| Loading {
+            spec: &case.spec,
+            parts: case.stored(),
+            norm: case.norm.as_ref().map(|norm| (&norm.spec, norm.stored())),
+        });
+        let weights: Vec<_> = loading.collect();
         let own = Buffer::zeroed(device, cases.iter().map(|case| padded_bytes(&case.spec)).sum())?;
         let read = |(case, offset): (&Case, usize)| {
-            let phases = phases_bytes(&case.spec);
-            let mut bytes = vec![0; if phases > 0 { phases_at(&case.spec) + phases } else { packed_bytes(&case.spec) }];
+            let second = phases_bytes(&case.spec) + sums_bytes(&case.spec);
+            let mut bytes = vec![0; if second > 0 { behind(&case.spec) + second } else { packed_bytes(&case.spec) }];
             own.read(offset, &mut bytes).map(|()| bytes)
         };
         cases.iter().zip(upload(device, &own, &weights, limit)?).map(read).collect()
     }
 
-    /// Every kind, format and layout, bit for bit, a row at a time, a few, and whole.
+    /// Compares S and T with sums in float64, of the packed numbers and of the file's.
+    fn assert_sums(case: &Case, packed: &[u8], sums: &[u8]) {
+        let numbers = |norm: &Case| norm.numbers().map(|(_, x)| f64::from(x)).collect::<Vec<_>>();
+        let (inputs, outputs) = (case.spec.width, case.spec.total_outputs());
+        let shift = &numbers(case.norm.as_ref().unwrap())[inputs..];
+        let gated = matches!(case.spec.kind, WeightKind::Matrix { gated: true, .. });
+        // Each sum with the sum of what it is made of without signs.
+        let mut truth = vec![[(0.0, 0.0); 2]; outputs];
+        let mut add = |column: usize, of: usize, x: f64| {
+            truth[column][of].0 += x;
+            truth[column][of].1 += x.abs();
+        };
+        for (place, x) in bytemuck::pod_collect_to_vec::<u8, f16>(packed).into_iter().enumerate() {
+            add(place / inputs.next_multiple_of(CHUNK), 0, x.to_f64());
+        }
+        for ([output, input, _], x) in case.numbers() {
+            let column = if gated { output % (outputs / 2) * 2 + output / (outputs / 2) } else { output };
+            add(column, 1, f64::from(x) * shift[input]);
+        }
+        let sums: Vec<f32> = bytemuck::pod_collect_to_vec(sums);
+        assert_eq!(sums.len(), 2 * outputs, "{case:?}");
+        for (&sum, &(right, size)) in sums.iter().zip(truth.iter().flatten()) {
+            // At most 70 additions in fp32, in whatever order.
+            assert!((f64::from(sum) - right).abs() <= 70.0 * 2f64.powi(-24) * size, "{sum} for {right}: {case:?}");
+        }
+    }
+
+    /// Every kind, format and layout, with and without a norm, bit for bit, a row at a time, a few, and whole.
     #[test]
     fn forms_are_packed_as_defined() {
         let mut random = Random(1);
@@ -419,7 +535,11 @@ mod tests {
             for limit in [1, 1000, 1 << 20] {
                 let cases: Vec<Case> = (0..12).map(|_| Case::random(&mut random)).collect();
                 for (case, bytes) in cases.iter().zip(load(&device, &cases, limit).unwrap()) {
-                    assert!(bytes == packed_by_definition(case), "limit {limit}: {case:?}");
+                    let packed = packed_by_definition(case);
+                    assert!(bytes[..packed.len()] == packed, "limit {limit}: {case:?}");
+                    if has_sums(&case.spec) {
+                        assert_sums(case, &packed, &bytes[behind(&case.spec)..]);
+                    }
                 }
             }
         }
@@ -438,7 +558,7 @@ mod tests {
             let both = load(&Emulated::new(Limits::A100, Emulated::QUICK), &cases, limit).unwrap().remove(0);
             let exact = packed_by_definition(&cases[0]);
             assert!(both[..exact.len()] == exact, "limit {limit}");
-            let phases: Vec<f16> = bytemuck::pod_collect_to_vec(&both[phases_at(&cases[0].spec)..]);
+            let phases: Vec<f16> = bytemuck::pod_collect_to_vec(&both[behind(&cases[0].spec)..]);
             let mut wanted = vec![0.0; 4 * outputs * 4 * pixel];
             for ([output, input, tap], x) in cases[0].numbers() {
                 for phase in 0..4 {

@@ -70,8 +70,27 @@ impl GraphBuilder {
         Self::default()
     }
 
-    /// The finished graph.
-    pub fn finish(self) -> Graph {
+    /// The finished graph. Matrices are told which layer norm's result they multiply; see [`WeightSpec::norm`].
+    pub fn finish(mut self) -> Graph {
+        let graph = &self.graph;
+        let mut found = Vec::new();
+        for node in &graph.nodes {
+            let Op::LayerNorm { weight, bias, .. } = node.op else { continue };
+            let readers = graph.nodes.iter().filter(|reader| reader.op.inputs().any(|id| id == node.output));
+            let matrices = readers.map(|reader| match &reader.op {
+                Op::Conv(conv) if conv.only_multiplies(node.output) => Some(conv.weight),
+                _ => None,
+            });
+            if let Some(matrices) = matrices.collect::<Option<Vec<WeightId>>>()
+                && graph.outputs.iter().all(|(_, id)| *id != node.output)
+            {
+                let norm = [weight, bias].map(|id| graph.weight(id).names[0].clone());
+                found.extend(matrices.into_iter().map(|matrix| (matrix, norm.clone())));
+            }
+        }
+        for (matrix, norm) in found {
+            self.graph.weights[matrix.0].norm = Some(norm);
+        }
         self.graph
     }
 
@@ -136,6 +155,7 @@ impl GraphBuilder {
                 gated,
                 resized: options.resize.is_some(),
             },
+            norm: None,
         });
         let bias = options.bias.then(|| {
             self.weight(WeightSpec {
@@ -143,6 +163,7 @@ impl GraphBuilder {
                 outputs: outputs.to_vec(),
                 width: 1,
                 kind: WeightKind::Vector,
+                norm: None,
             })
         });
         let conv = Conv {
@@ -219,6 +240,7 @@ impl GraphBuilder {
             outputs: vec![rows],
             width,
             kind: WeightKind::Table,
+            norm: None,
         };
         let name = tokens.0;
         let shape = Shape { c: width, ..self.shape(ids) };
@@ -254,6 +276,7 @@ impl GraphBuilder {
             outputs: vec![rows],
             width,
             kind,
+            norm: None,
         };
         let token = self.weight(spec(class.to_string(), shape.c, 1, WeightKind::Vector));
         let table = spec(format!("{positions}.weight"), shape.w + 1, shape.c, WeightKind::Table);
@@ -281,6 +304,7 @@ impl GraphBuilder {
             outputs: vec![channels],
             width: 1,
             kind: WeightKind::Vector,
+            norm: None,
         };
         (self.weight(vector("weight")), self.weight(vector("bias")))
     }

@@ -109,6 +109,10 @@ pub struct WeightSpec {
     pub width: usize,
     /// How it is used.
     pub kind: WeightKind,
+    /// Names of the scale and the shift of the layer norm whose result the matrix multiplies, where such products alone
+    /// read that result. An executor may then fold both into the matrix and normalise only: the norm of `x` is
+    /// `scale * n(x) + shift`, and `W (scale * n + shift) = (W * scale) n + W shift`. [`GraphBuilder::finish`] finds them.
+    pub norm: Option<[String; 2]>,
 }
 
 impl WeightSpec {
@@ -125,6 +129,12 @@ impl WeightSpec {
     /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The scale and the shift of the matrix's [`WeightSpec::norm`], as one vector: a number an input each.
+    pub fn norm_vector(&self) -> Option<WeightSpec> {
+        let names = self.norm.as_ref()?.to_vec();
+        Some(WeightSpec { names, outputs: vec![self.width; 2], width: 1, kind: WeightKind::Vector, norm: None })
     }
 }
 
@@ -210,6 +220,19 @@ pub struct Conv {
     pub residual: Option<TensorId>,
     /// Multiplies the sum.
     pub scale: f32,
+}
+
+impl Conv {
+    /// True if every pixel is read once and by itself.
+    pub fn is_pointwise(&self) -> bool {
+        self.kernel == 1 && self.stride == 1 && self.pad == 0 && self.resize.is_none()
+    }
+
+    /// True if the convolution is a matrix product of `id`'s pixels, and reads `id` for nothing else.
+    fn only_multiplies(&self, id: TensorId) -> bool {
+        let more = self.per_image.map(|view| view.tensor).into_iter().chain(self.residual).any(|other| other == id);
+        self.is_pointwise() && self.sources == id.into() && !more
+    }
 }
 
 /// Group normalisation (Wu and He, arXiv 1803.08494), optionally modulated per image and followed by SiLU.
@@ -443,6 +466,12 @@ impl Graph {
     /// A weight's description.
     pub fn weight(&self, id: WeightId) -> &WeightSpec {
         &self.weights[id.0]
+    }
+
+    /// True if the layer norm with this scale is named by the matrices that multiply its result; see [`WeightSpec::norm`].
+    pub fn is_folded(&self, scale: WeightId) -> bool {
+        let name = &self.weight(scale).names[0];
+        self.weights.iter().any(|spec| spec.norm.as_ref().is_some_and(|[scale, _]| scale == name))
     }
 
     /// All weights; their order does not depend on the shape the graph was made for.

@@ -37,22 +37,26 @@ struct File {
 /// A weight with its tensors in files, and its numbers in fp32.
 pub(crate) struct Case {
     pub spec: WeightSpec,
+    /// Scale and shift of the layer norm whose result the matrix multiplies.
+    pub norm: Option<Box<Case>>,
     files: Vec<File>,
     /// By output, those of all tensors one after the other.
     rows: Vec<Vec<f32>>,
 }
 
 impl Case {
-    /// Numbers of many sizes, some beyond fp16's range where the format has them.
+    /// Numbers of many sizes, some beyond fp16's range where the format has them. One in two matrices whose kernel is 1
+    /// multiplies a layer norm's result.
     pub fn new(kind: WeightKind, outputs: Vec<usize>, width: usize, random: &mut Random) -> Self {
         let names = (0..outputs.len()).map(|i| format!("tensor {i}")).collect();
-        let spec = WeightSpec { names, outputs, width, kind };
+        let matrix = matches!(kind, WeightKind::Matrix { kernel: 1, .. } | WeightKind::Mirrored { kernel: 1, .. });
+        let norm = (matrix && random.below(2) == 0).then(|| ["scale", "shift"].map(String::from));
+        let spec = WeightSpec { names, outputs, width, kind, norm };
+        let norm = spec.norm_vector().map(|vector| Box::new(Case::new(vector.kind, vector.outputs, 1, random)));
         let (mut files, mut rows) = (Vec::new(), Vec::new());
         for &outputs in &spec.outputs {
             let format = FORMATS[random.below(4)];
             let most = if format == Format::F16 { 6e4 } else { 1e6 };
-            let matrix =
-                matches!(spec.kind, WeightKind::Matrix { kernel: 1, .. } | WeightKind::Mirrored { kernel: 1, .. });
             let transposed = matrix && random.below(2) == 0;
             let mut number = || {
                 let unit = random.below(1 << 20) as f64 / (1 << 19) as f64 - 1.0;
@@ -67,7 +71,7 @@ impl Case {
             files.push(File { format, transposed, bytes });
             rows.extend(numbers.chunks(width).map(|row| row.iter().map(|number| number.1).collect::<Vec<f32>>()));
         }
-        Case { spec, files, rows }
+        Case { spec, norm, files, rows }
     }
 
     /// A small weight of any kind.

@@ -1,11 +1,10 @@
 //! `kernels/norm.cu`.
 
 use super::*;
-use respodiff::graph::View;
+use respodiff::graph::{Activation, ConvOptions, View};
 
 /// Channels of other layers that stand before those that modulate.
 const OTHERS: usize = 3;
-use respodiff::graph::Activation;
 
 /// A group norm: shapes of the sources, groups, whether it is modulated and followed by SiLU.
 struct Case<'a> {
@@ -323,6 +322,148 @@ fn an_image_alone_and_in_a_batch() {
             for (alone, batch) in of(1, &inputs[image * one..][..one]).iter().zip(&batch) {
                 let same = alone.iter().zip(&batch[image * one..]).all(|(a, b)| a.to_bits() == b.to_bits());
                 assert!(same, "image {image} of {h}x{w}x{c}");
+            }
+        }
+    }
+}
+
+/// A product with a residual, a layer norm of it, and a product of that, as transformers have them: rows, channels of the
+/// source, of the norm and of the result.
+struct Between {
+    size: (usize, usize),
+    channels: [usize; 3],
+    activation: Activation,
+}
+
+/// How the norm between is computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum By {
+    /// By the products on either side of it, without a launch.
+    Products,
+    /// By a launch that normalises only: scale and shift are in the second product's weights.
+    Launch,
+    /// By a launch, with scale and shift: something else reads its result.
+    All,
+}
+
+impl Between {
+    /// What was normalised and the result; the residual's numbers are 1 to each side of `mean`.
+    fn run(&self, images: usize, mean: f64, by: By, schedule: Schedule) -> ([Vec<f32>; 2], HashMap<String, Numbers>) {
+        let Between { size: (h, w), channels: [inputs, channels, outputs], activation } = *self;
+        let mut g = GraphBuilder::new();
+        let [source, residual] =
+            [("source", inputs), ("residual", channels)].map(|(name, c)| g.input(name, Shape::new(images, h, w, c)));
+        let x = g.linear("x", source, channels, ConvOptions { residual: Some(residual), ..Default::default() });
+        let norm = g.layer_norm("norm", x, EPS);
+        let out = g.linear("layer", norm, outputs, ConvOptions { activation, ..Default::default() });
+        // Something reads the results, which makes them fp16.
+        let read = g.activate("read", out, Activation::Silu);
+        for (name, id) in [("x", x), ("out", out), ("read", read)] {
+            g.output(name, id);
+        }
+        if by == By::All {
+            g.output("norm", norm);
+        }
+        let graph = g.finish();
+        // Few multiprocessors, so that blocks make several tiles, and large ones are the fastest of small products too.
+        let limits = if by == By::Launch { Limits::A100 } else { Limits { multiprocessors: 3, ..Limits::H100 } };
+        let device: Arc<dyn Device> = Emulated::new(limits, schedule);
+        let (folder, by_name) = weights(&graph);
+        let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
+        let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
+        let mut executor = Executor::new(&device, Arc::new(Plan::new(graph, &[], &limits)), weights).unwrap();
+        // The numbers of an image do not depend on those beside it.
+        let numbers = |c: usize, seed: u64, mean: f64| -> Vec<f32> {
+            let one = |image| random(h * w * c, seed + image as u64);
+            (0..images).flat_map(one).map(|x| (x + mean) as f32).collect()
+        };
+        executor.write("source", &numbers(inputs, 50, 0.0)).unwrap();
+        executor.write("residual", &numbers(channels, 70, mean)).unwrap();
+        executor.step().unwrap_or_else(|fault| panic!("{by:?}, {schedule:?}: {fault}"));
+        let kernels: Vec<_> = executor.step_launches().iter().map(|launch| launch.kernel).collect();
+        let launched = kernels.iter().any(|kernel| kernel.starts_with("layer_norm"));
+        assert_eq!(launched, by != By::Products, "{kernels:?}");
+        assert_eq!(
+            kernels.iter().filter(|kernel| kernel.contains("hopper")).count(),
+            if by == By::Launch { 0 } else { 2 }
+        );
+        (["x", "out"].map(|name| executor.read(name).unwrap()), by_name)
+    }
+
+    /// The root of the mean square of the result's error, given what was normalised.
+    fn error(&self, [x, out]: &[Vec<f32>; 2], weights: &HashMap<String, Numbers>) -> f64 {
+        let [_, channels, outputs] = self.channels;
+        let gated = self.activation == Activation::Geglu;
+        let results = if gated { outputs / 2 } else { outputs };
+        let [scale, shift, matrix, bias] =
+            ["norm.weight", "norm.bias", "layer.weight", "layer.bias"].map(|name| &weights[name]);
+        let errors = x.chunks_exact(channels).zip(out.chunks_exact(results)).flat_map(|(x, out)| {
+            let x: Numbers = x.iter().map(|&x| f64::from(x)).collect();
+            let mean = x.iter().sum::<f64>() / channels as f64;
+            let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / channels as f64;
+            let affine = scale.iter().zip(shift);
+            let normal = x.iter().zip(affine).map(|(x, (w, b))| (x - mean) / (variance + EPS as f64).sqrt() * w + b);
+            let normal: Numbers = normal.collect();
+            let product = |row: usize| {
+                let row_of_matrix = &matrix[row * channels..][..channels];
+                row_of_matrix.iter().zip(&normal).map(|(w, x)| w * x).sum::<f64>() + bias[row]
+            };
+            let right = |channel: usize| match gated {
+                true => product(channel) * activated(product(results + channel), Activation::Gelu),
+                false => activated(product(channel), self.activation),
+            };
+            out.iter().enumerate().map(|(channel, &y)| (f64::from(y) - right(channel)).powi(2)).collect::<Numbers>()
+        });
+        let errors: Numbers = errors.collect();
+        (errors.iter().sum::<f64>() / errors.len() as f64).sqrt()
+    }
+}
+
+/// A layer norm between two products of 9.0 has no launch, and the result is no further off than where it has one: there
+/// the norm's result is rounded to fp16, here the scaled weights are. Also where rows are far from 0.
+#[test]
+fn a_layer_norm_between_products() {
+    if support::gpu().is_some() {
+        return;
+    }
+    let cases = [
+        Between { size: (9, 17), channels: [384, 320, 328], activation: Activation::None },
+        Between { size: (1, 203), channels: [448, 192, 264], activation: Activation::QuickGelu },
+        Between { size: (7, 19), channels: [320, 640, 336], activation: Activation::Geglu },
+        Between { size: (1, 131), channels: [384, 1024, 168], activation: Activation::None },
+        Between { size: (5, 27), channels: [384, 1280, 176], activation: Activation::None },
+    ];
+    for case in cases {
+        for mean in [0.0, 20.0] {
+            let error = |by| {
+                let (made, weights) = case.run(2, mean, by, Schedule::QUICK);
+                case.error(&made, &weights)
+            };
+            let [products, launch, all] = [By::Products, By::Launch, By::All].map(error);
+            let label = format!("{:?} to {:?}, mean {mean}", case.size, case.channels);
+            println!("{label}: {products:.2e} by products, {launch:.2e} by a launch, {all:.2e} with scale and shift");
+            assert!(products <= all, "{label}");
+            assert!(launch <= 1.6 * all, "{label}");
+        }
+    }
+}
+
+/// The bits of a norm between products depend on no schedule, nor on the images beside it.
+#[test]
+fn a_layer_norm_between_products_in_a_batch() {
+    if support::gpu().is_some() {
+        return;
+    }
+    for (size, channels, activation) in
+        [((9, 17), [384, 320, 168], Activation::None), ((7, 19), [320, 640, 336], Activation::Geglu)]
+    {
+        let case = Between { size, channels, activation };
+        let (alone, _) = case.run(1, 20.0, By::Products, Schedule::QUICK);
+        for schedule in Schedule::hostile(9) {
+            let (batch, _) = case.run(3, 20.0, By::Products, schedule);
+            for (alone, batch) in alone.iter().zip(&batch) {
+                let same = alone.iter().zip(batch).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{size:?}, {schedule:?}");
             }
         }
     }
