@@ -338,7 +338,7 @@ fn named_barriers() {
 /// A recording that no case reads would hold the emulator to nothing.
 #[test]
 fn every_recording_is_of_a_case() {
-    let tests: [fn(); 19] = [
+    let tests: [fn(); 20] = [
         shared_addresses,
         exp2,
         to_half,
@@ -352,6 +352,7 @@ fn every_recording_is_of_a_case() {
         hopper::mbarriers,
         hopper::setmaxnreg,
         hopper::tma,
+        hopper::wgmma_n32,
         hopper::wgmma_n40,
         hopper::wgmma_n64,
         hopper::wgmma_n80,
