@@ -14,10 +14,10 @@
 //
 //   WIDTH  OTHERS  STAGES  shared (KiB)   cycles of 64 rows by a stage: of exp2; of the tensor cores, and in parentheses
 //                                         instructions of a warp, for statistics, for dq, and by key
-//     40     64      4        101         256     192 (330)   272 (296)   352 (306)
-//     64     64      4        101         256     256 (345)   384 (317)   512 (338)
-//     80     64      4        197         256     320 (360)   480 (331)   640 (353)
-//    160     32      4        195         128     320 (270)   480 (301)   640 (321)
+//     40     64      4        100         256     192 (330)   272 (296)   352 (306)
+//     64     64      4        100         256     256 (345)   384 (317)   512 (338)
+//     80     64      4        196         256     320 (360)   480 (331)   640 (353)
+//    160     32      4        194         128     320 (270)   480 (301)   640 (321)
 //
 // Scores of 32 columns read their left side out of shared memory too often: 24 cycles for every 16, so that those at
 // 160 take half as long again. They could not be wider, since 160 sums of a thread leave no registers for more; UNets
@@ -26,7 +26,7 @@
 // Two warpgroups, not three: own rows, 128 to a block, leave fewer of the last round's multiprocessors idle (4096
 // queries of 16 heads are 512 tiles, 3.9 rounds of 132), and a thread has 240 registers, all of which by_key at 160
 // needs. Bound: issue for the statistics up to 80 and for dq at 40, the tensor cores elsewhere. Memory: own rows once,
-// others once or twice for every 128 own rows: 16 KiB a stage up to 64 channels, which are at most 32 bytes a cycle.
+// others once or twice for every 128 own rows, which asks L2 for no more than 32 bytes a cycle.
 //
 // Predicted, not measured, on an H100: 0.4 to 0.55 ms for 2x8 heads of 40 with 4096 tokens, 0.65 to 0.85 ms for 2x10
 // heads of 64; which are 350 to 480 and 450 to 600 TFLOP/s of nine products.
@@ -99,9 +99,9 @@ template <class T> struct Worker {
     // The stage that comes next, and the first one that may still be read.
     Ring<T::STAGES> ring, unreleased;
 
-    // Waits for its turn to multiply; passes it on.
-    __device__ __forceinline__ void take() const { named_bar_sync(1 + GROUPS + group, 256); }
-    __device__ __forceinline__ void pass() const { named_bar_arrive(1 + GROUPS + (group + 1) % GROUPS, 256); }
+    // Waits for its turn to begin products; lets the other warpgroup have it.
+    __device__ __forceinline__ void begin_turn() const { named_bar_sync(1 + GROUPS + group, 256); }
+    __device__ __forceinline__ void end_turn() const { named_bar_arrive(1 + GROUPS + (group + 1) % GROUPS, 256); }
 
     __device__ __forceinline__ void release() {
         // All of the warp's lanes have read the statistics.
@@ -116,7 +116,7 @@ template <class T> struct Worker {
 // `use` is called again, or when this returns.
 template <class T, class Use, class Begin> PTX_FN void pass_over(Worker<T>& w, int count, Use use, Begin begin) {
     uint32_t own = w.shared + w.group * 2 * T::OWN;
-    w.take();
+    w.begin_turn();
     for (int first = 0; first < count; first += T::OTHERS) {
         uint32_t others = w.shared + T::OTHERS_AT + w.ring.slot * 2 * T::OTHER;
         float scores[T::OTHERS / 2], slopes[T::OTHERS / 2];
@@ -127,17 +127,17 @@ template <class T, class Use, class Begin> PTX_FN void pass_over(Worker<T>& w, i
         multiply<T::WIDTH, T::OTHERS>(scores, own, others);
         multiply<T::WIDTH, T::OTHERS>(slopes, own + T::OWN, others + T::OTHER);
         wgmma_commit();
-        w.pass();
+        w.end_turn();
         wgmma_wait<0>();
         wgmma_hold(scores);
         wgmma_hold(slopes);
         if (first > 0) w.release();
         use(scores, slopes, count - first, w.ring.slot);
-        w.take();
+        w.begin_turn();
         begin(others);
         w.ring.advance();
     }
-    w.pass();
+    w.end_turn();
     wgmma_wait<0>();
     w.release();
 }
@@ -227,11 +227,11 @@ template <class T, bool BY_KEY> PTX_FN void differentiate(const AttentionGradien
         reg_inc<240>();
         Worker<T> w = {shared, int(threadIdx.x) / 128, {0, 0}, {0, 0}};
         // The first turn is the first warpgroup's, which takes the last one, too: nobody else would.
-        if (w.group == GROUPS - 1) w.pass();
+        if (w.group == GROUPS - 1) w.end_turn();
         mbar_wait(shared + T::OWN_FULL + w.group * 8, 0);
         if constexpr (BY_KEY) by_key<T>(p, w);
         else by_query<T>(p, w);
-        if (w.group == 0) w.take();
+        if (w.group == 0) w.begin_turn();
         if (threadIdx.x % 128 == 0) tma_store_wait<0>();
     }
 }

@@ -46,8 +46,8 @@ constexpr int FACTORS_AT = WEIGHTS_AT + 2 * WEIGHTS, INVERSE_AT = FACTORS_AT + 2
 constexpr int Q_FULL = INVERSE_AT + ROWS * 4, K_FULL = Q_FULL + 8, V_FULL = K_FULL + 16, WEIGHTS_PAIRS = V_FULL + 32;
 
 // Hands a stage's weights and factors on, and with the last one what all sums are multiplied by.
-PTX_FN void hand_on(const uint32_t (&weights)[KEYS / 16][4], const float (&factor)[2], const Rows& rows, uint32_t shared,
-                    int slot, bool last) {
+PTX_FN void hand_on(const Weights<KEYS>& weights, const float (&factor)[2], const Rows& rows, uint32_t shared, int slot,
+                    bool last) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     // Of stmatrix's four matrices, two are 8 rows below the others, and two 8 keys to the right.
     int row = warp * 16 + lane % 16, chunk = lane / 16;
@@ -87,7 +87,7 @@ PTX_FN void make_weights(const AttentionHopperParams& p, uint32_t shared, int st
     int parity = 0;
     for (int stage = stages - 1; stage >= 0; stage--, parity ^= 1) {
         float scores[KEYS / 2], factor[2];
-        uint32_t weights[KEYS / 16][4];
+        Weights<KEYS> weights;
         wgmma_hold(scores);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
