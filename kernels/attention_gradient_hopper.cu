@@ -140,6 +140,8 @@ template <class T, class Use, class Begin> PTX_FN void pass_over(Worker<T>& w, i
     w.end_turn();
     wgmma_wait<0>();
     w.release();
+    // All of the warpgroup are done with own rows, whose memory is the results' after the last pass.
+    named_bar_sync(1 + w.group, 128);
 }
 
 // A block: 128 queries (x) of a head (y) of an image (z).
