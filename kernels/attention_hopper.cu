@@ -1,6 +1,6 @@
 // Attention for sm_90a: that of attention.cu, with tiles that TMA fetches and wgmma multiplies. Empty for other
-// architectures, whose attention is attention.cu's, as is that under a causal mask, of heads of other widths, and of
-// 512 channels.
+// architectures, whose attention is attention.cu's, as is that under a causal mask and of heads of other widths. Heads
+// of 512 channels are attention_hopper_wide.cu's.
 //
 // A block belongs to one head of one image. The warpgroups but the last have 64 queries each; of the last one thread
 // fetches. Scores are a product out of shared memory, S = Q K^T; they become weights in the registers where they are,

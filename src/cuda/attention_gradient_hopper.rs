@@ -61,8 +61,7 @@ impl Tile {
     }
 }
 
-/// The kernels for one image's shape, if there are any: where the forward half has one of its own, but for the VAE's
-/// heads.
+/// The kernels for one image's shape, if there are any: where the forward half has one of 9.0, but for the VAE's head.
 pub(super) fn choose(
     attention: &Attention,
     shape: impl Fn(TensorId) -> Shape,
@@ -71,8 +70,8 @@ pub(super) fn choose(
     TILES.iter().find(|tile| tile.head_dim == attention.head_dim && suits(attention, &shape, limits))
 }
 
-/// The gradient by queries, which lie in `out` as `of.q` does in its tensor if keys and values want theirs, too
-/// (`fused`).
+/// Appends the launches of a gradient: by queries alone, to `out`; or, if `fused`, by queries, keys and values, which lie
+/// in `out` as they do in the one tensor that holds them.
 ///
 /// # Errors
 /// [`crate::Error::Device`] if TMA does not take the tensors.
