@@ -12,8 +12,8 @@
 // A stage's scores follow the last stage's sums without a gap, and are waited for together with them. While one
 // warpgroup makes weights, the other one multiplies: they take turns. Results leave through the memory of own rows.
 //
-//   WIDTH  OTHERS  STAGES  shared (KiB)   cycles of 64 rows by a stage: of exp2; of the tensor cores, and in parentheses
-//                                         instructions of a warp, for statistics, for dq, and by key
+//   WIDTH  OTHERS  STAGES  shared (KiB)   cycles of 64 rows by a stage: of exp2; of the tensor cores, with
+//                                         instructions of a warp in parentheses, for statistics, for dq, and by key
 //     40     64      4        100         256     192 (330)   272 (296)   352 (306)
 //     64     64      4        100         256     256 (345)   384 (317)   512 (338)
 //     80     64      4        196         256     320 (360)   480 (331)   640 (353)

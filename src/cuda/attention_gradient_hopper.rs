@@ -70,8 +70,8 @@ pub(super) fn choose(
     TILES.iter().find(|tile| tile.head_dim == attention.head_dim && suits(attention, &shape, limits))
 }
 
-/// Appends the launches of a gradient: by queries alone, to `out`; or, if `fused`, by queries, keys and values, which lie
-/// in `out` as they do in the one tensor that holds them.
+/// Appends the launches of a gradient: by queries alone, to `out`; or, if `fused`, by queries, keys and values, which
+/// lie in `out` as they do in the one tensor that holds them.
 ///
 /// # Errors
 /// [`crate::Error::Device`] if TMA does not take the tensors.
