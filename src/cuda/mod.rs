@@ -7,6 +7,7 @@
 
 mod attention;
 mod attention_gradient;
+mod attention_gradient_hopper;
 mod attention_hopper;
 pub mod compiled;
 mod conv;

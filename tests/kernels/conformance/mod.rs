@@ -368,6 +368,7 @@ fn every_recording_is_of_a_case() {
         hopper::mbarriers,
         hopper::setmaxnreg,
         hopper::tma,
+        hopper::wgmma_n32,
         hopper::wgmma_n40,
         hopper::wgmma_n64,
         hopper::wgmma_n80,
