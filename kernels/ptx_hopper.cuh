@@ -125,13 +125,15 @@ template <int R> PTX_FN void wgmma_hold(float (&d)[R]) {
 }
 
 // The warpgroup's registers a thread become R, a multiple of 8: more, waiting until others gave some, or fewer.
-template <int R> PTX_FN void reg_inc() {
+template <int R> PTX_FN void reg_inc(PTX_ONLY_LINE) {
     static_assert(R % 8 == 0 && R >= 24 && R <= 256);
     PTX_DEVICE(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R));)
+    PTX_EMULATED(emu::set_registers(R, true, EMU_PASS);)
 }
-template <int R> PTX_FN void reg_dec() {
+template <int R> PTX_FN void reg_dec(PTX_ONLY_LINE) {
     static_assert(R % 8 == 0 && R >= 24 && R <= 256);
     PTX_DEVICE(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(R));)
+    PTX_EMULATED(emu::set_registers(R, false, EMU_PASS);)
 }
 
 // How a tile's 16-byte chunks change places so that a column spreads over the banks; CUtensorMapSwizzle's numbers. Row
