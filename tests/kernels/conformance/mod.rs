@@ -353,7 +353,7 @@ fn griddep() {
 /// A recording that no case reads would hold the emulator to nothing.
 #[test]
 fn every_recording_is_of_a_case() {
-    let tests: [fn(); 20] = [
+    let tests: [fn(); 21] = [
         shared_addresses,
         exp2,
         to_half,
