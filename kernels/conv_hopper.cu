@@ -37,7 +37,9 @@
 
 struct ConvHopperParams {
     CUtensorMap sources[2];  // {channels, width, height, images}, in boxes of 64 channels by the rectangle
-    CUtensorMap weight;  // {depth, phases * columns}, in boxes of 64 by COLUMNS
+    // {depth, phases * columns}, in boxes of 64 by COLUMNS. Behind a gate rows are values and gates in turns, which the
+    // map {depth, 8 channels, value or gate, channels / 8} brings as eight values and their eight gates.
+    CUtensorMap weight;
     CUtensorMap out[4];  // of each phase, as the sources, in boxes of one span of channels by half the rectangle
     CUtensorMap residual;  // likewise; not read if there is none
     // A 1x1 convolution whose result is added, of the same pixels: more depth. As the above.
@@ -121,7 +123,8 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
     auto fetch_weights = [&](const Place& at, int step, int slot) {
         uint32_t full = shared + T::FULL + 8 * slot, to = shared + slot * T::STAGE + T::A;
         mbar_expect_tx(full, T::STAGE);
-        if (step < stages) tma_load_2d(to, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
+        if (T::GATED) tma_load_4d(to, &p.weight, full, step * STEP, 0, 0, at.column / 16);
+        else if (step < stages) tma_load_2d(to, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
         else tma_load_2d(to, &p.added_weight, full, (step - stages) * STEP, at.column);
     };
     int start = blockIdx.x % p.splits * p.steps;
@@ -200,25 +203,18 @@ PTX_FN void shift_pair(const Epilogue& e, float2 x, int64_t pixel, int image, in
     *reinterpret_cast<__half2*>(e.shifted + pixel * e.channels + channel) = to_halves(x.x, x.y);
 }
 
-// Eight results of a row behind a gate, as stmatrix wants them: this lane's are 2 * (lane % 4) and the next. They stand
-// in sixteen columns of the product, so that this lane's sums make numbers lane % 4 and 4 more; two lanes of four have
-// what it wants.
+// Two neighbouring results of a row behind a gate, in chunk `chunk` of the tile's channels: the product's columns are
+// eight values and their eight gates in turns.
 template <class T>
 PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d)[T::COLUMNS / 2], int first, int chunk, int h) {
-    int t = threadIdx.x % 4;
-    float y[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float* sums = d + (2 * chunk + i) * 4 + h * 2;
-        int channel = first + chunk * 8 + i * 4 + t;
-        bool biased = e.bias && channel < e.channels;
-        float value = fmaf(sums[0], e.gain, biased ? e.bias_gain * e.bias[channel] : 0.0f);
-        float gate = fmaf(sums[1], e.gain, biased ? e.bias_gain * e.bias[e.channels + channel] : 0.0f);
-        y[i] = value * gelu(gate) * e.scale;
-    }
-    uint32_t own = bits_of(to_halves(y[0], y[1])), source = t % 2 * 2;
-    uint32_t low = __shfl_sync(0xffffffffu, own, source, 4), high = __shfl_sync(0xffffffffu, own, source + 1, 4);
-    return t < 2 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000u);
+    int channel = first + chunk * 8 + threadIdx.x % 4 * 2;
+    bool biased = e.bias && channel < e.channels;
+    // The sums of a column with the column's bias.
+    auto sums = [&](int part, int i) {
+        float bias = biased ? e.bias[part * e.channels + channel + i] : 0.0f;
+        return fmaf(d[(2 * chunk + part) * 4 + h * 2 + i], e.gain, e.bias_gain * bias);
+    };
+    return bits_of(to_halves(sums(0, 0) * gelu(sums(1, 0)) * e.scale, sums(0, 1) * gelu(sums(1, 1)) * e.scale));
 }
 
 // How a row's 16-byte chunks change places in the staging memory.

@@ -140,13 +140,16 @@ pub(super) fn launch(
     let (phases, doubled) = (product.phases, product.phases > 1);
     let kernel = if doubled { 2 } else { conv.kernel };
     let matrix = |address, depth: usize, columns: usize| {
-        (site.bindings.tensor_map)(&TensorTiles {
-            address,
-            sizes: &[depth as u64, columns as u64],
-            strides: &[(depth * size_of::<f16>()) as u64],
-            tile: &[STEP as u32, tile.columns as u32],
-            swizzle: SWIZZLES[0].1,
-        })
+        let row = (depth * size_of::<f16>()) as u64;
+        let (sizes, strides, tile): (&[u64], &[u64], &[u32]) = match product.gated {
+            false => (&[depth as u64, columns as u64], &[row], &[STEP as u32, tile.columns as u32]),
+            true => (
+                &[depth as u64, 8, 2, columns as u64 / 16],
+                &[2 * row, row, 16 * row],
+                &[STEP as u32, 8, 2, tile.columns as u32 / 16],
+            ),
+        };
+        (site.bindings.tensor_map)(&TensorTiles { address, sizes, strides, tile, swizzle: SWIZZLES[0].1 })
     };
     let weight = matrix(weight_address(conv, site, product), product.depth, phases * product.columns)?;
     // Results are stored in boxes of the widest span that divides a tile's.
