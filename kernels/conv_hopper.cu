@@ -37,8 +37,8 @@
 
 struct ConvHopperParams {
     CUtensorMap sources[2];  // {channels, width, height, images}, in boxes of 64 channels by the rectangle
-    // {depth, phases * columns}, in boxes of 64 by COLUMNS. Behind a gate rows are values and gates in turns, which the
-    // map {depth, 8 channels, value or gate, channels / 8} brings as eight values and their eight gates.
+    // {depth, phases * columns}, in boxes of 64 by COLUMNS. Behind a gate, where rows are values and gates in turns, it is
+    // {depth, value or gate, channels}, in boxes of 64 by 1 by COLUMNS / 2.
     CUtensorMap weight;
     CUtensorMap out[4];  // of each phase, as the sources, in boxes of one span of channels by half the rectangle
     CUtensorMap residual;  // likewise; not read if there is none
@@ -123,9 +123,15 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
     auto fetch_weights = [&](const Place& at, int step, int slot) {
         uint32_t full = shared + T::FULL + 8 * slot, to = shared + slot * T::STAGE + T::A;
         mbar_expect_tx(full, T::STAGE);
-        if (T::GATED) tma_load_4d(to, &p.weight, full, step * STEP, 0, 0, at.column / 16);
-        else if (step < stages) tma_load_2d(to, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
-        else tma_load_2d(to, &p.added_weight, full, (step - stages) * STEP, at.column);
+        if (T::GATED) {
+            // A tile's values, then their gates.
+            tma_load_3d(to, &p.weight, full, step * STEP, 0, at.column / 2);
+            tma_load_3d(to + T::B / 2, &p.weight, full, step * STEP, 1, at.column / 2);
+        } else if (step < stages) {
+            tma_load_2d(to, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
+        } else {
+            tma_load_2d(to, &p.added_weight, full, (step - stages) * STEP, at.column);
+        }
     };
     int start = blockIdx.x % p.splits * p.steps;
     int early = min(T::STAGES, min(p.steps, all - start));
@@ -203,8 +209,8 @@ PTX_FN void shift_pair(const Epilogue& e, float2 x, int64_t pixel, int image, in
     *reinterpret_cast<__half2*>(e.shifted + pixel * e.channels + channel) = to_halves(x.x, x.y);
 }
 
-// Two neighbouring results of a row behind a gate, in chunk `chunk` of the tile's channels: the product's columns are
-// eight values and their eight gates in turns.
+// Two neighbouring results of a row behind a gate, in chunk `chunk` of the tile's channels: the first half of the tile's
+// columns are their values, the second half their gates.
 template <class T>
 PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d)[T::COLUMNS / 2], int first, int chunk, int h) {
     int channel = first + chunk * 8 + threadIdx.x % 4 * 2;
@@ -212,7 +218,7 @@ PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d)[T::COLUMNS / 2], 
     // The sums of a column with the column's bias.
     auto sums = [&](int part, int i) {
         float bias = biased ? e.bias[part * e.channels + channel + i] : 0.0f;
-        return fmaf(d[(2 * chunk + part) * 4 + h * 2 + i], e.gain, e.bias_gain * bias);
+        return fmaf(d[(chunk + part * T::COLUMNS / 16) * 4 + h * 2 + i], e.gain, e.bias_gain * bias);
     };
     return bits_of(to_halves(sums(0, 0) * gelu(sums(1, 0)) * e.scale, sums(0, 1) * gelu(sums(1, 1)) * e.scale));
 }
@@ -423,7 +429,7 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
 #else
 #define CONV_HOPPER_BODY(...)
 #endif
-// Columns, stages, whether columns are values and gates in turns.
+// Columns, stages, whether columns are values and gates.
 #define CONV_HOPPER(name, ...)                        \
     KERNEL __launch_bounds__(conv_hopper::THREADS, 1) \
         name(const __grid_constant__ ConvHopperParams p){CONV_HOPPER_BODY(__VA_ARGS__)} EXPORT(name)
