@@ -16,7 +16,7 @@ enum Guided {
     /// The whole UNet with its sampler, for constants. A GPU replays the steps, and the host waits for the last.
     Whole(Box<dyn Denoiser>),
     /// The UNet in two halves, for networks: in every step the host computes them from the bottleneck.
-    Halves(Halves),
+    Halves(Box<Halves>),
 }
 
 /// A batch on its way from noise to the noise levels that it is trained at.
@@ -59,7 +59,7 @@ impl Rollout {
             Form::Mlp | Form::Conv => {
                 let (config, tensors, weights) = engine.unet()?;
                 let sizes = (2 * batch, h, w, engine.tokens());
-                Guided::Halves(Halves::new(engine.device(), config, &tensors, &[weights], sizes, None)?)
+                Guided::Halves(Box::new(Halves::new(engine.device(), config, &tensors, &[weights], sizes, None)?))
             }
         };
         Ok(Rollout {
