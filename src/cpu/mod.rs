@@ -10,6 +10,7 @@ mod gemm;
 mod norm;
 mod simd;
 mod weights;
+mod winograd;
 
 pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
@@ -37,7 +38,7 @@ impl Storage for Fp32 {
     fn workspace(&self, graph: &Graph, node: &Node) -> usize {
         let shape = |t| graph.shape(t);
         let numbers = match &node.op {
-            Op::Conv(conv) => conv::workspace(shape, conv),
+            Op::Conv(conv) => conv::workspace(shape, conv, node.output),
             Op::GroupNorm(norm) => norm::workspace(norm, shape),
             Op::GroupNormGradient { of, .. } => norm::gradient_workspace(of, shape),
             Op::Attention(attention) => attention::workspace(attention, shape),
