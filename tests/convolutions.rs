@@ -164,7 +164,9 @@ fn convolutions_are_what_plain_loops_make() {
         let (ours, by_name) = case.run(&x, &skip, &added, case.x.n);
         let error = relative_l2(&ours, &narrow(&case.plain(&by_name)));
         println!("{error:.1e} {case:?}");
-        assert!(error < 5e-6, "{case:?}: off by {error:e}");
+        // Rounding grows with the root of how many numbers are summed.
+        let limit = 3e-7 * ((case.x.c + case.skip) as f64).sqrt();
+        assert!(error < limit, "{case:?}: off by {error:e}");
     }
 }
 

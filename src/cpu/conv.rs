@@ -4,10 +4,10 @@
 //! keeps the packed weights in L1 (`K_BLOCK` x 32 numbers), all rows pass by; their partial sums stay in a strip of
 //! `M_BLOCK` x 32 numbers, and the epilogue writes the strip out once.
 
-use super::gemm::{PANEL, ROWS, Segment, multiply};
+use super::gemm::{Matrix, PANEL, ROWS, Segment, multiply};
 use super::simd::{dispatch, gelu, quick_gelu, silu};
 use super::weights::source_column;
-use super::{Memory, SharedOutput, Weights, winograd};
+use super::{Memory, SharedOutput, Weights, winograd, with_scratch};
 use crate::graph::{Activation, Conv, Shape, TensorId};
 use rayon::prelude::*;
 
@@ -50,7 +50,7 @@ pub(super) struct Task<'a> {
     pub columns: usize,
     /// Rows of the matrix: inputs of all sources and taps.
     pub depth: usize,
-    pub weight: &'a [f32],
+    pub weight: Matrix<'a>,
     bias: Option<&'a [f32]>,
     /// Numbers of all images, from the first that this layer reads, and how many are between an image's and the next's.
     per_image: Option<(&'a [f32], usize)>,
@@ -89,7 +89,7 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
         output: shape,
         columns: if gated { 2 * shape.c } else { shape.c },
         depth: conv.kernel * conv.kernel * conv.sources.iter().map(|t| memory.shape(t).c).sum::<usize>(),
-        weight: weights.get(conv.weight),
+        weight: weights.matrix(conv.weight),
         bias: conv.bias.map(|b| weights.get(b)),
         per_image: conv.per_image.map(|view| (&memory.read(view.tensor)[view.offset..], memory.shape(view.tensor).c)),
         residual: conv.residual.map(|t| memory.read(t)),
@@ -116,9 +116,12 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
         let (group, block) = (i / row_blocks, i % row_blocks);
         let first_row = block * M_BLOCK;
         let last_row = (first_row + M_BLOCK).min(rows);
-        for panel in group * per_group..((group + 1) * per_group).min(panels) {
-            strip(&task, pieces, first_row..last_row, panel, &out);
-        }
+        let most = pieces.iter().map(|p| p.len).max().unwrap_or(0).max(K_BLOCK) * PANEL;
+        with_scratch(M_BLOCK * PANEL + most, |scratch| {
+            for panel in group * per_group..((group + 1) * per_group).min(panels) {
+                strip(&task, pieces, first_row..last_row, panel, scratch, &out);
+            }
+        });
     });
 }
 
@@ -169,10 +172,16 @@ fn list_pieces(conv: &Conv, sources: &[Source], pieces: &mut [Piece; MAX_PIECES]
     count
 }
 
-/// One panel of columns for a block of rows.
-fn strip(task: &Task, pieces: &[Piece], rows: std::ops::Range<usize>, panel: usize, out: &SharedOutput) {
-    let mut sums = Strip([0.0; M_BLOCK * PANEL]);
-    let weight = &task.weight[panel * task.depth * PANEL..][..task.depth * PANEL];
+/// One panel of columns for a block of rows. `scratch` takes the strip of sums, and the weights of a visit.
+fn strip(
+    task: &Task,
+    pieces: &[Piece],
+    rows: std::ops::Range<usize>,
+    panel: usize,
+    scratch: &mut [f32],
+    out: &SharedOutput,
+) {
+    let (sums, room) = scratch.split_at_mut(M_BLOCK * PANEL);
     let mut segments = [Segment { len: 0, rows: [task.zeros.as_ptr(); ROWS] }; MAX_SEGMENTS];
     let mut k = 0;
     let mut start = 0;
@@ -183,18 +192,20 @@ fn strip(task: &Task, pieces: &[Piece], rows: std::ops::Range<usize>, panel: usi
             len += pieces[end].len;
             end += 1;
         }
+        let line = panel * task.depth + k;
+        let weight = task.weight.lines(line * PANEL..(line + len) * PANEL, room);
         for (tile, first) in rows.clone().step_by(ROWS).enumerate() {
             let segments = &mut segments[..end - start];
             locate(task, first..(first + ROWS).min(rows.end), &pieces[start..end], segments);
-            let sums = &mut sums.0[tile * ROWS * PANEL..][..ROWS * PANEL];
-            multiply(segments, weight[k * PANEL..].as_ptr(), sums.as_mut_ptr(), start == 0);
+            let sums = &mut sums[tile * ROWS * PANEL..][..ROWS * PANEL];
+            multiply(segments, weight.as_ptr(), sums.as_mut_ptr(), start == 0);
         }
         k += len;
         start = end;
     }
 
     let epilogue = Epilogue::new(task, panel);
-    for (row, sums) in rows.zip(sums.0.chunks_exact_mut(PANEL)) {
+    for (row, sums) in rows.zip(sums.chunks_exact_mut(PANEL)) {
         epilogue.finish(row, sums, out);
     }
 }
@@ -234,9 +245,6 @@ impl<'a> Epilogue<'a> {
         finish(sums, task.conv.gain, bias, per_image, task.conv.activation, residual, task.conv.scale, out);
     }
 }
-
-#[repr(align(64))]
-struct Strip([f32; M_BLOCK * PANEL]);
 
 /// Points each segment's rows at the pixels under its tap, or at zeros outside the image and beyond the last row.
 fn locate(task: &Task, rows: std::ops::Range<usize>, pieces: &[Piece], segments: &mut [Segment]) {

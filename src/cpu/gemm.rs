@@ -5,11 +5,14 @@
 //! source; a zero row where the tap falls outside) and concatenated inputs, with neither an im2col buffer nor a copy
 //! (the indirect convolution of Dukhan, arXiv 1907.02129, on a BLIS-like loop nest).
 //!
-//! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`. A register tile is 12x32 on
+//! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`, in fp16 where the checkpoint is, and
+//! widened a few lines at a time while they are multiplied by many rows. A register tile is 12x32 on
 //! AVX-512 (24 accumulators of 16), 6x16 on AVX2 and NEON-sized targets. Every element of C is one chain of
 //! multiply-adds in the order of k, whatever tile it falls in: results do not depend on the batch or on the threads.
 
 use super::simd::{Lanes, dispatch};
+use half::f16;
+use std::ops::Range;
 
 /// Columns of a packed panel.
 pub const PANEL: usize = 32;
@@ -20,6 +23,42 @@ pub const ROWS: usize = 12;
 /// Length of `[k, n]` once packed.
 pub fn packed_len(k: usize, n: usize) -> usize {
     n.div_ceil(PANEL) * k * PANEL
+}
+
+/// A packed matrix as it is held.
+#[derive(Clone, Copy)]
+pub enum Matrix<'a> {
+    /// In fp32.
+    Single(&'a [f32]),
+    /// In fp16, which is exactly what the checkpoint holds.
+    Half(&'a [f16]),
+}
+
+impl<'a> Matrix<'a> {
+    /// Whole lines of a panel in fp32: those held, or in `room`.
+    pub fn lines<'b>(self, range: Range<usize>, room: &'b mut [f32]) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        match self {
+            Matrix::Single(numbers) => &numbers[range],
+            Matrix::Half(numbers) => {
+                let room = &mut room[..range.len()];
+                widen(&numbers[range], room);
+                room
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Whole lines of a panel, from fp16.
+    fn widen<V>(from: &[f16], to: &mut [f32]) {
+        for (from, to) in from.chunks_exact(V::COUNT).zip(to.chunks_exact_mut(V::COUNT)) {
+            // SAFETY: as many numbers; `dispatch!` runs this where V's instructions exist.
+            unsafe { V::load_half(from.as_ptr()).store(to.as_mut_ptr()) };
+        }
+    }
 }
 
 /// A stretch of k: `len` numbers of each row, `rows[i]` pointing at them.

@@ -3,6 +3,7 @@
 //!
 //! The arithmetic is the same on every path but for fused multiply-adds, which the baseline may lack.
 
+use half::f16;
 use std::sync::OnceLock;
 
 /// Instruction sets a kernel is compiled for.
@@ -11,7 +12,7 @@ pub enum Isa {
     /// AVX-512 F, VL, BW, DQ.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// What every machine of the target has.
@@ -24,7 +25,8 @@ pub fn isa() -> Isa {
     *ISA.get_or_init(|| {
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
             let avx512 = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512bw")
@@ -47,6 +49,11 @@ pub trait Lanes: Copy {
     /// # Safety
     /// The instruction set must be there; `from` must be readable for `COUNT` numbers.
     unsafe fn load(from: *const f32) -> Self;
+    /// The same of numbers in fp16.
+    ///
+    /// # Safety
+    /// As of `load`.
+    unsafe fn load_half(from: *const f16) -> Self;
     /// # Safety
     /// The instruction set must be there; `to` must be writable for `COUNT` numbers.
     unsafe fn store(self, to: *mut f32);
@@ -67,6 +74,11 @@ impl Lanes for [f32; 4] {
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's promise.
         unsafe { from.cast::<[f32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const f16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[f16; 4]>().read_unaligned() }.map(f16::to_f32)
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -92,16 +104,21 @@ fn madd(a: f32, b: f32, c: f32) -> f32 {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Lanes;
+    use half::f16;
     use std::arch::x86_64::*;
 
     macro_rules! lanes {
-        ($register:ty, $count:expr, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
+        ($register:ty, $count:expr, $load:ident, $load_half:expr, $store:ident, $splat:ident, $fma:ident) => {
             // SAFETY (of all bodies): the caller's promises, stated at the trait.
             impl Lanes for $register {
                 const COUNT: usize = $count;
                 #[inline(always)]
                 unsafe fn load(from: *const f32) -> Self {
                     unsafe { $load(from) }
+                }
+                #[inline(always)]
+                unsafe fn load_half(from: *const f16) -> Self {
+                    unsafe { $load_half(from.cast()) }
                 }
                 #[inline(always)]
                 unsafe fn store(self, to: *mut f32) {
@@ -118,8 +135,24 @@ mod x86 {
             }
         };
     }
-    lanes!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fmadd_ps);
-    lanes!(__m256, 8, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_fmadd_ps);
+    lanes!(
+        __m512,
+        16,
+        _mm512_loadu_ps,
+        |from| _mm512_cvtph_ps(_mm256_loadu_si256(from)),
+        _mm512_storeu_ps,
+        _mm512_set1_ps,
+        _mm512_fmadd_ps
+    );
+    lanes!(
+        __m256,
+        8,
+        _mm256_loadu_ps,
+        |from| _mm256_cvtph_ps(_mm_loadu_si128(from)),
+        _mm256_storeu_ps,
+        _mm256_set1_ps,
+        _mm256_fmadd_ps
+    );
 }
 
 /// Defines a function whose body is compiled once an instruction set.
@@ -136,13 +169,13 @@ macro_rules! dispatch {
             fn body<$($v: $crate::cpu::simd::Lanes,)? const ISA: usize>($($arg: $ty),*) $body
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments)]
             fn avx512($($arg: $ty),*) {
                 body::<$(dispatch!(@lanes $v std::arch::x86_64::__m512),)? 2>($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments)]
             fn avx2($($arg: $ty),*) {
                 body::<$(dispatch!(@lanes $v std::arch::x86_64::__m256),)? 1>($($arg),*)
