@@ -131,6 +131,14 @@ impl Task<'_> {
         &self.sources[..self.conv.sources.iter().count()]
     }
 
+    /// Columns of a panel up to the last that is read; a gated one has gates in its second half.
+    pub fn columns_of(&self, panel: usize) -> usize {
+        match self.conv.activation {
+            Activation::Geglu => PANEL,
+            _ => PANEL.min(self.columns - panel * PANEL),
+        }
+    }
+
     /// Whether the image with its padding is an odd row, then equal pairs of rows, and the same of columns.
     pub fn doubled(&self) -> bool {
         self.conv.pad == 1 && self.seen == (2 * self.input.h, 2 * self.input.w)
@@ -198,7 +206,7 @@ fn strip(
             let segments = &mut segments[..end - start];
             locate(task, first..(first + ROWS).min(rows.end), &pieces[start..end], segments);
             let sums = &mut sums[tile * ROWS * PANEL..][..ROWS * PANEL];
-            multiply(segments, weight.as_ptr(), sums.as_mut_ptr(), start == 0);
+            multiply(segments, weight.as_ptr(), sums.as_mut_ptr(), task.columns_of(panel), start == 0);
         }
         k += len;
         start = end;

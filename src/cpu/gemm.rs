@@ -72,24 +72,22 @@ pub struct Segment {
 
 dispatch! {
     /// Adds to (or, when `first`, sets) the strip `[ROWS][PANEL]` at `c` the product of the segments' rows with the
-    /// part of a panel at `b` (rows of [`PANEL`] numbers, one a k, `stride` apart).
+    /// part of a panel at `b` (rows of [`PANEL`] numbers, one a k). Of the panel's columns the first `columns` are
+    /// multiplied, and perhaps some more.
     ///
     /// The caller promises: every row pointer is readable for its segment's length, `b` for the segments' total, and
     /// `c` is writable for the strip.
-    pub fn multiply<V>(segments: &[Segment], b: *const f32, c: *mut f32, first: bool) {
+    pub fn multiply<V>(segments: &[Segment], b: *const f32, c: *mut f32, columns: usize, first: bool) {
         // SAFETY: the caller's promise; `dispatch!` runs this where V's instructions exist.
         unsafe {
             if V::COUNT == 16 {
-                tile::<V, 12, 2>(segments, 0, b, c, first);
-            } else if V::COUNT == 8 {
-                for rows in (0..ROWS).step_by(6) {
-                    for column in (0..PANEL).step_by(16) {
-                        tile::<V, 6, 2>(segments, rows, b.add(column), c.add(rows * PANEL + column), first);
-                    }
+                match columns > V::COUNT {
+                    true => tile::<V, 12, 2>(segments, 0, b, c, first),
+                    false => tile::<V, 12, 1>(segments, 0, b, c, first),
                 }
             } else {
                 for rows in (0..ROWS).step_by(6) {
-                    for column in (0..PANEL).step_by(8) {
+                    for column in (0..columns.min(PANEL)).step_by(2 * V::COUNT) {
                         tile::<V, 6, 2>(segments, rows, b.add(column), c.add(rows * PANEL + column), first);
                     }
                 }
@@ -179,12 +177,13 @@ mod tests {
             (seed >> 33) as usize
         };
         for _ in 0..50 {
+            let columns = 1 + next() % PANEL;
             let lens: Vec<usize> = (0..1 + next() % 4).map(|_| 1 + next() % 37).collect();
             let k: usize = lens.iter().sum();
             let mut random = |n: usize| (0..n).map(|_| (next() % 2000) as f32 / 1000.0 - 1.0).collect::<Vec<_>>();
             let (a, b) = (random(ROWS * k), random(k * PANEL));
-            let mut panel = vec![9.0; packed_len(k, 20)];
-            pack_panel(&b, PANEL, 1, 20, &mut panel);
+            let mut panel = vec![9.0; packed_len(k, columns)];
+            pack_panel(&b, PANEL, 1, columns, &mut panel);
             let mut start = 0;
             let segments: Vec<Segment> = lens
                 .iter()
@@ -196,12 +195,11 @@ mod tests {
                 .collect();
             let mut c = [f32::NAN; ROWS * PANEL];
             let (head, tail) = segments.split_at(1);
-            multiply(head, panel.as_ptr(), c.as_mut_ptr(), true);
-            multiply(tail, panel[lens[0] * PANEL..].as_ptr(), c.as_mut_ptr(), false);
+            multiply(head, panel.as_ptr(), c.as_mut_ptr(), columns, true);
+            multiply(tail, panel[lens[0] * PANEL..].as_ptr(), c.as_mut_ptr(), columns, false);
             for i in 0..ROWS {
-                for j in 0..PANEL {
-                    let truth: f64 =
-                        (0..k).map(|p| a[i * k + p] as f64 * if j < 20 { b[p * PANEL + j] as f64 } else { 0.0 }).sum();
+                for j in 0..columns {
+                    let truth: f64 = (0..k).map(|p| a[i * k + p] as f64 * b[p * PANEL + j] as f64).sum();
                     assert!((c[i * PANEL + j] as f64 - truth).abs() < 1e-5 * (k as f64).sqrt(), "{i} {j}");
                 }
             }

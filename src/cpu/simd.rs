@@ -158,7 +158,7 @@ mod x86 {
 /// Defines a function whose body is compiled once an instruction set.
 ///
 /// `fn name(args) { body }`: the optimiser vectorises the body's loops for each. `fn name<V>(args) { body }`: in the
-/// body `V` is a [`Lanes`] type of that set.
+/// body `V` is a [`Lanes`] type of that set. In both `ISA` is the set's number, 0 for the baseline.
 macro_rules! dispatch {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$v:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$meta])*
@@ -199,23 +199,33 @@ macro_rules! dispatch {
 pub(crate) use dispatch;
 
 /// `e^x` to about 2 ulp over the finite range, branch-free so that loops of it vectorise.
-///
-/// Cody and Waite's reduction `x = n ln 2 + r`, then a degree-6 polynomial on `|r| <= ln 2 / 2`.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
+    exp_by(x, |a, b, c| a * b + c)
+}
+
+/// The same with fused multiply-adds where the instruction set `ISA` of [`dispatch!`] has them: half the instructions.
+#[inline(always)]
+pub fn fused_exp<const ISA: usize>(x: f32) -> f32 {
+    exp_by(x, |a, b, c| if ISA == 0 { madd(a, b, c) } else { a.mul_add(b, c) })
+}
+
+/// Cody and Waite's reduction `x = n ln 2 + r`, then a degree-6 polynomial on `|r| <= ln 2 / 2`.
+#[inline(always)]
+fn exp_by(x: f32, mul_add: impl Fn(f32, f32, f32) -> f32) -> f32 {
     let x = x.clamp(-87.33, 88.37);
     // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
     const MAGIC: f32 = 12_582_912.0;
-    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
+    let shifted = mul_add(x, std::f32::consts::LOG2_E, MAGIC);
     let n = shifted - MAGIC;
-    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let r = mul_add(n, 2.121_944_4e-4, mul_add(n, -0.693_359_4, x));
     let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let p = p * r * r + r + 1.0;
+    let p = mul_add(p, r, 1.398_199_9e-3);
+    let p = mul_add(p, r, 8.333_452e-3);
+    let p = mul_add(p, r, 4.166_579_6e-2);
+    let p = mul_add(p, r, 1.666_666_5e-1);
+    let p = mul_add(p, r, 0.5);
+    let p = mul_add(p * r, r, r) + 1.0;
     f32::from_bits(p.to_bits().wrapping_add((shifted.to_bits() << 23).wrapping_sub(MAGIC.to_bits() << 23)))
 }
 
@@ -277,7 +287,9 @@ mod tests {
         for i in -8700..8800 {
             let x = i as f32 * 0.01 + 0.003;
             let truth = (x as f64).exp();
-            assert!(((super::exp(x) as f64 - truth) / truth).abs() < 3e-7, "exp({x})");
+            for ours in [super::exp(x), super::fused_exp::<1>(x)] {
+                assert!(((ours as f64 - truth) / truth).abs() < 3e-7, "exp({x})");
+            }
         }
         assert_eq!(super::exp(0.0), 1.0);
         for i in -600..600 {

@@ -51,13 +51,17 @@ impl Form {
         if half { Form::Half } else { Form::Single }
     }
 
-    /// Bytes of a weight in packed form.
-    fn bytes(self, spec: &WeightSpec) -> usize {
-        let each = match self {
+    /// Bytes of a number.
+    fn size(self) -> usize {
+        match self {
             Form::Single => size_of::<f32>(),
             Form::Half => size_of::<f16>(),
-        };
-        packed(spec) * each
+        }
+    }
+
+    /// Bytes of a weight in packed form.
+    fn bytes(self, spec: &WeightSpec) -> usize {
+        packed(spec) * self.size()
     }
 }
 
@@ -208,7 +212,7 @@ fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) ->
             WeightKind::Mirrored { kernel, .. } => kernel * kernel * spec.total_outputs() * PANEL,
         };
         let length = (TASK / unit).max(1) * unit;
-        let chunks = room[..bytes].chunks_mut(length * (bytes / packed(spec).max(1)).max(1)).enumerate();
+        let chunks = room[..bytes].chunks_mut(length * weight.form.size()).enumerate();
         left.push(chunks.len().into());
         tasks.extend(chunks.map(|(i, out)| Task { index, start: i * length, out }));
     }

@@ -207,10 +207,17 @@ fn product(
                         let rows = &points[layout.at(&chunk, point, tile)..][..ROWS * chunk.len];
                         let rows = std::array::from_fn(|i| rows[i * chunk.len..].as_ptr());
                         let segments = [Segment { len: chunk.len, rows }];
-                        for (kernels, sums) in kernels.chunks_exact(lines).zip(sums.chunks_exact_mut(POINTS * pitch)) {
+                        let group = kernels.chunks_exact(lines).zip(sums.chunks_exact_mut(POINTS * pitch));
+                        for (panel, (kernels, sums)) in panels.clone().zip(group) {
                             let kernels = &kernels[column * chunk.len * PANEL..];
                             let sums = &mut sums[point * pitch + i * ROWS * PANEL..][..ROWS * PANEL];
-                            multiply(&segments, kernels.as_ptr(), sums.as_mut_ptr(), chunk.k == 0);
+                            multiply(
+                                &segments,
+                                kernels.as_ptr(),
+                                sums.as_mut_ptr(),
+                                task.columns_of(panel),
+                                chunk.k == 0,
+                            );
                         }
                     }
                 }
