@@ -1,5 +1,5 @@
-//! Convolutions on the CPU, in both ways that they are made: against plain f64 loops on random shapes, and an image of a
-//! batch against the same image alone, bit for bit, on any number of threads.
+//! Convolutions on the CPU, in both ways that they are made: against plain f64 loops on random shapes, and an image of
+//! a batch against the same image alone, bit for bit, on any number of threads.
 
 mod support;
 
@@ -26,8 +26,8 @@ struct Case {
 }
 
 impl Case {
-    /// The output on `x` and, where it is fused, on a residual and a vector an image. All numbers are of one image after
-    /// the other.
+    /// The output on `x` and, where it is fused, on a residual and a vector an image. All numbers are of one image
+    /// after the other.
     fn run(self, x: &[f64], skip: &[f64], added: &[f64], images: usize) -> (Vec<f32>, HashMap<String, Numbers>) {
         let mut g = GraphBuilder::new();
         let shape = Shape { n: images, ..self.x };

@@ -1,8 +1,9 @@
 //! Convolutions and linear layers, with everything that follows them fused.
 //!
-//! Where [`winograd::pays`] a 3x3 convolution is made there, and the rest here, tap by tap. Work is split into blocks of rows by groups of panels. Within a block, for each panel and each stretch of k that
-//! keeps the packed weights in L1 (`K_BLOCK` x 32 numbers), all rows pass by; their partial sums stay in a strip of
-//! `M_BLOCK` x 32 numbers, and the epilogue writes the strip out once.
+//! Where [`winograd::pays`] a 3x3 convolution is made there, and everything else here, tap by tap. Work is split into
+//! blocks of rows by groups of panels. Within a block, for each panel and each stretch of k that keeps the weights'
+//! lines in L1 (`K_BLOCK` x 32 numbers), all rows pass by; their partial sums stay in a strip of `M_BLOCK` x 32
+//! numbers, and the epilogue writes the strip out once.
 
 use super::gemm::{Matrix, PANEL, ROWS, Segment, multiply};
 use super::simd::{dispatch, gelu, quick_gelu, silu};

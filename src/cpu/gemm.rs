@@ -5,8 +5,8 @@
 //! source; a zero row where the tap falls outside) and concatenated inputs, with neither an im2col buffer nor a copy
 //! (the indirect convolution of Dukhan, arXiv 1907.02129, on a BLIS-like loop nest).
 //!
-//! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`, in fp16 where the checkpoint is, and
-//! widened a few lines at a time while they are multiplied by many rows. A register tile is 12x32 on
+//! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`, in fp16 where the checkpoint is,
+//! and widened a few lines at a time while they are multiplied by many rows. A register tile is 12x32 on
 //! AVX-512 (24 accumulators of 16), 6x16 on AVX2 and NEON-sized targets. Every element of C is one chain of
 //! multiply-adds in the order of k, whatever tile it falls in: results do not depend on the batch or on the threads.
 

@@ -1,5 +1,5 @@
-//! Weights as the CPU's operations read them: matrices packed for [`super::gemm`], in fp16 where all of a matrix's tensors
-//! are, which loses nothing; everything else in fp32.
+//! Weights as the CPU's operations read them: matrices packed for [`super::gemm`], in fp16 where all of a matrix's
+//! tensors are, which loses nothing; everything else in fp32.
 
 use super::gemm::{Matrix, PANEL, packed_len};
 use crate::graph::{WeightId, WeightKind, WeightSpec};

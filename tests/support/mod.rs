@@ -177,8 +177,8 @@ pub fn narrow(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&x| x as f32).collect()
 }
 
-/// Weights of a graph in the UNet's place of a checkpoint written for it, so that packing is tested as well; returned by
-/// name, as that format (fp16 or fp32) rounds them.
+/// Weights of a graph in the UNet's place of a checkpoint written for it, so that packing is tested as well; returned
+/// by name, as that format (fp16 or fp32) rounds them.
 pub fn weights(graph: &Graph, format: Dtype) -> (tempfile::TempDir, HashMap<String, Numbers>) {
     let folder = tempfile::tempdir().unwrap();
     let mut by_name = HashMap::new();
