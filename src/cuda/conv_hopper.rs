@@ -181,7 +181,7 @@ pub(super) fn launch(
         added_weight,
         after,
         partial: if splits > 1 { site.workspace() } else { 0 },
-        counters: site.bindings.counters,
+        counters: site.counters(),
         moments: moments.map_or(0, |_| site.moments(out)),
         added_bias: added.and_then(|added| added.bias).map_or(0, |id| site.weight(id)),
         height: seen.height as i32,
@@ -290,8 +290,8 @@ mod tests {
                 None => executor.step().unwrap(),
                 Some((tile, splits)) => {
                     let scratch = plan.offset(graph.input("scratch"));
-                    let Executor { weights, arena, counters, .. } = &executor;
-                    bound(&device, weights, arena, counters, |bindings| {
+                    let Executor { weights, arena, .. } = &executor;
+                    bound(&device, weights, arena, |bindings| {
                         for (node, workspace) in plan.step() {
                             let Op::Conv(conv) = &node.op else {
                                 // SAFETY: all memory is the executor's.

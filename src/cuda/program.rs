@@ -59,7 +59,7 @@ pub fn lowered(graph: &Graph, limits: Limits) -> Result<Vec<Lowered>> {
     let plan = Plan::new(graph.clone(), &[], &limits);
     let weights = vec![0; graph.weights().len()];
     let tensor_map = |_: &TensorTiles| Ok([0; 16]);
-    let bindings = Bindings { limits, weights: &weights, arena: 0, counters: 0, tensor_map: &tensor_map };
+    let bindings = Bindings { limits, weights: &weights, arena: 0, tensor_map: &tensor_map };
     let lower = Program::lowering(&plan, &bindings);
     let of_node = |(node, workspace): (&Node, (usize, usize))| {
         let reason = match &node.op {

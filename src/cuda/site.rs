@@ -52,8 +52,6 @@ pub(super) struct Bindings<'a> {
     pub weights: &'a [u64],
     /// Where the arena begins.
     pub arena: u64,
-    /// Counters of blocks, [`COUNTERS`] words: 0 between launches.
-    pub counters: u64,
     /// The device's [`super::Device::tensor_map`].
     pub tensor_map: &'a dyn Fn(&TensorTiles) -> Result<[u64; 16]>,
 }
@@ -105,6 +103,11 @@ impl Site<'_> {
 
     pub fn weight(&self, id: WeightId) -> u64 {
         self.bindings.weights[id.0]
+    }
+
+    /// Counters of blocks, [`COUNTERS`] words: 0 between launches.
+    pub fn counters(&self) -> u64 {
+        self.bindings.arena + self.plan.reserved() as u64
     }
 
     /// The node's scratch memory: as many bytes as its family's `workspace` said.
