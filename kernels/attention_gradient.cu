@@ -27,6 +27,7 @@
 // fp16: dS is stored as it is multiplied. By query, weights are relative to the greatest, and what divides them comes last. By
 // key they are whole and mostly about one over the number of keys, so P is carried times 2^8, with room for dS up to 256.
 #include "attention.cuh"
+#include "attention_gradient.cuh"
 
 struct AttentionGradientParams {
     // The first head's channels of the first token.
@@ -54,11 +55,6 @@ struct AttentionGradientParams {
 };
 LAYOUT(AttentionGradientParams, q, k, v, d, dq, dk, dv, statistics, queries, keys, head_dim, q_width, k_width, v_width,
        d_width, out_width, exponent, scale)
-
-// What P is carried times, by key.
-constexpr float LIFT = 256.0f;
-// Below every score.
-constexpr float NO_SCORE = -1e30f;
 
 template <int WIDTH_, bool VECTOR_> struct Tile {
     static constexpr int WIDTH = WIDTH_, THREADS = 128, OWN = 64, OTHERS = WIDTH > 80 ? 32 : 64;
@@ -142,54 +138,6 @@ template <class T, class F> PTX_FN void each_step(int count, F f) {
     }
 }
 
-// What a lane has seen of a query: the greatest score, the sum of weights relative to it, and of weights times dP.
-struct Seen {
-    float top, sum, dot;
-};
-
-PTX_FN Seen merge(Seen a, Seen b) {
-    const float top = fmaxf(a.top, b.top), x = exp2_approx(a.top - top), y = exp2_approx(b.top - top);
-    return {top, a.sum * x + b.sum * y, a.dot * x + b.dot * y};
-}
-
-template <int OTHERS> PTX_FN void look(Seen (&rows)[2], const Products<OTHERS>& p, float exponent) {
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        Seen now = {NO_SCORE, 0.0f, 0.0f};
-#pragma unroll
-        for (int j = 0; j < OTHERS / 4; j++) now.top = fmaxf(now.top, p.scores[0][j / 2][h * 2 + j % 2] * exponent);
-        now.top = fmaxf(now.top, rows[h].top);
-#pragma unroll
-        for (int j = 0; j < OTHERS / 4; j++) {
-            const float weight = exp2_approx(fmaf(p.scores[0][j / 2][h * 2 + j % 2], exponent, -now.top));
-            now.sum += weight;
-            now.dot = fmaf(weight, p.slopes[0][j / 2][h * 2 + j % 2], now.dot);
-        }
-        rows[h] = merge(rows[h], now);
-    }
-}
-
-// P and dS as fragments of A, a pair of columns being 16 others of depth; statistics(h, column) are those of a query.
-template <int OTHERS, class Statistics>
-PTX_FN void weigh(uint32_t (&p)[OTHERS / 16][1][4], uint32_t (&ds)[OTHERS / 16][1][4], const Products<OTHERS>& of,
-                  float exponent, Statistics statistics) {
-#pragma unroll
-    for (int j = 0; j < OTHERS / 8; j++) {
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float weights[2], slopes[2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const float4 s = statistics(h, j * 8 + threadIdx.x % 4 * 2 + i);
-                weights[i] = exp2_approx(fmaf(of.scores[0][j][h * 2 + i], exponent, -s.x)) * s.y;
-                slopes[i] = weights[i] * (of.slopes[0][j][h * 2 + i] - s.z);
-            }
-            p[j / 2][0][j % 2 * 2 + h] = bits_of(to_halves(weights[0], weights[1]));
-            ds[j / 2][0][j % 2 * 2 + h] = bits_of(to_halves(slopes[0], slopes[1]));
-        }
-    }
-}
-
 // The head's rows of both kinds.
 PTX_FN Rows queries_of(const AttentionGradientParams& p) {
     const int64_t first = int64_t(blockIdx.z) * p.queries, head = blockIdx.y * p.head_dim;
@@ -218,25 +166,22 @@ template <class T> PTX_FN void by_query(const AttentionGradientParams& p) {
             constexpr int N = decltype(step)::N;
             Products<N> products;
             multiply<T>(products, stage_at<T>(stage), first, others.count - tile);
-            look(seen, products, p.exponent);
+            look<N>(seen, &products.scores[0][0][0], &products.slopes[0][0][0], p.exponent);
         });
     });
     float4 statistics[2];
     float factors[1][2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-#pragma unroll
-        for (int other = 1; other < 4; other *= 2)
-            seen[h] = merge(seen[h], {__shfl_xor_sync(ALL_LANES, seen[h].top, other), __shfl_xor_sync(ALL_LANES, seen[h].sum, other),
-                                      __shfl_xor_sync(ALL_LANES, seen[h].dot, other)});
-        const float inverse = 1.0f / seen[h].sum;
-        statistics[h] = make_float4(seen[h].top, 1.0f, seen[h].dot * inverse, 0.0f);
-        factors[0][h] = p.scale * inverse;
+        statistics[h] = statistics_of(seen[h]);
         const int own_row = row + h * 8 + lane / 4;
         if (p.statistics && lane % 4 == 0 && own_row < count) {
             const int64_t at = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.queries + first_own + own_row;
-            p.statistics[at] = make_float4(seen[h].top, LIFT * inverse, seen[h].dot * inverse, 0.0f);
+            p.statistics[at] = statistics[h];
         }
+        // Weights are relative to the greatest here, and what divides them comes last.
+        factors[0][h] = p.scale / LIFT * statistics[h].y;
+        statistics[h].y = 1.0f;
     }
 
     Sums<T> dq = {};
@@ -246,7 +191,8 @@ template <class T> PTX_FN void by_query(const AttentionGradientParams& p) {
             Products<N> products;
             uint32_t weights[N / 16][1][4], slopes[N / 16][1][4];
             multiply<T>(products, stage_at<T>(stage), first, others.count - tile);
-            weigh(weights, slopes, products, p.exponent, [&](int h, int) { return statistics[h]; });
+            weigh<N>(&weights[0][0][0], &slopes[0][0][0], &products.scores[0][0][0], &products.slopes[0][0][0], p.exponent,
+                     [&](int h, int) { return statistics[h]; });
             const uint32_t keys = smem_u32(dyn_smem()) + stage_at<T>(stage) + first * T::STRIDE * 16;
 #pragma unroll
             for (int i = 0; i < N / 16; i++) add_product<T>(dq, slopes[i], keys + i * 16 * T::STRIDE * 16);
@@ -281,7 +227,8 @@ template <class T> PTX_FN void by_key(const AttentionGradientParams& p) {
             uint32_t weights[N / 16][1][4], slopes[N / 16][1][4];
             multiply<T>(products, stage_at<T>(stage), first, others.count - tile);
             const float4* of = reinterpret_cast<const float4*>(dyn_smem() + T::STATISTICS_AT) + stage * T::OTHERS + first;
-            weigh(weights, slopes, products, p.exponent, [&](int, int column) { return of[column]; });
+            weigh<N>(&weights[0][0][0], &slopes[0][0][0], &products.scores[0][0][0], &products.slopes[0][0][0], p.exponent,
+                     [&](int, int column) { return of[column]; });
             const uint32_t queries = smem_u32(dyn_smem()) + stage_at<T>(stage) + first * T::STRIDE * 16;
 #pragma unroll
             for (int i = 0; i < N / 16; i++) {

@@ -1,6 +1,6 @@
 // Attention for sm_90a: that of attention.cu, with tiles that TMA fetches and wgmma multiplies. Empty for other
-// architectures, whose attention is attention.cu's, as is that under a causal mask, of heads of other widths, and of
-// 512 channels.
+// architectures, whose attention is attention.cu's, as is that under a causal mask and of heads of other widths. Heads
+// of 512 channels are attention_hopper_wide.cu's.
 //
 // A block belongs to one head of one image. The warpgroups but the last have 64 queries each; of the last one thread
 // fetches. Scores are a product out of shared memory, S = Q K^T; they become weights in the registers where they are,
@@ -28,6 +28,13 @@
 // warpgroups take turns at beginning, which keeps them apart: while one softens, another multiplies. At 40 channels a
 // stage is some 460 instructions of a warp, 64 of which are exp2 at 8 cycles: issuing takes nearly as long as exp2.
 //
+// The last round of tiles leaves multiprocessors idle: 352 tiles of 192 queries (16 heads of 40 with 4096) are 2.67
+// rounds of 132, 440 (20 heads of 64) are 3.33. Deals of 64 queries would even that out, with two warpgroups at work in
+// a block's last tile instead of three; but there the prototype took 42.5 us for a tile of two, against 44.7 for one of
+// three at 40 channels, and 39.3 against 49.9 at 64. So a head's 64 deals in 8 blocks, 3 + 3 + 2 instead of 3 + 3 + 3,
+// would save 2 % at 40, and 3 + 3 + 3 + 2 of 20 heads 5 % at 64: a tenth of a millisecond of SDXL's step, and nothing
+// at 1024 queries, whose tiles come out even. Not worth warpgroups that only keep step with the others.
+//
 // Memory: q once, out once; k and v once for each tile of a block's queries, or once for the block where they stay. At
 // 40 channels a stage is 20 KiB for the 1536 cycles that three warpgroups' exp2 takes, far below what L2 gives.
 //
@@ -39,28 +46,13 @@
 //
 // Results do not depend on how many warpgroups, blocks or images there are: the keys' number decides the order of sums,
 // from the last stage, which may be partly masked, to the first.
-#include "numeric.cuh"
-
-struct AttentionHopperParams {
-    // {channels of a head, heads, tokens, images}, in boxes of 64 channels of one head by 64 queries, or by KEYS keys.
-    CUtensorMap q, k, v, out;
-    int32_t queries, keys;
-    // scale * log2(e), positive: exp(scale * s) = exp2(exponent * s).
-    float exponent;
-    int32_t padding[13];
-};
-LAYOUT(AttentionHopperParams, q, k, v, out, queries, keys, exponent, padding)
+#include "attention_hopper.cuh"
 
 namespace attention_hopper {
-
-constexpr int ROWS = 64;   // queries of a warpgroup
-constexpr int SPAN = 128;  // bytes of 64 channels
 
 template <int WIDTH_, int GROUPS_, int STAGES_, int KEYS_> struct Tile {
     static constexpr int WIDTH = WIDTH_, GROUPS = GROUPS_, STAGES = STAGES_, KEYS = KEYS_;
     static constexpr int THREADS = 128 * (GROUPS + 1);
-    // As in attention.cu: how much log2 of a weight may exceed the reference before the reference is raised.
-    static constexpr float HEADROOM = 8.0f;
     // True if there is one stage, which stays for all of the block's queries; the next of these are fetched meanwhile.
     static constexpr bool HELD = STAGES == 1;
     static constexpr int QUERY_SLOTS = HELD ? 2 : 1;
@@ -76,23 +68,13 @@ template <int WIDTH_, int GROUPS_, int STAGES_, int KEYS_> struct Tile {
     static constexpr int V_PAIRS = K_PAIRS + STAGES * 16;
 };
 
-// A place in a ring of N slots, and the parity of the phase that is waited for there.
-template <int N> struct Ring {
-    int slot, parity;
-
-    __device__ __forceinline__ void advance() {
-        if (++slot == N) slot = 0, parity ^= 1;
-    }
-};
-
-// Fetches ROWS tokens of the block's head from `token` on into a slot, as soon as that is empty.
+#ifdef PTX_HOPPER
+// Fetches ROWS tokens from `token` on into a slot, as soon as that is empty.
 template <int ROWS, int SPANS>
 PTX_FN void fetch(const CUtensorMap& map, uint32_t slot, uint32_t pair, int parity, int token) {
     mbar_wait(pair + 8, parity);
     mbar_expect_tx(pair, SPANS * ROWS * SPAN);
-#pragma unroll
-    for (int i = 0; i < SPANS; i++)
-        tma_load_4d(slot + i * ROWS * SPAN, &map, pair, i * 64, blockIdx.y, token, blockIdx.z);
+    fill<ROWS, SPANS>(map, slot, pair, token);
 }
 
 // The fetching thread.
@@ -116,140 +98,26 @@ template <class T> PTX_FN void produce(const AttentionHopperParams& p, uint32_t 
     }
 }
 
-// Begins the scores of a warpgroup's queries with a stage's keys.
-template <class T> PTX_FN void begin_scores(float (&scores)[T::KEYS / 2], uint32_t queries, uint32_t keys) {
-    uint64_t a = wg_desc_sw128(queries, 16, 8 * SPAN), b = wg_desc_sw128(keys, 16, 8 * SPAN);
-    wgmma_hold(scores);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < (T::WIDTH + 15) / 16; i++) {
-        // 16 channels are 32 bytes of a span; descriptors count in 16.
-        uint64_t of_a = a + (i / 4 * ROWS * SPAN + i % 4 * 32) / 16;
-        uint64_t of_b = b + (i / 4 * T::KEYS * SPAN + i % 4 * 32) / 16;
-        if constexpr (T::KEYS == 64) wgmma_m64n64k16<0>(scores, of_a, of_b, i > 0);
-        if constexpr (T::KEYS == 80) wgmma_m64n80k16<0>(scores, of_a, of_b, i > 0);
-        if constexpr (T::KEYS == 128) wgmma_m64n128k16<0>(scores, of_a, of_b, i > 0);
-    }
-    wgmma_commit();
-}
-
-template <int KEYS> using Weights = uint32_t[KEYS / 16][4];
-
-// Begins to add a stage's weighted values.
-template <class T>
-PTX_FN void begin_sums(float (&out)[T::WIDTH / 2], const Weights<T::KEYS>& weights, uint32_t values) {
-    uint64_t b = wg_desc_sw128(values, T::KEYS * SPAN, 8 * SPAN);
-    wgmma_hold(out);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < T::KEYS / 16; i++) {
-        uint64_t of_b = b + i * 16 * SPAN / 16;
-        if constexpr (T::WIDTH == 40) wgmma_m64n40k16_rs<1>(out, weights[i], of_b, 1);
-        if constexpr (T::WIDTH == 64) wgmma_m64n64k16_rs<1>(out, weights[i], of_b, 1);
-        if constexpr (T::WIDTH == 80) wgmma_m64n80k16_rs<1>(out, weights[i], of_b, 1);
-        if constexpr (T::WIDTH == 160) wgmma_m64n160k16_rs<1>(out, weights[i], of_b, 1);
-    }
-    wgmma_commit();
-}
-
-// Of a lane's two rows: lane / 4 of the warp's 16, and 8 below it.
-struct Rows {
-    // log2 of what weights are relative to.
-    float reference[2];
-    // Of the weights of this lane's keys, as rounded.
-    float sum[2];
-};
-
 // Scores become weights, where they are; of the stage's keys only the first `count` exist. Then all products are waited
-// for. Where a reference had to rise, which is seldom, what was summed is brought to the new one.
+// for. Where a reference had to rise, what was summed is brought to the new one.
 template <class T, bool MASKED>
 PTX_FN void soften(float (&scores)[T::KEYS / 2], float (&out)[T::WIDTH / 2], Rows& rows, int count, float exponent) {
-    if constexpr (MASKED) {
-#pragma unroll
-        for (int i = 0; i < T::KEYS / 2; i++)
-            if (i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2 >= count) scores[i] = -INFINITY;
-    }
-    bool raised = false;
+    if constexpr (MASKED) mask(scores, count);
     float factor[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        // Two chains, of even and of odd keys.
-        float even = scores[2 * h], odd = scores[2 * h + 1];
-#pragma unroll
-        for (int i = 1; i < T::KEYS / 8; i++) {
-            even = fmaxf(even, scores[4 * i + 2 * h]);
-            odd = fmaxf(odd, scores[4 * i + 2 * h + 1]);
-        }
-        float top = fmaxf(even, odd);
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        top *= exponent;
-        bool raise = top > rows.reference[h] + T::HEADROOM;
-        factor[h] = raise ? exp2_approx(rows.reference[h] - top) : 1.0f;
-        if (raise) rows.reference[h] = top;
-        raised |= raise;
-    }
-#pragma unroll
-    for (int i = 0; i < T::KEYS / 2; i++)
-        scores[i] = exp2_approx(fmaf(scores[i], exponent, -rows.reference[i / 2 % 2]));
+    bool raised = raise(scores, rows, factor, exponent);
+    exponentiate(scores, rows, exponent);
     wgmma_hold(scores);
     // A row's factor is 1 unless it was raised: whether the others make the warp multiply does not show. The branch has
     // another use: no compiler moves the wait behind it to before the exponentials, which it does where nothing else is
     // in the way.
-    if (__any_sync(0xffffffffu, raised)) {
+    if (__any_sync(ALL_LANES, raised)) {
         wgmma_wait<0>();
         wgmma_hold(out);
-#pragma unroll
-        for (int h = 0; h < 2; h++) rows.sum[h] *= factor[h];
 #pragma unroll
         for (int i = 0; i < T::WIDTH / 2; i++) out[i] *= factor[i / 2 % 2];
     }
     wgmma_wait<0>();
     wgmma_hold(out);
-}
-
-// The weights as fp16.
-template <class T> PTX_FN void round(const float (&scores)[T::KEYS / 2], Weights<T::KEYS>& weights, Rows& rows) {
-#pragma unroll
-    for (int i = 0; i < T::KEYS / 4; i++) {
-        __half2 pair = __floats2half2_rn(scores[2 * i], scores[2 * i + 1]);
-        float2 rounded = __half22float2(pair);
-        weights[i / 4][i % 4] = bits_of(pair);
-        rows.sum[i % 2] += rounded.x + rounded.y;
-    }
-}
-
-// A warpgroup's results: sums over sums of weights, through shared memory.
-template <class T>
-PTX_FN void store(const AttentionHopperParams& p, const float (&out)[T::WIDTH / 2], const Rows& rows, uint32_t shared,
-                  int group, int token) {
-    int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    float inverse[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        float sum = rows.sum[h];
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        inverse[h] = 1.0f / sum;
-    }
-    bool stores = threadIdx.x % 128 == 0;
-    // The last store has read the memory.
-    if (stores) tma_store_wait<0>();
-    named_bar_sync(1 + group, 128);
-    int at = T::OUT_AT + group * T::Q;
-#pragma unroll
-    for (int i = 0; i < T::WIDTH / 4; i++) {
-        int chunk = i / 2, h = i % 2;
-        int to = at + chunk / 8 * ROWS * SPAN + (row + h * 8) * SPAN + ((chunk % 8 ^ row % 8) << 4) + lane % 4 * 4;
-        *reinterpret_cast<__half2*>(dyn_smem() + to) = to_halves(out[2 * i] * inverse[h], out[2 * i + 1] * inverse[h]);
-    }
-    fence_proxy_async();
-    named_bar_sync(1 + group, 128);
-    if (!stores) return;
-#pragma unroll
-    for (int i = 0; i < T::SPANS; i++)
-        tma_store_4d(&p.out, shared + at + i * ROWS * SPAN, i * 64, blockIdx.y, token, blockIdx.z);
-    tma_store_commit();
 }
 
 template <class T> PTX_FN void consume(const AttentionHopperParams& p, uint32_t shared, int tiles, int stages) {
@@ -260,11 +128,17 @@ template <class T> PTX_FN void consume(const AttentionHopperParams& p, uint32_t 
     Ring<T::STAGES> k = {0, 0}, v = {0, 0};
     auto scores_of_stage = [&](float (&scores)[T::KEYS / 2], uint32_t queries) {
         mbar_wait(shared + T::K_PAIRS + k.slot * 16, k.parity);
-        begin_scores<T>(scores, queries, shared + T::K_AT + k.slot * T::K);
+        wgmma_hold(scores);
+        wgmma_fence();
+        multiply<T::WIDTH, T::KEYS>(scores, queries, shared + T::K_AT + k.slot * T::K);
+        wgmma_commit();
     };
     auto sums_of_stage = [&](float (&out)[T::WIDTH / 2], const Weights<T::KEYS>& weights) {
         mbar_wait(shared + T::V_PAIRS + v.slot * 16, v.parity);
-        begin_sums<T>(out, weights, shared + T::V_AT + v.slot * T::K);
+        wgmma_hold(out);
+        wgmma_fence();
+        add_weighted<T::WIDTH, T::KEYS>(out, weights, shared + T::V_AT + v.slot * T::K);
+        wgmma_commit();
     };
     // The stage's keys, or values, have been read.
     auto release = [&](Ring<T::STAGES>& ring, int pairs) {
@@ -286,7 +160,7 @@ template <class T> PTX_FN void consume(const AttentionHopperParams& p, uint32_t 
         wgmma_hold(scores);
         release(k, T::K_PAIRS);
         soften<T, true>(scores, out, rows, p.keys - (stages - 1) * T::KEYS, p.exponent);
-        round<T>(scores, weights, rows);
+        round(scores, weights, rows);
         if constexpr (!T::HELD) {
             for (int stage = stages - 2; stage >= 0; stage--) {
                 named_bar_sync(4 + group, 256);
@@ -299,7 +173,7 @@ template <class T> PTX_FN void consume(const AttentionHopperParams& p, uint32_t 
                 release(k, T::K_PAIRS);
                 soften<T, false>(scores, out, rows, T::KEYS, p.exponent);
                 release(v, T::V_PAIRS);
-                round<T>(scores, weights, rows);
+                round(scores, weights, rows);
             }
         }
         if (arrives) mbar_arrive(pair + 8);
@@ -308,7 +182,12 @@ template <class T> PTX_FN void consume(const AttentionHopperParams& p, uint32_t 
         wgmma_wait<0>();
         wgmma_hold(out);
         release(v, T::V_PAIRS);
-        store<T>(p, out, rows, shared, group, (tile * T::GROUPS + group) * ROWS);
+        float inverse[2];
+        invert(rows, inverse);
+        // The last store has read the memory.
+        if (threadIdx.x % 128 == 0) tma_store_wait<0>();
+        named_bar_sync(1 + group, 128);
+        store_rows(p.out, out, inverse, T::OUT_AT + group * T::Q, 1 + group, (tile * T::GROUPS + group) * ROWS);
         // wgmma is for whole warps: the thread that stored catches up.
         __syncwarp();
     }
@@ -320,16 +199,10 @@ template <class T> PTX_FN void attend(const AttentionHopperParams& p) {
     griddep_launch_dependents();
     uint32_t shared = smem_u32(dyn_smem());
     if (threadIdx.x == 0) {
-        auto pairs = [&](int at, int count, int readers) {
-            for (int i = 0; i < count; i++) {
-                mbar_init(shared + at + i * 16, 1);
-                mbar_init(shared + at + i * 16 + 8, readers);
-            }
-        };
         // A warp arrives by one of its lanes.
-        pairs(T::Q_PAIRS, T::GROUPS * T::QUERY_SLOTS, 4);
-        pairs(T::K_PAIRS, T::STAGES, 4 * T::GROUPS);
-        pairs(T::V_PAIRS, T::STAGES, 4 * T::GROUPS);
+        init_pairs(shared + T::Q_PAIRS, T::GROUPS * T::QUERY_SLOTS, 4);
+        init_pairs(shared + T::K_PAIRS, T::STAGES, 4 * T::GROUPS);
+        init_pairs(shared + T::V_PAIRS, T::STAGES, 4 * T::GROUPS);
         fence_mbar_init();
     }
     __syncthreads();
@@ -345,6 +218,7 @@ template <class T> PTX_FN void attend(const AttentionHopperParams& p) {
     }
 }
 
+#endif
 }  // namespace attention_hopper
 
 #ifdef PTX_HOPPER

@@ -168,6 +168,8 @@ template <int N, class Multiply> __device__ __forceinline__ void multiplied(cons
         }); \
     } \
     EXPORT(conformance_wgmma_m64n##N##k16_rs_tb##TB)
+WGMMA(32, 0)
+WGMMA(32, 1)
 WGMMA(40, 0)
 WGMMA(40, 1)
 WGMMA(64, 0)

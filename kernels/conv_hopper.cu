@@ -43,7 +43,9 @@
 
 struct ConvHopperParams {
     CUtensorMap sources[2];  // {channels, width, height, images}, in boxes of 64 channels by the rectangle
-    CUtensorMap weight;  // {depth, phases * columns}, in boxes of 64 by COLUMNS
+    // {depth, phases * columns}, in boxes of 64 by COLUMNS. Behind a gate, where rows are values and gates in turns, it is
+    // {depth, value or gate, channels}, in boxes of 64 by 1 by COLUMNS / 2.
+    CUtensorMap weight;
     CUtensorMap out[4];  // of each phase, as the sources, in boxes of one span of channels by half the rectangle
     CUtensorMap residual;  // likewise; not read if there is none
     // A 1x1 convolution whose result is added, of the same pixels: more depth. As the above.
@@ -74,8 +76,8 @@ struct ConvHopperParams {
     int32_t padding[7];
 };
 LAYOUT(ConvHopperParams, sources, weight, out, residual, added_sources, added_weight, after, partial, counters, moments,
-       added_bias, source_moments, height, width, images, log_width, log_height, across_image, down_image, tiles_down, tiles_across,
-       columns, tiles_of_columns, blocks, added_blocks, kernel, splits, steps, unit_pixels, unit_channels,
+       added_bias, source_moments, height, width, images, log_width, log_height, across_image, down_image, tiles_down,
+       tiles_across, columns, tiles_of_columns, blocks, added_blocks, kernel, splits, steps, unit_pixels, unit_channels,
        pixel_units, source_units, source_eps, padding)
 
 namespace conv_hopper {
@@ -133,8 +135,15 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
     auto fetch_weights = [&](const Place& at, int step, int slot) {
         uint32_t full = shared + T::FULL + 8 * slot, to = shared + slot * T::STAGE + T::A;
         mbar_expect_tx(full, T::STAGE);
-        if (step < stages) tma_load_2d(to, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
-        else tma_load_2d(to, &p.added_weight, full, (step - stages) * STEP, at.column);
+        if (T::GATED) {
+            // A tile's values, then their gates.
+            tma_load_3d(to, &p.weight, full, step * STEP, 0, at.column / 2);
+            tma_load_3d(to + T::B / 2, &p.weight, full, step * STEP, 1, at.column / 2);
+        } else if (step < stages) {
+            tma_load_2d(to, &p.weight, full, step * STEP, at.phase * p.columns + at.column);
+        } else {
+            tma_load_2d(to, &p.added_weight, full, (step - stages) * STEP, at.column);
+        }
     };
     int start = blockIdx.x % p.splits * p.steps;
     int early = min(T::STAGES, min(p.steps, all - start));
@@ -211,17 +220,34 @@ PTX_FN void source_norms(const ConvHopperParams& p, const Place& at, float2 (&no
 // source is normalised already.
 template <class T>
 PTX_FN void normalise(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const float2 (&norms)[2], const Place& at) {
-    int column = at.column + threadIdx.x % 4 * 2;
-    const float2* folded = p.after.folded + column;
+    auto apply = [&](int j, int h, int i, float s, float t) {
+        float& sum = d[j * 4 + h * 2 + i];
+        sum = fmaf(norms[h].y, fmaf(-norms[h].x, s, sum), t);
+    };
+    // Of a result's channels: behind a gate S and T of its value and of its gate are neighbours, else those of two channels.
+    constexpr int CHUNKS = T::OUT / 8;
+    int first = at.column / (T::GATED ? 2 : 1) + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < T::COLUMNS / 8; j++) {
-        if (column + j * 8 >= p.columns) break;
-        float4 sums = *reinterpret_cast<const float4*>(folded + j * 8);  // S and T of two columns
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        int channel = first + chunk * 8;
+        if (channel >= p.after.channels) break;
+        if constexpr (T::GATED) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float* of_row = d + j * 4 + h * 2;
-            of_row[0] = fmaf(norms[h].y, fmaf(-norms[h].x, sums.x, of_row[0]), sums.y);
-            of_row[1] = fmaf(norms[h].y, fmaf(-norms[h].x, sums.z, of_row[1]), sums.w);
+            for (int i = 0; i < 2; i++) {
+                float4 sums = *reinterpret_cast<const float4*>(p.after.folded + 2 * (channel + i));
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    apply(chunk, h, i, sums.x, sums.y);
+                    apply(chunk + CHUNKS, h, i, sums.z, sums.w);
+                }
+            }
+        } else {
+            float4 sums = *reinterpret_cast<const float4*>(p.after.folded + channel);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                apply(chunk, h, 0, sums.x, sums.y);
+                apply(chunk, h, 1, sums.z, sums.w);
+            }
         }
     }
 }
@@ -264,25 +290,18 @@ PTX_FN void shift_pair(const Epilogue& e, float2 x, int64_t pixel, int image, in
     *reinterpret_cast<__half2*>(e.shifted + pixel * e.channels + channel) = to_halves(x.x, x.y);
 }
 
-// Eight results of a row behind a gate, as stmatrix wants them: this lane's are 2 * (lane % 4) and the next. They stand
-// in sixteen columns of the product, so that this lane's sums make numbers lane % 4 and 4 more; two lanes of four have
-// what it wants.
+// Two neighbouring results of a row behind a gate, in chunk `chunk` of the tile's channels: the first half of the tile's
+// columns are their values, the second half their gates.
 template <class T>
 PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d)[T::COLUMNS / 2], int first, int chunk, int h) {
-    int t = threadIdx.x % 4;
-    float y[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float* sums = d + (2 * chunk + i) * 4 + h * 2;
-        int channel = first + chunk * 8 + i * 4 + t;
-        bool biased = e.bias && channel < e.channels;
-        float value = fmaf(sums[0], e.gain, biased ? e.bias_gain * e.bias[channel] : 0.0f);
-        float gate = fmaf(sums[1], e.gain, biased ? e.bias_gain * e.bias[e.channels + channel] : 0.0f);
-        y[i] = value * gelu(gate) * e.scale;
-    }
-    uint32_t own = bits_of(to_halves(y[0], y[1])), source = t % 2 * 2;
-    uint32_t low = __shfl_sync(0xffffffffu, own, source, 4), high = __shfl_sync(0xffffffffu, own, source + 1, 4);
-    return t < 2 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000u);
+    int channel = first + chunk * 8 + threadIdx.x % 4 * 2;
+    bool biased = e.bias && channel < e.channels;
+    // The sums of a column with the column's bias.
+    auto sums = [&](int part, int i) {
+        float bias = biased ? e.bias[part * e.channels + channel + i] : 0.0f;
+        return fmaf(d[(chunk + part * T::COLUMNS / 16) * 4 + h * 2 + i], e.gain, e.bias_gain * bias);
+    };
+    return bits_of(to_halves(sums(0, 0) * gelu(sums(1, 0)) * e.scale, sums(0, 1) * gelu(sums(1, 1)) * e.scale));
 }
 
 PTX_FN float sum_of(const float (&x)[8]) {
@@ -531,7 +550,7 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
 #else
 #define CONV_HOPPER_BODY(...)
 #endif
-// Columns, stages, whether columns are values and gates in turns.
+// Columns, stages, whether columns are values and gates.
 #define CONV_HOPPER(name, ...)                        \
     KERNEL __launch_bounds__(conv_hopper::THREADS, 1) \
         name(const __grid_constant__ ConvHopperParams p){CONV_HOPPER_BODY(__VA_ARGS__)} EXPORT(name)

@@ -125,13 +125,15 @@ template <int R> PTX_FN void wgmma_hold(float (&d)[R]) {
 }
 
 // The warpgroup's registers a thread become R, a multiple of 8: more, waiting until others gave some, or fewer.
-template <int R> PTX_FN void reg_inc() {
+template <int R> PTX_FN void reg_inc(PTX_ONLY_LINE) {
     static_assert(R % 8 == 0 && R >= 24 && R <= 256);
     PTX_DEVICE(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R));)
+    PTX_EMULATED(emu::set_registers(R, true, EMU_PASS);)
 }
-template <int R> PTX_FN void reg_dec() {
+template <int R> PTX_FN void reg_dec(PTX_ONLY_LINE) {
     static_assert(R % 8 == 0 && R >= 24 && R <= 256);
     PTX_DEVICE(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(R));)
+    PTX_EMULATED(emu::set_registers(R, false, EMU_PASS);)
 }
 
 // How a tile's 16-byte chunks change places so that a column spreads over the banks; CUtensorMapSwizzle's numbers. Row
@@ -159,13 +161,15 @@ PTX_FN uint64_t wg_desc_sw128(uint32_t address, uint32_t leading, uint32_t strid
 // latter of columns 8 * j .. 8 * j + 8. Until its group is waited for nobody touches d, a's registers or the tiles.
 #define PTX_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PTX_D8(i) PTX_D4(i), PTX_D4(i + 4)
-#define PTX_D20 PTX_D8(0), PTX_D8(8), PTX_D4(16)
+#define PTX_D16 PTX_D8(0), PTX_D8(8)
+#define PTX_D20 PTX_D16, PTX_D4(16)
 #define PTX_D32 PTX_D20, PTX_D4(20), PTX_D8(24)
 #define PTX_D40 PTX_D32, PTX_D8(32)
 #define PTX_D64 PTX_D40, PTX_D8(40), PTX_D8(48), PTX_D8(56)
 #define PTX_D80 PTX_D64, PTX_D8(64), PTX_D8(72)
 #define PTX_D128 PTX_D80, PTX_D8(80), PTX_D8(88), PTX_D8(96), PTX_D8(104), PTX_D8(112), PTX_D8(120)
-#define PTX_NAMES20 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19"
+#define PTX_NAMES16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define PTX_NAMES20 PTX_NAMES16 ",%16,%17,%18,%19"
 #define PTX_NAMES32 PTX_NAMES20 ",%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define PTX_NAMES40 PTX_NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define PTX_NAMES64 PTX_NAMES40 \
@@ -197,6 +201,7 @@ PTX_FN uint64_t wg_desc_sw128(uint32_t address, uint32_t leading, uint32_t strid
                                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(scale_d), "n"(TB));) \
         PTX_EMULATED(emu::wgmma(d, a, 0, b, N, scale_d, 0, TB, EMU_PASS);) \
     }
+PTX_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
 PTX_WGMMA(40, 20, 20, 21, 22, 23, 24, 25, 26)
 PTX_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
 PTX_WGMMA(80, 40, 40, 41, 42, 43, 44, 45, 46)

@@ -180,6 +180,7 @@ fn refuses_in_one_line() {
     for (args, code, word) in [
         (&["sample", "x", "--width", "63"][..], 2, "64"),
         (&["sample", "x", "--steps", "0"], 2, "steps"),
+        (&["sample", "x", "--threads", "0"], 2, "threads"),
         (&["sample", "x", "--batch", "0"], 2, "batch"),
         (&["sample", "x", "--batch", "0", "--images", "3"], 2, "batch"),
         (&["sample", "x", "--batch", "18446744073709551615"], 2, "18446744073709551615"),

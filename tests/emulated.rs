@@ -3,7 +3,7 @@
 mod support;
 
 use half::f16;
-use respodiff::cuda::{Emulated, Limits, lowered};
+use respodiff::cuda::{self, Cache, Emulated, Launch, Limits, Recording, TensorTiles, lowered};
 use respodiff::diffusion::noise::Rng;
 use respodiff::engine::{Engine, Output, Request, SessionOptions, UNET_CONSTANTS};
 use respodiff::models::{UNetConfig, VaeConfig, unet, vae_decoder};
@@ -16,6 +16,8 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use support::{golden, kernels, relative_l2, root};
 
 /// What is promised of a UNet call. Whole samplings stay within it where fp16 can: PyTorch's own latents of the demo are 4e-3
@@ -236,6 +238,115 @@ fn the_demo_trains_as_on_the_cpu() {
         let error = relative_l2(&ours.parameters, &truth.parameters);
         println!("module {error:.1e}");
         assert!(error < 0.1, "a module is off by {error:.2e}");
+    }
+}
+
+/// The host takes no part in a rollout of constants: however many steps one takes, an iteration reads from the device as
+/// often, and writes as often. The memory is what was planned.
+#[test]
+fn rollouts_wait_for_nothing_but_their_end() {
+    let device = Emulated::new(Limits::A100, Emulated::QUICK);
+    let counting = Arc::new(Counting { device, reads: AtomicUsize::new(0), writes: AtomicUsize::new(0) });
+    let engine = engine("sd1", &Device::Cuda(counting.clone()));
+    let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
+    let recipe = Recipe {
+        batch: 1,
+        rollout_steps: 12,
+        latents_per_rollout: 2,
+        ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
+    };
+    let before = engine.used_memory().unwrap();
+    let mut trainer = Trainer::new(&engine, task, recipe, 5, (64, 40)).unwrap();
+    let used = engine.used_memory().unwrap() - before;
+    let planned = trainer.memory().halves.weights + trainer.memory().halves.activations;
+    assert_eq!(used, planned);
+    let mut seen = Vec::new();
+    while seen.len() < 4 {
+        let before = (trainer.times.rollout_steps, counting.counts());
+        trainer.iterate().unwrap();
+        let steps = trainer.times.rollout_steps - before.0;
+        let [reads, writes] = counting.counts();
+        let counts = [reads - before.1[0], writes - before.1[1]];
+        println!("{steps} steps, reads and writes {counts:?}");
+        // Without a step there is nothing to run.
+        if steps > 0 && seen.iter().all(|(other, _)| *other != steps) {
+            seen.push((steps, counts));
+        }
+    }
+    assert!(seen.iter().all(|(_, counts)| *counts == seen[0].1), "{seen:?}");
+}
+
+/// A device that counts how often the host reads from it and writes to it.
+struct Counting {
+    device: Arc<dyn cuda::Device>,
+    reads: AtomicUsize,
+    writes: AtomicUsize,
+}
+
+impl Counting {
+    fn counts(&self) -> [usize; 2] {
+        [&self.reads, &self.writes].map(|count| count.load(Ordering::Relaxed))
+    }
+}
+
+impl cuda::Device for Counting {
+    fn name(&self) -> String {
+        self.device.name()
+    }
+
+    fn limits(&self) -> Limits {
+        self.device.limits()
+    }
+
+    fn free_bytes(&self) -> Option<usize> {
+        self.device.free_bytes()
+    }
+
+    fn used_bytes(&self) -> Option<usize> {
+        self.device.used_bytes()
+    }
+
+    fn allocate(&self, bytes: usize) -> respodiff::Result<u64> {
+        self.device.allocate(bytes)
+    }
+
+    unsafe fn free(&self, address: u64) {
+        // SAFETY: the caller's promise, here and below.
+        unsafe { self.device.free(address) }
+    }
+
+    unsafe fn upload(&self, address: u64, bytes: &[u8]) -> respodiff::Result<()> {
+        self.writes.fetch_add(1, Ordering::Relaxed);
+        unsafe { self.device.upload(address, bytes) }
+    }
+
+    unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> respodiff::Result<()> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        unsafe { self.device.download(address, bytes) }
+    }
+
+    unsafe fn zero(&self, address: u64, bytes: usize) -> respodiff::Result<()> {
+        unsafe { self.device.zero(address, bytes) }
+    }
+
+    unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> respodiff::Result<()> {
+        unsafe { self.device.copy(to, from, bytes) }
+    }
+
+    fn tensor_map(&self, tiles: &TensorTiles) -> respodiff::Result<[u64; 16]> {
+        self.device.tensor_map(tiles)
+    }
+
+    unsafe fn run(&self, launches: &[Launch]) -> respodiff::Result<()> {
+        unsafe { self.device.run(launches) }
+    }
+
+    unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> respodiff::Result<Box<dyn Recording>> {
+        unsafe { self.device.clone().record(launches) }
+    }
+
+    unsafe fn time(&self, launches: &[Launch], cache: Cache) -> respodiff::Result<Duration> {
+        unsafe { self.device.time(launches, cache) }
     }
 }
 

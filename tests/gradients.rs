@@ -3,60 +3,13 @@
 mod support;
 
 use respodiff::cpu::{Executor, Fp32, Weights};
-use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Keep, Shape, Sources, TensorId, View};
+use respodiff::graph::{Activation, ConvOptions, GraphBuilder, Keep, Shape, Sources, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
+use safetensors::Dtype;
 use std::collections::HashMap;
 use std::sync::Arc;
-
-type Numbers = Vec<f64>;
-
-/// Seeded numbers in -1..1.
-fn random(len: usize, seed: u64) -> Numbers {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f64 / (1u64 << 23) as f64 - 1.0
-    };
-    (0..len).map(|_| next()).collect()
-}
-
-fn narrow(x: &[f64]) -> Vec<f32> {
-    x.iter().map(|&x| x as f32).collect()
-}
-
-/// Weights of a graph from a checkpoint written for it, so that packing is tested as well; returned by name.
-fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
-    let folder = tempfile::tempdir().unwrap();
-    let mut by_name = HashMap::new();
-    let mut tensors = Vec::new();
-    for spec in graph.weights() {
-        for (name, &outputs) in spec.names.iter().zip(&spec.outputs) {
-            let numbers = random(outputs * spec.width, 77 + name.len() as u64 * 13 + outputs as u64);
-            if by_name.insert(name.clone(), numbers.iter().map(|&x| x as f32 as f64).collect()).is_none() {
-                let shape = match spec.kind {
-                    respodiff::graph::WeightKind::Matrix { kernel, inputs, .. }
-                    | respodiff::graph::WeightKind::Mirrored { kernel, inputs, .. } => {
-                        vec![outputs, inputs, kernel, kernel]
-                    }
-                    _ => vec![outputs],
-                };
-                let bytes: Vec<u8> = numbers.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
-                tensors.push((name.clone(), shape, bytes));
-            }
-        }
-    }
-    let views = tensors
-        .iter()
-        .map(|(n, s, b)| (n, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, s.clone(), b).unwrap()));
-    std::fs::create_dir(folder.path().join("unet")).unwrap();
-    std::fs::write(folder.path().join("unet/config.json"), "{}").unwrap();
-    let bytes = safetensors::serialize(views, None).unwrap();
-    std::fs::write(folder.path().join("unet/diffusion_pytorch_model.safetensors"), bytes).unwrap();
-    (folder, by_name)
-}
+use support::{Numbers, narrow, random, weights};
 
 /// Compares the executor's forward and reverse half with a plain function of `x` (numbers in, numbers out) by central
 /// differences. The graph reads `x`, perhaps `other`, and writes `y`.
@@ -86,7 +39,7 @@ fn check_around(
     let y = build(&mut g, x, second);
     g.output("y", y);
     let graph = g.finish().with_gradient("y", "x", Keep::All);
-    let (folder, by_name) = weights(&graph);
+    let (folder, by_name) = weights(&graph, Dtype::F32);
     let plan = Plan::new(graph, &[], &Fp32);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
     let loaded = Weights::load(plan.graph().weights(), &tensors).unwrap();

@@ -12,7 +12,11 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
     ("conv_hopper_*", "sm_90a", &["HGMMA.64x", "UTMALDG.4D", "UTMALDG.2D", "UTMASTG.4D", "STSM.16.M", "USETMAXREG"]),
     ("attention_*64", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
     ("attention_*128", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
-    ("attention_hopper_*", "sm_90a", &["HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D", "MUFU.EX2", "USETMAXREG"]),
+    ("attention_hopper_*", "sm_90a", &["HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D", "MUFU.EX2"]),
+    ("attention_hopper_*_*", "sm_90a", &["USETMAXREG"]),
+    ("attention_hopper_512", "sm_90a", &["HGMMA.64x64x16.F32", "HGMMA.64x256x16.F32", "STSM.16.M"]),
+    ("attention_gradient_hopper_*", "sm_90a", &["HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D", "MUFU.EX2", "USETMAXREG"]),
+    ("attention_gradient_hopper_*_by_key", "sm_90a", &["UTMALDG.3D"]),
     ("attention_gradient_*0", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
     // Sixteen bytes a load and a store.
     ("group_norm*_8", "", &["LDG.E.128"]),
@@ -33,6 +37,7 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
     ("conformance_griddep", "sm_90a", &["PREEXIT", "ACQBULK"]),
     ("conformance_setmaxnreg*", "sm_90a", &["USETMAXREG"]),
     // One instruction of the whole width.
+    ("conformance_wgmma_m64n32*", "sm_90a", &["HGMMA.64x32x16.F32"]),
     ("conformance_wgmma_m64n40*", "sm_90a", &["HGMMA.64x40x16.F32"]),
     ("conformance_wgmma_m64n64*", "sm_90a", &["HGMMA.64x64x16.F32"]),
     ("conformance_wgmma_m64n80*", "sm_90a", &["HGMMA.64x80x16.F32"]),

@@ -275,6 +275,23 @@ KERNEL stored(const __grid_constant__ StoredParams p) {
 }
 EXPORT(stored)
 
+// ---- pool: out[thread] = in[thread], by warpgroups that have exchanged registers, of which a thread has 128; 512 threads ----
+
+KERNEL pool(const __grid_constant__ FaultParams p) {
+    int thread = threadIdx.x, f = p.fault;
+    if (f == 4 && thread == 40) {                                   // 4: a lane goes past it
+    } else if (thread < 128) {
+        if (f == 2) reg_dec<136>();                                 // 2: to more registers
+        else if (f != 5) reg_dec<32>();                             // 5: nobody gives any back
+    } else {
+        if (f == 1) reg_inc<168>();                                 // 1: more than were given back
+        else if (f == 3) reg_inc<120>();                            // 3: to fewer registers
+        else reg_inc<160>();
+    }
+    p.out[thread] = __half2float(p.in[thread]);
+}
+EXPORT(pool)
+
 // ---- relay: each block waits for the one before it; blocks have to be resident together ----
 
 KERNEL relay(const __grid_constant__ FaultParams p) {

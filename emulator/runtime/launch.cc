@@ -41,6 +41,7 @@ static void start_thread(Block& b, Thread& t, const Launch& launch, uint3 block_
     t.copy_group = t.store_group = t.yields = 0;
     t.products = t.product_groups = 0;
     t.wgmma_fenced = false;
+    t.registers = registers_at_start(launch.threads);
 }
 
 static void start_block(Worker& w, uint32_t number) {
@@ -54,6 +55,7 @@ static void start_block(Worker& w, uint32_t number) {
     Block& b = *kept;
     b.threads = b.alive = launch.threads;
     b.warps = (launch.threads + WARP - 1) / WARP;
+    b.spare_registers = 0;
     b.shared_bytes = launch.shared_bytes;
     b.shared = fit_shared(b.mapping, b.shared_bytes);
     memset(b.shared, 0xff, b.shared_bytes);

@@ -93,7 +93,7 @@ struct MBarrier {
     uint32_t race_clock = 0;
 };
 
-enum class Wait { Nothing, Barrier, MBarrier, Meeting, Wgmma };
+enum class Wait { Nothing, Barrier, MBarrier, Meeting, Wgmma, Registers };
 struct Reason {
     Wait on = Wait::Nothing;
     Site site;
@@ -168,6 +168,7 @@ struct Thread : Fiber {
     int copy_group, store_group, yields;
     uint32_t products, product_groups;
     bool wgmma_fenced;
+    int registers;
     Clocks clocks;
 };
 inline Thread* self() { return static_cast<Thread*>(cur); }
@@ -180,6 +181,8 @@ struct Block {
     uint32_t ready[WARPS_MOST], ready_warps, current_warp, priority[WARPS_MOST];
 
     Waiting yielded;            // until nobody else can run
+    Waiting wanting;            // registers
+    int spare_registers;        // that threads gave back
     NamedBarrier barriers[16];
     Meeting meetings[WARPS_MOST][4];
     std::vector<std::unique_ptr<MBarrier>> mbarriers;
@@ -278,6 +281,9 @@ inline unsigned char* shared_at(Block& b, uint32_t address, uint32_t bytes, uint
         fail_at(s, "%s: misaligned: shared address smem+0x%x is not %u-byte aligned", what, offset, align);
     return b.shared + offset;
 }
+
+// ---- registers.cc ----
+int registers_at_start(int threads);                // of a thread
 
 // ---- mbarrier.cc ----
 MBarrier* find_mbarrier(Block& block, uint32_t address);

@@ -153,6 +153,7 @@ static std::string describe(const Thread& t) {
     }
     case Wait::Meeting: return printed("the other lanes of %s, mask 0x%08x", r.what, r.detail);
     case Wait::Wgmma: return "wgmma.wait_group: not all 128 threads of the warpgroup issued the wgmma";
+    case Wait::Registers: return printed("setmaxnreg.inc to %u: the block has %d registers to spare", r.which, t.block->spare_registers);
     case Wait::Nothing: break;
     }
     return "its turn";

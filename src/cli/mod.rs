@@ -23,6 +23,9 @@ use std::time::Instant;
 #[derive(Parser)]
 #[command(name = "respodiff", version)]
 struct Cli {
+    /// Threads of the CPU [default: as many as this process may use at once, or RAYON_NUM_THREADS]
+    #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
     #[command(subcommand)]
     command: Command,
 }
@@ -86,7 +89,16 @@ impl Place {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let started = Instant::now();
-    let result = match Cli::parse().command {
+    let Cli { threads, command } = Cli::parse();
+    if let Some(threads) = threads {
+        // Nothing has used the threads yet, and without any of its own rayon would fail later.
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
+        if let Err(problem) = pool {
+            complain("error", &format!("cannot start {threads} threads: {problem}"));
+            return ExitCode::FAILURE;
+        }
+    }
+    let result = match command {
         Command::Sample(args) => sample::run(&args, started),
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),

@@ -5,7 +5,7 @@
 //! queries passes over the keys. A block's scores (`Q_BLOCK` x `K_BLOCK`) stay in the cache.
 
 use super::gemm::{PANEL, ROWS, Segment, multiply, pack_panel, packed_len};
-use super::simd::{dispatch, exp};
+use super::simd::{dispatch, exp, fused_exp};
 use super::{Memory, SharedOutput};
 use crate::graph::{Attention, Shape, TensorId, View};
 use rayon::prelude::*;
@@ -116,7 +116,7 @@ fn attend(
             for tile in 0..tiles {
                 let rows = std::array::from_fn(|r| queries[(tile * ROWS + r) * head_dim..].as_ptr());
                 let segment = Segment { len: head_dim, rows };
-                multiply(&[segment], panel, strip[tile * ROWS * PANEL..].as_mut_ptr(), true);
+                multiply(&[segment], panel, strip[tile * ROWS * PANEL..].as_mut_ptr(), count - p * PANEL, true);
             }
         }
         for row in 0..rows {
@@ -136,11 +136,23 @@ fn attend(
                     len: count.saturating_sub(s * PANEL).min(PANEL),
                     rows: std::array::from_fn(|r| scores.0[s][(tile * ROWS + r) * PANEL..].as_ptr()),
                 });
-                multiply(&segments[..panels], panel.as_ptr(), sums[tile * ROWS * PANEL..].as_mut_ptr(), false);
+                let sums = sums[tile * ROWS * PANEL..].as_mut_ptr();
+                multiply(&segments[..panels], panel.as_ptr(), sums, head_dim - p * PANEL, false);
             }
         }
     }
     totals
+}
+
+/// One number of a panel's lanes, halving them: a chain of 32 would take longer than the row itself.
+#[inline(always)]
+fn across(mut lanes: [f32; PANEL], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = PANEL / 2;
+    while half > 0 {
+        (0..half).for_each(|i| lanes[i] = f(lanes[i], lanes[i + half]));
+        half /= 2;
+    }
+    lanes[0]
 }
 
 dispatch! {
@@ -164,7 +176,7 @@ dispatch! {
                 *lane = if *x > *lane { *x } else { *lane };
             }
         }
-        let highest = lanes.iter().fold(*maximum, |a, &b| a.max(b));
+        let highest = across(lanes, |a, b| if a > b { a } else { b }).max(*maximum);
         if highest == f32::NEG_INFINITY {
             // A causal row that sees none of this block: its weights are zero, not NaN.
             for strip in &mut scores.0[..panels] {
@@ -176,7 +188,7 @@ dispatch! {
         for (p, strip) in scores.0[..panels].iter_mut().enumerate() {
             let line = &mut strip[row * PANEL..][..PANEL];
             for (sum, x) in sums.iter_mut().zip(&mut *line) {
-                *x = exp(*x - highest);
+                *x = fused_exp::<ISA>(*x - highest);
                 *sum += *x;
             }
             if seen < (p + 1) * PANEL {
@@ -189,7 +201,7 @@ dispatch! {
             }
         }
         *factor = if *maximum == f32::NEG_INFINITY { 1.0 } else { exp(*maximum - highest) };
-        *total = *total * *factor + sums.iter().sum::<f32>();
+        *total = *total * *factor + across(sums, |a, b| a + b);
         *maximum = highest;
     }
 }

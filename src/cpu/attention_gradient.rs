@@ -151,7 +151,7 @@ fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: impl
                     let rows = std::array::from_fn(|r| dp[(strip * Q_BLOCK + tile * ROWS + r) * PANEL..].as_ptr());
                     let segment = Segment { len: PANEL.min(keys - strip * PANEL), rows };
                     let panel = keys_by_channel[(column * keys + strip * PANEL) * PANEL..].as_ptr();
-                    multiply(&[segment], panel, sums[tile * ROWS * PANEL..].as_mut_ptr(), strip == 0);
+                    multiply(&[segment], panel, sums[tile * ROWS * PANEL..].as_mut_ptr(), PANEL, strip == 0);
                 }
             }
         }
@@ -199,7 +199,7 @@ fn products(rows: &[f32], head_dim: usize, panels: &[f32], out: &mut [f32]) {
         for tile in 0..Q_BLOCK / ROWS {
             let rows = std::array::from_fn(|r| rows[(tile * ROWS + r) * head_dim..].as_ptr());
             let segment = Segment { len: head_dim, rows };
-            multiply(&[segment], panel.as_ptr(), strip[tile * ROWS * PANEL..].as_mut_ptr(), true);
+            multiply(&[segment], panel.as_ptr(), strip[tile * ROWS * PANEL..].as_mut_ptr(), PANEL, true);
         }
     }
 }
@@ -256,7 +256,7 @@ fn accumulate(left: &[f32], panels: &[f32], keys: usize, sums: &mut [f32]) {
         for tile in 0..keys / ROWS {
             let rows = std::array::from_fn(|r| left[(tile * ROWS + r) * Q_BLOCK..].as_ptr());
             let segment = Segment { len: Q_BLOCK, rows };
-            multiply(&[segment], panel.as_ptr(), sums[tile * ROWS * PANEL..].as_mut_ptr(), false);
+            multiply(&[segment], panel.as_ptr(), sums[tile * ROWS * PANEL..].as_mut_ptr(), PANEL, false);
         }
     }
 }

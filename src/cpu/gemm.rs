@@ -5,11 +5,14 @@
 //! source; a zero row where the tap falls outside) and concatenated inputs, with neither an im2col buffer nor a copy
 //! (the indirect convolution of Dukhan, arXiv 1907.02129, on a BLIS-like loop nest).
 //!
-//! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`. A register tile is 12x32 on
+//! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`, in fp16 where the checkpoint is,
+//! and widened a few lines at a time while they are multiplied by many rows. A register tile is 12x32 on
 //! AVX-512 (24 accumulators of 16), 6x16 on AVX2 and NEON-sized targets. Every element of C is one chain of
 //! multiply-adds in the order of k, whatever tile it falls in: results do not depend on the batch or on the threads.
 
 use super::simd::{Lanes, dispatch};
+use half::f16;
+use std::ops::Range;
 
 /// Columns of a packed panel.
 pub const PANEL: usize = 32;
@@ -20,6 +23,42 @@ pub const ROWS: usize = 12;
 /// Length of `[k, n]` once packed.
 pub fn packed_len(k: usize, n: usize) -> usize {
     n.div_ceil(PANEL) * k * PANEL
+}
+
+/// A packed matrix as it is held.
+#[derive(Clone, Copy)]
+pub enum Matrix<'a> {
+    /// In fp32.
+    Single(&'a [f32]),
+    /// In fp16, which is exactly what the checkpoint holds.
+    Half(&'a [f16]),
+}
+
+impl<'a> Matrix<'a> {
+    /// Whole lines of a panel in fp32: those held, or in `room`.
+    pub fn lines<'b>(self, range: Range<usize>, room: &'b mut [f32]) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        match self {
+            Matrix::Single(numbers) => &numbers[range],
+            Matrix::Half(numbers) => {
+                let room = &mut room[..range.len()];
+                widen(&numbers[range], room);
+                room
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Whole lines of a panel, from fp16.
+    fn widen<V>(from: &[f16], to: &mut [f32]) {
+        for (from, to) in from.chunks_exact(V::COUNT).zip(to.chunks_exact_mut(V::COUNT)) {
+            // SAFETY: as many numbers; `dispatch!` runs this where V's instructions exist.
+            unsafe { V::load_half(from.as_ptr()).store(to.as_mut_ptr()) };
+        }
+    }
 }
 
 /// A stretch of k: `len` numbers of each row, `rows[i]` pointing at them.
@@ -33,24 +72,22 @@ pub struct Segment {
 
 dispatch! {
     /// Adds to (or, when `first`, sets) the strip `[ROWS][PANEL]` at `c` the product of the segments' rows with the
-    /// part of a panel at `b` (rows of [`PANEL`] numbers, one a k, `stride` apart).
+    /// part of a panel at `b` (rows of [`PANEL`] numbers, one a k). Of the panel's columns the first `columns` are
+    /// multiplied, and perhaps some more.
     ///
     /// The caller promises: every row pointer is readable for its segment's length, `b` for the segments' total, and
     /// `c` is writable for the strip.
-    pub fn multiply<V>(segments: &[Segment], b: *const f32, c: *mut f32, first: bool) {
+    pub fn multiply<V>(segments: &[Segment], b: *const f32, c: *mut f32, columns: usize, first: bool) {
         // SAFETY: the caller's promise; `dispatch!` runs this where V's instructions exist.
         unsafe {
             if V::COUNT == 16 {
-                tile::<V, 12, 2>(segments, 0, b, c, first);
-            } else if V::COUNT == 8 {
-                for rows in (0..ROWS).step_by(6) {
-                    for column in (0..PANEL).step_by(16) {
-                        tile::<V, 6, 2>(segments, rows, b.add(column), c.add(rows * PANEL + column), first);
-                    }
+                match columns > V::COUNT {
+                    true => tile::<V, 12, 2>(segments, 0, b, c, first),
+                    false => tile::<V, 12, 1>(segments, 0, b, c, first),
                 }
             } else {
                 for rows in (0..ROWS).step_by(6) {
-                    for column in (0..PANEL).step_by(8) {
+                    for column in (0..columns.min(PANEL)).step_by(2 * V::COUNT) {
                         tile::<V, 6, 2>(segments, rows, b.add(column), c.add(rows * PANEL + column), first);
                     }
                 }
@@ -140,12 +177,13 @@ mod tests {
             (seed >> 33) as usize
         };
         for _ in 0..50 {
+            let columns = 1 + next() % PANEL;
             let lens: Vec<usize> = (0..1 + next() % 4).map(|_| 1 + next() % 37).collect();
             let k: usize = lens.iter().sum();
             let mut random = |n: usize| (0..n).map(|_| (next() % 2000) as f32 / 1000.0 - 1.0).collect::<Vec<_>>();
             let (a, b) = (random(ROWS * k), random(k * PANEL));
-            let mut panel = vec![9.0; packed_len(k, 20)];
-            pack_panel(&b, PANEL, 1, 20, &mut panel);
+            let mut panel = vec![9.0; packed_len(k, columns)];
+            pack_panel(&b, PANEL, 1, columns, &mut panel);
             let mut start = 0;
             let segments: Vec<Segment> = lens
                 .iter()
@@ -157,12 +195,11 @@ mod tests {
                 .collect();
             let mut c = [f32::NAN; ROWS * PANEL];
             let (head, tail) = segments.split_at(1);
-            multiply(head, panel.as_ptr(), c.as_mut_ptr(), true);
-            multiply(tail, panel[lens[0] * PANEL..].as_ptr(), c.as_mut_ptr(), false);
+            multiply(head, panel.as_ptr(), c.as_mut_ptr(), columns, true);
+            multiply(tail, panel[lens[0] * PANEL..].as_ptr(), c.as_mut_ptr(), columns, false);
             for i in 0..ROWS {
-                for j in 0..PANEL {
-                    let truth: f64 =
-                        (0..k).map(|p| a[i * k + p] as f64 * if j < 20 { b[p * PANEL + j] as f64 } else { 0.0 }).sum();
+                for j in 0..columns {
+                    let truth: f64 = (0..k).map(|p| a[i * k + p] as f64 * b[p * PANEL + j] as f64).sum();
                     assert!((c[i * PANEL + j] as f64 - truth).abs() < 1e-5 * (k as f64).sqrt(), "{i} {j}");
                 }
             }

@@ -10,6 +10,7 @@ mod gemm;
 mod norm;
 mod simd;
 mod weights;
+mod winograd;
 
 pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
@@ -18,6 +19,7 @@ pub use weights::Weights;
 use crate::graph::{Graph, Node, Op, Shape, TensorId};
 use crate::plan::{Plan, Storage};
 use crate::{Error, Result};
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,7 +39,7 @@ impl Storage for Fp32 {
     fn workspace(&self, graph: &Graph, node: &Node) -> usize {
         let shape = |t| graph.shape(t);
         let numbers = match &node.op {
-            Op::Conv(conv) => conv::workspace(shape, conv),
+            Op::Conv(conv) => conv::workspace(shape, conv, node.output),
             Op::GroupNorm(norm) => norm::workspace(norm, shape),
             Op::GroupNormGradient { of, .. } => norm::gradient_workspace(of, shape),
             Op::Attention(attention) => attention::workspace(attention, shape),
@@ -255,6 +257,16 @@ impl Memory<'_> {
         // SAFETY: as for `write`.
         unsafe { std::slice::from_raw_parts_mut(self.arena.add(offset), len) }
     }
+}
+
+/// Runs a task with so many numbers of its thread's own, which hold anything, on cache-line boundaries. A thread keeps
+/// the most that it needed, 1.2 MB.
+fn with_scratch<R>(len: usize, task: impl FnOnce(&mut [f32]) -> R) -> R {
+    thread_local!(static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) });
+    SCRATCH.with_borrow_mut(|lines| {
+        lines.resize(lines.len().max(len.div_ceil(16)), Line([0.0; 16]));
+        task(&mut bytemuck::cast_slice_mut(lines)[..len])
+    })
 }
 
 /// Zeroed numbers on cache-line boundaries.

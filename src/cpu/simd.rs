@@ -3,6 +3,7 @@
 //!
 //! The arithmetic is the same on every path but for fused multiply-adds, which the baseline may lack.
 
+use half::f16;
 use std::sync::OnceLock;
 
 /// Instruction sets a kernel is compiled for.
@@ -11,7 +12,7 @@ pub enum Isa {
     /// AVX-512 F, VL, BW, DQ.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// What every machine of the target has.
@@ -24,7 +25,8 @@ pub fn isa() -> Isa {
     *ISA.get_or_init(|| {
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
             let avx512 = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512bw")
@@ -47,6 +49,11 @@ pub trait Lanes: Copy {
     /// # Safety
     /// The instruction set must be there; `from` must be readable for `COUNT` numbers.
     unsafe fn load(from: *const f32) -> Self;
+    /// The same of numbers in fp16.
+    ///
+    /// # Safety
+    /// As of `load`.
+    unsafe fn load_half(from: *const f16) -> Self;
     /// # Safety
     /// The instruction set must be there; `to` must be writable for `COUNT` numbers.
     unsafe fn store(self, to: *mut f32);
@@ -67,6 +74,11 @@ impl Lanes for [f32; 4] {
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's promise.
         unsafe { from.cast::<[f32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_half(from: *const f16) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { from.cast::<[f16; 4]>().read_unaligned() }.map(f16::to_f32)
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -92,16 +104,21 @@ fn madd(a: f32, b: f32, c: f32) -> f32 {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::Lanes;
+    use half::f16;
     use std::arch::x86_64::*;
 
     macro_rules! lanes {
-        ($register:ty, $count:expr, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
+        ($register:ty, $count:expr, $load:ident, $load_half:expr, $store:ident, $splat:ident, $fma:ident) => {
             // SAFETY (of all bodies): the caller's promises, stated at the trait.
             impl Lanes for $register {
                 const COUNT: usize = $count;
                 #[inline(always)]
                 unsafe fn load(from: *const f32) -> Self {
                     unsafe { $load(from) }
+                }
+                #[inline(always)]
+                unsafe fn load_half(from: *const f16) -> Self {
+                    unsafe { $load_half(from.cast()) }
                 }
                 #[inline(always)]
                 unsafe fn store(self, to: *mut f32) {
@@ -118,14 +135,30 @@ mod x86 {
             }
         };
     }
-    lanes!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fmadd_ps);
-    lanes!(__m256, 8, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_fmadd_ps);
+    lanes!(
+        __m512,
+        16,
+        _mm512_loadu_ps,
+        |from| _mm512_cvtph_ps(_mm256_loadu_si256(from)),
+        _mm512_storeu_ps,
+        _mm512_set1_ps,
+        _mm512_fmadd_ps
+    );
+    lanes!(
+        __m256,
+        8,
+        _mm256_loadu_ps,
+        |from| _mm256_cvtph_ps(_mm_loadu_si128(from)),
+        _mm256_storeu_ps,
+        _mm256_set1_ps,
+        _mm256_fmadd_ps
+    );
 }
 
 /// Defines a function whose body is compiled once an instruction set.
 ///
 /// `fn name(args) { body }`: the optimiser vectorises the body's loops for each. `fn name<V>(args) { body }`: in the
-/// body `V` is a [`Lanes`] type of that set.
+/// body `V` is a [`Lanes`] type of that set. In both `ISA` is the set's number, 0 for the baseline.
 macro_rules! dispatch {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$v:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$meta])*
@@ -136,13 +169,13 @@ macro_rules! dispatch {
             fn body<$($v: $crate::cpu::simd::Lanes,)? const ISA: usize>($($arg: $ty),*) $body
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments)]
             fn avx512($($arg: $ty),*) {
                 body::<$(dispatch!(@lanes $v std::arch::x86_64::__m512),)? 2>($($arg),*)
             }
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments)]
             fn avx2($($arg: $ty),*) {
                 body::<$(dispatch!(@lanes $v std::arch::x86_64::__m256),)? 1>($($arg),*)
@@ -166,23 +199,33 @@ macro_rules! dispatch {
 pub(crate) use dispatch;
 
 /// `e^x` to about 2 ulp over the finite range, branch-free so that loops of it vectorise.
-///
-/// Cody and Waite's reduction `x = n ln 2 + r`, then a degree-6 polynomial on `|r| <= ln 2 / 2`.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
+    exp_by(x, |a, b, c| a * b + c)
+}
+
+/// The same with fused multiply-adds where the instruction set `ISA` of [`dispatch!`] has them: half the instructions.
+#[inline(always)]
+pub fn fused_exp<const ISA: usize>(x: f32) -> f32 {
+    exp_by(x, |a, b, c| if ISA == 0 { madd(a, b, c) } else { a.mul_add(b, c) })
+}
+
+/// Cody and Waite's reduction `x = n ln 2 + r`, then a degree-6 polynomial on `|r| <= ln 2 / 2`.
+#[inline(always)]
+fn exp_by(x: f32, mul_add: impl Fn(f32, f32, f32) -> f32) -> f32 {
     let x = x.clamp(-87.33, 88.37);
     // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
     const MAGIC: f32 = 12_582_912.0;
-    let shifted = x * std::f32::consts::LOG2_E + MAGIC;
+    let shifted = mul_add(x, std::f32::consts::LOG2_E, MAGIC);
     let n = shifted - MAGIC;
-    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let r = mul_add(n, 2.121_944_4e-4, mul_add(n, -0.693_359_4, x));
     let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let p = p * r * r + r + 1.0;
+    let p = mul_add(p, r, 1.398_199_9e-3);
+    let p = mul_add(p, r, 8.333_452e-3);
+    let p = mul_add(p, r, 4.166_579_6e-2);
+    let p = mul_add(p, r, 1.666_666_5e-1);
+    let p = mul_add(p, r, 0.5);
+    let p = mul_add(p * r, r, r) + 1.0;
     f32::from_bits(p.to_bits().wrapping_add((shifted.to_bits() << 23).wrapping_sub(MAGIC.to_bits() << 23)))
 }
 
@@ -244,7 +287,9 @@ mod tests {
         for i in -8700..8800 {
             let x = i as f32 * 0.01 + 0.003;
             let truth = (x as f64).exp();
-            assert!(((super::exp(x) as f64 - truth) / truth).abs() < 3e-7, "exp({x})");
+            for ours in [super::exp(x), super::fused_exp::<1>(x)] {
+                assert!(((ours as f64 - truth) / truth).abs() < 3e-7, "exp({x})");
+            }
         }
         assert_eq!(super::exp(0.0), 1.0);
         for i in -600..600 {

@@ -1,17 +1,20 @@
-//! Weights as the CPU's operations read them: fp32, matrices packed for [`super::gemm`].
+//! Weights as the CPU's operations read them: matrices packed for [`super::gemm`], in fp16 where all of a matrix's
+//! tensors are, which loses nothing; everything else in fp32.
 
-use super::gemm::{PANEL, packed_len};
+use super::gemm::{Matrix, PANEL, packed_len};
 use crate::graph::{WeightId, WeightKind, WeightSpec};
-use crate::weights::{Stored, Tensors};
+use crate::weights::{Format, Number, Stored, Tensors};
 use crate::{Error, Result};
+use half::f16;
 use memmap2::MmapMut;
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Weights begin at multiples of this many numbers: two cache lines.
-const ALIGN: usize = 32;
+/// Weights begin at multiples of this many bytes: two cache lines.
+const ALIGN: usize = 128;
 /// Numbers that one thread packs at a time, roughly.
 const TASK: usize = 1 << 18;
 /// Numbers of a row that are converted together, roughly: a panel's strip of them stays in the first cache.
@@ -21,28 +24,58 @@ const STRIP: usize = 128;
 pub struct Weights {
     /// The weights that were loaded for this network, in one piece.
     own: Arc<Memory>,
-    /// Each weight's place: in `own`, or among another network's weights.
-    places: Vec<(Arc<Memory>, Range<usize>)>,
+    places: Vec<Place>,
     specs: Vec<WeightSpec>,
     by_spec: HashMap<WeightSpec, usize>,
 }
 
-/// Numbers in pages of their own.
+/// Where a weight is: in the network's own memory, or among another network's weights.
+#[derive(Clone)]
+struct Place {
+    memory: Arc<Memory>,
+    bytes: Range<usize>,
+    form: Form,
+}
+
+/// What a weight's numbers are held as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Single,
+    Half,
+}
+
+impl Form {
+    fn of(spec: &WeightSpec, parts: &[Stored]) -> Self {
+        let matrix = matches!(spec.kind, WeightKind::Matrix { .. } | WeightKind::Mirrored { .. });
+        let half = matrix && parts.iter().all(|part| part.format == Format::F16);
+        if half { Form::Half } else { Form::Single }
+    }
+
+    /// Bytes of a number.
+    fn size(self) -> usize {
+        match self {
+            Form::Single => size_of::<f32>(),
+            Form::Half => size_of::<f16>(),
+        }
+    }
+
+    /// Bytes of a weight in packed form.
+    fn bytes(self, spec: &WeightSpec) -> usize {
+        packed(spec) * self.size()
+    }
+}
+
+/// Bytes in pages of their own.
 struct Memory(MmapMut);
 
 impl Memory {
     /// Zeros, which take no memory before they are written.
-    fn new(len: usize) -> Result<Self> {
-        let bytes = len * size_of::<f32>();
+    fn new(bytes: usize) -> Result<Self> {
         let memory = MmapMut::map_anon(bytes).map_err(|e| {
             let gib = bytes as f64 / (1u64 << 30) as f64;
             Error::Device(format!("{gib:.1} GiB of memory for weights are not to be had: {e}"))
         })?;
         Ok(Memory(memory))
-    }
-
-    fn numbers(&self) -> &[f32] {
-        bytemuck::cast_slice(&self.0)
     }
 }
 
@@ -61,26 +94,29 @@ impl Weights {
     /// # Errors
     /// As [`Weights::load`].
     pub fn load_beside(specs: &[WeightSpec], tensors: &Tensors, others: &[&Weights]) -> Result<Arc<Self>> {
-        let find =
-            |spec: &WeightSpec| others.iter().find_map(|other| Some(other.places[*other.by_spec.get(spec)?].clone()));
+        let find = |spec: &WeightSpec| others.iter().find_map(|other| other.place(spec).cloned());
         let found: Vec<_> = specs.iter().map(find).collect();
         let lacking = specs.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec);
-        let lacking = lacking.map(|spec| Ok((spec, tensors.stored(spec)?))).collect::<Result<Vec<_>>>()?;
-        let padded = |spec: &WeightSpec| packed(spec).next_multiple_of(ALIGN);
-        let mut own = Memory::new(lacking.iter().map(|(spec, _)| padded(spec)).sum())?;
+        let lacking = lacking.map(|spec| {
+            let parts = tensors.stored(spec)?;
+            Ok(Lacking { spec, form: Form::of(spec, &parts), parts })
+        });
+        let lacking = lacking.collect::<Result<Vec<_>>>()?;
+        let mut own = Memory::new(lacking.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum())?;
         std::thread::scope(|scope| {
-            let read_ahead = || lacking.iter().for_each(|(_, parts)| tensors.read_ahead(parts));
+            let read_ahead = || lacking.iter().for_each(|weight| tensors.read_ahead(&weight.parts));
             // Without another thread the files are read as they are needed.
             let _ = std::thread::Builder::new().spawn_scoped(scope, read_ahead);
-            pack(&lacking, bytemuck::cast_slice_mut(&mut own.0))
+            pack(&lacking, &mut own.0, |parts| tensors.done_with(parts))
         })?;
         let (own, mut end) = (Arc::new(own), 0);
-        let mut place = |spec| {
-            let start = end;
-            end += padded(spec);
-            (own.clone(), start..start + packed(spec))
-        };
-        let places = specs.iter().zip(found).map(|(spec, found)| found.unwrap_or_else(|| place(spec))).collect();
+        let mut places = lacking.iter().map(|weight| {
+            let bytes = end..end + weight.bytes();
+            end = bytes.end.next_multiple_of(ALIGN);
+            Place { memory: own.clone(), bytes, form: weight.form }
+        });
+        let places =
+            found.into_iter().map(|found| found.or_else(|| places.next()).expect("as many as lacking")).collect();
         let by_spec = specs.iter().enumerate().map(|(place, spec)| (spec.clone(), place)).collect();
         Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec }))
     }
@@ -97,13 +133,46 @@ impl Weights {
 
     /// Bytes that `specs` would take beside these.
     pub fn missing(&self, specs: &[WeightSpec]) -> usize {
-        let missing = specs.iter().filter(|spec| !self.by_spec.contains_key(spec));
-        missing.map(|spec| packed(spec).next_multiple_of(ALIGN) * size_of::<f32>()).sum()
+        // The other way round a matrix is held as it is here.
+        let form = |spec: &WeightSpec| {
+            let other = self.specs.iter().zip(&self.places).find(|(other, _)| other.names == spec.names);
+            other.map_or(Form::Single, |(_, place)| place.form)
+        };
+        let missing = specs.iter().filter(|spec| self.place(spec).is_none());
+        missing.map(|spec| form(spec).bytes(spec).next_multiple_of(ALIGN)).sum()
     }
 
+    fn place(&self, spec: &WeightSpec) -> Option<&Place> {
+        self.by_spec.get(spec).map(|&place| &self.places[place])
+    }
+
+    /// A vector or a table.
     pub(super) fn get(&self, id: WeightId) -> &[f32] {
-        let (memory, range) = &self.places[id.0];
-        &memory.numbers()[range.clone()]
+        let Place { memory, bytes, .. } = &self.places[id.0];
+        bytemuck::cast_slice(&memory.0[bytes.clone()])
+    }
+
+    /// A matrix.
+    pub(super) fn matrix(&self, id: WeightId) -> Matrix<'_> {
+        let Place { memory, bytes, form } = &self.places[id.0];
+        let bytes = &memory.0[bytes.clone()];
+        match form {
+            Form::Single => Matrix::Single(bytemuck::cast_slice(bytes)),
+            Form::Half => Matrix::Half(bytemuck::cast_slice(bytes)),
+        }
+    }
+}
+
+/// A weight that is to be loaded.
+struct Lacking<'a> {
+    spec: &'a WeightSpec,
+    parts: Vec<Stored<'a>>,
+    form: Form,
+}
+
+impl Lacking<'_> {
+    fn bytes(&self) -> usize {
+        self.form.bytes(self.spec)
     }
 }
 
@@ -121,17 +190,20 @@ fn packed(spec: &WeightSpec) -> usize {
 struct Task<'a> {
     /// The weight's place in the list.
     index: usize,
-    /// Where the stretch begins in the weight's packed form.
+    /// Where the stretch begins in the weight's packed form, in numbers.
     start: usize,
-    out: &'a mut [f32],
+    out: &'a mut [u8],
 }
 
-/// Packs weights, one after the other with room for [`ALIGN`], into `out`, which is zero.
-fn pack(weights: &[(&WeightSpec, Vec<Stored>)], out: &mut [f32]) -> Result<()> {
+/// Packs weights, one after the other with room for [`ALIGN`], into `out`, which is zero. Tells `done` of each weight's
+/// tensors when they have been read.
+fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) -> Result<()> {
     let mut tasks = Vec::new();
+    let mut left: Vec<AtomicUsize> = Vec::new();
     let mut rest = out;
-    for (index, (spec, _)) in weights.iter().enumerate() {
-        let (room, after) = rest.split_at_mut(packed(spec).next_multiple_of(ALIGN));
+    for (index, weight) in weights.iter().enumerate() {
+        let (spec, bytes) = (weight.spec, weight.bytes());
+        let (room, after) = rest.split_at_mut(bytes.next_multiple_of(ALIGN));
         rest = after;
         // Whole panels of matrices.
         let unit = match spec.kind {
@@ -140,22 +212,30 @@ fn pack(weights: &[(&WeightSpec, Vec<Stored>)], out: &mut [f32]) -> Result<()> {
             WeightKind::Mirrored { kernel, .. } => kernel * kernel * spec.total_outputs() * PANEL,
         };
         let length = (TASK / unit).max(1) * unit;
-        let chunks = room[..packed(spec)].chunks_mut(length).enumerate();
+        let chunks = room[..bytes].chunks_mut(length * weight.form.size()).enumerate();
+        left.push(chunks.len().into());
         tasks.extend(chunks.map(|(i, out)| Task { index, start: i * length, out }));
     }
     // `par_bridge` hands tasks out in their order, so that files are read from front to back.
     let run = |task: Task| {
-        let (spec, parts) = &weights[task.index];
-        (!pack_stretch(spec, parts, task.start, task.out)).then_some(task.index)
+        let Lacking { spec, parts, form } = &weights[task.index];
+        let finite = match form {
+            Form::Single => pack_stretch::<f32>(spec, parts, task.start, bytemuck::cast_slice_mut(task.out)),
+            Form::Half => pack_stretch::<f16>(spec, parts, task.start, bytemuck::cast_slice_mut(task.out)),
+        };
+        if left[task.index].fetch_sub(1, Ordering::Relaxed) == 1 {
+            done(parts);
+        }
+        (!finite).then_some(task.index)
     };
     match tasks.into_iter().par_bridge().filter_map(run).min() {
-        Some(bad) => weights[bad].1.iter().try_for_each(Stored::check_finite),
+        Some(bad) => weights[bad].parts.iter().try_for_each(Stored::check_finite),
         None => Ok(()),
     }
 }
 
 /// Packs the stretch of a weight that begins at `start` in packed form; false if a number is not finite.
-fn pack_stretch(spec: &WeightSpec, parts: &[Stored], start: usize, out: &mut [f32]) -> bool {
+fn pack_stretch<T: Number>(spec: &WeightSpec, parts: &[Stored], start: usize, out: &mut [T]) -> bool {
     match spec.kind {
         WeightKind::Vector | WeightKind::Table => numbers(parts, start, out),
         WeightKind::Matrix { kernel, gated, .. } => {
@@ -181,7 +261,7 @@ fn pack_stretch(spec: &WeightSpec, parts: &[Stored], start: usize, out: &mut [f3
 }
 
 /// The numbers from `start` on of tensors that stand one after the other; false if one is not finite.
-fn numbers(parts: &[Stored], mut start: usize, mut out: &mut [f32]) -> bool {
+fn numbers<T: Number>(parts: &[Stored], mut start: usize, mut out: &mut [T]) -> bool {
     let mut finite = true;
     for part in parts {
         if start < part.len() && !out.is_empty() {
@@ -196,14 +276,14 @@ fn numbers(parts: &[Stored], mut start: usize, mut out: &mut [f32]) -> bool {
 }
 
 /// Packs a panel of `[out, in, k, k]`, whose rows run over taps, then input channels, and whose columns are outputs.
-fn pack_panel(parts: &[Stored], columns: &[Option<usize>; PANEL], taps: usize, panel: &mut [f32]) -> bool {
+fn pack_panel<T: Number>(parts: &[Stored], columns: &[Option<usize>; PANEL], taps: usize, panel: &mut [T]) -> bool {
     let depth = panel.len() / PANEL;
     let channels = depth / taps;
     let together = (STRIP / taps).max(1);
     // Rows of the strip begin 16 numbers further apart than they are long: a power of two would put a column of the
     // strip into few sets of the cache.
     let pitch = together * taps + 16;
-    let mut strip = vec![0.0; PANEL * pitch];
+    let mut strip = vec![T::zeroed(); PANEL * pitch];
     let mut finite = true;
     for first in (0..channels).step_by(together) {
         let count = together.min(channels - first);
@@ -226,9 +306,15 @@ fn pack_panel(parts: &[Stored], columns: &[Option<usize>; PANEL], taps: usize, p
 
 /// Packs a panel of `[out, in, k, k]` for the data gradient: its rows run over mirrored taps, then the layer's outputs,
 /// and its columns are some of the layer's inputs.
-fn pack_mirrored(parts: &[Stored], inputs: usize, columns: Range<usize>, taps: usize, panel: &mut [f32]) -> bool {
+fn pack_mirrored<T: Number>(
+    parts: &[Stored],
+    inputs: usize,
+    columns: Range<usize>,
+    taps: usize,
+    panel: &mut [T],
+) -> bool {
     let outputs = panel.len() / PANEL / taps;
-    let mut strip = vec![0.0; columns.len() * taps];
+    let mut strip = vec![T::zeroed(); columns.len() * taps];
     let mut finite = true;
     for output in 0..outputs {
         finite &= numbers(parts, (output * inputs + columns.start) * taps, &mut strip);
@@ -283,17 +369,38 @@ mod tests {
         numbers
     }
 
-    fn load(cases: &[Case]) -> Result<Vec<f32>> {
-        let weights: Vec<_> = cases.iter().map(|case| (&case.spec, case.stored())).collect();
-        let len = cases.iter().map(|case| packed(&case.spec).next_multiple_of(ALIGN)).sum();
-        let mut out = vec![0.0; len];
-        pack(&weights, &mut out).map(|()| out)
+    /// The packed numbers of each, in fp32, and whether they are held so.
+    fn load(cases: &[Case]) -> Result<Vec<(Vec<f32>, Form)>> {
+        fn weight(case: &Case) -> Lacking<'_> {
+            let (spec, parts) = (&case.spec, case.stored());
+            Lacking { spec, form: Form::of(spec, &parts), parts }
+        }
+        let weights: Vec<_> = cases.iter().map(weight).collect();
+        let len: usize = weights.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum();
+        let mut out = Memory::new(len)?;
+        let read = AtomicUsize::new(0);
+        pack(&weights, &mut out.0, |parts| {
+            read.fetch_add(parts.len(), Ordering::Relaxed);
+        })?;
+        assert_eq!(read.into_inner(), cases.iter().map(|case| case.spec.names.len()).sum::<usize>());
+        let mut at = 0;
+        let numbers = weights.iter().map(|weight| {
+            let bytes = &out.0[at..][..weight.bytes()];
+            at += bytes.len().next_multiple_of(ALIGN);
+            let numbers = match weight.form {
+                Form::Single => bytemuck::cast_slice(bytes).to_vec(),
+                Form::Half => bytemuck::cast_slice::<_, f16>(bytes).iter().map(|x| x.to_f32()).collect(),
+            };
+            (numbers, weight.form)
+        });
+        Ok(numbers.collect())
     }
 
     /// Bit for bit, of every kind, format and layout.
     #[test]
     fn weights_are_packed_as_one_number_after_the_other() {
         let mut random = Random(1);
+        let mut forms = [0; 2];
         for round in 0..30 {
             let mut cases: Vec<Case> = (0..20).map(|_| Case::random(&mut random)).collect();
             if round % 10 == 0 {
@@ -304,16 +411,14 @@ mod tests {
                 let kind = WeightKind::Mirrored { kernel: 1, inputs: 300, wanted: 290 };
                 cases.push(Case::new(kind, vec![1500], 300, &mut random));
             }
-            let out = load(&cases).unwrap();
-            let mut at = 0;
-            for case in &cases {
+            for (case, (got, form)) in cases.iter().zip(load(&cases).unwrap()) {
                 let truth = packed_by_definition(case);
-                let got = &out[at..][..truth.len()];
                 let wrong = got.iter().zip(&truth).position(|(a, b)| a.to_bits() != b.to_bits());
-                assert_eq!(wrong, None, "{case:?}");
-                at += truth.len().next_multiple_of(ALIGN);
+                assert_eq!((got.len(), wrong), (truth.len(), None), "{case:?}");
+                forms[usize::from(form == Form::Half)] += 1;
             }
         }
+        assert!(forms.into_iter().all(|count| count > 20), "{forms:?}");
     }
 
     /// The first bad number of the first bad weight is told, whichever others are bad and whatever the formats.
@@ -329,7 +434,7 @@ mod tests {
                 [17_000, 7_777].into_iter().for_each(|position| cases[place].damage(1, position, f64::NAN));
             }
             let problem = "file: tensor `bad 5` holds NaN at position 7777; the file is damaged";
-            assert_eq!(load(&cases).unwrap_err().to_string(), problem, "{:?}", cases[5]);
+            assert_eq!(load(&cases).map(drop).unwrap_err().to_string(), problem, "{:?}", cases[5]);
         }
     }
 }

@@ -1,6 +1,7 @@
-//! Launches of `kernels/attention_gradient.cu`.
+//! Launches of `kernels/attention_gradient.cu`, where it is not those of `attention_gradient_hopper.cu`.
 
 use super::attention::is_aligned;
+use super::attention_gradient_hopper as hopper;
 use super::device::{Launch, Limits};
 use super::site::Site;
 use crate::graph::{Attention, Graph, TensorId, View};
@@ -82,7 +83,7 @@ pub(super) fn workspace(graph: &Graph, of: &Attention, fused: bool) -> usize {
 }
 
 /// # Errors
-/// [`Error::Device`] for heads wider than any kernel's, and for causal attention.
+/// [`Error::Device`] for heads wider than any kernel's, for causal attention, or if TMA does not take the tensors.
 pub(super) fn attention_gradient(
     of: &Attention,
     fused: bool,
@@ -91,6 +92,9 @@ pub(super) fn attention_gradient(
     site: &Site,
     launches: &mut Vec<Launch>,
 ) -> Result<()> {
+    if let Some(tile) = hopper::choose(of, |t| site.shape(t), site.limits) {
+        return hopper::attention_gradient(of, fused, d, out, site, tile, launches);
+    }
     let Attention { q, k, v, heads, head_dim, scale, causal } = *of;
     let width = |view: View| site.shape(view.tensor).c;
     let shape = site.shape(d);

@@ -1,4 +1,4 @@
-//! Launches of `kernels/attention_hopper.cu`.
+//! Launches of `kernels/attention_hopper.cu` and, for the widest heads, `attention_hopper_wide.cu`.
 
 use super::attention::is_aligned;
 use super::device::{Launch, Limits, TensorTiles};
@@ -8,10 +8,10 @@ use crate::graph::{Attention, Shape, TensorId, View};
 use half::f16;
 
 /// Queries of a warpgroup.
-const ROWS: usize = 64;
+pub(super) const ROWS: usize = 64;
 /// Channels of a span in shared memory, its bytes, and its `CUtensorMapSwizzle`.
-const SPAN: usize = 64;
-const SPAN_BYTES: usize = SPAN * size_of::<f16>();
+pub(super) const SPAN: usize = 64;
+pub(super) const SPAN_BYTES: usize = SPAN * size_of::<f16>();
 const SWIZZLE: u32 = 3;
 
 crate::params! {
@@ -32,19 +32,55 @@ crate::params! {
 pub(super) struct Tile {
     pub kernel: &'static str,
     head_dim: usize,
-    /// Warpgroups that multiply.
-    groups: usize,
-    /// Stages of keys and values; a single one holds all of them.
-    stages: usize,
-    /// Keys of a stage.
+    /// Queries of a tile.
+    rows: usize,
+    /// Whether a block may do several tiles of a head, one after the other.
+    walks: bool,
+    /// The most keys that it takes.
+    most: usize,
+    /// Tokens of one fetch of keys, and of values.
     keys: usize,
+    values: usize,
+    threads: usize,
+    /// Bytes of shared memory.
+    shared: usize,
 }
 
+/// With so many warpgroups that multiply, and one more to fetch; stages of so many keys, of which a single one holds
+/// all.
 const fn tile(kernel: &'static str, head_dim: usize, groups: usize, stages: usize, keys: usize) -> Tile {
-    Tile { kernel, head_dim, groups, stages, keys }
+    // Queries, twice where they pass by keys that stay, and results; keys and values; 256 bytes of barriers.
+    let held = stages == 1;
+    let slots = if held { 3 } else { 2 };
+    let tokens = groups * ROWS * slots + 2 * stages * keys;
+    Tile {
+        kernel,
+        head_dim,
+        rows: groups * ROWS,
+        walks: true,
+        most: if held { keys } else { usize::MAX },
+        keys,
+        values: keys,
+        threads: 128 * (groups + 1),
+        shared: tokens * head_dim.div_ceil(SPAN) * SPAN_BYTES + 256,
+    }
 }
 
-const TILES: [Tile; 8] = [
+/// Warpgroups divide the work otherwise there, and values come in halves of a stage.
+const WIDE: Tile = Tile {
+    kernel: "attention_hopper_512",
+    head_dim: 512,
+    rows: ROWS,
+    walks: false,
+    most: usize::MAX,
+    keys: 64,
+    values: 32,
+    threads: 384,
+    // Queries, keys, values; weights, twice with a factor for each query, sums of weights; 128 bytes of barriers.
+    shared: 3 * 64 * 512 * 2 + 2 * (ROWS * SPAN_BYTES + ROWS * 4) + ROWS * 4 + 128,
+};
+
+const TILES: [Tile; 9] = [
     tile("attention_hopper_40_held", 40, 3, 1, 80),
     tile("attention_hopper_64_held", 64, 3, 1, 80),
     tile("attention_hopper_80_held", 80, 2, 1, 80),
@@ -53,42 +89,55 @@ const TILES: [Tile; 8] = [
     tile("attention_hopper_64_ring", 64, 3, 4, 128),
     tile("attention_hopper_80_ring", 80, 2, 2, 128),
     tile("attention_hopper_160_ring", 160, 2, 2, 64),
+    WIDE,
 ];
 
 impl Tile {
-    /// Threads of a block: one more warpgroup fetches.
-    fn threads(&self) -> usize {
-        128 * (self.groups + 1)
-    }
-
-    /// Bytes of shared memory: queries, twice where they pass by, keys and values, results, and 256 of barriers.
-    fn shared(&self) -> usize {
-        let slots = if self.stages == 1 { 2 } else { 1 };
-        let rows = self.groups * ROWS * (slots + 1) + 2 * self.stages * self.keys;
-        rows * self.head_dim.div_ceil(SPAN) * SPAN_BYTES + 256
-    }
-
     /// Blocks of each of so many heads of all images: the fewest whose busiest multiprocessor is done soonest.
     fn blocks(&self, queries: usize, heads: usize, limits: Limits) -> usize {
-        let tiles = queries.div_ceil(self.groups * ROWS);
+        let tiles = queries.div_ceil(self.rows);
+        if !self.walks {
+            return tiles;
+        }
         let time =
             |blocks: &usize| (blocks * heads).div_ceil(limits.multiprocessors as usize) * tiles.div_ceil(*blocks);
         (1..=tiles).min_by_key(time).unwrap_or(1)
     }
 }
 
-/// The kernel for one image's shape, if there is one: for the widths of heads that Stable Diffusion's UNets have, and
-/// for tensors that TMA takes, whose pixels are a whole number of heads.
+/// Whether the kernels of 9.0 take an attention: TMA takes its tensors, whose pixels are a whole number of heads, and
+/// no key is hidden from a query.
+pub(super) fn suits(attention: &Attention, shape: impl Fn(TensorId) -> Shape, limits: Limits) -> bool {
+    let Attention { q, k, v, head_dim, causal, .. } = *attention;
+    let whole = |view: View| shape(view.tensor).c.is_multiple_of(head_dim);
+    limits.capability == 90 && !causal && is_aligned(attention, &shape) && [q, k, v].into_iter().all(whole)
+}
+
+/// The tensor map of a view's heads, in tiles of so many tokens and a span of one head's channels.
+///
+/// # Errors
+/// [`crate::Error::Device`] if TMA does not take the tensor.
+pub(super) fn head_tiles(view: View, heads: usize, head_dim: usize, rows: usize, site: &Site) -> Result<[u64; 16]> {
+    let Shape { n: images, c: width, .. } = site.shape(view.tensor);
+    let tokens = site.shape(view.tensor).tokens();
+    (site.bindings.tensor_map)(&TensorTiles {
+        address: site.view(view),
+        sizes: &[head_dim, heads, tokens, images].map(|n| n as u64),
+        strides: &[head_dim, width, tokens * width].map(|n| (n * size_of::<f16>()) as u64),
+        tile: &[SPAN as u32, 1, rows as u32, 1],
+        swizzle: SWIZZLE,
+    })
+}
+
+/// The kernel for one image's shape, if there is one: for the widths of heads that Stable Diffusion has.
 pub(super) fn choose(
     attention: &Attention,
     shape: impl Fn(TensorId) -> Shape,
     limits: Limits,
 ) -> Option<&'static Tile> {
-    let Attention { q, k, v, head_dim, causal, .. } = *attention;
-    let whole = |view: View| shape(view.tensor).c.is_multiple_of(head_dim);
-    let suits = limits.capability == 90 && !causal && is_aligned(attention, &shape) && [q, k, v].into_iter().all(whole);
-    let keys = shape(k.tensor).tokens();
-    TILES.iter().find(|tile| suits && tile.head_dim == head_dim && (tile.stages > 1 || keys <= tile.keys))
+    let keys = shape(attention.k.tensor).tokens();
+    let able = |tile: &&Tile| tile.head_dim == attention.head_dim && keys <= tile.most;
+    TILES.iter().find(able).filter(|_| suits(attention, &shape, limits))
 }
 
 /// # Errors
@@ -97,24 +146,11 @@ pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &T
     let Attention { q, k, v, heads, head_dim, scale, .. } = *attention;
     let (queries, keys) = (site.shape(out).tokens(), site.shape(k.tensor).tokens());
     let images = site.shape(out).n;
-    let map = |view: View, rows: usize| {
-        let (tokens, width) = (site.shape(view.tensor).tokens(), site.shape(view.tensor).c);
-        let sizes = [head_dim, heads, tokens, images].map(|n| n as u64);
-        let strides = [head_dim, width, tokens * width].map(|n| (n * size_of::<f16>()) as u64);
-        let address = site.view(view);
-        let tile = [SPAN as u32, 1, rows as u32, 1];
-        (site.bindings.tensor_map)(&TensorTiles {
-            address,
-            sizes: &sizes,
-            strides: &strides,
-            tile: &tile,
-            swizzle: SWIZZLE,
-        })
-    };
+    let map = |view: View, rows: usize| head_tiles(view, heads, head_dim, rows, site);
     let params = AttentionHopperParams {
         q: map(q, ROWS)?,
         k: map(k, tile.keys)?,
-        v: map(v, tile.keys)?,
+        v: map(v, tile.values)?,
         out: map(out.into(), ROWS)?,
         queries: queries as i32,
         keys: keys as i32,
@@ -122,7 +158,7 @@ pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &T
         padding: [0; 13],
     };
     let grid = [tile.blocks(queries, heads * images, site.limits), heads, images];
-    Ok(Launch::new(tile.kernel, grid, tile.threads(), tile.shared(), &params))
+    Ok(Launch::new(tile.kernel, grid, tile.threads, tile.shared, &params))
 }
 
 #[cfg(test)]
@@ -155,8 +191,8 @@ mod tests {
             // CLIP, the VAEs.
             (77, 77, 12, 64, true, None),
             (77, 77, 20, 64, true, None),
-            (4096, 4096, 1, 512, false, None),
-            (16384, 16384, 1, 512, false, None),
+            (4096, 4096, 1, 512, false, Some("attention_hopper_512")),
+            (16384, 16384, 1, 512, false, Some("attention_hopper_512")),
             // Stable Diffusion 1.5 at 512.
             (4096, 4096, 8, 40, false, Some("attention_hopper_40_ring")),
             (4096, 77, 8, 40, false, Some("attention_hopper_40_held")),
@@ -189,6 +225,6 @@ mod tests {
         assert_eq!(blocks("attention_hopper_80_ring", 1024, 16), 8);
         // Of eight: 80 heads of 22 tiles, which are 13.3 a multiprocessor.
         assert_eq!(blocks("attention_hopper_64_ring", 4096, 80), 11);
-        assert!(TILES.iter().all(|tile| tile.shared() <= Limits::H100.shared as usize));
+        assert!(TILES.iter().all(|tile| tile.shared <= Limits::H100.shared as usize));
     }
 }

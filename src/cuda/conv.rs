@@ -171,7 +171,7 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
         weight: weight_address(conv, site, &product),
         after: Epilogue::new(conv, out, site),
         partial: if splits > 1 { site.workspace() } else { 0 },
-        counters: site.bindings.counters,
+        counters: site.counters(),
         resize_y: ratio(stored.h, seen_height),
         resize_x: ratio(stored.w, seen_width),
         source_channels: [input.c as i32, conv.sources.skip.map_or(0, |id| site.shape(id).c as i32)],

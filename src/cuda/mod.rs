@@ -7,6 +7,7 @@
 
 mod attention;
 mod attention_gradient;
+mod attention_gradient_hopper;
 mod attention_hopper;
 pub mod compiled;
 mod conv;
@@ -75,6 +76,10 @@ impl Storage for Limits {
     fn workspace(&self, graph: &Graph, node: &Node) -> usize {
         program::workspace(graph, node, *self)
     }
+
+    fn reserved(&self) -> usize {
+        COUNTERS * size_of::<u32>()
+    }
 }
 
 /// fp16's greatest number.
@@ -87,8 +92,6 @@ pub struct Executor {
     weights: Arc<Weights>,
     device: Arc<dyn Device>,
     arena: Buffer,
-    /// See [`site::Bindings::counters`].
-    counters: Buffer,
     program: Program,
     /// Of the step and of the backward nodes; each made at its first run.
     recordings: [Option<Box<dyn Recording>>; 2],
@@ -106,9 +109,8 @@ impl Executor {
             return Err(Error::Device(format!("the weights are not on {}; load them there", device.name())));
         }
         let arena = Buffer::zeroed(device, plan.arena_bytes())?;
-        let counters = Buffer::zeroed(device, COUNTERS * size_of::<u32>())?;
-        let program = bound(device, &weights, &arena, &counters, |bindings| Program::new(&plan, bindings))?;
-        Ok(Executor { plan, weights, device: device.clone(), arena, counters, program, recordings: [None, None] })
+        let program = bound(device, &weights, &arena, |bindings| Program::new(&plan, bindings))?;
+        Ok(Executor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
     }
 
     /// The plan.
@@ -232,7 +234,7 @@ impl Executor {
         mut tell: impl FnMut(&Node, &[Launch], Duration),
     ) -> Result<()> {
         for (node, workspace) in self.plan.all() {
-            let launches = bound(&self.device, &self.weights, &self.arena, &self.counters, |bindings| {
+            let launches = bound(&self.device, &self.weights, &self.arena, |bindings| {
                 Program::lowering(&self.plan, bindings)(node, workspace)
             })?;
             // SAFETY: as in `prologue`.
@@ -252,14 +254,12 @@ fn bound<T>(
     device: &Arc<dyn Device>,
     weights: &Weights,
     arena: &Buffer,
-    counters: &Buffer,
     lower: impl FnOnce(&Bindings) -> Result<T>,
 ) -> Result<T> {
     lower(&Bindings {
         limits: device.limits(),
         weights: &weights.addresses(),
         arena: arena.address(),
-        counters: counters.address(),
         tensor_map: &|tiles| device.tensor_map(tiles),
     })
 }

@@ -26,11 +26,12 @@ macro_rules! params {
 /// The layouts of the engine's structures in Rust. The structures of the tests' kernels are in the tests.
 #[cfg(feature = "emulated")]
 pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
-    use super::{attention, attention_gradient, attention_hopper, conv, conv_hopper};
+    use super::{attention, attention_gradient, attention_gradient_hopper, attention_hopper, conv, conv_hopper};
     use super::{elementwise, epilogue, norm, sampler, weights};
     vec![
         attention::AttentionParams::layout(),
         attention_gradient::AttentionGradientParams::layout(),
+        attention_gradient_hopper::AttentionGradientHopperParams::layout(),
         attention_hopper::AttentionHopperParams::layout(),
         conv::ConvParams::layout(),
         conv_hopper::ConvHopperParams::layout(),

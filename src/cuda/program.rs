@@ -59,7 +59,7 @@ pub fn lowered(graph: &Graph, limits: Limits) -> Result<Vec<Lowered>> {
     let plan = Plan::new(graph.clone(), &[], &limits);
     let weights = vec![0; graph.weights().len()];
     let tensor_map = |_: &TensorTiles| Ok([0; 16]);
-    let bindings = Bindings { limits, weights: &weights, arena: 0, counters: 0, tensor_map: &tensor_map };
+    let bindings = Bindings { limits, weights: &weights, arena: 0, tensor_map: &tensor_map };
     let lower = Program::lowering(&plan, &bindings);
     let of_node = |(node, workspace): (&Node, (usize, usize))| {
         let reason = match &node.op {
@@ -77,6 +77,8 @@ pub fn lowered(graph: &Graph, limits: Limits) -> Result<Vec<Lowered>> {
 fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
     let out = node.output;
     match node.op {
+        // More depth of the convolution that adds it.
+        Op::Conv(_) if conv::is_added(site.graph(), out, site.limits) => {}
         Op::Conv(ref op) => launches.push(conv::conv(op, out, site)?),
         // Computed by the products that read it.
         Op::LayerNorm { .. } if folded::has_no_launch(site.graph(), out, site.limits) => {}

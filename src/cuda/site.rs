@@ -53,8 +53,6 @@ pub(super) struct Bindings<'a> {
     pub weights: &'a [u64],
     /// Where the arena begins.
     pub arena: u64,
-    /// Counters of blocks, [`COUNTERS`] words: 0 between launches.
-    pub counters: u64,
     /// The device's [`super::Device::tensor_map`].
     pub tensor_map: &'a dyn Fn(&TensorTiles) -> Result<[u64; 16]>,
 }
@@ -111,6 +109,11 @@ impl Site<'_> {
     /// Where the second part of a weight begins, if it has one.
     pub fn behind(&self, id: WeightId) -> u64 {
         self.weight(id) + weights::behind(self.graph().weight(id)) as u64
+    }
+
+    /// Counters of blocks, [`COUNTERS`] words: 0 between launches.
+    pub fn counters(&self) -> u64 {
+        self.bindings.arena + self.plan.reserved() as u64
     }
 
     /// The node's scratch memory: as many bytes as its family's `workspace` said.

@@ -1,14 +1,16 @@
 //! The public face: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
 
+mod denoiser;
 mod on_cpu;
 mod on_cuda;
 mod session;
 mod text;
 
+pub(crate) use denoiser::{Denoiser, Run, Start};
 pub use session::Session;
 pub(crate) use text::Conditioning;
 
-use crate::device::{Device, Weights};
+use crate::device::{Device, Executor, Weights};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Graph, Shape};
@@ -18,7 +20,8 @@ use crate::plan::Plan;
 use crate::respodiff::Concept;
 use crate::weights::{Source, Tensors};
 use crate::{Error, Image, Result};
-use on_cuda::OnCuda;
+use on_cpu::CpuDenoiser;
+use on_cuda::CudaDenoiser;
 use std::sync::Arc;
 use text::{TextEncoders, time_ids};
 
@@ -322,14 +325,29 @@ impl Engine {
             text: plans.text.iter().map(Plan::arena_bytes).sum(),
             unet: plans.unet.arena_bytes(),
             vae: plans.vae.arena_bytes(),
-            sampler: match &parts.device {
-                Device::Cpu => 0,
-                Device::Cuda(_) => OnCuda::own_bytes(&plans.unet, &plans.vae, batch),
-            },
+            sampler: self.own_bytes(&plans.unet, batch, session::picture_shape(&plans.vae).len()),
+        }
+    }
+
+    /// Bytes beside the networks' arenas: a sampler for this UNet, and `picture`. On the CPU they are not counted.
+    fn own_bytes(&self, unet: &Plan, batch: usize, picture: usize) -> usize {
+        match self.0.device {
+            Device::Cpu => 0,
+            Device::Cuda(_) => CudaDenoiser::sampler_bytes(unet, batch) + picture,
         }
     }
 
     fn plans(&self, options: SessionOptions) -> Result<Plans> {
+        let Parts { device, text, vae, .. } = &*self.0;
+        let [_, _, h, w] = self.latent_shape(options);
+        Ok(Plans {
+            unet: self.unet_plan(options)?,
+            text: text.plans(device, if options.guided { 2 } else { 1 }),
+            vae: device.plan(vae_decoder(&vae.config, 1, h, w), &[]),
+        })
+    }
+
+    fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {
         let SessionOptions { width, height, batch, guided, concepts } = options;
         let scale = self.0.vae.config.scale();
         for (name, size) in [("width", width), ("height", height)] {
@@ -343,16 +361,32 @@ impl Engine {
         if batch == 0 || batch > MAX_BATCH {
             return Err(Error::usage(format!("batch {batch} is not possible: give 1 to {MAX_BATCH}")));
         }
-        let rows = if guided { 2 } else { 1 };
-        let (h, w) = (height / scale, width / scale);
+        let rows = if guided { 2 * batch } else { batch };
         let shifted = if concepts { batch } else { 0 };
-        let Parts { device, text, unet: network, vae, .. } = &*self.0;
-        let unet = unet(&network.config, rows * batch, h, w, text.tokens(), shifted);
-        Ok(Plans {
-            text: text.plans(device, rows),
-            unet: device.plan(unet, UNET_CONSTANTS),
-            vae: device.plan(vae_decoder(&vae.config, 1, h, w), &[]),
+        let Parts { device, text, unet: network, .. } = &*self.0;
+        let unet = unet(&network.config, rows, height / scale, width / scale, text.tokens(), shifted);
+        Ok(device.plan(unet, UNET_CONSTANTS))
+    }
+
+    /// Plans and allocates the UNet with its sampler alone.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for sizes that are not possible, [`Error::Device`] when memory is short.
+    pub(crate) fn denoiser(&self, options: SessionOptions) -> Result<Box<dyn Denoiser>> {
+        let Parts { device, unet: network, .. } = &*self.0;
+        Ok(match device.executor(self.unet_plan(options)?, &network.weights)? {
+            Executor::Cpu(unet) => Box::new(CpuDenoiser::new(unet)),
+            Executor::Cuda(unet) => Box::new(CudaDenoiser::new(unet, options.batch)?),
         })
+    }
+
+    /// Memory of [`Engine::denoiser`] beside the weights.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for sizes that are not possible.
+    pub(crate) fn denoiser_bytes(&self, options: SessionOptions) -> Result<usize> {
+        let unet = self.unet_plan(options)?;
+        Ok(unet.arena_bytes() + self.own_bytes(&unet, options.batch, 0))
     }
 
     /// Plans and allocates everything for one size and batch.

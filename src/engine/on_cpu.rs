@@ -1,25 +1,31 @@
 //! Sampling on the CPU.
 
-use super::session::{Networks, Noise, Run};
+use super::denoiser::{Denoiser, Noise, Run};
+use super::session::{Networks, picture_shape};
 use crate::Result;
 use crate::cpu::Executor;
 use crate::diffusion::scheduler::SamplerState;
+use crate::graph::Shape;
 use crate::image::Image;
 
-/// The UNet and the VAE on the CPU.
-pub(super) struct OnCpu {
-    pub unet: Executor,
-    pub vae: Executor,
+/// The UNet and its sampler on the CPU.
+pub(super) struct CpuDenoiser {
+    unet: Executor,
     /// Those of the last run, NHWC.
-    pub latents: Vec<f32>,
+    latents: Vec<f32>,
 }
 
-impl Networks for OnCpu {
-    fn write(&mut self, input: &str, values: &[f32]) -> Result<()> {
-        self.unet.write(input, values)
+impl CpuDenoiser {
+    pub fn new(unet: Executor) -> Self {
+        CpuDenoiser { unet, latents: Vec::new() }
     }
+}
 
-    fn prologue(&mut self) -> Result<()> {
+impl Denoiser for CpuDenoiser {
+    fn condition(&mut self, inputs: &[(&str, &[f32])]) -> Result<()> {
+        for (name, values) in inputs {
+            self.unet.write(name, values)?;
+        }
         self.unet.prologue();
         Ok(())
     }
@@ -27,18 +33,21 @@ impl Networks for OnCpu {
     fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>> {
         let mut noise = Noise::new(run);
         self.latents = run.start(&mut noise);
+        if let Some(shift) = run.shift {
+            self.unet.write("shift", shift.constant())?;
+        }
         let (unet, latents) = (&mut self.unet, &mut self.latents);
         let mut state = SamplerState::new(latents.len());
         let (mut prediction, mut fresh) = (vec![0.0; latents.len()], vec![0.0; latents.len()]);
-        for (done, step) in run.schedule.steps.iter().enumerate() {
+        for (done, step) in run.steps.iter().enumerate() {
             check(done)?;
             for half in unet.input_mut("sample").chunks_exact_mut(latents.len()) {
                 half.iter_mut().zip(&*latents).for_each(|(s, x)| *s = x * step.input_scale);
             }
             unet.input_mut("timestep").fill(step.timestep);
-            match run.shift.is_constant() {
-                true => unet.step(),
-                false => unet.step_shifting(|mid, out| run.shift.follow(mid, out)),
+            match run.shift.filter(|shift| !shift.is_constant()) {
+                None => unet.step(),
+                Some(shift) => unet.step_shifting(|mid, out| shift.follow(mid, out)),
             }
             let out = unet.output("sample");
             if run.guided {
@@ -57,15 +66,28 @@ impl Networks for OnCpu {
                 return Err(run.non_finite(done));
             }
         }
-        check(run.schedule.steps.len())?;
+        check(run.steps.len())?;
         Ok(self.latents.clone())
     }
+}
 
-    fn picture(&mut self, image: usize, run: &Run) -> Result<Image> {
+/// The UNet and the VAE on the CPU.
+pub(super) struct OnCpu {
+    pub denoiser: CpuDenoiser,
+    pub vae: Executor,
+}
+
+impl Networks for OnCpu {
+    fn denoiser(&mut self) -> &mut dyn Denoiser {
+        &mut self.denoiser
+    }
+
+    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Image> {
         let input = self.vae.input_mut("latents");
-        let latents = &self.latents[image * input.len()..][..input.len()];
-        input.iter_mut().zip(latents).for_each(|(v, x)| *v = x / run.scaling_factor);
+        let latents = &self.denoiser.latents[image * input.len()..][..input.len()];
+        input.iter_mut().zip(latents).for_each(|(v, x)| *v = x / scaling_factor);
         self.vae.step();
-        Image::from_hwc(self.vae.output("image"), run.height, run.width)
+        let Shape { h, w, .. } = picture_shape(self.vae.plan());
+        Image::from_hwc(self.vae.output("image"), h, w)
     }
 }

@@ -1,6 +1,7 @@
 //! Sampling on the kernels: the latents stay on the device, and one recording serves every step of every request.
 
-use super::session::{Networks, Noise, Run};
+use super::denoiser::{Denoiser, Noise, Run, Start};
+use super::session::{Networks, picture_shape};
 use crate::cuda::{Buffer, DeviceSampler, Executor, Recording, StepNoise};
 use crate::diffusion::noise::Rng;
 use crate::graph::Shape;
@@ -10,32 +11,26 @@ use crate::{Error, Result};
 
 /// Most UNet calls of a run.
 const CAPACITY: usize = 4096;
-/// Steps the host may run ahead of the device: what is told of progress stays true, and Ctrl-C is heard.
-const AHEAD: usize = 4;
 
-/// The UNet and the VAE on the kernels.
-pub(super) struct OnCuda {
+/// The UNet and its sampler on the kernels.
+pub(super) struct CudaDenoiser {
     unet: Executor,
-    vae: Executor,
     sampler: DeviceSampler,
-    /// One picture's bytes.
-    rgb: Buffer,
     /// Preparing the UNet's inputs, the UNet, guidance and the sampler's step; made at the first run.
     step: Option<Box<dyn Recording>>,
 }
 
-impl OnCuda {
+impl CudaDenoiser {
     /// # Errors
     /// [`Error::Device`] when memory is short.
-    pub fn new(unet: Executor, vae: Executor, batch: usize) -> Result<Self> {
-        let rgb = Buffer::new(unet.device(), picture_bytes(vae.plan()))?;
+    pub fn new(unet: Executor, batch: usize) -> Result<Self> {
         let sampler = DeviceSampler::new(unet.device(), latents_shape(unet.plan(), batch), CAPACITY)?;
-        Ok(OnCuda { unet, vae, sampler, rgb, step: None })
+        Ok(CudaDenoiser { unet, sampler, step: None })
     }
 
-    /// Bytes of the device's memory beside the arenas of the networks, for images of these plans.
-    pub fn own_bytes(unet: &Plan, vae: &Plan, batch: usize) -> usize {
-        DeviceSampler::bytes(latents_shape(unet, batch), CAPACITY) + picture_bytes(vae)
+    /// Bytes of the sampler's memory, for a UNet of this plan.
+    pub fn sampler_bytes(unet: &Plan, batch: usize) -> usize {
+        DeviceSampler::bytes(latents_shape(unet, batch), CAPACITY)
     }
 
     fn record(&self, guided: bool) -> Result<Box<dyn Recording>> {
@@ -54,48 +49,45 @@ fn latents_shape(unet: &Plan, batch: usize) -> Shape {
     Shape { n: batch, ..graph.shape(graph.input("sample")) }
 }
 
-/// Bytes of one picture.
-fn picture_bytes(vae: &Plan) -> usize {
-    vae.graph().shape(vae.graph().output("image")).len()
-}
-
-impl Networks for OnCuda {
-    fn write(&mut self, input: &str, values: &[f32]) -> Result<()> {
-        self.unet.write(input, values)
-    }
-
-    fn prologue(&mut self) -> Result<()> {
+impl Denoiser for CudaDenoiser {
+    fn condition(&mut self, inputs: &[(&str, &[f32])]) -> Result<()> {
+        for (name, values) in inputs {
+            self.unet.write(name, values)?;
+        }
         self.unet.prologue()
     }
 
     fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>> {
-        let steps = &run.schedule.steps;
+        let steps = run.steps;
         if steps.len() > CAPACITY {
             return Err(Error::usage(format!("{} steps are too many; take {CAPACITY} at most", steps.len())));
         }
-        if !run.shift.is_constant() {
-            return Err(Error::Device(
-                "concepts that are networks (mlp, conv) run on the CPU; use --device cpu".into(),
-            ));
+        if let Some(shift) = run.shift {
+            if !shift.is_constant() {
+                let problem = "concepts that are networks (mlp, conv) run on the CPU; use --device cpu";
+                return Err(Error::Device(problem.into()));
+            }
+            self.unet.write("shift", shift.constant())?;
         }
         let mut noise = Noise::new(run);
         let drawn = run.rng == Rng::TorchCuda;
-        let begun = u32::from(run.given.is_none());
+        let begun = u32::from(matches!(run.start, Start::Noise(_)));
         let step_noise = if drawn { StepNoise::Drawn { seed: run.seed, drawn: begun } } else { StepNoise::Written };
         self.sampler.begin(steps, run.guidance, step_noise)?;
-        if drawn && run.given.is_none() {
-            let launch = self.sampler.draw(run.seed, run.schedule.init_noise_sigma);
-            // SAFETY: the launch uses the sampler's memory alone.
-            unsafe { self.unet.device().run(&[launch])? };
-        } else {
-            self.sampler.write_latents(&run.start(&mut noise))?;
+        match run.start {
+            Start::Noise(sigma) if drawn => {
+                let launch = self.sampler.draw(run.seed, sigma);
+                // SAFETY: the launch uses the sampler's memory alone.
+                unsafe { self.unet.device().run(&[launch])? };
+            }
+            _ => self.sampler.write_latents(&run.start(&mut noise))?,
         }
         let recording = match self.step.take() {
             Some(recording) => recording,
             None => self.record(run.guided)?,
         };
         let recording = &*self.step.insert(recording);
-        let mut fresh = vec![0.0; run.batch * run.latents.0 * run.latents.1];
+        let mut fresh = vec![0.0; run.batch * run.size.0 * run.size.1];
         for (done, step) in steps.iter().enumerate() {
             check(done)?;
             if step.needs_noise() && !drawn {
@@ -103,7 +95,7 @@ impl Networks for OnCuda {
                 self.sampler.write_noise(&fresh)?;
             }
             recording.replay()?;
-            let waits = (done + 1).is_multiple_of(AHEAD) || done + 1 == steps.len();
+            let waits = (done + 1).is_multiple_of(run.ahead) || done + 1 == steps.len();
             if waits && let Some(step) = self.sampler.fault()? {
                 return Err(run.non_finite(step));
             }
@@ -111,11 +103,34 @@ impl Networks for OnCuda {
         check(steps.len())?;
         self.sampler.read_latents()
     }
+}
 
-    fn picture(&mut self, image: usize, run: &Run) -> Result<Image> {
-        let device = self.unet.device();
-        let first = self.sampler.latents_for_vae(image, run.scaling_factor, self.vae.input_address("latents"));
-        let last = self.sampler.to_rgb8(self.vae.output_address("image"), self.rgb.len(), self.rgb.address());
+/// The UNet and the VAE on the kernels.
+pub(super) struct OnCuda {
+    denoiser: CudaDenoiser,
+    vae: Executor,
+    /// One picture's bytes.
+    rgb: Buffer,
+}
+
+impl OnCuda {
+    /// # Errors
+    /// [`Error::Device`] when memory is short.
+    pub fn new(denoiser: CudaDenoiser, vae: Executor) -> Result<Self> {
+        let rgb = Buffer::new(vae.device(), picture_shape(vae.plan()).len())?;
+        Ok(OnCuda { denoiser, vae, rgb })
+    }
+}
+
+impl Networks for OnCuda {
+    fn denoiser(&mut self) -> &mut dyn Denoiser {
+        &mut self.denoiser
+    }
+
+    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Image> {
+        let (device, sampler) = (self.vae.device().clone(), &self.denoiser.sampler);
+        let first = sampler.latents_for_vae(image, scaling_factor, self.vae.input_address("latents"));
+        let last = sampler.to_rgb8(self.vae.output_address("image"), self.rgb.len(), self.rgb.address());
         // SAFETY: the launches use the sampler's memory, the VAE's arena and `rgb`, all owned by `self`.
         unsafe { device.run(&[first])? };
         self.vae.step()?;
@@ -123,9 +138,10 @@ impl Networks for OnCuda {
         unsafe { device.run(&[last])? };
         let mut rgb = vec![0; self.rgb.len()];
         self.rgb.read(0, &mut rgb)?;
-        if self.sampler.picture_fault()? {
+        if sampler.picture_fault()? {
             return Err(Error::NonFinite("the VAE gave NaN or infinity; no picture is made of it".into()));
         }
-        Ok(Image { width: run.width as u32, height: run.height as u32, rgb })
+        let Shape { h, w, .. } = picture_shape(self.vae.plan());
+        Ok(Image { width: w as u32, height: h as u32, rgb })
     }
 }

@@ -25,6 +25,11 @@ pub trait Storage {
 
     /// Bytes of scratch memory wanted while a node runs.
     fn workspace(&self, graph: &Graph, node: &Node) -> usize;
+
+    /// Bytes behind everything else that no activation ever takes: they are zero at first, and the executor's.
+    fn reserved(&self) -> usize {
+        0
+    }
 }
 
 /// A compiled [`Graph`]. Offsets and lengths are in bytes.
@@ -40,6 +45,8 @@ pub struct Plan {
     backward: usize,
     offsets: Vec<usize>,
     workspaces: Vec<(usize, usize)>,
+    /// Where the storage's reserved bytes begin.
+    reserved: usize,
     arena_bytes: usize,
 }
 
@@ -84,10 +91,11 @@ impl Plan {
                 last: position,
             });
         }
-        let (offsets, arena_bytes) = place(&lives);
+        let (offsets, reserved) = place(&lives);
+        let arena_bytes = reserved + storage.reserved();
         let workspaces = (0..steps).map(|i| (offsets[graph.shapes.len() + i], lives[graph.shapes.len() + i].len));
         let workspaces = workspaces.collect();
-        Plan { order, prologue, backward, offsets, workspaces, arena_bytes, storage: storage.name(), graph }
+        Plan { order, prologue, backward, offsets, workspaces, reserved, arena_bytes, storage: storage.name(), graph }
     }
 
     /// The graph it was made of.
@@ -114,6 +122,11 @@ impl Plan {
     /// Size of the arena: all memory a run needs beside the weights.
     pub fn arena_bytes(&self) -> usize {
         self.arena_bytes
+    }
+
+    /// Where the bytes lie that the storage reserved.
+    pub fn reserved(&self) -> usize {
+        self.reserved
     }
 
     /// Where an activation lies in the arena.

@@ -28,7 +28,7 @@ pub struct HalvesMemory {
     /// Weights that the whole UNet does not have in the same form: those read backwards, and those of layers that are taken
     /// apart for their gradients.
     pub weights: usize,
-    /// Arenas.
+    /// Arenas, and what a sampler keeps.
     pub activations: usize,
 }
 

@@ -10,6 +10,7 @@ mod objective;
 mod pickle;
 mod plot;
 mod recipe;
+mod rollout;
 mod shift;
 mod trainer;
 

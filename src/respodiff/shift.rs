@@ -37,6 +37,13 @@ impl Shift {
         Ok(shift)
     }
 
+    /// The sum of `constants`, the same for every image.
+    pub(crate) fn of(constants: &[&Module], shape: Shape, images: usize) -> Self {
+        let mut sum = vec![0.0; shape.len()];
+        constants.iter().for_each(|module| module.add_to(&[], 1.0, &mut sum));
+        Shift { constant: sum.repeat(images), networks: Vec::new() }
+    }
+
     /// The part that stays the same from step to step, `[images, h, w, c]`.
     pub(crate) fn constant(&self) -> &[f32] {
         &self.constant

@@ -4,14 +4,11 @@
 //! computed, then `L_resp` moves RAM and, with the new RAM, `L_sem` moves SAM. The three predictions of the neutral
 //! prompt share one way down ([`Halves`]); those at guidance 1 have no unconditional half.
 
+use super::rollout::Rollout;
 use super::{Adam, Concept, Form, Halves, HalvesMemory, Kind, Metadata, Module, Objective, Recipe, Variant};
-use crate::diffusion::noise::{NormalGenerator, Rng};
-use crate::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, Spacing};
-use crate::engine::{Conditioning, Engine, SessionOptions};
+use crate::engine::{Engine, SessionOptions};
 use crate::graph::Keep;
-use crate::layout::nchw_to_nhwc;
 use crate::{Error, Result};
-use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 /// What is trained: the prompts.
@@ -54,7 +51,7 @@ pub struct Times {
 pub struct TrainingMemory {
     /// The UNet's weights.
     pub model: usize,
-    /// What training adds.
+    /// What training adds: the rollouts' UNet, and the halves for the losses.
     pub halves: HalvesMemory,
     /// Which activations are kept for the gradients.
     pub keep: Keep,
@@ -79,14 +76,7 @@ pub struct Trainer {
     seed: u64,
     base_model: String,
     fingerprint: String,
-    schedule: Schedule,
-    /// Channels and pixels of an image's latents.
-    size: (usize, usize),
-    guided: Halves,
     neutral: Halves,
-    /// What conditions the guided rows, in the rollout and for the target.
-    rolling: Conditioning,
-    targeting: Conditioning,
     pub(super) state: State,
     rollout: Rollout,
     memory: TrainingMemory,
@@ -104,15 +94,6 @@ pub(super) struct State {
     pub rollouts: u64,
 }
 
-struct Rollout {
-    latents: Vec<f32>,
-    sampler: SamplerState,
-    /// Steps taken.
-    step: usize,
-    /// Noise levels yet to train at, rising.
-    levels: VecDeque<usize>,
-}
-
 impl Trainer {
     /// Plans and allocates a training at a picture size.
     ///
@@ -128,9 +109,12 @@ impl Trainer {
         recipe.check()?;
         let options = SessionOptions { width, height, batch: recipe.batch, guided: true, concepts: true };
         engine.memory(options)?;
-        let choice = SamplerChoice { sampler: Some(Sampler::Ddim), spacing: Some(Spacing::Leading) };
-        let schedule = engine.schedule(choice, recipe.rollout_steps)?;
-        let [batch, channels, h, w] = engine.latent_shape(options);
+        let [batch, _, h, w] = engine.latent_shape(options);
+        let form = match recipe.variant {
+            Variant::Constant | Variant::RamOnly | Variant::Shared => Form::Constant,
+            Variant::Mlp => Form::Mlp,
+            Variant::Conv => Form::Conv,
+        };
 
         // The target leads from the first prompt toward the second.
         let (base, toward) = match task.kind {
@@ -141,11 +125,10 @@ impl Trainer {
         let conditioning = engine.condition(&prompts, (width, height))?;
         let device = engine.device();
         let (config, tensors, weights) = engine.unet()?;
-        let tokens = engine.tokens();
-        let (pair, single) = ((2 * batch, h, w, tokens), (batch, h, w, tokens));
+        let sizes = (batch, h, w, engine.tokens());
+        let rollouts = Rollout::memory(engine, options, form)?;
         let memory = |keep| {
-            let halves = Halves::memory(device, config, weights, pair, None)
-                + Halves::memory(device, config, weights, single, Some(keep));
+            let halves = rollouts + Halves::memory(device, config, weights, sizes, Some(keep));
             TrainingMemory { model: weights.bytes(), halves, keep }
         };
         // A forward pass more an iteration only where memory is short.
@@ -155,16 +138,12 @@ impl Trainer {
         });
         engine
             .afford(memory.halves.weights + memory.halves.activations, "training; take a smaller picture or batch")?;
-        let guided = Halves::new(device, config, &tensors, &[weights], pair, None)?;
-        let mut neutral = Halves::new(device, config, &tensors, &[weights], single, Some(memory.keep))?;
+        let guide = (recipe.rollout_steps, recipe.rollout_guidance);
+        let rollout = Rollout::new(engine, options, form, guide, &conditioning)?;
+        let mut neutral = Halves::new(device, config, &tensors, &[weights], sizes, Some(memory.keep))?;
         neutral.condition(&conditioning.pick(&[1], batch).inputs())?;
 
         let shape = engine.bottleneck(options);
-        let form = match recipe.variant {
-            Variant::Constant | Variant::RamOnly | Variant::Shared => Form::Constant,
-            Variant::Mlp => Form::Mlp,
-            Variant::Conv => Form::Conv,
-        };
         let mut draws = Draws::new(seed, u64::MAX);
         let mut module = || {
             let mut module = Module::new(form, shape, || draws.unit() * 2.0 - 1.0);
@@ -180,19 +159,9 @@ impl Trainer {
             seed,
             base_model: engine.name(),
             fingerprint: engine.fingerprint()?,
-            schedule,
-            size: (channels, h * w),
-            guided,
             neutral,
-            rolling: conditioning.pick(&[0, 1], batch),
-            targeting: conditioning.pick(&[2, 3], batch),
             state: State { ram, sam, adam, history: Vec::new(), rollouts: 0 },
-            rollout: Rollout {
-                latents: vec![0.0; batch * channels * h * w],
-                sampler: SamplerState::new(batch * channels * h * w),
-                step: 0,
-                levels: VecDeque::new(),
-            },
+            rollout,
             times: Times::default(),
             memory,
             task,
@@ -227,7 +196,7 @@ impl Trainer {
 
     /// Whether a rollout has just been used up, so that a checkpoint holds everything.
     pub fn between_rollouts(&self) -> bool {
-        self.rollout.levels.is_empty()
+        self.rollout.is_used_up()
     }
 
     /// The memory plan.
@@ -241,17 +210,20 @@ impl Trainer {
     /// [`Error::NonFinite`] if a loss or module is no number any more; the modules stay as they were before.
     pub fn iterate(&mut self) -> Result<Losses> {
         let start = Instant::now();
-        if self.rollout.levels.is_empty() {
-            self.begin_rollout()?;
+        let not_finite = |error| match error {
+            Error::NonFinite(_) => diverged(&self.state.history),
+            error => error,
+        };
+        if self.rollout.is_used_up() {
+            let mut draws = Draws::new(self.seed, self.state.rollouts);
+            self.rollout.begin(&mut draws, self.recipe.latents_per_rollout);
+            self.state.rollouts += 1;
         }
-        let level = self.rollout.levels.pop_front().unwrap_or_default();
-        while self.rollout.step < level {
-            self.roll()?;
-            self.times.rollout_steps += 1;
-        }
-        let timestep = self.schedule.steps[level].timestep + self.recipe.timestep_offset;
+        let modules: Vec<&Module> = [Some(&self.state.ram), self.state.sam.as_ref()].into_iter().flatten().collect();
+        self.times.rollout_steps += self.rollout.advance(&modules).map_err(not_finite)?;
+        let timestep = self.rollout.timestep() + self.recipe.timestep_offset;
         let rolled = Instant::now();
-        let target = self.target(timestep)?;
+        let target = self.rollout.target(timestep, self.recipe.target_guidance).map_err(not_finite)?;
         let aimed = Instant::now();
 
         let before = self.state.clone();
@@ -273,7 +245,7 @@ impl Trainer {
     fn learn(&mut self, target: &[f32], timestep: f32) -> Result<(Losses, Instant)> {
         let recipe = &self.recipe;
         let State { ram, sam, adam, history, .. } = &mut self.state;
-        self.neutral.descend(&self.rollout.latents, timestep)?;
+        self.neutral.descend(self.rollout.latents(), timestep)?;
         let mut objective = Objective::new(&mut self.neutral);
         let resp = objective.match_score(&[ram], target, 1.0)?;
         let mut gradient = ram.gradient(objective.mid(), &resp.by_shift);
@@ -297,61 +269,9 @@ impl Trainer {
         }
         let finite = |m: &Module| m.parameters.iter().all(|x| x.is_finite());
         if !losses.resp.is_finite() || !losses.sem.is_finite() || !finite(ram) || !sam.as_ref().is_none_or(finite) {
-            return Err(Error::NonFinite(format!(
-                "iteration {} gave NaN or infinity; the modules before it are kept; lower the learning rates",
-                history.len() + 1
-            )));
+            return Err(diverged(history));
         }
         Ok((losses, stepped))
-    }
-
-    /// New noise, and the noise levels that it will be trained at: `U{0..=rollout_steps - 2}` each.
-    fn begin_rollout(&mut self) -> Result<()> {
-        let (channels, pixels) = self.size;
-        let index = self.state.rollouts;
-        let mut draws = Draws::new(self.seed, index);
-        let mut noise = NormalGenerator::new(Rng::TorchCpu, draws.next());
-        let mut image = vec![0.0; channels * pixels];
-        for latents in self.rollout.latents.chunks_exact_mut(channels * pixels) {
-            noise.fill(&mut image);
-            nchw_to_nhwc(&image, channels, pixels, latents);
-            latents.iter_mut().for_each(|x| *x *= self.schedule.init_noise_sigma);
-        }
-        let last = self.recipe.rollout_steps as u64 - 1;
-        let mut levels: Vec<usize> =
-            (0..self.recipe.latents_per_rollout).map(|_| (draws.next() % last) as usize).collect();
-        levels.sort_unstable();
-        self.rollout.levels = levels.into();
-        self.rollout.step = 0;
-        self.rollout.sampler = SamplerState::new(self.rollout.latents.len());
-        self.state.rollouts += 1;
-        self.guided.condition(&self.rolling.inputs())
-    }
-
-    /// One DDIM step under the neutral prompt, its conditional half shifted by the modules.
-    fn roll(&mut self) -> Result<()> {
-        let step = &self.schedule.steps[self.rollout.step];
-        let shifts = [Some(&self.state.ram), self.state.sam.as_ref()];
-        let prediction = predict(
-            &mut self.guided,
-            &self.rollout.latents,
-            step.timestep,
-            self.recipe.rollout_guidance,
-            &shifts.into_iter().flatten().collect::<Vec<_>>(),
-        )?;
-        self.rollout.sampler.step(step, &prediction, &mut self.rollout.latents, &[]);
-        self.rollout.step += 1;
-        Ok(())
-    }
-
-    /// What the responsible prediction is.
-    fn target(&mut self, timestep: f32) -> Result<Vec<f32>> {
-        self.guided.condition(&self.targeting.inputs())?;
-        let target = predict(&mut self.guided, &self.rollout.latents, timestep, self.recipe.target_guidance, &[])?;
-        if !self.rollout.levels.is_empty() {
-            self.guided.condition(&self.rolling.inputs())?;
-        }
-        Ok(target)
     }
 
     /// The concept as learnt so far.
@@ -401,18 +321,12 @@ impl Trainer {
     }
 }
 
-/// The guided prediction of latents `[n, h, w, c]`: unconditional rows first, the conditional ones shifted by `modules`.
-fn predict(
-    halves: &mut Halves,
-    latents: &[f32],
-    timestep: f32,
-    guidance: f32,
-    modules: &[&Module],
-) -> Result<Vec<f32>> {
-    halves.descend(&[latents, latents].concat(), timestep)?;
-    let out = halves.ascend(modules, halves.mid_shape().n / 2)?;
-    let (without, with) = out.split_at(out.len() / 2);
-    Ok(without.iter().zip(with).map(|(u, c)| u + guidance * (c - u)).collect())
+/// About the iteration after these.
+fn diverged(history: &[Losses]) -> Error {
+    Error::NonFinite(format!(
+        "iteration {} gave NaN or infinity; the modules before it are kept; lower the learning rates",
+        history.len() + 1
+    ))
 }
 
 /// Random numbers that depend on a seed and a position alone, so that a resumed training draws what it would have

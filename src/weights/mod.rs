@@ -9,7 +9,7 @@ mod stored;
 mod tensors;
 
 pub use single::SingleFile;
-pub use stored::{Format, Stored};
+pub use stored::{Format, Number, Stored};
 pub use tensors::Tensors;
 
 use crate::models::tokenizer::Tokenizer;

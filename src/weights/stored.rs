@@ -61,6 +61,51 @@ pub(super) enum Data<'a> {
     Random { seed: u32, center: f32, scale: f32 },
 }
 
+/// What numbers are read as.
+pub trait Number: Copy + Send + Sync + bytemuck::Pod {
+    /// Writes to `out` the numbers from the one at `start` on, in the file's own order. Returns false if one of them is
+    /// NaN or infinite.
+    fn in_file(stored: &Stored, start: usize, out: &mut [Self]) -> bool;
+}
+
+impl Number for f32 {
+    fn in_file(stored: &Stored, start: usize, out: &mut [f32]) -> bool {
+        match stored.data {
+            Data::File(bytes) => {
+                let size = stored.format.bytes();
+                let bytes = &bytes[start * size..][..out.len() * size];
+                match stored.format {
+                    Format::F16 => halves(bytes, out),
+                    Format::BF16 => convert(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
+                    Format::F32 => convert(bytes, out, f32::from_le_bytes),
+                    Format::F64 => convert(bytes, out, |b| f64::from_le_bytes(b) as f32),
+                }
+            }
+            Data::Random { seed, center, scale } => {
+                for (i, x) in (start..).zip(out.iter_mut()) {
+                    let unit = (hash(seed.wrapping_add(i as u32)) >> 8) as f32 / (1 << 23) as f32 - 1.0;
+                    *x = center + unit * scale;
+                }
+            }
+        }
+        // A whole stretch at a time: looking for the first bad number takes longer than reading the file.
+        out.iter().fold(true, |finite, x| finite & x.is_finite())
+    }
+}
+
+/// Of a file that holds fp16, as they are.
+///
+/// Panics for any other.
+impl Number for f16 {
+    fn in_file(stored: &Stored, start: usize, out: &mut [f16]) -> bool {
+        let (Data::File(bytes), Format::F16) = (stored.data, stored.format) else {
+            panic!("{} is not held in fp16", stored.name)
+        };
+        convert(&bytes[start * size_of::<f16>()..], out, f16::from_le_bytes);
+        out.iter().fold(true, |finite, x| finite & x.is_finite())
+    }
+}
+
 impl<'a> Stored<'a> {
     /// How many numbers there are.
     pub fn len(&self) -> usize {
@@ -85,7 +130,7 @@ impl<'a> Stored<'a> {
                 let mut bytes = vec![0; self.len() * size_of::<f32>()];
                 bytes.par_chunks_mut(CHUNK * size_of::<f32>()).enumerate().for_each(|(chunk, bytes)| {
                     let mut numbers = vec![0.0; bytes.len() / size_of::<f32>()];
-                    self.numbers(chunk * CHUNK, &mut numbers);
+                    self.numbers::<f32>(chunk * CHUNK, &mut numbers);
                     bytes.copy_from_slice(bytemuck::cast_slice(&numbers));
                 });
                 Cow::Owned(bytes)
@@ -98,39 +143,15 @@ impl<'a> Stored<'a> {
     ///
     /// # Panics
     /// If the tensor ends before `out` does.
-    pub fn numbers(&self, start: usize, out: &mut [f32]) -> bool {
+    pub fn numbers<T: Number>(&self, start: usize, out: &mut [T]) -> bool {
         if !self.transposed {
-            return self.in_file(start, out);
+            return T::in_file(self, start, out);
         }
         let mut finite = true;
         for (i, x) in (start..).zip(out) {
-            finite &= self.in_file(i % self.width * self.outputs + i / self.width, std::slice::from_mut(x));
+            finite &= T::in_file(self, i % self.width * self.outputs + i / self.width, std::slice::from_mut(x));
         }
         finite
-    }
-
-    /// The same in the file's own order.
-    fn in_file(&self, start: usize, out: &mut [f32]) -> bool {
-        match self.data {
-            Data::File(bytes) => {
-                let size = self.format.bytes();
-                let bytes = &bytes[start * size..][..out.len() * size];
-                match self.format {
-                    Format::F16 => halves(bytes, out),
-                    Format::BF16 => convert(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
-                    Format::F32 => convert(bytes, out, f32::from_le_bytes),
-                    Format::F64 => convert(bytes, out, |b| f64::from_le_bytes(b) as f32),
-                }
-            }
-            Data::Random { seed, center, scale } => {
-                for (i, x) in (start..).zip(out.iter_mut()) {
-                    let unit = (hash(seed.wrapping_add(i as u32)) >> 8) as f32 / (1 << 23) as f32 - 1.0;
-                    *x = center + unit * scale;
-                }
-            }
-        }
-        // A whole stretch at a time: looking for the first bad number takes longer than reading the file.
-        out.iter().fold(true, |finite, x| finite & x.is_finite())
     }
 
     /// Looks for the first number that is NaN or infinite in fp32; for whoever was told that there is one.
@@ -141,7 +162,7 @@ impl<'a> Stored<'a> {
         let mut numbers = vec![0.0; CHUNK];
         for start in (0..self.len()).step_by(CHUNK) {
             let numbers = &mut numbers[..CHUNK.min(self.len() - start)];
-            if !self.in_file(start, numbers)
+            if !f32::in_file(self, start, numbers)
                 && let Some(bad) = numbers.iter().position(|x| !x.is_finite())
             {
                 let (name, value, place) = (self.name, numbers[bad], start + bad);
@@ -167,7 +188,7 @@ impl<'a> Stored<'a> {
 }
 
 /// Numbers of `N` bytes each.
-fn convert<const N: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; N]) -> f32) {
+fn convert<T, const N: usize>(bytes: &[u8], out: &mut [T], number: impl Fn([u8; N]) -> T) {
     for (x, bytes) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
         *x = number(*bytes);
     }

@@ -285,14 +285,31 @@ impl Tensors {
     pub fn read_ahead(&self, stored: &[Stored]) {
         // Elsewhere the system reads as it sees fit.
         #[cfg(unix)]
+        self.mapped(stored, |map, offset, len| {
+            let _ = map.advise_range(memmap2::Advice::WillNeed, offset, len);
+        });
+    }
+
+    /// Gives the pages of tensors back that have been read: they count as this process's memory. Read again they come
+    /// from the system's cache, or the disk.
+    pub fn done_with(&self, stored: &[Stored]) {
+        #[cfg(unix)]
+        self.mapped(stored, |map, offset, len| {
+            // SAFETY: the map is of a file and never written, so what is read after this is the same.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, len) };
+        });
+    }
+
+    /// The mapped files of tensors, and where they lie there.
+    #[cfg(unix)]
+    fn mapped(&self, stored: &[Stored], tell: impl Fn(&Mmap, usize, usize)) {
         for tensor in stored {
             let Data::File(bytes) = tensor.data else { continue };
             for (_, file) in &self.files {
                 if let Bytes::Mapped(map) = file
                     && map.as_ptr_range().contains(&bytes.as_ptr())
                 {
-                    let offset = bytes.as_ptr() as usize - map.as_ptr() as usize;
-                    let _ = map.advise_range(memmap2::Advice::WillNeed, offset, bytes.len());
+                    tell(map, bytes.as_ptr() as usize - map.as_ptr() as usize, bytes.len());
                 }
             }
         }

@@ -299,6 +299,7 @@ fn gradients() {
         let (shapes, seed) = (case.shapes(), case.shape());
         let inputs = shapes.iter().chain([&seed]).enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64));
         check_gradient(
+            Limits::A100,
             &format!("{case:?}"),
             &shapes,
             inputs.collect(),

@@ -27,6 +27,7 @@ fn activate_gradient() {
     for shape in [Shape::new(1, 1, 1, 1), Shape::new(2, 3, 5, 7), Shape::new(1, 4, 4, 320)] {
         for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::None] {
             check_gradient(
+                Limits::A100,
                 &format!("{activation:?} {shape}"),
                 &[shape],
                 vec![wide(shape.len(), 5), random(shape.len(), 6)],
@@ -57,6 +58,7 @@ fn geglu_and_its_gradient() {
             },
         );
         check_gradient(
+            Limits::A100,
             &format!("GEGLU {shape}"),
             &[shape],
             vec![wide(shape.len(), 5), random(shape.len() / 2, 6)],
@@ -80,6 +82,7 @@ fn two_readers() {
     for (rows, c) in [(5, 24), (3, 7)] {
         let shape = Shape::new(2, 1, rows, c);
         check_gradient(
+            Limits::A100,
             &format!("two readers {shape}"),
             &[shape],
             vec![wide(shape.len(), 5), random(shape.len(), 6)],

@@ -134,8 +134,10 @@ pub fn check_with(
     compare(limits, label, &graph_of(shapes, build), inputs, false, plain)
 }
 
-/// The same of the gradient by the first input; the last of `inputs` is the seed, the gradient by the output.
+/// The same of the gradient by the first input, on devices of given limits; the last of `inputs` is the seed, the
+/// gradient by the output.
 pub fn check_gradient<T: Into<Truth>>(
+    limits: Limits,
     label: &str,
     shapes: &[Shape],
     inputs: Vec<Numbers>,
@@ -143,7 +145,7 @@ pub fn check_gradient<T: Into<Truth>>(
     plain: impl Fn(&Given, Round) -> T,
 ) -> Vec<f32> {
     let graph = graph_of(shapes, build).with_gradient("out", "input0", Keep::All);
-    compare(Limits::A100, &format!("gradient of {label}"), &graph, inputs, true, plain)
+    compare(limits, &format!("gradient of {label}"), &graph, inputs, true, plain)
 }
 
 fn graph_of(shapes: &[Shape], build: impl FnOnce(&mut GraphBuilder, &[TensorId]) -> TensorId) -> Graph {

@@ -138,6 +138,7 @@ impl Case<'_> {
         let (shapes, seed) = (self.shapes(), Shape { c: self.channels(), ..self.sources[0] });
         let inputs = shapes.iter().chain([&seed]).enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64));
         check_gradient(
+            Limits::A100,
             &self.label(),
             &shapes,
             inputs.collect(),
@@ -271,6 +272,7 @@ fn layer_norm_gradient() {
     {
         let shape = Shape::new(n, 1, w, c);
         check_gradient(
+            Limits::A100,
             &format!("layer norm of {shape}"),
             &[shape],
             vec![random(shape.len(), 5), random(shape.len(), 6)],

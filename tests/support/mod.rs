@@ -2,10 +2,12 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
-use respodiff::graph::Graph;
+use half::f16;
+use respodiff::graph::{Graph, WeightKind};
 use respodiff::weights::Tensors;
 use respodiff::{Device, cuda};
-use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -154,4 +156,57 @@ fn transpose(x: &[f32], n: usize, rows: usize, columns: usize) -> Vec<f32> {
         x[(image * rows + rest % rows) * columns + rest / rows]
     };
     (0..x.len()).map(at).collect()
+}
+
+/// What plain loops compute with.
+pub type Numbers = Vec<f64>;
+
+/// Seeded numbers in -1..1.
+pub fn random(len: usize, seed: u64) -> Numbers {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f64 / (1u64 << 23) as f64 - 1.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+pub fn narrow(x: &[f64]) -> Vec<f32> {
+    x.iter().map(|&x| x as f32).collect()
+}
+
+/// Weights of a graph in the UNet's place of a checkpoint written for it, so that packing is tested as well; returned
+/// by name, as that format (fp16 or fp32) rounds them.
+pub fn weights(graph: &Graph, format: Dtype) -> (tempfile::TempDir, HashMap<String, Numbers>) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut by_name = HashMap::new();
+    let mut tensors = Vec::new();
+    for spec in graph.weights() {
+        for (name, &outputs) in spec.names.iter().zip(&spec.outputs) {
+            let numbers = random(outputs * spec.width, 77 + name.len() as u64 * 13 + outputs as u64);
+            let (bytes, numbers): (Vec<Vec<u8>>, Numbers) = match format {
+                Dtype::F16 => {
+                    numbers.iter().map(|&x| f16::from_f64(x)).map(|x| (x.to_le_bytes().to_vec(), x.to_f64())).unzip()
+                }
+                _ => numbers.iter().map(|&x| x as f32).map(|x| (x.to_le_bytes().to_vec(), x as f64)).unzip(),
+            };
+            if by_name.insert(name.clone(), numbers).is_none() {
+                let shape = match spec.kind {
+                    WeightKind::Matrix { kernel, inputs, .. } | WeightKind::Mirrored { kernel, inputs, .. } => {
+                        vec![outputs, inputs, kernel, kernel]
+                    }
+                    _ => vec![outputs],
+                };
+                tensors.push((name.clone(), shape, bytes.concat()));
+            }
+        }
+    }
+    let views = tensors.iter().map(|(n, s, b)| (n, TensorView::new(format, s.clone(), b).unwrap()));
+    std::fs::create_dir(folder.path().join("unet")).unwrap();
+    std::fs::write(folder.path().join("unet/config.json"), "{}").unwrap();
+    let bytes = safetensors::serialize(views, None).unwrap();
+    std::fs::write(folder.path().join("unet/diffusion_pytorch_model.safetensors"), bytes).unwrap();
+    (folder, by_name)
 }

@@ -70,6 +70,7 @@ fn plain(kernel: &str, fault: i32, schedule: &Schedule) -> Outcome {
         "exchange" => (32, 1, 32, 128),
         "stream" => (5 * 1024, 1, 128, 4096),
         "narrow" => (32 * 8, 1, 32, 512),
+        "pool" => (512, 1, 512, 0),
         _ => unreachable!("{kernel}"),
     };
     let x = numbers(length, 1);
@@ -77,6 +78,7 @@ fn plain(kernel: &str, fault: i32, schedule: &Schedule) -> Outcome {
     let expected: Vec<f32> = match kernel {
         "reduce" => vec![sum(&|x| x) + sum(&|x| x * x); 128 * 3],
         "exchange" => x.iter().rev().map(|&x| x as f32).collect(),
+        "pool" => x.iter().map(|&x| x as f32).collect(),
         "stream" => {
             let of = |t: usize| x.iter().skip((t + 1) % 128).step_by(128).sum::<i32>() as f32;
             (0..128).map(of).collect()
@@ -240,6 +242,11 @@ const FAULTS: &[(&str, i32, &str, &str)] = &[
     ("stored", 9, "exits with a TMA store in flight", ".F.FF"),
     ("stored", 10, "shared-memory race|earlier read by a TMA store", "????F"),
     ("stored", 11, "TMA store: illegal instruction|coordinate -1 along dimension 1", "FFFFF"),
+    ("pool", 1, "deadlock|setmaxnreg.inc to 168: the block has", "FFFFF"),
+    ("pool", 2, "setmaxnreg.dec to 136 of a thread that has 128 registers", "FFFFF"),
+    ("pool", 3, "setmaxnreg.inc to 120 of a thread that has 128 registers", "FFFFF"),
+    ("pool", 4, "deadlock|the other lanes of __syncwarp", "FFFFF"),
+    ("pool", 5, "deadlock|setmaxnreg.inc to 160: the block has 0 registers to spare", "FFFFF"),
     ("chain", 1, "faults.cu|missing griddep_wait|read, 0 bytes into a 256-byte global buffer", "FFFFF"),
     ("chain", 2, "faults.cu|missing griddep_wait|4 bytes of global memory read", "FFFFF"),
     ("chain", 3, "faults.cu|missing griddep_wait|4 bytes of global memory written", "FFFFF"),
@@ -319,7 +326,7 @@ fn schedules(seed: u64) -> impl Iterator<Item = Schedule> {
 fn correct_kernels_pass_whatever_the_schedule() {
     for seed in 0..8 {
         for schedule in schedules(seed) {
-            for kernel in ["reduce", "exchange", "stream", "narrow", "product", "stored", "chain"] {
+            for kernel in ["reduce", "exchange", "stream", "narrow", "product", "stored", "pool", "chain"] {
                 let outcome = run(kernel, 0, &schedule);
                 assert!(matches!(outcome, Outcome::Right), "{kernel} {schedule:?}: {outcome:?}");
             }

@@ -124,6 +124,13 @@ impl Step {
         self.next.noise != 0.0
     }
 
+    /// A step to the model's own output at `timestep`.
+    pub(crate) fn to_output(timestep: f32) -> Self {
+        let mut step = Step::at(timestep.into());
+        (step.next.base, step.next.out) = (0.0, 1.0);
+        step
+    }
+
     /// A step that changes nothing yet.
     fn at(timestep: f64) -> Self {
         Self {

@@ -280,4 +280,4 @@ macro_rules! wgmma {
         }
     )*};
 }
-wgmma! { wgmma_n40 40, wgmma_n64 64, wgmma_n80 80, wgmma_n128 128, wgmma_n160 160, wgmma_n256 256, }
+wgmma! { wgmma_n32 32, wgmma_n40 40, wgmma_n64 64, wgmma_n80 80, wgmma_n128 128, wgmma_n160 160, wgmma_n256 256, }

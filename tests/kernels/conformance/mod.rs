@@ -353,7 +353,7 @@ fn griddep() {
 /// A recording that no case reads would hold the emulator to nothing.
 #[test]
 fn every_recording_is_of_a_case() {
-    let tests: [fn(); 20] = [
+    let tests: [fn(); 21] = [
         shared_addresses,
         exp2,
         to_half,
@@ -368,6 +368,7 @@ fn every_recording_is_of_a_case() {
         hopper::mbarriers,
         hopper::setmaxnreg,
         hopper::tma,
+        hopper::wgmma_n32,
         hopper::wgmma_n40,
         hopper::wgmma_n64,
         hopper::wgmma_n80,

@@ -1,0 +1,254 @@
+//! Rollouts of a training: noise is brought to noise levels under the neutral prompt and the modules so far, and the
+//! responsible target is computed there.
+
+use super::trainer::Draws;
+use super::{Form, Halves, HalvesMemory, Module, Shift};
+use crate::Result;
+use crate::diffusion::noise::{NormalGenerator, Rng};
+use crate::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, Spacing, Step};
+use crate::engine::{Conditioning, Denoiser, Engine, Run, SessionOptions, Start};
+use crate::graph::Shape;
+use crate::layout::nchw_to_nhwc;
+use std::collections::VecDeque;
+
+/// What makes a batch's guided predictions. The unconditional rows are the first, and the modules shift the others.
+enum Guided {
+    /// The whole UNet with its sampler, for constants. A GPU replays the steps, and the host waits for the last.
+    Whole(Box<dyn Denoiser>),
+    /// The UNet in two halves, for networks: in every step the host computes them from the bottleneck.
+    Halves(Box<Halves>),
+}
+
+/// A batch on its way from noise to the noise levels that it is trained at.
+pub(super) struct Rollout {
+    guided: Guided,
+    guidance: f32,
+    schedule: Schedule,
+    batch: usize,
+    /// Channels and pixels of an image's latents.
+    size: (usize, usize),
+    /// Of an image's bottleneck.
+    bottleneck: Shape,
+    /// What conditions the rows, on the way and for the target.
+    rolling: Conditioning,
+    targeting: Conditioning,
+    latents: Vec<f32>,
+    /// Steps taken.
+    step: usize,
+    /// Noise levels yet to train at, rising.
+    levels: VecDeque<usize>,
+}
+
+impl Rollout {
+    /// Plans and allocates rollouts of so many DDIM steps at a guidance scale, for modules of one form. The rows of
+    /// `conditioning` are no prompt, the neutral one, and the prompts from which and toward which the target leads.
+    ///
+    /// # Errors
+    /// What the weights have wrong, and [`crate::Error::Device`] when the device's memory is short.
+    pub fn new(
+        engine: &Engine,
+        options: SessionOptions,
+        form: Form,
+        (steps, guidance): (usize, f32),
+        conditioning: &Conditioning,
+    ) -> Result<Self> {
+        let choice = SamplerChoice { sampler: Some(Sampler::Ddim), spacing: Some(Spacing::Leading) };
+        let [batch, channels, h, w] = engine.latent_shape(options);
+        let guided = match form {
+            Form::Constant => Guided::Whole(engine.denoiser(options)?),
+            Form::Mlp | Form::Conv => {
+                let (config, tensors, weights) = engine.unet()?;
+                let sizes = (2 * batch, h, w, engine.tokens());
+                Guided::Halves(Box::new(Halves::new(engine.device(), config, &tensors, &[weights], sizes, None)?))
+            }
+        };
+        Ok(Rollout {
+            guided,
+            guidance,
+            schedule: engine.schedule(choice, steps)?,
+            batch,
+            size: (channels, h * w),
+            bottleneck: engine.bottleneck(options),
+            rolling: conditioning.pick(&[0, 1], batch),
+            targeting: conditioning.pick(&[2, 3], batch),
+            latents: vec![0.0; batch * channels * h * w],
+            step: 0,
+            levels: VecDeque::new(),
+        })
+    }
+
+    /// What [`Rollout::new`] would allocate beside a UNet's weights.
+    ///
+    /// # Errors
+    /// [`crate::Error::Usage`] for sizes that are not possible.
+    pub fn memory(engine: &Engine, options: SessionOptions, form: Form) -> Result<HalvesMemory> {
+        Ok(match form {
+            Form::Constant => HalvesMemory { weights: 0, activations: engine.denoiser_bytes(options)? },
+            Form::Mlp | Form::Conv => {
+                let [batch, _, h, w] = engine.latent_shape(options);
+                let (config, _, weights) = engine.unet()?;
+                Halves::memory(engine.device(), config, weights, (2 * batch, h, w, engine.tokens()), None)
+            }
+        })
+    }
+
+    /// New noise, and the noise levels that it will be trained at: `U{0..=steps - 2}` each.
+    pub fn begin(&mut self, draws: &mut Draws, levels: usize) {
+        let (channels, pixels) = self.size;
+        let mut noise = NormalGenerator::new(Rng::TorchCpu, draws.next());
+        let mut image = vec![0.0; channels * pixels];
+        for latents in self.latents.chunks_exact_mut(channels * pixels) {
+            noise.fill(&mut image);
+            nchw_to_nhwc(&image, channels, pixels, latents);
+            latents.iter_mut().for_each(|x| *x *= self.schedule.init_noise_sigma);
+        }
+        let last = self.schedule.steps.len() as u64 - 1;
+        let mut levels: Vec<usize> = (0..levels).map(|_| (draws.next() % last) as usize).collect();
+        levels.sort_unstable();
+        self.levels = levels.into();
+        self.step = 0;
+    }
+
+    /// Whether all its noise levels have been trained at.
+    pub fn is_used_up(&self) -> bool {
+        self.levels.is_empty()
+    }
+
+    /// Goes on to the next noise level, with what `modules` add to the neutral prompt's bottleneck. Gives the number of
+    /// steps that were taken.
+    ///
+    /// # Errors
+    /// [`crate::Error::NonFinite`] when the latents leave the range of numbers, and [`crate::Error::Device`] with the
+    /// driver's word.
+    pub fn advance(&mut self, modules: &[&Module]) -> Result<usize> {
+        let level = self.levels.pop_front().unwrap_or_default();
+        let steps = self.schedule.steps[self.step..level].to_vec();
+        if !steps.is_empty() {
+            let rolling = self.rolling.clone();
+            self.latents = self.run(&rolling, &steps, self.guidance, modules)?;
+            self.step = level;
+        }
+        Ok(steps.len())
+    }
+
+    /// The latents at the present noise level, `[batch, h, w, c]`.
+    pub fn latents(&self) -> &[f32] {
+        &self.latents
+    }
+
+    /// The timestep of that level.
+    pub fn timestep(&self) -> f32 {
+        self.schedule.steps[self.step].timestep
+    }
+
+    /// The responsible prediction for the latents at a timestep, `[batch, h, w, c]`.
+    ///
+    /// # Errors
+    /// As of [`Rollout::advance`].
+    pub fn target(&mut self, timestep: f32, guidance: f32) -> Result<Vec<f32>> {
+        let targeting = self.targeting.clone();
+        self.run(&targeting, &[Step::to_output(timestep)], guidance, &[])
+    }
+
+    /// Where steps lead from the present latents. DDIM keeps nothing from step to step, so each piece of a rollout is a run
+    /// of its own.
+    fn run(
+        &mut self,
+        conditioning: &Conditioning,
+        steps: &[Step],
+        guidance: f32,
+        modules: &[&Module],
+    ) -> Result<Vec<f32>> {
+        match &mut self.guided {
+            Guided::Whole(denoiser) => {
+                denoiser.condition(&conditioning.inputs())?;
+                let run = Run {
+                    steps,
+                    guidance,
+                    guided: true,
+                    shift: Some(&Shift::of(modules, self.bottleneck, self.batch)),
+                    start: Start::Latents(self.latents.clone()),
+                    // No step draws noise.
+                    seed: 0,
+                    rng: Rng::TorchCpu,
+                    batch: self.batch,
+                    size: self.size,
+                    ahead: steps.len(),
+                };
+                denoiser.sample(&run, &mut |_| Ok(()))
+            }
+            Guided::Halves(halves) => {
+                halves.condition(&conditioning.inputs())?;
+                let mut latents = self.latents.clone();
+                let mut state = SamplerState::new(latents.len());
+                for step in steps {
+                    halves.descend(&[&*latents, &*latents].concat(), step.timestep)?;
+                    let out = halves.ascend(modules, self.batch)?;
+                    let (without, with) = out.split_at(latents.len());
+                    let prediction: Vec<f32> = without.iter().zip(with).map(|(u, c)| u + guidance * (c - u)).collect();
+                    state.step(step, &prediction, &mut latents, &[]);
+                }
+                Ok(latents)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+    #[cfg(feature = "emulated")]
+    use crate::cuda::{Emulated, Limits};
+    use crate::weights::Source;
+
+    /// A batch's latents after a rollout in pieces that end at `levels`, and their target. It runs on what modules of `form`
+    /// run on, but what they add are constants.
+    fn rolled(device: &Device, form: Form, levels: &[usize]) -> [Vec<f32>; 2] {
+        let checkpoint = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/checkpoints/sd1");
+        let engine = Engine::open(&Source::folder(checkpoint).unwrap(), device).unwrap();
+        let options = SessionOptions { width: 40, height: 56, batch: 2, guided: true, concepts: true };
+        let prompts = [None, Some("a person"), Some("a doctor"), Some("a woman")];
+        let conditioning = engine.condition(&prompts, (40, 56)).unwrap();
+        let mut rollout = Rollout::new(&engine, options, form, (20, 2.0), &conditioning).unwrap();
+        let mut draws = Draws::new(3, 0);
+        rollout.begin(&mut draws, 1);
+        rollout.levels = levels.to_vec().into();
+        let mut constant = || {
+            let mut module = Module::new(Form::Constant, engine.bottleneck(options), || 0.0);
+            module.parameters.iter_mut().for_each(|p| *p = 2.0 * draws.unit() - 1.0);
+            module
+        };
+        let (ram, sam) = (constant(), constant());
+        for _ in levels {
+            rollout.advance(&[&ram, &sam]).unwrap();
+        }
+        let target = rollout.target(rollout.timestep() + 5.0, 0.5).unwrap();
+        // The target leaves the latents where they are.
+        assert_eq!(target, rollout.target(rollout.timestep() + 5.0, 0.5).unwrap());
+        [rollout.latents, target]
+    }
+
+    /// The whole UNet with its sampler, in pieces, against halves with the sampler and the shift on the host.
+    #[test]
+    fn whole_networks_roll_as_halves_do() {
+        let truth = rolled(&Device::Cpu, Form::Mlp, &[3]);
+        let places = [
+            (Device::Cpu, 1e-5),
+            #[cfg(feature = "emulated")]
+            (Device::Cuda(Emulated::new(Limits::A100, Emulated::QUICK)), 1e-2),
+        ];
+        for (device, tolerance) in places {
+            let ours = rolled(&device, Form::Constant, &[0, 1, 1, 3]);
+            assert_eq!(ours, rolled(&device, Form::Constant, &[3]), "pieces on {}", device.name());
+            for (ours, truth) in ours.iter().zip(&truth) {
+                let squares =
+                    |numbers: &mut dyn Iterator<Item = f32>| numbers.map(|x| f64::from(x).powi(2)).sum::<f64>();
+                let off = squares(&mut ours.iter().zip(truth).map(|(a, b)| a - b));
+                let error = (off / squares(&mut truth.iter().copied())).sqrt();
+                println!("{} {error:.1e}", device.name());
+                assert!(error < tolerance, "off by {error:.1e} on {}", device.name());
+            }
+        }
+    }
+}
