@@ -372,7 +372,7 @@ impl Packing {
             let folded = self.norm.map(|norm| Folded {
                 norm_scale: norm + (inputs.start * size_of::<f32>()) as u64,
                 norm_shift: norm + ((part.width + inputs.start) * size_of::<f32>()) as u64,
-                sums: self.sums.map_or(0, |sums| sums + column as u64 * SUMS as u64),
+                sums: self.sums.map_or(0, |sums| sums.wrapping_add_signed(column * SUMS as i64)),
                 input_line: i32::from(!across_inputs),
                 input_element: i32::from(across_inputs),
                 column_line: spread as i32,
