@@ -238,9 +238,11 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
     float sums[MT][NT][4] = {};
 #pragma unroll 1
     for (int slot = 0; slot < STAGES - 1; slot++) {
+        if (slot < p.steps) {
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) fetch(part, slot);
-        advance(slot + 1 < p.steps);
+            for (int part = 0; part < PARTS; part++) fetch(part, slot);
+            advance(slot + 1 < p.steps);
+        }
         cp_async_commit();
     }
     // What this lane names for ldmatrix in a stage's first slice. The swizzle makes an exclusive or of the addition

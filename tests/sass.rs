@@ -9,7 +9,9 @@ use std::process::Command;
 const REQUIRED: &[(&str, &str, &[&str])] = &[
     // Tensor cores fed by ldmatrix, shared memory filled sixteen bytes at a time past L1.
     ("conv_*x*", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
-    ("conv_hopper_*", "sm_90a", &["HGMMA.64x", "UTMALDG.4D", "UTMALDG.2D", "UTMASTG.4D", "STSM.16.M", "USETMAXREG"]),
+    ("conv_hopper_*", "sm_90a", &["HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D", "STSM.16.M", "USETMAXREG"]),
+    ("conv_hopper_160", "sm_90a", &["UTMALDG.2D"]),
+    ("conv_hopper_*_gated", "sm_90a", &["UTMALDG.3D"]),
     ("attention_*64", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
     ("attention_*128", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
     ("attention_hopper_*", "sm_90a", &["HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D", "MUFU.EX2"]),

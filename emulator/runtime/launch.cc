@@ -82,7 +82,7 @@ static void tidy(Block& b, bool abandoned) {
     for (Warpgroup& g : b.warpgroups)
         if (g.done || !g.groups.empty() || abandoned) g = Warpgroup();
     if (!abandoned && !racing()) return;
-    b.yielded = Waiting();
+    b.yielded = b.wanting = Waiting();
     for (NamedBarrier& bar : b.barriers) bar = NamedBarrier();
     for (auto& warp : b.meetings)
         for (Meeting& m : warp) m.arrived = 0;
