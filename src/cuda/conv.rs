@@ -6,7 +6,7 @@ use super::epilogue::Epilogue;
 use super::folded;
 use super::moments::{self, Moments};
 use super::site::{COUNTERS, Site};
-use super::tiles::{Choice, Instruction, Pixels, Product, THREADS, choose};
+use super::tiles::{Choice, Instruction, Product, THREADS, choose};
 use super::weights::{CHUNK, has_phases};
 use crate::graph::{Activation, Conv, Graph, Op, Shape, TensorId, WeightKind};
 use crate::{Error, Result};
@@ -56,7 +56,8 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
         added: 0,
         vector: conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(CHUNK)),
         gated: conv.activation == Activation::Geglu,
-        unit: moments::wanted(graph, out).map_or(1, |moments| moments.channels),
+        unit: moments::wanted(graph, out, limits).map_or(1, |moments| moments.channels),
+        normalised: folded::norm(graph, conv, limits).is_some() || folded::leaves_moments(graph, out, limits),
         area: conv_hopper::area(graph, conv, out).ok(),
     };
     let with_added = conv_hopper::added(graph, conv, out).and_then(|added| {
@@ -92,16 +93,13 @@ pub(super) fn reads(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -
 /// The moments that a convolution leaves behind its result `id` for the norms that read it; `None` if none want them, no
 /// convolution makes it, its kernel's rectangles are no whole units, or no layer norm is computed by its readers.
 pub(super) fn moments(graph: &Graph, id: TensorId, limits: Limits) -> Option<Moments> {
-    let moments = moments::wanted(graph, id)?;
+    let moments = moments::wanted(graph, id, limits)?;
     let node = graph.nodes().iter().find(|node| node.output == id)?;
     let Op::Conv(conv) = &node.op else { return None };
     let (product, choice) = plan(graph, conv, id, limits);
     let area = product.area?;
-    let suits = match moments.pixels {
-        1 => area.pixels == Pixels::Apart && folded::is_wanted(graph, id, limits),
-        _ => area.is_whole_units(),
-    };
-    (suits && choice.tile.instruction == Instruction::Wgmma && !product.gated).then_some(moments)
+    let suits = moments.pixels == 1 || area.is_whole_units();
+    (suits && choice.tile.instruction == Instruction::Wgmma).then_some(moments)
 }
 
 /// Why a convolution gets none of the kernels of 9.0 there; `None` if it gets one.
@@ -250,6 +248,7 @@ mod tests {
                     gated: activation == Activation::Geglu,
                     added: 0,
                     unit: 1,
+                    normalised: false,
                     area: None,
                 };
                 let counters = Buffer::zeroed(&device, COUNTERS * size_of::<u32>()).unwrap();

@@ -1,5 +1,6 @@
 //! The structure of `kernels/epilogue.cuh`: what follows a matrix product.
 
+use super::folded::as_packed;
 use super::site::{Element, Site};
 use super::weights::has_sums;
 use crate::graph::{Conv, Graph, Op, TensorId};
@@ -49,7 +50,11 @@ impl Epilogue {
         let (output, shift) = (site.shape(out), shift_of(site.graph(), out));
         Epilogue {
             bias: conv.bias.map_or(0, |id| site.weight(id)),
-            folded: if has_sums(site.graph().weight(conv.weight)) { site.behind(conv.weight) } else { 0 },
+            folded: if has_sums(&as_packed(site.graph().weight(conv.weight), site.limits)) {
+                site.behind(conv.weight)
+            } else {
+                0
+            },
             per_image: conv.per_image.map_or(0, |view| site.view(view)),
             residual: site.optional(conv.residual),
             out: site.address(out),

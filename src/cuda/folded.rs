@@ -1,10 +1,16 @@
 //! Layer norms without a launch: where `kernels/conv_hopper.cu` makes what is normalised and multiplies the result, the first
 //! product leaves moments of its rows, and the second one normalises its own sums.
+//!
+//! The scale and the shift of such a norm are in the matrices that read it, whatever the shape of the images: weights are
+//! loaded before shapes are known. Therefore these products have no other kernels, however small they are. Else a launch
+//! would normalise, and its rounded rows would meet numbers that are rounded once more. That is left to networks with
+//! channels that TMA cannot fetch.
 
-use super::conv;
+use super::conv_hopper;
 use super::device::Limits;
-use super::tiles::Instruction;
-use crate::graph::{Conv, Graph, Op, TensorId};
+use super::moments;
+use super::tiles::STEP;
+use crate::graph::{Activation, Conv, Graph, Op, TensorId, WeightId, WeightSpec};
 
 /// A layer norm that the products which read it compute.
 pub(super) struct Norm {
@@ -13,40 +19,64 @@ pub(super) struct Norm {
     pub eps: f32,
 }
 
+/// True if a matrix holds the scale and the shift of the layer norm whose result it multiplies.
+pub(super) fn is_folded(spec: &WeightSpec, limits: Limits) -> bool {
+    let width = spec.width;
+    limits.capability == 90 && spec.norm.is_some() && width.is_multiple_of(STEP) && moments::of_rows(width).is_some()
+}
+
+/// The weight without its norm, if that is not folded into it.
+pub(super) fn as_packed(spec: &WeightSpec, limits: Limits) -> WeightSpec {
+    WeightSpec { norm: spec.norm.clone().filter(|_| is_folded(spec, limits)), ..spec.clone() }
+}
+
+/// True if the matrices that multiply the result of the layer norm with this scale hold its scale and shift.
+pub(super) fn is_norm_folded(graph: &Graph, scale: WeightId, limits: Limits) -> bool {
+    let name = &graph.weight(scale).names[0];
+    let names = |spec: &WeightSpec| spec.norm.as_ref().is_some_and(|[scale, _]| scale == name);
+    graph.weights().iter().any(|spec| names(spec) && is_folded(spec, limits))
+}
+
 /// The norm of which a convolution reads the result and which it computes itself.
 pub(super) fn norm(graph: &Graph, conv: &Conv, limits: Limits) -> Option<Norm> {
-    graph.weight(conv.weight).norm.as_ref()?;
-    let read = conv.sources.x;
-    let node = graph.nodes().iter().find(|node| node.output == read)?;
-    let Op::LayerNorm { x, eps, .. } = node.op else { return None };
-    has_no_launch(graph, read, limits).then_some(Norm { x, eps })
+    match graph.nodes().iter().find(|node| node.output == conv.sources.x)?.op {
+        Op::LayerNorm { x, eps, .. } if has_no_launch(graph, conv.sources.x, limits) => Some(Norm { x, eps }),
+        _ => None,
+    }
 }
 
 /// True if `out` is the result of a layer norm that the products which read it compute.
 pub(super) fn has_no_launch(graph: &Graph, out: TensorId, limits: Limits) -> bool {
     let node = graph.nodes().iter().find(|node| node.output == out);
     let Some(Op::LayerNorm { x, weight, .. }) = node.map(|node| &node.op) else { return false };
-    graph.is_folded(*weight)
-        && readers_can(graph, out, limits)
-        && conv::moments(graph, *x, limits).is_some_and(|moments| moments.pixels == 1)
+    let readers_can = || {
+        graph.nodes().iter().all(|node| match &node.op {
+            Op::Conv(conv) if conv.sources.x == out => conv_hopper::area(graph, conv, node.output).is_ok(),
+            _ => true,
+        })
+    };
+    is_norm_folded(graph, *weight, limits) && can_make(graph, *x) && readers_can()
 }
 
-/// True if a layer norm of `x` wants moments of its rows: if products of wgmma read its result, and nothing else does.
-pub(super) fn is_wanted(graph: &Graph, x: TensorId, limits: Limits) -> bool {
+/// True if a layer norm without a launch reads `x`: its product leaves moments of its rows.
+pub(super) fn leaves_moments(graph: &Graph, x: TensorId, limits: Limits) -> bool {
     graph.nodes().iter().any(|node| match node.op {
-        Op::LayerNorm { x: normalised, weight, .. } => {
-            normalised == x && graph.is_folded(weight) && readers_can(graph, node.output, limits)
-        }
+        Op::LayerNorm { x: normalised, .. } => normalised == x && has_no_launch(graph, node.output, limits),
         _ => false,
     })
 }
 
-/// True if all that read the result of a folded layer norm are products of wgmma.
-fn readers_can(graph: &Graph, out: TensorId, limits: Limits) -> bool {
-    graph.nodes().iter().all(|node| match &node.op {
-        Op::Conv(conv) if conv.sources.x == out => {
-            conv::plan(graph, conv, node.output, limits).1.tile.instruction == Instruction::Wgmma
+/// True if `x` is made by a product that wgmma can compute, and no group norm wants other moments of it.
+fn can_make(graph: &Graph, x: TensorId) -> bool {
+    let made = graph.nodes().iter().any(|node| match &node.op {
+        Op::Conv(conv) if node.output == x => {
+            let gated = conv.activation == Activation::Geglu;
+            conv.is_pointwise() && !gated && conv_hopper::area(graph, conv, x).is_ok()
         }
-        _ => true,
+        _ => false,
+    });
+    made && !graph.nodes().iter().any(|node| match &node.op {
+        Op::GroupNorm(norm) | Op::GroupNormGradient { of: norm, .. } => norm.sources.iter().any(|id| id == x),
+        _ => false,
     })
 }

@@ -1,5 +1,7 @@
 //! How group norms are cut into blocks, and the moments of results that matrix products leave for the norms that read them.
 
+use super::device::Limits;
+use super::folded;
 use crate::graph::{Graph, GroupNorm, Op, Shape, TensorId};
 use half::f16;
 
@@ -44,20 +46,16 @@ impl Moments {
     }
 }
 
-/// The moments that the norms which read an activation want. For group norms that take its image in several stretches, each
-/// group has a whole number of units; `None` if these would be odd or smaller than four channels. Where there is no such
-/// norm, a layer norm that is folded into matrices wants moments of rows; `None` if no unit divides a row, or too many do.
-pub(super) fn wanted(graph: &Graph, id: TensorId) -> Option<Moments> {
-    let (mut unit, mut rows) = (0, false);
+/// The moments that the norms which read an activation want: a layer norm without a launch those of rows, group norms that
+/// take an image in several stretches those of units of which each group has a whole number; `None` if these would be odd
+/// or smaller than four channels.
+pub(super) fn wanted(graph: &Graph, id: TensorId, limits: Limits) -> Option<Moments> {
+    if folded::leaves_moments(graph, id, limits) {
+        return of_rows(graph.shape(id).c);
+    }
+    let mut unit = 0;
     for node in graph.nodes() {
-        let norm = match &node.op {
-            Op::GroupNorm(norm) | Op::GroupNormGradient { of: norm, .. } => norm,
-            Op::LayerNorm { x, weight, .. } => {
-                rows |= *x == id && graph.is_folded(*weight);
-                continue;
-            }
-            _ => continue,
-        };
+        let (Op::GroupNorm(norm) | Op::GroupNormGradient { of: norm, .. }) = &node.op else { continue };
         let mut first = 0;
         for source in norm.sources.iter() {
             if source == id && Cut::of(norm, |id| graph.shape(id)).stretches > 1 {
@@ -67,10 +65,11 @@ pub(super) fn wanted(graph: &Graph, id: TensorId) -> Option<Moments> {
             first += graph.shape(source).c;
         }
     }
-    if unit > 0 || !rows {
-        return (unit >= 4 && unit.is_multiple_of(2)).then_some(Moments { channels: unit, pixels: PIXELS });
-    }
-    let row = graph.shape(id).c;
+    (unit >= 4 && unit.is_multiple_of(2)).then_some(Moments { channels: unit, pixels: PIXELS })
+}
+
+/// The moments of a row of so many channels; `None` if no unit divides it, or too many do.
+pub(super) fn of_rows(row: usize) -> Option<Moments> {
     let channels = ROW_CHANNELS.into_iter().find(|&channels| row.is_multiple_of(channels))?;
     (row / channels <= ROW_UNITS).then_some(Moments { channels, pixels: 1 })
 }

@@ -2,6 +2,7 @@
 
 use super::conv;
 use super::device::Launch;
+use super::folded::is_norm_folded;
 use super::moments::{Cut, Moments, PAIR, PIXELS, THREADS, VECTOR};
 use super::site::Site;
 use crate::graph::{Graph, GroupNorm, Shape, TensorId, WeightId};
@@ -182,7 +183,8 @@ pub(super) fn layer_norm(
     out: TensorId,
     site: &Site,
 ) -> Launch {
-    let affine = [weight, bias].map(|id| if site.graph().is_folded(weight) { 0 } else { site.weight(id) });
+    let affine =
+        [weight, bias].map(|id| if is_norm_folded(site.graph(), weight, site.limits) { 0 } else { site.weight(id) });
     let addresses = [site.address(x), 0, affine[0], affine[1]];
     row_launch(addresses, eps, out, ["layer_norm_8", "layer_norm_1"], site)
 }
@@ -195,7 +197,7 @@ pub(super) fn layer_norm_gradient(
     out: TensorId,
     site: &Site,
 ) -> Launch {
-    let weight = if site.graph().is_folded(weight) { 0 } else { site.weight(weight) };
+    let weight = if is_norm_folded(site.graph(), weight, site.limits) { 0 } else { site.weight(weight) };
     let addresses = [site.address(x), site.address(d), weight, 0];
     row_launch(addresses, eps, out, ["layer_norm_gradient_8", "layer_norm_gradient_1"], site)
 }

@@ -98,6 +98,8 @@ pub(super) struct Product {
     pub gated: bool,
     /// Columns that no tile of wgmma's may part, because moments are taken of them together.
     pub unit: usize,
+    /// Whether a layer norm before it or behind it has no launch, which only wgmma's kernels can do without.
+    pub normalised: bool,
     /// How TMA would fetch the rows, if wgmma's kernels can do this product.
     pub area: Option<Area>,
 }
@@ -262,6 +264,8 @@ impl Tile {
             Some("it is for products with or without a gate, and this is the other")
         } else if self.shared() > limits.shared as usize {
             Some("its stages do not fit into the shared memory of a block")
+        } else if product.normalised {
+            (self.instruction != Instruction::Wgmma).then_some("it cannot compute the layer norm beside it")
         } else if self.vector && !product.vector {
             Some("it reads 16 bytes at a time and the sources' pixels are no multiple of that")
         } else if !self.vector && product.vector {

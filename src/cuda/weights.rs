@@ -2,7 +2,8 @@
 //!
 //! Tensors go to the device as they lie in their files, and `kernels/weights.cu` packs them there.
 
-use super::device::{Buffer, Device, Launch};
+use super::device::{Buffer, Device, Launch, Limits};
+use super::folded;
 use crate::graph::{WeightKind, WeightSpec};
 use crate::weights::{Stored, Tensors};
 use crate::{Error, Result};
@@ -29,7 +30,9 @@ pub struct Weights {
     /// Where each weight begins: there, or among another network's.
     places: Vec<(Arc<Buffer>, usize)>,
     specs: Vec<WeightSpec>,
+    /// The place of each, [as it is packed](folded::as_packed) for this device.
     by_spec: HashMap<WeightSpec, usize>,
+    limits: Limits,
 }
 
 impl Weights {
@@ -52,11 +55,13 @@ impl Weights {
         tensors: &Tensors,
         others: &[&Weights],
     ) -> Result<Arc<Self>> {
+        let limits = device.limits();
+        let as_packed: Vec<_> = specs.iter().map(|spec| folded::as_packed(spec, limits)).collect();
         // Addresses mean nothing on another device.
         let others: Vec<_> = others.iter().filter(|other| other.is_on(device)).collect();
         let find = |spec| others.iter().find_map(|other| Some(other.places[*other.by_spec.get(spec)?].clone()));
-        let found: Vec<Option<(Arc<Buffer>, usize)>> = specs.iter().map(find).collect();
-        let lacking = specs.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec);
+        let found: Vec<Option<(Arc<Buffer>, usize)>> = as_packed.iter().map(find).collect();
+        let lacking = as_packed.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec);
         let lacking: Vec<_> = lacking.map(|spec| (spec, spec.norm_vector())).collect();
         // All that can be wrong but the numbers is found before anything is allocated.
         let loading = lacking.iter().map(|(spec, norm)| Loading::find(spec, norm.as_ref(), tensors));
@@ -66,8 +71,8 @@ impl Weights {
         let mut offsets = offsets.into_iter();
         let mut place = |found: Option<_>| found.or_else(|| Some((own.clone(), offsets.next()?)));
         let places = found.into_iter().filter_map(&mut place).collect();
-        let by_spec = specs.iter().enumerate().map(|(place, spec)| (spec.clone(), place)).collect();
-        Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec }))
+        let by_spec = as_packed.into_iter().enumerate().map(|(place, spec)| (spec, place)).collect();
+        Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec, limits }))
     }
 
     /// The list that they were loaded for.
@@ -87,8 +92,8 @@ impl Weights {
 
     /// Bytes that `specs` would take beside these.
     pub fn missing(&self, specs: &[WeightSpec]) -> usize {
-        let missing = specs.iter().filter(|spec| !self.by_spec.contains_key(spec));
-        missing.map(padded_bytes).sum()
+        let as_packed = specs.iter().map(|spec| folded::as_packed(spec, self.limits));
+        as_packed.filter(|spec| !self.by_spec.contains_key(spec)).map(|spec| padded_bytes(&spec)).sum()
     }
 
     /// Where each weight begins, by its number in the network.

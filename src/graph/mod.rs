@@ -468,12 +468,6 @@ impl Graph {
         &self.weights[id.0]
     }
 
-    /// True if the layer norm with this scale is named by the matrices that multiply its result; see [`WeightSpec::norm`].
-    pub fn is_folded(&self, scale: WeightId) -> bool {
-        let name = &self.weight(scale).names[0];
-        self.weights.iter().any(|spec| spec.norm.as_ref().is_some_and(|[scale, _]| scale == name))
-    }
-
     /// All weights; their order does not depend on the shape the graph was made for.
     pub fn weights(&self) -> &[WeightSpec] {
         &self.weights

@@ -342,7 +342,8 @@ struct Between {
 enum By {
     /// By the products on either side of it, without a launch.
     Products,
-    /// By a launch that normalises only: scale and shift are in the second product's weights.
+    /// By a launch that normalises only: scale and shift are in the second product's weights, as whenever TMA can fetch the
+    /// norm's channels; but here it cannot fetch those of the first product's source.
     Launch,
     /// By a launch, with scale and shift: something else reads its result.
     All,
@@ -352,6 +353,7 @@ impl Between {
     /// What was normalised and the result; the residual's numbers are 1 to each side of `mean`.
     fn run(&self, images: usize, mean: f64, by: By, schedule: Schedule) -> ([Vec<f32>; 2], HashMap<String, Numbers>) {
         let Between { size: (h, w), channels: [inputs, channels, outputs], activation } = *self;
+        let inputs = inputs + if by == By::Launch { 8 } else { 0 };
         let mut g = GraphBuilder::new();
         let [source, residual] =
             [("source", inputs), ("residual", channels)].map(|(name, c)| g.input(name, Shape::new(images, h, w, c)));
@@ -368,7 +370,7 @@ impl Between {
         }
         let graph = g.finish();
         // Few multiprocessors, so that blocks make several tiles, and large ones are the fastest of small products too.
-        let limits = if by == By::Launch { Limits::A100 } else { Limits { multiprocessors: 3, ..Limits::H100 } };
+        let limits = Limits { multiprocessors: 3, ..Limits::H100 };
         let device: Arc<dyn Device> = Emulated::new(limits, schedule);
         let (folder, by_name) = weights(&graph);
         let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
@@ -385,10 +387,8 @@ impl Between {
         let kernels: Vec<_> = executor.step_launches().iter().map(|launch| launch.kernel).collect();
         let launched = kernels.iter().any(|kernel| kernel.starts_with("layer_norm"));
         assert_eq!(launched, by != By::Products, "{kernels:?}");
-        assert_eq!(
-            kernels.iter().filter(|kernel| kernel.contains("hopper")).count(),
-            if by == By::Launch { 0 } else { 2 }
-        );
+        let products = kernels.iter().filter(|kernel| kernel.contains("hopper")).count();
+        assert!(by != By::Products || products == 2, "{kernels:?}");
         (["x", "out"].map(|name| executor.read(name).unwrap()), by_name)
     }
 
@@ -434,6 +434,7 @@ fn a_layer_norm_between_products() {
         Between { size: (7, 19), channels: [320, 640, 336], activation: Activation::Geglu },
         Between { size: (1, 131), channels: [384, 1024, 168], activation: Activation::None },
         Between { size: (5, 27), channels: [384, 1280, 176], activation: Activation::None },
+        Between { size: (1, 3), channels: [128, 64, 8], activation: Activation::None },
     ];
     for case in cases {
         for mean in [0.0, 20.0] {
@@ -445,7 +446,7 @@ fn a_layer_norm_between_products() {
             let label = format!("{:?} to {:?}, mean {mean}", case.size, case.channels);
             println!("{label}: {products:.2e} by products, {launch:.2e} by a launch, {all:.2e} with scale and shift");
             assert!(products <= all, "{label}");
-            assert!(launch <= 1.6 * all, "{label}");
+            assert!(launch <= 1.2 * all, "{label}");
         }
     }
 }

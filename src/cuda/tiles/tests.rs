@@ -100,8 +100,18 @@ fn splits_do_not_depend_on_the_batch() {
     for (rows, columns, depth) in
         [(64, 1280, 11520), (256, 1280, 23040), (1, 1280, 1280), (77, 768, 3072), (4096, 320, 2880)]
     {
-        let one =
-            Product { rows, columns, depth, vector: true, gated: false, phases: 1, added: 0, unit: 1, area: None };
+        let one = Product {
+            rows,
+            columns,
+            depth,
+            vector: true,
+            gated: false,
+            phases: 1,
+            added: 0,
+            unit: 1,
+            normalised: false,
+            area: None,
+        };
         let pair = choose(one, 2, Limits::H100);
         for images in 1..20 {
             let choice = choose(one, images, Limits::H100);
@@ -115,7 +125,18 @@ fn splits_do_not_depend_on_the_batch() {
 fn known_choices() {
     let tile = |rows, columns, depth, vector| {
         let choice = choose(
-            Product { rows, columns, depth, vector, gated: false, phases: 1, added: 0, unit: 1, area: None },
+            Product {
+                rows,
+                columns,
+                depth,
+                vector,
+                gated: false,
+                phases: 1,
+                added: 0,
+                unit: 1,
+                normalised: false,
+                area: None,
+            },
             2,
             Limits::H100,
         );
@@ -140,6 +161,7 @@ fn rejections() {
         phases: 1,
         added: 0,
         unit: 1,
+        normalised: false,
         area: None,
     };
     let reason = |product: Product, shared: u32, kernel: &str| {
@@ -156,7 +178,18 @@ fn rejections() {
     // The least that any supported GPU offers still leaves a tile for everything.
     for (rows, columns, vector) in [(1, 1, false), (1, 1, true), (1 << 20, 4096, true), (1 << 20, 4096, false)] {
         choose(
-            Product { rows, columns, depth: 8, vector, gated: false, phases: 1, added: 0, unit: 1, area: None },
+            Product {
+                rows,
+                columns,
+                depth: 8,
+                vector,
+                gated: false,
+                phases: 1,
+                added: 0,
+                unit: 1,
+                normalised: false,
+                area: None,
+            },
             1,
             Limits { shared: 99 << 10, ..Limits::A100 },
         );
