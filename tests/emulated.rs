@@ -384,7 +384,7 @@ fn networks_of_whole_stages_on_an_h100() {
             executor.step().unwrap();
             executor.read(output).unwrap()
         };
-        let launched = lowered(&graph, few).unwrap();
+        let launched = lowered(&graph, &[], few).unwrap();
         let launched =
             launched.iter().flat_map(|node| &node.launches).filter(|launch| launch.kernel.contains("hopper"));
         let launched = launched.count();

@@ -3,6 +3,7 @@
 use super::{Place, check_writable, say};
 use crate::bench::{Case, Peaks, SD15, SDXL, Table, kernels, measure, networks, peaks, training};
 use crate::cuda::{Limits, Lowered, lowered};
+use crate::engine::UNET_CONSTANTS;
 use crate::graph::Graph;
 use crate::weights::Source;
 use crate::{Device, Error, Result};
@@ -59,11 +60,11 @@ impl Card {
 
 /// A line for each operation: how often, its kernels with their grids, and why they are not 9.0's.
 fn print_plans(network: &str, graph: &Graph, limits: Limits, wanted: impl Fn(&str) -> bool) -> Result<()> {
-    let (mut lines, mut launches) = (BTreeMap::<_, usize>::new(), 0);
-    for Lowered { node, launches: of_node, reason } in lowered(graph, limits)? {
+    let (mut lines, mut launches) = (BTreeMap::<_, usize>::new(), [0; 2]);
+    for Lowered { node, launches: of_node, in_prologue, reason } in lowered(graph, UNET_CONSTANTS, limits)? {
         let case = Case::of(graph, &node).to_string();
         if wanted(&case) {
-            launches += of_node.len();
+            launches[usize::from(in_prologue)] += of_node.len();
             *lines.entry((case, kernels(&of_node), reason)).or_default() += 1;
         }
     }
@@ -76,7 +77,9 @@ fn print_plans(network: &str, graph: &Graph, limits: Limits, wanted: impl Fn(&st
         let reason = reason.map_or(String::new(), |reason| format!("  ({reason})"));
         say(&format!("{case:44} {count:>5}  {kernels}{reason}"));
     }
-    say(&format!("{:44} {launches} launches", "in all"));
+    let [step, once] = launches;
+    let once = if once > 0 { format!(", and {once} once for a prompt") } else { String::new() };
+    say(&format!("{:44} {step} launches{once}", "in all"));
     Ok(())
 }
 

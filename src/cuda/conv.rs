@@ -71,7 +71,7 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
 
 /// True if another convolution computes this one's result `out` as a part of its own.
 pub(super) fn is_added(graph: &Graph, out: TensorId, limits: Limits) -> bool {
-    graph.nodes().iter().any(|node| match &node.op {
+    graph.readers(out).any(|node| match &node.op {
         Op::Conv(conv) if conv.residual == Some(out) => plan(graph, conv, node.output, limits).0.added > 0,
         _ => false,
     })
@@ -94,7 +94,7 @@ pub(super) fn reads(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -
 /// convolution makes it, its kernel's rectangles are no whole units, or no layer norm is computed by its readers.
 pub(super) fn moments(graph: &Graph, id: TensorId, limits: Limits) -> Option<Moments> {
     let moments = moments::wanted(graph, id, limits)?;
-    let node = graph.nodes().iter().find(|node| node.output == id)?;
+    let node = graph.maker(id)?;
     let Op::Conv(conv) = &node.op else { return None };
     let (product, choice) = plan(graph, conv, id, limits);
     let area = product.area?;

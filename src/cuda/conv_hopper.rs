@@ -93,10 +93,8 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
 /// a bias follows it, and both products are scaled alike.
 pub(super) fn added<'a>(graph: &'a Graph, conv: &Conv, out: TensorId) -> Option<&'a Conv> {
     let residual = conv.residual?;
-    let node = graph.nodes().iter().find(|node| node.output == residual)?;
-    let Op::Conv(added) = &node.op else { return None };
-    let readers = graph.nodes().iter().filter(|node| node.op.inputs().any(|id| id == residual)).count();
-    let alone = readers == 1 && graph.outputs().all(|name| graph.output(name) != residual);
+    let Op::Conv(added) = &graph.maker(residual)?.op else { return None };
+    let alone = graph.readers(residual).count() == 1 && !graph.is_output(residual);
     let plain = added.residual.is_none()
         && added.per_image.is_none()
         && added.activation == Activation::None

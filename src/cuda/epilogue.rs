@@ -29,7 +29,7 @@ crate::params! {
 
 /// The RespoDiff shift of `x` and its result, if there is one: the convolution that makes `x` writes both.
 fn shift_of(graph: &Graph, x: TensorId) -> Option<(TensorId, TensorId)> {
-    graph.nodes().iter().find_map(|node| match node.op {
+    graph.readers(x).find_map(|node| match node.op {
         Op::Shift { x: shifted, shift } if shifted == x => Some((shift, node.output)),
         _ => None,
     })
@@ -42,7 +42,7 @@ pub(super) fn is_shifted(graph: &Graph, x: TensorId) -> bool {
 
 /// True if a convolution makes `x`: its kernel then also writes the shifted `x`.
 pub(super) fn makes(graph: &Graph, x: TensorId) -> bool {
-    graph.nodes().iter().any(|node| node.output == x && matches!(node.op, Op::Conv(_)))
+    graph.maker(x).is_some_and(|node| matches!(node.op, Op::Conv(_)))
 }
 
 impl Epilogue {

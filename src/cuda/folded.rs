@@ -10,7 +10,7 @@ use super::conv_hopper;
 use super::device::Limits;
 use super::moments;
 use super::tiles::STEP;
-use crate::graph::{Activation, Conv, Graph, Op, TensorId, WeightId, WeightSpec};
+use crate::graph::{Activation, Conv, Graph, Node, Op, TensorId, WeightId, WeightSpec};
 
 /// A layer norm that the products which read it compute.
 pub(super) struct Norm {
@@ -39,7 +39,7 @@ pub(super) fn is_norm_folded(graph: &Graph, scale: WeightId, limits: Limits) -> 
 
 /// The norm of which a convolution reads the result and which it computes itself.
 pub(super) fn norm(graph: &Graph, conv: &Conv, limits: Limits) -> Option<Norm> {
-    match graph.nodes().iter().find(|node| node.output == conv.sources.x)?.op {
+    match graph.maker(conv.sources.x)?.op {
         Op::LayerNorm { x, eps, .. } if has_no_launch(graph, conv.sources.x, limits) => Some(Norm { x, eps }),
         _ => None,
     }
@@ -47,36 +47,23 @@ pub(super) fn norm(graph: &Graph, conv: &Conv, limits: Limits) -> Option<Norm> {
 
 /// True if `out` is the result of a layer norm that the products which read it compute.
 pub(super) fn has_no_launch(graph: &Graph, out: TensorId, limits: Limits) -> bool {
-    let node = graph.nodes().iter().find(|node| node.output == out);
-    let Some(Op::LayerNorm { x, weight, .. }) = node.map(|node| &node.op) else { return false };
-    let readers_can = || {
-        graph.nodes().iter().all(|node| match &node.op {
-            Op::Conv(conv) if conv.sources.x == out => conv_hopper::area(graph, conv, node.output).is_ok(),
-            _ => true,
-        })
+    let Some(Op::LayerNorm { x, weight, .. }) = graph.maker(out).map(|node| &node.op) else { return false };
+    let can = |reader: &Node| match &reader.op {
+        Op::Conv(conv) => conv_hopper::area(graph, conv, reader.output).is_ok(),
+        _ => false,
     };
-    is_norm_folded(graph, *weight, limits) && can_make(graph, *x) && readers_can()
+    graph.readers(out).all(can) && can_make(graph, *x) && is_norm_folded(graph, *weight, limits)
 }
 
 /// True if a layer norm without a launch reads `x`: its product leaves moments of its rows.
 pub(super) fn leaves_moments(graph: &Graph, x: TensorId, limits: Limits) -> bool {
-    graph.nodes().iter().any(|node| match node.op {
-        Op::LayerNorm { x: normalised, .. } => normalised == x && has_no_launch(graph, node.output, limits),
-        _ => false,
-    })
+    graph.readers(x).any(|node| has_no_launch(graph, node.output, limits))
 }
 
 /// True if `x` is made by a product that wgmma can compute, and no group norm wants other moments of it.
 fn can_make(graph: &Graph, x: TensorId) -> bool {
-    let made = graph.nodes().iter().any(|node| match &node.op {
-        Op::Conv(conv) if node.output == x => {
-            let gated = conv.activation == Activation::Geglu;
-            conv.is_pointwise() && !gated && conv_hopper::area(graph, conv, x).is_ok()
-        }
-        _ => false,
-    });
-    made && !graph.nodes().iter().any(|node| match &node.op {
-        Op::GroupNorm(norm) | Op::GroupNormGradient { of: norm, .. } => norm.sources.iter().any(|id| id == x),
-        _ => false,
-    })
+    let Some(Op::Conv(conv)) = graph.maker(x).map(|node| &node.op) else { return false };
+    let gated = conv.activation == Activation::Geglu;
+    let group_norm = |node: &Node| matches!(node.op, Op::GroupNorm(_) | Op::GroupNormGradient { .. });
+    conv.is_pointwise() && !gated && conv_hopper::area(graph, conv, x).is_ok() && !graph.readers(x).any(group_norm)
 }

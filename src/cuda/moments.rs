@@ -54,7 +54,7 @@ pub(super) fn wanted(graph: &Graph, id: TensorId, limits: Limits) -> Option<Mome
         return of_rows(graph.shape(id).c);
     }
     let mut unit = 0;
-    for node in graph.nodes() {
+    for node in graph.readers(id) {
         let (Op::GroupNorm(norm) | Op::GroupNormGradient { of: norm, .. }) = &node.op else { continue };
         let mut first = 0;
         for source in norm.sources.iter() {

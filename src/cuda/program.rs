@@ -47,21 +47,25 @@ pub struct Lowered {
     pub node: Node,
     /// Its launches; their addresses mean nothing.
     pub launches: Vec<Launch>,
+    /// True if it runs only when a constant input has changed.
+    pub in_prologue: bool,
     /// Why a convolution gets none of the kernels of 9.0 there, if that is the card's, or a layer norm no launch.
     pub reason: Option<&'static str>,
 }
 
-/// The launches of each node of a network on a card of these limits, without the card: addresses are 0, and tensor maps empty.
+/// The launches of each node of a network with these constant inputs on a card of these limits, without the card: addresses
+/// are 0, and tensor maps empty.
 ///
 /// # Errors
 /// [`Error::Device`] for an operation that has no kernel.
-pub fn lowered(graph: &Graph, limits: Limits) -> Result<Vec<Lowered>> {
-    let plan = Plan::new(graph.clone(), &[], &limits);
+pub fn lowered(graph: &Graph, constants: &[&str], limits: Limits) -> Result<Vec<Lowered>> {
+    let plan = Plan::new(graph.clone(), constants, &limits);
     let weights = vec![0; graph.weights().len()];
     let tensor_map = |_: &TensorTiles| Ok([0; 16]);
     let bindings = Bindings { limits, weights: &weights, arena: 0, tensor_map: &tensor_map };
     let lower = Program::lowering(&plan, &bindings);
-    let of_node = |(node, workspace): (&Node, (usize, usize))| {
+    let prologue = plan.prologue().count();
+    let of_node = |(place, (node, workspace)): (usize, (&Node, (usize, usize)))| {
         let reason = match &node.op {
             Op::Conv(op) => conv::reason(graph, op, node.output, limits),
             Op::LayerNorm { .. } if folded::has_no_launch(graph, node.output, limits) => {
@@ -69,9 +73,10 @@ pub fn lowered(graph: &Graph, limits: Limits) -> Result<Vec<Lowered>> {
             }
             _ => None,
         };
-        Ok(Lowered { node: node.clone(), launches: lower(node, workspace)?, reason })
+        let launches = lower(node, workspace)?;
+        Ok(Lowered { node: node.clone(), launches, in_prologue: place < prologue, reason })
     };
-    plan.all().map(of_node).collect()
+    plan.all().enumerate().map(of_node).collect()
 }
 
 fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
@@ -162,7 +167,7 @@ mod tests {
                 RESOURCES.iter().find(of).map_or(0, |resources| resources.registers)
             };
             for (name, graph) in &graphs {
-                let nodes = lowered(graph, limits);
+                let nodes = lowered(graph, &[], limits);
                 let nodes = nodes.unwrap_or_else(|problem| panic!("{name} on {limits:?}: {problem}"));
                 for launch in nodes.iter().flat_map(|node| &node.launches) {
                     let Launch { kernel, block, shared, .. } = *launch;

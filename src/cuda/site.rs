@@ -20,16 +20,14 @@ impl Element {
     /// How `graph` stores an activation: fp16, but for numbers that are no activations (token ids, indices, timesteps) and
     /// for results of a last matrix product, whose rounding guidance would multiply.
     pub fn of(graph: &Graph, id: TensorId) -> Self {
-        let reads = |node: &Node| node.op.inputs().any(|input| input == id);
         let exact = |node: &Node| match node.op {
             Op::Embed { ids, .. } => ids == id,
             Op::Sinusoid { x, .. } => x == id,
             Op::SelectToken { index, .. } => index == id,
             _ => false,
         };
-        let last = |node: &Node| node.output == id && matches!(node.op, Op::Conv(_));
-        let nodes = graph.nodes();
-        if nodes.iter().any(exact) || (nodes.iter().any(last) && !nodes.iter().any(reads)) {
+        let multiplied = graph.maker(id).is_some_and(|node| matches!(node.op, Op::Conv(_)));
+        if graph.readers(id).any(exact) || (multiplied && graph.readers(id).next().is_none()) {
             Element::F32
         } else {
             Element::F16

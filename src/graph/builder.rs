@@ -72,17 +72,17 @@ impl GraphBuilder {
 
     /// The finished graph. Matrices are told which layer norm's result they multiply; see [`WeightSpec::norm`].
     pub fn finish(mut self) -> Graph {
+        self.graph.link();
         let graph = &self.graph;
         let mut found = Vec::new();
         for node in &graph.nodes {
             let Op::LayerNorm { weight, bias, .. } = node.op else { continue };
-            let readers = graph.nodes.iter().filter(|reader| reader.op.inputs().any(|id| id == node.output));
-            let matrices = readers.map(|reader| match &reader.op {
+            let matrices = graph.readers(node.output).map(|reader| match &reader.op {
                 Op::Conv(conv) if conv.only_multiplies(node.output) => Some(conv.weight),
                 _ => None,
             });
             if let Some(matrices) = matrices.collect::<Option<Vec<WeightId>>>()
-                && graph.outputs.iter().all(|(_, id)| *id != node.output)
+                && !graph.is_output(node.output)
             {
                 let norm = [weight, bias].map(|id| graph.weight(id).names[0].clone());
                 found.extend(matrices.into_iter().map(|matrix| (matrix, norm.clone())));

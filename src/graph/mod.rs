@@ -455,6 +455,15 @@ pub struct Graph {
     pub(crate) outputs: Vec<(String, TensorId)>,
     /// Where the nodes of a reverse half begin; see [`Graph::with_gradient`].
     pub(crate) backward: Option<usize>,
+    /// Of each activation, once the graph is finished.
+    links: Vec<Links>,
+}
+
+/// The numbers of the node that makes an activation, if it is no input, and of those that read it.
+#[derive(Clone, Debug, Default)]
+struct Links {
+    maker: Option<usize>,
+    readers: Vec<usize>,
 }
 
 impl Graph {
@@ -476,6 +485,35 @@ impl Graph {
     /// The operations.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
+    }
+
+    /// The node that makes an activation; `None` for an input.
+    pub fn maker(&self, id: TensorId) -> Option<&Node> {
+        self.links[id.0].maker.map(|node| &self.nodes[node])
+    }
+
+    /// The nodes that read an activation.
+    pub fn readers(&self, id: TensorId) -> impl Iterator<Item = &Node> {
+        self.links[id.0].readers.iter().map(|&node| &self.nodes[node])
+    }
+
+    /// True if the activation is an output.
+    pub fn is_output(&self, id: TensorId) -> bool {
+        self.outputs.iter().any(|(_, output)| *output == id)
+    }
+
+    /// Finds makers and readers once more.
+    fn link(&mut self) {
+        self.links = vec![Links::default(); self.shapes.len()];
+        for (number, node) in self.nodes.iter().enumerate() {
+            self.links[node.output.0].maker = Some(number);
+            for id in node.op.inputs() {
+                let readers = &mut self.links[id.0].readers;
+                if readers.last() != Some(&number) {
+                    readers.push(number);
+                }
+            }
+        }
     }
 
     /// The named input.

@@ -65,6 +65,7 @@ impl Graph {
             }
         }
         self.nodes.extend(kept.into_iter().rev());
+        self.link();
     }
 }
 
