@@ -3,6 +3,7 @@
 
 mod support;
 
+use rayon::prelude::*;
 use respodiff::Device;
 use respodiff::graph::Graph;
 use respodiff::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
@@ -10,7 +11,7 @@ use respodiff::weights::Source;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use std::collections::HashMap;
-use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2, run};
+use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2, run, run_all};
 
 /// Of the CPU. Measured below 3e-6; the weakest single parameter of the golden checkpoints moves an output by 2e-4.
 const TOLERANCE: f64 = 2e-5;
@@ -165,45 +166,52 @@ fn text_encoders_without_a_prefix() {
 
 #[test]
 fn unets() {
+    let runs = runs("unet_", 25);
+    // Side by side: most launches of these small networks are too small to be shared among processors.
+    let errors: Vec<_> = runs.par_iter().map(|(place, case)| unet_errors(place, case)).collect();
     let mut verdict = Verdict::default();
-    for (place, case) in &runs("unet_", 25) {
-        let source = source(&case.name);
-        let (text, path) = config(&source, "unet");
-        let config = UNetConfig::parse(&text, &path).expect("config");
-        let [n, c, h, w] = case.shape("sample")[..] else { panic!("sample is NCHW") };
-        let graph = unet(&config, n, h, w, case.shape("encoder_hidden_states")[1], 0);
-        let mid_channels = graph.shape(graph.output("mid")).c;
-        let timestep = case.floats("timestep");
-        let mut inputs = HashMap::from([
-            ("sample", nchw_to_nhwc(&case.floats("sample"), n, c)),
-            ("timestep", (0..n).map(|i| timestep[i % timestep.len()]).collect()),
-            ("encoder_hidden_states", case.floats("encoder_hidden_states")),
-        ]);
-        for name in ["text_embeds", "time_ids"] {
-            if case.has(name) {
-                inputs.insert(name, case.floats(name));
-            }
-        }
-        let channels = [("mid", mid_channels), ("sample", c)];
-        let outputs = compute(place, &source, "unet", graph.clone(), &inputs);
-        let recorded =
-            |(name, c)| relative_l2(&nhwc_to_nchw(&outputs[name], n, c), &case.floats(&format!("out.{name}")));
-        let mut errors = vec![channels.map(recorded)];
-        // A rounding more or less can move a tiny network's result tenfold: in fp16 the median of nearby calls tells, as
-        // it does of PyTorch.
-        let nearby = if place.is_half() { 8 } else { 0 };
-        for seed in 0..nearby {
-            let inputs = moved(&inputs, seed);
-            let ours = compute(place, &source, "unet", graph.clone(), &inputs);
-            let truth = run(&Device::Cpu, graph.clone(), &source.tensors("unet").expect("weights"), &inputs);
-            errors.push(channels.map(|(name, _)| relative_l2(&ours[name], &truth[name])));
-        }
-        for (i, (name, _)) in channels.into_iter().enumerate() {
-            errors.sort_by(|a, b| a[i].total_cmp(&b[i]));
-            verdict.check_error(place, case, name, errors[errors.len() / 2][i]);
+    for ((place, case), errors) in runs.iter().zip(errors) {
+        for (output, error) in errors {
+            verdict.check_error(place, case, output, error);
         }
     }
     verdict.end();
+}
+
+/// The outputs of a UNet and how far off they are.
+fn unet_errors(place: &Place, case: &Case) -> [(&'static str, f64); 2] {
+    let source = source(&case.name);
+    let (text, path) = config(&source, "unet");
+    let config = UNetConfig::parse(&text, &path).expect("config");
+    let [n, c, h, w] = case.shape("sample")[..] else { panic!("sample is NCHW") };
+    let graph = unet(&config, n, h, w, case.shape("encoder_hidden_states")[1], 0);
+    let channels = [("mid", graph.shape(graph.output("mid")).c), ("sample", c)];
+    let timestep = case.floats("timestep");
+    let mut inputs = HashMap::from([
+        ("sample", nchw_to_nhwc(&case.floats("sample"), n, c)),
+        ("timestep", (0..n).map(|i| timestep[i % timestep.len()]).collect()),
+        ("encoder_hidden_states", case.floats("encoder_hidden_states")),
+    ]);
+    for name in ["text_embeds", "time_ids"] {
+        if case.has(name) {
+            inputs.insert(name, case.floats(name));
+        }
+    }
+    // A rounding more or less can move a tiny network's result tenfold: in fp16 the median of nearby calls tells, as it
+    // does of PyTorch.
+    let nearby = if place.is_half() { 8 } else { 0 };
+    let nearby: Vec<_> = (0..nearby).map(|seed| moved(&inputs, seed)).collect();
+    let calls: Vec<_> = std::iter::once(inputs).chain(nearby).collect();
+    let tensors = source.tensors("unet").expect("weights");
+    let ours = run_all(&place.device, graph.clone(), &tensors, &calls);
+    let truth = run_all(&Device::Cpu, graph, &tensors, &calls[1..]);
+    channels.map(|(name, c)| {
+        let recorded = relative_l2(&nhwc_to_nchw(&ours[0][name], n, c), &case.floats(&format!("out.{name}")));
+        let nearby = ours[1..].iter().zip(&truth).map(|(ours, truth)| relative_l2(&ours[name], &truth[name]));
+        let mut errors: Vec<f64> = std::iter::once(recorded).chain(nearby).collect();
+        errors.sort_by(f64::total_cmp);
+        (name, errors[errors.len() / 2])
+    })
 }
 
 /// The same call with its activations moved by up to a thousandth.

@@ -16,6 +16,8 @@ static inline __attribute__((always_inline)) void called_out(const void* p, size
         if (racing()) shared_access(t, offset, bytes, write, Site(pc));
         return;
     }
+    size_t of_params = (const unsigned char*)p - t.params;
+    if (!write && of_params < t.params_bytes && bytes <= t.params_bytes - of_params) return;
     global_access(p, bytes, write, Site(pc));
 }
 

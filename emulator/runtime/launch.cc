@@ -36,6 +36,8 @@ static void start_thread(Block& b, Thread& t, const Launch& launch, uint3 block_
     t.gdim = launch.grid;
     t.shared = b.shared;
     t.shared_bytes = b.shared_bytes;
+    t.params = (const unsigned char*)launch.params;
+    t.params_bytes = launch.kernel->params_bytes;
     t.done = false;
     t.waited = !launch.dependent;
     t.copy_group = t.store_group = t.yields = 0;

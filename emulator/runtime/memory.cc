@@ -76,21 +76,15 @@ static std::string relation(const unsigned char* p) {
 
 static bool inside(const Buffer& b, const unsigned char* p, size_t bytes) { return p >= b.start && p + bytes <= b.end; }
 
-// Finds the buffer; false if the place is read and in none, and may be.
+// Finds the buffer; false if the place is read and is one of the program's constants.
 static __attribute__((noinline)) bool look_up(const unsigned char* p, size_t bytes, bool write, const Site& site, Buffer& slot) {
     Buffer b;
     if (nearest(p, b) && inside(b, p, bytes)) {
         slot = b;
         return true;
     }
-    if (!write) {
-        // Parameters, and tables of constants in the program itself.
-        auto* params = (const unsigned char*)worker->launch->params;
-        Buffer of_params{params, params + worker->launch->kernel->params_bytes};
-        if (inside(of_params, p, bytes)) return false;
-        Dl_info info;
-        if (dladdr(p, &info)) return false;
-    }
+    Dl_info info;
+    if (!write && dladdr(p, &info)) return false;
     fail_at(site, "out of bounds: %zu bytes of global memory %s, %s", bytes, write ? "written" : "read", relation(p).c_str());
 }
 

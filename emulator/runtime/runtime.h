@@ -155,7 +155,8 @@ struct Block;
 struct Thread : Fiber {
     // Looked at by every call-out.
     unsigned char *shared, *stack;
-    uint32_t shared_bytes;
+    const unsigned char* params;    // of the launch
+    uint32_t shared_bytes, params_bytes;
     bool waited;                // for the launches before this one, if there are any in its list
 
     Block* block;

@@ -9,6 +9,10 @@ mod layouts;
 pub use layouts::{Field, Kernel, Layout, kernels, layouts};
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::sync::LazyLock;
+
+/// Asked once: on Linux it reads the limits of the control groups, which takes longer than many a launch.
+static PROCESSORS: LazyLock<u32> = LazyLock::new(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u32));
 
 /// In which order ready threads run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,7 +249,7 @@ impl List {
     ) -> Result<Counters, Fault> {
         let name = CString::new(kernel).map_err(|_| Fault("a kernel's name holds a zero".into()))?;
         let threads = match schedule.threads {
-            0 => std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
+            0 => *PROCESSORS,
             n => n,
         };
         let config = Config {

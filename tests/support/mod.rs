@@ -117,18 +117,31 @@ pub fn run(
     tensors: &Tensors,
     inputs: &HashMap<&str, Vec<f32>>,
 ) -> HashMap<String, Vec<f32>> {
+    run_all(device, graph, tensors, std::slice::from_ref(inputs)).remove(0)
+}
+
+/// Runs a graph on each set of inputs, with one executor; all outputs of each, NHWC.
+pub fn run_all(
+    device: &Device,
+    graph: Graph,
+    tensors: &Tensors,
+    calls: &[HashMap<&str, Vec<f32>>],
+) -> Vec<HashMap<String, Vec<f32>>> {
     let names = ["last_hidden_state", "penultimate_hidden_state", "text_embeds", "sample", "mid", "image", "moments"];
     let outputs: Vec<&str> = names.into_iter().filter(|n| graph.find_output(n).is_some()).collect();
     let plan = device.plan(graph, &["encoder_hidden_states", "text_embeds", "time_ids"]);
     let weights = device.weights(plan.graph().weights(), tensors).expect("weights");
     let mut executor = device.executor(plan, &weights).expect("an executor");
-    for (name, values) in inputs {
-        if executor.plan().graph().find_input(name).is_some() {
-            executor.write(name, values).expect("an input");
+    let call = |inputs: &HashMap<&str, Vec<f32>>| {
+        for (name, values) in inputs {
+            if executor.plan().graph().find_input(name).is_some() {
+                executor.write(name, values).expect("an input");
+            }
         }
-    }
-    executor.prologue().and_then(|()| executor.step()).unwrap_or_else(|error| panic!("{error}"));
-    outputs.into_iter().map(|name| (name.to_string(), executor.read(name).expect("an output"))).collect()
+        executor.prologue().and_then(|()| executor.step()).unwrap_or_else(|error| panic!("{error}"));
+        outputs.iter().map(|&name| (name.to_string(), executor.read(name).expect("an output"))).collect()
+    };
+    calls.iter().map(call).collect()
 }
 
 /// `||a - b|| / ||b||`.
