@@ -105,12 +105,31 @@ impl Tile {
     }
 }
 
-/// Whether the kernels of 9.0 take an attention: TMA takes its tensors, whose pixels are a whole number of heads, and
-/// no key is hidden from a query.
+/// Whether the kernels of 9.0 take an attention, but for the width of its heads.
 pub(super) fn suits(attention: &Attention, shape: impl Fn(TensorId) -> Shape, limits: Limits) -> bool {
+    limits.capability == 90 && rejected(attention, shape).is_none()
+}
+
+/// Why they do not.
+fn rejected(attention: &Attention, shape: impl Fn(TensorId) -> Shape) -> Option<&'static str> {
     let Attention { q, k, v, head_dim, causal, .. } = *attention;
-    let whole = |view: View| shape(view.tensor).c.is_multiple_of(head_dim);
-    limits.capability == 90 && !causal && is_aligned(attention, &shape) && [q, k, v].into_iter().all(whole)
+    if causal {
+        Some("keys are hidden from queries before them")
+    } else if !is_aligned(attention, &shape) {
+        Some("its heads are no whole 16 bytes")
+    } else if [q, k, v].into_iter().any(|view| !shape(view.tensor).c.is_multiple_of(head_dim)) {
+        Some("its pixels are no whole number of heads")
+    } else {
+        None
+    }
+}
+
+/// Why an attention gets none of the kernels of 9.0 there; `None` if it gets one.
+pub(super) fn reason(attention: &Attention, shape: impl Fn(TensorId) -> Shape, limits: Limits) -> Option<&'static str> {
+    if limits.capability != 90 || choose(attention, &shape, limits).is_some() {
+        return None;
+    }
+    rejected(attention, shape).or(Some("no kernel has heads of this width"))
 }
 
 /// The tensor map of a view's heads, in tiles of so many tokens and a span of one head's channels.

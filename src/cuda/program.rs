@@ -2,7 +2,7 @@
 
 use super::device::{Launch, Limits, TensorTiles};
 use super::site::{Bindings, Site};
-use super::{attention, attention_gradient, conv, elementwise, epilogue, folded, norm};
+use super::{attention, attention_gradient, attention_hopper, conv, elementwise, epilogue, folded, norm};
 use crate::graph::{Graph, Node, Op};
 use crate::plan::Plan;
 use crate::{Error, Result};
@@ -49,7 +49,7 @@ pub struct Lowered {
     pub launches: Vec<Launch>,
     /// True if it runs only when a constant input has changed.
     pub in_prologue: bool,
-    /// Why a convolution gets none of the kernels of 9.0 there, if that is the card's, or a layer norm no launch.
+    /// Why a convolution or an attention gets none of the kernels of 9.0, if that is the card's, or a layer norm no launch.
     pub reason: Option<&'static str>,
 }
 
@@ -68,6 +68,7 @@ pub fn lowered(graph: &Graph, constants: &[&str], limits: Limits) -> Result<Vec<
     let of_node = |(place, (node, workspace)): (usize, (&Node, (usize, usize)))| {
         let reason = match &node.op {
             Op::Conv(op) => conv::reason(graph, op, node.output, limits),
+            Op::Attention(op) => attention_hopper::reason(op, |t| graph.shape(t), limits),
             Op::LayerNorm { .. } if folded::has_no_launch(graph, node.output, limits) => {
                 Some("the products that read it normalise their sums")
             }

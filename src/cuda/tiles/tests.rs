@@ -64,6 +64,10 @@ fn layers_of_real_networks() {
                 let (all, choice) = plan(&graph, conv, node.output, limits);
                 assert_eq!(choice.tile.rejected(&all, limits), None, "{}", node.name);
                 assert!(choice.splits * choice.steps >= all.steps(), "{}", node.name);
+                if all.normalised && all.rows < 256 {
+                    // Small tiles cannot compute the layer norm beside a text's tokens, which saves a launch instead.
+                    continue;
+                }
                 let blocks = (choice.tile.count(&all) * choice.splits) as f64;
                 let multiprocessors = limits.multiprocessors as f64;
                 let rounds = (blocks / multiprocessors).ceil() * multiprocessors;
