@@ -531,14 +531,19 @@ template <int W, bool GRADIENT> __device__ __forceinline__ void layer_norm_kerne
             for (int i = 0; i < SLOTS; i++) {
                 if (column + i * threads >= columns) break;
                 int channel = (column + i * threads) * W;
-                float x[W], u[W], weight[W];
+                float x[W], u[W];
                 unpack(kept[i], x);
                 unpack(kept_d[i], u);
-                if (p.weight) load_floats(p.weight + channel, weight);
+                if (p.weight) {
+                    float weight[W];
+                    load_floats(p.weight + channel, weight);
+#pragma unroll
+                    for (int j = 0; j < W; j++) u[j] *= weight[j];
+                }
 #pragma unroll
                 for (int j = 0; j < W; j++) {
                     x[j] = (x[j] - mean) * inverse;
-                    u[j] *= p.weight ? weight[j] * inverse : inverse;
+                    u[j] *= inverse;
                 }
                 f(channel, x, u);
             }
