@@ -28,6 +28,7 @@
 //   layer_norm_gradient: a row of x and of d in registers; two reads, one write.
 // 6 x 2 bytes an element for group norms in stretches, 3 x 2 for layer norms.
 #include "numeric.cuh"
+#include <type_traits>
 
 struct GroupNormParams {
     const __half* x;
@@ -525,44 +526,46 @@ template <int W, bool GRADIENT> __device__ __forceinline__ void layer_norm_kerne
     });
     float inverse = rsqrtf(row_sum(squares, p.warps) / p.channels + p.eps);
     if constexpr (GRADIENT) {
-        // f(first channel, x^, u).
-        auto each_pair = [&](auto f) {
+        // With and without a scale in two copies: one that asks for each number would spill registers.
+        auto gradient = [&](auto scaled) {
+            // f(first channel, x^, u).
+            auto each_pair = [&](auto f) {
 #pragma unroll
-            for (int i = 0; i < SLOTS; i++) {
-                if (column + i * threads >= columns) break;
-                int channel = (column + i * threads) * W;
-                float x[W], u[W];
-                unpack(kept[i], x);
-                unpack(kept_d[i], u);
-                if (p.weight) {
-                    float weight[W];
-                    load_floats(p.weight + channel, weight);
+                for (int i = 0; i < SLOTS; i++) {
+                    if (column + i * threads >= columns) break;
+                    int channel = (column + i * threads) * W;
+                    float x[W], u[W], weight[W];
+                    unpack(kept[i], x);
+                    unpack(kept_d[i], u);
 #pragma unroll
-                    for (int j = 0; j < W; j++) u[j] *= weight[j];
+                    for (int j = 0; j < W; j++) weight[j] = 1.0f;
+                    if constexpr (decltype(scaled)::value) load_floats(p.weight + channel, weight);
+#pragma unroll
+                    for (int j = 0; j < W; j++) {
+                        x[j] = (x[j] - mean) * inverse;
+                        u[j] *= weight[j] * inverse;
+                    }
+                    f(channel, x, u);
                 }
+            };
+            float product = 0.0f;
+            sum = 0.0f;
+            each_pair([&](int, float(&x)[W], float(&u)[W]) {
 #pragma unroll
                 for (int j = 0; j < W; j++) {
-                    x[j] = (x[j] - mean) * inverse;
-                    u[j] *= inverse;
+                    sum += u[j];
+                    product += u[j] * x[j];
                 }
-                f(channel, x, u);
-            }
+            });
+            float mean_u = row_sum(sum, p.warps) / p.channels, mean_product = row_sum(product, p.warps) / p.channels;
+            each_pair([&](int channel, float(&x)[W], float(&u)[W]) {
+#pragma unroll
+                for (int j = 0; j < W; j++) u[j] -= mean_u + x[j] * mean_product;
+                store_halves(p.out + row * p.channels + channel, u);
+            });
         };
-        float product = 0.0f;
-        sum = 0.0f;
-        each_pair([&](int, float(&x)[W], float(&u)[W]) {
-#pragma unroll
-            for (int j = 0; j < W; j++) {
-                sum += u[j];
-                product += u[j] * x[j];
-            }
-        });
-        float mean_u = row_sum(sum, p.warps) / p.channels, mean_product = row_sum(product, p.warps) / p.channels;
-        each_pair([&](int channel, float(&x)[W], float(&u)[W]) {
-#pragma unroll
-            for (int j = 0; j < W; j++) u[j] -= mean_u + x[j] * mean_product;
-            store_halves(p.out + row * p.channels + channel, u);
-        });
+        if (p.weight) gradient(std::true_type());
+        else gradient(std::false_type());
     } else {
         each([&](int channel, float(&x)[W]) {
 #pragma unroll
