@@ -28,7 +28,6 @@
 //   layer_norm_gradient: a row of x and of d in registers; two reads, one write.
 // 6 x 2 bytes an element for group norms in stretches, 3 x 2 for layer norms.
 #include "numeric.cuh"
-#include <type_traits>
 
 struct GroupNormParams {
     const __half* x;
@@ -488,6 +487,11 @@ __device__ __forceinline__ float row_sum(float x, int warps) {
     return sum;
 }
 
+// Tells a generic lambda something at compile time.
+template <bool V> struct Constant {
+    static constexpr bool value = V;
+};
+
 // GRADIENT: p.out is the gradient by x, else the norm of x.
 template <int W, bool GRADIENT> __device__ __forceinline__ void layer_norm_kernel(const LayerNormParams& p) {
     griddep_launch_dependents();
@@ -564,8 +568,8 @@ template <int W, bool GRADIENT> __device__ __forceinline__ void layer_norm_kerne
                 store_halves(p.out + row * p.channels + channel, u);
             });
         };
-        if (p.weight) gradient(std::true_type());
-        else gradient(std::false_type());
+        if (p.weight) gradient(Constant<true>());
+        else gradient(Constant<false>());
     } else {
         each([&](int channel, float(&x)[W]) {
 #pragma unroll
