@@ -6,8 +6,9 @@
 //! (the indirect convolution of Dukhan, arXiv 1907.02129, on a BLIS-like loop nest).
 //!
 //! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`, in fp16 where the checkpoint is,
-//! and widened a few lines at a time while they are multiplied by many rows. A register tile is 12x32 on
-//! AVX-512 (24 accumulators of 16), 6x16 on AVX2 and NEON-sized targets. Every element of C is one chain of
+//! and widened a few lines at a time while they are multiplied by many rows. A register tile has as many rows as the
+//! instruction set's registers hold sums of ([`Lanes::ROWS`]), and two registers of columns, or one at a panel's end: 12x32
+//! on AVX-512, 6x16 on AVX2, 12x8 on NEON. Every element of C is one chain of
 //! multiply-adds in the order of k, whatever tile it falls in: results do not depend on the batch or on the threads.
 
 use super::simd::{Lanes, dispatch};
@@ -80,15 +81,14 @@ dispatch! {
     pub fn multiply<V>(segments: &[Segment], b: *const f32, c: *mut f32, columns: usize, first: bool) {
         // SAFETY: the caller's promise; `dispatch!` runs this where V's instructions exist.
         unsafe {
-            if V::COUNT == 16 {
-                match columns > V::COUNT {
-                    true => tile::<V, 12, 2>(segments, 0, b, c, first),
-                    false => tile::<V, 12, 1>(segments, 0, b, c, first),
-                }
-            } else {
-                for rows in (0..ROWS).step_by(6) {
-                    for column in (0..columns.min(PANEL)).step_by(2 * V::COUNT) {
-                        tile::<V, 6, 2>(segments, rows, b.add(column), c.add(rows * PANEL + column), first);
+            for row in (0..ROWS).step_by(V::ROWS) {
+                for column in (0..columns.min(PANEL)).step_by(2 * V::COUNT) {
+                    let (b, c) = (b.add(column), c.add(row * PANEL + column));
+                    match (V::ROWS, columns - column > V::COUNT) {
+                        (12, true) => tile::<V, 12, 2>(segments, row, b, c, first),
+                        (12, false) => tile::<V, 12, 1>(segments, row, b, c, first),
+                        (_, true) => tile::<V, 6, 2>(segments, row, b, c, first),
+                        (_, false) => tile::<V, 6, 1>(segments, row, b, c, first),
                     }
                 }
             }

@@ -46,6 +46,9 @@ pub fn isa() -> Isa {
 pub trait Lanes: Copy {
     /// Numbers in the register.
     const COUNT: usize;
+    /// Rows of sums, of two registers each, for which there are registers beside three for what is multiplied: 12 of 32
+    /// registers, 6 of 16.
+    const ROWS: usize;
     /// # Safety
     /// The instruction set must be there; `from` must be readable for `COUNT` numbers.
     unsafe fn load(from: *const f32) -> Self;
@@ -70,6 +73,7 @@ pub trait Lanes: Copy {
 /// The baseline register: four numbers, which compilers map to SSE2 or NEON.
 impl Lanes for [f32; 4] {
     const COUNT: usize = 4;
+    const ROWS: usize = if cfg!(target_arch = "aarch64") { 12 } else { 6 };
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's promise.
@@ -108,10 +112,11 @@ mod x86 {
     use std::arch::x86_64::*;
 
     macro_rules! lanes {
-        ($register:ty, $count:expr, $load:ident, $load_half:expr, $store:ident, $splat:ident, $fma:ident) => {
+        ($register:ty, $count:expr, $rows:expr, $load:ident, $load_half:expr, $store:ident, $splat:ident, $fma:ident) => {
             // SAFETY (of all bodies): the caller's promises, stated at the trait.
             impl Lanes for $register {
                 const COUNT: usize = $count;
+                const ROWS: usize = $rows;
                 #[inline(always)]
                 unsafe fn load(from: *const f32) -> Self {
                     unsafe { $load(from) }
@@ -138,6 +143,7 @@ mod x86 {
     lanes!(
         __m512,
         16,
+        12,
         _mm512_loadu_ps,
         |from| _mm512_cvtph_ps(_mm256_loadu_si256(from)),
         _mm512_storeu_ps,
@@ -147,6 +153,7 @@ mod x86 {
     lanes!(
         __m256,
         8,
+        6,
         _mm256_loadu_ps,
         |from| _mm256_cvtph_ps(_mm_loadu_si128(from)),
         _mm256_storeu_ps,
