@@ -205,4 +205,20 @@ mod tests {
             }
         }
     }
+
+    /// Every finite number of fp16, by what its bits mean.
+    #[test]
+    fn widening_is_exact() {
+        let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        let mut room = vec![f32::NAN; halves.len()];
+        for (half, wide) in halves.iter().zip(Matrix::Half(&halves).lines(0..halves.len(), &mut room)) {
+            let (exponent, fraction) = (half.to_bits() >> 10 & 31, half.to_bits() & 1023);
+            let size = match exponent {
+                0 => fraction as f32 * 2f32.powi(-24),
+                1..31 => (1024 + fraction) as f32 * 2f32.powi(exponent as i32 - 25),
+                _ => continue,
+            };
+            assert_eq!(*wide, if half.to_bits() >> 15 == 1 { -size } else { size }, "{half:?}");
+        }
+    }
 }
