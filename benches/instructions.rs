@@ -1,15 +1,16 @@
 //! Instructions that the CPU executor's inner kernels take, counted by valgrind's callgrind and compared with what
 //! `instructions.toml` has recorded: a slower kernel shows on a machine whose clock tells nothing.
 //!
-//! `cargo bench --bench instructions` fails if a kernel takes over 3 % more than recorded; names after `--` choose
-//! kernels, and `--record` among them writes the file. Every kernel is one operation of a small graph, in a process of
-//! its own under valgrind, on one thread, and counted when it runs for the second time.
+//! `NVCC= cargo bench --profile counted --bench instructions` fails if a kernel takes over 3 % more than recorded; names
+//! after `--` choose kernels, and `--record` among them writes the file. Every kernel is one operation of a small graph,
+//! in a process of its own under valgrind, on one thread, and counted when it has run before.
 //!
 //! Counts depend on the compiler, which is recorded beside them, but hardly on the machine: valgrind shows programs a
 //! processor with AVX2 and without AVX-512 wherever the real one has AVX2, and programs must take that path to be
 //! counted. Instructions are not time: a count knows nothing of caches and of chains that wait for each other, so what
 //! is made faster there is to be measured with `components`.
 
+use rayon::prelude::*;
 use respodiff::cpu::{Executor, Fp32, Weights, isa};
 use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Keep, Shape, TensorId, View};
 use respodiff::plan::Plan;
@@ -26,7 +27,7 @@ mod support;
 /// What may be added to a count, or saved, before it is told.
 const TOLERANCE: f64 = 0.03;
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/instructions.toml");
-const RECORD: &str = "cargo bench --bench instructions -- --record";
+const RECORD: &str = "cargo bench --profile counted --bench instructions -- --record";
 
 /// The file.
 #[derive(Default, Serialize, Deserialize)]
@@ -148,23 +149,23 @@ fn main() -> ExitCode {
     }
     let record = arguments.iter().any(|argument| argument == "--record");
     let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
+    let wanted = |name: &&str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
     let text = std::fs::read_to_string(FILE).expect("benches/instructions.toml");
     let recorded: Recorded = toml::from_str(&text).expect("what --record writes");
-    let mut now = Recorded { compiler: compiler(), counts: BTreeMap::new() };
+    let mut now = Recorded { compiler: compiler(), counts: recorded.counts };
+    let mut names: Vec<&str> = kernels().into_iter().map(|(name, ..)| name).collect();
+    // Kernels that are no more.
+    now.counts.retain(|name, _| names.contains(&name.as_str()));
+    names.retain(wanted);
+    let counts: Vec<u64> = names.par_iter().map(|name| count(name)).collect();
     let mut failed = false;
-    for (name, ..) in kernels() {
-        let before = recorded.counts.get(name).copied();
-        if !filters.is_empty() && !filters.iter().any(|filter| name.contains(*filter)) {
-            now.counts.extend(before.map(|before| (name.into(), before)));
-            continue;
-        }
-        let count = count(name);
-        now.counts.insert(name.into(), count);
+    for (name, count) in names.into_iter().zip(counts) {
+        let before = now.counts.insert(name.into(), count);
         let change = before.map(|before| count as f64 / before as f64 - 1.0);
         let verdict = match change {
             None => "not recorded",
             Some(change) if change > TOLERANCE => "more than recorded",
-            Some(change) if change < -TOLERANCE => "less than recorded: record it, so that it stays",
+            Some(change) if change < -TOLERANCE => "less than recorded: record it, so that it stays so",
             Some(_) => "",
         };
         failed |= change.is_none_or(|change| change > TOLERANCE);
