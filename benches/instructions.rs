@@ -1,9 +1,9 @@
 //! Instructions that the CPU executor's inner kernels take, counted by valgrind's callgrind and compared with what
 //! `instructions.toml` has recorded: a slower kernel shows on a machine whose clock tells nothing.
 //!
-//! `NVCC= cargo bench --profile counted --bench instructions` fails if a kernel takes over 3 % more than recorded; names
-//! after `--` choose kernels, and `--record` among them writes the file. Every kernel is one operation of a small graph,
-//! in a process of its own under valgrind, on one thread, and counted when it has run before.
+//! `NVCC= cargo bench --profile counted --bench instructions` fails if a kernel takes over 3 % more than recorded.
+//! Names after `--` choose kernels; `-- --record` writes the file. Every kernel is one operation of a small
+//! graph, in a process of its own under valgrind, on one thread, and counted when it has run before.
 //!
 //! Counts depend on the compiler, which is recorded beside them, but hardly on the machine: valgrind shows programs a
 //! processor with AVX2 and without AVX-512 wherever the real one has AVX2, and programs must take that path to be
@@ -149,19 +149,16 @@ fn main() -> ExitCode {
     }
     let record = arguments.iter().any(|argument| argument == "--record");
     let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    let wanted = |name: &&str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    let wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
     let text = std::fs::read_to_string(FILE).expect("benches/instructions.toml");
     let recorded: Recorded = toml::from_str(&text).expect("what --record writes");
-    let mut now = Recorded { compiler: compiler(), counts: recorded.counts };
-    let mut names: Vec<&str> = kernels().into_iter().map(|(name, ..)| name).collect();
-    // Kernels that are no more.
-    now.counts.retain(|name, _| names.contains(&name.as_str()));
-    names.retain(wanted);
+    let mut now = Recorded { compiler: compiler(), counts: BTreeMap::new() };
+    let names: Vec<&str> = kernels().into_iter().map(|(name, ..)| name).filter(|name| record || wanted(name)).collect();
     let counts: Vec<u64> = names.par_iter().map(|name| count(name)).collect();
     let mut failed = false;
     for (name, count) in names.into_iter().zip(counts) {
-        let before = now.counts.insert(name.into(), count);
-        let change = before.map(|before| count as f64 / before as f64 - 1.0);
+        let change = recorded.counts.get(name).map(|&before| count as f64 / before as f64 - 1.0);
+        now.counts.insert(name.into(), count);
         let verdict = match change {
             None => "not recorded",
             Some(change) if change > TOLERANCE => "more than recorded",
@@ -176,7 +173,7 @@ fn main() -> ExitCode {
         let text = toml::to_string(&now).expect("numbers and names");
         std::fs::write(FILE, format!("# Written by `{RECORD}`.\n{text}")).expect("benches/instructions.toml");
     } else if failed {
-        eprintln!("Kernels take more instructions than recorded. If that is meant: {RECORD}");
+        eprintln!("Kernels take more instructions than recorded, or have no record. If that is meant: {RECORD}");
         if now.compiler != recorded.compiler {
             eprintln!("They were recorded of {}, and this is {}.", recorded.compiler, now.compiler);
         }
