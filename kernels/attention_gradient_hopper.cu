@@ -46,7 +46,7 @@ struct AttentionGradientHopperParams {
     int32_t own, others;
     // exp(scale * s) = exp2(exponent * s).
     float exponent, scale;
-    int32_t padding[10];
+    int32_t padding[26];
 };
 LAYOUT(AttentionGradientHopperParams, own_first, own_second, other_first, other_second, out_first, out_second,
        statistics_tiles, statistics, own, others, exponent, scale, padding)

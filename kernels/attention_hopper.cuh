@@ -13,7 +13,7 @@ struct AttentionHopperParams {
     int32_t queries, keys;
     // scale * log2(e), positive: exp(scale * s) = exp2(exponent * s).
     float exponent;
-    int32_t padding[13];
+    int32_t padding[29];
 };
 LAYOUT(AttentionHopperParams, q, k, v, out, queries, keys, exponent, padding)
 

@@ -53,7 +53,7 @@ struct TmaParams {
     uint32_t words;
     int32_t x[4];
     // To a multiple of the map's alignment.
-    int32_t padding[9];
+    int32_t padding[25];
 };
 LAYOUT(TmaParams, map, tile, words, x, padding)
 

@@ -92,9 +92,9 @@ template <int COLUMNS_, int STAGES_, bool GATED_> struct Tile {
     static constexpr int COLUMNS = COLUMNS_, STAGES = STAGES_;
     static constexpr bool GATED = GATED_;
     static constexpr int A = ROWS * STEP * 2, B = COLUMNS * STEP * 2, STAGE = A + B;
-    // Of the result: columns of a tile, channels of a box, bytes of a span, boxes, bytes of the 64 pixels of a
-    // warpgroup.
-    static constexpr int OUT = GATED ? COLUMNS / 2 : COLUMNS;
+    // Of the result: columns of a tile, and how many eights of them, channels of a box, bytes of a span, boxes, bytes of
+    // the 64 pixels of a warpgroup.
+    static constexpr int OUT = GATED ? COLUMNS / 2 : COLUMNS, CHUNKS = OUT / 8;
     static constexpr int BOX = OUT % 64 == 0 ? 64 : OUT % 32 == 0 ? 32 : 16, SPAN = BOX * 2, BOXES = OUT / BOX;
     static constexpr int PIECE = 64 * OUT * 2;
     // Offsets in shared memory.
@@ -219,45 +219,90 @@ PTX_FN void source_norms(const ConvHopperParams& p, const Place& at, float2 (&no
 // The sums behind a folded layer norm: `norms` are mean and inverse deviation of the thread's rows, and 0 and 1 where the
 // source is normalised already.
 template <class T>
-PTX_FN void normalise(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const float2 (&norms)[2], const Place& at) {
-    auto apply = [&](int j, int h, int i, float s, float t) {
-        float& sum = d[j * 4 + h * 2 + i];
+PTX_FN void normalise(const Epilogue& e, float (&d)[T::COLUMNS / 2], const float2 (&norms)[2], int first) {
+    auto apply = [&](int chunk, int h, int i, float s, float t) {
+        float& sum = d[chunk * 4 + h * 2 + i];
         sum = fmaf(norms[h].y, fmaf(-norms[h].x, s, sum), t);
     };
-    // Of a result's channels: behind a gate S and T of its value and of its gate are neighbours, else those of two channels.
-    constexpr int CHUNKS = T::OUT / 8;
-    int first = at.column / (T::GATED ? 2 : 1) + threadIdx.x % 4 * 2;
+    // Behind a gate S and T of a value and of its gate are neighbours, else those of two channels.
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        int channel = first + chunk * 8;
-        if (channel >= p.after.channels) break;
-        if constexpr (T::GATED) {
+    for (int chunk = 0; chunk < T::CHUNKS; chunk++) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float4 sums = *reinterpret_cast<const float4*>(p.after.folded + 2 * (channel + i));
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    apply(chunk, h, i, sums.x, sums.y);
-                    apply(chunk + CHUNKS, h, i, sums.z, sums.w);
-                }
-            }
-        } else {
-            float4 sums = *reinterpret_cast<const float4*>(p.after.folded + channel);
+        for (int i = 0; i < (T::GATED ? 2 : 1); i++) {
+            int channel = first + chunk * 8 + i;
+            float4 sums = {};
+            if (channel < e.channels)
+                sums = *reinterpret_cast<const float4*>(e.folded + (T::GATED ? 2 * channel : channel));
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                apply(chunk, h, 0, sums.x, sums.y);
-                apply(chunk, h, 1, sums.z, sums.w);
+                apply(chunk, h, i, sums.x, sums.y);
+                apply(T::GATED ? chunk + T::CHUNKS : chunk, h, T::GATED ? i : 1, sums.z, sums.w);
             }
         }
     }
 }
 
-// The sums of two neighbouring channels of a row with bias, the image's row and the activation; the residual comes
-// later.
-PTX_FN float2 activated(const Epilogue& e, float2 x, float2 bias, float2 per_image) {
-    x.x = fmaf(x.x, e.gain, e.bias_gain * bias.x) + per_image.x;
-    x.y = fmaf(x.y, e.gain, e.bias_gain * bias.y) + per_image.y;
-    return e.activation == NONE ? x : make_float2(activation_of(x.x, e.activation), activation_of(x.y, e.activation));
+// Adds the bias of a thread's columns; gates' lie behind the values'.
+template <class T>
+PTX_FN void add_bias(const Epilogue& e, const float* added_bias, float (&d)[T::COLUMNS / 2], int first) {
+#pragma unroll
+    for (int chunk = 0; chunk < T::COLUMNS / 8; chunk++) {
+        int channel = first + chunk % T::CHUNKS * 8, part = chunk / T::CHUNKS;
+        float2 bias = {};
+        if (channel < e.channels) {
+            if (e.bias) bias = *reinterpret_cast<const float2*>(e.bias + part * e.channels + channel);
+            if (!T::GATED && added_bias) {
+                float2 added = *reinterpret_cast<const float2*>(added_bias + channel);
+                bias.x += added.x, bias.y += added.y;
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float* pair = d + chunk * 4 + h * 2;
+            pair[0] = fmaf(pair[0], e.gain, e.bias_gain * bias.x);
+            pair[1] = fmaf(pair[1], e.gain, e.bias_gain * bias.y);
+        }
+    }
+}
+
+// The pixel among all images' that is a row of a tile; -1 outside.
+PTX_FN int pixel_of(const ConvHopperParams& p, const Place& at, int row) {
+    int x = at.x + (row & ((1 << p.log_width) - 1)), y = at.y + (row >> p.log_width & ((1 << p.log_height) - 1));
+    int image = at.image + (row >> (p.log_width + p.log_height));
+    return x < p.width && y < p.height && image < p.images ? (image * p.height + y) * p.width + x : -1;
+}
+
+// Adds the rows of the images that a thread's two pixels, eight rows of the tile apart, are of.
+template <class T>
+PTX_FN void add_per_image(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at, int row, int first) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        // Where pixels are read by themselves, all images are one to TMA.
+        int image = max(pixel_of(p, at, row + 8 * h), 0) / p.after.pixels;
+        const __half* from = p.after.per_image + int64_t(image) * p.after.per_image_width + first;
+#pragma unroll
+        for (int chunk = 0; chunk < T::CHUNKS; chunk++) {
+            float2 more = {};
+            if (first + chunk * 8 < p.after.channels)
+                more = __half22float2(*reinterpret_cast<const __half2*>(from + chunk * 8));
+            d[chunk * 4 + h * 2] += more.x, d[chunk * 4 + h * 2 + 1] += more.y;
+        }
+    }
+}
+
+// Applies an activation to all of a thread's sums.
+template <int SUMS, class F> PTX_FN void apply(float (&d)[SUMS], F activation) {
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) d[i] = activation(d[i]);
+}
+
+template <int SUMS> PTX_FN void activate(float (&d)[SUMS], int activation) {
+    if (activation == SILU || activation == QUICK_GELU) {
+        float slope = activation == SILU ? 1.0f : 1.702f;
+        apply(d, [=](float x) { return x * sigmoid(slope * x); });
+    } else if (activation == GELU) {
+        apply(d, [](float x) { return gelu(x); });
+    }
 }
 
 // The part of a tile's rectangle that a warpgroup has: its half of the 128 pixels.
@@ -280,28 +325,28 @@ template <class T> PTX_FN void prepare_staging(const ConvHopperParams& p, const 
                     corner.y, corner.image);
 }
 
-// Two neighbouring channels of the second result, RespoDiff's, which is seldom wanted.
-PTX_FN void shift_pair(const Epilogue& e, float2 x, int64_t pixel, int image, int channel) {
-    if (image >= e.first_shifted) {
-        int64_t at = (pixel - int64_t(e.first_shifted) * e.pixels) * e.channels + channel;
-        float2 shift = __half22float2(*reinterpret_cast<const __half2*>(e.shift + at));
-        x.x += shift.x, x.y += shift.y;
-    }
-    *reinterpret_cast<__half2*>(e.shifted + pixel * e.channels + channel) = to_halves(x.x, x.y);
-}
-
-// Two neighbouring results of a row behind a gate, in chunk `chunk` of the tile's channels: the first half of the tile's
-// columns are their values, the second half their gates.
+// The second result, RespoDiff's, which is seldom wanted.
 template <class T>
-PTX_FN uint32_t gated_pair(const Epilogue& e, const float (&d)[T::COLUMNS / 2], int first, int chunk, int h) {
-    int channel = first + chunk * 8 + threadIdx.x % 4 * 2;
-    bool biased = e.bias && channel < e.channels;
-    // The sums of a column with the column's bias.
-    auto sums = [&](int part, int i) {
-        float bias = biased ? e.bias[part * e.channels + channel + i] : 0.0f;
-        return fmaf(d[(chunk + part * T::COLUMNS / 16) * 4 + h * 2 + i], e.gain, e.bias_gain * bias);
-    };
-    return bits_of(to_halves(sums(0, 0) * gelu(sums(1, 0)) * e.scale, sums(0, 1) * gelu(sums(1, 1)) * e.scale));
+PTX_FN void store_shifted(const ConvHopperParams& p, const float (&d)[T::COLUMNS / 2], const Place& at, int row,
+                          int first) {
+    const Epilogue& e = p.after;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int pixel = pixel_of(p, at, row + 8 * h), unshifted = e.first_shifted * e.pixels;
+        if (pixel < 0) continue;
+        __half* to = e.shifted + int64_t(pixel) * e.channels + first;
+        const __half* shift = e.shift + int64_t(pixel - unshifted) * e.channels + first;
+#pragma unroll
+        for (int chunk = 0; chunk < T::CHUNKS; chunk++) {
+            if (first + chunk * 8 >= e.channels) break;
+            float2 x = make_float2(d[chunk * 4 + h * 2], d[chunk * 4 + h * 2 + 1]);
+            if (pixel >= unshifted) {
+                float2 more = __half22float2(*reinterpret_cast<const __half2*>(shift + chunk * 8));
+                x.x += more.x, x.y += more.y;
+            }
+            *reinterpret_cast<__half2*>(to + chunk * 8) = to_halves(x.x, x.y);
+        }
+    }
 }
 
 PTX_FN float sum_of(const float (&x)[8]) {
@@ -387,69 +432,63 @@ template <class T> PTX_FN void store_row_moments(const ConvHopperParams& p, cons
     }
 }
 
-// A multiplying warpgroup's results: from fragments, through the staging memory, into the result.
+// A multiplying warpgroup's results: from fragments, through the staging memory, into the result. One short loop over the
+// sums for each thing that may follow the product: most products skip most of them, and what they run is 5 to 15 KB of
+// code. Together in one loop they were 200 KB of branches, and fetching these instructions took ten times their execution.
 template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at,
-                                          uint32_t shared, int parity) {
+                                          const float2 (&norms)[2], uint32_t shared, int parity) {
     const Epilogue& e = p.after;
     int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     uint32_t staging = shared + T::STAGING + group * T::PIECE;
+    // The thread's first channel of the result; it has two neighbours of every eight.
+    int first = at.column / (T::GATED ? 2 : 1) + lane % 4 * 2;
+    if (e.folded) normalise<T>(e, d, norms, first);
+    add_bias<T>(e, p.added_bias, d, first);
+
+    // Rows lane / 4 and 8 below it of the warp's 16.
+    int upper = group * 64 + warp * 16 + lane / 4;
+    if (!T::GATED && e.per_image) add_per_image<T>(p, d, at, upper, first);
+    if constexpr (T::GATED) {
+#pragma unroll
+        for (int i = 0; i < T::COLUMNS / 4; i++) d[i] *= gelu(d[i + T::COLUMNS / 4]);
+    } else {
+        activate(d, e.activation);
+    }
+
     // The staging memory is free: the thread that stored has waited, and has fetched the residual there if there is
     // one.
     if (e.residual)
         mbar_wait(shared + T::ARRIVED + 8 * group, parity);
     else
         named_bar_sync(1 + group, 128);
-
-    // Rows lane / 4 and 8 below it of the warp's 16, as pixels.
-    int64_t pixel[2];
-    bool inside[2];
-    int image[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int row = group * 64 + warp * 16 + lane / 4 + h * 8;
-        int x = at.x + (row & ((1 << p.log_width) - 1)), y = at.y + (row >> p.log_width & ((1 << p.log_height) - 1));
-        int z = at.image + (row >> (p.log_width + p.log_height));
-        inside[h] = x < p.width && y < p.height && z < p.images;
-        pixel[h] = (int64_t(z) * p.height + y) * p.width + x;
-        // Where pixels are read by themselves, all images are one to TMA.
-        image[h] = pixel[h] / e.pixels;
-    }
     // ldmatrix and stmatrix: this lane names a row of 8 channels of the upper or lower 8 rows, of the left or right
-    // half of 16.
+    // half of 16. Each word is of the left and the right 8 channels, the upper and the lower row: two neighbouring channels.
     int row = warp * 16 + lane % 16;
-#pragma unroll
-    for (int j = 0; j < T::OUT / 16; j++) {
+    auto place_of_chunk = [&](int j) {
         int chunk = 2 * j + lane / 16, in_box = chunk % (T::BOX / 8);
-        uint32_t place = staging + chunk / (T::BOX / 8) * 64 * T::SPAN + row * T::SPAN + ((in_box ^ twist_of<T>(row)) << 4);
-        // Of the left and the right 8 channels, the upper and the lower row: two neighbouring channels.
-        uint32_t results[4];
-        if constexpr (T::GATED) {
+        return staging + chunk / (T::BOX / 8) * 64 * T::SPAN + row * T::SPAN + ((in_box ^ twist_of<T>(row)) << 4);
+    };
+    if (!T::GATED && e.residual) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) results[i] = gated_pair<T>(e, d, at.column / 2, 2 * j + i / 2, i % 2);
-        } else {
-            uint32_t residual[4] = {};
-            if (e.residual) ldmatrix_x4(residual, place);
+        for (int j = 0; j < T::OUT / 16; j++) {
+            uint32_t residual[4];
+            ldmatrix_x4(residual, place_of_chunk(j));
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int channel = at.column + (2 * j + i / 2) * 8 + lane % 4 * 2, h = i % 2;
-                bool in = channel < e.channels && inside[h];
-                float2 bias = {}, more = {}, added = __half22float2(pair_of(residual[i]));
-                if (e.bias && in) bias = *reinterpret_cast<const float2*>(e.bias + channel);
-                if (p.added_bias && in) {
-                    float2 added = *reinterpret_cast<const float2*>(p.added_bias + channel);
-                    bias.x += added.x, bias.y += added.y;
-                }
-                if (e.per_image && in)
-                    more = __half22float2(*reinterpret_cast<const __half2*>(
-                        e.per_image + int64_t(image[h]) * e.per_image_width + channel));
-                const float* sums = d + (2 * j + i / 2) * 4 + h * 2;
-                float2 y = activated(e, make_float2(sums[0], sums[1]), bias, more);
-                y.x = (y.x + added.x) * e.scale, y.y = (y.y + added.y) * e.scale;
-                results[i] = bits_of(to_halves(y.x, y.y));
-                if (e.shifted && in) shift_pair(e, y, pixel[h], image[h], channel);
+                float2 added = __half22float2(pair_of(residual[i]));
+                d[8 * j + 2 * i] += added.x, d[8 * j + 2 * i + 1] += added.y;
             }
         }
-        stmatrix_x4(place, results);
+    }
+#pragma unroll
+    for (int i = 0; i < T::OUT / 2; i++) d[i] *= e.scale;
+    if (!T::GATED && e.shifted) store_shifted<T>(p, d, at, upper, first);
+#pragma unroll
+    for (int j = 0; j < T::OUT / 16; j++) {
+        uint32_t results[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) results[i] = bits_of(to_halves(d[8 * j + 2 * i], d[8 * j + 2 * i + 1]));
+        stmatrix_x4(place_of_chunk(j), results);
     }
     fence_proxy_async();
     named_bar_sync(1 + group, 128);
@@ -513,8 +552,7 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
                 continue;
             if (stores) prepare_staging<T>(p, at, shared, group);
         }
-        if (p.after.folded) normalise<T>(p, d, norms, at);
-        store_tile<T>(p, d, at, shared, arrived);
+        store_tile<T>(p, d, at, norms, shared, arrived);
         arrived ^= 1;
     }
     if (stores) tma_store_wait<0>();
@@ -533,11 +571,11 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
     }
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
-        reg_dec<56>();
+        reg_dec<40>();
         if (threadIdx.x == CONSUMERS) produce<T>(p, shared);
         griddep_wait();
     } else {
-        reg_inc<224>();
+        reg_inc<232>();
         griddep_wait();
         consume<T>(p, shared);
     }

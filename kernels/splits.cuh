@@ -30,14 +30,21 @@ PTX_FN bool add_splits(float (&sums)[4 * QUADS], float4* partial, uint32_t* coun
     named_bar_sync(3, SUMMERS);
     if (!last) return false;
     __threadfence();
+    // Sixteen loads of a part are on their way together, for which there are registers.
+    constexpr int TOGETHER = 16;
 #pragma unroll
-    for (int i = 0; i < QUADS; i++) {
-        float4 sum = of_tile[i * SUMMERS];
-        for (int k = 1; k < splits; k++) {
-            float4 more = of_tile[(size_t(k) * QUADS + i) * SUMMERS];
-            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    for (int first = 0; first < QUADS; first += TOGETHER) {
+#pragma unroll 1
+        for (int part = 0; part < splits; part++) {
+            const float4* of_part = of_tile + size_t(part) * QUADS * SUMMERS;
+#pragma unroll
+            for (int i = first; i < first + TOGETHER && i < QUADS; i++) {
+                float4 more = of_part[i * SUMMERS];
+                float* sum = sums + 4 * i;
+                if (part == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+                sum[0] += more.x, sum[1] += more.y, sum[2] += more.z, sum[3] += more.w;
+            }
         }
-        sums[4 * i] = sum.x, sums[4 * i + 1] = sum.y, sums[4 * i + 2] = sum.z, sums[4 * i + 3] = sum.w;
     }
     return true;
 }

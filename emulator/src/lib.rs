@@ -185,7 +185,7 @@ impl Drop for Memory {
 }
 
 /// A CUtensorMap, as TMA needs it among a kernel's parameters.
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorMap(pub [u64; 16]);
 
@@ -260,7 +260,7 @@ impl List {
             races: i32::from(schedule.races),
             threads: threads as i32,
         };
-        // Parameters may hold tensor maps, which are aligned to 64 bytes.
+        // Parameters may hold tensor maps, which are aligned to 128 bytes.
         let mut aligned = vec![TensorMap([0; 16]); params.len().div_ceil(size_of::<TensorMap>()).max(1)];
         // SAFETY: as many bytes as there are.
         unsafe { std::ptr::copy_nonoverlapping(params.as_ptr(), aligned.as_mut_ptr().cast(), params.len()) };

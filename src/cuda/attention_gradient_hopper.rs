@@ -27,7 +27,7 @@ crate::params! {
         others: i32,
         exponent: f32,
         scale: f32,
-        padding: [i32; 10],
+        padding: [i32; 26],
     }
 }
 
@@ -104,7 +104,7 @@ pub(super) fn attention_gradient(
             others: other_count as i32,
             exponent: scale * std::f32::consts::LOG2_E,
             scale,
-            padding: [0; 10],
+            padding: [0; 26],
         })
     };
     let mut launch = |kernel, rows: usize, params: &AttentionGradientHopperParams| {

@@ -23,7 +23,7 @@ crate::params! {
         queries: i32,
         keys: i32,
         exponent: f32,
-        padding: [i32; 13],
+        padding: [i32; 29],
     }
 }
 
@@ -174,7 +174,7 @@ pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &T
         queries: queries as i32,
         keys: keys as i32,
         exponent: scale * std::f32::consts::LOG2_E,
-        padding: [0; 13],
+        padding: [0; 29],
     };
     let grid = [tile.blocks(queries, heads * images, site.limits), heads, images];
     Ok(Launch::new(tile.kernel, grid, tile.threads, tile.shared, &params))

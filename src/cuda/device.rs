@@ -149,7 +149,7 @@ pub trait Device: Send + Sync {
     /// [`crate::Error::Device`] with the driver's word.
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()>;
 
-    /// The `CUtensorMap` of a tensor, for a kernel's structure, where it is aligned to 64 bytes. What lies outside the
+    /// The `CUtensorMap` of a tensor, for a kernel's structure, where it is aligned to 128 bytes, as CUDA 13 has it; CUDA 12 aligns to 64. What lies outside the
     /// tensor is loaded as zero.
     ///
     /// # Errors

@@ -231,8 +231,8 @@ impl Gpu {
     /// # Safety
     /// As for [`Device::run`].
     unsafe fn submit(&self, kernels: &[Kernel], launches: &[Launch], stream: CUstream) -> Result<()> {
-        /// Structures may ask for 64-byte alignment (tensor maps).
-        #[repr(align(64))]
+        /// Structures may ask for 128-byte alignment (tensor maps).
+        #[repr(align(128))]
         struct Params([u8; MAX_PARAMS]);
         let mut params = Params([0; MAX_PARAMS]);
         let mut early = CUlaunchAttribute {

@@ -40,7 +40,7 @@ respodiff::params! {
         tile: u64,
         words: u32,
         x: [i32; 4],
-        padding: [i32; 9],
+        padding: [i32; 25],
     }
 }
 
@@ -95,7 +95,7 @@ impl Tiling<'_> {
         let mut x = [0; 4];
         x[..self.x.len()].copy_from_slice(self.x);
         let map = device.tensor_map(&tiles).unwrap();
-        let params = TmaParams { map, tile, words: words as u32, x, padding: [0; 9] };
+        let params = TmaParams { map, tile, words: words as u32, x, padding: [0; 25] };
         Launch::new(kernel, [1, 1, 1], 32, words * 4 + 8, &params)
     }
 
