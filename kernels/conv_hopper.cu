@@ -85,22 +85,26 @@ namespace conv_hopper {
 constexpr int ROWS = 128;
 constexpr int CONSUMERS = SUMMERS;  // threads that multiply
 constexpr int THREADS = CONSUMERS + 128;
+constexpr int HELPERS = 96;  // threads of the last warpgroup behind the fetching warp
 constexpr int STEP = 64;  // depth of a stage: one span of 128 bytes
 constexpr int BAND = 8;  // rectangles that are made together, for the weights' sake
 
-template <int COLUMNS_, int STAGES_, bool GATED_> struct Tile {
+template <int COLUMNS_, int STAGES_, bool GATED_, bool PINGPONG_> struct Tile {
     static constexpr int COLUMNS = COLUMNS_, STAGES = STAGES_;
-    static constexpr bool GATED = GATED_;
+    static constexpr bool GATED = GATED_, PINGPONG = PINGPONG_;
+    // Of a warpgroup: 64 pixels of a tile each, and warps that share a tile.
+    static constexpr int HALVES = PINGPONG ? 2 : 1, WARPS = PINGPONG ? 4 : 8;
     static constexpr int A = ROWS * STEP * 2, B = COLUMNS * STEP * 2, STAGE = A + B;
     // Of the result: columns of a tile, and how many eights of them, channels of a box, bytes of a span, boxes, bytes of
     // the 64 pixels of a warpgroup.
     static constexpr int OUT = GATED ? COLUMNS / 2 : COLUMNS, CHUNKS = OUT / 8;
     static constexpr int BOX = OUT % 64 == 0 ? 64 : OUT % 32 == 0 ? 32 : 16, SPAN = BOX * 2, BOXES = OUT / BOX;
     static constexpr int PIECE = 64 * OUT * 2;
-    // Offsets in shared memory.
+    // Offsets in shared memory. Operands are for two tiles: those of columns, then those of rows.
     static constexpr int STAGING = STAGES * STAGE, BARRIERS = STAGING + 2 * PIECE;
-    static constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * STAGES, ARRIVED = EMPTY + 8 * STAGES,
-                         TICKET = ARRIVED + 16;
+    static constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * STAGES, ARRIVED = EMPTY + 8 * STAGES;
+    static constexpr int OPERANDS_FULL = ARRIVED + 16, OPERANDS_EMPTY = OPERANDS_FULL + 16, TICKET = OPERANDS_EMPTY + 16;
+    static constexpr int OPERANDS = BARRIERS + 256, OPERANDS_BYTES = (COLUMNS + ROWS) * 8;
 };
 
 // Where a tile lies: its rectangle among the source's pixels, its first column, and 2 * row parity + column parity of
@@ -183,84 +187,70 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
     }
 }
 
-PTX_FN float quad_sum(float x) {
-    x += __shfl_xor_sync(0xffffffffu, x, 1);
-    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+// What the epilogue subtracts of a column for each unit of a row's mean, and what it adds: S of a folded layer norm and
+// its T with the bias.
+template <class T> PTX_FN float2 column_operands(const ConvHopperParams& p, const Place& at, int column) {
+    const Epilogue& e = p.after;
+    int part = column / T::OUT, channel = at.column / (T::GATED ? 2 : 1) + column % T::OUT;
+    if (channel >= e.channels) return {};
+    // Behind a gate S and T of a value and of its gate are neighbours, whereas the gates' bias lies behind the values'.
+    float2 folded = e.folded ? e.folded[T::GATED ? 2 * channel + part : channel] : float2{};
+    float bias = e.bias ? e.bias[part * e.channels + channel] : 0.0f;
+    if (p.added_bias) bias += p.added_bias[channel];
+    return {folded.x, fmaf(e.gain, folded.y, e.bias_gain * bias)};
 }
 
-// Mean and inverse deviation of the source's rows of which this thread holds sums, by the moments of their units, which
-// four lanes share: the mean first, then the squared deviations about it.
-PTX_FN void source_norms(const ConvHopperParams& p, const Place& at, float2 (&norms)[2]) {
-    constexpr int SHARE = 4;  // of 16 units
-    float each = float(p.blocks[0] * STEP / p.source_units), units = float(p.source_units);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        int row = at.x + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + h * 8;
-        const float2* of_row = p.source_moments + int64_t(row) * p.source_units;
-        float2 parts[SHARE];
-        float mean = 0.0f, squares = 0.0f;
-#pragma unroll
-        for (int i = 0; i < SHARE; i++) {
-            int unit = threadIdx.x % 4 + 4 * i;
-            parts[i] = unit < p.source_units && row < p.width ? of_row[unit] : float2{};
-        }
-#pragma unroll
-        for (int i = 0; i < SHARE; i++) mean += parts[i].x;
-        mean = quad_sum(mean) / units;
-#pragma unroll
-        for (int i = 0; i < SHARE; i++) {
-            float off = parts[i].x - mean;
-            if (int(threadIdx.x % 4 + 4 * i) < p.source_units) squares += fmaf(each * off, off, parts[i].y);
-        }
-        norms[h] = make_float2(mean, rsqrtf(quad_sum(squares) / (units * each) + p.source_eps));
+// The mean that a folded layer norm takes from a row, and what it multiplies by: the inverse deviation and the gain. They
+// come of the moments of the row's units: the mean first, then the squared deviations about it.
+PTX_FN float2 row_operands(const ConvHopperParams& p, int row) {
+    if (!p.source_moments || row >= p.width) return {0.0f, p.after.gain};
+    const float2* units = p.source_moments + int64_t(row) * p.source_units;
+    float each = float(p.blocks[0] * STEP / p.source_units), mean = 0.0f, squares = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < p.source_units; i++) mean += units[i].x;
+    mean /= float(p.source_units);
+#pragma unroll 4
+    for (int i = 0; i < p.source_units; i++) {
+        float off = units[i].x - mean;
+        squares += fmaf(each * off, off, units[i].y);
+    }
+    return {mean, p.after.gain * rsqrtf(squares / (each * float(p.source_units)) + p.source_eps)};
+}
+
+// The helping threads: they fetch what the epilogues of the block's tiles need of memory, a tile or two ahead.
+template <class T> PTX_FN void prepare_operands(const ConvHopperParams& p, uint32_t shared) {
+    int thread = threadIdx.x - (THREADS - HELPERS), units = p.tiles_down * p.tiles_across * p.splits;
+    if (thread == 0) {
+        tma_prefetch(&p.sources[0]);
+        if (p.blocks[1] > 0) tma_prefetch(&p.sources[1]);
+        if (p.after.residual) tma_prefetch(&p.residual);
+        for (int phase = 0; phase < p.tiles_across / p.tiles_of_columns; phase++) tma_prefetch(&p.out[phase]);
+    }
+    griddep_wait();
+    int slot = 0, parity = 1;
+    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+        Place at = place_of<T>(p, unit / p.splits);
+        float2* columns = reinterpret_cast<float2*>(dyn_smem() + T::OPERANDS + slot * T::OPERANDS_BYTES);
+        mbar_wait(shared + T::OPERANDS_EMPTY + 8 * slot, parity);
+        for (int i = thread; i < T::COLUMNS; i += HELPERS) columns[i] = column_operands<T>(p, at, i);
+        for (int i = thread; i < ROWS; i += HELPERS) columns[T::COLUMNS + i] = row_operands(p, at.x + i);
+        mbar_arrive(shared + T::OPERANDS_FULL + 8 * slot);
+        slot ^= 1;
+        if (slot == 0) parity ^= 1;
     }
 }
 
-// The sums behind a folded layer norm: `norms` are mean and inverse deviation of the thread's rows, and 0 and 1 where the
-// source is normalised already.
+// Bias and folded layer norm: sums become (sum - mean S) gain / deviation + T and bias.
 template <class T>
-PTX_FN void normalise(const Epilogue& e, float (&d)[T::COLUMNS / 2], const float2 (&norms)[2], int first) {
-    auto apply = [&](int chunk, int h, int i, float s, float t) {
-        float& sum = d[chunk * 4 + h * 2 + i];
-        sum = fmaf(norms[h].y, fmaf(-norms[h].x, s, sum), t);
-    };
-    // Behind a gate S and T of a value and of its gate are neighbours, else those of two channels.
-#pragma unroll
-    for (int chunk = 0; chunk < T::CHUNKS; chunk++) {
-#pragma unroll
-        for (int i = 0; i < (T::GATED ? 2 : 1); i++) {
-            int channel = first + chunk * 8 + i;
-            float4 sums = {};
-            if (channel < e.channels)
-                sums = *reinterpret_cast<const float4*>(e.folded + (T::GATED ? 2 * channel : channel));
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                apply(chunk, h, i, sums.x, sums.y);
-                apply(T::GATED ? chunk + T::CHUNKS : chunk, h, T::GATED ? i : 1, sums.z, sums.w);
-            }
-        }
-    }
-}
-
-// Adds the bias of a thread's columns; gates' lie behind the values'.
-template <class T>
-PTX_FN void add_bias(const Epilogue& e, const float* added_bias, float (&d)[T::COLUMNS / 2], int first) {
+PTX_FN void add_operands(float (&d)[T::COLUMNS / 2], const float2* columns, const float2 (&rows)[2]) {
 #pragma unroll
     for (int chunk = 0; chunk < T::COLUMNS / 8; chunk++) {
-        int channel = first + chunk % T::CHUNKS * 8, part = chunk / T::CHUNKS;
-        float2 bias = {};
-        if (channel < e.channels) {
-            if (e.bias) bias = *reinterpret_cast<const float2*>(e.bias + part * e.channels + channel);
-            if (!T::GATED && added_bias) {
-                float2 added = *reinterpret_cast<const float2*>(added_bias + channel);
-                bias.x += added.x, bias.y += added.y;
-            }
-        }
+        float4 pair = *reinterpret_cast<const float4*>(columns + chunk * 8 + threadIdx.x % 4 * 2);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float* pair = d + chunk * 4 + h * 2;
-            pair[0] = fmaf(pair[0], e.gain, e.bias_gain * bias.x);
-            pair[1] = fmaf(pair[1], e.gain, e.bias_gain * bias.y);
+            float* sums = d + chunk * 4 + h * 2;
+            sums[0] = fmaf(fmaf(-rows[h].x, pair.x, sums[0]), rows[h].y, pair.y);
+            sums[1] = fmaf(fmaf(-rows[h].x, pair.z, sums[1]), rows[h].y, pair.w);
         }
     }
 }
@@ -305,19 +295,20 @@ template <int SUMS> PTX_FN void activate(float (&d)[SUMS], int activation) {
     }
 }
 
-// The part of a tile's rectangle that a warpgroup has: its half of the 128 pixels.
-PTX_FN Place piece_of(const ConvHopperParams& p, const Place& at, int group) {
-    int row = group * 64;
+// A half of a tile's rectangle, 64 of the 128 pixels.
+PTX_FN Place piece_of(const ConvHopperParams& p, const Place& at, int half) {
+    int row = half * 64;
     return {at.x + (row & ((1 << p.log_width) - 1)), at.y + (row >> p.log_width & ((1 << p.log_height) - 1)),
             at.image + (row >> (p.log_width + p.log_height)), at.column, at.phase};
 }
 
 // By the thread that stores: waits until its last store has read the staging memory, and fetches the residual there.
-template <class T> PTX_FN void prepare_staging(const ConvHopperParams& p, const Place& at, uint32_t shared, int group) {
+template <class T> PTX_FN void prepare_staging(const ConvHopperParams& p, const Place& at, uint32_t shared, int half) {
     tma_store_wait<0>();
     if (!p.after.residual) return;
+    int group = threadIdx.x / 128;
     uint32_t staging = shared + T::STAGING + group * T::PIECE, arrived = shared + T::ARRIVED + 8 * group;
-    Place corner = piece_of(p, at, group);
+    Place corner = piece_of(p, at, half);
     mbar_expect_tx(arrived, T::PIECE);
 #pragma unroll
     for (int box = 0; box < T::BOXES; box++)
@@ -360,8 +351,8 @@ template <class T> PTX_FN int twist_of(int row) {
 
 // Moments of the warpgroup's results as they are stored, from the staging memory. Eight lanes share a unit of channels,
 // and take every eighth of the 64 pixels. Squares are taken about the unit's first number, as in norm.cu.
-template <class T> PTX_FN void store_moments(const ConvHopperParams& p, const Place& at, int group) {
-    Place corner = piece_of(p, at, group);
+template <class T> PTX_FN void store_moments(const ConvHopperParams& p, const Place& at, int half) {
+    Place corner = piece_of(p, at, half);
     if (corner.x >= p.width || corner.y >= p.height || corner.image >= p.images) return;
     // The warpgroup's 64 pixels are a rectangle of one image, whose number among all of them this is.
     int log_width = min(p.log_width, 6), log_height = 6 - log_width;
@@ -369,7 +360,7 @@ template <class T> PTX_FN void store_moments(const ConvHopperParams& p, const Pl
     piece += corner.x >> log_width;
     int image = piece / p.pixel_units, lane = threadIdx.x % 8;
     uint32_t lanes = 0xffu << threadIdx.x % 32 / 8 * 8;
-    const unsigned char* staging = dyn_smem() + T::STAGING + group * T::PIECE;
+    const unsigned char* staging = dyn_smem() + T::STAGING + threadIdx.x / 128 * T::PIECE;
     auto pair_at = [&](int row, int channel) {
         int chunk = channel / 8, in_box = chunk % (T::BOX / 8) ^ twist_of<T>(row);
         int place = chunk / (T::BOX / 8) * 64 * T::SPAN + row * T::SPAN + in_box * 16 + channel % 8 * 2;
@@ -403,28 +394,30 @@ template <class T> PTX_FN void store_moments(const ConvHopperParams& p, const Pl
 
 // Moments of each row's units of channels, likewise: a thread has a row and every second unit. Rows are 16 bytes at
 // a time, of which eight sums are made side by side.
-template <class T> PTX_FN void store_row_moments(const ConvHopperParams& p, const Place& at, int group) {
+template <class T> PTX_FN void store_row_moments(const ConvHopperParams& p, const Place& at, int half) {
     constexpr int UNIT = T::COLUMNS % 80 == 0 ? 80 : 64, CHUNKS = UNIT / 8;
-    int row = threadIdx.x % 64, pixel = at.x + group * 64 + row;
+    int row = threadIdx.x % 64, pixel = at.x + half * 64 + row;
     if (pixel >= p.width) return;
-    const unsigned char* of_row = dyn_smem() + T::STAGING + group * T::PIECE + row * T::SPAN;
+    const unsigned char* of_row = dyn_smem() + T::STAGING + threadIdx.x / 128 * T::PIECE + row * T::SPAN;
     float2* moments = p.moments + int64_t(pixel) * (p.after.channels / UNIT);
     for (int unit = threadIdx.x % 128 / 64; unit < T::OUT / UNIT; unit += 2) {
         if (at.column + unit * UNIT >= p.after.channels) break;
-        Half8 chunks[CHUNKS];
         float sums[8] = {}, squares[8] = {}, x[8];
-#pragma unroll
-        for (int i = 0; i < CHUNKS; i++) {
+        auto read = [&](int i) {
             int chunk = unit * CHUNKS + i, in_box = chunk % (T::BOX / 8) ^ twist_of<T>(row);
-            chunks[i] = *reinterpret_cast<const Half8*>(of_row + chunk / (T::BOX / 8) * 64 * T::SPAN + in_box * 16);
-            unpack(chunks[i], x);
+            unpack(*reinterpret_cast<const Half8*>(of_row + chunk / (T::BOX / 8) * 64 * T::SPAN + in_box * 16), x);
+        };
+        // Read twice: held in registers, they would be beyond what a tile of two halves leaves.
+#pragma unroll 2
+        for (int i = 0; i < CHUNKS; i++) {
+            read(i);
 #pragma unroll
             for (int j = 0; j < 8; j++) sums[j] += x[j];
         }
         float mean = sum_of(sums) / UNIT;
-#pragma unroll
+#pragma unroll 2
         for (int i = 0; i < CHUNKS; i++) {
-            unpack(chunks[i], x);
+            read(i);
 #pragma unroll
             for (int j = 0; j < 8; j++) squares[j] = fmaf(x[j] - mean, x[j] - mean, squares[j]);
         }
@@ -432,26 +425,26 @@ template <class T> PTX_FN void store_row_moments(const ConvHopperParams& p, cons
     }
 }
 
-// A multiplying warpgroup's results: from fragments, through the staging memory, into the result. One short loop over the
-// sums for each thing that may follow the product: most products skip most of them, and what they run is 5 to 15 KB of
-// code. Together in one loop they were 200 KB of branches, and fetching these instructions took ten times their execution.
-template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at,
-                                          const float2 (&norms)[2], uint32_t shared, int parity) {
+// A warpgroup's results, of a half of a tile: from fragments, through its staging memory, into the result. One short loop
+// over the sums for each thing that may follow the product: most products skip most of them, and what they run is 5 to 15
+// KB of code. Together in one loop they were 200 KB of branches, and fetching these instructions took ten times their
+// execution.
+template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at, int half,
+                                          const float2* operands, uint32_t shared, int parity) {
     const Epilogue& e = p.after;
     int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     uint32_t staging = shared + T::STAGING + group * T::PIECE;
     // The thread's first channel of the result; it has two neighbours of every eight.
     int first = at.column / (T::GATED ? 2 : 1) + lane % 4 * 2;
-    if (e.folded) normalise<T>(e, d, norms, first);
-    add_bias<T>(e, p.added_bias, d, first);
-
     // Rows lane / 4 and 8 below it of the warp's 16.
-    int upper = group * 64 + warp * 16 + lane / 4;
+    int upper = half * 64 + warp * 16 + lane / 4;
+    const float2 rows[2] = {operands[T::COLUMNS + upper], operands[T::COLUMNS + upper + 8]};
+    add_operands<T>(d, operands, rows);
     if (!T::GATED && e.per_image) add_per_image<T>(p, d, at, upper, first);
     if constexpr (T::GATED) {
 #pragma unroll
         for (int i = 0; i < T::COLUMNS / 4; i++) d[i] *= gelu(d[i + T::COLUMNS / 4]);
-    } else {
+    } else if constexpr (!T::PINGPONG) {
         activate(d, e.activation);
     }
 
@@ -482,7 +475,7 @@ template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[
     }
 #pragma unroll
     for (int i = 0; i < T::OUT / 2; i++) d[i] *= e.scale;
-    if (!T::GATED && e.shifted) store_shifted<T>(p, d, at, upper, first);
+    if (!T::GATED && !T::PINGPONG && e.shifted) store_shifted<T>(p, d, at, upper, first);
 #pragma unroll
     for (int j = 0; j < T::OUT / 16; j++) {
         uint32_t results[4];
@@ -493,7 +486,7 @@ template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[
     fence_proxy_async();
     named_bar_sync(1 + group, 128);
     if (threadIdx.x % 128 == 0) {
-        Place corner = piece_of(p, at, group);
+        Place corner = piece_of(p, at, half);
 #pragma unroll
         for (int box = 0; box < T::BOXES; box++)
             tma_store_4d(&p.out[at.phase], staging + box * 64 * T::SPAN,
@@ -503,8 +496,8 @@ template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[
     if (!T::GATED && p.moments) {
         // The thread that stored keeps to its warp, and the staging memory is read until all have arrived.
         __syncwarp();
-        if (p.unit_pixels == 1) store_row_moments<T>(p, at, group);
-        else store_moments<T>(p, at, group);
+        if (p.unit_pixels == 1) store_row_moments<T>(p, at, half);
+        else store_moments<T>(p, at, half);
         named_bar_sync(1 + group, 128);
     }
 }
@@ -515,45 +508,86 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
     int group = threadIdx.x / 128, lane = threadIdx.x % 32;
     bool stores = threadIdx.x % 128 == 0;
     int slot = 0, parity = 0, arrived = 0;
-    float d[T::COLUMNS / 2];
-    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    // The slots of the ring that another warpgroup's tile passes through.
+    auto skip = [&] {
+        slot += stages;
+        parity ^= slot / T::STAGES & 1, slot %= T::STAGES;
+    };
+    int operands_slot = 0, operands_parity = 0;
+    // Turns at multiplying: a warpgroup waits at barrier 4 and its own number until the tile before has had its stages, for
+    // the parity of a slot further ahead would be another round's.
+    if (T::PINGPONG && group == 1) {
+        skip(), operands_slot = 1;
+        named_bar_arrive(4, CONSUMERS);
+    }
+    float d[T::HALVES][T::COLUMNS / 2];
+    int unit = blockIdx.x + (T::PINGPONG ? group * gridDim.x : 0);
+    for (; unit < units; unit += gridDim.x * T::HALVES) {
         int tile = unit / p.splits, split = unit % p.splits;
         Place at = place_of<T>(p, tile);
-        // With splits only the last block stores, and fetches the residual when it knows that it is.
-        if (p.splits == 1 && stores) prepare_staging<T>(p, at, shared, group);
-        // wgmma is for whole warps: the thread that stored, and fetched, catches up.
-        __syncwarp();
         int count = min(p.steps, stages - split * p.steps), previous = 0;
-        float2 norms[2] = {{0.0f, 1.0f}, {0.0f, 1.0f}};
+        if (T::PINGPONG) named_bar_sync(4 + group, CONSUMERS);
         for (int step = 0; step < count; step++) {
             mbar_wait(shared + T::FULL + 8 * slot, parity);
-            uint64_t a = wg_desc_sw128(shared + slot * T::STAGE + group * 64 * 128, 16, 1024);
+            uint64_t a = wg_desc_sw128(shared + slot * T::STAGE + (T::PINGPONG ? 0 : group * 64 * 128), 16, 1024);
             uint64_t b = wg_desc_sw128(shared + slot * T::STAGE + T::A, 16, 1024);
-            wgmma_hold(d);
+#pragma unroll
+            for (int half = 0; half < T::HALVES; half++) wgmma_hold(d[half]);
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < STEP / 16; k++) multiply<T::COLUMNS>(d, a + 2 * k, b + 2 * k, step > 0 || k > 0);
+            for (int k = 0; k < STEP / 16; k++)
+#pragma unroll
+                for (int half = 0; half < T::HALVES; half++)
+                    multiply<T::COLUMNS>(d[half], a + half * (64 * 128 >> 4) + 2 * k, b + 2 * k, step > 0 || k > 0);
             wgmma_commit();
+            // While products are under way the last store has read the staging memory, and the residual comes there. With
+            // splits only the last block stores, and fetches the residual when it knows that it is.
+            if (step == min(1, count - 1) && p.splits == 1) {
+                if (stores) prepare_staging<T>(p, at, shared, T::PINGPONG ? 0 : group);
+                // wgmma is for whole warps: the thread that stored, and fetched, catches up.
+                __syncwarp();
+            }
             if (step > 0) {
                 // The products of the stage before are done, and its slot may be filled again.
                 wgmma_wait<1>();
                 if (lane == 0) mbar_arrive(shared + T::EMPTY + 8 * previous);
-            } else if (p.source_moments) {
-                source_norms(p, at, norms);
             }
             previous = slot;
             if (++slot == T::STAGES) slot = 0, parity ^= 1;
         }
+        if (T::PINGPONG && unit + gridDim.x < units) named_bar_arrive(5 - group, CONSUMERS);
         wgmma_wait<0>();
-        wgmma_hold(d);
+#pragma unroll
+        for (int half = 0; half < T::HALVES; half++) wgmma_hold(d[half]);
         if (lane == 0) mbar_arrive(shared + T::EMPTY + 8 * previous);
-        if (p.splits > 1) {
-            if (!add_splits<T::COLUMNS / 8>(d, p.partial, p.counters, tile, p.splits, split, dyn_smem() + T::TICKET))
-                continue;
-            if (stores) prepare_staging<T>(p, at, shared, group);
+        bool last = true;
+        if constexpr (!T::PINGPONG) {
+            if (p.splits > 1) {
+                last = add_splits<T::COLUMNS / 8>(d[0], p.partial, p.counters, tile, p.splits, split,
+                                                  dyn_smem() + T::TICKET);
+                if (last && stores) prepare_staging<T>(p, at, shared, group);
+            }
         }
-        store_tile<T>(p, d, at, norms, shared, arrived);
-        arrived ^= 1;
+        mbar_wait(shared + T::OPERANDS_FULL + 8 * operands_slot, operands_parity);
+        auto operands = reinterpret_cast<const float2*>(dyn_smem() + T::OPERANDS + operands_slot * T::OPERANDS_BYTES);
+        if (last) {
+#pragma unroll
+            for (int half = 0; half < T::HALVES; half++) {
+                if (half == 1 && stores) prepare_staging<T>(p, at, shared, half);
+                store_tile<T>(p, d[half], at, T::PINGPONG ? half : group, operands, shared, arrived);
+                arrived ^= 1;
+            }
+        }
+        // All lanes have seen the operands, and the one that stored catches up.
+        __syncwarp();
+        if (lane == 0) mbar_arrive(shared + T::OPERANDS_EMPTY + 8 * operands_slot);
+        if (T::PINGPONG) {
+            skip();
+            operands_parity ^= 1;
+        } else {
+            operands_slot ^= 1;
+            if (operands_slot == 0) operands_parity ^= 1;
+        }
     }
     if (stores) tma_store_wait<0>();
 }
@@ -564,15 +598,20 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
     if (threadIdx.x == 0) {
         for (int i = 0; i < T::STAGES; i++) {
             mbar_init(shared + T::FULL + 8 * i, 1);
-            mbar_init(shared + T::EMPTY + 8 * i, CONSUMERS / 32);
+            mbar_init(shared + T::EMPTY + 8 * i, T::WARPS);
         }
-        for (int i = 0; i < 2; i++) mbar_init(shared + T::ARRIVED + 8 * i, 1);
+        for (int i = 0; i < 2; i++) {
+            mbar_init(shared + T::ARRIVED + 8 * i, 1);
+            mbar_init(shared + T::OPERANDS_FULL + 8 * i, HELPERS);
+            mbar_init(shared + T::OPERANDS_EMPTY + 8 * i, T::WARPS);
+        }
         fence_mbar_init();
     }
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
         reg_dec<40>();
         if (threadIdx.x == CONSUMERS) produce<T>(p, shared);
+        else if (threadIdx.x >= THREADS - HELPERS) prepare_operands<T>(p, shared);
         griddep_wait();
     } else {
         reg_inc<232>();
@@ -588,13 +627,16 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
 #else
 #define CONV_HOPPER_BODY(...)
 #endif
-// Columns, stages, whether columns are values and gates.
+// Columns, stages, whether columns are values and gates, whether warpgroups have tiles of their own.
 #define CONV_HOPPER(name, ...)                        \
     KERNEL __launch_bounds__(conv_hopper::THREADS, 1) \
         name(const __grid_constant__ ConvHopperParams p){CONV_HOPPER_BODY(__VA_ARGS__)} EXPORT(name)
-CONV_HOPPER(conv_hopper_80, 80, 6, false)
-CONV_HOPPER(conv_hopper_128, 128, 5, false)
-CONV_HOPPER(conv_hopper_160, 160, 5, false)
-CONV_HOPPER(conv_hopper_256, 256, 3, false)
-CONV_HOPPER(conv_hopper_160_gated, 160, 5, true)
-CONV_HOPPER(conv_hopper_256_gated, 256, 3, true)
+CONV_HOPPER(conv_hopper_80, 80, 6, false, false)
+CONV_HOPPER(conv_hopper_128, 128, 5, false, false)
+CONV_HOPPER(conv_hopper_160, 160, 5, false, false)
+CONV_HOPPER(conv_hopper_256, 256, 3, false, false)
+CONV_HOPPER(conv_hopper_160_gated, 160, 5, true, false)
+CONV_HOPPER(conv_hopper_256_gated, 256, 3, true, false)
+CONV_HOPPER(conv_hopper_128_pingpong, 128, 5, false, true)
+CONV_HOPPER(conv_hopper_160_pingpong, 160, 5, false, true)
+CONV_HOPPER(conv_hopper_160_gated_pingpong, 160, 5, true, true)

@@ -52,6 +52,11 @@ PTX_FN void fence_proxy_async() {
     PTX_EMULATED(emu::fence_proxy_async();)
 }
 
+// Fetches a tensor's map to where TMA looks for it, which the first use would wait for.
+PTX_FN void tma_prefetch(const CUtensorMap* map) {
+    PTX_DEVICE(asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");)
+}
+
 // Loads the tile whose first element is at the coordinates, innermost first; what lies outside the tensor becomes zero.
 // The whole tile's bytes count at `barrier`, on which readers wait.
 PTX_FN void tma_load_2d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1 PTX_LINE) {

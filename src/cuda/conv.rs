@@ -2,7 +2,7 @@
 
 use super::conv_hopper;
 use super::device::{Launch, Limits};
-use super::epilogue::Epilogue;
+use super::epilogue::{Epilogue, is_shifted};
 use super::folded;
 use super::moments::{self, Moments};
 use super::site::{COUNTERS, Site};
@@ -57,6 +57,7 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
         vector: conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(CHUNK)),
         gated: conv.activation == Activation::Geglu,
         unit: moments::wanted(graph, out, limits).map_or(1, |moments| moments.channels),
+        followed: !matches!(conv.activation, Activation::None | Activation::Geglu) || is_shifted(graph, out),
         normalised: folded::norm(graph, conv, limits).is_some() || folded::leaves_moments(graph, out, limits),
         area: conv_hopper::area(graph, conv, out).ok(),
     };
@@ -248,6 +249,7 @@ mod tests {
                     gated: activation == Activation::Geglu,
                     added: 0,
                     unit: 1,
+                    followed: false,
                     normalised: false,
                     area: None,
                 };

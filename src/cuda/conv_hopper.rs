@@ -222,7 +222,7 @@ pub(super) fn launch(
 
 #[cfg(all(test, feature = "emulated"))]
 mod tests {
-    use super::super::tiles::{Instruction, TILES};
+    use super::super::tiles::{Instruction, TILES, Tile};
     use super::super::{Emulated, Executor, Limits, Weights, bound};
     use super::*;
     use crate::graph::{ConvOptions, GraphBuilder, Shape, Sources};
@@ -279,12 +279,7 @@ mod tests {
         }
 
         /// All outputs that a device makes, by the kernel that is chosen for it, or by `tile` with `splits`.
-        fn run(
-            &self,
-            limits: Limits,
-            schedule: Schedule,
-            by: Option<(&'static super::super::tiles::Tile, usize)>,
-        ) -> Vec<f32> {
+        fn run(&self, limits: Limits, schedule: Schedule, by: Option<(&'static Tile, usize)>) -> Vec<f32> {
             let device = Emulated::new(limits, schedule);
             let graph = self.graph();
             let weights = Weights::load(&device, graph.weights(), &Tensors::random()).unwrap();
@@ -361,10 +356,15 @@ mod tests {
             let gated = case.activation == Activation::Geglu;
             let taps = if case.doubled { 4 } else { case.kernel * case.kernel };
             let depth = taps * case.channels.iter().sum::<usize>() / STEP;
-            let tiles = TILES.iter().filter(|tile| tile.instruction == Instruction::Wgmma && tile.gated == Some(gated));
+            let followed = case.more || !matches!(case.activation, Activation::None | Activation::Geglu);
+            let suits = |tile: &&Tile| {
+                tile.instruction == Instruction::Wgmma && tile.gated == Some(gated) && !(tile.pingpong && followed)
+            };
+            let tiles = TILES.iter().filter(suits);
             let mut first: [Option<Vec<f32>>; 4] = Default::default();
             for (number, tile) in tiles.enumerate() {
-                for splits in (1..=3).filter(|&splits| depth.div_ceil(depth.div_ceil(splits)) == splits) {
+                let most = if tile.pingpong { 1 } else { 3 };
+                for splits in (1..=most).filter(|&splits| depth.div_ceil(depth.div_ceil(splits)) == splits) {
                     for schedule in Schedule::hostile(number as u64 + 1) {
                         // Few multiprocessors, so that blocks make several tiles.
                         let limits = Limits { multiprocessors: 3, ..Limits::H100 };

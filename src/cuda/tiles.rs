@@ -40,6 +40,9 @@ pub(super) struct Tile {
     pub resident: usize,
     /// Whether it reads 16 bytes at a time, so that a pixel of each source has to be a whole number of them.
     pub vector: bool,
+    /// Whether the two warpgroups of a wgmma tile have tiles of their own in turns, so that one stores while the other
+    /// multiplies.
+    pub pingpong: bool,
 }
 
 const fn mma(
@@ -50,16 +53,17 @@ const fn mma(
     resident: usize,
     vector: bool,
 ) -> Tile {
-    Tile { kernel, instruction: Instruction::MmaSync, rows, columns, gated: None, warps_down, stages, resident, vector }
+    let (instruction, gated, pingpong) = (Instruction::MmaSync, None, false);
+    Tile { kernel, instruction, rows, columns, gated, warps_down, stages, resident, vector, pingpong }
 }
 
-const fn wgmma(kernel: &'static str, columns: usize, stages: usize, gated: bool) -> Tile {
+const fn wgmma(kernel: &'static str, columns: usize, stages: usize, gated: bool, pingpong: bool) -> Tile {
     let (instruction, gated) = (Instruction::Wgmma, Some(gated));
-    Tile { kernel, instruction, rows: 128, columns, gated, warps_down: 8, stages, resident: 1, vector: true }
+    Tile { kernel, instruction, rows: 128, columns, gated, warps_down: 8, stages, resident: 1, vector: true, pingpong }
 }
 
 /// The candidates. Channels are multiples of 160 in Stable Diffusion's UNets and of 128 in its VAEs.
-pub(super) const TILES: [Tile; 19] = [
+pub(super) const TILES: [Tile; 22] = [
     mma("conv_128x256", [128, 256], 2, 3, 1, true),
     mma("conv_256x128", [256, 128], 4, 3, 1, true),
     mma("conv_128x160", [128, 160], 2, 4, 1, true),
@@ -73,12 +77,15 @@ pub(super) const TILES: [Tile; 19] = [
     mma("conv_128x16", [128, 16], 8, 3, 3, true),
     mma("conv_64x64_odd", [64, 64], 2, 4, 2, false),
     mma("conv_16x64_odd", [16, 64], 1, 4, 3, false),
-    wgmma("conv_hopper_80", 80, 6, false),
-    wgmma("conv_hopper_128", 128, 5, false),
-    wgmma("conv_hopper_160", 160, 5, false),
-    wgmma("conv_hopper_256", 256, 3, false),
-    wgmma("conv_hopper_160_gated", 160, 5, true),
-    wgmma("conv_hopper_256_gated", 256, 3, true),
+    wgmma("conv_hopper_80", 80, 6, false, false),
+    wgmma("conv_hopper_128", 128, 5, false, false),
+    wgmma("conv_hopper_160", 160, 5, false, false),
+    wgmma("conv_hopper_256", 256, 3, false, false),
+    wgmma("conv_hopper_160_gated", 160, 5, true, false),
+    wgmma("conv_hopper_256_gated", 256, 3, true, false),
+    wgmma("conv_hopper_128_pingpong", 128, 5, false, true),
+    wgmma("conv_hopper_160_pingpong", 160, 5, false, true),
+    wgmma("conv_hopper_160_gated_pingpong", 160, 5, true, true),
 ];
 
 /// A matrix product, or as many of the same shape as there are phases.
@@ -98,6 +105,8 @@ pub(super) struct Product {
     pub gated: bool,
     /// Columns that no tile of wgmma's may part, because moments are taken of them together.
     pub unit: usize,
+    /// Whether an activation other than the gate's follows, or RespoDiff's shift.
+    pub followed: bool,
     /// Whether a layer norm before it or behind it has no launch, which only wgmma's kernels can do without.
     pub normalised: bool,
     /// How TMA would fetch the rows, if wgmma's kernels can do this product.
@@ -212,7 +221,8 @@ pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
     let fastest = |product: Product, may: &dyn Fn(usize, Instruction) -> bool| {
         let mut best = None;
         for tile in TILES.iter().filter(|tile| tile.rejected(&product, limits).is_none()) {
-            for splits in (1..=MAX_SPLITS).filter(|&splits| may(splits, tile.instruction)) {
+            let most = if tile.pingpong { 1 } else { MAX_SPLITS };
+            for splits in (1..=most).filter(|&splits| may(splits, tile.instruction)) {
                 let time = tile.estimate(&product, splits, limits);
                 if best.is_none_or(|(least, _)| time < least) {
                     let steps = product.steps().div_ceil(splits);
@@ -230,11 +240,13 @@ pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
 }
 
 impl Tile {
-    /// Bytes of shared memory: the stages, and for wgmma's kernels the results and 256 bytes of barriers behind them.
+    /// Bytes of shared memory: the stages, and for wgmma's kernels behind them the results, 256 bytes of barriers, and
+    /// two tiles' operands of the epilogue, eight bytes for each column and row.
     pub fn shared(&self) -> usize {
         let stages = self.stages * (self.rows + self.columns) * STEP * 2;
         let results = if self.gated == Some(true) { self.columns / 2 } else { self.columns };
-        stages + if self.instruction == Instruction::Wgmma { self.rows * results * 2 + 256 } else { 0 }
+        let behind = self.rows * results * 2 + 256 + 2 * (self.rows + self.columns) * 8;
+        stages + if self.instruction == Instruction::Wgmma { behind } else { 0 }
     }
 
     /// Tiles that cover a product, of all phases.
@@ -262,6 +274,8 @@ impl Tile {
             Some("it would part channels that a norm's moments are taken of")
         } else if self.gated.is_some_and(|gated| gated != product.gated) {
             Some("it is for products with or without a gate, and this is the other")
+        } else if self.pingpong && product.followed {
+            Some("it leaves no registers for what follows the product")
         } else if self.shared() > limits.shared as usize {
             Some("its stages do not fit into the shared memory of a block")
         } else if product.normalised {
@@ -333,10 +347,15 @@ impl Tile {
         let (rows, columns) = (self.rows as f64, self.columns as f64);
         let multiply = rows * columns * STEP as f64 / MULTIPLY_ADDS / 0.94;
         let step = multiply.max(2.0 * STEP as f64 * (rows + columns) / L2);
-        let steps = product.steps().div_ceil(splits) as f64;
+        let multiply = product.steps().div_ceil(splits) as f64 * step;
         let rounds = (self.count(product) * splits).div_ceil(limits.multiprocessors as usize) as f64;
-        let store = 500.0 + rows * columns / 16.0;
-        FILL + rounds * (steps * step + store) + self.adding(splits, L2)
+        let store = 1500.0 + rows * columns / 16.0;
+        let time = match self.pingpong {
+            // One warpgroup stores the whole tile, which takes it twice as long.
+            true => rounds * multiply.max((multiply + 2.0 * store) / 2.0) + 2.0 * store,
+            false => rounds * (multiply + store),
+        };
+        FILL + time + self.adding(splits, L2)
     }
 }
 

@@ -113,6 +113,7 @@ fn splits_do_not_depend_on_the_batch() {
             phases: 1,
             added: 0,
             unit: 1,
+            followed: false,
             normalised: false,
             area: None,
         };
@@ -138,6 +139,7 @@ fn known_choices() {
                 phases: 1,
                 added: 0,
                 unit: 1,
+                followed: false,
                 normalised: false,
                 area: None,
             },
@@ -165,6 +167,7 @@ fn rejections() {
         phases: 1,
         added: 0,
         unit: 1,
+        followed: false,
         normalised: false,
         area: None,
     };
@@ -191,6 +194,7 @@ fn rejections() {
                 phases: 1,
                 added: 0,
                 unit: 1,
+                followed: false,
                 normalised: false,
                 area: None,
             },
