@@ -201,20 +201,28 @@ template <class T> PTX_FN float2 column_operands(const ConvHopperParams& p, cons
 }
 
 // The mean that a folded layer norm takes from a row, and what it multiplies by: the inverse deviation and the gain. They
-// come of the moments of the row's units: the mean first, then the squared deviations about it.
+// come of the moments of the row's units, in one pass over them, eight loads at a time: about the first unit's mean, which
+// is one of those summed, as in norm.cu.
 PTX_FN float2 row_operands(const ConvHopperParams& p, int row) {
+    constexpr int TOGETHER = 8;
     if (!p.source_moments || row >= p.width) return {0.0f, p.after.gain};
     const float2* units = p.source_moments + int64_t(row) * p.source_units;
-    float each = float(p.blocks[0] * STEP / p.source_units), mean = 0.0f, squares = 0.0f;
-#pragma unroll 4
-    for (int i = 0; i < p.source_units; i++) mean += units[i].x;
-    mean /= float(p.source_units);
-#pragma unroll 4
-    for (int i = 0; i < p.source_units; i++) {
-        float off = units[i].x - mean;
-        squares += fmaf(each * off, off, units[i].y);
+    float pivot = 0.0f, sum = 0.0f, between = 0.0f, within = 0.0f;
+    for (int first = 0; first < p.source_units; first += TOGETHER) {
+        float2 unit[TOGETHER];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) unit[i] = first + i < p.source_units ? units[first + i] : float2{};
+        if (first == 0) pivot = unit[0].x;
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            float off = first + i < p.source_units ? unit[i].x - pivot : 0.0f;
+            sum += off, between = fmaf(off, off, between), within += unit[i].y;
+        }
     }
-    return {mean, p.after.gain * rsqrtf(squares / (each * float(p.source_units)) + p.source_eps)};
+    float count = float(p.source_units), mean = sum / count;
+    // `within` is of all of a unit's channels, as many as make the row.
+    float variance = within / float(p.blocks[0] * STEP) + fmaxf(between / count - mean * mean, 0.0f);
+    return {pivot + mean, p.after.gain * rsqrtf(variance + p.source_eps)};
 }
 
 // The helping threads: they fetch what the epilogues of the block's tiles need of memory, a tile or two ahead.
@@ -609,12 +617,12 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
     }
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
-        reg_dec<40>();
+        reg_dec<56>();
         if (threadIdx.x == CONSUMERS) produce<T>(p, shared);
         else if (threadIdx.x >= THREADS - HELPERS) prepare_operands<T>(p, shared);
         griddep_wait();
     } else {
-        reg_inc<232>();
+        reg_inc<224>();
         griddep_wait();
         consume<T>(p, shared);
     }
