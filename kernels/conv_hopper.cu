@@ -2,22 +2,27 @@
 // fetches and wgmma multiplies. Empty for other architectures, whose products are conv.cu's.
 //
 // A tile is a rectangle of pixels, 128 in all, by COLUMNS output channels. A block has three warpgroups: one thread of
-// the last fetches, the first two multiply 64 pixels each. The depth, taps by channels, passes through a ring of stages
-// of 64. For each stage TMA brings the tile's pixels as they lie under the tap, the rectangle moved by it. What lies
-// outside the image comes as zeros, so that padding costs nothing, and two sources are two tensor maps. Blocks are
-// persistent: while a tile's results are stored, the next tile's first stages are fetched.
+// the last fetches, the first two multiply 64 pixels each, or all of every second tile (_pingpong), so that one stores
+// while the other multiplies. The depth, taps by channels, passes through a ring of stages of 64. For each stage TMA
+// brings the tile's pixels as they lie under the tap, the rectangle moved by it. What lies outside the image comes as
+// zeros, so that padding costs nothing, and two sources are two tensor maps. Blocks are persistent: while a tile's
+// results are stored, the next tile's first stages are fetched.
 //
 // A 3x3 convolution of a source that is doubled first is four of 2x2 on the source itself, one for each parity of the
 // result's row and column, whose results lie two pixels apart: 4/9 of the work (src/cuda/weights.rs sums the taps).
 //
 //   COLUMNS  stages  shared memory (KiB)  cycles of a stage: tensor cores, and L2 at 60 bytes a cycle
-//     80       6        177                 320  443
-//    128       5        193                 512  546
-//    160       5        221                 640  614
-//    256       3        209                1024  819
+//     80       6        180                 320  443
+//    128       5        196                 512  546
+//    160       5        225                 640  614
+//    256       3        214                1024  819
 //
-// Bound: the tensor cores from 160 columns on (2048 multiply-adds a cycle and multiprocessor), L2 below. A prototype of
-// this loop had 75 to 94 % of the tensor cores at 128x160 on an H100, 690 to 810 TFLOP/s.
+// Bound: the tensor cores from 160 columns on (2048 multiply-adds a cycle and multiprocessor), L2 below. Measured on an
+// H200: 600 to 730 TFLOP/s of 3x3 convolutions with 45 stages and more, 715 of 8192 x 8192 x 8192.
+//
+// What the epilogue needs of memory, the last warpgroup's other three warps bring to shared memory a tile or two ahead:
+// two numbers for each column and each row. Where everything waits for memory at a tile's end, that takes as long as 20
+// stages.
 //
 // The 1x1 convolution of a resnet's sources that is added to its second convolution is more of that one's depth, with
 // two tensor maps and a weight of its own: its result is neither written nor read.
@@ -26,14 +31,14 @@
 // sums in memory and counts itself. The last to come adds all of them, in the order of the depth and not in that of
 // coming.
 //
-// Where group norms read the result, the epilogue leaves them its moments, from the staging memory: 40 loads of 4 bytes a
-// thread for units of 10 channels, some 400 cycles a tile, instead of a kernel that reads the whole result again.
+// Where group norms read the result, the epilogue leaves them its moments, from the staging memory: 40 loads of 4 bytes
+// a thread for units of 10 channels, some 400 cycles a tile, instead of a kernel that reads the whole result again.
 //
-// Where a layer norm stands between two products of pixels by themselves, it has no kernel. Its scale and shift are in the
-// second product's weights (weights.cu). The first product leaves moments of each row's units of 80 or 64 channels: ten
-// loads of 16 bytes a thread. The second one multiplies the rows as they are, and gets each row's mean and deviation
-// from these moments, at most 128 bytes, while its first stage is multiplied. Then W' x becomes
-// (W' x - mean S) / deviation + T, in fp32, so that the normalised row is never rounded.
+// Where a layer norm stands between two products of pixels by themselves, it has no kernel. Its scale and shift are in
+// the second product's weights (weights.cu). The first product leaves moments of each row's units of 80 or 64 channels:
+// twice ten loads of 16 bytes a thread. The second one multiplies the rows as they are; each row's mean and deviation
+// come of these moments, at most 128 bytes. Then W' x becomes (W' x - mean S) / deviation + T, in fp32, so that the
+// normalised row is never rounded.
 //
 // Each sum is one chain of products of 16 in the order of the depth: no bit depends on the tile. It is not the chain of
 // conv.cu's mma.sync, whose instruction rounds elsewhere, so that the host chooses between the two by one image's shape
@@ -43,8 +48,8 @@
 
 struct ConvHopperParams {
     CUtensorMap sources[2];  // {channels, width, height, images}, in boxes of 64 channels by the rectangle
-    // {depth, phases * columns}, in boxes of 64 by COLUMNS. Behind a gate, where rows are values and gates in turns, it is
-    // {depth, value or gate, channels}, in boxes of 64 by 1 by COLUMNS / 2.
+    // {depth, phases * columns}, in boxes of 64 by COLUMNS. Behind a gate, where rows are values and gates in turns, it
+    // is {depth, value or gate, channels}, in boxes of 64 by 1 by COLUMNS / 2.
     CUtensorMap weight;
     CUtensorMap out[4];  // of each phase, as the sources, in boxes of one span of channels by half the rectangle
     CUtensorMap residual;  // likewise; not read if there is none
@@ -95,8 +100,8 @@ template <int COLUMNS_, int STAGES_, bool GATED_, bool PINGPONG_> struct Tile {
     // Of a warpgroup: 64 pixels of a tile each, and warps that share a tile.
     static constexpr int HALVES = PINGPONG ? 2 : 1, WARPS = PINGPONG ? 4 : 8;
     static constexpr int A = ROWS * STEP * 2, B = COLUMNS * STEP * 2, STAGE = A + B;
-    // Of the result: columns of a tile, and how many eights of them, channels of a box, bytes of a span, boxes, bytes of
-    // the 64 pixels of a warpgroup.
+    // Of the result: columns of a tile, and how many eights of them, channels of a box, bytes of a span, boxes, bytes
+    // of the 64 pixels of a warpgroup.
     static constexpr int OUT = GATED ? COLUMNS / 2 : COLUMNS, CHUNKS = OUT / 8;
     static constexpr int BOX = OUT % 64 == 0 ? 64 : OUT % 32 == 0 ? 32 : 16, SPAN = BOX * 2, BOXES = OUT / BOX;
     static constexpr int PIECE = 64 * OUT * 2;
@@ -200,9 +205,9 @@ template <class T> PTX_FN float2 column_operands(const ConvHopperParams& p, cons
     return {folded.x, fmaf(e.gain, folded.y, e.bias_gain * bias)};
 }
 
-// The mean that a folded layer norm takes from a row, and what it multiplies by: the inverse deviation and the gain. They
-// come of the moments of the row's units, in one pass over them, eight loads at a time: about the first unit's mean, which
-// is one of those summed, as in norm.cu.
+// The mean that a folded layer norm takes from a row, and what it multiplies by: the inverse deviation and the gain.
+// They come of the moments of the row's units, in one pass over them, eight loads at a time: about the first unit's
+// mean, which is one of those summed, as in norm.cu.
 PTX_FN float2 row_operands(const ConvHopperParams& p, int row) {
     constexpr int TOGETHER = 8;
     if (!p.source_moments || row >= p.width) return {0.0f, p.after.gain};
@@ -433,10 +438,10 @@ template <class T> PTX_FN void store_row_moments(const ConvHopperParams& p, cons
     }
 }
 
-// A warpgroup's results, of a half of a tile: from fragments, through its staging memory, into the result. One short loop
-// over the sums for each thing that may follow the product: most products skip most of them, and what they run is 5 to 15
-// KB of code. Together in one loop they were 200 KB of branches, and fetching these instructions took ten times their
-// execution.
+// A warpgroup's results, of a half of a tile: from fragments, through its staging memory, into the result. One short
+// loop over the sums for each thing that may follow the product: most products skip most of them, and what they run is
+// 5 to 15 KB of code. Together in one loop they were 200 KB of branches, and fetching these instructions took ten times
+// their execution.
 template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at, int half,
                                           const float2* operands, uint32_t shared, int parity) {
     const Epilogue& e = p.after;
@@ -463,7 +468,8 @@ template <class T> PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[
     else
         named_bar_sync(1 + group, 128);
     // ldmatrix and stmatrix: this lane names a row of 8 channels of the upper or lower 8 rows, of the left or right
-    // half of 16. Each word is of the left and the right 8 channels, the upper and the lower row: two neighbouring channels.
+    // half of 16. Each word is of the left and the right 8 channels, the upper and the lower row: two neighbouring
+    // channels.
     int row = warp * 16 + lane % 16;
     auto place_of_chunk = [&](int j) {
         int chunk = 2 * j + lane / 16, in_box = chunk % (T::BOX / 8);
@@ -522,8 +528,8 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
         parity ^= slot / T::STAGES & 1, slot %= T::STAGES;
     };
     int operands_slot = 0, operands_parity = 0;
-    // Turns at multiplying: a warpgroup waits at barrier 4 and its own number until the tile before has had its stages, for
-    // the parity of a slot further ahead would be another round's.
+    // Turns at multiplying: a warpgroup waits at barrier 4 and its own number until the tile before has had its stages,
+    // for the parity of a slot further ahead would be another round's.
     if (T::PINGPONG && group == 1) {
         skip(), operands_slot = 1;
         named_bar_arrive(4, CONSUMERS);
@@ -548,8 +554,8 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
                 for (int half = 0; half < T::HALVES; half++)
                     multiply<T::COLUMNS>(d[half], a + half * (64 * 128 >> 4) + 2 * k, b + 2 * k, step > 0 || k > 0);
             wgmma_commit();
-            // While products are under way the last store has read the staging memory, and the residual comes there. With
-            // splits only the last block stores, and fetches the residual when it knows that it is.
+            // While products are under way the last store has read the staging memory, and the residual comes there.
+            // With splits only the last block stores, and fetches the residual when it knows that it is.
             if (step == min(1, count - 1) && p.splits == 1) {
                 if (stores) prepare_staging<T>(p, at, shared, T::PINGPONG ? 0 : group);
                 // wgmma is for whole warps: the thread that stored, and fetched, catches up.

@@ -46,19 +46,23 @@ impl Moments {
     }
 }
 
-/// The moments that the norms which read an activation want: a layer norm without a launch those of rows, group norms that
-/// take an image in several stretches those of units of which each group has a whole number; `None` if these would be odd
-/// or smaller than four channels.
+/// The moments that the norms which read an activation want: a layer norm without a launch those of rows, group norms, and
+/// gradients of those that take an image in several stretches, those of units of which each group has a whole number;
+/// `None` if these would be odd or smaller than four channels.
 pub(super) fn wanted(graph: &Graph, id: TensorId, limits: Limits) -> Option<Moments> {
     if folded::leaves_moments(graph, id, limits) {
         return of_rows(graph.shape(id).c);
     }
     let mut unit = 0;
     for node in graph.readers(id) {
-        let (Op::GroupNorm(norm) | Op::GroupNormGradient { of: norm, .. }) = &node.op else { continue };
+        let norm = match &node.op {
+            Op::GroupNorm(norm) => norm,
+            Op::GroupNormGradient { of, .. } if Cut::of(of, |id| graph.shape(id)).stretches > 1 => of,
+            _ => continue,
+        };
         let mut first = 0;
         for source in norm.sources.iter() {
-            if source == id && Cut::of(norm, |id| graph.shape(id)).stretches > 1 {
+            if source == id {
                 let channels: usize = norm.sources.iter().map(|id| graph.shape(id).c).sum();
                 unit = gcd(gcd(unit, channels / norm.groups), gcd(first, graph.shape(id).c));
             }
@@ -112,6 +116,12 @@ impl Cut {
         let sources: Vec<usize> = norm.sources.iter().map(|t| shape(t).c).collect();
         let per_group = sources.iter().sum::<usize>() / norm.groups;
         Cut::new(&sources, per_group, shape(norm.sources.x).tokens())
+    }
+
+    /// With stretches so short that a thread has two vectors, for a kernel to which they mean nothing.
+    pub fn finer(self, pixels: usize) -> Self {
+        let stretch = (2 * THREADS * self.width).div_ceil(self.slab).min(pixels);
+        Cut { stretch, stretches: pixels.div_ceil(stretch), ..self }
     }
 
     /// Bytes of shared memory: a pair of numbers for each group of a slab, and one for each channel of a slab in each
@@ -209,7 +219,7 @@ mod tests {
             // A product of less depth is faster by mma.sync.
             let (size, inputs, options) = match reads {
                 Reads::Pixels => ((h, w), 384, ConvOptions::default()),
-                Reads::Neighbours => ((h, w), 64, ConvOptions::conv3x3()),
+                Reads::Neighbours => ((h, w), 192, ConvOptions::conv3x3()),
                 Reads::Doubled => ((h / 2, w / 2), 128, ConvOptions { resize: Some((h, w)), ..ConvOptions::conv3x3() }),
             };
             let source = g.input("source", Shape::new(images, size.0, size.1, inputs));
@@ -275,7 +285,7 @@ mod tests {
     }
 
     #[cfg(feature = "emulated")]
-    const CASES: [Case; 5] = [
+    const CASES: [Case; 7] = [
         // A group of 20 has 16 channels of the first source and 4 of the second.
         Case { reads: Reads::Pixels, images: 2, size: (24, 56), channels: [96, 64], groups: 8 },
         Case { reads: Reads::Neighbours, images: 1, size: (24, 48), channels: [160, 80], groups: 24 },
@@ -283,6 +293,9 @@ mod tests {
         // So many units that they are merged first, with a part that is not full.
         Case { reads: Reads::Pixels, images: 1, size: (132, 128), channels: [80, 80], groups: 20 },
         Case { reads: Reads::Pixels, images: 2, size: (8, 200), channels: [320, 80], groups: 20 },
+        // One stretch, of which only the last kernel is left; a half of a tile is a whole image.
+        Case { reads: Reads::Neighbours, images: 3, size: (8, 8), channels: [320, 160], groups: 16 },
+        Case { reads: Reads::Neighbours, images: 2, size: (16, 16), channels: [160, 160], groups: 16 },
     ];
 
     /// Moments are those of the numbers that were stored, in float64; and the norm made with them is right.

@@ -50,7 +50,7 @@ pub(super) fn workspace(graph: &Graph, norm: &GroupNorm) -> usize {
 }
 
 /// The launches that leave the moments of the norm's groups, what its other kernels and its gradient's read, and how it is
-/// cut. One stretch needs no such launches.
+/// cut. One stretch needs no such launches, and its kernels no moments, but they may have been left by the products.
 fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (Vec<Launch>, GroupNormParams, Cut) {
     let x = site.shape(norm.sources.x);
     let shape = Shape { c: norm.sources.iter().map(|t| site.shape(t).c).sum(), ..x };
@@ -81,13 +81,10 @@ fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (Vec<Launc
         pixel_units: cut.stretches as i32,
         padding: 0,
     };
-    if cut.stretches == 1 {
-        return (Vec::new(), params, cut);
-    }
-    let left = norm.sources.iter().map(|id| conv::moments(site.graph(), id, site.limits));
-    let Some(left) = left.collect::<Option<Vec<Moments>>>() else {
+    let Some(left) = moments_left(norm, site) else {
         let kernels = ["group_norm_statistics_8", "group_norm_statistics_1"];
-        return (vec![cut.launch(kernels, x.n, cut.shared(per_group).1, &params)], params, cut);
+        let statistics = || cut.launch(kernels, x.n, cut.shared(per_group).1, &params);
+        return ((cut.stretches > 1).then(statistics).into_iter().collect(), params, cut);
     };
     let pixel_units = left[0].pixel_units(x);
     let units = GroupNormParams {
@@ -109,6 +106,11 @@ fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (Vec<Launc
     (vec![Launch::new("group_norm_merge", grid, THREADS, 0, &units)], params, cut)
 }
 
+/// The moments that the products which made the sources left, if all did.
+fn moments_left(norm: &GroupNorm, site: &Site) -> Option<Vec<Moments>> {
+    norm.sources.iter().map(|id| conv::moments(site.graph(), id, site.limits)).collect()
+}
+
 impl Cut {
     fn launch(&self, kernels: [&'static str; 2], images: usize, shared: usize, params: &impl NoUninit) -> Launch {
         let kernel = kernels[usize::from(self.width != VECTOR)];
@@ -118,14 +120,19 @@ impl Cut {
 
 pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches: &mut Vec<Launch>) {
     let images = site.shape(out).n;
-    let (moments, params, cut) = group_norm_params(norm, out, site);
+    let (moments, mut params, mut cut) = group_norm_params(norm, out, site);
     let (groups, sums) = cut.shared(params.per_group as usize);
     launches.extend(moments);
     if cut.stretches == 1 {
-        launches.push(cut.launch(["group_norm_8", "group_norm_1"], images, groups + sums, &params));
-    } else {
-        launches.push(cut.launch(["group_norm_apply_8", "group_norm_apply_1"], images, groups, &params));
+        if moments_left(norm, site).is_none() {
+            launches.push(cut.launch(["group_norm_8", "group_norm_1"], images, groups + sums, &params));
+            return;
+        }
+        // Only the last kernel is left, whose results no cut changes: more blocks fill more multiprocessors.
+        cut = cut.finer(params.pixels as usize);
+        params.stretch = cut.stretch as i32;
     }
+    launches.push(cut.launch(["group_norm_apply_8", "group_norm_apply_1"], images, groups, &params));
 }
 
 crate::params! {
