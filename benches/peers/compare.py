@@ -1,0 +1,273 @@
+"""A UNet step or a decode on the CPU, beside OpenVINO, ONNX Runtime and PyTorch: python benches/peers/compare.py FOLDER
+PROGRAM... [--network unet|decode] [--rounds N] [--threads N] [--engines NAMES] [--exact] [--plot FILE.png]
+
+Makes a UNet and a VAE of Stable Diffusion 1.5's size with random fp16 weights in FOLDER, unless they are there
+(scripts/real_size.py), and runs a guided step of 512x512 pixels, two rows of 77 tokens, or the decode of one picture,
+in fp32: in every round by each engine and by each PROGRAM (`respodiff`, or several builds of it), each in a process of
+its own with as many threads, one after the other. What counts is the second call of a process, the peak of its memory,
+and how long it takes until the first call could begin.
+
+diffusers' network is what PyTorch runs, eagerly; OpenVINO and ONNX Runtime get it as a file, which is made from it once
+and is not counted. Prints medians with least and most, ratios to the first engine's of the same round, and the distance
+(relative L2) from the first engine's output, or with `--exact` from PyTorch's in float64, which takes minutes once.
+
+pip install -r benches/peers/requirements.txt
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import real_size  # noqa: E402
+
+MODEL = "sd15"
+COMPONENT = {"unet": "unet", "decode": "vae"}
+OUTPUT = {"unet": "sample", "decode": "image"}  # as `respodiff probe` names it
+NAMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
+CALLS = 2  # of a process, of which the last counts
+
+
+def inputs(network):
+    """By name, in the order that the networks take them."""
+    return real_size.inputs(MODEL, COMPONENT[network])
+
+
+def module(folder, network, dtype):
+    """diffusers' network as a function of the inputs alone."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import load_file as load
+
+    kind = UNet2DConditionModel if network == "unet" else AutoencoderKL
+    at = folder / COMPONENT[network]
+    with torch.device("meta"):
+        inner = kind.from_config(kind.load_config(at))
+    weights = {name: tensor.to(dtype) for name, tensor in load(at / "diffusion_pytorch_model.safetensors").items()}
+    inner.load_state_dict(weights, assign=True)
+
+    class Call(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *given):
+            return (self.inner if network == "unet" else self.inner.decode)(*given, return_dict=False)[0]
+
+    return Call().eval()
+
+
+class Torch:
+    def __init__(self, folder, network, threads):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.torch, self.module = torch, module(folder, network, torch.float32)
+
+    def call(self, given):
+        with self.torch.inference_mode():
+            return self.module(*given.values()).numpy()
+
+
+class OpenVino:
+    def __init__(self, folder, network, threads):
+        import openvino
+
+        config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
+                  "PERFORMANCE_HINT": "LATENCY"}
+        self.compiled = openvino.Core().compile_model(self.file(folder, network), "CPU", config)
+
+    @staticmethod
+    def file(folder, network):
+        return folder / f"{network}.xml"
+
+    @staticmethod
+    def make(folder, network):
+        import openvino
+        import torch
+
+        given = inputs(network)
+        model = openvino.convert_model(module(folder, network, torch.float32), example_input=tuple(given.values()),
+                                       input=[tuple(tensor.shape) for tensor in given.values()])
+        # The weights are fp16's numbers: the file holds them as such, and loses nothing.
+        openvino.save_model(model, OpenVino.file(folder, network), compress_to_fp16=True)
+
+    def call(self, given):
+        return self.compiled([tensor.numpy() for tensor in given.values()])[0]
+
+
+class OnnxRuntime:
+    def __init__(self, folder, network, threads):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(
+            self.file(folder, network), options, providers=["CPUExecutionProvider"])
+
+    @staticmethod
+    def file(folder, network):
+        return folder / f"{network}_onnx" / "model.onnx"
+
+    @staticmethod
+    def make(folder, network):
+        import torch
+
+        given, to = inputs(network), OnnxRuntime.file(folder, network)
+        to.parent.mkdir(exist_ok=True)
+        torch.onnx.export(module(folder, network, torch.float32), tuple(given.values()), to, dynamo=False,
+                          input_names=list(given), opset_version=17)
+
+    def call(self, given):
+        return self.session.run(None, {name: tensor.numpy() for name, tensor in given.items()})[0]
+
+
+ENGINES = {"openvino": OpenVino, "onnxruntime": OnnxRuntime, "torch": Torch}
+
+
+def engine(name, folder, network, threads, output):
+    """In a process of its own: prints seconds of loading and of the last call, and the peak of memory in MiB."""
+    given = inputs(network)
+    start = time.perf_counter()
+    made = ENGINES[name](folder, network, threads)
+    load = time.perf_counter() - start
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        result = made.call(given)
+        call = time.perf_counter() - start
+    save_file({OUTPUT[network]: np.ascontiguousarray(result)}, output)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(dict(load=load, call=call, peak=peak)))
+
+
+def exact(folder, network):
+    """The network's output in float64, which is kept."""
+    import torch
+
+    kept = folder / f"{network}_exact.safetensors"
+    if not kept.exists():
+        given = [tensor.double() for tensor in inputs(network).values()]
+        with torch.inference_mode():
+            result = module(folder, network, torch.float64)(*given)
+        save_file({OUTPUT[network]: result.numpy()}, kept)
+    return load_file(kept)[OUTPUT[network]]
+
+
+def run(command, threads):
+    """A process's text and the peak of its memory in MiB."""
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=os.environ | {"RAYON_NUM_THREADS": str(threads)}) as process:
+        text = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(map(str, command))}:\n{text}")
+    return text, usage.ru_maxrss / 1024
+
+
+def measure(args, name, given, output):
+    """A call of an engine or a program: seconds of it and of loading, and the peak of memory in MiB."""
+    if name in ENGINES:
+        command = [sys.executable, __file__, args.folder, "--network", args.network, "--threads", args.threads]
+        text, _ = run(command + ["--engine", name, "--output", output], args.threads)
+        told = json.loads(text.splitlines()[-1])
+        return told["call"], told["load"], told["peak"]
+    component = {"unet": "unet", "decode": "vae-decode"}[args.network]
+    command = [name, "probe", component, "--model", args.folder, "--inputs", given, "--output", output]
+    text, peak = run(command, args.threads)
+    return float(re.search(r"again ([\d.]+) s", text)[1]), float(re.search(r"weights in ([\d.]+) s", text)[1]), peak
+
+
+def plot(measured, args):
+    """Calls by engine, with their spread, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(measured)
+    calls = [[row[0] for row in rows] for rows in measured.values()]
+    middle = [statistics.median(row) for row in calls]
+    spread = [[m - min(row) for m, row in zip(middle, calls)], [max(row) - m for m, row in zip(middle, calls)]]
+    figure, axes = pyplot.subplots(figsize=(7, 0.6 * len(names) + 1.2), layout="constrained")
+    colors = ["#a9b4bc" if name in NAMES.values() else "#2a6f97" for name in names]
+    bars = axes.barh(names, middle, xerr=spread, capsize=4, color=colors)
+    axes.bar_label(bars, [f" {m:.1f} s" for m in middle], padding=6)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.18 * max(map(max, calls)))
+    what = {"unet": "a guided UNet step of 512x512 pixels", "decode": "a decode of 512x512 pixels"}[args.network]
+    axes.set_title(f"Stable Diffusion 1.5, {what}, fp32, {args.threads} threads", fontsize=10)
+    axes.set_xlabel(f"seconds, median of {len(calls[0])} with least and most")
+    figure.savefig(args.plot, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("programs", nargs="*", type=Path)
+    parser.add_argument("--network", choices=COMPONENT, default="unet")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--engines", default=",".join(ENGINES), help="of openvino, onnxruntime and torch, by commas")
+    parser.add_argument("--exact", action="store_true", help="distances from PyTorch's output in float64")
+    parser.add_argument("--plot", type=Path, help="a picture of the calls")
+    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--make", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.engine:
+        return engine(args.engine, args.folder, args.network, args.threads, args.output)
+    if args.make:
+        return ENGINES[args.make].make(args.folder, args.network)
+    engines = [name for name in args.engines.split(",") if name]
+    if unknown := set(engines) - set(ENGINES):
+        parser.error(f"--engines: no {', '.join(unknown)}; there are {', '.join(ENGINES)}")
+    if not engines:
+        parser.error("--engines: at least one is what the others are compared with")
+
+    # Not whole, for neither network needs the text encoders.
+    real_size.make(MODEL, args.folder, "cpu", whole=False)
+    given = args.folder / f"{args.network}_inputs.safetensors"
+    save_file({name: np.ascontiguousarray(tensor.numpy()) for name, tensor in inputs(args.network).items()}, given)
+    for name in engines:
+        if hasattr(ENGINES[name], "make") and not ENGINES[name].file(args.folder, args.network).exists():
+            print(f"making {NAMES[name]}'s file", flush=True)
+            # In a process of its own, whose end gives the memory back.
+            command = [sys.executable, __file__, args.folder, "--network", args.network, "--make", name]
+            subprocess.run(command, check=True)
+    right = exact(args.folder, args.network) if args.exact else None
+
+    measured, output = {}, args.folder / "output.safetensors"
+    for number in range(args.rounds):
+        first = right
+        for name in engines + args.programs:
+            row = measure(args, name, given, output)
+            result = load_file(output)[OUTPUT[args.network]].astype(np.float64)
+            first = result if first is None else first
+            error = np.linalg.norm(result - first) / np.linalg.norm(first)
+            measured.setdefault(NAMES.get(name, str(name)), []).append((*row, error))
+        print(f"round {number + 1}:", {name: round(rows[-1][0], 2) for name, rows in measured.items()}, flush=True)
+    base = measured[NAMES[engines[0]]]
+    for name, rows in measured.items():
+        calls, loads, peaks, errors = zip(*rows)
+        ratios = [call / other[0] for call, other in zip(calls, base)]
+        print(f"{name}: call {statistics.median(calls):.2f} s ({min(calls):.2f} to {max(calls):.2f}), "
+              f"{statistics.median(ratios):.2f} of {NAMES[engines[0]]}'s ({min(ratios):.2f} to {max(ratios):.2f}); "
+              f"load {statistics.median(loads):.1f} s; peak {max(peaks):.0f} MiB; off by {max(errors):.1e}")
+    if args.plot:
+        plot(measured, args)
+        print(args.plot)
+
+
+if __name__ == "__main__":
+    main()
