@@ -142,7 +142,6 @@ struct ProductParams {
     CUtensorMap a, b;
     float* out;
     int32_t tiles, fault;
-    uint64_t unused[6];
 };
 
 KERNEL product(const __grid_constant__ ProductParams p) {
@@ -205,7 +204,6 @@ struct StoredParams {
     CUtensorMap out;        // [64][n] floats
     const __half *a, *b;
     int32_t n, swizzle, mn_major, fault;
-    uint64_t unused[4];
 };
 
 // Where element (mn, k) of an operand of 64 deep lies, and the descriptor of 16 deep at k.
@@ -310,7 +308,6 @@ struct ChainParams {
     const float *constant, *before;
     float* out;
     int32_t fault, padding;
-    uint64_t unused[4];
 };
 
 KERNEL chain(const __grid_constant__ ChainParams p) {

@@ -93,6 +93,13 @@ fn plain(kernel: &str, fault: i32, schedule: &Schedule) -> Outcome {
     outcome(start(kernel, grid, block, shared, &params, schedule), &out, &expected)
 }
 
+/// The words of a structure of tensor maps and others, whose size is a multiple of a map's.
+fn structure(maps: &[TensorMap], others: &[u64]) -> Vec<u64> {
+    let mut words: Vec<u64> = maps.iter().flat_map(|map| map.0).chain(others.iter().copied()).collect();
+    words.resize(words.len().next_multiple_of(size_of::<TensorMap>() / size_of::<u64>()), 0);
+    words
+}
+
 /// A[rows][depth] B[columns][depth] transposed.
 fn matmul(a: &[i32], b: &[i32], depth: usize) -> Vec<f32> {
     let dot = |a: &[i32], b: &[i32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<i32>() as f32;
@@ -107,8 +114,7 @@ fn product(fault: i32, schedule: &Schedule) -> Outcome {
         let sizes = [depth as u64, rows.into()];
         TensorMap::tiled(memory.address(), 2, &sizes, &[depth as u64 * 2], &[64, rows], 3).unwrap()
     };
-    let mut params = [map(&a_memory, 64).0, map(&b_memory, 128).0].concat();
-    params.extend([out.address(), pair(tiles, fault), 0, 0, 0, 0, 0, 0]);
+    let params = structure(&[map(&a_memory, 64), map(&b_memory, 128)], &[out.address(), pair(tiles, fault)]);
     let shared = 2 * (64 + 128) * 128 + 32;
     outcome(start("product", 1, 256, shared, &params, schedule), &out, &matmul(&a, &b, depth))
 }
@@ -119,17 +125,8 @@ fn stored(layout: (usize, i32, i32), fault: i32, schedule: &Schedule) -> Outcome
     let (a, b) = (numbers(64 * 64, 1), numbers(n * 64, 2));
     let (a_memory, b_memory, out) = (halves(&a), halves(&b), Memory::new(64 * n * 4));
     let map = TensorMap::tiled(out.address(), 4, &[n as u64, 64], &[n as u64 * 4], &[n as u32, 64], 0).unwrap();
-    let mut params = map.0.to_vec();
-    params.extend([
-        a_memory.address(),
-        b_memory.address(),
-        pair(n, swizzle),
-        pair(mn_major as usize, fault),
-        0,
-        0,
-        0,
-        0,
-    ]);
+    let others = [a_memory.address(), b_memory.address(), pair(n, swizzle), pair(mn_major as usize, fault)];
+    let params = structure(&[map], &others);
     let shared = (64 * 128 + 256 * 128 + 64 * n * 4) as u32;
     outcome(start("stored", 1, 128, shared, &params, schedule), &out, &matmul(&a, &b, 64))
 }
@@ -151,8 +148,7 @@ fn chain(fault: i32, schedule: &Schedule) -> Outcome {
     let mut list = List::new();
     let mut next = |before: &Memory, out: &Memory, fault: i32| {
         let map = TensorMap::tiled(before.address(), 4, &[32, 1], &[128], &[32, 1], 0).unwrap();
-        let mut params = map.0.to_vec();
-        params.extend([c.address(), before.address(), out.address(), pair(fault as usize, 0), 0, 0, 0, 0]);
+        let params = structure(&[map], &[c.address(), before.address(), out.address(), pair(fault as usize, 0)]);
         let bytes: Vec<u8> = params.iter().flat_map(|word| word.to_le_bytes()).collect();
         // SAFETY: the kernel's parameters; its faults are caught by the emulator.
         unsafe { list.launch("chain", [blocks, 1, 1], 32, 144, &bytes, schedule) }.map(drop)
