@@ -19,10 +19,12 @@ import json
 import os
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -123,10 +125,15 @@ class OnnxRuntime:
     def make(folder, network):
         import torch
 
-        given, to = inputs(network), OnnxRuntime.file(folder, network)
-        to.parent.mkdir(exist_ok=True)
-        torch.onnx.export(module(folder, network, torch.float32), tuple(given.values()), to, dynamo=False,
-                          input_names=list(given), opset_version=17)
+        given, to = inputs(network), OnnxRuntime.file(folder, network).parent
+        # Under another name until it is whole: beyond 2 GiB the weights are files of their own beside it.
+        making = to.with_name(to.name + ".part")
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir()
+        torch.onnx.export(module(folder, network, torch.float32), tuple(given.values()), str(making / "model.onnx"),
+                          dynamo=False, input_names=list(given), opset_version=17)
+        shutil.rmtree(to, ignore_errors=True)
+        making.rename(to)
 
     def call(self, given):
         return self.session.run(None, {name: tensor.numpy() for name, tensor in given.items()})[0]
@@ -228,6 +235,8 @@ def main():
     if args.engine:
         return engine(args.engine, args.folder, args.network, args.threads, args.output)
     if args.make:
+        # Of tracing, which holds for these shapes alone, as is wanted.
+        warnings.simplefilter("ignore")
         return ENGINES[args.make].make(args.folder, args.network)
     engines = [name for name in args.engines.split(",") if name]
     if unknown := set(engines) - set(ENGINES):
