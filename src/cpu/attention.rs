@@ -4,14 +4,15 @@
 //! For each image and head, keys and values are packed once into panels for [`super::gemm`]; then each block of
 //! queries passes over the keys. A block's scores (`Q_BLOCK` x `K_BLOCK`) stay in the cache.
 
-use super::gemm::{PANEL, ROWS, Segment, multiply, pack_panel, packed_len};
-use super::simd::{dispatch, exp, fused_exp};
+use super::gemm::{Left, PANEL, ROWS, multiply, pack_panel, packed_len};
+use super::simd::{dispatch, exp2};
 use super::{Memory, SharedOutput};
 use crate::graph::{Attention, Shape, TensorId, View};
 use rayon::prelude::*;
+use std::f32::consts::LOG2_E;
 
 /// Queries of a block.
-const Q_BLOCK: usize = 4 * ROWS;
+const Q_BLOCK: usize = 8 * ROWS;
 /// Keys of a block.
 const K_BLOCK: usize = 8 * PANEL;
 
@@ -67,30 +68,32 @@ pub(super) fn run(attention: &Attention, out: TensorId, memory: &Memory) {
             // Rows beyond the last query compute on zeros and are never written.
             if row < count {
                 let query = &data[(first + row) * width..][..head_dim];
-                scaled.iter_mut().zip(query).for_each(|(s, x)| *s = x * scale);
+                scaled.iter_mut().zip(query).for_each(|(s, x)| *s = x * (scale * LOG2_E));
             } else {
                 scaled.fill(0.0);
             }
         }
         let totals = attend(scaled, count, packed_keys, packed_values, (keys, head_dim), causal.then_some(first), sums);
-        for (row, total) in totals.iter().enumerate().take(count) {
+        let rows = sums.chunks_exact(head_dim.next_multiple_of(PANEL)).zip(totals).take(count);
+        for (row, (sums, total)) in rows.enumerate() {
             let at = (i / heads * queries + first + row) * shape.c + i % heads * head_dim;
             // SAFETY: this task alone writes these rows of this head.
             let out = unsafe { output.at(at, head_dim) };
-            for (j, out) in out.iter_mut().enumerate() {
-                *out = sums[strip_at(row, j)] / total;
-            }
+            out.iter_mut().zip(sums).for_each(|(out, x)| *out = x / total);
         }
     });
 }
 
-/// Where column `j` of a query stands in `sums`: strips of `[PANEL]`-wide rows, one a panel.
-fn strip_at(row: usize, j: usize) -> usize {
-    (j / PANEL * Q_BLOCK + row) * PANEL + j % PANEL
-}
-
+/// A block's scores, a row a query, in units of ln 2: powers of two are less work than those of e.
 #[repr(align(64))]
-struct Scores([[f32; Q_BLOCK * PANEL]; K_BLOCK / PANEL]);
+struct Scores([[f32; K_BLOCK]; Q_BLOCK]);
+
+/// What is known of a block's queries before all keys have passed.
+struct State {
+    maxima: [f32; Q_BLOCK],
+    /// Sums of the exponentials.
+    totals: [f32; Q_BLOCK],
+}
 
 /// Unnormalised outputs of the first `rows` queries of a block into `sums`; returns each row's sum of exponentials.
 fn attend(
@@ -102,46 +105,27 @@ fn attend(
     causal_from: Option<usize>,
     sums: &mut [f32],
 ) -> [f32; Q_BLOCK] {
-    let mut scores = Scores([[0.0; Q_BLOCK * PANEL]; K_BLOCK / PANEL]);
-    let mut maxima = [f32::NEG_INFINITY; Q_BLOCK];
-    let mut totals = [0.0f32; Q_BLOCK];
+    let mut scores = Scores([[0.0; K_BLOCK]; Q_BLOCK]);
+    let mut state = State { maxima: [f32::NEG_INFINITY; Q_BLOCK], totals: [0.0; Q_BLOCK] };
+    let padded = head_dim.next_multiple_of(PANEL);
     sums.fill(0.0);
-    let tiles = rows.div_ceil(ROWS);
     let visible = causal_from.map_or(keys, |first| (first + Q_BLOCK).min(keys));
     for start in (0..visible).step_by(K_BLOCK) {
         let count = K_BLOCK.min(visible - start);
-        let panels = count.div_ceil(PANEL);
-        for (p, strip) in scores.0[..panels].iter_mut().enumerate() {
-            let panel = packed_keys[(start / PANEL + p) * head_dim * PANEL..].as_ptr();
-            for tile in 0..tiles {
-                let rows = std::array::from_fn(|r| queries[(tile * ROWS + r) * head_dim..].as_ptr());
-                let segment = Segment { len: head_dim, rows };
-                multiply(&[segment], panel, strip[tile * ROWS * PANEL..].as_mut_ptr(), count - p * PANEL, true);
-            }
+        let left = Left { numbers: queries, pitch: head_dim, rows, depth: head_dim };
+        for first in (0..count).step_by(PANEL) {
+            let panel = &packed_keys[(start + first) * head_dim..];
+            multiply(left, panel, &mut scores.0.as_flattened_mut()[first..], K_BLOCK, count - first, true);
         }
-        for row in 0..rows {
-            let seen = causal_from.map_or(count, |first| (first + row + 1).saturating_sub(start).min(count));
-            let mut factor = 1.0;
-            softmax_row(&mut scores, row, seen, panels, &mut maxima[row], &mut totals[row], &mut factor);
-            if factor != 1.0 {
-                for j in (0..head_dim).step_by(PANEL) {
-                    sums[strip_at(row, j)..][..PANEL].iter_mut().for_each(|x| *x *= factor);
-                }
-            }
-        }
-        for (p, sums) in sums.chunks_exact_mut(Q_BLOCK * PANEL).enumerate() {
-            let panel = &packed_values[(p * keys + start) * PANEL..];
-            for tile in 0..tiles {
-                let segments: [Segment; K_BLOCK / PANEL] = std::array::from_fn(|s| Segment {
-                    len: count.saturating_sub(s * PANEL).min(PANEL),
-                    rows: std::array::from_fn(|r| scores.0[s][(tile * ROWS + r) * PANEL..].as_ptr()),
-                });
-                let sums = sums[tile * ROWS * PANEL..].as_mut_ptr();
-                multiply(&segments[..panels], panel.as_ptr(), sums, head_dim - p * PANEL, false);
-            }
+        let diagonal = causal_from.map(|first| (first + 1).saturating_sub(start));
+        softmax(&mut scores.0[..rows], count, diagonal, &mut state, sums, padded);
+        let left = Left { numbers: scores.0.as_flattened(), pitch: K_BLOCK, rows, depth: count };
+        for (p, panel) in packed_values.chunks_exact(keys * PANEL).enumerate() {
+            let first = p * PANEL;
+            multiply(left, &panel[start * PANEL..], &mut sums[first..], padded, head_dim - first, false);
         }
     }
-    totals
+    state.totals
 }
 
 /// One number of a panel's lanes, halving them: a chain of 32 would take longer than the row itself.
@@ -156,52 +140,46 @@ fn across(mut lanes: [f32; PANEL], f: impl Fn(f32, f32) -> f32) -> f32 {
 }
 
 dispatch! {
-    /// Turns a row's scores into exponentials against its running maximum; `factor` corrects what came before.
-    fn softmax_row(
-        scores: &mut Scores,
-        row: usize,
-        seen: usize,
-        panels: usize,
-        maximum: &mut f32,
-        total: &mut f32,
-        factor: &mut f32,
+    /// Turns rows of `count` scores into powers of two against their running maxima, and corrects the totals and the sums
+    /// (rows of `padded` numbers) of the keys before. With a `diagonal`, row `i` sees the first `diagonal + i` scores.
+    fn softmax(
+        scores: &mut [[f32; K_BLOCK]],
+        count: usize,
+        diagonal: Option<usize>,
+        state: &mut State,
+        sums: &mut [f32],
+        padded: usize,
     ) {
-        let mut lanes = [f32::NEG_INFINITY; PANEL];
-        for (p, strip) in scores.0[..panels].iter_mut().enumerate() {
-            let line = &mut strip[row * PANEL..][..PANEL];
-            if seen < (p + 1) * PANEL {
-                line[seen.saturating_sub(p * PANEL)..].fill(f32::NEG_INFINITY);
-            }
-            for (lane, x) in lanes.iter_mut().zip(&*line) {
-                *lane = if *x > *lane { *x } else { *lane };
-            }
-        }
-        let highest = across(lanes, |a, b| if a > b { a } else { b }).max(*maximum);
-        if highest == f32::NEG_INFINITY {
-            // A causal row that sees none of this block: its weights are zero, not NaN.
-            for strip in &mut scores.0[..panels] {
-                strip[row * PANEL..][..PANEL].fill(0.0);
-            }
-            return;
-        }
-        let mut sums = [0.0f32; PANEL];
-        for (p, strip) in scores.0[..panels].iter_mut().enumerate() {
-            let line = &mut strip[row * PANEL..][..PANEL];
-            for (sum, x) in sums.iter_mut().zip(&mut *line) {
-                *x = fused_exp::<ISA>(*x - highest);
-                *sum += *x;
-            }
-            if seen < (p + 1) * PANEL {
-                // `exp` clamps: what is masked is exactly zero.
-                let cut = seen.saturating_sub(p * PANEL);
-                for (sum, x) in sums[cut..].iter_mut().zip(&mut line[cut..]) {
-                    *sum -= *x;
-                    *x = 0.0;
+        for (row, line) in scores.iter_mut().enumerate() {
+            let seen = diagonal.map_or(count, |first| (first + row).min(count));
+            let (maximum, total) = (&mut state.maxima[row], &mut state.totals[row]);
+            let wide = seen.next_multiple_of(PANEL);
+            line[seen..wide].fill(f32::NEG_INFINITY);
+            let (panels, _) = line[..wide].as_chunks_mut::<PANEL>();
+            let mut lanes = [f32::NEG_INFINITY; PANEL];
+            for panel in &*panels {
+                for (lane, x) in lanes.iter_mut().zip(panel) {
+                    *lane = if *x > *lane { *x } else { *lane };
                 }
             }
+            let highest = across(lanes, |a, b| if a > b { a } else { b }).max(*maximum);
+            if highest > *maximum && *maximum != f32::NEG_INFINITY {
+                let factor = exp2::<ISA>(*maximum - highest);
+                *total *= factor;
+                let (sums, _) = sums[row * padded..][..padded].as_chunks_mut::<PANEL>();
+                sums.iter_mut().for_each(|sums| sums.iter_mut().for_each(|x| *x *= factor));
+            }
+            *maximum = highest;
+            let mut lanes = [0.0f32; PANEL];
+            for panel in panels {
+                for (sum, x) in lanes.iter_mut().zip(panel) {
+                    *x = exp2::<ISA>(*x - highest);
+                    *sum += *x;
+                }
+            }
+            // What is masked is exactly zero; its power was 2^-125, which changes no total: those are one or more.
+            line[seen..count.max(wide)].fill(0.0);
+            *total += across(lanes, |a, b| a + b);
         }
-        *factor = if *maximum == f32::NEG_INFINITY { 1.0 } else { exp(*maximum - highest) };
-        *total = *total * *factor + across(sums, |a, b| a + b);
-        *maximum = highest;
     }
 }

@@ -5,11 +5,12 @@
 //!
 //! A block's rows of `P` and `dP` over all keys are held, 2 x `Q_BLOCK` x keys numbers a head.
 
-use super::gemm::{PANEL, ROWS, Segment, multiply, pack_panel, packed_len};
-use super::simd::{dispatch, exp};
+use super::gemm::{Left, PANEL, ROWS, multiply, pack_panel, packed_len};
+use super::simd::{dispatch, exp2};
 use super::{Memory, SharedOutput};
 use crate::graph::{Attention, Shape, TensorId, View};
 use rayon::prelude::*;
+use std::f32::consts::LOG2_E;
 
 /// Queries of a block.
 const Q_BLOCK: usize = 4 * ROWS;
@@ -85,14 +86,14 @@ pub(super) fn run(attention: &Attention, fused: bool, d: TensorId, out: TensorId
             queries,
             scale: attention.scale,
         };
-        let write = |view: View, token: usize, channel: usize, values: &[f32]| {
-            let offset = if fused { view.offset } else { 0 } + head * head_dim + channel;
+        let write = |view: View, token: usize, values: &[f32]| {
+            let offset = if fused { view.offset } else { 0 } + head * head_dim;
             // SAFETY: this task alone writes this head's channels of this image.
             let out = unsafe { output.at((image * queries + token) * width + offset, values.len()) };
             out.copy_from_slice(values);
         };
         let views = [q, k, v];
-        one_head(&inputs, &sizes, scratch, |which, token, channel, x| write(views[which], token, channel, x));
+        one_head(&inputs, &sizes, scratch, |which, token, x| write(views[which], token, x));
     });
 }
 
@@ -106,8 +107,8 @@ struct Inputs<'a> {
     scale: f32,
 }
 
-/// `write` takes 0, 1 or 2 for query, key or value, its token, a first channel, and the gradient from there on.
-fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: impl Fn(usize, usize, usize, &[f32])) {
+/// `write` takes 0, 1 or 2 for query, key or value, its token, and the gradient.
+fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: impl Fn(usize, usize, &[f32])) {
     let mut take = |len: usize| {
         let (taken, rest) = std::mem::take(&mut scratch).split_at_mut(len);
         scratch = rest;
@@ -138,25 +139,18 @@ fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: impl
                 }
             }
         }
-        products(q_rows, head_dim, k_panels, p);
-        products(d_rows, head_dim, v_panels, dp);
-        for row in 0..Q_BLOCK {
-            softmax_gradient_row(p, dp, row, keys);
+        for (rows, panels, scores) in [(&*q_rows, &*k_panels, &mut *p), (&*d_rows, &*v_panels, &mut *dp)] {
+            let left = Left { numbers: rows, pitch: head_dim, rows: Q_BLOCK, depth: head_dim };
+            products(left, panels, scores, sizes.wide(), true);
         }
-        // dQ = scale dS K; the strips of dS are its segments.
-        let strips = sizes.wide() / PANEL;
-        for (column, sums) in dq.chunks_exact_mut(Q_BLOCK * PANEL).enumerate() {
-            for tile in 0..Q_BLOCK / ROWS {
-                for strip in 0..strips {
-                    let rows = std::array::from_fn(|r| dp[(strip * Q_BLOCK + tile * ROWS + r) * PANEL..].as_ptr());
-                    let segment = Segment { len: PANEL.min(keys - strip * PANEL), rows };
-                    let panel = keys_by_channel[(column * keys + strip * PANEL) * PANEL..].as_ptr();
-                    multiply(&[segment], panel, sums[tile * ROWS * PANEL..].as_mut_ptr(), PANEL, strip == 0);
-                }
-            }
-        }
+        softmax_gradient(p, dp, sizes.wide(), keys);
+        // dQ = scale dS K.
+        let left = Left { numbers: dp, pitch: sizes.wide(), rows: Q_BLOCK, depth: keys };
+        products(left, keys_by_channel, dq, deep, true);
         dq.iter_mut().for_each(|x| *x *= inputs.scale);
-        write_rows(dq, Q_BLOCK, head_dim, count, |row, channel, x| write(0, first + row, channel, x));
+        for (row, x) in dq.chunks_exact(deep).enumerate().take(count) {
+            write(0, first + row, &x[..head_dim]);
+        }
         if sizes.fused {
             // q_rows hold the scale already. dK += dS^T Q, dV += P^T dO.
             let (q_panels, d_panels) = row_panels.split_at_mut(Q_BLOCK * deep);
@@ -164,24 +158,16 @@ fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: impl
             for (rows, panels, scores, sums) in [(&*q_rows, q_panels, &*dp, dk), (&*d_rows, d_panels, &*p, dv)] {
                 pack_columns((rows, head_dim), Q_BLOCK, head_dim, panels);
                 transpose(scores, keys, transposed);
-                accumulate(transposed, panels, keys.next_multiple_of(ROWS), sums);
+                let left = Left { numbers: transposed, pitch: Q_BLOCK, rows: keys, depth: Q_BLOCK };
+                products(left, panels, sums, deep, false);
             }
         }
     }
     if sizes.fused {
         for (which, sums) in dkv.chunks_exact(dkv.len() / 2).enumerate() {
-            let rows = keys.next_multiple_of(ROWS);
-            write_rows(sums, rows, head_dim, keys, |key, channel, x| write(1 + which, key, channel, x));
-        }
-    }
-}
-
-/// Hands out the first `count` rows of `[panel][rows][PANEL]` by their parts.
-fn write_rows(sums: &[f32], rows: usize, head_dim: usize, count: usize, write: impl Fn(usize, usize, &[f32])) {
-    for (panel, sums) in sums.chunks_exact(rows * PANEL).enumerate() {
-        let width = PANEL.min(head_dim - panel * PANEL);
-        for (row, x) in sums.chunks_exact(PANEL).enumerate().take(count) {
-            write(row, panel * PANEL, &x[..width]);
+            for (key, x) in sums.chunks_exact(deep).enumerate().take(keys) {
+                write(1 + which, key, &x[..head_dim]);
+            }
         }
     }
 }
@@ -193,70 +179,55 @@ fn pack_columns((data, width): (&[f32], usize), tokens: usize, head_dim: usize, 
     }
 }
 
-/// All products of a block's rows with the packed columns, in strips `[panel][Q_BLOCK][PANEL]`.
-fn products(rows: &[f32], head_dim: usize, panels: &[f32], out: &mut [f32]) {
-    for (panel, strip) in panels.chunks_exact(head_dim * PANEL).zip(out.chunks_exact_mut(Q_BLOCK * PANEL)) {
-        for tile in 0..Q_BLOCK / ROWS {
-            let rows = std::array::from_fn(|r| rows[(tile * ROWS + r) * head_dim..].as_ptr());
-            let segment = Segment { len: head_dim, rows };
-            multiply(&[segment], panel.as_ptr(), strip[tile * ROWS * PANEL..].as_mut_ptr(), PANEL, true);
-        }
+/// Products of a block with all panels, in rows of `wide` numbers; added to what is there unless they are the first.
+fn products(left: Left, panels: &[f32], out: &mut [f32], wide: usize, first: bool) {
+    for (i, panel) in panels.chunks_exact(left.depth * PANEL).enumerate() {
+        multiply(left, panel, &mut out[i * PANEL..], wide, PANEL, first);
     }
 }
 
 dispatch! {
-    /// Scores to softmax, and its gradient to theirs, in place; zeros beyond the last key.
-    fn softmax_gradient_row(p: &mut [f32], dp: &mut [f32], row: usize, keys: usize) {
-        let strips = p.len() / (Q_BLOCK * PANEL);
-        let at = |strip: usize| (strip * Q_BLOCK + row) * PANEL;
-        let mut highest = f32::NEG_INFINITY;
-        for strip in 0..strips {
-            let seen = PANEL.min(keys - strip * PANEL);
-            for x in &p[at(strip)..][..seen] {
-                highest = if *x > highest { *x } else { highest };
+    /// Rows of `wide` scores to softmax, and its gradient to theirs, in place; zeros beyond the last key.
+    fn softmax_gradient(p: &mut [f32], dp: &mut [f32], wide: usize, keys: usize) {
+        for (p, dp) in p.chunks_exact_mut(wide).zip(dp.chunks_exact_mut(wide)) {
+            let mut highest = [f32::NEG_INFINITY; PANEL];
+            p[keys..].fill(f32::NEG_INFINITY);
+            let ((p, _), (dp, _)) = (p.as_chunks_mut::<PANEL>(), dp.as_chunks_mut::<PANEL>());
+            for p in &*p {
+                for (highest, x) in highest.iter_mut().zip(p) {
+                    *highest = if *x > *highest { *x } else { *highest };
+                }
             }
-        }
-        let (mut totals, mut dots) = ([0.0f32; PANEL], [0.0f32; PANEL]);
-        for strip in 0..strips {
-            let seen = PANEL.min(keys - strip * PANEL);
-            let (p, dp) = (&mut p[at(strip)..][..PANEL], &dp[at(strip)..][..PANEL]);
-            p[..seen].iter_mut().for_each(|x| *x = exp(*x - highest));
-            p[seen..].fill(0.0);
-            for i in 0..PANEL {
-                totals[i] += p[i];
-                dots[i] += p[i] * dp[i];
+            let highest = highest.iter().fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
+            p.iter_mut().for_each(|p| p.iter_mut().for_each(|x| *x = exp2::<ISA>((*x - highest) * LOG2_E)));
+            p.as_flattened_mut()[keys..].fill(0.0);
+            let (mut totals, mut dots) = ([0.0f32; PANEL], [0.0f32; PANEL]);
+            for (p, dp) in p.iter().zip(&*dp) {
+                for i in 0..PANEL {
+                    totals[i] += p[i];
+                    dots[i] += p[i] * dp[i];
+                }
             }
-        }
-        let inverse = 1.0 / totals.iter().sum::<f32>();
-        let mean = dots.iter().sum::<f32>() * inverse;
-        for strip in 0..strips {
-            let (p, dp) = (&mut p[at(strip)..][..PANEL], &mut dp[at(strip)..][..PANEL]);
-            for i in 0..PANEL {
-                p[i] *= inverse;
-                dp[i] = p[i] * (dp[i] - mean);
+            let inverse = 1.0 / totals.iter().sum::<f32>();
+            let mean = dots.iter().sum::<f32>() * inverse;
+            for (p, dp) in p.iter_mut().zip(dp) {
+                for i in 0..PANEL {
+                    p[i] *= inverse;
+                    dp[i] = p[i] * (dp[i] - mean);
+                }
             }
         }
     }
 }
 
 dispatch! {
-    /// Strips `[panel][Q_BLOCK][PANEL]` to rows of `Q_BLOCK` numbers, one a key.
-    fn transpose(strips: &[f32], keys: usize, out: &mut [f32]) {
+    /// Rows of scores to rows of `Q_BLOCK` numbers, one a key; zeros beyond the last.
+    fn transpose(scores: &[f32], keys: usize, out: &mut [f32]) {
+        let wide = scores.len() / Q_BLOCK;
         for (key, line) in out.chunks_exact_mut(Q_BLOCK).enumerate() {
             for (row, x) in line.iter_mut().enumerate() {
-                *x = if key < keys { strips[(key / PANEL * Q_BLOCK + row) * PANEL + key % PANEL] } else { 0.0 };
+                *x = if key < keys { scores[row * wide + key] } else { 0.0 };
             }
-        }
-    }
-}
-
-/// Adds to the sums `[panel][keys][PANEL]` the products of the rows of `left` (`Q_BLOCK` numbers each) with the panels.
-fn accumulate(left: &[f32], panels: &[f32], keys: usize, sums: &mut [f32]) {
-    for (panel, sums) in panels.chunks_exact(Q_BLOCK * PANEL).zip(sums.chunks_exact_mut(keys * PANEL)) {
-        for tile in 0..keys / ROWS {
-            let rows = std::array::from_fn(|r| left[(tile * ROWS + r) * Q_BLOCK..].as_ptr());
-            let segment = Segment { len: Q_BLOCK, rows };
-            multiply(&[segment], panel.as_ptr(), sums[tile * ROWS * PANEL..].as_mut_ptr(), PANEL, false);
         }
     }
 }

@@ -1,35 +1,26 @@
 //! Convolutions and linear layers, with everything that follows them fused.
 //!
-//! Where [`winograd::pays`] a 3x3 convolution is made there, and everything else here, tap by tap. Work is split into
-//! blocks of rows by groups of panels. Within a block, for each panel and each stretch of k that keeps the weights'
-//! lines in L1 (`K_BLOCK` x 32 numbers), all rows pass by; their partial sums stay in a strip of `M_BLOCK` x 32
-//! numbers, and the epilogue writes the strip out once.
+//! Where [`winograd::pays`] a 3x3 convolution is made there, and everything else here, as a product of matrices. A task
+//! is a block of rows by a group of panels. A stretch of k at a time, it gathers the pixels under the rows' taps into a
+//! block that stays in the second cache, and multiplies it by the group's panels in turn; their partial sums wait in
+//! strips of `M_BLOCK` x 32 numbers, and the epilogue writes each strip out once, when the last stretch has passed.
 
-use super::gemm::{Matrix, PANEL, ROWS, Segment, multiply};
+use super::gemm::{Left, Matrix, PANEL, ROWS, multiply};
 use super::simd::{dispatch, gelu, quick_gelu, silu};
 use super::weights::source_column;
 use super::{Memory, SharedOutput, Weights, winograd, with_scratch};
 use crate::graph::{Activation, Conv, Shape, TensorId};
 use rayon::prelude::*;
+use std::ops::Range;
 
-/// Rows of a block: 32 tiles of 12, a strip of 48 KiB.
-const M_BLOCK: usize = 32 * ROWS;
-/// Numbers of k between two visits of a strip, at least; segments are not split but for very wide ones.
+/// Most rows of a block: 16 tiles of 12.
+const M_BLOCK: usize = 16 * ROWS;
+/// Most of k at a time: a block of 288 KiB, and 48 KiB of a panel's lines.
 const K_BLOCK: usize = 384;
-/// Most pieces of a convolution: nine taps of two sources, and wide sources in several.
-const MAX_PIECES: usize = 128;
-/// Most segments between two visits of a strip.
-const MAX_SEGMENTS: usize = 16;
-
-/// A tap's channels of one source: where a stretch of k comes from.
-#[derive(Clone, Copy, Default)]
-struct Piece {
-    source: usize,
-    ky: usize,
-    kx: usize,
-    channel: usize,
-    len: usize,
-}
+/// Most panels of a task, whose sums are then 480 KiB.
+const GROUP: usize = 20;
+/// Values of a gated panel, and gates.
+const HALF: usize = PANEL / 2;
 
 /// A source's numbers and channels.
 #[derive(Clone, Copy)]
@@ -56,27 +47,11 @@ pub(super) struct Task<'a> {
     /// Numbers of all images, from the first that this layer reads, and how many are between an image's and the next's.
     per_image: Option<(&'a [f32], usize)>,
     residual: Option<&'a [f32]>,
-    /// As many as the widest source has channels.
-    pub zeros: &'a [f32],
-}
-
-/// Elements of scratch memory a node wants: a row of zeros for taps outside the image, after what
-/// [`winograd::workspace`] says.
-pub(super) fn workspace(shape: impl Fn(TensorId) -> Shape, conv: &Conv, output: TensorId) -> usize {
-    widest(&shape, conv) + winograd::workspace(&shape, conv, shape(output))
-}
-
-fn widest(shape: impl Fn(TensorId) -> Shape, conv: &Conv) -> usize {
-    conv.sources.iter().map(|t| shape(t).c).max().unwrap_or(0)
 }
 
 /// Runs a [`Conv`].
 pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weights) {
     let input = memory.shape(conv.sources.x);
-    let workspace = memory.workspace();
-    let room = workspace.len() - widest(|t| memory.shape(t), conv);
-    let (transformed, zeros) = workspace.split_at_mut(room);
-    zeros.fill(0.0);
     let source = |id: TensorId| Source { data: memory.read(id), channels: memory.shape(id).c };
     let first = source(conv.sources.x);
     let sources = [first, conv.sources.skip.map_or(first, source)];
@@ -94,35 +69,27 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
         bias: conv.bias.map(|b| weights.get(b)),
         per_image: conv.per_image.map(|view| (&memory.read(view.tensor)[view.offset..], memory.shape(view.tensor).c)),
         residual: conv.residual.map(|t| memory.read(t)),
-        zeros,
     };
     let out = SharedOutput::new(memory.write(output));
     if winograd::pays(|t| memory.shape(t), conv, shape) {
-        return winograd::run(&task, transformed, &out);
+        return winograd::run(&task, memory.workspace(), &out);
     }
 
-    let mut pieces = [Piece::default(); MAX_PIECES];
-    let count = list_pieces(conv, task.sources(), &mut pieces);
-    let pieces = &pieces[..count];
     let rows = shape.rows();
     let panels = task.columns.div_ceil(PANEL);
     let row_blocks = rows.div_ceil(M_BLOCK);
-    // Enough blocks that the threads end together, few enough that weights are not fetched more often than needed.
-    let wanted = 8 * rayon::current_num_threads();
-    let groups = wanted.div_ceil(row_blocks).clamp(1, panels);
-    let per_group = panels.div_ceil(groups);
-    let groups = panels.div_ceil(per_group);
+    let block = rows.div_ceil(row_blocks).next_multiple_of(ROWS);
+    let row_blocks = rows.div_ceil(block);
+    // Enough tasks that the threads end together, few enough that rows are not gathered more often than needed.
+    let wanted = 4 * rayon::current_num_threads();
+    let groups = panels.div_ceil(GROUP).max(wanted.div_ceil(row_blocks)).min(panels);
+    let group = panels.div_ceil(groups);
+    let groups = panels.div_ceil(group);
     // Row blocks vary fastest: neighbours in time share the weights.
-    (0..groups * row_blocks).into_par_iter().for_each(|i| {
-        let (group, block) = (i / row_blocks, i % row_blocks);
-        let first_row = block * M_BLOCK;
-        let last_row = (first_row + M_BLOCK).min(rows);
-        let most = pieces.iter().map(|p| p.len).max().unwrap_or(0).max(K_BLOCK) * PANEL;
-        with_scratch(M_BLOCK * PANEL + most, |scratch| {
-            for panel in group * per_group..((group + 1) * per_group).min(panels) {
-                strip(&task, pieces, first_row..last_row, panel, scratch, &out);
-            }
-        });
+    (0..groups * row_blocks).into_par_iter().with_max_len(1).for_each(|i| {
+        let (first_row, first_panel) = (i % row_blocks * block, i / row_blocks * group);
+        let panels = first_panel..(first_panel + group).min(panels);
+        product(&task, first_row..(first_row + block).min(rows), panels, &out);
     });
 }
 
@@ -161,158 +128,140 @@ impl Task<'_> {
     }
 }
 
-/// Splits k into pieces of at most `K_BLOCK` channels, in the order of the packed weights.
-fn list_pieces(conv: &Conv, sources: &[Source], pieces: &mut [Piece; MAX_PIECES]) -> usize {
-    let widest = sources.iter().map(|s| s.channels).max().unwrap_or(1);
-    let limit = K_BLOCK.max(widest.div_ceil(MAX_PIECES / (2 * conv.kernel * conv.kernel)));
-    let mut count = 0;
-    for tap in 0..conv.kernel * conv.kernel {
-        for (index, source) in sources.iter().enumerate() {
-            let mut channel = 0;
-            while channel < source.channels {
-                let len = limit.min(source.channels - channel);
-                let (ky, kx) = (tap / conv.kernel, tap % conv.kernel);
-                pieces[count] = Piece { source: index, ky, kx, channel, len };
-                count += 1;
-                channel += len;
+/// A block of rows at the columns of a group of panels.
+fn product(task: &Task, rows: Range<usize>, panels: Range<usize>, out: &SharedOutput) {
+    let padded = rows.len().next_multiple_of(ROWS);
+    let stretch = task.depth.div_ceil(task.depth.div_ceil(K_BLOCK));
+    let strip = padded * PANEL;
+    with_scratch(padded * stretch + stretch * PANEL + panels.len() * strip, |scratch| {
+        let (gathered, scratch) = scratch.split_at_mut(padded * stretch);
+        let (room, sums) = scratch.split_at_mut(stretch * PANEL);
+        for start in (0..task.depth).step_by(stretch) {
+            let k = start..(start + stretch).min(task.depth);
+            gather(task, rows.clone(), k.clone(), gathered);
+            let left = Left { numbers: gathered, pitch: k.len(), rows: rows.len(), depth: k.len() };
+            for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(strip)) {
+                let line = panel * task.depth + start;
+                let lines = task.weight.lines(line * PANEL..(line + k.len()) * PANEL, room);
+                multiply(left, lines, sums, PANEL, task.columns_of(panel), start == 0);
             }
         }
-    }
-    count
+        Epilogue::new(task, panels).finish((rows.start, rows.len()), sums, strip, out);
+    });
 }
 
-/// One panel of columns for a block of rows. `scratch` takes the strip of sums, and the weights of a visit.
-fn strip(
-    task: &Task,
-    pieces: &[Piece],
-    rows: std::ops::Range<usize>,
-    panel: usize,
-    scratch: &mut [f32],
-    out: &SharedOutput,
-) {
-    let (sums, room) = scratch.split_at_mut(M_BLOCK * PANEL);
-    let mut segments = [Segment { len: 0, rows: [task.zeros.as_ptr(); ROWS] }; MAX_SEGMENTS];
-    let mut k = 0;
-    let mut start = 0;
-    while start < pieces.len() {
-        let mut end = start;
-        let mut len = 0;
-        while end < pieces.len().min(start + MAX_SEGMENTS) && (len == 0 || len + pieces[end].len <= K_BLOCK) {
-            len += pieces[end].len;
-            end += 1;
+/// A stretch `k` of the matrix's rows, one after the other: channels of the pixels under the taps, zeros outside the image.
+fn gather(task: &Task, rows: Range<usize>, k: Range<usize>, to: &mut [f32]) {
+    let inputs: usize = task.sources().iter().map(|source| source.channels).sum();
+    let Conv { kernel, stride, .. } = *task.conv;
+    let mut at = k.start;
+    while at < k.end {
+        let (tap, input) = (at / inputs, at % inputs);
+        let (source, channel) = match input.checked_sub(task.sources[0].channels) {
+            None => (task.sources[0], input),
+            Some(channel) => (task.sources[1], channel),
+        };
+        let len = (source.channels - channel).min(k.end - at);
+        for (row, line) in rows.clone().zip(to.chunks_exact_mut(k.len())) {
+            let (image, pixel) = (row / task.output.tokens(), row % task.output.tokens());
+            let (y, x) = (pixel / task.output.w, pixel % task.output.w);
+            let part = &mut line[at - k.start..][..len];
+            match task.pixel(image, y * stride + tap / kernel, x * stride + tap % kernel) {
+                Some(pixel) => part.copy_from_slice(&source.data[pixel * source.channels + channel..][..len]),
+                None => part.fill(0.0),
+            }
         }
-        let line = panel * task.depth + k;
-        let weight = task.weight.lines(line * PANEL..(line + len) * PANEL, room);
-        for (tile, first) in rows.clone().step_by(ROWS).enumerate() {
-            let segments = &mut segments[..end - start];
-            locate(task, first..(first + ROWS).min(rows.end), &pieces[start..end], segments);
-            let sums = &mut sums[tile * ROWS * PANEL..][..ROWS * PANEL];
-            multiply(segments, weight.as_ptr(), sums.as_mut_ptr(), task.columns_of(panel), start == 0);
-        }
-        k += len;
-        start = end;
-    }
-
-    let epilogue = Epilogue::new(task, panel);
-    for (row, sums) in rows.zip(sums.chunks_exact_mut(PANEL)) {
-        epilogue.finish(row, sums, out);
+        at += len;
     }
 }
 
-/// What follows the sums of one panel.
+/// What follows the sums of a group of panels.
 pub(super) struct Epilogue<'a> {
     task: &'a Task<'a>,
-    bias: [f32; PANEL],
+    /// Of the group's panels, the first of which makes this column of the output.
+    bias: [[f32; PANEL]; GROUP],
     first_column: usize,
+    /// Columns of the output that a panel makes, and all of the group.
+    width: usize,
     columns: usize,
 }
 
 impl<'a> Epilogue<'a> {
-    pub fn new(task: &'a Task, panel: usize) -> Self {
+    /// For at most [`GROUP`] panels.
+    pub fn new(task: &'a Task, panels: Range<usize>) -> Self {
         let gated = task.conv.activation == Activation::Geglu;
-        let width = if gated { PANEL / 2 } else { PANEL };
-        let mut bias = [0.0; PANEL];
+        let width = if gated { HALF } else { PANEL };
+        let mut bias = [[0.0; PANEL]; GROUP];
         if let Some(values) = task.bias {
-            for (j, b) in bias.iter_mut().enumerate() {
-                *b = source_column(panel, j, task.columns, gated).map_or(0.0, |c| task.conv.bias_gain * values[c]);
+            for (panel, bias) in panels.clone().zip(&mut bias) {
+                for (j, b) in bias.iter_mut().enumerate() {
+                    *b = source_column(panel, j, task.columns, gated).map_or(0.0, |c| task.conv.bias_gain * values[c]);
+                }
             }
         }
-        let first_column = panel * width;
-        Epilogue { task, bias, first_column, columns: (task.output.c - first_column).min(width) }
+        let first_column = panels.start * width;
+        Epilogue { task, bias, first_column, width, columns: (panels.len() * width).min(task.output.c - first_column) }
     }
 
-    /// Writes one row, a pixel of the output, from the panel's sums, which are spoilt. Whoever calls is the only one to
-    /// write this row's part of `out`.
-    pub fn finish(&self, row: usize, sums: &mut [f32], out: &SharedOutput) {
-        let &Epilogue { task, ref bias, first_column, columns } = self;
-        let at = row * task.output.c + first_column;
-        let image = row / task.output.tokens();
-        let per_image = task.per_image.map(|(v, width)| &v[image * width + first_column..][..columns]);
-        let residual = task.residual.map(|v| &v[at..][..columns]);
-        // SAFETY: the caller's promise.
-        let out = unsafe { out.at(at, columns) };
-        finish(sums, task.conv.gain, bias, per_image, task.conv.activation, residual, task.conv.scale, out);
+    /// Writes `rows` rows from `first` on, pixels of the output, from the sums of the panels, which are spoilt: those of
+    /// a panel begin `strip` after the last one's. A row is written from its first column to its last, which a
+    /// processor foresees. Whoever calls is the only one to write these rows' part of `out`.
+    pub fn finish(&self, (first, rows): (usize, usize), sums: &mut [f32], strip: usize, out: &SharedOutput) {
+        finish(self, (first, rows), sums, strip, out);
     }
 }
 
-/// Points each segment's rows at the pixels under its tap, or at zeros outside the image and beyond the last row.
-fn locate(task: &Task, rows: std::ops::Range<usize>, pieces: &[Piece], segments: &mut [Segment]) {
-    let stride = task.conv.stride;
-    for segment in &mut *segments {
-        segment.rows[rows.len()..].fill(task.zeros.as_ptr());
-    }
-    for (i, row) in rows.enumerate() {
-        let (image, pixel) = (row / task.output.tokens(), row % task.output.tokens());
-        let (oy, ox) = (pixel / task.output.w, pixel % task.output.w);
-        for (piece, segment) in pieces.iter().zip(&mut *segments) {
-            segment.len = piece.len;
-            let source = &task.sources[piece.source];
-            let pixel = task.pixel(image, oy * stride + piece.ky, ox * stride + piece.kx);
-            segment.rows[i] = pixel
-                .map_or(task.zeros.as_ptr(), |pixel| source.data[pixel * source.channels + piece.channel..].as_ptr());
-        }
+/// `f` for all of two rows' numbers; those of a whole panel without a loop.
+#[inline(always)]
+fn each(x: &mut [f32; PANEL], values: &[f32], f: impl Fn(&mut f32, f32)) {
+    match <&[f32; PANEL]>::try_from(values) {
+        Ok(values) => x.iter_mut().zip(values).for_each(|(x, v)| f(x, *v)),
+        Err(_) => x.iter_mut().zip(values).for_each(|(x, v)| f(x, *v)),
     }
 }
 
 dispatch! {
-    /// The epilogue for one row of a strip.
-    fn finish(
-        sums: &mut [f32],
-        gain: f32,
-        bias: &[f32; PANEL],
-        per_image: Option<&[f32]>,
-        activation: Activation,
-        residual: Option<&[f32]>,
-        scale: f32,
-        out: &mut [f32],
-    ) {
-        for (x, b) in sums.iter_mut().zip(bias) {
-            *x = *x * gain + b;
-        }
-        if let Some(values) = per_image {
-            for (x, v) in sums.iter_mut().zip(values) {
-                *x += v;
-            }
-        }
-        match activation {
-            Activation::None => {}
-            Activation::Silu => sums.iter_mut().for_each(|x| *x = silu(*x)),
-            Activation::Gelu => sums.iter_mut().for_each(|x| *x = gelu(*x)),
-            Activation::QuickGelu => sums.iter_mut().for_each(|x| *x = quick_gelu(*x)),
-            Activation::Geglu => {
-                let (values, gates) = sums.split_at_mut(PANEL / 2);
-                for (x, g) in values.iter_mut().zip(gates) {
-                    *x *= gelu(*g);
+    /// [`Epilogue::finish`].
+    fn finish(epilogue: &Epilogue, rows: (usize, usize), sums: &mut [f32], strip: usize, out: &SharedOutput) {
+        let &Epilogue { task, ref bias, first_column, width, columns } = epilogue;
+        let Conv { gain, scale, activation, .. } = *task.conv;
+        for row in 0..rows.1 {
+            let at = (rows.0 + row) * task.output.c + first_column;
+            // SAFETY: the caller's promise.
+            let out = unsafe { out.at(at, columns) };
+            let per_image = task.per_image.map(|(values, channels)| {
+                &values[(rows.0 + row) / task.output.tokens() * channels + first_column..][..columns]
+            });
+            let residual = task.residual.map(|values| &values[at..][..columns]);
+            for ((i, out), bias) in out.chunks_mut(width).enumerate().zip(bias) {
+                let part = |values: &'_ [f32]| i * width..(i * width + width).min(values.len());
+                let x = sums[i * strip + row * PANEL..].first_chunk_mut::<PANEL>().expect("a panel's sums");
+                each(x, bias, |x, b| *x = *x * gain + b);
+                if let Some(values) = per_image {
+                    each(x, &values[part(values)], |x, v| *x += v);
+                }
+                match activation {
+                    Activation::None => {}
+                    Activation::Silu => x.iter_mut().for_each(|x| *x = silu(*x)),
+                    Activation::Gelu => x.iter_mut().for_each(|x| *x = gelu(*x)),
+                    Activation::QuickGelu => x.iter_mut().for_each(|x| *x = quick_gelu(*x)),
+                    Activation::Geglu => {
+                        let (values, gates) = x.split_at_mut(HALF);
+                        for (x, g) in values.iter_mut().zip(gates) {
+                            *x *= gelu(*g);
+                        }
+                    }
+                }
+                if let Some(values) = residual {
+                    each(x, &values[part(values)], |x, v| *x += v);
+                }
+                x.iter_mut().for_each(|x| *x *= scale);
+                match out.len() {
+                    PANEL => out.copy_from_slice(x),
+                    HALF => out.copy_from_slice(&x[..HALF]),
+                    len => out.copy_from_slice(&x[..len]),
                 }
             }
-        }
-        if let Some(values) = residual {
-            for (x, v) in sums.iter_mut().zip(values) {
-                *x += v;
-            }
-        }
-        for (o, x) in out.iter_mut().zip(sums) {
-            *o = *x * scale;
         }
     }
 }

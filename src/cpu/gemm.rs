@@ -1,24 +1,25 @@
 //! The matrix product under convolutions, linear layers and attention.
 //!
-//! `C[m, n] = sum_k A[m, k] B[k, n]`, where a row of A is not one stretch of memory but a list of *segments*, each
-//! a pointer to contiguous numbers. So one kernel serves linear layers (one segment), convolutions (one a tap and
-//! source; a zero row where the tap falls outside) and concatenated inputs, with neither an im2col buffer nor a copy
-//! (the indirect convolution of Dukhan, arXiv 1907.02129, on a BLIS-like loop nest).
+//! `C[m, n] = sum_k A[m, k] B[k, n]`. Callers bring the rows of A together, a block at a time: an image's pixels under
+//! the taps of a convolution, the queries of a head. A block that is multiplied by many columns stays in the second
+//! cache, one stretch of memory whatever it was gathered from, so that neither pages nor the sets of a cache run out.
 //!
 //! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`, in fp16 where the checkpoint is,
 //! and widened a few lines at a time while they are multiplied by many rows. A register tile has as many rows as the
 //! instruction set's registers hold sums of ([`Lanes::ROWS`]), and two registers of columns, or one at a panel's end: 12x32
-//! on AVX-512, 6x16 on AVX2, 12x8 on NEON. Every element of C is one chain of
-//! multiply-adds in the order of k, whatever tile it falls in: results do not depend on the batch or on the threads.
+//! on AVX-512, 6x16 on AVX2, 12x8 on NEON. Every element of C is one chain of multiply-adds in the order of k, whatever
+//! tile it falls in: results do not depend on the batch or on the threads.
 
 use super::simd::{Lanes, dispatch};
 use half::f16;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use std::arch::asm;
 use std::ops::Range;
 
 /// Columns of a packed panel.
 pub const PANEL: usize = 32;
 
-/// Rows of A for which a caller must give pointers: a multiple of every instruction set's tile height.
+/// What the rows of a block are rounded up to: a multiple of every instruction set's tile height.
 pub const ROWS: usize = 12;
 
 /// Length of `[k, n]` once packed.
@@ -62,33 +63,42 @@ dispatch! {
     }
 }
 
-/// A stretch of k: `len` numbers of each row, `rows[i]` pointing at them.
+/// A block of the left matrix: `rows` rows of `depth` numbers, each `pitch` after the last.
 #[derive(Clone, Copy)]
-pub struct Segment {
-    /// How many numbers.
-    pub len: usize,
-    /// Where they are in each row.
-    pub rows: [*const f32; ROWS],
+pub struct Left<'a> {
+    /// Room for [`ROWS`] more than a multiple of it: what stands beyond the last row is multiplied too.
+    pub numbers: &'a [f32],
+    pub pitch: usize,
+    pub rows: usize,
+    pub depth: usize,
 }
 
 dispatch! {
-    /// Adds to (or, when `first`, sets) the strip `[ROWS][PANEL]` at `c` the product of the segments' rows with the
-    /// part of a panel at `b` (rows of [`PANEL`] numbers, one a k). Of the panel's columns the first `columns` are
-    /// multiplied, and perhaps some more.
+    /// Adds to the sums (or, when `first`, sets them) the product of a block with a part of a panel, `depth` lines of
+    /// [`PANEL`] numbers. Of its columns the first `columns` are multiplied, and perhaps some more. A row's sums begin
+    /// `pitch` after the last one's; as those of the block, its rows are rounded up to a multiple of [`ROWS`].
     ///
-    /// The caller promises: every row pointer is readable for its segment's length, `b` for the segments' total, and
-    /// `c` is writable for the strip.
-    pub fn multiply<V>(segments: &[Segment], b: *const f32, c: *mut f32, columns: usize, first: bool) {
-        // SAFETY: the caller's promise; `dispatch!` runs this where V's instructions exist.
-        unsafe {
-            for row in (0..ROWS).step_by(V::ROWS) {
-                for column in (0..columns.min(PANEL)).step_by(2 * V::COUNT) {
-                    let (b, c) = (b.add(column), c.add(row * PANEL + column));
+    /// # Panics
+    /// If a slice is too short for that.
+    pub fn multiply<V>(left: Left, panel: &[f32], sums: &mut [f32], pitch: usize, columns: usize, first: bool) {
+        let Some(last) = left.rows.next_multiple_of(ROWS).checked_sub(1) else { return };
+        assert!(left.numbers.len() >= last * left.pitch + left.depth);
+        assert!(panel.len() >= left.depth * PANEL);
+        assert!(sums.len() >= last * pitch + PANEL);
+        // A pair of registers of columns passes by all rows before the next one does: less of the panel is in use.
+        for column in (0..columns.min(PANEL)).step_by(2 * V::COUNT) {
+            for row in (0..left.rows).step_by(V::ROWS) {
+                // SAFETY: asserted above; `dispatch!` runs this where V's instructions exist.
+                unsafe {
+                    let a = left.numbers.as_ptr().add(row * left.pitch);
+                    let b = panel.as_ptr().add(column);
+                    let c = sums.as_mut_ptr().add(row * pitch + column);
+                    let (a, c) = ((a, left.pitch), (c, pitch));
                     match (V::ROWS, columns - column > V::COUNT) {
-                        (12, true) => tile::<V, 12, 2>(segments, row, b, c, first),
-                        (12, false) => tile::<V, 12, 1>(segments, row, b, c, first),
-                        (_, true) => tile::<V, 6, 2>(segments, row, b, c, first),
-                        (_, false) => tile::<V, 6, 1>(segments, row, b, c, first),
+                        (12, true) => tile::<V, 12, 2>(a, left.depth, b, c, first),
+                        (12, false) => tile::<V, 12, 1>(a, left.depth, b, c, first),
+                        (_, true) => tile::<V, 6, 2>(a, left.depth, b, c, first),
+                        (_, false) => tile::<V, 6, 1>(a, left.depth, b, c, first),
                     }
                 }
             }
@@ -96,16 +106,17 @@ dispatch! {
     }
 }
 
-/// One register tile: `HEIGHT` rows by `WIDTH` registers.
+/// One register tile: `HEIGHT` rows by `WIDTH` registers. Rows of `a` and `c` are as far apart as the second numbers say.
 ///
 /// # Safety
-/// As [`multiply`] promises.
+/// `HEIGHT` rows of `depth` numbers at `a`, `depth` lines of [`PANEL`] at `b`, and the tile's part of `HEIGHT` rows at
+/// `c` must be there, and V's instructions.
 #[inline(always)]
 unsafe fn tile<V: Lanes, const HEIGHT: usize, const WIDTH: usize>(
-    segments: &[Segment],
-    row: usize,
+    (a, a_pitch): (*const f32, usize),
+    depth: usize,
     b: *const f32,
-    c: *mut f32,
+    (c, c_pitch): (*mut f32, usize),
     first: bool,
 ) {
     // SAFETY: the caller's promise.
@@ -114,34 +125,43 @@ unsafe fn tile<V: Lanes, const HEIGHT: usize, const WIDTH: usize>(
         if !first {
             for (i, line) in acc.iter_mut().enumerate() {
                 for (j, x) in line.iter_mut().enumerate() {
-                    *x = V::load(c.add(i * PANEL + j * V::COUNT));
+                    *x = V::load(c.add(i * c_pitch + j * V::COUNT));
                 }
             }
         }
-        let mut b = b;
-        for segment in segments {
-            let mut rows = [std::ptr::null(); HEIGHT];
-            rows.copy_from_slice(&segment.rows[row..row + HEIGHT]);
-            for k in 0..segment.len {
-                let mut columns = [V::splat(0.0); WIDTH];
-                for (j, x) in columns.iter_mut().enumerate() {
-                    *x = V::load(b.add(j * V::COUNT));
-                }
-                b = b.add(PANEL);
-                for (line, a) in acc.iter_mut().zip(&rows) {
-                    let a = V::splat(*a.add(k));
-                    for (x, column) in line.iter_mut().zip(&columns) {
-                        *x = a.mul_add(*column, *x);
-                    }
+        let rows: [*const f32; HEIGHT] = std::array::from_fn(|i| opaque(a.add(i * a_pitch)));
+        for k in 0..depth {
+            let columns: [V; WIDTH] = std::array::from_fn(|j| V::load(b.add(k * PANEL + j * V::COUNT)));
+            for (line, row) in acc.iter_mut().zip(&rows) {
+                let a = V::splat(*row.add(k));
+                for (x, column) in line.iter_mut().zip(&columns) {
+                    *x = a.mul_add(*column, *x);
                 }
             }
         }
         for (i, line) in acc.iter().enumerate() {
             for (j, x) in line.iter().enumerate() {
-                x.store(c.add(i * PANEL + j * V::COUNT));
+                x.store(c.add(i * c_pitch + j * V::COUNT));
             }
         }
     }
+}
+
+/// The same pointer, as one of which the compiler knows nothing. It would otherwise see rows of one pitch, keep a single
+/// pointer, and find the others by a chain of additions in every turn of the inner loop.
+#[inline(always)]
+fn opaque(pointer: *const f32) -> *const f32 {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    let pointer = {
+        let mut pointer = pointer;
+        // SAFETY: no instruction at all, so that nothing is read.
+        #[allow(clippy::pointers_in_nomem_asm_block)]
+        unsafe {
+            asm!("/* {} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags))
+        };
+        pointer
+    };
+    pointer
 }
 
 dispatch! {
@@ -168,7 +188,7 @@ dispatch! {
 mod tests {
     use super::*;
 
-    /// Random sizes and segmentations against f64.
+    /// Random sizes and pitches, in two stretches of k, against f64; what stands beside the sums stays as it is.
     #[test]
     fn multiply_matches_float64() {
         let mut seed = 1u64;
@@ -177,30 +197,26 @@ mod tests {
             (seed >> 33) as usize
         };
         for _ in 0..50 {
-            let columns = 1 + next() % PANEL;
-            let lens: Vec<usize> = (0..1 + next() % 4).map(|_| 1 + next() % 37).collect();
-            let k: usize = lens.iter().sum();
+            let (columns, rows) = (1 + next() % PANEL, 1 + next() % 40);
+            let (head, tail) = (1 + next() % 90, next() % 90);
+            let (k, padded) = (head + tail, rows.next_multiple_of(ROWS));
+            let (a_pitch, c_pitch) = (k + next() % 9, PANEL + next() % 9);
             let mut random = |n: usize| (0..n).map(|_| (next() % 2000) as f32 / 1000.0 - 1.0).collect::<Vec<_>>();
-            let (a, b) = (random(ROWS * k), random(k * PANEL));
+            let (a, b) = (random(padded * a_pitch), random(k * PANEL));
             let mut panel = vec![9.0; packed_len(k, columns)];
             pack_panel(&b, PANEL, 1, columns, &mut panel);
-            let mut start = 0;
-            let segments: Vec<Segment> = lens
-                .iter()
-                .map(|&len| {
-                    let rows = std::array::from_fn(|i| a[i * k + start..].as_ptr());
-                    start += len;
-                    Segment { len, rows }
-                })
-                .collect();
-            let mut c = [f32::NAN; ROWS * PANEL];
-            let (head, tail) = segments.split_at(1);
-            multiply(head, panel.as_ptr(), c.as_mut_ptr(), columns, true);
-            multiply(tail, panel[lens[0] * PANEL..].as_ptr(), c.as_mut_ptr(), columns, false);
-            for i in 0..ROWS {
-                for j in 0..columns {
-                    let truth: f64 = (0..k).map(|p| a[i * k + p] as f64 * b[p * PANEL + j] as f64).sum();
-                    assert!((c[i * PANEL + j] as f64 - truth).abs() < 1e-5 * (k as f64).sqrt(), "{i} {j}");
+            let mut c = vec![f32::NAN; padded * c_pitch];
+            let left = |from: usize, depth| Left { numbers: &a[from..], pitch: a_pitch, rows, depth };
+            multiply(left(0, head), &panel, &mut c, c_pitch, columns, true);
+            multiply(left(head, tail), &panel[head * PANEL..], &mut c, c_pitch, columns, false);
+            for (i, row) in c.chunks_exact(c_pitch).enumerate() {
+                for (j, &sum) in row.iter().enumerate() {
+                    if i < rows && j < columns {
+                        let truth: f64 = (0..k).map(|p| a[i * a_pitch + p] as f64 * b[p * PANEL + j] as f64).sum();
+                        assert!((sum as f64 - truth).abs() < 1e-5 * (k as f64).sqrt(), "{i} {j}");
+                    } else if j >= PANEL {
+                        assert!(sum.is_nan(), "{i} {j}");
+                    }
                 }
             }
         }

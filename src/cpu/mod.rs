@@ -19,6 +19,7 @@ pub use weights::Weights;
 use crate::graph::{Graph, Node, Op, Shape, TensorId};
 use crate::plan::{Plan, Storage};
 use crate::{Error, Result};
+use memmap2::MmapMut;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
@@ -39,7 +40,7 @@ impl Storage for Fp32 {
     fn workspace(&self, graph: &Graph, node: &Node) -> usize {
         let shape = |t| graph.shape(t);
         let numbers = match &node.op {
-            Op::Conv(conv) => conv::workspace(shape, conv, node.output),
+            Op::Conv(conv) => winograd::workspace(shape, conv, shape(node.output)),
             Op::GroupNorm(norm) => norm::workspace(norm, shape),
             Op::GroupNormGradient { of, .. } => norm::gradient_workspace(of, shape),
             Op::Attention(attention) => attention::workspace(attention, shape),
@@ -71,7 +72,7 @@ impl Executor {
     /// short.
     pub fn new(plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
         plan.check(&Fp32, weights.specs())?;
-        let arena = Arena::new(plan.arena_bytes() / size_of::<f32>())?;
+        let arena = Arena(pages(plan.arena_bytes(), "activations")?);
         Ok(Executor { plan, weights, arena })
     }
 
@@ -269,22 +270,26 @@ fn with_scratch<R>(len: usize, task: impl FnOnce(&mut [f32]) -> R) -> R {
     })
 }
 
-/// Zeroed numbers on cache-line boundaries.
-struct Arena(Vec<Line>);
-
 #[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
-impl Arena {
-    fn new(len: usize) -> Result<Self> {
-        let lines = bytemuck::allocation::try_zeroed_vec(len.div_ceil(16)).map_err(|()| {
-            let gib = (len * size_of::<f32>()) as f64 / (1u64 << 30) as f64;
-            Error::Device(format!("{gib:.1} GiB of memory for activations are not to be had"))
-        })?;
-        Ok(Arena(lines))
-    }
+/// Zeroed memory on cache-line boundaries, which takes none before it is written, in huge pages where the system has
+/// them: neighbouring rows of an image are often pages of the usual size apart, and a processor remembers few of those.
+fn pages(bytes: usize, purpose: &str) -> Result<MmapMut> {
+    let map = MmapMut::map_anon(bytes.max(size_of::<f32>())).map_err(|problem| {
+        let gib = bytes as f64 / (1u64 << 30) as f64;
+        Error::Device(format!("{gib:.1} GiB of memory for {purpose} are not to be had: {problem}"))
+    })?;
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage); // without it, pages are of the usual size
+    Ok(map)
+}
 
+/// A plan's activations.
+struct Arena(MmapMut);
+
+impl Arena {
     fn numbers(&self) -> &[f32] {
         bytemuck::cast_slice(&self.0)
     }

@@ -2,9 +2,10 @@
 //! tensors are, which loses nothing; everything else in fp32.
 
 use super::gemm::{Matrix, PANEL, packed_len};
+use super::pages;
+use crate::Result;
 use crate::graph::{WeightId, WeightKind, WeightSpec};
 use crate::weights::{Format, Number, Stored, Tensors};
-use crate::{Error, Result};
 use half::f16;
 use memmap2::MmapMut;
 use rayon::prelude::*;
@@ -68,22 +69,11 @@ impl Form {
 /// Bytes in pages of their own.
 struct Memory(MmapMut);
 
-impl Memory {
-    /// Zeros, which take no memory before they are written.
-    fn new(bytes: usize) -> Result<Self> {
-        let memory = MmapMut::map_anon(bytes).map_err(|e| {
-            let gib = bytes as f64 / (1u64 << 30) as f64;
-            Error::Device(format!("{gib:.1} GiB of memory for weights are not to be had: {e}"))
-        })?;
-        Ok(Memory(memory))
-    }
-}
-
 impl Weights {
     /// Reads and packs all of `specs`. No tensor is ever held in two forms.
     ///
     /// # Errors
-    /// Those of [`Tensors::stored`], [`Error::Checkpoint`] for a number that is not finite, or [`Error::Device`] when
+    /// Those of [`Tensors::stored`], [`crate::Error::Checkpoint`] for a number that is not finite, or [`crate::Error::Device`] when
     /// memory is short.
     pub fn load(specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
         Self::load_beside(specs, tensors, &[])
@@ -102,7 +92,8 @@ impl Weights {
             Ok(Lacking { spec, form: Form::of(spec, &parts), parts })
         });
         let lacking = lacking.collect::<Result<Vec<_>>>()?;
-        let mut own = Memory::new(lacking.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum())?;
+        let bytes = lacking.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum();
+        let mut own = Memory(pages(bytes, "weights")?);
         std::thread::scope(|scope| {
             let read_ahead = || lacking.iter().for_each(|weight| tensors.read_ahead(&weight.parts));
             // Without another thread the files are read as they are needed.
@@ -377,7 +368,7 @@ mod tests {
         }
         let weights: Vec<_> = cases.iter().map(weight).collect();
         let len: usize = weights.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum();
-        let mut out = Memory::new(len)?;
+        let mut out = Memory(pages(len, "weights")?);
         let read = AtomicUsize::new(0);
         pack(&weights, &mut out.0, |parts| {
             read.fetch_add(parts.len(), Ordering::Relaxed);
