@@ -1,5 +1,6 @@
 //! How fast each operation of a network is on a device: every distinct one at its real shape, with random weights.
 
+use crate::cpu::MatrixPrecision;
 use crate::cuda::{Cache, Element, Launch};
 use crate::device::Executor;
 use crate::engine::{UNET_CONSTANTS, read_config};
@@ -356,11 +357,12 @@ pub fn measure(
     device: &Device,
     network: &str,
     graph: Graph,
+    precision: MatrixPrecision,
     runs: usize,
     wanted: impl Fn(&Case) -> bool + Sync,
 ) -> Result<Table> {
     let plan = device.plan(graph, UNET_CONSTANTS);
-    let weights = device.weights(plan.graph().weights(), &Tensors::random())?;
+    let weights = device.weights_beside(plan.graph().weights(), &Tensors::random(), &[], precision)?;
     let graph = plan.graph().clone();
     let mut executor = device.executor(plan, &weights)?;
     for (name, id) in &graph.inputs {
@@ -446,7 +448,7 @@ pub fn peaks(device: &Device) -> Result<Peaks> {
     let best = |graph: &dyn Fn(usize) -> Graph, sizes: &[usize], work: fn(&Row) -> f64| {
         let mut best = 0.0f64;
         for &size in sizes {
-            let table = measure(device, "peak", graph(size), 5, |_| true)?;
+            let table = measure(device, "peak", graph(size), MatrixPrecision::Fp32, 5, |_| true)?;
             // The longest: of a product and its reading, the product, save for tiny ones.
             let Some(row) = table.rows.first() else { break };
             best = best.max(work(row) / row.seconds);
@@ -459,7 +461,7 @@ pub fn peaks(device: &Device) -> Result<Peaks> {
     Ok(Peaks {
         flops: best(&product, &[256, 512, 1024, 2048, 4096, 8192], |row| row.flops)?,
         bytes: best(&copy, &[1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18], |row| row.bytes)?,
-        launch: measure(device, "launch", chain(), 20, |_| false)?.step / LAUNCHES as f64,
+        launch: measure(device, "launch", chain(), MatrixPrecision::Fp32, 20, |_| false)?.step / LAUNCHES as f64,
     })
 }
 
@@ -488,7 +490,7 @@ mod tests {
             (Device::Cuda(crate::cuda::Emulated::new(crate::cuda::Limits::H100, crate::cuda::Emulated::QUICK)), true),
         ];
         for (device, warm) in devices {
-            let table = measure(&device, "chain", chain(), 2, |_| true).unwrap();
+            let table = measure(&device, "chain", chain(), MatrixPrecision::Fp32, 2, |_| true).unwrap();
             let [row] = &table.rows[..] else { panic!("{:?}", table.rows) };
             assert_eq!((row.count, row.warm.is_some(), row.kernels.is_empty()), (LAUNCHES, warm, !warm));
             assert!(row.seconds > 0.0 && row.warm.is_none_or(|seconds| seconds > 0.0) && table.step > 0.0, "{table:?}");

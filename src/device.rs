@@ -1,6 +1,6 @@
 //! Where networks run, and one face for both executors.
 
-use crate::cpu;
+use crate::cpu::{self, MatrixPrecision};
 use crate::cuda;
 use crate::graph::{Graph, Node, WeightSpec};
 use crate::plan::Plan;
@@ -46,18 +46,30 @@ impl Device {
     /// # Errors
     /// What the files have wrong, or [`Error::Device`] when device memory is short.
     pub fn weights(&self, specs: &[WeightSpec], tensors: &Tensors) -> Result<Weights> {
-        self.weights_beside(specs, tensors, &[])
+        self.weights_beside(specs, tensors, &[], MatrixPrecision::Fp32)
     }
 
-    /// The same, taking what `others` of the same checkpoint hold in the same form from them.
+    /// The same with linear layers in another precision, which only the CPU has, taking what `others` of the same
+    /// checkpoint hold from them.
     ///
     /// # Errors
-    /// As [`Device::weights`].
-    pub fn weights_beside(&self, specs: &[WeightSpec], tensors: &Tensors, others: &[&Weights]) -> Result<Weights> {
+    /// As [`Device::weights`], and [`Error::Usage`] for a precision that the device has not.
+    pub fn weights_beside(
+        &self,
+        specs: &[WeightSpec],
+        tensors: &Tensors,
+        others: &[&Weights],
+        precision: MatrixPrecision,
+    ) -> Result<Weights> {
         Ok(match self {
+            Device::Cuda(_) if precision != MatrixPrecision::Fp32 => {
+                return Err(Error::usage(
+                    "linear layers in int8 are made on the CPU alone; the kernels compute in fp16",
+                ));
+            }
             Device::Cpu => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cpu()).collect();
-                Weights::Cpu(cpu::Weights::load_beside(specs, tensors, &others)?)
+                Weights::Cpu(cpu::Weights::load_beside(specs, tensors, &others, precision)?)
             }
             Device::Cuda(device) => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cuda()).collect();

@@ -172,6 +172,9 @@ pub struct GenerationInfo {
     pub model: String,
     /// SHA-256 of the checkpoint in hexadecimal, where it is known.
     pub model_sha256: Option<String>,
+    /// What the UNet's linear layers were computed in, where that was not the device's own precision.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precision: Option<String>,
     /// Concepts that shifted the bottleneck, and their weights.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub concepts: Vec<(String, f32)>,
@@ -201,6 +204,7 @@ impl GenerationInfo {
             ("Model hash", hash),
             ("Model", Some(self.model.clone())),
             ("RNG", Some(self.rng.clone())),
+            ("Precision", self.precision.clone()),
             ("Concepts", Some(concepts.join(", ")).filter(|c| !c.is_empty())),
             ("Version", Some(version)),
         ];

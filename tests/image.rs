@@ -21,6 +21,7 @@ fn info() -> GenerationInfo {
         crop: None,
         model: "v1-5".to_string(),
         model_sha256: Some("6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa".to_string()),
+        precision: None,
         concepts: vec![],
         version: "0.1.0".to_string(),
     }
@@ -114,7 +115,7 @@ fn parameters_are_those_of_a1111() {
         info().parameters(),
         "a cat, a hat\nNegative prompt: blurry\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, \
          Seed: 18446744073709551615, Size: 768x512, Model hash: 6ce0161689, Model: v1-5, RNG: torch-cuda, \
-         Version: respodiff 0.1.0"
+         Precision: int8, Version: respodiff 0.1.0"
     );
     let odd = GenerationInfo {
         negative_prompt: Some(String::new()),
@@ -123,13 +124,14 @@ fn parameters_are_those_of_a1111() {
         guidance: 7.5,
         model: "a: \"b\", caf\u{e9}".to_string(),
         model_sha256: None,
+        precision: Some("int8".to_string()),
         ..info()
     };
     assert_eq!(
         odd.parameters(),
         "a cat, a hat\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, \
          Seed: 18446744073709551615, Size: 768x512, Original size: 1024x768, Crop: \"8,0\", Model: \"a: \\\"b\\\", caf\u{e9}\", RNG: torch-cuda, \
-         Version: respodiff 0.1.0"
+         Precision: int8, Version: respodiff 0.1.0"
     );
 }
 

@@ -4,6 +4,7 @@ mod support;
 
 use respodiff::Device;
 use respodiff::bench::{SDXL, networks};
+use respodiff::cpu::MatrixPrecision;
 use respodiff::engine::UNET_CONSTANTS;
 use respodiff::graph::{Keep, Shape};
 use respodiff::models::{UNetConfig, unet, unet_halves};
@@ -246,7 +247,9 @@ fn halves_share_weights() {
         let both = added(Some(Keep::All));
         assert!(0 < both && both < weights.bytes(), "{both} bytes beside {}", weights.bytes());
         let halves = unet_halves(&config, 1, 8, 8, 77).1;
-        let again = device.weights_beside(halves.weights(), &source.tensors("unet").unwrap(), &[&weights]).unwrap();
+        let again = device
+            .weights_beside(halves.weights(), &source.tensors("unet").unwrap(), &[&weights], MatrixPrecision::Fp32)
+            .unwrap();
         assert!(matches!(device, Device::Cpu) || again.bytes() == 0);
     }
 }

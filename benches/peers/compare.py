@@ -1,5 +1,5 @@
 """A UNet step or a decode on the CPU, beside OpenVINO, ONNX Runtime and PyTorch: python benches/peers/compare.py FOLDER
-PROGRAM... [--network unet|decode] [--rounds N] [--threads N] [--engines NAMES] [--exact] [--plot FILE.png]
+PROGRAM... [--network unet|decode] [--rounds N] [--threads N] [--engines NAMES] [--exact] [--int8] [--plot FILE.png]
 
 Makes a UNet and a VAE of Stable Diffusion 1.5's size with random fp16 weights in FOLDER, unless they are there
 (scripts/real_size.py), and runs a guided step of 512x512 pixels, two rows of 77 tokens, or the decode of one picture,
@@ -157,17 +157,28 @@ def engine(name, folder, network, threads, output):
     print(json.dumps(dict(load=load, call=call, peak=peak)))
 
 
-def exact(folder, network):
-    """The network's output in float64, which is kept."""
+def make_inputs(folder, network):
+    """The checkpoint, and the network's inputs for our program."""
+    # Not whole, for neither network needs the text encoders.
+    real_size.make(MODEL, folder, "cpu", whole=False)
+    given = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in inputs(network).items()}
+    save_file(given, folder / f"{network}_inputs.safetensors")
+
+
+def make_exact(folder, network):
+    """The network's output in float64."""
     import torch
 
-    kept = folder / f"{network}_exact.safetensors"
-    if not kept.exists():
-        given = [tensor.double() for tensor in inputs(network).values()]
-        with torch.inference_mode():
-            result = module(folder, network, torch.float64)(*given)
-        save_file({OUTPUT[network]: result.numpy()}, kept)
-    return load_file(kept)[OUTPUT[network]]
+    given = [tensor.double() for tensor in inputs(network).values()]
+    with torch.inference_mode():
+        result = module(folder, network, torch.float64)(*given)
+    save_file({OUTPUT[network]: result.numpy()}, folder / f"{network}_exact.safetensors")
+
+
+#: What is made once, each in a process of its own: its end gives the memory back, and a process that is measured begins
+#: its peak where the one that started it stands.
+MAKERS = {"inputs": make_inputs, "exact": make_exact} | {
+    name: engine.make for name, engine in ENGINES.items() if hasattr(engine, "make")}
 
 
 def run(command, threads):
@@ -190,7 +201,9 @@ def measure(args, name, given, output):
         told = json.loads(text.splitlines()[-1])
         return told["call"], told["load"], told["peak"]
     component = {"unet": "unet", "decode": "vae-decode"}[args.network]
-    command = [name, "probe", component, "--model", args.folder, "--inputs", given, "--output", output]
+    program, _, precision = str(name).partition(" ")
+    command = [program, "probe", component, "--model", args.folder, "--inputs", given, "--output", output]
+    command += ["--precision", precision] if precision else []
     text, peak = run(command, args.threads)
     return float(re.search(r"again ([\d.]+) s", text)[1]), float(re.search(r"weights in ([\d.]+) s", text)[1]), peak
 
@@ -229,7 +242,8 @@ def main():
     parser.add_argument("--exact", action="store_true", help="distances from PyTorch's output in float64")
     parser.add_argument("--plot", type=Path, help="a picture of the calls")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--make", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--int8", action="store_true", help="every PROGRAM once more with --precision int8")
+    parser.add_argument("--make", choices=MAKERS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine:
@@ -237,24 +251,22 @@ def main():
     if args.make:
         # Of tracing, which holds for these shapes alone, as is wanted.
         warnings.simplefilter("ignore")
-        return ENGINES[args.make].make(args.folder, args.network)
+        return MAKERS[args.make](args.folder, args.network)
     engines = [name for name in args.engines.split(",") if name]
     if unknown := set(engines) - set(ENGINES):
         parser.error(f"--engines: no {', '.join(unknown)}; there are {', '.join(ENGINES)}")
     if not engines:
         parser.error("--engines: at least one is what the others are compared with")
 
-    # Not whole, for neither network needs the text encoders.
-    real_size.make(MODEL, args.folder, "cpu", whole=False)
-    given = args.folder / f"{args.network}_inputs.safetensors"
-    save_file({name: np.ascontiguousarray(tensor.numpy()) for name, tensor in inputs(args.network).items()}, given)
-    for name in engines:
-        if hasattr(ENGINES[name], "make") and not ENGINES[name].file(args.folder, args.network).exists():
-            print(f"making {NAMES[name]}'s file", flush=True)
-            # In a process of its own, whose end gives the memory back.
-            command = [sys.executable, __file__, args.folder, "--network", args.network, "--make", name]
-            subprocess.run(command, check=True)
-    right = exact(args.folder, args.network) if args.exact else None
+    given, kept = (args.folder / f"{args.network}_{what}.safetensors" for what in ("inputs", "exact"))
+    wanted = ["inputs"] + ["exact"] * (args.exact and not kept.exists())
+    wanted += [name for name in engines if name in MAKERS and not ENGINES[name].file(args.folder, args.network).exists()]
+    for name in wanted:
+        print(f"making {NAMES.get(name, name)}", flush=True)
+        command = [sys.executable, __file__, args.folder, "--network", args.network, "--make", name]
+        subprocess.run(command, check=True)
+    right = load_file(kept)[OUTPUT[args.network]] if args.exact else None
+    args.programs += [f"{program} int8" for program in args.programs] if args.int8 else []
 
     measured, output = {}, args.folder / "output.safetensors"
     for number in range(args.rounds):

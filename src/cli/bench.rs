@@ -1,6 +1,6 @@
 //! `respodiff bench`.
 
-use super::{Place, check_writable, say};
+use super::{Place, Precision, check_writable, say};
 use crate::bench::{Case, Peaks, SD15, SDXL, Table, kernels, measure, networks, peaks, training};
 use crate::cuda::{Limits, Lowered, lowered};
 use crate::engine::UNET_CONSTANTS;
@@ -36,6 +36,9 @@ pub(super) struct Args {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = Place::Auto)]
     device: Place,
+    /// What the networks' linear layers are computed in
+    #[arg(long, value_enum, default_value_t = Precision::Full)]
+    precision: Precision,
 }
 
 /// One of each kind.
@@ -121,7 +124,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     ));
     let mut tables = Vec::new();
     for (network, graph) in networks {
-        let table = measure(&device, network, graph, runs, |case| wanted(network, &case.to_string()))?;
+        let wanted = |case: &Case| wanted(network, &case.to_string());
+        let table = measure(&device, network, graph, args.precision.of_matrices(), runs, wanted)?;
         if !table.rows.is_empty() {
             print(&table, &peaks);
             tables.push(table);

@@ -1,7 +1,7 @@
 //! `respodiff probe`: components alone, to hold the engine against another implementation.
 
 use super::files::{TensorFile, write};
-use super::{Place, check_writable, say, warn};
+use super::{Place, Precision, check_writable, say, warn};
 use crate::device::{Device, Executor};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 use crate::engine::{UNET_CONSTANTS, read_config};
@@ -64,6 +64,9 @@ pub(super) struct Args {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = Place::Cpu)]
     device: Place,
+    /// What a network's linear layers are computed in
+    #[arg(long, value_enum, default_value_t = Precision::Full)]
+    precision: Precision,
 }
 
 /// A named result: shape and numbers.
@@ -90,7 +93,8 @@ fn executor(args: &Args, source: &Source, component: &str, graph: Graph) -> Resu
     let device: Device = args.device.open()?;
     let plan = device.plan(graph, UNET_CONSTANTS);
     let start = Instant::now();
-    let weights = device.weights(plan.graph().weights(), &source.tensors(component)?)?;
+    let precision = args.precision.of_matrices();
+    let weights = device.weights_beside(plan.graph().weights(), &source.tensors(component)?, &[], precision)?;
     let loading = start.elapsed();
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     let (held, arena) = (mib(weights.bytes()), mib(plan.arena_bytes()));

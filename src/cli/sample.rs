@@ -1,6 +1,8 @@
 //! `respodiff sample`.
 
-use super::{Place, check_writable, concepts, files, interrupt_flag, note, progress_bar, random_seed, say, warn};
+use super::{
+    Place, Precision, check_writable, concepts, files, interrupt_flag, note, progress_bar, random_seed, say, warn,
+};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, Progress, Request, SessionOptions};
@@ -79,6 +81,9 @@ pub(super) struct Args {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = Place::Auto)]
     device: Place,
+    /// What the UNet's linear layers are computed in
+    #[arg(long, value_enum, default_value_t = Precision::Full)]
+    precision: Precision,
 }
 
 /// `started` is when the process was.
@@ -94,7 +99,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
 
     let source = Source::resolve(args.model.as_deref(), true)?;
     let opening = Instant::now();
-    let engine = Engine::open(&source, &device)?;
+    let engine = Engine::open_in(&source, &device, args.precision.of_matrices())?;
     let loading = opening.elapsed();
     let schedule = engine.schedule(sampler, args.steps)?;
     for (name, prompt) in [("prompt", Some(&args.prompt)), ("negative prompt", args.negative_prompt.as_ref())] {
@@ -142,6 +147,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         crop: Some(args.crop).filter(|&crop| crop != (0, 0)),
         model: engine.name(),
         model_sha256: None,
+        precision: (args.precision == Precision::Int8).then(|| "int8".into()),
         concepts: Vec::new(),
         version: env!("CARGO_PKG_VERSION").into(),
     };

@@ -8,7 +8,7 @@
 use super::gemm::{Left, Matrix, PANEL, ROWS, multiply};
 use super::simd::{dispatch, gelu, quick_gelu, silu};
 use super::weights::source_column;
-use super::{Memory, SharedOutput, Weights, winograd, with_scratch};
+use super::{Memory, SharedOutput, Weights, int8, winograd, with_scratch};
 use crate::graph::{Activation, Conv, Shape, TensorId};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -19,6 +19,8 @@ const M_BLOCK: usize = 16 * ROWS;
 const K_BLOCK: usize = 384;
 /// Most panels of a task, whose sums are then 480 KiB.
 const GROUP: usize = 20;
+/// Most bytes of a block of rows in integers, which has all of k.
+const INTEGERS: usize = 384 << 10;
 /// Values of a gated panel, and gates.
 const HALF: usize = PANEL / 2;
 
@@ -77,7 +79,11 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
 
     let rows = shape.rows();
     let panels = task.columns.div_ceil(PANEL);
-    let row_blocks = rows.div_ceil(M_BLOCK);
+    let most_rows = match task.weight {
+        Matrix::Int8(_) => (INTEGERS / task.depth / ROWS).max(1) * ROWS,
+        _ => M_BLOCK,
+    };
+    let row_blocks = rows.div_ceil(most_rows.min(M_BLOCK));
     let block = rows.div_ceil(row_blocks).next_multiple_of(ROWS);
     let row_blocks = rows.div_ceil(block);
     // Enough tasks that the threads end together, few enough that rows are not gathered more often than needed.
@@ -89,7 +95,11 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
     (0..groups * row_blocks).into_par_iter().with_max_len(1).for_each(|i| {
         let (first_row, first_panel) = (i % row_blocks * block, i / row_blocks * group);
         let panels = first_panel..(first_panel + group).min(panels);
-        product(&task, first_row..(first_row + block).min(rows), panels, &out);
+        let rows = first_row..(first_row + block).min(rows);
+        match task.weight {
+            Matrix::Int8(weight) => integer_product(&task, weight, rows, panels, &out),
+            _ => product(&task, rows, panels, &out),
+        }
     });
 }
 
@@ -145,6 +155,28 @@ fn product(task: &Task, rows: Range<usize>, panels: Range<usize>, out: &SharedOu
                 let lines = task.weight.lines(line * PANEL..(line + k.len()) * PANEL, room);
                 multiply(left, lines, sums, PANEL, task.columns_of(panel), start == 0);
             }
+        }
+        Epilogue::new(task, panels).finish((rows.start, rows.len()), sums, strip, out);
+    });
+}
+
+/// The same in integers, of all of k at once: a row's scale is that of all its numbers.
+fn integer_product(task: &Task, weight: &[u8], rows: Range<usize>, panels: Range<usize>, out: &SharedOutput) {
+    let (padded, depth) = (rows.len().next_multiple_of(ROWS), task.depth);
+    let strip = padded * PANEL;
+    let bytes = (padded * depth).div_ceil(size_of::<f32>());
+    with_scratch(depth + padded + bytes + panels.len() * strip, |scratch| {
+        let (row, scratch) = scratch.split_at_mut(depth);
+        let (scales, scratch) = scratch.split_at_mut(padded);
+        let (rounded, sums) = scratch.split_at_mut(bytes);
+        let rounded: &mut [u8] = &mut bytemuck::cast_slice_mut(rounded)[..padded * depth];
+        for (i, (rounded, scale)) in rows.clone().zip(rounded.chunks_exact_mut(depth).zip(&mut *scales)) {
+            gather(task, i..i + 1, 0..depth, row);
+            int8::round_row(row, rounded, scale);
+        }
+        for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(strip)) {
+            let weight = &weight[panel * int8::panel_bytes(depth)..][..int8::panel_bytes(depth)];
+            int8::multiply(rounded, &scales[..rows.len()], depth, weight, sums, task.columns_of(panel));
         }
         Epilogue::new(task, panels).finish((rows.start, rows.len()), sums, strip, out);
     });

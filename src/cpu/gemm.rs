@@ -34,10 +34,15 @@ pub enum Matrix<'a> {
     Single(&'a [f32]),
     /// In fp16, which is exactly what the checkpoint holds.
     Half(&'a [f16]),
+    /// In integers: panels of [`super::int8`].
+    Int8(&'a [u8]),
 }
 
 impl<'a> Matrix<'a> {
     /// Whole lines of a panel in fp32: those held, or in `room`.
+    ///
+    /// # Panics
+    /// For a matrix in integers.
     pub fn lines<'b>(self, range: Range<usize>, room: &'b mut [f32]) -> &'b [f32]
     where
         'a: 'b,
@@ -49,6 +54,7 @@ impl<'a> Matrix<'a> {
                 widen(&numbers[range], room);
                 room
             }
+            Matrix::Int8(_) => unreachable!("integers have a kernel of their own"),
         }
     }
 }
@@ -150,7 +156,7 @@ unsafe fn tile<V: Lanes, const HEIGHT: usize, const WIDTH: usize>(
 /// The same pointer, as one of which the compiler knows nothing. It would otherwise see rows of one pitch, keep a single
 /// pointer, and find the others by a chain of additions in every turn of the inner loop.
 #[inline(always)]
-fn opaque(pointer: *const f32) -> *const f32 {
+pub fn opaque<T>(pointer: *const T) -> *const T {
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     let pointer = {
         let mut pointer = pointer;

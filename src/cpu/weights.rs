@@ -2,7 +2,7 @@
 //! tensors are, which loses nothing; everything else in fp32.
 
 use super::gemm::{Matrix, PANEL, packed_len};
-use super::pages;
+use super::{MatrixPrecision, int8, pages};
 use crate::Result;
 use crate::graph::{WeightId, WeightKind, WeightSpec};
 use crate::weights::{Format, Number, Stored, Tensors};
@@ -43,10 +43,16 @@ struct Place {
 enum Form {
     Single,
     Half,
+    /// Panels of [`int8`].
+    Int8,
 }
 
 impl Form {
-    fn of(spec: &WeightSpec, parts: &[Stored]) -> Self {
+    fn of(spec: &WeightSpec, parts: &[Stored], precision: MatrixPrecision) -> Self {
+        let linear = matches!(spec.kind, WeightKind::Matrix { kernel: 1, .. }) && int8::suits(spec.width);
+        if linear && precision == MatrixPrecision::Int8 {
+            return Form::Int8;
+        }
         let matrix = matches!(spec.kind, WeightKind::Matrix { .. } | WeightKind::Mirrored { .. });
         let half = matrix && parts.iter().all(|part| part.format == Format::F16);
         if half { Form::Half } else { Form::Single }
@@ -57,12 +63,13 @@ impl Form {
         match self {
             Form::Single => size_of::<f32>(),
             Form::Half => size_of::<f16>(),
+            Form::Int8 => size_of::<u8>(),
         }
     }
 
     /// Bytes of a weight in packed form.
     fn bytes(self, spec: &WeightSpec) -> usize {
-        packed(spec) * self.size()
+        packed(spec, self) * self.size()
     }
 }
 
@@ -76,20 +83,25 @@ impl Weights {
     /// Those of [`Tensors::stored`], [`crate::Error::Checkpoint`] for a number that is not finite, or [`crate::Error::Device`] when
     /// memory is short.
     pub fn load(specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
-        Self::load_beside(specs, tensors, &[])
+        Self::load_beside(specs, tensors, &[], MatrixPrecision::Fp32)
     }
 
-    /// The same, taking what `others` of the same checkpoint hold in the same form from them.
+    /// The same with linear layers in another precision, taking what `others` of the same checkpoint hold from them.
     ///
     /// # Errors
     /// As [`Weights::load`].
-    pub fn load_beside(specs: &[WeightSpec], tensors: &Tensors, others: &[&Weights]) -> Result<Arc<Self>> {
+    pub fn load_beside(
+        specs: &[WeightSpec],
+        tensors: &Tensors,
+        others: &[&Weights],
+        precision: MatrixPrecision,
+    ) -> Result<Arc<Self>> {
         let find = |spec: &WeightSpec| others.iter().find_map(|other| other.place(spec).cloned());
         let found: Vec<_> = specs.iter().map(find).collect();
         let lacking = specs.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec);
         let lacking = lacking.map(|spec| {
             let parts = tensors.stored(spec)?;
-            Ok(Lacking { spec, form: Form::of(spec, &parts), parts })
+            Ok(Lacking { spec, form: Form::of(spec, &parts, precision), parts })
         });
         let lacking = lacking.collect::<Result<Vec<_>>>()?;
         let bytes = lacking.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum();
@@ -127,7 +139,12 @@ impl Weights {
         // The other way round a matrix is held as it is here.
         let form = |spec: &WeightSpec| {
             let other = self.specs.iter().zip(&self.places).find(|(other, _)| other.names == spec.names);
-            other.map_or(Form::Single, |(_, place)| place.form)
+            match other {
+                // The other way round a linear layer in integers is half as exact as its checkpoint.
+                Some((_, Place { form: Form::Int8, .. })) => Form::Half,
+                Some((_, place)) => place.form,
+                None => Form::Single,
+            }
         };
         let missing = specs.iter().filter(|spec| self.place(spec).is_none());
         missing.map(|spec| form(spec).bytes(spec).next_multiple_of(ALIGN)).sum()
@@ -150,6 +167,7 @@ impl Weights {
         match form {
             Form::Single => Matrix::Single(bytemuck::cast_slice(bytes)),
             Form::Half => Matrix::Half(bytemuck::cast_slice(bytes)),
+            Form::Int8 => Matrix::Int8(bytes),
         }
     }
 }
@@ -167,14 +185,17 @@ impl Lacking<'_> {
     }
 }
 
-/// Numbers of a weight in packed form.
-fn packed(spec: &WeightSpec) -> usize {
+/// Numbers of a weight in packed form; bytes where those are no numbers.
+fn packed(spec: &WeightSpec, form: Form) -> usize {
     let (depth, columns) = match spec.kind {
         WeightKind::Vector | WeightKind::Table => return spec.len(),
         WeightKind::Matrix { .. } => (spec.width, spec.total_outputs()),
         WeightKind::Mirrored { kernel, wanted, .. } => (kernel * kernel * spec.total_outputs(), wanted),
     };
-    packed_len(depth, columns)
+    match form {
+        Form::Int8 => columns.div_ceil(PANEL) * int8::panel_bytes(depth),
+        _ => packed_len(depth, columns),
+    }
 }
 
 /// A stretch of a weight that one thread packs.
@@ -199,6 +220,7 @@ fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) ->
         // Whole panels of matrices.
         let unit = match spec.kind {
             WeightKind::Vector | WeightKind::Table => 1,
+            WeightKind::Matrix { .. } if weight.form == Form::Int8 => int8::panel_bytes(spec.width),
             WeightKind::Matrix { .. } => spec.width * PANEL,
             WeightKind::Mirrored { kernel, .. } => kernel * kernel * spec.total_outputs() * PANEL,
         };
@@ -213,6 +235,7 @@ fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) ->
         let finite = match form {
             Form::Single => pack_stretch::<f32>(spec, parts, task.start, bytemuck::cast_slice_mut(task.out)),
             Form::Half => pack_stretch::<f16>(spec, parts, task.start, bytemuck::cast_slice_mut(task.out)),
+            Form::Int8 => pack_integers(spec, parts, task.start, task.out),
         };
         if left[task.index].fetch_sub(1, Ordering::Relaxed) == 1 {
             done(parts);
@@ -249,6 +272,18 @@ fn pack_stretch<T: Number>(spec: &WeightSpec, parts: &[Stored], start: usize, ou
             })
         }
     }
+}
+
+/// The same of a linear layer in integers.
+fn pack_integers(spec: &WeightSpec, parts: &[Stored], start: usize, out: &mut [u8]) -> bool {
+    let bytes = int8::panel_bytes(spec.width);
+    let mut numbers = vec![0.0f32; spec.width * PANEL];
+    out.chunks_exact_mut(bytes).enumerate().fold(true, |finite, (i, out)| {
+        let first = (start / bytes + i) * numbers.len();
+        let whole = pack_stretch(spec, parts, first, &mut numbers);
+        int8::pack(&numbers, out);
+        finite & whole
+    })
 }
 
 /// The numbers from `start` on of tensors that stand one after the other; false if one is not finite.
@@ -336,7 +371,7 @@ mod tests {
     /// Every number put into its place, one after the other.
     fn packed_by_definition(case: &Case) -> Vec<f32> {
         let outputs = case.spec.total_outputs();
-        let mut numbers = vec![0.0; packed(&case.spec)];
+        let mut numbers = vec![0.0; packed(&case.spec, Form::Single)];
         for ([output, input, tap], x) in case.numbers() {
             // Where it stands in which panel of 32 columns, and how many lines the panels have.
             let (panel, line, lines, column) = match case.spec.kind {
@@ -364,7 +399,7 @@ mod tests {
     fn load(cases: &[Case]) -> Result<Vec<(Vec<f32>, Form)>> {
         fn weight(case: &Case) -> Lacking<'_> {
             let (spec, parts) = (&case.spec, case.stored());
-            Lacking { spec, form: Form::of(spec, &parts), parts }
+            Lacking { spec, form: Form::of(spec, &parts, MatrixPrecision::Fp32), parts }
         }
         let weights: Vec<_> = cases.iter().map(weight).collect();
         let len: usize = weights.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum();
@@ -381,6 +416,7 @@ mod tests {
             let numbers = match weight.form {
                 Form::Single => bytemuck::cast_slice(bytes).to_vec(),
                 Form::Half => bytemuck::cast_slice::<_, f16>(bytes).iter().map(|x| x.to_f32()).collect(),
+                Form::Int8 => unreachable!("nobody asked for integers"),
             };
             (numbers, weight.form)
         });

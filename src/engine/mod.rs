@@ -10,6 +10,7 @@ pub(crate) use denoiser::{Denoiser, Run, Start};
 pub use session::Session;
 pub(crate) use text::Conditioning;
 
+use crate::cpu::MatrixPrecision;
 use crate::device::{Device, Executor, Weights};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
@@ -200,15 +201,25 @@ impl Engine {
     /// [`Error::Checkpoint`] or [`Error::Io`] about the first file that is missing, damaged or not supported;
     /// [`Error::Device`] when the weights do not fit the device's memory.
     pub fn open(source: &Source, device: &Device) -> Result<Self> {
+        Self::open_in(source, device, MatrixPrecision::Fp32)
+    }
+
+    /// The same with the UNet's linear layers in another precision, which only the CPU has.
+    ///
+    /// # Errors
+    /// As [`Engine::open`], and [`Error::Usage`] for a precision that the device has not.
+    pub fn open_in(source: &Source, device: &Device, precision: MatrixPrecision) -> Result<Self> {
         let unet_config = read_config(source, "unet", UNetConfig::parse)?;
         let vae = read_config(source, "vae", VaeConfig::parse)?;
         check_latents(source, &unet_config, &vae)?;
-        let load = |component: &str, graph: Graph| device.weights(graph.weights(), &source.tensors(component)?);
+        let load = |component: &str, graph: Graph, precision| {
+            device.weights_beside(graph.weights(), &source.tensors(component)?, &[], precision)
+        };
         let (text, (unet_weights, vae_weights)) = rayon::join(
             || TextEncoders::open(source, device, &unet_config),
             || {
-                let unet = || load("unet", unet(&unet_config, 1, 8, 8, 1, 0));
-                rayon::join(unet, || load("vae", vae_decoder(&vae, 1, 8, 8)))
+                let unet = || load("unet", unet(&unet_config, 1, 8, 8, 1, 0), precision);
+                rayon::join(unet, || load("vae", vae_decoder(&vae, 1, 8, 8), MatrixPrecision::Fp32))
             },
         );
         // In this order, whichever of several problems was found first.

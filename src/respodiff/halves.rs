@@ -2,6 +2,7 @@
 
 use super::Module;
 use crate::Result;
+use crate::cpu::MatrixPrecision;
 use crate::device::{Device, Executor, Weights};
 use crate::engine::UNET_CONSTANTS;
 use crate::graph::{Keep, Shape};
@@ -59,7 +60,7 @@ impl Halves {
         let passed = graph.outputs().filter(|&name| name != "mid").map(str::to_string).collect();
         let mid = vec![0.0; graph.shape(graph.output("mid")).len()];
         let executor = |plan: Plan| -> Result<Executor> {
-            let weights = device.weights_beside(plan.graph().weights(), tensors, beside)?;
+            let weights = device.weights_beside(plan.graph().weights(), tensors, beside, MatrixPrecision::Fp32)?;
             device.executor(plan, &weights)
         };
         Ok(Halves { down: executor(down)?, up: executor(up)?, passed, mid })

@@ -1,0 +1,237 @@
+//! Linear layers in 8-bit integers, for which a matrix is packed when it is asked for: four products and their sum are
+//! one instruction where the processor has AVX-512 VNNI.
+//!
+//! Symmetric, without zero points: a column of weights has one scale, chosen when it is packed, and so has a row of
+//! activations, chosen when it is read; both reach from -127 to 127 (Dettmers et al., arXiv 2208.07339, section 2.1).
+//! The instruction wants its left numbers unsigned, so that these carry 128, and 128 times a column's sum is
+//! taken off its sums again. Sums are exact in 32 bits, in whatever order.
+//!
+//! A panel is `[k / 4][PANEL][4]` bytes, then the scales of its columns, then 128 times their sums.
+
+use super::gemm::{PANEL, ROWS};
+use super::simd::dispatch;
+
+/// Products that one instruction adds up.
+const TOGETHER: usize = 4;
+/// What the left numbers carry.
+const OFFSET: i32 = 128;
+/// The largest magnitude.
+const MOST: f32 = 127.0;
+/// Bytes of a panel beside its weights.
+const BESIDE: usize = PANEL * (size_of::<f32>() + size_of::<i32>());
+
+/// Whether a matrix of this depth can be packed so.
+pub fn suits(depth: usize) -> bool {
+    depth.is_multiple_of(TOGETHER)
+}
+
+/// Bytes of a packed panel.
+pub fn panel_bytes(depth: usize) -> usize {
+    depth * PANEL + BESIDE
+}
+
+/// Packs a panel from `[k][PANEL]`.
+pub fn pack(numbers: &[f32], panel: &mut [u8]) {
+    let (weights, beside) = panel.split_at_mut(numbers.len());
+    let (scales, sums) = beside.split_at_mut(PANEL * size_of::<f32>());
+    let (lines, _) = numbers.as_chunks::<PANEL>();
+    let mut highest = [0.0f32; PANEL];
+    for line in lines {
+        highest.iter_mut().zip(line).for_each(|(highest, x)| *highest = highest.max(x.abs()));
+    }
+    let mut totals = [0i32; PANEL];
+    for (k, line) in lines.iter().enumerate() {
+        for (column, x) in line.iter().enumerate() {
+            let rounded = if highest[column] > 0.0 { (x * (MOST / highest[column])).round() as i8 } else { 0 };
+            weights[(k / TOGETHER * PANEL + column) * TOGETHER + k % TOGETHER] = rounded as u8;
+            totals[column] += OFFSET * i32::from(rounded);
+        }
+    }
+    for column in 0..PANEL {
+        let place = column * size_of::<f32>()..(column + 1) * size_of::<f32>();
+        scales[place.clone()].copy_from_slice(&(highest[column] / MOST).to_ne_bytes());
+        sums[place].copy_from_slice(&totals[column].to_ne_bytes());
+    }
+}
+
+dispatch! {
+    /// Rounds a row of activations to its scale, which is left in `scale`: NaN if any of them is not finite.
+    pub fn round_row(row: &[f32], bytes: &mut [u8], scale: &mut f32) {
+        let (mut highest, mut strange) = ([0.0f32; PANEL], [0.0f32; PANEL]);
+        let (chunks, rest) = row.as_chunks::<PANEL>();
+        for chunk in chunks {
+            for (i, x) in chunk.iter().enumerate() {
+                highest[i] = if x.abs() > highest[i] { x.abs() } else { highest[i] };
+                strange[i] += x * 0.0;
+            }
+        }
+        let rest_highest = rest.iter().fold(0.0f32, |highest, x| highest.max(x.abs()));
+        let highest = highest.iter().fold(rest_highest, |a, b| a.max(*b));
+        let strange = strange.iter().sum::<f32>() + rest.iter().map(|x| x * 0.0).sum::<f32>();
+        *scale = highest / MOST + strange;
+        let inverse = if highest > 0.0 { MOST / highest } else { 0.0 };
+        // Adding 1.5 * 2^23 rounds and leaves the integer in the low byte.
+        const MAGIC: f32 = 12_582_912.0 + OFFSET as f32;
+        bytes.iter_mut().zip(row).for_each(|(byte, x)| *byte = (x * inverse + MAGIC).to_bits() as u8);
+    }
+}
+
+/// Sets the sums `[rows][PANEL]` to the product of rows of `depth` bytes, one after the other, with a panel, of whose
+/// columns the first `columns` are wanted. `scales` are those of the rows. As in [`super::gemm`], there is room for
+/// rows up to a multiple of [`ROWS`].
+///
+/// # Panics
+/// If a slice is too short for that.
+pub fn multiply(left: &[u8], scales: &[f32], depth: usize, panel: &[u8], sums: &mut [f32], columns: usize) {
+    let rows = scales.len();
+    assert!(left.len() >= rows.next_multiple_of(ROWS) * depth);
+    assert!(sums.len() >= rows.next_multiple_of(ROWS) * PANEL);
+    assert!(panel.len() == panel_bytes(depth) && suits(depth));
+    let (weights, beside) = panel.split_at(depth * PANEL);
+    let integers: &mut [i32] = bytemuck::cast_slice_mut(sums);
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("avx512vnni") && std::is_x86_feature_detected!("avx512f") {
+        for row in (0..rows).step_by(ROWS) {
+            // SAFETY: the features are there; rows and sums up to a multiple of `ROWS` were asserted to be.
+            unsafe {
+                let (left, sums) = (left.as_ptr().add(row * depth), integers.as_mut_ptr().add(row * PANEL));
+                match columns > PANEL / 2 {
+                    true => vnni::tile::<2>(left, depth, weights.as_ptr(), sums),
+                    false => vnni::tile::<1>(left, depth, weights.as_ptr(), sums),
+                }
+            }
+        }
+        return scale(sums, beside, scales);
+    }
+    products(left, depth, weights, &mut integers[..rows * PANEL]);
+    scale(sums, beside, scales);
+}
+
+dispatch! {
+    /// The products as any processor makes them.
+    fn products(left: &[u8], depth: usize, weights: &[u8], sums: &mut [i32]) {
+        let (lines, _) = weights.as_chunks::<{ PANEL * TOGETHER }>();
+        for (row, sums) in left.chunks_exact(depth).zip(sums.as_chunks_mut::<PANEL>().0) {
+            *sums = [0; PANEL];
+            for (a, line) in row.as_chunks::<TOGETHER>().0.iter().zip(lines) {
+                for (sum, b) in sums.iter_mut().zip(line.as_chunks::<TOGETHER>().0) {
+                    *sum += (0..TOGETHER).map(|i| i32::from(a[i]) * i32::from(b[i] as i8)).sum::<i32>();
+                }
+            }
+        }
+    }
+}
+
+dispatch! {
+    /// Integers to the numbers that they stand for, in place.
+    fn scale(sums: &mut [f32], beside: &[u8], scales: &[f32]) {
+        let (columns, totals) = beside.split_at(PANEL * size_of::<f32>());
+        let columns: [f32; PANEL] = bytemuck::pod_read_unaligned(columns);
+        let totals: [i32; PANEL] = bytemuck::pod_read_unaligned(totals);
+        for (sums, row) in sums.as_chunks_mut::<PANEL>().0.iter_mut().zip(scales) {
+            for ((x, column), total) in sums.iter_mut().zip(&columns).zip(&totals) {
+                *x = (x.to_bits() as i32 - total) as f32 * (column * row);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod vnni {
+    use super::{PANEL, ROWS, TOGETHER};
+    use std::arch::x86_64::*;
+
+    /// A register tile of [`ROWS`] rows by `WIDTH` registers of 16 columns.
+    ///
+    /// # Safety
+    /// `ROWS` rows of `depth` bytes at `left`, a panel's weights, and `ROWS` rows of sums must be there.
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub unsafe fn tile<const WIDTH: usize>(left: *const u8, depth: usize, weights: *const u8, sums: *mut i32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut acc = [[_mm512_setzero_si512(); WIDTH]; ROWS];
+            let rows: [*const u8; ROWS] = std::array::from_fn(|i| super::super::gemm::opaque(left.add(i * depth)));
+            for k in (0..depth).step_by(TOGETHER) {
+                let b: [__m512i; WIDTH] =
+                    std::array::from_fn(|j| _mm512_loadu_si512(weights.add(k * PANEL + j * 64).cast()));
+                for i in 0..ROWS {
+                    let a = _mm512_set1_epi32(rows[i].add(k).cast::<i32>().read_unaligned());
+                    for j in 0..WIDTH {
+                        acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], a, b[j]);
+                    }
+                }
+            }
+            for (i, line) in acc.iter().enumerate() {
+                for (j, x) in line.iter().enumerate() {
+                    _mm512_storeu_si512(sums.add(i * PANEL + j * 16).cast(), *x);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Random sizes: the products of what was rounded are exact, and rounding is off by half a step at most.
+    #[test]
+    fn products_of_rounded_numbers_are_exact() {
+        let mut seed = 5u64;
+        let mut next = move || {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 33) as usize
+        };
+        for _ in 0..30 {
+            let (rows, depth, columns) = (1 + next() % 30, TOGETHER * (1 + next() % 40), 1 + next() % PANEL);
+            let mut random = |n: usize| (0..n).map(|_| (next() % 2000) as f32 / 100.0 - 10.0).collect::<Vec<_>>();
+            let (a, b) = (random(rows * depth), random(depth * PANEL));
+            let mut panel = vec![0; panel_bytes(depth)];
+            pack(&b, &mut panel);
+            let padded = rows.next_multiple_of(ROWS);
+            let (mut bytes, mut scales) = (vec![0; padded * depth], vec![0.0; rows]);
+            for (i, row) in a.chunks_exact(depth).enumerate() {
+                round_row(row, &mut bytes[i * depth..][..depth], &mut scales[i]);
+            }
+            let step = |numbers: &mut dyn Iterator<Item = f32>| numbers.fold(0.0f32, |a, x| a.max(x.abs())) / MOST;
+            let rounded = |x: f32, step: f32| (x as f64 / step as f64).round();
+            let mut sums = vec![f32::NAN; padded * PANEL];
+            multiply(&bytes, &scales, depth, &panel, &mut sums, columns);
+            let mut anywhere = vec![0; padded * PANEL];
+            products(&bytes, depth, &panel[..depth * PANEL], &mut anywhere[..rows * PANEL]);
+            for i in 0..rows {
+                let row = step(&mut a[i * depth..][..depth].iter().copied());
+                assert_eq!(row, scales[i]);
+                for j in 0..columns {
+                    let column = step(&mut (0..depth).map(|k| b[k * PANEL + j]));
+                    let product = |k: usize| rounded(a[i * depth + k], row) * rounded(b[k * PANEL + j], column);
+                    let whole: f64 = (0..depth).map(product).sum();
+                    let truth = whole * row as f64 * column as f64;
+                    // A number that lies between two steps may be rounded either way.
+                    let slack = 2.0 * MOST as f64 * row as f64 * column as f64;
+                    assert!((sums[i * PANEL + j] as f64 - truth).abs() < slack, "{} {truth}", sums[i * PANEL + j]);
+                    let offset: i32 = (0..depth)
+                        .map(|k| i32::from(panel[(k / TOGETHER * PANEL + j) * TOGETHER + k % TOGETHER] as i8) * OFFSET)
+                        .sum();
+                    let same = (anywhere[i * PANEL + j] - offset) as f32 * (column * row);
+                    assert_eq!(sums[i * PANEL + j], same);
+                }
+            }
+        }
+    }
+
+    /// What is not finite stays visible, and a row of zeros is one.
+    #[test]
+    fn rows_that_are_not_finite_have_no_scale() {
+        for (strange, place) in [(f32::NAN, 3), (f32::INFINITY, 40), (f32::NEG_INFINITY, 35)] {
+            let mut row = vec![1.0; 44];
+            row[place] = strange;
+            let (mut bytes, mut scale) = (vec![0; 44], 0.0);
+            round_row(&row, &mut bytes, &mut scale);
+            assert!(scale.is_nan(), "{strange}");
+        }
+        let (mut bytes, mut scale) = (vec![0; 44], 1.0);
+        round_row(&[0.0; 44], &mut bytes, &mut scale);
+        assert_eq!((scale, &bytes[..]), (0.0, &[OFFSET as u8; 44][..]));
+    }
+}
