@@ -115,7 +115,7 @@ fn parameters_are_those_of_a1111() {
         info().parameters(),
         "a cat, a hat\nNegative prompt: blurry\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, \
          Seed: 18446744073709551615, Size: 768x512, Model hash: 6ce0161689, Model: v1-5, RNG: torch-cuda, \
-         Precision: int8, Version: respodiff 0.1.0"
+         Version: respodiff 0.1.0"
     );
     let odd = GenerationInfo {
         negative_prompt: Some(String::new()),
