@@ -215,18 +215,18 @@ def plot(measured, args):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(measured)
+    names = [name.rpartition("/")[2] for name in measured]
     calls = [[row[0] for row in rows] for rows in measured.values()]
     middle = [statistics.median(row) for row in calls]
     spread = [[m - min(row) for m, row in zip(middle, calls)], [max(row) - m for m, row in zip(middle, calls)]]
     figure, axes = pyplot.subplots(figsize=(7, 0.6 * len(names) + 1.2), layout="constrained")
-    colors = ["#a9b4bc" if name in NAMES.values() else "#2a6f97" for name in names]
+    colors = ["#a9b4bc" if name in NAMES.values() else "#2a6f97" for name in measured]
     bars = axes.barh(names, middle, xerr=spread, capsize=4, color=colors)
     axes.bar_label(bars, [f" {m:.1f} s" for m in middle], padding=6)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max(map(max, calls)))
-    what = {"unet": "a guided UNet step of 512x512 pixels", "decode": "a decode of 512x512 pixels"}[args.network]
-    axes.set_title(f"Stable Diffusion 1.5, {what}, fp32, {args.threads} threads", fontsize=10)
+    what = {"unet": "a guided UNet step", "decode": "a decode"}[args.network]
+    figure.suptitle(f"Stable Diffusion 1.5, {what} at 512x512, {args.threads} threads", fontsize=11)
     axes.set_xlabel(f"seconds, median of {len(calls[0])} with least and most")
     figure.savefig(args.plot, dpi=120)
 

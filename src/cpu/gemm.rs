@@ -72,7 +72,7 @@ dispatch! {
 /// A block of the left matrix: `rows` rows of `depth` numbers, each `pitch` after the last.
 #[derive(Clone, Copy)]
 pub struct Left<'a> {
-    /// Room for [`ROWS`] more than a multiple of it: what stands beyond the last row is multiplied too.
+    /// As many rows as `rows` rounded up to a multiple of [`ROWS`]; the sums of those beyond `rows` mean nothing.
     pub numbers: &'a [f32],
     pub pitch: usize,
     pub rows: usize,

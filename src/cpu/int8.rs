@@ -1,5 +1,5 @@
-//! Linear layers in 8-bit integers, for which a matrix is packed when it is asked for: four products and their sum are
-//! one instruction where the processor has AVX-512 VNNI.
+//! Linear layers in 8-bit integers, for which a matrix is packed when it is asked for: 64 products and their sums by fours
+//! are one instruction where the processor has AVX-512 VNNI, 16 and their sums by twos with AVX2.
 //!
 //! Symmetric, without zero points: a column of weights has one scale, chosen when it is packed, and so has a row of
 //! activations, chosen when it is read; both reach from -127 to 127 (Dettmers et al., arXiv 2208.07339, section 2.1).
@@ -9,7 +9,7 @@
 //! A panel is `[k / 4][PANEL][4]` bytes, then the scales of its columns, then 128 times their sums.
 
 use super::gemm::{PANEL, ROWS};
-use super::simd::dispatch;
+use super::simd::{Isa, dispatch, isa};
 
 /// Products that one instruction adds up.
 const TOGETHER: usize = 4;
@@ -89,26 +89,40 @@ pub fn multiply(left: &[u8], scales: &[f32], depth: usize, panel: &[u8], sums: &
     assert!(panel.len() == panel_bytes(depth) && suits(depth));
     let (weights, beside) = panel.split_at(depth * PANEL);
     let integers: &mut [i32] = bytemuck::cast_slice_mut(sums);
-    #[cfg(target_arch = "x86_64")]
-    if std::is_x86_feature_detected!("avx512vnni") && std::is_x86_feature_detected!("avx512f") {
-        for row in (0..rows).step_by(ROWS) {
-            // SAFETY: the features are there; rows and sums up to a multiple of `ROWS` were asserted to be.
-            unsafe {
-                let (left, sums) = (left.as_ptr().add(row * depth), integers.as_mut_ptr().add(row * PANEL));
-                match columns > PANEL / 2 {
-                    true => vnni::tile::<2>(left, depth, weights.as_ptr(), sums),
-                    false => vnni::tile::<1>(left, depth, weights.as_ptr(), sums),
+    match isa() {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 if std::is_x86_feature_detected!("avx512vnni") => {
+            for row in (0..rows).step_by(ROWS) {
+                // SAFETY: the features are there; rows and sums up to a multiple of `ROWS` were asserted to be.
+                unsafe {
+                    let (left, sums) = (left.as_ptr().add(row * depth), integers.as_mut_ptr().add(row * PANEL));
+                    match columns > PANEL / 2 {
+                        true => x86::tile_512::<2>(left, depth, weights.as_ptr(), sums),
+                        false => x86::tile_512::<1>(left, depth, weights.as_ptr(), sums),
+                    }
                 }
             }
         }
-        return scale(sums, beside, scales);
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx2 => {
+            for column in (0..columns.min(PANEL)).step_by(8) {
+                for row in (0..rows).step_by(x86::ROWS_256) {
+                    // SAFETY: likewise.
+                    unsafe {
+                        let sums = integers.as_mut_ptr().add(row * PANEL + column);
+                        let weights = weights.as_ptr().add(column * TOGETHER);
+                        x86::tile_256(left.as_ptr().add(row * depth), depth, weights, sums);
+                    }
+                }
+            }
+        }
+        Isa::Baseline => products(left, depth, weights, &mut integers[..rows * PANEL]),
     }
-    products(left, depth, weights, &mut integers[..rows * PANEL]);
     scale(sums, beside, scales);
 }
 
 dispatch! {
-    /// The products as any processor makes them.
+    /// The products as any processor makes them, slower than those of fp32.
     fn products(left: &[u8], depth: usize, weights: &[u8], sums: &mut [i32]) {
         let (lines, _) = weights.as_chunks::<{ PANEL * TOGETHER }>();
         for (row, sums) in left.chunks_exact(depth).zip(sums.as_chunks_mut::<PANEL>().0) {
@@ -137,20 +151,56 @@ dispatch! {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod vnni {
+mod x86 {
+    use super::super::gemm::opaque;
     use super::{PANEL, ROWS, TOGETHER};
     use std::arch::x86_64::*;
+
+    /// Rows of a tile in AVX2.
+    pub const ROWS_256: usize = 6;
+
+    /// A register tile of [`ROWS_256`] rows by eight columns, whose products are made of 16-bit numbers: a register
+    /// holds four columns, each as the sums of its even and its odd pairs.
+    ///
+    /// # Safety
+    /// As [`tile_512`], of which it takes and makes a part.
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn tile_256(left: *const u8, depth: usize, weights: *const u8, sums: *mut i32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut acc = [[_mm256_setzero_si256(); 2]; ROWS_256];
+            let rows: [*const u8; ROWS_256] = std::array::from_fn(|i| opaque(left.add(i * depth)));
+            for k in (0..depth).step_by(TOGETHER) {
+                let wide =
+                    |half: usize| _mm256_cvtepi8_epi16(_mm_loadu_si128(weights.add(k * PANEL + 16 * half).cast()));
+                let b = [wide(0), wide(1)];
+                for i in 0..ROWS_256 {
+                    let four = _mm_set1_epi32(rows[i].add(k).cast::<i32>().read_unaligned());
+                    let a = _mm256_cvtepu8_epi16(four);
+                    for j in 0..2 {
+                        acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(a, b[j]));
+                    }
+                }
+            }
+            for (i, [low, high]) in acc.into_iter().enumerate() {
+                // Columns 0 1 4 5, then 2 3 6 7, which the permutation puts into their order.
+                let pairs = _mm256_hadd_epi32(low, high);
+                let columns = _mm256_permute4x64_epi64::<0b11_01_10_00>(pairs);
+                _mm256_storeu_si256(sums.add(i * PANEL).cast(), columns);
+            }
+        }
+    }
 
     /// A register tile of [`ROWS`] rows by `WIDTH` registers of 16 columns.
     ///
     /// # Safety
     /// `ROWS` rows of `depth` bytes at `left`, a panel's weights, and `ROWS` rows of sums must be there.
     #[target_feature(enable = "avx512f,avx512vnni")]
-    pub unsafe fn tile<const WIDTH: usize>(left: *const u8, depth: usize, weights: *const u8, sums: *mut i32) {
+    pub unsafe fn tile_512<const WIDTH: usize>(left: *const u8, depth: usize, weights: *const u8, sums: *mut i32) {
         // SAFETY: the caller's promise.
         unsafe {
             let mut acc = [[_mm512_setzero_si512(); WIDTH]; ROWS];
-            let rows: [*const u8; ROWS] = std::array::from_fn(|i| super::super::gemm::opaque(left.add(i * depth)));
+            let rows: [*const u8; ROWS] = std::array::from_fn(|i| opaque(left.add(i * depth)));
             for k in (0..depth).step_by(TOGETHER) {
                 let b: [__m512i; WIDTH] =
                     std::array::from_fn(|j| _mm512_loadu_si512(weights.add(k * PANEL + j * 64).cast()));
@@ -197,8 +247,22 @@ mod tests {
             let rounded = |x: f32, step: f32| (x as f64 / step as f64).round();
             let mut sums = vec![f32::NAN; padded * PANEL];
             multiply(&bytes, &scales, depth, &panel, &mut sums, columns);
+            // The other ways to the same integers.
             let mut anywhere = vec![0; padded * PANEL];
             products(&bytes, depth, &panel[..depth * PANEL], &mut anywhere[..rows * PANEL]);
+            #[cfg(target_arch = "x86_64")]
+            if std::is_x86_feature_detected!("avx2") {
+                let mut tile = [0; x86::ROWS_256 * PANEL];
+                for column in (0..PANEL).step_by(8) {
+                    // SAFETY: there are more rows than a tile takes, all of the panel, and room for its sums.
+                    unsafe {
+                        let weights = panel.as_ptr().add(column * TOGETHER);
+                        x86::tile_256(bytes.as_ptr(), depth, weights, tile.as_mut_ptr().add(column));
+                    }
+                }
+                let several = rows.min(x86::ROWS_256) * PANEL;
+                assert_eq!(tile[..several], anywhere[..several]);
+            }
             for i in 0..rows {
                 let row = step(&mut a[i * depth..][..depth].iter().copied());
                 assert_eq!(row, scales[i]);

@@ -35,8 +35,8 @@ pub enum MatrixPrecision {
     /// fp32 arithmetic on the checkpoint's own numbers.
     #[default]
     Fp32,
-    /// 8-bit integers, weights rounded once for each column and activations in every call for each row. A third of the
-    /// time with AVX-512 VNNI, half the memory of fp16; pictures change visibly in small things.
+    /// 8-bit integers, weights rounded once for each column and activations in every call for each row. A third to half
+    /// of the time with AVX-512 VNNI, half the memory of fp16; pictures differ in details.
     Int8,
 }
 
