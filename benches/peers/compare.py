@@ -1,5 +1,5 @@
 """A UNet step or a decode on the CPU, beside OpenVINO, ONNX Runtime and PyTorch: python benches/peers/compare.py FOLDER
-PROGRAM... [--network unet|decode] [--rounds N] [--threads N] [--engines NAMES] [--exact] [--int8] [--plot FILE.png]
+PROGRAM... [--network unet|decode] [--rounds N] [--threads N] [--engines NAMES] [--exact] [--rounded] [--plot FILE.png]
 
 Makes a UNet and a VAE of Stable Diffusion 1.5's size with random fp16 weights in FOLDER, unless they are there
 (scripts/real_size.py), and runs a guided step of 512x512 pixels, two rows of 77 tokens, or the decode of one picture,
@@ -242,7 +242,7 @@ def main():
     parser.add_argument("--exact", action="store_true", help="distances from PyTorch's output in float64")
     parser.add_argument("--plot", type=Path, help="a picture of the calls")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--int8", action="store_true", help="every PROGRAM once more with --precision int8")
+    parser.add_argument("--rounded", action="store_true", help="every PROGRAM also with --precision bf16 and int8")
     parser.add_argument("--make", choices=MAKERS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -266,7 +266,8 @@ def main():
         command = [sys.executable, __file__, args.folder, "--network", args.network, "--make", name]
         subprocess.run(command, check=True)
     right = load_file(kept)[OUTPUT[args.network]] if args.exact else None
-    args.programs += [f"{program} int8" for program in args.programs] if args.int8 else []
+    if args.rounded:
+        args.programs += [f"{program} {precision}" for program in args.programs for precision in ("bf16", "int8")]
 
     measured, output = {}, args.folder / "output.safetensors"
     for number in range(args.rounds):

@@ -92,7 +92,9 @@ impl Place {
 enum Precision {
     /// The device's own: fp32 on the CPU, fp16 on a GPU
     Full,
-    /// 8-bit integers, on the CPU alone: less exact, half the memory, faster where there is AVX-512 VNNI
+    /// bf16 numbers, on the CPU alone: less exact, faster where there is AVX-512 BF16
+    Bf16,
+    /// 8-bit integers, on the CPU alone: still less exact, half the memory, faster where there is AVX-512 VNNI
     Int8,
 }
 
@@ -100,8 +102,15 @@ impl Precision {
     fn of_matrices(self) -> MatrixPrecision {
         match self {
             Precision::Full => MatrixPrecision::Fp32,
+            Precision::Bf16 => MatrixPrecision::Bf16,
             Precision::Int8 => MatrixPrecision::Int8,
         }
+    }
+
+    /// What a picture's file says of it.
+    fn told(self) -> Option<String> {
+        let value = self.to_possible_value()?;
+        (self != Precision::Full).then(|| value.get_name().into())
     }
 }
 

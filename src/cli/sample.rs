@@ -147,7 +147,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         crop: Some(args.crop).filter(|&crop| crop != (0, 0)),
         model: engine.name(),
         model_sha256: None,
-        precision: (args.precision == Precision::Int8).then(|| "int8".into()),
+        precision: args.precision.told(),
         concepts: Vec::new(),
         version: env!("CARGO_PKG_VERSION").into(),
     };

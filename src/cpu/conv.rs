@@ -6,9 +6,10 @@
 //! strips of `M_BLOCK` x 32 numbers, and the epilogue writes each strip out once, when the last stretch has passed.
 
 use super::gemm::{Left, Matrix, PANEL, ROWS, multiply};
+use super::rounded::{Block, Rounded};
 use super::simd::{dispatch, gelu, quick_gelu, silu};
 use super::weights::source_column;
-use super::{Memory, SharedOutput, Weights, int8, winograd, with_scratch};
+use super::{Memory, SharedOutput, Weights, winograd, with_scratch};
 use crate::graph::{Activation, Conv, Shape, TensorId};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -19,8 +20,8 @@ const M_BLOCK: usize = 16 * ROWS;
 const K_BLOCK: usize = 384;
 /// Most panels of a task, whose sums are then 480 KiB.
 const GROUP: usize = 20;
-/// Most bytes of a block of rows in integers, which has all of k.
-const INTEGERS: usize = 384 << 10;
+/// Most bytes of a block of rounded rows, which has all of k.
+const ROUNDED_BYTES: usize = 384 << 10;
 /// Values of a gated panel, and gates.
 const HALF: usize = PANEL / 2;
 
@@ -80,7 +81,7 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
     let rows = shape.rows();
     let panels = task.columns.div_ceil(PANEL);
     let most_rows = match task.weight {
-        Matrix::Int8(_) => (INTEGERS / task.depth / ROWS).max(1) * ROWS,
+        Matrix::Rounded(_, format) => (ROUNDED_BYTES / format.row_bytes(task.depth) / ROWS).max(1) * ROWS,
         _ => M_BLOCK,
     };
     let row_blocks = rows.div_ceil(most_rows.min(M_BLOCK));
@@ -97,7 +98,7 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
         let panels = first_panel..(first_panel + group).min(panels);
         let rows = first_row..(first_row + block).min(rows);
         match task.weight {
-            Matrix::Int8(weight) => integer_product(&task, weight, rows, panels, &out),
+            Matrix::Rounded(weight, format) => rounded_product(&task, (weight, format), rows, panels, &out),
             _ => product(&task, rows, panels, &out),
         }
     });
@@ -160,23 +161,29 @@ fn product(task: &Task, rows: Range<usize>, panels: Range<usize>, out: &SharedOu
     });
 }
 
-/// The same in integers, of all of k at once: a row's scale is that of all its numbers.
-fn integer_product(task: &Task, weight: &[u8], rows: Range<usize>, panels: Range<usize>, out: &SharedOutput) {
+/// The same in a less exact format, of all of k at once: a row's scale is that of all its numbers.
+fn rounded_product(
+    task: &Task,
+    (weight, format): (&[u8], &dyn Rounded),
+    rows: Range<usize>,
+    panels: Range<usize>,
+    out: &SharedOutput,
+) {
     let (padded, depth) = (rows.len().next_multiple_of(ROWS), task.depth);
-    let strip = padded * PANEL;
-    let bytes = (padded * depth).div_ceil(size_of::<f32>());
+    let (strip, row_bytes, panel_bytes) = (padded * PANEL, format.row_bytes(depth), format.panel_bytes(depth));
+    let bytes = (padded * row_bytes).div_ceil(size_of::<f32>());
     with_scratch(depth + padded + bytes + panels.len() * strip, |scratch| {
         let (row, scratch) = scratch.split_at_mut(depth);
         let (scales, scratch) = scratch.split_at_mut(padded);
         let (rounded, sums) = scratch.split_at_mut(bytes);
-        let rounded: &mut [u8] = &mut bytemuck::cast_slice_mut(rounded)[..padded * depth];
-        for (i, (rounded, scale)) in rows.clone().zip(rounded.chunks_exact_mut(depth).zip(&mut *scales)) {
+        let rounded: &mut [u8] = &mut bytemuck::cast_slice_mut(rounded)[..padded * row_bytes];
+        for (i, (rounded, scale)) in rows.clone().zip(rounded.chunks_exact_mut(row_bytes).zip(&mut *scales)) {
             gather(task, i..i + 1, 0..depth, row);
-            int8::round_row(row, rounded, scale);
+            format.round(row, rounded, scale);
         }
         for (panel, sums) in panels.clone().zip(sums.chunks_exact_mut(strip)) {
-            let weight = &weight[panel * int8::panel_bytes(depth)..][..int8::panel_bytes(depth)];
-            int8::multiply(rounded, &scales[..rows.len()], depth, weight, sums, task.columns_of(panel));
+            let left = Block { bytes: rounded, scales: &scales[..rows.len()], depth };
+            format.multiply(left, &weight[panel * panel_bytes..][..panel_bytes], sums, task.columns_of(panel));
         }
         Epilogue::new(task, panels).finish((rows.start, rows.len()), sums, strip, out);
     });

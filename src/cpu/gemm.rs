@@ -10,6 +10,7 @@
 //! on AVX-512, 6x16 on AVX2, 12x8 on NEON. Every element of C is one chain of multiply-adds in the order of k, whatever
 //! tile it falls in: results do not depend on the batch or on the threads.
 
+use super::rounded::Rounded;
 use super::simd::{Lanes, dispatch};
 use half::f16;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -34,15 +35,15 @@ pub enum Matrix<'a> {
     Single(&'a [f32]),
     /// In fp16, which is exactly what the checkpoint holds.
     Half(&'a [f16]),
-    /// In integers: panels of [`super::int8`].
-    Int8(&'a [u8]),
+    /// Panels in a less exact format.
+    Rounded(&'a [u8], &'static dyn Rounded),
 }
 
 impl<'a> Matrix<'a> {
     /// Whole lines of a panel in fp32: those held, or in `room`.
     ///
     /// # Panics
-    /// For a matrix in integers.
+    /// For a rounded matrix.
     pub fn lines<'b>(self, range: Range<usize>, room: &'b mut [f32]) -> &'b [f32]
     where
         'a: 'b,
@@ -54,7 +55,7 @@ impl<'a> Matrix<'a> {
                 widen(&numbers[range], room);
                 room
             }
-            Matrix::Int8(_) => unreachable!("integers have a kernel of their own"),
+            Matrix::Rounded(..) => unreachable!("rounded matrices have kernels of their own"),
         }
     }
 }

@@ -9,6 +9,7 @@
 //! A panel is `[k / 4][PANEL][4]` bytes, then the scales of its columns, then 128 times their sums.
 
 use super::gemm::{PANEL, ROWS};
+use super::rounded::{Block, Rounded};
 use super::simd::{Isa, dispatch, isa};
 
 /// Products that one instruction adds up.
@@ -20,43 +21,93 @@ const MOST: f32 = 127.0;
 /// Bytes of a panel beside its weights.
 const BESIDE: usize = PANEL * (size_of::<f32>() + size_of::<i32>());
 
-/// Whether a matrix of this depth can be packed so.
-pub fn suits(depth: usize) -> bool {
-    depth.is_multiple_of(TOGETHER)
-}
+/// The format.
+pub struct Int8;
 
-/// Bytes of a packed panel.
-pub fn panel_bytes(depth: usize) -> usize {
-    depth * PANEL + BESIDE
-}
-
-/// Packs a panel from `[k][PANEL]`.
-pub fn pack(numbers: &[f32], panel: &mut [u8]) {
-    let (weights, beside) = panel.split_at_mut(numbers.len());
-    let (scales, sums) = beside.split_at_mut(PANEL * size_of::<f32>());
-    let (lines, _) = numbers.as_chunks::<PANEL>();
-    let mut highest = [0.0f32; PANEL];
-    for line in lines {
-        highest.iter_mut().zip(line).for_each(|(highest, x)| *highest = highest.max(x.abs()));
+impl Rounded for Int8 {
+    fn suits(&self, depth: usize) -> bool {
+        depth.is_multiple_of(TOGETHER)
     }
-    let mut totals = [0i32; PANEL];
-    for (k, line) in lines.iter().enumerate() {
-        for (column, x) in line.iter().enumerate() {
-            let rounded = if highest[column] > 0.0 { (x * (MOST / highest[column])).round() as i8 } else { 0 };
-            weights[(k / TOGETHER * PANEL + column) * TOGETHER + k % TOGETHER] = rounded as u8;
-            totals[column] += OFFSET * i32::from(rounded);
+
+    fn row_bytes(&self, depth: usize) -> usize {
+        depth
+    }
+
+    fn panel_bytes(&self, depth: usize) -> usize {
+        depth * PANEL + BESIDE
+    }
+
+    fn pack(&self, numbers: &[f32], panel: &mut [u8]) {
+        let (weights, beside) = panel.split_at_mut(numbers.len());
+        let (scales, sums) = beside.split_at_mut(PANEL * size_of::<f32>());
+        let (lines, _) = numbers.as_chunks::<PANEL>();
+        let mut highest = [0.0f32; PANEL];
+        for line in lines {
+            highest.iter_mut().zip(line).for_each(|(highest, x)| *highest = highest.max(x.abs()));
+        }
+        let mut totals = [0i32; PANEL];
+        for (k, line) in lines.iter().enumerate() {
+            for (column, x) in line.iter().enumerate() {
+                let rounded = if highest[column] > 0.0 { (x * (MOST / highest[column])).round() as i8 } else { 0 };
+                weights[(k / TOGETHER * PANEL + column) * TOGETHER + k % TOGETHER] = rounded as u8;
+                totals[column] += OFFSET * i32::from(rounded);
+            }
+        }
+        for column in 0..PANEL {
+            let place = column * size_of::<f32>()..(column + 1) * size_of::<f32>();
+            scales[place.clone()].copy_from_slice(&(highest[column] / MOST).to_ne_bytes());
+            sums[place].copy_from_slice(&totals[column].to_ne_bytes());
         }
     }
-    for column in 0..PANEL {
-        let place = column * size_of::<f32>()..(column + 1) * size_of::<f32>();
-        scales[place.clone()].copy_from_slice(&(highest[column] / MOST).to_ne_bytes());
-        sums[place].copy_from_slice(&totals[column].to_ne_bytes());
+
+    fn round(&self, row: &[f32], bytes: &mut [u8], scale: &mut f32) {
+        round_row(row, bytes, scale);
+    }
+
+    fn multiply(&self, left: Block, panel: &[u8], sums: &mut [f32], columns: usize) {
+        let Block { bytes: left, scales, depth } = left;
+        let rows = scales.len();
+        assert!(left.len() >= rows.next_multiple_of(ROWS) * depth);
+        assert!(sums.len() >= rows.next_multiple_of(ROWS) * PANEL);
+        assert!(panel.len() == self.panel_bytes(depth) && self.suits(depth));
+        let (weights, beside) = panel.split_at(depth * PANEL);
+        let integers: &mut [i32] = bytemuck::cast_slice_mut(sums);
+        match isa() {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 if std::is_x86_feature_detected!("avx512vnni") => {
+                for row in (0..rows).step_by(ROWS) {
+                    // SAFETY: the features are there; rows and sums up to a multiple of `ROWS` were asserted to be.
+                    unsafe {
+                        let (left, sums) = (left.as_ptr().add(row * depth), integers.as_mut_ptr().add(row * PANEL));
+                        match columns > PANEL / 2 {
+                            true => x86::tile_512::<2>(left, depth, weights.as_ptr(), sums),
+                            false => x86::tile_512::<1>(left, depth, weights.as_ptr(), sums),
+                        }
+                    }
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Avx2 => {
+                for column in (0..columns.min(PANEL)).step_by(8) {
+                    for row in (0..rows).step_by(x86::ROWS_256) {
+                        // SAFETY: likewise.
+                        unsafe {
+                            let sums = integers.as_mut_ptr().add(row * PANEL + column);
+                            let weights = weights.as_ptr().add(column * TOGETHER);
+                            x86::tile_256(left.as_ptr().add(row * depth), depth, weights, sums);
+                        }
+                    }
+                }
+            }
+            Isa::Baseline => products(left, depth, weights, &mut integers[..rows * PANEL]),
+        }
+        scale(sums, beside, scales);
     }
 }
 
 dispatch! {
     /// Rounds a row of activations to its scale, which is left in `scale`: NaN if any of them is not finite.
-    pub fn round_row(row: &[f32], bytes: &mut [u8], scale: &mut f32) {
+    fn round_row(row: &[f32], bytes: &mut [u8], scale: &mut f32) {
         let (mut highest, mut strange) = ([0.0f32; PANEL], [0.0f32; PANEL]);
         let (chunks, rest) = row.as_chunks::<PANEL>();
         for chunk in chunks {
@@ -74,51 +125,6 @@ dispatch! {
         const MAGIC: f32 = 12_582_912.0 + OFFSET as f32;
         bytes.iter_mut().zip(row).for_each(|(byte, x)| *byte = (x * inverse + MAGIC).to_bits() as u8);
     }
-}
-
-/// Sets the sums `[rows][PANEL]` to the product of rows of `depth` bytes, one after the other, with a panel, of whose
-/// columns the first `columns` are wanted. `scales` are those of the rows. As in [`super::gemm`], there is room for
-/// rows up to a multiple of [`ROWS`].
-///
-/// # Panics
-/// If a slice is too short for that.
-pub fn multiply(left: &[u8], scales: &[f32], depth: usize, panel: &[u8], sums: &mut [f32], columns: usize) {
-    let rows = scales.len();
-    assert!(left.len() >= rows.next_multiple_of(ROWS) * depth);
-    assert!(sums.len() >= rows.next_multiple_of(ROWS) * PANEL);
-    assert!(panel.len() == panel_bytes(depth) && suits(depth));
-    let (weights, beside) = panel.split_at(depth * PANEL);
-    let integers: &mut [i32] = bytemuck::cast_slice_mut(sums);
-    match isa() {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 if std::is_x86_feature_detected!("avx512vnni") => {
-            for row in (0..rows).step_by(ROWS) {
-                // SAFETY: the features are there; rows and sums up to a multiple of `ROWS` were asserted to be.
-                unsafe {
-                    let (left, sums) = (left.as_ptr().add(row * depth), integers.as_mut_ptr().add(row * PANEL));
-                    match columns > PANEL / 2 {
-                        true => x86::tile_512::<2>(left, depth, weights.as_ptr(), sums),
-                        false => x86::tile_512::<1>(left, depth, weights.as_ptr(), sums),
-                    }
-                }
-            }
-        }
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx2 => {
-            for column in (0..columns.min(PANEL)).step_by(8) {
-                for row in (0..rows).step_by(x86::ROWS_256) {
-                    // SAFETY: likewise.
-                    unsafe {
-                        let sums = integers.as_mut_ptr().add(row * PANEL + column);
-                        let weights = weights.as_ptr().add(column * TOGETHER);
-                        x86::tile_256(left.as_ptr().add(row * depth), depth, weights, sums);
-                    }
-                }
-            }
-        }
-        Isa::Baseline => products(left, depth, weights, &mut integers[..rows * PANEL]),
-    }
-    scale(sums, beside, scales);
 }
 
 dispatch! {
@@ -236,8 +242,8 @@ mod tests {
             let (rows, depth, columns) = (1 + next() % 30, TOGETHER * (1 + next() % 40), 1 + next() % PANEL);
             let mut random = |n: usize| (0..n).map(|_| (next() % 2000) as f32 / 100.0 - 10.0).collect::<Vec<_>>();
             let (a, b) = (random(rows * depth), random(depth * PANEL));
-            let mut panel = vec![0; panel_bytes(depth)];
-            pack(&b, &mut panel);
+            let mut panel = vec![0; Int8.panel_bytes(depth)];
+            Int8.pack(&b, &mut panel);
             let padded = rows.next_multiple_of(ROWS);
             let (mut bytes, mut scales) = (vec![0; padded * depth], vec![0.0; rows]);
             for (i, row) in a.chunks_exact(depth).enumerate() {
@@ -246,7 +252,7 @@ mod tests {
             let step = |numbers: &mut dyn Iterator<Item = f32>| numbers.fold(0.0f32, |a, x| a.max(x.abs())) / MOST;
             let rounded = |x: f32, step: f32| (x as f64 / step as f64).round();
             let mut sums = vec![f32::NAN; padded * PANEL];
-            multiply(&bytes, &scales, depth, &panel, &mut sums, columns);
+            Int8.multiply(Block { bytes: &bytes, scales: &scales, depth }, &panel, &mut sums, columns);
             // The other ways to the same integers.
             let mut anywhere = vec![0; padded * PANEL];
             products(&bytes, depth, &panel[..depth * PANEL], &mut anywhere[..rows * PANEL]);

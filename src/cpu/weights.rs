@@ -2,7 +2,8 @@
 //! tensors are, which loses nothing; everything else in fp32.
 
 use super::gemm::{Matrix, PANEL, packed_len};
-use super::{MatrixPrecision, int8, pages};
+use super::rounded::Rounded;
+use super::{MatrixPrecision, pages};
 use crate::Result;
 use crate::graph::{WeightId, WeightKind, WeightSpec};
 use crate::weights::{Format, Number, Stored, Tensors};
@@ -43,15 +44,15 @@ struct Place {
 enum Form {
     Single,
     Half,
-    /// Panels of [`int8`].
-    Int8,
+    /// Panels in a less exact format, which is one of bytes.
+    Rounded(MatrixPrecision),
 }
 
 impl Form {
     fn of(spec: &WeightSpec, parts: &[Stored], precision: MatrixPrecision) -> Self {
-        let linear = matches!(spec.kind, WeightKind::Matrix { kernel: 1, .. }) && int8::suits(spec.width);
-        if linear && precision == MatrixPrecision::Int8 {
-            return Form::Int8;
+        let linear = matches!(spec.kind, WeightKind::Matrix { kernel: 1, .. });
+        if linear && precision.rounded().is_some_and(|format| format.suits(spec.width)) {
+            return Form::Rounded(precision);
         }
         let matrix = matches!(spec.kind, WeightKind::Matrix { .. } | WeightKind::Mirrored { .. });
         let half = matrix && parts.iter().all(|part| part.format == Format::F16);
@@ -63,7 +64,7 @@ impl Form {
         match self {
             Form::Single => size_of::<f32>(),
             Form::Half => size_of::<f16>(),
-            Form::Int8 => size_of::<u8>(),
+            Form::Rounded(_) => size_of::<u8>(),
         }
     }
 
@@ -140,8 +141,8 @@ impl Weights {
         let form = |spec: &WeightSpec| {
             let other = self.specs.iter().zip(&self.places).find(|(other, _)| other.names == spec.names);
             match other {
-                // The other way round a linear layer in integers is half as exact as its checkpoint.
-                Some((_, Place { form: Form::Int8, .. })) => Form::Half,
+                // The other way round nothing is rounded; most checkpoints are in fp16.
+                Some((_, Place { form: Form::Rounded(_), .. })) => Form::Half,
                 Some((_, place)) => place.form,
                 None => Form::Single,
             }
@@ -167,7 +168,7 @@ impl Weights {
         match form {
             Form::Single => Matrix::Single(bytemuck::cast_slice(bytes)),
             Form::Half => Matrix::Half(bytemuck::cast_slice(bytes)),
-            Form::Int8 => Matrix::Int8(bytes),
+            Form::Rounded(precision) => Matrix::Rounded(bytes, format(*precision)),
         }
     }
 }
@@ -193,7 +194,7 @@ fn packed(spec: &WeightSpec, form: Form) -> usize {
         WeightKind::Mirrored { kernel, wanted, .. } => (kernel * kernel * spec.total_outputs(), wanted),
     };
     match form {
-        Form::Int8 => columns.div_ceil(PANEL) * int8::panel_bytes(depth),
+        Form::Rounded(precision) => columns.div_ceil(PANEL) * format(precision).panel_bytes(depth),
         _ => packed_len(depth, columns),
     }
 }
@@ -220,8 +221,10 @@ fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) ->
         // Whole panels of matrices.
         let unit = match spec.kind {
             WeightKind::Vector | WeightKind::Table => 1,
-            WeightKind::Matrix { .. } if weight.form == Form::Int8 => int8::panel_bytes(spec.width),
-            WeightKind::Matrix { .. } => spec.width * PANEL,
+            WeightKind::Matrix { .. } => match weight.form {
+                Form::Rounded(precision) => format(precision).panel_bytes(spec.width),
+                _ => spec.width * PANEL,
+            },
             WeightKind::Mirrored { kernel, .. } => kernel * kernel * spec.total_outputs() * PANEL,
         };
         let length = (TASK / unit).max(1) * unit;
@@ -235,7 +238,7 @@ fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) ->
         let finite = match form {
             Form::Single => pack_stretch::<f32>(spec, parts, task.start, bytemuck::cast_slice_mut(task.out)),
             Form::Half => pack_stretch::<f16>(spec, parts, task.start, bytemuck::cast_slice_mut(task.out)),
-            Form::Int8 => pack_integers(spec, parts, task.start, task.out),
+            Form::Rounded(precision) => pack_rounded(format(*precision), spec, parts, task.start, task.out),
         };
         if left[task.index].fetch_sub(1, Ordering::Relaxed) == 1 {
             done(parts);
@@ -274,14 +277,19 @@ fn pack_stretch<T: Number>(spec: &WeightSpec, parts: &[Stored], start: usize, ou
     }
 }
 
-/// The same of a linear layer in integers.
-fn pack_integers(spec: &WeightSpec, parts: &[Stored], start: usize, out: &mut [u8]) -> bool {
-    let bytes = int8::panel_bytes(spec.width);
+/// The format of a rounded matrix.
+fn format(precision: MatrixPrecision) -> &'static dyn Rounded {
+    precision.rounded().expect("a format: the matrix is rounded")
+}
+
+/// The same of a linear layer in a less exact format.
+fn pack_rounded(format: &dyn Rounded, spec: &WeightSpec, parts: &[Stored], start: usize, out: &mut [u8]) -> bool {
+    let bytes = format.panel_bytes(spec.width);
     let mut numbers = vec![0.0f32; spec.width * PANEL];
     out.chunks_exact_mut(bytes).enumerate().fold(true, |finite, (i, out)| {
         let first = (start / bytes + i) * numbers.len();
         let whole = pack_stretch(spec, parts, first, &mut numbers);
-        int8::pack(&numbers, out);
+        format.pack(&numbers, out);
         finite & whole
     })
 }
@@ -416,7 +424,7 @@ mod tests {
             let numbers = match weight.form {
                 Form::Single => bytemuck::cast_slice(bytes).to_vec(),
                 Form::Half => bytemuck::cast_slice::<_, f16>(bytes).iter().map(|x| x.to_f32()).collect(),
-                Form::Int8 => unreachable!("nobody asked for integers"),
+                Form::Rounded(_) => unreachable!("nobody asked for it"),
             };
             (numbers, weight.form)
         });

@@ -1,5 +1,5 @@
-//! Linear layers in 8-bit integers, against the same layers in float64: as far off as rounding to 255 steps makes them,
-//! and bit for bit the same whatever the batch and the threads.
+//! Linear layers in bf16 and 8-bit integers, against the same layers in float64: as far off as rounding makes them, and
+//! bit for bit the same whatever the batch and the threads.
 
 mod support;
 
@@ -20,6 +20,7 @@ struct Case {
     outputs: usize,
     gated: bool,
     format: Dtype,
+    precision: MatrixPrecision,
 }
 
 impl Case {
@@ -47,7 +48,7 @@ impl Case {
         let (folder, by_name) = weights(&graph, self.format);
         let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
         let plan = Arc::new(Plan::new(graph, &[], &Fp32));
-        let loaded = Weights::load_beside(plan.graph().weights(), &tensors, &[], MatrixPrecision::Int8).unwrap();
+        let loaded = Weights::load_beside(plan.graph().weights(), &tensors, &[], self.precision).unwrap();
         let mut executor = Executor::new(plan.clone(), loaded).unwrap();
         for (name, numbers) in [("x", x), ("skip", skip), ("residual", residual)] {
             if plan.graph().find_input(name).is_some() {
@@ -87,8 +88,9 @@ impl Case {
 }
 
 fn cases() -> Vec<Case> {
-    let base = Case { x: Shape::new(2, 5, 7, 64), skip: 0, outputs: 40, gated: false, format: Dtype::F32 };
-    vec![
+    let precision = MatrixPrecision::Int8;
+    let base = Case { x: Shape::new(2, 5, 7, 64), skip: 0, outputs: 40, gated: false, format: Dtype::F32, precision };
+    let cases = [
         base,
         Case { format: Dtype::F16, ..base },
         // One column beyond a panel, one row beyond a tile, and a second source.
@@ -97,7 +99,9 @@ fn cases() -> Vec<Case> {
         Case { x: Shape::new(3, 11, 10, 48), outputs: 5, ..base },
         Case { x: Shape::new(2, 1, 60, 8192), outputs: 65, format: Dtype::F16, ..base },
         Case { x: Shape::new(2, 1, 21, 128), outputs: 160, gated: true, ..base },
-    ]
+    ];
+    let others = cases.map(|case| Case { precision: MatrixPrecision::Bf16, ..case });
+    cases.into_iter().chain(others).collect()
 }
 
 #[test]
@@ -107,9 +111,13 @@ fn linear_layers_are_off_by_rounding_alone() {
         let (ours, by_name) = case.run(&numbers, case.x.n);
         let error = relative_l2(&ours, &narrow(&case.plain(&numbers, &by_name)));
         println!("{error:.1e} {case:?}");
-        // Uniform numbers: a step is 1/127 of the largest, rounding is off by 1/sqrt(12) of that, numbers are 1/sqrt(3) on
-        // average, and there are two factors; a gate is another.
-        let expected = 2f64.sqrt() / 127.0 / 2.0 * if case.gated { 2.0 } else { 1.0 };
+        // Of uniform numbers. Integers: a step is 1/127 of the largest, rounding is off by 1/sqrt(12) of that, and numbers
+        // are 1/sqrt(3) on average. bf16: a step is 2^-8 to 2^-7 of a number. There are two factors; a gate is another.
+        let rounding = match case.precision {
+            MatrixPrecision::Int8 => 1.0 / 127.0 / 2.0,
+            _ => 0.75 * 2f64.powi(-7) / 12f64.sqrt(),
+        };
+        let expected = 2f64.sqrt() * rounding * if case.gated { 2.0 } else { 1.0 };
         assert!((0.5..1.5).contains(&(error / expected)), "{case:?}: off by {error:e}");
     }
 }
@@ -137,18 +145,21 @@ fn neither_batch_nor_threads_change_a_bit() {
 /// NaN among a layer's inputs is NaN in the row's outputs, and in no other row's.
 #[test]
 fn nan_stays_visible() {
-    let case = cases()[0];
-    let mut numbers = case.numbers();
-    numbers[0][3 * case.x.c + 9] = f64::NAN;
-    for (row, out) in case.run(&numbers, case.x.n).0.chunks_exact(case.outputs).enumerate() {
-        assert!(out.iter().all(|x| x.is_nan() == (row == 3)), "row {row}");
+    for case in cases().into_iter().filter(|case| !case.gated && case.x.c == 64) {
+        let mut numbers = case.numbers();
+        numbers[0][3 * case.x.c + 9] = f64::NAN;
+        for (row, out) in case.run(&numbers, case.x.n).0.chunks_exact(case.outputs).enumerate() {
+            assert!(out.iter().all(|x| x.is_nan() == (row == 3)), "{case:?}, row {row}");
+        }
     }
 }
 
 #[cfg(feature = "emulated")]
 #[test]
-fn kernels_have_no_int8() {
+fn kernels_have_their_own_precision() {
     let none = respodiff::weights::Tensors::random();
-    let refused = support::kernels().weights_beside(&[], &none, &[], MatrixPrecision::Int8);
-    assert!(matches!(refused, Err(respodiff::Error::Usage(_))));
+    for precision in [MatrixPrecision::Bf16, MatrixPrecision::Int8] {
+        let refused = support::kernels().weights_beside(&[], &none, &[], precision);
+        assert!(matches!(refused, Err(respodiff::Error::Usage(_))));
+    }
 }
