@@ -1,8 +1,9 @@
-//! Linear layers on numbers in bf16, with sums in fp32: 32 products and their sums by twos are one instruction where the
-//! processor has AVX-512 BF16. Weights and activations are rounded to the nearest of 8 significant bits.
+//! Linear layers on numbers in bf16, with sums in fp32, by AMX or else AVX-512 BF16 where the processor has them. Weights and activations are rounded to the nearest of 8 significant bits.
 //!
 //! A panel is `[k / 2][PANEL][2]`. Each sum is one chain in the order of k, so that neither batch nor threads change a bit.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::{self, Operands};
 use super::gemm::{PANEL, ROWS};
 use super::rounded::{Block, Rounded};
 use super::simd::dispatch;
@@ -47,6 +48,13 @@ impl Rounded for Bf16 {
         assert!(left.bytes.len() >= rows.next_multiple_of(ROWS) * self.row_bytes(depth));
         assert!(sums.len() >= rows.next_multiple_of(ROWS) * PANEL);
         assert!(panel.len() == self.panel_bytes(depth) && self.suits(depth));
+        #[cfg(target_arch = "x86_64")]
+        if amx::suits(Operands::Bf16, self.row_bytes(depth)) {
+            let sums = sums.as_mut_ptr().cast();
+            // SAFETY: asserted above.
+            unsafe { amx::multiply(Operands::Bf16, left.bytes.as_ptr(), (rows, 2 * depth), panel.as_ptr(), sums) };
+            return;
+        }
         let (left, panel): (&[bf16], &[bf16]) = (bytemuck::cast_slice(left.bytes), bytemuck::cast_slice(panel));
         #[cfg(target_arch = "x86_64")]
         if std::is_x86_feature_detected!("avx512bf16") && std::is_x86_feature_detected!("avx512f") {
@@ -144,7 +152,9 @@ mod tests {
             (seed >> 33) as usize
         };
         for _ in 0..30 {
-            let (rows, depth, columns) = (1 + next() % 30, TOGETHER * (1 + next() % 90), 1 + next() % PANEL);
+            let (rows, columns) = (1 + next() % 50, 1 + next() % PANEL);
+            // Every other one as AMX wants it.
+            let depth = if rows.is_multiple_of(2) { 32 * (1 + next() % 5) } else { TOGETHER * (1 + next() % 90) };
             let mut random = |n: usize| (0..n).map(|_| (next() % 2000) as f32 / 1000.0 - 1.0).collect::<Vec<_>>();
             let (a, b) = (random(rows * depth), random(depth * PANEL));
             let padded = rows.next_multiple_of(ROWS);

@@ -8,6 +8,8 @@
 //!
 //! A panel is `[k / 4][PANEL][4]` bytes, then the scales of its columns, then 128 times their sums.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::{self, Operands};
 use super::gemm::{PANEL, ROWS};
 use super::rounded::{Block, Rounded};
 use super::simd::{Isa, dispatch, isa};
@@ -73,6 +75,12 @@ impl Rounded for Int8 {
         let (weights, beside) = panel.split_at(depth * PANEL);
         let integers: &mut [i32] = bytemuck::cast_slice_mut(sums);
         match isa() {
+            #[cfg(target_arch = "x86_64")]
+            _ if amx::suits(Operands::Int8, depth) => {
+                let sums = integers.as_mut_ptr().cast();
+                // SAFETY: asserted above.
+                unsafe { amx::multiply(Operands::Int8, left.as_ptr(), (rows, depth), weights.as_ptr(), sums) };
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 if std::is_x86_feature_detected!("avx512vnni") => {
                 for row in (0..rows).step_by(ROWS) {
@@ -239,7 +247,9 @@ mod tests {
             (seed >> 33) as usize
         };
         for _ in 0..30 {
-            let (rows, depth, columns) = (1 + next() % 30, TOGETHER * (1 + next() % 40), 1 + next() % PANEL);
+            let (rows, columns) = (1 + next() % 50, 1 + next() % PANEL);
+            // Every other one as AMX wants it.
+            let depth = if rows.is_multiple_of(2) { 64 * (1 + next() % 5) } else { TOGETHER * (1 + next() % 40) };
             let mut random = |n: usize| (0..n).map(|_| (next() % 2000) as f32 / 100.0 - 10.0).collect::<Vec<_>>();
             let (a, b) = (random(rows * depth), random(depth * PANEL));
             let mut panel = vec![0; Int8.panel_bytes(depth)];

@@ -2,6 +2,8 @@
 //!
 //! One file an op family. [`gemm`] holds the one matrix kernel, [`simd`] the instruction sets.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod attention_gradient;
 mod bf16;
