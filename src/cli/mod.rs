@@ -92,9 +92,9 @@ impl Place {
 enum Precision {
     /// The device's own: fp32 on the CPU, fp16 on a GPU
     Full,
-    /// bf16 numbers, on the CPU alone: less exact, faster where there is AVX-512 BF16
+    /// bf16 numbers, on the CPU alone: less exact, faster where there is AMX
     Bf16,
-    /// 8-bit integers, on the CPU alone: still less exact, half the memory, faster where there is AVX-512 VNNI
+    /// 8-bit integers, on the CPU alone: still less exact, half the memory, faster where there is AMX or AVX-512 VNNI
     Int8,
 }
 

@@ -39,10 +39,10 @@ pub enum MatrixPrecision {
     /// fp32 arithmetic on the checkpoint's own numbers.
     #[default]
     Fp32,
-    /// bf16 numbers with sums in fp32: half of the time with AVX-512 BF16; elsewhere slower than fp32.
+    /// bf16 numbers with sums in fp32: a third of the time with AMX; on other machines it may be slower than fp32.
     Bf16,
     /// 8-bit integers, weights rounded once for each column and activations in every call for each row. A third to half
-    /// of the time with AVX-512 VNNI, half the memory of fp16; pictures differ in details.
+    /// of the time with AMX or AVX-512 VNNI, half the memory of fp16; pictures differ in details.
     Int8,
 }
 
