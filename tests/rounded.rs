@@ -127,7 +127,7 @@ fn neither_batch_nor_threads_change_a_bit() {
     for case in cases() {
         let numbers = case.numbers();
         let all = case.run(&numbers, case.x.n).0;
-        for threads in [1, 3, 16] {
+        for threads in [1, 3, 64] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             assert!(pool.install(|| case.run(&numbers, case.x.n).0) == all, "{case:?}: on {threads} threads");
         }

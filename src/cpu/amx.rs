@@ -26,7 +26,9 @@ pub enum Operands {
 pub fn suits(operands: Operands, row_bytes: usize) -> bool {
     static USABLE: OnceLock<[bool; 2]> = OnceLock::new();
     let usable = USABLE.get_or_init(|| {
-        let features = __cpuid_count(7, 0).edx;
+        // SAFETY: every processor of 64 bits has the instruction. Rust of today does not ask, the oldest that builds this does.
+        #[allow(unused_unsafe)]
+        let features = unsafe { __cpuid_count(7, 0) }.edx;
         let [bf16, tiles, int8] = [22, 24, 25].map(|bit| features >> bit & 1 == 1);
         let allowed = tiles && allowed();
         [allowed && bf16, allowed && int8]
