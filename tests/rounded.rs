@@ -111,8 +111,9 @@ fn linear_layers_are_off_by_rounding_alone() {
         let (ours, by_name) = case.run(&numbers, case.x.n);
         let error = relative_l2(&ours, &narrow(&case.plain(&numbers, &by_name)));
         println!("{error:.1e} {case:?}");
-        // Of uniform numbers. Integers: a step is 1/127 of the largest, rounding is off by 1/sqrt(12) of that, and numbers
-        // are 1/sqrt(3) on average. bf16: a step is 2^-8 to 2^-7 of a number. There are two factors; a gate is another.
+        // Of uniform numbers. Integers: a step is 1/127 of the largest, rounding is off by 1/sqrt(12) of that, and
+        // numbers are 1/sqrt(3) on average. bf16: a step is 2^-8 to 2^-7 of a number. There are two factors; a gate is
+        // another.
         let rounding = match case.precision {
             MatrixPrecision::Int8 => 1.0 / 127.0 / 2.0,
             _ => 0.75 * 2f64.powi(-7) / 12f64.sqrt(),

@@ -1,6 +1,7 @@
 //! Products of rounded matrices by AMX, which multiplies tiles of 16 rows of 64 bytes: the same operands as those of
-//! AVX-512's instructions, 16 times as many at once. Rust has no stable names for its instructions, so that they are written
-//! as such. Linux wants to be asked before a process may use the registers (its Documentation/arch/x86/xstate.rst).
+//! AVX-512's instructions, 16 times as many at once. Rust has no stable names for its instructions, so that they are
+//! written as such. Linux wants to be asked before a process may use the registers (its
+//! Documentation/arch/x86/xstate.rst).
 
 use super::gemm::PANEL;
 use std::arch::asm;
@@ -26,7 +27,8 @@ pub enum Operands {
 pub fn suits(operands: Operands, row_bytes: usize) -> bool {
     static USABLE: OnceLock<[bool; 2]> = OnceLock::new();
     let usable = USABLE.get_or_init(|| {
-        // SAFETY: every processor of 64 bits has the instruction. Rust of today does not ask, the oldest that builds this does.
+        // SAFETY: every processor of 64 bits has the instruction. Rust of today does not ask, the oldest that builds
+        // this does.
         #[allow(unused_unsafe)]
         let features = unsafe { __cpuid_count(7, 0) }.edx;
         let [bf16, tiles, int8] = [22, 24, 25].map(|bit| features >> bit & 1 == 1);

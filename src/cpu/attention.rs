@@ -140,8 +140,9 @@ fn across(mut lanes: [f32; PANEL], f: impl Fn(f32, f32) -> f32) -> f32 {
 }
 
 dispatch! {
-    /// Turns rows of `count` scores into powers of two against their running maxima, and corrects the totals and the sums
-    /// (rows of `padded` numbers) of the keys before. With a `diagonal`, row `i` sees the first `diagonal + i` scores.
+    /// Turns rows of `count` scores into powers of two against their running maxima, and corrects the totals and the
+    /// sums (rows of `padded` numbers) of the keys before. With a `diagonal`, row `i` sees the first `diagonal + i`
+    /// scores.
     fn softmax(
         scores: &mut [[f32; K_BLOCK]],
         count: usize,

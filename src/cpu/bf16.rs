@@ -1,6 +1,8 @@
-//! Linear layers on numbers in bf16, with sums in fp32, by AMX or else AVX-512 BF16 where the processor has them. Weights and activations are rounded to the nearest of 8 significant bits.
+//! Linear layers on numbers in bf16, with sums in fp32, by AMX or else AVX-512 BF16 where the processor has them.
+//! Weights and activations are rounded to the nearest of 8 significant bits.
 //!
-//! A panel is `[k / 2][PANEL][2]`. Each sum is one chain in the order of k, so that neither batch nor threads change a bit.
+//! A panel is `[k / 2][PANEL][2]`. Each sum is one chain in the order of k, so that neither batch nor threads change a
+//! bit.
 
 #[cfg(target_arch = "x86_64")]
 use super::amx::{self, Operands};

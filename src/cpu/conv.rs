@@ -189,7 +189,8 @@ fn rounded_product(
     });
 }
 
-/// A stretch `k` of the matrix's rows, one after the other: channels of the pixels under the taps, zeros outside the image.
+/// A stretch `k` of the matrix's rows, one after the other: channels of the pixels under the taps, zeros outside the
+/// image.
 fn gather(task: &Task, rows: Range<usize>, k: Range<usize>, to: &mut [f32]) {
     let inputs: usize = task.sources().iter().map(|source| source.channels).sum();
     let Conv { kernel, stride, .. } = *task.conv;
@@ -242,8 +243,8 @@ impl<'a> Epilogue<'a> {
         Epilogue { task, bias, first_column, width, columns: (panels.len() * width).min(task.output.c - first_column) }
     }
 
-    /// Writes `rows` rows from `first` on, pixels of the output, from the sums of the panels, which are spoilt: those of
-    /// a panel begin `strip` after the last one's. A row is written from its first column to its last, which a
+    /// Writes `rows` rows from `first` on, pixels of the output, from the sums of the panels, which are spoilt: those
+    /// of a panel begin `strip` after the last one's. A row is written from its first column to its last, which a
     /// processor foresees. Whoever calls is the only one to write these rows' part of `out`.
     pub fn finish(&self, (first, rows): (usize, usize), sums: &mut [f32], strip: usize, out: &SharedOutput) {
         finish(self, (first, rows), sums, strip, out);

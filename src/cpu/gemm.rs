@@ -6,9 +6,9 @@
 //!
 //! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`, in fp16 where the checkpoint is,
 //! and widened a few lines at a time while they are multiplied by many rows. A register tile has as many rows as the
-//! instruction set's registers hold sums of ([`Lanes::ROWS`]), and two registers of columns, or one at a panel's end: 12x32
-//! on AVX-512, 6x16 on AVX2, 12x8 on NEON. Every element of C is one chain of multiply-adds in the order of k, whatever
-//! tile it falls in: results do not depend on the batch or on the threads.
+//! instruction set's registers hold sums of ([`Lanes::ROWS`]), and two registers of columns, or one at a panel's end:
+//! 12x32 on AVX-512, 6x16 on AVX2, 12x8 on NEON. Every element of C is one chain of multiply-adds in the order of k,
+//! whatever tile it falls in: results do not depend on the batch or on the threads.
 
 use super::rounded::Rounded;
 use super::simd::{Lanes, dispatch};
@@ -113,7 +113,8 @@ dispatch! {
     }
 }
 
-/// One register tile: `HEIGHT` rows by `WIDTH` registers. Rows of `a` and `c` are as far apart as the second numbers say.
+/// One register tile: `HEIGHT` rows by `WIDTH` registers. Rows of `a` and `c` are as far apart as the second numbers
+/// say.
 ///
 /// # Safety
 /// `HEIGHT` rows of `depth` numbers at `a`, `depth` lines of [`PANEL`] at `b`, and the tile's part of `HEIGHT` rows at
@@ -154,8 +155,8 @@ unsafe fn tile<V: Lanes, const HEIGHT: usize, const WIDTH: usize>(
     }
 }
 
-/// The same pointer, as one of which the compiler knows nothing. It would otherwise see rows of one pitch, keep a single
-/// pointer, and find the others by a chain of additions in every turn of the inner loop.
+/// The same pointer, as one of which the compiler knows nothing. It would otherwise see rows of one pitch, keep a
+/// single pointer, and find the others by a chain of additions in every turn of the inner loop.
 #[inline(always)]
 pub fn opaque<T>(pointer: *const T) -> *const T {
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]

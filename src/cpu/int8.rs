@@ -1,5 +1,5 @@
-//! Linear layers in 8-bit integers, for which a matrix is packed when it is asked for: 64 products and their sums by fours
-//! are one instruction where the processor has AVX-512 VNNI, 16 and their sums by twos with AVX2.
+//! Linear layers in 8-bit integers, for which a matrix is packed when it is asked for: 64 products and their sums by
+//! fours are one instruction where the processor has AVX-512 VNNI, 16 and their sums by twos with AVX2.
 //!
 //! Symmetric, without zero points: a column of weights has one scale, chosen when it is packed, and so has a row of
 //! activations, chosen when it is read; both reach from -127 to 127 (Dettmers et al., arXiv 2208.07339, section 2.1).

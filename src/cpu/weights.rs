@@ -81,8 +81,8 @@ impl Weights {
     /// Reads and packs all of `specs`. No tensor is ever held in two forms.
     ///
     /// # Errors
-    /// Those of [`Tensors::stored`], [`crate::Error::Checkpoint`] for a number that is not finite, or [`crate::Error::Device`] when
-    /// memory is short.
+    /// Those of [`Tensors::stored`], [`crate::Error::Checkpoint`] for a number that is not finite, or
+    /// [`crate::Error::Device`] when memory is short.
     pub fn load(specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
         Self::load_beside(specs, tensors, &[], MatrixPrecision::Fp32)
     }
