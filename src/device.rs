@@ -64,7 +64,7 @@ impl Device {
         Ok(match self {
             Device::Cuda(_) if precision != MatrixPrecision::Fp32 => {
                 return Err(Error::usage(
-                    "linear layers in bf16 and int8 are made on the CPU alone; the kernels compute in fp16",
+                    "linear layers in bf16 and int8 exist on the CPU alone; choose the CPU, or full precision, which is fp16 here",
                 ));
             }
             Device::Cpu => {

@@ -172,7 +172,7 @@ pub struct GenerationInfo {
     pub model: String,
     /// SHA-256 of the checkpoint in hexadecimal, where it is known.
     pub model_sha256: Option<String>,
-    /// What the UNet's linear layers were computed in, where that was not the device's own precision.
+    /// Number format of the UNet's linear layers, such as `int8`, unless it was the device's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub precision: Option<String>,
     /// Concepts that shifted the bottleneck, and their weights.

@@ -36,7 +36,7 @@ pub(super) struct Args {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = Place::Auto)]
     device: Place,
-    /// What the networks' linear layers are computed in
+    /// Number format of the networks' linear layers
     #[arg(long, value_enum, default_value_t = Precision::Full)]
     precision: Precision,
 }
@@ -133,7 +133,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
                 // After every network, so that little is lost when time runs out.
                 let report = serde_json::json!({
                     "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "model": args.model,
-                    "batch": args.batch, "runs": runs, "peaks": peaks, "networks": tables,
+                    "batch": args.batch, "precision": args.precision.told(), "runs": runs, "peaks": peaks, "networks": tables,
                 });
                 crate::files::write(file, format!("{report:#}\n").as_bytes())?;
             }

@@ -87,7 +87,7 @@ impl Place {
     }
 }
 
-/// What the UNet's linear layers are computed in.
+/// Number format of the UNet's linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Precision {
     /// The device's own: fp32 on the CPU, fp16 on a GPU
@@ -107,7 +107,7 @@ impl Precision {
         }
     }
 
-    /// What a picture's file says of it.
+    /// The name that files and reports record; none for the device's own precision.
     fn told(self) -> Option<String> {
         let value = self.to_possible_value()?;
         (self != Precision::Full).then(|| value.get_name().into())

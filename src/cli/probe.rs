@@ -64,7 +64,7 @@ pub(super) struct Args {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = Place::Cpu)]
     device: Place,
-    /// What a network's linear layers are computed in
+    /// Number format of a network's linear layers; gradients have the device's own
     #[arg(long, value_enum, default_value_t = Precision::Full)]
     precision: Precision,
 }
@@ -74,6 +74,9 @@ type Named = (&'static str, Vec<usize>, Vec<f32>);
 
 pub(super) fn run(args: &Args) -> Result<()> {
     check_writable(&args.output)?;
+    if args.precision != Precision::Full && matches!(args.component, Component::Grad | Component::Scheduler) {
+        return Err(Error::usage("--precision is for networks: text, unet, vae-decode and vae-encode"));
+    }
     let source = Source::resolve(args.model.as_deref(), true)?;
     let results = match (args.component, &args.inputs) {
         (Component::Text, inputs) => text(args, &source, inputs.as_deref().map(TensorFile::read).transpose()?)?,

@@ -81,7 +81,7 @@ pub(super) struct Args {
     /// Where to compute
     #[arg(long, value_enum, default_value_t = Place::Auto)]
     device: Place,
-    /// What the UNet's linear layers are computed in
+    /// Number format of the UNet's linear layers
     #[arg(long, value_enum, default_value_t = Precision::Full)]
     precision: Precision,
 }
@@ -242,7 +242,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             .zip(seeds)
             .map(|(file, seed)| json!({"file": file.display().to_string(), "seed": seed}));
         let mut report = json!({
-            "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "images": pictures.collect::<Vec<_>>(),
+            "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "precision": args.precision.told(),
+            "images": pictures.collect::<Vec<_>>(),
             "load_seconds": loading, "seconds_per_image": each,
             "first_image_seconds": saved.first.map(|first| (first - started).as_secs_f64()),
             "memory": {"weights": memory.weights, "text": memory.text, "unet": memory.unet, "vae": memory.vae,

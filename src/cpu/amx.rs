@@ -13,7 +13,7 @@ const ROWS: usize = 16;
 /// Bytes of a tile's row.
 const BYTES: usize = 64;
 
-/// What a tile's bytes are.
+/// Number formats of both operands.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Operands {
     /// bf16 on both sides, sums in fp32.
@@ -22,13 +22,12 @@ pub enum Operands {
     Int8,
 }
 
-/// Whether rows of so many bytes can be multiplied here: the processor has the instructions, the system lets this
-/// process use them, and the rows are whole tiles.
+/// True if rows of this many bytes can be multiplied by AMX: the processor has the instructions, the system lets this
+/// process use them, and a row is a whole number of tiles.
 pub fn suits(operands: Operands, row_bytes: usize) -> bool {
     static USABLE: OnceLock<[bool; 2]> = OnceLock::new();
     let usable = USABLE.get_or_init(|| {
-        // SAFETY: every processor of 64 bits has the instruction. Rust of today does not ask, the oldest that builds
-        // this does.
+        // SAFETY: every x86-64 processor has CPUID. The function is safe in newer Rust and unsafe in 1.91.
         #[allow(unused_unsafe)]
         let features = unsafe { __cpuid_count(7, 0) }.edx;
         let [bf16, tiles, int8] = [22, 24, 25].map(|bit| features >> bit & 1 == 1);
@@ -75,7 +74,7 @@ impl Shapes {
 /// Sets `rows` rows of sums, [`PANEL`] of 32 bits each, to the product of as many rows of bytes with a panel.
 ///
 /// # Safety
-/// Rows, panel and sums must be there, and [`suits`] must have said so of the operands and the rows.
+/// Rows, panel and sums must be readable and writable in full, and [`suits`] must be true of the operands and rows.
 pub unsafe fn multiply(
     operands: Operands,
     left: *const u8,

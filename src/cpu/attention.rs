@@ -88,7 +88,7 @@ pub(super) fn run(attention: &Attention, out: TensorId, memory: &Memory) {
 #[repr(align(64))]
 struct Scores([[f32; K_BLOCK]; Q_BLOCK]);
 
-/// What is known of a block's queries before all keys have passed.
+/// Softmax statistics of a block's queries over the keys so far.
 struct State {
     maxima: [f32; Q_BLOCK],
     /// Sums of the exponentials.
@@ -178,7 +178,7 @@ dispatch! {
                     *sum += *x;
                 }
             }
-            // What is masked is exactly zero; its power was 2^-125, which changes no total: those are one or more.
+            // Masked scores become exactly zero. Each had added 2^-125, which cannot change a total of one or more.
             line[seen..count.max(wide)].fill(0.0);
             *total += across(lanes, |a, b| a + b);
         }

@@ -215,13 +215,14 @@ fn gather(task: &Task, rows: Range<usize>, k: Range<usize>, to: &mut [f32]) {
     }
 }
 
-/// What follows the sums of a group of panels.
+/// The epilogue of a group of panels: bias, activation, residual, and the write to the output.
 pub(super) struct Epilogue<'a> {
     task: &'a Task<'a>,
-    /// Of the group's panels, the first of which makes this column of the output.
+    /// For each panel of the group.
     bias: [[f32; PANEL]; GROUP],
+    /// Column of the output where the group begins.
     first_column: usize,
-    /// Columns of the output that a panel makes, and all of the group.
+    /// Columns of the output per panel, and in the whole group.
     width: usize,
     columns: usize,
 }
@@ -244,14 +245,14 @@ impl<'a> Epilogue<'a> {
     }
 
     /// Writes `rows` rows from `first` on, pixels of the output, from the sums of the panels, which are spoilt: those
-    /// of a panel begin `strip` after the last one's. A row is written from its first column to its last, which a
-    /// processor foresees. Whoever calls is the only one to write these rows' part of `out`.
+    /// of a panel begin `strip` after the last one's. A row is written from its first column to its last, so
+    /// that the processor prefetches it. The caller alone may write these rows' part of `out`.
     pub fn finish(&self, (first, rows): (usize, usize), sums: &mut [f32], strip: usize, out: &SharedOutput) {
         finish(self, (first, rows), sums, strip, out);
     }
 }
 
-/// `f` for all of two rows' numbers; those of a whole panel without a loop.
+/// Applies `f` to each number of `x` and its value; a whole panel has a fixed length, which vectorises better.
 #[inline(always)]
 fn each(x: &mut [f32; PANEL], values: &[f32], f: impl Fn(&mut f32, f32)) {
     match <&[f32; PANEL]>::try_from(values) {

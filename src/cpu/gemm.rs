@@ -20,7 +20,7 @@ use std::ops::Range;
 /// Columns of a packed panel.
 pub const PANEL: usize = 32;
 
-/// What the rows of a block are rounded up to: a multiple of every instruction set's tile height.
+/// Blocks have room for a multiple of this many rows, which is a multiple of every instruction set's tile height.
 pub const ROWS: usize = 12;
 
 /// Length of `[k, n]` once packed.
@@ -155,8 +155,8 @@ unsafe fn tile<V: Lanes, const HEIGHT: usize, const WIDTH: usize>(
     }
 }
 
-/// The same pointer, as one of which the compiler knows nothing. It would otherwise see rows of one pitch, keep a
-/// single pointer, and find the others by a chain of additions in every turn of the inner loop.
+/// Returns the pointer, hidden from the optimiser. It would otherwise see that rows have one pitch, keep a single
+/// pointer, and compute the others by a chain of additions in every iteration of the inner loop.
 #[inline(always)]
 pub fn opaque<T>(pointer: *const T) -> *const T {
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]

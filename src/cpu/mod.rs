@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 /// Activations in fp32: what to make plans with for the CPU.
 pub struct Fp32;
 
-/// What linear layers (and 1x1 convolutions) are computed in; everything else is fp32.
+/// Number format of linear layers and 1x1 convolutions; everything else is fp32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MatrixPrecision {
     /// fp32 arithmetic on the checkpoint's own numbers.
@@ -279,7 +279,7 @@ impl Memory<'_> {
 }
 
 /// Runs a task with so many numbers of its thread's own, which hold anything, on cache-line boundaries. A thread keeps
-/// the most that it needed, 1.2 MB.
+/// the most that it needed, 1.4 MB.
 fn with_scratch<R>(len: usize, task: impl FnOnce(&mut [f32]) -> R) -> R {
     thread_local!(static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) });
     SCRATCH.with_borrow_mut(|lines| {
