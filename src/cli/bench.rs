@@ -133,7 +133,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
                 // After every network, so that little is lost when time runs out.
                 let report = serde_json::json!({
                     "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "model": args.model,
-                    "batch": args.batch, "precision": args.precision.told(), "runs": runs, "peaks": peaks, "networks": tables,
+                    "batch": args.batch, "precision": args.precision.told(),
+                    "runs": runs, "peaks": peaks, "networks": tables,
                 });
                 crate::files::write(file, format!("{report:#}\n").as_bytes())?;
             }
