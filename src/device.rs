@@ -5,7 +5,7 @@ use crate::cuda;
 use crate::graph::{Graph, Node, WeightSpec};
 use crate::plan::Plan;
 use crate::weights::Tensors;
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,9 +63,8 @@ impl Device {
     ) -> Result<Weights> {
         Ok(match self {
             Device::Cuda(_) if precision != MatrixPrecision::Fp32 => {
-                return Err(Error::usage(
-                    "linear layers in bf16 and int8 exist on the CPU alone; choose the CPU, or full precision, which is fp16 here",
-                ));
+                return Err(Error::invalid("precision", "linear layers in bf16 and int8 exist on the CPU alone")
+                    .advise("choose the CPU, or full precision, which is fp16 here"));
             }
             Device::Cpu => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cpu()).collect();
@@ -90,7 +89,8 @@ impl Device {
             (Device::Cuda(device), Weights::Cuda(weights)) => {
                 Ok(Executor::Cuda(cuda::Executor::new(device, plan, weights.clone())?))
             }
-            _ => Err(Error::Device(format!("the weights were not loaded for {}; load them there", self.name()))),
+            _ => Err(Error::mismatch(Subject::Run, format!("the weights were not loaded for {}", self.name()))
+                .advise("load them there")),
         }
     }
 }

@@ -54,15 +54,17 @@ impl Image {
     fn from_values(values: &[f32], height: usize, width: usize, source: impl Fn(usize) -> usize) -> Result<Self> {
         let sizes = (u32::try_from(width), u32::try_from(height));
         let (Ok(columns @ 1..), Ok(rows @ 1..)) = sizes else {
-            return Err(Error::usage(format!("a picture of {width}x{height} pixels cannot be made")));
+            return Err(Error::invalid("size", format!("a picture of {width}x{height} pixels cannot be made")));
         };
         if width.checked_mul(height).and_then(|plane| plane.checked_mul(3)) != Some(values.len()) {
-            return Err(Error::usage(format!("{} values are no RGB picture of {width}x{height} pixels", values.len())));
+            return Err(Error::invalid(
+                "rgb",
+                format!("{} values are no RGB picture of {width}x{height} pixels", values.len()),
+            ));
         }
         if let Some(bad) = values.iter().find(|value| !value.is_finite()) {
-            return Err(Error::NonFinite(format!(
-                "the decoded picture holds {bad}: no picture is made of it; try another seed, less guidance or f32"
-            )));
+            return Err(Error::non_finite(format!("the decoded picture holds {bad}: no picture is made of it"))
+                .advise("try another seed, less guidance or f32"));
         }
         let byte = |value: f32| ((value * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
         let rgb = (0..values.len()).map(|index| byte(values[source(index)])).collect();
@@ -75,14 +77,18 @@ impl Image {
     /// [`Error::Usage`] if `rgb` does not match the size, a keyword is not 1 to 79 Latin-1 characters, or a text holds
     /// U+0000.
     pub fn to_png(&self, metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
-        let refused = |error: png::EncodingError| Error::usage(format!("cannot encode the picture as PNG: {error}"));
+        let refused =
+            |error: png::EncodingError| Error::invalid("rgb", format!("cannot encode the picture as PNG: {error}"));
         let mut bytes = Vec::new();
         let mut encoder = png::Encoder::new(&mut bytes, self.width, self.height);
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);
         for &(keyword, text) in metadata {
             if keyword.contains('\0') || text.contains('\0') {
-                return Err(Error::usage(format!("PNG text {keyword:?} cannot hold the character U+0000")));
+                return Err(Error::invalid(
+                    "metadata",
+                    format!("PNG text {keyword:?} cannot hold the character U+0000"),
+                ));
             }
             let is_latin1 = text.chars().all(|c| u32::from(c) <= 0xFF);
             let (keyword, text) = (keyword.to_string(), text.to_string());
@@ -118,7 +124,7 @@ pub fn read_png_text(path: &Path) -> Result<Vec<(String, String)>> {
         png::DecodingError::IoError(error) if error.kind() != std::io::ErrorKind::UnexpectedEof => {
             Error::io("read", path)(error)
         }
-        error => Error::checkpoint(path, format!("not a whole PNG file ({error}); give another file")),
+        error => Error::damaged(path, format!("not a whole PNG file ({error})")).advise("give another file"),
     };
     let mut reader = png::Decoder::new(BufReader::new(file)).read_info().map_err(damaged)?;
     reader.finish().map_err(damaged)?;
@@ -223,9 +229,10 @@ impl GenerationInfo {
     /// [`Error::NonFinite`] if the guidance is not a number, which JSON cannot say.
     pub fn json(&self) -> Result<String> {
         if !self.guidance.is_finite() {
-            return Err(Error::NonFinite(format!("a guidance scale of {} cannot be recorded", self.guidance)));
+            return Err(Error::non_finite(format!("a guidance scale of {} cannot be recorded", self.guidance)));
         }
-        serde_json::to_string(self).map_err(|error| Error::usage(format!("cannot record the parameters: {error}")))
+        serde_json::to_string(self)
+            .map_err(|error| Error::invalid("metadata", format!("cannot record the parameters: {error}")))
     }
 }
 

@@ -24,5 +24,5 @@ pub mod weights;
 
 pub use device::Device;
 pub use engine::{Engine, Output, Progress, Request, Session, SessionOptions};
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result, Subject};
 pub use image::Image;

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use respodiff::Error;
 use respodiff::models::tokenizer::Tokenizer;
+use respodiff::{ErrorKind, Subject};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -197,11 +197,12 @@ fn malformed_files_are_named() {
         let folder = clip_folder();
         fs::write(folder.path().join(name), bytes).unwrap();
         match Tokenizer::load(folder.path()) {
-            Err(Error::Checkpoint { path, problem }) => {
-                assert_eq!(path, folder.path().join(name), "{problem}");
-                assert!(problem.contains("download"), "{problem}");
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::Damaged, "{error}");
+                assert_eq!(*error.subject(), Subject::File(folder.path().join(name)), "{error}");
+                assert!(error.advice().is_some_and(|advice| advice.contains("download")), "{error}");
             }
-            other => panic!("{name}: {other:?}"),
+            Ok(_) => panic!("{name} was taken"),
         }
     }
     let empty = tempfile::tempdir().unwrap();

@@ -142,7 +142,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     if tables.is_empty() {
         let filter = args.filter.as_deref().unwrap_or_default();
-        return Err(Error::usage(format!("--filter {filter}: no operation of {} has this in its line", args.model)));
+        return Err(Error::invalid(
+            "filter",
+            format!("--filter {filter}: no operation of {} has this in its line", args.model),
+        ));
     }
     if let Some(file) = &args.json {
         say(&file.display().to_string());

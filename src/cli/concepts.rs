@@ -70,7 +70,9 @@ pub(super) fn group(text: &str, engine: &Engine) -> Result<Group> {
     let (files, shares) = match text.rsplit_once('=') {
         Some((files, shares)) => {
             let parse = |s: &str| {
-                s.trim().parse::<f64>().map_err(|_| Error::usage(format!("--balance {text}: `{s}` is no share")))
+                s.trim()
+                    .parse::<f64>()
+                    .map_err(|_| Error::invalid("balance", format!("--balance {text}: `{s}` is no share")))
             };
             (files, Some(shares.split(',').map(parse).collect::<Result<Vec<f64>>>()?))
         }
@@ -85,7 +87,7 @@ fn file_and_weight(text: &str) -> Result<(PathBuf, f32)> {
     if let Some((file, weight)) = text.rsplit_once(':').filter(|_| !Path::new(text).exists()) {
         return match weight.parse::<f32>() {
             Ok(weight) if weight.is_finite() => Ok((file.into(), weight)),
-            _ => Err(Error::usage(format!("`{text}`: `{weight}` is no weight; write FILE:0.8"))),
+            _ => Err(Error::invalid("concept", format!("`{text}`: `{weight}` is no weight")).advise("write FILE:0.8")),
         };
     }
     Ok((text.into(), 1.0))

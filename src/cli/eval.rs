@@ -7,7 +7,7 @@ use crate::engine::Engine;
 use crate::eval::clip::Clip;
 use crate::eval::{Fairness, Report, Settings, merge, winobias};
 use crate::weights::Source;
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -109,7 +109,10 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
     let shard = shard(args.shard.as_deref())?;
     let prompts = prompts(args)?;
     if args.images_per_prompt == 0 || args.batch == 0 || !args.weight.is_finite() {
-        return Err(Error::usage("--images-per-prompt and --batch start at 1, and --weight is a number"));
+        return Err(Error::invalid(
+            "images_per_prompt",
+            "--images-per-prompt and --batch start at 1, and --weight is a number",
+        ));
     }
     let source = match (&args.clip, &args.model) {
         (None, None) => Source::demo_clip(),
@@ -151,10 +154,10 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
     });
     bar.finish_and_clear();
     match outcome {
-        Err(Error::Cancelled(_)) => Err(Error::Cancelled(format!(
-            "{} of {total} pictures are judged; the same command goes on",
-            total - run.left().0
-        ))),
+        Err(error) if error.kind() == ErrorKind::Cancelled => {
+            Err(Error::cancelled(format!("{} of {total} pictures are judged", total - run.left().0))
+                .advise("the same command goes on"))
+        }
         other => other,
     }
 }
@@ -162,9 +165,9 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
 fn shard(text: Option<&str>) -> Result<(usize, usize)> {
     let Some(text) = text else { return Ok((0, 1)) };
     let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-    parsed
-        .filter(|&(i, n): &(usize, usize)| i < n)
-        .ok_or_else(|| Error::usage(format!("--shard {text}: write i/n with i from 0 to n - 1, such as 3/8")))
+    parsed.filter(|&(i, n): &(usize, usize)| i < n).ok_or_else(|| {
+        Error::invalid("shard", format!("--shard {text}: write i/n with i from 0 to n - 1, such as 3/8"))
+    })
 }
 
 /// Professions and their prompts.
@@ -177,7 +180,7 @@ fn prompts(args: &FairnessArgs) -> Result<Vec<(String, Vec<String>)>> {
             let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
             let prompts: Vec<_> = lines.map(|line| (line.to_string(), vec![line.to_string()])).collect();
             if prompts.is_empty() {
-                return Err(Error::checkpoint(file, "holds no prompts; write one a line"));
+                return Err(Error::damaged(file, "holds no prompts").advise("write one a line"));
             }
             return Ok(prompts);
         }

@@ -4,6 +4,7 @@ use crate::{Error, Result};
 use half::f16;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -33,7 +34,7 @@ impl TensorFile {
     /// Reads a whole file.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-        let bad = |e: safetensors::SafeTensorError| Error::checkpoint(path, format!("not a safetensors file: {e}"));
+        let bad = |e: safetensors::SafeTensorError| Error::damaged(path, format!("not a safetensors file: {e}"));
         let mut tensors = BTreeMap::new();
         for (name, view) in SafeTensors::deserialize(&bytes).map_err(bad)?.iter() {
             let data = view.data();
@@ -46,7 +47,7 @@ impl TensorFile {
                 other => {
                     let problem =
                         format!("tensor `{name}` holds {other:?} numbers; F16, F32, F64, I32 and I64 are read");
-                    return Err(Error::checkpoint(path, problem));
+                    return Err(Error::unsupported(path, problem));
                 }
             };
             tensors.insert(name.to_string(), Tensor { shape: view.shape().to_vec(), values });
@@ -63,24 +64,24 @@ impl TensorFile {
     pub fn get(&self, name: &str, shape: &[Option<usize>]) -> Result<&Tensor> {
         let Some(tensor) = self.find(name) else {
             let known: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
-            return Err(Error::checkpoint(&self.path, format!("has no tensor `{name}`, only [{}]", known.join(", "))));
+            return Err(Error::not_found(&self.path, format!("has no tensor `{name}`, only [{}]", known.join(", "))));
         };
         let fits = tensor.shape.len() == shape.len()
             && tensor.shape.iter().zip(shape).all(|(&have, want)| have > 0 && want.is_none_or(|w| w == have));
         if !fits {
             let want: Vec<String> = shape.iter().map(|d| d.map_or("any".into(), |d| d.to_string())).collect();
             let problem = format!("tensor `{name}` has shape {:?}; [{}] is wanted", tensor.shape, want.join(", "));
-            return Err(Error::checkpoint(&self.path, problem));
+            return Err(Error::damaged(&self.path, problem));
         }
         if !tensor.values.iter().all(|&x| (x as f32).is_finite()) {
-            return Err(Error::checkpoint(&self.path, format!("tensor `{name}` holds NaN or infinity in fp32")));
+            return Err(Error::damaged(&self.path, format!("tensor `{name}` holds NaN or infinity in fp32")));
         }
         Ok(tensor)
     }
 
     /// An error about the file.
-    pub fn error(&self, problem: impl Into<String>) -> Error {
-        Error::checkpoint(&self.path, problem)
+    pub fn error(&self, problem: impl Into<Cow<'static, str>>) -> Error {
+        Error::damaged(&self.path, problem)
     }
 }
 
@@ -98,6 +99,6 @@ pub fn write(path: &Path, tensors: &[(&str, Vec<usize>, Vec<f32>)]) -> Result<()
         .collect::<std::result::Result<Vec<_>, _>>();
     let bytes = views
         .and_then(|views| safetensors::serialize(views, None))
-        .map_err(|e| Error::checkpoint(path, format!("cannot be written: {e}")))?;
+        .map_err(|e| Error::damaged(path, format!("cannot be written: {e}")))?;
     crate::files::write(path, &bytes)
 }

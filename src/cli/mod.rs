@@ -11,7 +11,7 @@ mod sample;
 mod train;
 
 use crate::cpu::MatrixPrecision;
-use crate::{Device, Error, Result, cuda};
+use crate::{Device, Error, ErrorKind, Result, Subject, cuda};
 use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::Path;
@@ -145,10 +145,36 @@ pub fn main() -> ExitCode {
             }
         },
         Err(error) => {
-            complain("error", &error.to_string());
-            ExitCode::from(error.exit_code())
+            complain("error", &message(&error));
+            ExitCode::from(exit_code(error.kind()))
         }
     }
+}
+
+/// The exit code of a failure: 2 for values that can never work, 130 for an interrupt as shells have it, else 1.
+fn exit_code(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::Invalid => 2,
+        ErrorKind::Cancelled => 130,
+        _ => 1,
+    }
+}
+
+/// An error's line, in which fields of requests and recipes have the names of their flags.
+fn message(error: &Error) -> String {
+    let Subject::Field(field) = error.subject() else { return error.to_string() };
+    let flag = match *field {
+        "prompt" => "the prompt".into(),
+        "model" => "--model".into(),
+        "sampler" => "--scheduler".into(),
+        "concepts" => "--concept".into(),
+        "init" | "target_guidance" | "rollout_guidance" | "rollout_steps" | "timestep_offset" | "recipe" => {
+            format!("--recipe: {field}")
+        }
+        _ => format!("--{}", field.replace('_', "-")),
+    };
+    let advice = error.advice().map_or(String::new(), |advice| format!("; {advice}"));
+    format!("{flag}: {}{advice}", error.problem())
 }
 
 /// A flag that Ctrl-C raises; a second Ctrl-C ends the process at once.
@@ -180,7 +206,7 @@ fn check_writable(file: &Path) -> Result<()> {
     std::fs::write(&test, []).map_err(Error::io("write to the folder", folder))?;
     let _ = std::fs::remove_file(test);
     if file.is_dir() {
-        return Err(Error::usage(format!("{} is a folder; give a file's name", file.display())));
+        return Err(Error::invalid("out", format!("{} is a folder", file.display())).advise("give a file's name"));
     }
     Ok(())
 }

@@ -75,12 +75,12 @@ type Named = (&'static str, Vec<usize>, Vec<f32>);
 pub(super) fn run(args: &Args) -> Result<()> {
     check_writable(&args.output)?;
     if args.precision != Precision::Full && matches!(args.component, Component::Grad | Component::Scheduler) {
-        return Err(Error::usage("--precision is for networks: text, unet, vae-decode and vae-encode"));
+        return Err(Error::invalid("precision", "--precision is for networks: text, unet, vae-decode and vae-encode"));
     }
     let source = Source::resolve(args.model.as_deref(), true)?;
     let results = match (args.component, &args.inputs) {
         (Component::Text, inputs) => text(args, &source, inputs.as_deref().map(TensorFile::read).transpose()?)?,
-        (_, None) => return Err(Error::usage("--prompt is for `probe text`; give --inputs FILE")),
+        (_, None) => return Err(Error::invalid("prompt", "--prompt is for `probe text`").advise("give --inputs FILE")),
         (Component::Unet, Some(path)) => probe_unet(args, &source, &TensorFile::read(path)?)?,
         (Component::Grad, Some(path)) => grad(args, &source, &TensorFile::read(path)?)?,
         (Component::VaeDecode, Some(path)) => decode(args, &source, &TensorFile::read(path)?)?,
@@ -152,7 +152,7 @@ fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<
             }
             if encoded.ids.len() != width || encoded.ids.iter().any(|&id| id as usize >= config.vocab_size) {
                 let problem = "the tokenizer's ids do not fit this text encoder; they belong to different models";
-                return Err(Error::checkpoint(source.path(&format!("tokenizer{suffix}")), problem));
+                return Err(Error::damaged(source.path(&format!("tokenizer{suffix}")), problem));
             }
             encoded.ids
         }

@@ -8,7 +8,7 @@ use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, Progress, Request, SessionOptions};
 use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD};
 use crate::weights::Source;
-use crate::{Error, Image, Result};
+use crate::{Error, ErrorKind, Image, Result};
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -255,8 +255,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         others.iter().filter_map(|(_, path)| path.as_ref()).for_each(|path| say(&path.display().to_string()));
     }
     match failure {
-        Some(problem) if !matches!(problem, Error::Cancelled(_)) => Err(problem),
-        _ if made < images => Err(Error::Cancelled(format!("{made} of {images} pictures were saved"))),
+        Some(problem) if problem.kind() != ErrorKind::Cancelled => Err(problem),
+        _ if made < images => Err(Error::cancelled(format!("{made} of {images} pictures were saved"))),
         _ => Ok(()),
     }
 }

@@ -5,7 +5,7 @@ use crate::engine::{Engine, Request, SessionOptions};
 use crate::image::Image;
 use crate::respodiff::{Form, Kind, Recipe, Task, Trainer, Variant, loss_plot, sheet};
 use crate::weights::Source;
-use crate::{Device, Error, Result};
+use crate::{Device, Error, ErrorKind, Result};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -79,7 +79,7 @@ impl Args {
         let (kind, concept) = match (&self.target, &self.avoid) {
             (Some(target), _) => (Kind::Fair, target.clone()),
             (None, Some(avoid)) => (Kind::Safe, avoid.clone()),
-            (None, None) => return Err(Error::usage("give what to learn: --target or --avoid")),
+            (None, None) => return Err(Error::invalid("target", "give what to learn: --target or --avoid")),
         };
         Ok(Task { kind, concept, neutral: self.neutral.clone().unwrap_or_else(|| "a person".into()) })
     }
@@ -108,10 +108,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let beside = |suffix: &str| args.out.with_extension(suffix);
     let checkpoint = beside("checkpoint");
     if !args.resume && checkpoint.exists() {
-        return Err(Error::usage(format!(
-            "{} is there from a training that did not end; go on with --resume, or delete it",
-            checkpoint.display()
-        )));
+        return Err(Error::invalid(
+            "out",
+            format!("{} is there from a training that did not end", checkpoint.display()),
+        )
+        .advise("go on with --resume, or delete it"));
     }
 
     let source = Source::resolve(args.model.as_deref(), true)?;
@@ -135,7 +136,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     match result {
         Ok(()) => {}
-        Err(Error::Cancelled(why)) => return Err(Error::Cancelled(why)),
+        Err(error) if error.kind() == ErrorKind::Cancelled => return Err(error),
         Err(error) => {
             trainer.concept().save(&args.out)?;
             warn(&format!("{} holds the concept as of iteration {done}", args.out.display()));
@@ -195,11 +196,12 @@ fn train(trainer: &mut Trainer, iterations: u64, checkpoint: &Path) -> Result<()
             saved = Instant::now();
         }
         if stopping && outcome.is_ok() && trainer.between_rollouts() {
-            outcome = Err(Error::Cancelled(format!(
-                "{} of {iterations} iterations are in {}; go on with --resume",
+            outcome = Err(Error::cancelled(format!(
+                "{} of {iterations} iterations are in {}",
                 trainer.history().len(),
                 checkpoint.display()
-            )));
+            ))
+            .advise("go on with --resume"));
         }
         if outcome.is_ok() {
             outcome = trainer.iterate().map(|losses| {

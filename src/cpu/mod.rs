@@ -296,7 +296,7 @@ struct Line([f32; 16]);
 fn pages(bytes: usize, purpose: &str) -> Result<MmapMut> {
     MmapMut::map_anon(bytes.max(size_of::<f32>())).map_err(|problem| {
         let gib = bytes as f64 / (1u64 << 30) as f64;
-        Error::Device(format!("{gib:.1} GiB of memory for {purpose} are not to be had: {problem}"))
+        Error::out_of_memory(format!("{gib:.1} GiB of memory for {purpose} are not to be had: {problem}"))
     })
 }
 

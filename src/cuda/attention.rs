@@ -5,7 +5,7 @@ use super::device::{Launch, Limits};
 use super::site::Site;
 use super::weights::CHUNK;
 use crate::graph::{Attention, Shape, TensorId, View};
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 
 crate::params! {
     pub(super) struct AttentionParams {
@@ -134,7 +134,11 @@ pub(super) fn attention(attention: &Attention, out: TensorId, site: &Site) -> Re
     let aligned = is_aligned(attention, |t| site.shape(t));
     let tile = choose(queries, heads, head_dim, aligned, site.limits).ok_or_else(|| {
         let widest = TILES.iter().map(|tile| tile.width).max().unwrap_or(0);
-        Error::Device(format!("attention heads of {head_dim} channels; the kernels take {widest}; use --device cpu"))
+        Error::unsupported(
+            Subject::Device,
+            format!("attention heads of {head_dim} channels; the kernels take {widest}"),
+        )
+        .advise("choose the CPU")
     })?;
     let params = AttentionParams {
         q: site.view(q),

@@ -5,7 +5,7 @@ use super::attention_gradient_hopper as hopper;
 use super::device::{Launch, Limits};
 use super::site::Site;
 use crate::graph::{Attention, Graph, TensorId, View};
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 
 /// Queries or keys of a block, and its threads.
 const OWN: usize = 64;
@@ -103,7 +103,8 @@ pub(super) fn attention_gradient(
         choose(head_dim, is_aligned(of, |t| site.shape(t)), site.limits).filter(|_| !causal).ok_or_else(|| {
             let widest = TILES.iter().map(|tile| tile.width).max().unwrap_or(0);
             let problem = format!("the gradient of attention with heads of {head_dim} channels, causal {causal}");
-            Error::Device(format!("{problem}; the kernels take {widest}, not causal; use --device cpu"))
+            Error::unsupported(Subject::Device, format!("{problem}; the kernels take {widest}, not causal"))
+                .advise("choose the CPU")
         })?;
     let result = |view: View| if fused { site.view(View { tensor: out, ..view }) } else { site.address(out) };
     let params = AttentionGradientParams {

@@ -9,7 +9,7 @@ use super::site::{COUNTERS, Site};
 use super::tiles::{Choice, Instruction, Product, THREADS, choose};
 use super::weights::{CHUNK, has_phases};
 use crate::graph::{Activation, Conv, Graph, Op, Shape, TensorId, WeightKind};
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 
 crate::params! {
     pub(super) struct ConvParams {
@@ -149,7 +149,7 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
     let tiles = tile.count(&product);
     if splits > 1 && tiles > COUNTERS {
         let problem = format!("{tiles} tiles of split sums are more than {COUNTERS}");
-        return Err(Error::Device(problem + "; make a smaller batch"));
+        return Err(Error::unsupported(Subject::Device, problem).advise("make a smaller batch"));
     }
     if tile.instruction == Instruction::Wgmma {
         return conv_hopper::launch(conv, out, site, &product, choice);

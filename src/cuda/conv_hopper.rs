@@ -7,7 +7,7 @@ use super::folded;
 use super::site::{Element, Site};
 use super::tiles::{Area, Choice, Pixels, Product, STEP};
 use crate::graph::{Activation, Conv, Graph, Op, TensorId, View};
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 use half::f16;
 
 /// Threads of a block: two warpgroups that multiply, and one of which a thread fetches.
@@ -116,7 +116,7 @@ pub(super) fn launch(
     Choice { tile, splits, steps }: Choice,
 ) -> Result<Launch> {
     let shape = site.shape(out);
-    let area = product.area.ok_or_else(|| Error::Device("a product that TMA cannot fetch".into()))?;
+    let area = product.area.ok_or_else(|| Error::unsupported(Subject::Device, "a product that TMA cannot fetch"))?;
     let (seen, images) = area.seen(shape.n);
     let rectangle = area.rectangle();
     let [across, down, deep] = rectangle.count(seen, images);

@@ -4,7 +4,7 @@
 //! all of them are looked up at the start, where that is an error. Its result codes are a Rust enum, which has no value
 //! for a code that only a driver newer than CUDA 13.4 returns; no call here is known to return one.
 
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute, CUresult};
 use functions::*;
 use std::ffi::{CStr, c_char};
@@ -101,7 +101,7 @@ pub struct Card {
 /// [`Error::Device`]: none, too old, or broken, or without a GPU.
 pub(super) fn start() -> Result<Version> {
     static VERSION: OnceLock<Result<Version, String>> = OnceLock::new();
-    VERSION.get_or_init(load).clone().map_err(Error::Device)
+    VERSION.get_or_init(load).clone().map_err(|problem| Error::not_found(Subject::Device, problem))
 }
 
 fn load() -> Result<Version, String> {
@@ -182,15 +182,15 @@ pub(super) fn cards() -> Result<Vec<Card>> {
 
 /// Nothing, or an error with the driver's word for `code`.
 pub(super) fn check(doing: &str, code: CUresult) -> Result<()> {
-    let advice = match code as u32 {
-        0 => return Ok(()),
+    let problem = || format!("GPU, {doing}: {}", word(code));
+    match code as u32 {
+        0 => Ok(()),
         // Illegal addresses, asserts, illegal instructions and their kin leave the process without a GPU.
-        700 | 702 | 709..=720 => {
-            "; a kernel failed and the GPU is lost to this process: start it again and report this"
-        }
-        _ => "",
-    };
-    Err(Error::Device(format!("GPU, {doing}: {}{advice}", word(code))))
+        700 | 702 | 709..=720 => Err(Error::device_lost(problem())
+            .advise("a kernel failed and the GPU is lost to this process: start it again and report this")),
+        2 => Err(Error::out_of_memory(problem())),
+        _ => Err(Error::device_lost(problem())),
+    }
 }
 
 /// The driver's name and description of an error.

@@ -81,7 +81,7 @@ impl Device for Emulated {
     fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]> {
         let TensorTiles { address, sizes, strides, tile, swizzle } = *tiles;
         let map = TensorMap::tiled(address, size_of::<half::f16>() as u32, sizes, strides, tile, swizzle);
-        map.map(|map| map.0).map_err(|fault| Error::Device(fault.to_string()))
+        map.map(|map| map.0).map_err(|fault| Error::device_lost(fault.to_string()))
     }
 
     unsafe fn run(&self, launches: &[Launch]) -> Result<()> {
@@ -89,7 +89,7 @@ impl Device for Emulated {
         for Launch { kernel, grid, block, shared, params } in launches {
             // SAFETY: the caller's promise.
             let outcome = unsafe { list.launch(kernel, *grid, *block, *shared, params, &self.schedule) };
-            outcome.map_err(|fault| Error::Device(fault.to_string()))?;
+            outcome.map_err(|fault| Error::device_lost(fault.to_string()))?;
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ mod kernels;
 use super::compiled::{FAMILIES, Family, RESOURCES};
 use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
 use super::driver::{self, Card, Version, check, functions::*};
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 use cudarc::driver::sys::{
     CUcontext, CUevent, CUgraphExec, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
     CUresult, CUstream, CUstream_flags, CUstreamCaptureMode, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill,
@@ -37,18 +37,15 @@ const NON_BLOCKING: u32 = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
 /// [`Error::Device`]: this build holds no kernels, the driver is missing or too old, or no GPU is new enough.
 pub fn open() -> Result<Arc<dyn Device>> {
     if FAMILIES.is_empty() {
-        return Err(Error::Device(
-            "this build has no CUDA kernels: install nvcc (README, \"On a GPU\") and build again, or use --device cpu"
-                .into(),
-        ));
+        return Err(Error::unsupported(Subject::Device, "this build has no CUDA kernels")
+            .advise("install nvcc (README, \"On a GPU\") and build again, or choose the CPU"));
     }
     let (version, cards) = cards()?;
     let Some(card) = cards.iter().find(|card| card.usable()) else {
         let names: Vec<String> = cards.iter().map(Card::to_string).collect();
-        return Err(Error::Device(format!(
-            "no GPU of compute capability 8.0 or more here, only {}; use --device cpu",
-            if names.is_empty() { "none".into() } else { names.join(", ") }
-        )));
+        let there = if names.is_empty() { "none".into() } else { names.join(", ") };
+        let problem = format!("no GPU of compute capability 8.0 or more here, only {there}");
+        return Err(Error::not_found(Subject::Device, problem).advise("choose the CPU"));
     };
     Ok(Arc::new(Gpu::new(version, card.clone(), FAMILIES)?))
 }
@@ -165,10 +162,9 @@ impl Gpu {
             (CUresult::CUDA_ERROR_OUT_OF_MEMORY, "has no memory left beside what other processes hold"),
         ];
         if let Some((_, held)) = held.iter().find(|(problem, _)| code as u32 == *problem as u32) {
-            return Err(Error::Device(format!(
-                "{card} {held} (`nvidia-smi` tells which, and its compute mode); end that, choose another GPU with \
-                 CUDA_VISIBLE_DEVICES, or use --device cpu"
-            )));
+            let problem = format!("{card} {held} (`nvidia-smi` tells which, and its compute mode)");
+            return Err(Error::out_of_memory(problem)
+                .advise("end that, choose another GPU with CUDA_VISIBLE_DEVICES, or choose the CPU"));
         }
         check(&format!("starting {card}"), code)?;
         // From here on `drop` gives back what there is.
@@ -330,12 +326,12 @@ impl Device for Gpu {
         if code as u32 == CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32 {
             let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
             let free = self.free_bytes().map_or("less is".into(), |free| format!("{:.2} GiB are", gib(free)));
-            return Err(Error::Device(format!(
-                "{}: {:.2} GiB of memory are wanted where {free} free; choose a smaller model, picture or batch, or \
-                 close other programs",
+            return Err(Error::out_of_memory(format!(
+                "{}: {:.2} GiB of memory are wanted where {free} free",
                 self.card.name,
                 gib(bytes)
-            )));
+            ))
+            .advise("choose a smaller model, picture or batch, or close other programs"));
         }
         check("allocating memory", code)?;
         Ok(address)
@@ -407,7 +403,7 @@ impl Device for Gpu {
             _ => None,
         }
         .filter(|_| (1..=5).contains(&rank) && strides.len() + 1 == rank && tile.len() == rank)
-        .ok_or_else(|| Error::Device(format!("TMA has no tensors like {tiles:?}")))?;
+        .ok_or_else(|| Error::unsupported(Subject::Device, format!("TMA has no tensors like {tiles:?}")))?;
         let mut map = CUtensorMap { opaque: [0; 16] };
         let steps = [1; 5];
         // SAFETY: live locals of the lengths that the rank promises; the address is looked at, not read.

@@ -43,7 +43,7 @@ pub use weights::Weights;
 
 use crate::graph::{Graph, Node, Op, TensorId};
 use crate::plan::{Plan, Storage};
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 use half::f16;
 use moments::Moments;
 use program::Program;
@@ -106,7 +106,8 @@ impl Executor {
     pub fn new(device: &Arc<dyn Device>, plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
         plan.check(&device.limits(), weights.specs())?;
         if !weights.is_on(device) {
-            return Err(Error::Device(format!("the weights are not on {}; load them there", device.name())));
+            return Err(Error::mismatch(Subject::Device, format!("the weights are not on {}", device.name()))
+                .advise("load them there"));
         }
         let arena = Buffer::zeroed(device, plan.arena_bytes())?;
         let program = bound(device, &weights, &arena, |bindings| Program::new(&plan, bindings))?;

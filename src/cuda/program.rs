@@ -5,7 +5,7 @@ use super::site::{Bindings, Site};
 use super::{attention, attention_gradient, attention_hopper, conv, elementwise, epilogue, folded, norm};
 use crate::graph::{Graph, Node, Op};
 use crate::plan::Plan;
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 
 /// The launches of a plan's phases.
 pub(super) struct Program {
@@ -119,7 +119,8 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
             attention_gradient::attention_gradient(of, fused, d, out, site, launches)?;
         }
         _ => {
-            return Err(Error::Device(format!("{}: this operation has no kernel; use --device cpu", node.name)));
+            return Err(Error::unsupported(Subject::Device, format!("{}: this operation has no kernel", node.name))
+                .advise("choose the CPU"));
         }
     }
     Ok(())

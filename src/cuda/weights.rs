@@ -225,7 +225,7 @@ fn upload(device: &Arc<dyn Device>, own: &Buffer, weights: &[Loading], limit: us
         let weight = &weights[bad / size_of::<u32>()];
         weight.tensors().try_for_each(Stored::check_finite)?;
         let problem = format!("the device found NaN or infinity in {:?} where the file holds none", weight.spec.names);
-        return Err(Error::Device(problem + "; its memory or its link is faulty"));
+        return Err(Error::device_lost(problem).advise("its memory or its link is faulty"));
     }
     Ok(offsets)
 }

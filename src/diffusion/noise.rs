@@ -37,7 +37,9 @@ impl FromStr for Rng {
 
     fn from_str(name: &str) -> Result<Self> {
         let known = Rng::ALL.into_iter().find(|rng| rng.name().eq_ignore_ascii_case(name.trim()));
-        known.ok_or_else(|| Error::usage(format!("unknown noise generator {name:?}: choose torch-cpu or torch-cuda")))
+        known.ok_or_else(|| {
+            Error::invalid("rng", format!("unknown noise generator {name:?}: choose torch-cpu or torch-cuda"))
+        })
     }
 }
 

@@ -58,11 +58,8 @@ impl Run<'_> {
 
     /// About the step after `done` others.
     pub fn non_finite(&self, done: usize) -> Error {
-        Error::NonFinite(format!(
-            "step {} of {} gave NaN or infinite latents; lower the guidance, take more steps or another scheduler",
-            done + 1,
-            self.steps.len()
-        ))
+        Error::non_finite(format!("step {} of {} gave NaN or infinite latents", done + 1, self.steps.len()))
+            .advise("lower the guidance, take more steps or another scheduler")
     }
 }
 

@@ -364,13 +364,16 @@ impl Engine {
         for (name, size) in [("width", width), ("height", height)] {
             if size == 0 || size % scale != 0 || size > MAX_SIZE {
                 let near = ((size.min(MAX_SIZE) + scale / 2) / scale).max(1) * scale;
-                return Err(Error::usage(format!(
-                    "{name} {size} is not possible: it must be a multiple of {scale} up to {MAX_SIZE}; {near} is near"
-                )));
+                return Err(Error::invalid(
+                    name,
+                    format!("{size} is not possible: it must be a multiple of {scale} up to {MAX_SIZE}"),
+                )
+                .advise(format!("take {near}")));
             }
         }
         if batch == 0 || batch > MAX_BATCH {
-            return Err(Error::usage(format!("batch {batch} is not possible: give 1 to {MAX_BATCH}")));
+            return Err(Error::invalid("batch", format!("{batch} images at once are not possible"))
+                .advise(format!("give 1 to {MAX_BATCH}")));
         }
         let rows = if guided { 2 * batch } else { batch };
         let shifted = if concepts { batch } else { 0 };
@@ -436,11 +439,10 @@ impl Engine {
     pub(crate) fn afford(&self, needed: usize, what: &str) -> Result<()> {
         let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
         match self.free_memory() {
-            Some(free) if needed > free => Err(Error::usage(format!(
-                "{:.1} GiB of memory are free where {:.1} GiB are needed for {what}",
-                gib(free),
-                gib(needed)
-            ))),
+            Some(free) if needed > free => Err(Error::invalid(
+                "memory",
+                format!("{:.1} GiB of memory are free where {:.1} GiB are needed for {what}", gib(free), gib(needed)),
+            )),
             _ => Ok(()),
         }
     }
@@ -454,7 +456,7 @@ fn check_latents(source: &Source, unet: &UNetConfig, vae: &VaeConfig) -> Result<
         "has {} input and {} output channels for {} latent channels; inpainting and depth models are not supported",
         unet.in_channels, unet.out_channels, vae.latent_channels
     );
-    Err(Error::checkpoint(source.path("unet/config.json"), problem))
+    Err(Error::unsupported(source.path("unet/config.json"), problem))
 }
 
 /// The scheduler's config, with what diffusers' StableDiffusionPipeline forces on checkpoints from before these fields, and
@@ -463,7 +465,7 @@ fn read_scheduler(source: &Source, xl: bool) -> Result<SchedulerConfig> {
     let file = "scheduler/scheduler_config.json";
     let path = source.path(file);
     let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&source.read_text(file)?)
-        .map_err(|e| Error::checkpoint(&path, format!("not a JSON object: {e}; download the file again")))?;
+        .map_err(|e| Error::damaged(&path, format!("not a JSON object: {e}")).advise("download the file again"))?;
     if !xl {
         fields.insert("steps_offset".into(), 1.into());
         fields.insert("clip_sample".into(), false.into());

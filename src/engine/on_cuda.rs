@@ -7,7 +7,7 @@ use crate::diffusion::noise::Rng;
 use crate::graph::Shape;
 use crate::image::Image;
 use crate::plan::Plan;
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 
 /// Most UNet calls of a run.
 const CAPACITY: usize = 4096;
@@ -60,12 +60,16 @@ impl Denoiser for CudaDenoiser {
     fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>> {
         let steps = run.steps;
         if steps.len() > CAPACITY {
-            return Err(Error::usage(format!("{} steps are too many; take {CAPACITY} at most", steps.len())));
+            return Err(Error::invalid("steps", format!("{} steps are too many", steps.len()))
+                .advise(format!("take {CAPACITY} at most")));
         }
         if let Some(shift) = run.shift {
             if !shift.is_constant() {
-                let problem = "concepts that are networks (mlp, conv) run on the CPU; use --device cpu";
-                return Err(Error::Device(problem.into()));
+                return Err(Error::unsupported(
+                    Subject::Device,
+                    "concepts that are networks (mlp, conv) run on the CPU alone",
+                )
+                .advise("choose the CPU"));
             }
             self.unet.write("shift", shift.constant())?;
         }
@@ -139,7 +143,7 @@ impl Networks for OnCuda {
         let mut rgb = vec![0; self.rgb.len()];
         self.rgb.read(0, &mut rgb)?;
         if sampler.picture_fault()? {
-            return Err(Error::NonFinite("the VAE gave NaN or infinity; no picture is made of it".into()));
+            return Err(Error::non_finite("the VAE gave NaN or infinity, of which no picture is made"));
         }
         let Shape { h, w, .. } = picture_shape(self.vae.plan());
         Ok(Image { width: w as u32, height: h as u32, rgb })

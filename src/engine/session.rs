@@ -50,7 +50,7 @@ impl Session {
             (Executor::Cuda(unet), Executor::Cuda(vae)) => {
                 Box::new(OnCuda::new(CudaDenoiser::new(unet, options.batch)?, vae)?)
             }
-            _ => return Err(Error::Device("the UNet and the VAE are on different devices".into())),
+            _ => return Err(Error::internal("the UNet and the VAE are on different devices")),
         };
         Ok(Session { text, networks, engine, options })
     }
@@ -73,23 +73,30 @@ impl Session {
         let schedule = self.engine.schedule(request.sampler, request.steps)?;
         let guided = self.options.guided;
         if !request.guidance.is_finite() || (request.guidance > 1.0 && !guided) {
-            return Err(Error::usage(format!(
-                "guidance {} is not possible here: give a number, and a guided session for one above 1",
-                request.guidance
-            )));
+            return Err(Error::invalid(
+                "guidance",
+                format!(
+                    "guidance {} is not possible here: give a number, and a guided session for one above 1",
+                    request.guidance
+                ),
+            ));
         }
         if !request.concepts.is_empty() && (!self.options.concepts || request.concepts.len() != self.options.batch) {
-            return Err(Error::usage(format!(
-                "concepts for {} images, where the session is for {}{}; list the concepts of every image",
-                request.concepts.len(),
-                self.options.batch,
-                if self.options.concepts { "" } else { " without concepts" }
-            )));
+            return Err(Error::invalid(
+                "concepts",
+                format!(
+                    "concepts for {} images, where the session is for {}{}",
+                    request.concepts.len(),
+                    self.options.batch,
+                    if self.options.concepts { "" } else { " without concepts" }
+                ),
+            )
+            .advise("list the concepts of every image"));
         }
         if !self.engine.0.text.sized() && (request.original_size.is_some() || request.crop != (0, 0)) {
             let problem =
                 "this checkpoint does not read the picture's sizes, as SDXL does; leave original size and crop out";
-            return Err(Error::usage(problem));
+            return Err(Error::invalid("original_size", problem));
         }
         let shift = || Shift::new(self.engine.bottleneck(self.options), self.options.batch, &request.concepts);
         let shift = self.options.concepts.then(shift).transpose()?;
@@ -113,7 +120,7 @@ impl Session {
         let latents =
             self.networks.denoiser().sample(&run, &mut |done| match progress(Progress::Step { done, total }) {
                 ControlFlow::Break(()) if done < total => {
-                    Err(Error::Cancelled(format!("stopped after {done} of {total} steps; no picture was made")))
+                    Err(Error::cancelled(format!("stopped after {done} of {total} steps, with no picture made")))
                 }
                 // Nothing is left to break off.
                 _ => Ok(()),
@@ -146,10 +153,10 @@ impl Session {
         let Some(given) = &request.latents else { return Ok(None) };
         let wanted = self.options.batch * c * pixels;
         if given.len() != wanted {
-            return Err(Error::usage(format!(
-                "the latents hold {} numbers where this size and batch have {wanted}",
-                given.len()
-            )));
+            return Err(Error::invalid(
+                "latents",
+                format!("the latents hold {} numbers where this size and batch have {wanted}", given.len()),
+            ));
         }
         let mut latents = vec![0.0; wanted];
         nchw_to_nhwc(given, c, pixels, &mut latents);

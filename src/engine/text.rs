@@ -35,15 +35,18 @@ impl TextEncoders {
         let has = |folder: &str| source.has(&format!("{folder}/config.json"));
         let index = read_index(source)?;
         if index["requires_aesthetics_score"] == true || (has("text_encoder_2") && !has("text_encoder")) {
-            let problem = "this is SDXL's refiner, which is not supported; give the base model";
-            return Err(Error::checkpoint(source.path("model_index.json"), problem));
+            return Err(Error::unsupported(
+                source.path("model_index.json"),
+                "this is SDXL's refiner, which is not supported",
+            )
+            .advise("give the base model"));
         }
         let folders = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")];
         let folders = if has("text_encoder_2") { &folders[..] } else { &folders[..1] };
         let configs: Vec<ClipConfig> =
             folders.iter().map(|(folder, _)| read_config(source, folder, ClipConfig::parse)).collect::<Result<_>>()?;
         if let Some(problem) = misfit(&configs, unet) {
-            return Err(Error::checkpoint(source.path("unet/config.json"), problem));
+            return Err(Error::mismatch(source.path("unet/config.json"), problem));
         }
         let both = || folders.par_iter().zip(&configs);
         let tokenizer = |((_, folder), config): (&(&str, &str), &ClipConfig)| tokenizer(source, folder, config);
@@ -187,8 +190,9 @@ fn read_index(source: &Source) -> Result<serde_json::Value> {
     if !source.has(file) {
         return Ok(serde_json::Value::Null);
     }
-    serde_json::from_str(&source.read_text(file)?)
-        .map_err(|e| Error::checkpoint(source.path(file), format!("not valid JSON: {e}; download the file again")))
+    serde_json::from_str(&source.read_text(file)?).map_err(|e| {
+        Error::damaged(source.path(file), format!("not valid JSON: {e}")).advise("download the file again")
+    })
 }
 
 /// What keeps the text encoders from serving the UNet.
@@ -226,7 +230,7 @@ fn tokenizer(source: &Source, folder: &str, config: &ClipConfig) -> Result<Token
             config.vocab_size,
             config.max_position_embeddings
         );
-        return Err(Error::checkpoint(source.path(folder), problem));
+        return Err(Error::mismatch(source.path(folder), problem));
     }
     Ok(tokenizer)
 }

@@ -49,7 +49,7 @@ impl Clip {
         let (text, vision) = parse_clip_model(&source.read_text("config.json")?, &source.path("config.json"))?;
         let path = source.path("preprocessor_config.json");
         let preprocessor = serde_json::from_str(&source.read_text("preprocessor_config.json")?)
-            .map_err(|e| Error::checkpoint(path, format!("not what CLIP's processor reads: {e}")))?;
+            .map_err(|e| Error::damaged(path, format!("not what CLIP's processor reads: {e}")))?;
         let tensors = source.tensors("")?;
         let plan = device.plan(vision_encoder(&vision, BATCH), &[]);
         let weights = device.weights(plan.graph().weights(), &tensors)?;

@@ -67,7 +67,7 @@ impl Settings {
         let ours = Settings { groups, concepts, shares, weight, ..self.clone() };
         columns.filter(|_| ours.same_run(&theirs)).ok_or_else(|| {
             let problem = "holds plain pictures of other settings, or lacks a group of these concepts";
-            Error::usage(format!("{} {problem}", other.display()))
+            Error::invalid("out", format!("{} {problem}", other.display()))
         })
     }
 }
@@ -118,10 +118,8 @@ impl Fairness {
         let path = folder.join("settings.json");
         if path.exists() {
             if !read_settings(folder)?.same_run(&settings) {
-                return Err(Error::usage(format!(
-                    "{} holds a run of other settings; give another --out, or delete it",
-                    folder.display()
-                )));
+                return Err(Error::invalid("out", format!("{} holds a run of other settings", folder.display()))
+                    .advise("give another --out, or delete it"));
             }
         } else {
             let text = serde_json::to_string_pretty(&settings).unwrap_or_default();
@@ -295,7 +293,7 @@ pub(super) fn image_name(balanced: bool, profession: usize, index: usize) -> Str
 pub(super) fn read_settings(folder: &Path) -> Result<Settings> {
     let path = folder.join("settings.json");
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    serde_json::from_str(&text).map_err(|e| Error::checkpoint(&path, format!("not an evaluation's settings: {e}")))
+    serde_json::from_str(&text).map_err(|e| Error::damaged(&path, format!("not an evaluation's settings: {e}")))
 }
 
 /// A folder's records; a line that was not written to its end is left out, one that is damaged is an error.
@@ -308,7 +306,7 @@ pub(super) fn read_records(folder: &Path) -> Result<Vec<Record>> {
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     let parse = |(i, line): (usize, &str)| {
         serde_json::from_str(line)
-            .map_err(|e| Error::checkpoint(&path, format!("line {} is damaged ({e}); delete that line", i + 1)))
+            .map_err(|e| Error::damaged(&path, format!("line {} is damaged ({e})", i + 1)).advise("delete that line"))
     };
     whole.lines().enumerate().map(parse).collect()
 }

@@ -51,7 +51,7 @@ impl Report {
     pub fn read(folder: &Path) -> Result<Self> {
         let (settings, records) = (read_settings(folder)?, read_records(folder)?);
         if records.is_empty() {
-            return Err(Error::usage(format!("{} holds no records yet", folder.display())));
+            return Err(Error::invalid("records", format!("{} holds no records yet", folder.display())));
         }
         let sizes: Vec<usize> = settings.groups.iter().map(Vec::len).collect();
         let fits = |r: &Record| {
@@ -59,7 +59,7 @@ impl Report {
             r.profession < settings.prompts.len() && in_range(&r.seen) && in_range(&r.given)
         };
         if !records.iter().all(fits) {
-            return Err(Error::checkpoint(folder, "the records do not belong to the settings; delete the folder"));
+            return Err(Error::damaged(folder, "the records do not belong to the settings").advise("delete the folder"));
         }
         let mut summaries: Vec<Summary> = (0..sizes.len())
             .map(|g| summary(&settings, &records, settings.groups[g].clone(), |list| list[g]))
@@ -235,7 +235,7 @@ fn summary(
 /// # Errors
 /// [`Error::Usage`] if the folders hold runs of different settings, [`Error::Io`].
 pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
-    let Some(first) = folders.first() else { return Err(Error::usage("nothing to merge: give folders")) };
+    let Some(first) = folders.first() else { return Err(Error::invalid("folders", "nothing to merge: give folders")) };
     let settings = read_settings(first)?;
     let images = out.join("images");
     std::fs::create_dir_all(&images).map_err(Error::io("create", &images))?;
@@ -243,7 +243,10 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
     let mut lines = String::new();
     for folder in folders {
         if !read_settings(folder)?.same_run(&settings) {
-            return Err(Error::usage(format!("{} and {} hold different runs", first.display(), folder.display())));
+            return Err(Error::invalid(
+                "folders",
+                format!("{} and {} hold different runs", first.display(), folder.display()),
+            ));
         }
         for record in read_records(folder)? {
             if seen.insert((record.balanced, record.profession, record.seed)) {

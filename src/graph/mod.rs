@@ -554,12 +554,18 @@ impl Graph {
         let wrong = |x: &f32| !(x.fract() == 0.0 && (0.0..rows as f32).contains(x));
         match values.iter().position(wrong) {
             None => Ok(()),
-            Some(place) => Err(Error::usage(format!(
-                "`{name}` holds {} at position {place}, where whole numbers from 0 to {} are possible; were the tokens \
+            Some(place) => Err(Error::invalid(
+                "prompt",
+                format!(
+                    "`{name}` holds {} at position {place}, where whole numbers from 0 to {} are possible",
+                    values[place],
+                    rows - 1
+                ),
+            )
+            .advise(
+                "were the tokens \
                  made for another model?",
-                values[place],
-                rows - 1
-            ))),
+            )),
         }
     }
 

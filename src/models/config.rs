@@ -176,9 +176,9 @@ pub struct ClipVisionConfig {
 /// A `CLIPModel`'s `config.json`: both towers.
 pub fn parse_clip_model(text: &str, path: &Path) -> Result<(ClipConfig, ClipVisionConfig)> {
     let mut all: Value =
-        serde_json::from_str(text).map_err(|e| crate::Error::checkpoint(path, format!("not valid JSON: {e}")))?;
+        serde_json::from_str(text).map_err(|e| crate::Error::damaged(path, format!("not valid JSON: {e}")))?;
     if all["vision_config"].is_null() || all["text_config"].is_null() {
-        return Err(crate::Error::checkpoint(path, "not a CLIPModel: `text_config` and `vision_config` are wanted"));
+        return Err(crate::Error::damaged(path, "not a CLIPModel: `text_config` and `vision_config` are wanted"));
     }
     let projection = if all["projection_dim"].is_null() { json!(512) } else { all["projection_dim"].clone() };
     for (tower, class) in [("text_config", json!(["CLIPTextModelWithProjection"])), ("vision_config", Value::Null)] {

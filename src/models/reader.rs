@@ -1,5 +1,6 @@
 //! Reading of `config.json`: every key is accounted for, so that a setting that matters is never passed over.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -17,14 +18,14 @@ impl<'a> Reader<'a> {
     pub(super) fn new(text: &str, path: &'a Path) -> Result<Self> {
         match serde_json::from_str(text) {
             Ok(Value::Object(keys)) => Ok(Reader { keys, path }),
-            Ok(_) => Err(Error::checkpoint(path, "not a model configuration: a JSON object is expected")),
-            Err(e) => Err(Error::checkpoint(path, format!("not valid JSON: {e}"))),
+            Ok(_) => Err(Error::damaged(path, "not a model configuration: a JSON object is expected")),
+            Err(e) => Err(Error::damaged(path, format!("not valid JSON: {e}"))),
         }
     }
 
     /// An error about the whole file.
-    pub(super) fn error(&self, problem: impl Into<String>) -> Error {
-        Error::checkpoint(self.path, problem)
+    pub(super) fn error(&self, problem: impl Into<Cow<'static, str>>) -> Error {
+        Error::damaged(self.path, problem)
     }
 
     fn unsupported(&self, key: &str, value: &Value, supported: impl AsRef<str>) -> Error {

@@ -97,9 +97,12 @@ impl Tokenizer {
             _ => match read("tokenizer.json")? {
                 Some(bytes) => parts.tokenizer_json(&dir.join("tokenizer.json"), &bytes)?,
                 None => {
-                    return Err(Error::checkpoint(
+                    return Err(Error::damaged(
                         dir,
-                        "no tokenizer here: it needs vocab.json and merges.txt (or tokenizer.json); download the \
+                        "no tokenizer here: it needs vocab.json and merges.txt (or tokenizer.json)",
+                    )
+                    .advise(
+                        "download the \
                          folder again",
                     ));
                 }
@@ -159,8 +162,9 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Usage`] if the text cannot be taken apart; no text that does so is known.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
-        let encoding =
-            self.tokenize(prompt).map_err(|error| Error::usage(format!("cannot tokenize the prompt: {error}")))?;
+        let encoding = self
+            .tokenize(prompt)
+            .map_err(|error| Error::invalid("prompt", format!("cannot tokenize the prompt: {error}")))?;
         let tokens = encoding.get_ids();
         let tokens_used = tokens.len().min(self.length - 2);
         let mut ids = Vec::with_capacity(self.length);
@@ -403,5 +407,5 @@ fn escape(literal: &str) -> String {
 }
 
 fn malformed(path: &Path, problem: &dyn std::fmt::Display) -> Error {
-    Error::checkpoint(path, format!("{problem}; the tokenizer is damaged, download its folder again"))
+    Error::damaged(path, format!("{problem}")).advise("the tokenizer is damaged, download its folder again")
 }

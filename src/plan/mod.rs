@@ -7,7 +7,7 @@
 mod arena;
 
 use crate::graph::{Graph, Node, Op, TensorId, WeightSpec};
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 use arena::{Interval, place};
 
 /// How an executor stores what flows through a graph.
@@ -110,12 +110,13 @@ impl Plan {
     pub fn check(&self, storage: &dyn Storage, specs: &[WeightSpec]) -> Result<()> {
         let name = storage.name();
         if self.storage != name {
-            let problem = format!("the plan was made for {}, and this is {name}; plan again for it", self.storage);
-            return Err(Error::Device(problem));
+            let problem = format!("the plan was made for {}, and this is {name}", self.storage);
+            return Err(Error::mismatch(Subject::Run, problem).advise("plan again for it"));
         }
         match specs == self.graph.weights() {
             true => Ok(()),
-            false => Err(Error::Device("the weights are another network's; load them for the plan's graph".into())),
+            false => Err(Error::mismatch(Subject::Run, "the weights are another network's")
+                .advise("load them for the plan's graph")),
         }
     }
 

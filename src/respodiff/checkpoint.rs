@@ -33,7 +33,7 @@ impl Trainer {
             HashMap::from([("training".to_string(), self.identity()), ("rollouts".to_string(), rollouts.to_string())]);
         let bytes = views
             .and_then(|views| safetensors::serialize(views, Some(metadata)))
-            .map_err(|e| Error::usage(format!("the checkpoint cannot be written: {e}")))?;
+            .map_err(|e| Error::invalid("checkpoint", format!("the checkpoint cannot be written: {e}")))?;
         files::write(path, &bytes)
     }
 
@@ -45,15 +45,16 @@ impl Trainer {
     pub fn resume(&mut self, path: &Path) -> Result<()> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         let damaged = |what: &str| {
-            Error::checkpoint(path, format!("not a whole training checkpoint ({what}); delete it to start anew"))
+            Error::damaged(path, format!("not a whole training checkpoint ({what})")).advise("delete it to start anew")
         };
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(&e.to_string()))?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(&e.to_string()))?;
         let metadata = header.metadata().clone().unwrap_or_default();
         if metadata.get("training") != Some(&self.identity()) {
-            let problem = "the checkpoint of another training (prompts, recipe, seed, size or model differ); delete it \
-                           to start anew, or give the same settings to go on";
-            return Err(Error::checkpoint(path, problem));
+            let problem = "the checkpoint of another training (prompts, recipe, seed, size or model differ)";
+            return Err(
+                Error::mismatch(path, problem).advise("delete it to start anew, or give the same settings to go on")
+            );
         }
         let read = |name: &str, len: usize| -> Result<Vec<f32>> {
             let tensor = tensors.tensor(name).map_err(|_| damaged(name))?;

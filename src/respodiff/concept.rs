@@ -55,7 +55,7 @@ impl std::str::FromStr for Precision {
         match name {
             "f16" => Ok(Precision::F16),
             "f32" => Ok(Precision::F32),
-            _ => Err(Error::usage(format!("unknown precision `{name}`; give f16 or f32"))),
+            _ => Err(Error::invalid("precision", format!("unknown precision `{name}`")).advise("give f16 or f32")),
         }
     }
 }
@@ -109,13 +109,16 @@ impl Concept {
     /// [`Error::Usage`] if the channels differ: the concept is for another model.
     pub fn modules(&self, shape: Shape) -> Result<Vec<Module>> {
         if shape.c != self.shape().c {
-            return Err(Error::usage(format!(
-                "the concept `{}` is for a bottleneck of {} channels where this model has {}; it was trained on {}",
-                self.metadata.concept,
-                self.shape().c,
-                shape.c,
-                if self.metadata.base_model.is_empty() { "another model" } else { &self.metadata.base_model }
-            )));
+            return Err(Error::invalid(
+                "concepts",
+                format!(
+                    "the concept `{}` is for a bottleneck of {} channels where this model has {}; it was trained on {}",
+                    self.metadata.concept,
+                    self.shape().c,
+                    shape.c,
+                    if self.metadata.base_model.is_empty() { "another model" } else { &self.metadata.base_model }
+                ),
+            ));
         }
         let at_size = |module: &Module| {
             let parameters = match module.form() {
@@ -152,14 +155,14 @@ impl Concept {
     /// As [`Concept::load`].
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
         let damaged = |e: safetensors::SafeTensorError| {
-            Error::checkpoint(path, format!("not a whole safetensors file ({e}); get or train the concept again"))
+            Error::damaged(path, format!("not a whole safetensors file ({e})")).advise("get or train the concept again")
         };
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
         let tensors = SafeTensors::deserialize(bytes).map_err(damaged)?;
         let mut fields: BTreeMap<String, String> =
             header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
         let mut take = |name: &str| fields.remove(name).unwrap_or_default();
-        let bad = |problem: String| Error::checkpoint(path, problem);
+        let bad = |problem: String| Error::damaged(path, problem);
 
         let format = take("format");
         if !format.is_empty() && format.parse::<u32>().is_ok_and(|f| f > FORMAT) {
@@ -290,7 +293,7 @@ impl Concept {
         let all = m.other.clone().into_iter().chain(fields).collect();
         views
             .and_then(|views| safetensors::serialize(views, Some(all)))
-            .map_err(|e| Error::usage(format!("the concept `{}` cannot be written: {e}", m.concept)))
+            .map_err(|e| Error::invalid("concept", format!("the concept `{}` cannot be written: {e}", m.concept)))
     }
 
     /// Writes the file in fp32, whole or not at all.
@@ -309,9 +312,8 @@ impl Concept {
         let mut values = [Some(&self.ram), self.sam.as_ref()].into_iter().flatten().flat_map(|m| &m.parameters);
         if precision == Precision::F16 && values.any(|x| !f16::from_f32(*x).is_finite()) {
             let name = &self.metadata.concept;
-            return Err(Error::usage(format!(
-                "the concept `{name}` holds numbers beyond fp16's 65504; keep it in f32"
-            )));
+            return Err(Error::invalid("precision", format!("the concept `{name}` holds numbers beyond fp16's 65504"))
+                .advise("keep it in f32"));
         }
         crate::files::write(path.as_ref(), &self.bytes(precision)?)
     }
@@ -321,16 +323,19 @@ impl Concept {
     /// # Errors
     /// [`Error::Usage`] if there is none, they differ in channels, or one is a network.
     pub fn merge(parts: &[(Concept, f32)]) -> Result<Concept> {
-        let Some((first, _)) = parts.first() else { return Err(Error::usage("nothing to merge: give concept files")) };
+        let Some((first, _)) = parts.first() else {
+            return Err(Error::invalid("concepts", "nothing to merge: give concept files"));
+        };
         let shape = first.shape();
         let mut ram = vec![0.0f32; shape.len()];
         let mut sam = vec![0.0f32; shape.len()];
         for (concept, weight) in parts {
             if concept.ram.form() != Form::Constant {
-                return Err(Error::usage(format!(
-                    "the concept `{}` is a network, which cannot be merged; give several --concept instead",
-                    concept.metadata.concept
-                )));
+                return Err(Error::invalid(
+                    "concepts",
+                    format!("the concept `{}` is a network, which cannot be merged", concept.metadata.concept),
+                )
+                .advise("give several --concept instead"));
             }
             let modules = concept.modules(shape)?;
             for (sum, module) in [&mut ram, &mut sam].into_iter().zip(&modules) {

@@ -47,7 +47,7 @@ pub fn import(path: &Path, concept: &str, column: Option<usize>, channels: usize
         (None, &[only]) => (only, None, &SDISC[..]),
         _ => {
             let names: Vec<&str> = all.iter().map(|t| t.name.as_str()).take(8).collect();
-            return Err(Error::checkpoint(
+            return Err(Error::not_found(
                 path,
                 format!("neither the official checkpoint nor SDisc's matrix; its tensors are [{}]", names.join(", ")),
             ));
@@ -57,14 +57,15 @@ pub fn import(path: &Path, concept: &str, column: Option<usize>, channels: usize
         Some(column) => column,
         None => {
             let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
-            return Err(Error::usage(format!(
-                "`{concept}` is none of the file's concepts [{}]; give its --column",
-                names.join(", ")
-            )));
+            return Err(Error::invalid(
+                "concept",
+                format!("`{concept}` is none of the file's concepts [{}]", names.join(", ")),
+            )
+            .advise("give its --column"));
         }
     };
     let module = |matrix: &Tensor| -> Result<Module> {
-        let bad = |problem: String| Error::checkpoint(path, format!("tensor `{}` {problem}", matrix.name));
+        let bad = |problem: String| Error::damaged(path, format!("tensor `{}` {problem}", matrix.name));
         let [rows, columns] = matrix.shape[..] else { return Err(bad(format!("has shape {:?}", matrix.shape))) };
         if column >= columns {
             return Err(bad(format!("has {columns} columns, counted from 0; column {column} is none of them")));

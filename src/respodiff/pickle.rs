@@ -41,13 +41,11 @@ pub struct Tensor {
 pub fn tensors(path: &Path) -> Result<Vec<Tensor>> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|e| {
-        Error::checkpoint(
-            path,
-            format!("not a zip file as torch.save writes them since PyTorch 1.6 ({e}); save it anew"),
-        )
+        Error::damaged(path, format!("not a zip file as torch.save writes them since PyTorch 1.6 ({e})"))
+            .advise("save it anew")
     })?;
     let pickle = archive.file_names().find(|name| name.ends_with("/data.pkl")).map(str::to_string);
-    let bad = |problem: String| Error::checkpoint(path, problem);
+    let bad = |problem: String| Error::damaged(path, problem);
     let Some(pickle) = pickle else { return Err(bad("holds no data.pkl; this is no torch.save file".into())) };
     let folder = pickle.trim_end_matches("data.pkl").to_string();
     let program = member(&mut archive, &pickle, MAX_PICKLE).map_err(bad)?;

@@ -43,7 +43,7 @@ impl std::str::FromStr for Variant {
     fn from_str(name: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|v| v.name() == name).ok_or_else(|| {
             let known: Vec<&str> = Self::ALL.iter().map(|v| v.name()).collect();
-            Error::usage(format!("unknown variant `{name}`; give one of {}", known.join(", ")))
+            Error::invalid("variant", format!("unknown variant `{name}`; give one of {}", known.join(", ")))
         })
     }
 }
@@ -145,17 +145,18 @@ impl Recipe {
         }
         let path = Path::new(name);
         if path.extension().is_none() && !path.exists() {
-            return Err(Error::usage(format!("unknown recipe `{name}`; give default, official or a TOML file")));
+            return Err(Error::invalid("recipe", format!("unknown recipe `{name}`"))
+                .advise("give default, official or a TOML file"));
         }
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let bad = |e: toml::de::Error| {
-            Error::checkpoint(path, format!("not a recipe: {}", e.to_string().trim().replace('\n', " ")))
+            Error::damaged(path, format!("not a recipe: {}", e.to_string().trim().replace('\n', " ")))
         };
         let mut given: toml::Table = toml::from_str(&text).map_err(bad)?;
         let theirs = given.remove("variant").map(Variant::deserialize).transpose().map_err(bad)?;
         let variant = variant.or(theirs).unwrap_or_default();
         let mut all = toml::Table::try_from(Self::default_for(kind, concept, variant))
-            .map_err(|e| Error::checkpoint(path, format!("not a recipe: {e}")))?;
+            .map_err(|e| Error::damaged(path, format!("not a recipe: {e}")))?;
         all.extend(given);
         all.try_into().map_err(bad)
     }
@@ -185,9 +186,7 @@ impl Recipe {
             ("timestep_offset", self.timestep_offset.is_finite()),
         ] {
             if !fine {
-                return Err(Error::usage(format!(
-                    "the recipe's `{name}` is out of range: see `respodiff train --help`"
-                )));
+                return Err(Error::invalid("recipe", format!("the recipe's `{name}` is out of range")));
             }
         }
         Ok(())

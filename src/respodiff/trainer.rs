@@ -8,7 +8,7 @@ use super::rollout::Rollout;
 use super::{Adam, Concept, Form, Halves, HalvesMemory, Kind, Metadata, Module, Objective, Recipe, Variant};
 use crate::engine::{Engine, SessionOptions};
 use crate::graph::Keep;
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 use std::time::{Duration, Instant};
 
 /// What is trained: the prompts.
@@ -210,9 +210,9 @@ impl Trainer {
     /// [`Error::NonFinite`] if a loss or module is no number any more; the modules stay as they were before.
     pub fn iterate(&mut self) -> Result<Losses> {
         let start = Instant::now();
-        let not_finite = |error| match error {
-            Error::NonFinite(_) => diverged(&self.state.history),
-            error => error,
+        let not_finite = |error: Error| match error.kind() {
+            ErrorKind::NonFinite => diverged(&self.state.history),
+            _ => error,
         };
         if self.rollout.is_used_up() {
             let mut draws = Draws::new(self.seed, self.state.rollouts);
@@ -323,10 +323,8 @@ impl Trainer {
 
 /// About the iteration after these.
 fn diverged(history: &[Losses]) -> Error {
-    Error::NonFinite(format!(
-        "iteration {} gave NaN or infinity; the modules before it are kept; lower the learning rates",
-        history.len() + 1
-    ))
+    Error::non_finite(format!("iteration {} gave NaN or infinity; the modules before it are kept", history.len() + 1))
+        .advise("lower the learning rates")
 }
 
 /// Random numbers that depend on a seed and a position alone, so that a resumed training draws what it would have

@@ -17,7 +17,7 @@ use ureq::config::RedirectAuthHeaders;
 use ureq::http::Response;
 use ureq::{Agent, Body};
 
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result, Subject};
 use files::{Listing, RemoteFile, is_complete, is_hex, is_plain, select};
 
 mod files;
@@ -54,7 +54,10 @@ impl HubConfig {
             .or_else(|| path("HF_HOME").map(|home| home.join("hub")))
             .or_else(|| path("XDG_CACHE_HOME").map(|caches| caches.join("huggingface").join("hub")))
             .or_else(|| env::home_dir().map(|home| home.join(".cache").join("huggingface").join("hub")))
-            .ok_or_else(|| Error::usage("there is no home folder to keep models in; set HF_HUB_CACHE to a folder"))?;
+            .ok_or_else(|| {
+                Error::invalid("cache", "there is no home folder to keep models in")
+                    .advise("set HF_HUB_CACHE to a folder")
+            })?;
         Ok(HubConfig {
             cache,
             endpoint: text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_string()),
@@ -79,12 +82,11 @@ pub fn resolve(id: &str, config: &HubConfig, progress: bool) -> Result<PathBuf> 
         return Ok(snapshot);
     }
     if config.offline {
-        return Err(Error::Download(format!(
-            "{} is not (or not wholly) in {} and HF_HUB_OFFLINE forbids to download it; unset that, or give a local \
-             folder with --model DIR",
+        return Err(Error::network(
             id.name,
-            config.cache.display()
-        )));
+            format!("not (or not wholly) in {}, and HF_HUB_OFFLINE forbids to download it", config.cache.display()),
+        )
+        .advise("unset that, or give a local folder"));
     }
     Download::new(config, &id).run(&repo, progress)
 }
@@ -103,9 +105,10 @@ impl<'a> ModelId<'a> {
         if name_is_valid && revision.split('/').all(is_plain) {
             return Ok(ModelId { name, revision });
         }
-        Err(Error::usage(format!(
-            "{text:?} is neither a file or folder nor a model id such as owner/name or owner/name@revision"
-        )))
+        Err(Error::invalid(
+            "model",
+            format!("{text:?} is neither a file or folder nor a model id such as owner/name or owner/name@revision"),
+        ))
     }
 }
 
@@ -240,10 +243,11 @@ impl<'a> Download<'a> {
             && sha256(&mut out).map_err(Error::io("read", &partial))? != lfs.sha256
         {
             fs::remove_file(&partial).map_err(Error::io("remove", &partial))?;
-            return Err(Error::Download(format!(
-                "{} of {} arrived damaged: its SHA-256 is not the announced one; run again to fetch it anew",
-                file.path, self.id.name
-            )));
+            return Err(Error::network(
+                self.id.name,
+                format!("{} arrived damaged: its SHA-256 is not the announced one", file.path),
+            )
+            .advise("run again to fetch it anew"));
         }
         out.sync_all().map_err(Error::io("write", &partial))?;
         fs::rename(&partial, &blob).map_err(Error::io("write", &blob))
@@ -321,30 +325,25 @@ impl<'a> Download<'a> {
     }
 
     fn unreachable(&self, problem: &str) -> Error {
-        Error::Download(format!(
-            "cannot download {} from {}: {problem}; check the network and run again, or give a local folder with \
-             --model DIR",
-            self.id.name, self.endpoint
-        ))
+        Error::network(self.id.name, format!("cannot be downloaded from {}: {problem}", self.endpoint))
+            .advise("check the network and run again, or give a local folder")
     }
 
     fn refused(&self, status: u16) -> Error {
         let ModelId { name, revision } = self.id;
         let page = format!("{}/{name}", self.endpoint);
-        Error::Download(match status {
+        let model = Subject::Model(name.to_string());
+        match status {
             // The hub answers 401 for models that do not exist, too: it does not tell which private ones do.
-            401 => format!(
-                "{name} does not exist or needs a login (401): check the spelling, or accept its licence at {page} and \
-                 set HF_TOKEN"
-            ),
-            403 => format!("{name} is gated (403): accept its licence at {page} and set HF_TOKEN to your token"),
-            404 => format!(
-                "there is no {name} (revision {revision}) at {} (404): check the spelling, or give a local folder with \
-                 --model DIR",
-                self.endpoint
-            ),
-            _ => format!("{page} answers {status}; run again later, or give a local folder with --model DIR"),
-        })
+            401 => Error::not_found(model, "does not exist or needs a login (401)")
+                .advise(format!("check the spelling, or accept its licence at {page} and log in or set HF_TOKEN")),
+            403 => Error::new(ErrorKind::Network, model, "is gated (403)")
+                .advise(format!("accept its licence at {page} and set HF_TOKEN to your token")),
+            404 => Error::not_found(model, format!("revision {revision} is not at {} (404)", self.endpoint))
+                .advise("check the spelling, or give a local folder"),
+            _ => Error::new(ErrorKind::Network, model, format!("{page} answers {status}"))
+                .advise("run again later, or give a local folder"),
+        }
     }
 }
 

@@ -52,11 +52,11 @@ impl Source {
         if parts.iter().any(|part| path.join(part).is_file()) {
             return Ok(Source::Folder(path.to_path_buf()));
         }
-        Err(Error::checkpoint(
+        Err(Error::not_found(
             path,
-            "not a diffusers checkpoint: neither model_index.json nor unet/, vae/ or text_encoder/ with a config.json; \
-             give the folder that save_pretrained wrote",
-        ))
+            "not a diffusers checkpoint: neither model_index.json nor unet/, vae/ or text_encoder/ with a config.json",
+        )
+        .advise("give the folder that save_pretrained wrote"))
     }
 
     /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL; see [`SingleFile`].
@@ -129,7 +129,7 @@ impl Source {
             Source::Single(file) => file.read(relative),
             Source::Embedded(files) | Source::Random(_, files) => {
                 let file = files.iter().find(|(name, _)| *name == relative);
-                file.map(|(_, bytes)| bytes.to_vec()).ok_or_else(|| Error::checkpoint(path, "not compiled in"))
+                file.map(|(_, bytes)| bytes.to_vec()).ok_or_else(|| Error::damaged(path, "not compiled in"))
             }
         }
     }
@@ -140,7 +140,7 @@ impl Source {
     /// [`Error::Io`] if it cannot be read, [`Error::Checkpoint`] if it is not UTF-8.
     pub fn read_text(&self, relative: &str) -> Result<String> {
         String::from_utf8(self.read(relative)?)
-            .map_err(|_| Error::checkpoint(self.path(relative), "not UTF-8 text; download the file again"))
+            .map_err(|_| Error::damaged(self.path(relative), "not UTF-8 text").advise("download the file again"))
     }
 
     /// The tokenizer in a component's folder, "" for the checkpoint's own.

@@ -61,13 +61,12 @@ impl fmt::Debug for SingleFile {
 
 impl SingleFile {
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let refuse = |problem: &str| Error::checkpoint(path, problem);
+        let refuse = |problem: &'static str| Error::unsupported(path, problem);
         let mut start = [0; 4];
         File::open(path).and_then(|mut file| file.read(&mut start)).map_err(Error::io("open", path))?;
         if PICKLES.contains(&&start) {
-            return Err(refuse(
-                "pickled checkpoints are not supported, as reading one can run code; convert it to safetensors \
-                 (safetensors.torch.save_file of its state_dict) and give that file",
+            return Err(refuse("pickled checkpoints are not supported, as reading one can run code").advise(
+                "convert it to safetensors (safetensors.torch.save_file of its state_dict) and give that file",
             ));
         }
         let all = Tensors::open_file(path)?;
@@ -78,7 +77,7 @@ impl SingleFile {
         };
         let has = |prefix: &str| all.entries().any(|(name, _)| name.starts_with(prefix));
         if !all.has("model.diffusion_model.input_blocks.0.0.weight") {
-            return Err(refuse(&format!("not a Stable Diffusion checkpoint: {}", describe(&all))));
+            return Err(Error::unsupported(path, format!("not a Stable Diffusion checkpoint: {}", describe(&all))));
         }
         if all.has("edm_mean") || all.has("edm_vpred.sigma_max") {
             return Err(refuse("made for EDM sampling (Playground 2.5, CosXL), which is not supported"));
@@ -86,7 +85,7 @@ impl SingleFile {
         let mut tensors = BTreeMap::from([("unet", names::unet(&under(UNET)?)?)]);
         let family = Family::of(&tensors["unet"])?;
         if family == Family::Xl && has("conditioner.embedders.0.model.") {
-            return Err(refuse("this is SDXL's refiner, which is not supported; give the base model"));
+            return Err(refuse("this is SDXL's refiner, which is not supported").advise("give the base model"));
         }
         if family == Family::Xl && has("cond_stage_model.") {
             return Err(refuse("this UNet reads image embeddings (unCLIP), which is not supported"));
@@ -118,7 +117,7 @@ impl SingleFile {
             file.padding
                 .insert(component.replace("text_encoder", "tokenizer"), if open { "!" } else { "<|endoftext|>" });
             if tensors.insert(component, tower).is_some() {
-                return Err(refuse(&format!("holds two of {component}")));
+                return Err(Error::damaged(path, format!("holds two of {component}")));
             }
         }
         if has(VAE) {
@@ -169,8 +168,8 @@ impl SingleFile {
 
     fn missing(&self, component: &str) -> Error {
         let there: Vec<&str> = self.tensors.keys().copied().collect();
-        let problem = format!("holds no {component}, only {}; give a checkpoint with all parts", there.join(", "));
-        Error::checkpoint(&self.path, problem)
+        Error::not_found(&self.path, format!("holds no {component}, only {}", there.join(", ")))
+            .advise("give a checkpoint with all parts")
     }
 }
 
@@ -188,7 +187,7 @@ fn check(path: &Path, tensors: &Tensors, networks: &[Graph]) -> Result<()> {
     } else {
         return Ok(());
     };
-    Err(Error::checkpoint(path, problem))
+    Err(Error::unsupported(path, problem))
 }
 
 /// How names begin in diffusers' UNet, VAE and text encoders.

@@ -166,8 +166,8 @@ impl<'a> Stored<'a> {
                 && let Some(bad) = numbers.iter().position(|x| !x.is_finite())
             {
                 let (name, value, place) = (self.name, numbers[bad], start + bad);
-                let problem = format!("tensor `{name}` holds {value} at position {place}; the file is damaged");
-                return Err(Error::checkpoint(self.path, problem));
+                let problem = format!("tensor `{name}` holds {value} at position {place}");
+                return Err(Error::damaged(self.path, problem).advise("the file is damaged: get it again"));
             }
         }
         Ok(())

@@ -126,10 +126,8 @@ impl Tensors {
         } else {
             "the checkpoint is incomplete; download it again"
         };
-        Err(Error::checkpoint(
-            source.path(component),
-            format!("no {stem}.safetensors, fp16 variant or shard index here; {remedy}"),
-        ))
+        Err(Error::damaged(source.path(component), format!("no {stem}.safetensors, fp16 variant or shard index here"))
+            .advise(format!("{remedy}")))
     }
 
     /// One file that is no component's.
@@ -160,7 +158,8 @@ impl Tensors {
 
     fn add(&mut self, path: PathBuf, bytes: Bytes) -> Result<()> {
         let damaged = |e: safetensors::SafeTensorError| {
-            Error::checkpoint(&path, format!("not a whole safetensors file ({e}); delete it and download it again"))
+            Error::damaged(&path, format!("not a whole safetensors file ({e})"))
+                .advise("delete it and download it again")
         };
         let data = bytes.as_ref();
         let (header, metadata) = SafeTensors::read_metadata(data).map_err(damaged)?;
@@ -170,11 +169,11 @@ impl Tensors {
             let shape = info.shape.clone();
             let entry = Entry { file: self.files.len(), dtype: info.dtype, shape, range, transposed: false };
             if entry.range.end > data.len() || entry.range.start > entry.range.end {
-                let problem = format!("tensor `{name}` ends beyond the file; delete the file and download it again");
-                return Err(Error::checkpoint(&path, problem));
+                return Err(Error::damaged(&path, format!("tensor `{name}` ends beyond the file"))
+                    .advise("delete the file and download it again"));
             }
             if self.index.insert(name.clone(), entry).is_some() {
-                return Err(Error::checkpoint(&path, format!("tensor `{name}` is in two files of the component")));
+                return Err(Error::damaged(&path, format!("tensor `{name}` is in two files of the component")));
             }
         }
         self.files.push((path, bytes));
@@ -211,7 +210,7 @@ impl Tensors {
                 let Some(entry) = part.of(entry) else { continue };
                 if tensors.index.insert(name, entry).is_some() {
                     let problem = format!("tensor `{old}` is there a second time under another name");
-                    return Err(Error::checkpoint(&self.files[0].0, problem));
+                    return Err(Error::damaged(&self.files[0].0, problem));
                 }
             }
         }
@@ -338,11 +337,10 @@ impl Tensors {
         let (path, bytes) = &self.files[entry.file];
         if !shapes.contains(&entry.shape.as_slice()) {
             let problem = format!(
-                "tensor `{name}` has shape {:?} where the model's configuration asks for {:?}; they belong to different \
-                 models",
+                "tensor `{name}` has shape {:?} where the model's configuration asks for {:?}",
                 entry.shape, shapes[0]
             );
-            return Err(Error::checkpoint(path, problem));
+            return Err(Error::mismatch(path, problem).advise("give the configuration that belongs to the weights"));
         }
         let format = match entry.dtype {
             Dtype::F16 => Format::F16,
@@ -350,8 +348,8 @@ impl Tensors {
             Dtype::F32 => Format::F32,
             Dtype::F64 => Format::F64,
             other => {
-                let problem = format!("tensor `{name}` holds {other:?} numbers; F16, BF16, F32 and F64 are read");
-                return Err(Error::checkpoint(path, problem));
+                return Err(Error::unsupported(path, format!("tensor `{name}` holds {other:?} numbers"))
+                    .advise("convert it to F16, BF16, F32 or F64"));
             }
         };
         let outputs = entry.shape.first().copied().unwrap_or(1);
@@ -374,7 +372,7 @@ impl Tensors {
         self.index.get(name).or_else(legacy).ok_or_else(|| {
             let path = self.files.first().map(|(p, _)| p.clone()).unwrap_or_default();
             let problem = "is missing; the file is incomplete, or the model's configuration is another's";
-            Error::checkpoint(path, format!("tensor `{name}` {problem}"))
+            Error::damaged(path, format!("tensor `{name}` {problem}"))
         })
     }
 }
@@ -405,18 +403,18 @@ fn shards(source: &Source, component: &str, index: &str) -> Result<Vec<String>> 
     }
     let path = source.path(index);
     let parsed: Index = serde_json::from_str(&source.read_text(index)?)
-        .map_err(|e| Error::checkpoint(&path, format!("not a shard index: {e}; download it again")))?;
+        .map_err(|e| Error::damaged(&path, format!("not a shard index: {e}")).advise("download it again"))?;
     let mut names: Vec<String> = parsed.weight_map.into_values().collect();
     names.sort();
     names.dedup();
     for name in &mut names {
         if name.contains(['/', '\\']) || name.starts_with('.') {
-            return Err(Error::checkpoint(&path, format!("`{name}` is not the name of a shard beside the index")));
+            return Err(Error::damaged(&path, format!("`{name}` is not the name of a shard beside the index")));
         }
         *name = inside(component, name);
         if !source.has(name) {
-            let problem = format!("the shard `{name}` it names is missing; download the checkpoint again");
-            return Err(Error::checkpoint(&path, problem));
+            return Err(Error::not_found(&path, format!("the shard `{name}` that it names is missing"))
+                .advise("download the checkpoint again"));
         }
     }
     Ok(names)

@@ -3,7 +3,7 @@
 use super::super::compiled::Family;
 use super::super::device::Launch;
 use super::super::driver::{self, Card, Version, check, functions::*};
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule, CUresult};
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -44,9 +44,8 @@ impl Loaded {
         let kernel = self.kernel(launch.kernel, card, version)?;
         let given = launch.params.len();
         match kernel.params.unwrap_or(given) {
-            wanted if given > MAX_PARAMS || wanted != given => Err(Error::Device(format!(
-                "`{}` takes {wanted} bytes of parameters and was given {given}; this is an error of respodiff: \
-                 report it",
+            wanted if given > MAX_PARAMS || wanted != given => Err(Error::internal(format!(
+                "`{}` takes {wanted} bytes of parameters and was given {given}",
                 launch.kernel
             ))),
             _ => Ok(kernel),
@@ -60,7 +59,8 @@ impl Loaded {
             return Ok(*kernel);
         }
         let module = self.module(name, card, version)?;
-        let symbol = CString::new(name).map_err(|_| Error::Device(format!("`{name}` is no kernel's name")))?;
+        let symbol = CString::new(name)
+            .map_err(|_| Error::unsupported(Subject::Device, format!("`{name}` is no kernel's name")))?;
         let mut function = null_mut();
         // SAFETY: the module is loaded; the name ends in a zero.
         let code = unsafe { cuModuleGetFunction(&mut function, module, symbol.as_ptr()) };
@@ -93,7 +93,8 @@ impl Loaded {
     /// The module of the family that has the kernel, loaded.
     fn module(&mut self, kernel: &str, card: &Card, version: Version) -> Result<CUmodule> {
         let Some(family) = self.families.iter().find(|family| family.kernels.contains(&kernel)) else {
-            return Err(Error::Device(format!("this build has no kernel `{kernel}`; build it again")));
+            return Err(Error::unsupported(Subject::Device, format!("this build has no kernel `{kernel}`"))
+                .advise("build it again"));
         };
         if let Some(module) = self.modules.get(family.name) {
             return Ok(*module);
@@ -131,8 +132,9 @@ fn refused(family: &str, code: CUresult, card: &Card, version: Version) -> Error
                  {version}"
             )
         }
-        _ => "use --device cpu".into(),
+        _ => "choose the CPU".into(),
     };
     let word = driver::word(code);
-    Error::Device(format!("{card}: the kernels of `{family}` cannot be loaded: {word}; {advice}"))
+    Error::unsupported(Subject::Device, format!("{card}: the kernels of `{family}` cannot be loaded: {word}"))
+        .advise(advice)
 }

@@ -140,14 +140,14 @@ impl SchedulerConfig {
         // Python writes the default of `lambda_min_clipped` in a way that is not JSON.
         let text = text.replace("-Infinity", "-1.7976931348623157e308");
         let mut fields: Map<String, Value> =
-            serde_json::from_str(&text).map_err(|e| Error::checkpoint(path, format!("not a scheduler config: {e}")))?;
+            serde_json::from_str(&text).map_err(|e| Error::damaged(path, format!("not a scheduler config: {e}")))?;
         fields.retain(|key, _| key == "_class_name" || !key.starts_with('_'));
         // One field at a time first: serde's message about a value does not say whose it is.
         for (key, value) in &fields {
             let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
-            Self::deserialize(alone).map_err(|e| Error::checkpoint(path, format!("{key} = {value}: {e}")))?;
+            Self::deserialize(alone).map_err(|e| Error::damaged(path, format!("{key} = {value}: {e}")))?;
         }
-        let parsed = Self::deserialize(Value::Object(fields)).map_err(|e| Error::checkpoint(path, e.to_string()))?;
+        let parsed = Self::deserialize(Value::Object(fields)).map_err(|e| Error::damaged(path, e.to_string()))?;
         let config = Self { path: path.to_path_buf(), ..parsed };
         config.refuse_unsupported()?;
         Ok(config)
@@ -189,7 +189,7 @@ impl SchedulerConfig {
         let known = list(&Sampler::ALL.map(Sampler::diffusers_name));
         let Some(name) = self.class_name.as_deref() else {
             let problem = format!("no _class_name: name a sampler, or put one of {known} there");
-            return Err(Error::checkpoint(&self.path, problem));
+            return Err(Error::damaged(&self.path, problem));
         };
         let own = Sampler::ALL.into_iter().find(|sampler| sampler.diffusers_name() == name);
         own.ok_or_else(|| {
@@ -227,12 +227,16 @@ impl SchedulerConfig {
         };
         let own = self.timestep_spacing.unwrap_or(default);
         match choice {
-            Some(spacing) if sampler == Sampler::Lcm => Err(Error::usage(format!(
-                "LCM takes its steps where the model was distilled: it cannot be spaced {spacing}; leave the spacing out"
-            ))),
-            Some(spacing @ (Spacing::Karras | Spacing::Exponential)) if !sigmas => Err(Error::usage(format!(
-                "{sampler} steps on whole timesteps: it cannot be spaced {spacing}; choose leading, trailing or linspace"
-            ))),
+            Some(spacing) if sampler == Sampler::Lcm => Err(Error::invalid(
+                "spacing",
+                format!("LCM takes its steps where the model was distilled: it cannot be spaced {spacing}"),
+            )
+            .advise("leave the spacing out")),
+            Some(spacing @ (Spacing::Karras | Spacing::Exponential)) if !sigmas => Err(Error::invalid(
+                "spacing",
+                format!("{sampler} steps on whole timesteps: it cannot be spaced {spacing}"),
+            )
+            .advise("choose leading, trailing or linspace")),
             Some(spacing @ (Spacing::Karras | Spacing::Exponential)) => Ok((own, Some(spacing))),
             Some(spacing) => Ok((spacing, None)),
             // In diffusers Euler a reads none of these flags.
@@ -286,6 +290,6 @@ impl SchedulerConfig {
 
     /// The error about a field with a value that is not supported.
     pub(super) fn refuse(&self, field: &str, value: impl Display, advice: &str) -> Error {
-        Error::checkpoint(&self.path, format!("{field} = {value} is not supported: {advice}"))
+        Error::unsupported(&self.path, format!("{field} = {value} is not supported: {advice}"))
     }
 }

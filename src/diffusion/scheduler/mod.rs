@@ -176,7 +176,7 @@ impl Schedule {
         let (timestep_spacing, sigma_spacing) = config.chosen_spacing(sampler, choice.spacing)?;
         let trained = config.num_train_timesteps()?;
         if steps == 0 || steps > trained {
-            return Err(Error::usage(format!("cannot sample in {steps} steps: choose from 1 to {trained}")));
+            return Err(Error::invalid("steps", format!("cannot sample in {steps} steps: choose from 1 to {trained}")));
         }
         let defaults = match sampler {
             Sampler::Lcm => (0.00085, 0.012, BetaSchedule::ScaledLinear),
@@ -214,19 +214,28 @@ impl Schedule {
         let sampler = self.sampler;
         let spaced = self.spacing.map(|spacing| format!(" with {spacing} spacing")).unwrap_or_default();
         if self.steps.is_empty() {
-            return Err(Error::usage(format!("{sampler}{spaced} in {asked} steps has none: take another spacing")));
+            return Err(Error::invalid(
+                "spacing",
+                format!("{sampler}{spaced} in {asked} steps has none: take another spacing"),
+            ));
         }
         if !(self.init_noise_sigma > 0.0 && self.init_noise_sigma.is_finite()) {
             let sigma = self.init_noise_sigma;
-            return Err(Error::usage(format!("{sampler}{spaced} would start at sigma {sigma}: take another spacing")));
+            return Err(Error::invalid(
+                "spacing",
+                format!("{sampler}{spaced} would start at sigma {sigma}: take another spacing"),
+            ));
         }
         match self.steps.iter().find(|step| !step.is_finite()) {
             None => Ok(()),
-            Some(step) => Err(Error::usage(format!(
-                "{sampler}{spaced} in {asked} steps has no finite step at timestep {}: choose another sampler, \
+            Some(step) => Err(Error::invalid(
+                "steps",
+                format!(
+                    "{sampler}{spaced} in {asked} steps has no finite step at timestep {}: choose another sampler, \
                  spacing or number of steps",
-                step.timestep
-            ))),
+                    step.timestep
+                ),
+            )),
         }
     }
 }

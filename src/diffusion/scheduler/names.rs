@@ -151,7 +151,9 @@ impl FromStr for Spacing {
     fn from_str(name: &str) -> Result<Self> {
         let key = normalize(name);
         let known = Spacing::ALL.into_iter().find(|spacing| spacing.keys().contains(&key.as_str()));
-        known.ok_or_else(|| Error::usage(format!("unknown spacing {name:?}: choose one of {}", list(&Spacing::ALL))))
+        known.ok_or_else(|| {
+            Error::invalid("spacing", format!("unknown spacing {name:?}: choose one of {}", list(&Spacing::ALL)))
+        })
     }
 }
 
@@ -181,11 +183,14 @@ impl FromStr for SamplerChoice {
                 }
             }
         }
-        Err(Error::usage(format!(
-            "unknown sampler {name:?}: choose one of {} (or its class in diffusers), with {} behind it if you like",
-            list(&Sampler::ALL),
-            list(&Spacing::ALL)
-        )))
+        Err(Error::invalid(
+            "sampler",
+            format!(
+                "unknown sampler {name:?}: choose one of {} (or its class in diffusers), with {} behind it if you like",
+                list(&Sampler::ALL),
+                list(&Spacing::ALL)
+            ),
+        ))
     }
 }
 

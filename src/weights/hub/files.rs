@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 
 /// Folders with weights, and how the weight files in them begin.
 const WEIGHTS: [(&str, &str); 4] = [
@@ -103,9 +103,8 @@ impl RemoteFile {
 /// The files of a listing that make a checkpoint: what diffusers would load, without safety checker and other formats.
 pub(super) fn select(listing: Listing, name: &str) -> Result<Vec<RemoteFile>> {
     let refuse = |problem: &str| {
-        Err(Error::Download(format!(
-            "{name} {problem}; give another model, or a local folder or file with --model PATH"
-        )))
+        Err(Error::unsupported(Subject::Model(name.to_string()), problem.to_string())
+            .advise("give another model, or a local folder or file"))
     };
     let names = |folder: &str| {
         let prefix = format!("{folder}/");

@@ -173,5 +173,5 @@ fn heads(t: &Tensors, channels: usize) -> Result<usize> {
 }
 
 fn problem(t: &Tensors, problem: String) -> Error {
-    Error::checkpoint(t.files().next().unwrap_or("".as_ref()), problem)
+    Error::damaged(t.files().next().unwrap_or("".as_ref()), problem)
 }
