@@ -6,8 +6,9 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use respodiff::bench::{SD15, SDXL, networks};
+use respodiff::concept::Kind;
 use respodiff::plan::Plan;
-use respodiff::respodiff::{Kind, Recipe, Task, Trainer, Variant};
+use respodiff::train::{Recipe, Task, Trainer, Variant};
 use respodiff::{Engine, cpu, weights::Source};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -51,7 +52,7 @@ fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
         ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
     };
     let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
-    let engine = Engine::open(source, &respodiff::Device::Cpu).expect("a checkpoint");
+    let engine = Engine::open(source, respodiff::Device::cpu()).expect("a checkpoint");
     let mut trainer = Trainer::new(&engine, task, recipe, 1, engine.default_size()).expect("a training");
     drop(engine);
     for _ in 0..2 * rollouts {
@@ -76,7 +77,7 @@ fn load(c: &mut Criterion, name: &str, source: &Source) {
     group.sample_size(10).measurement_time(Duration::from_secs(5)).warm_up_time(Duration::from_millis(500));
     let open = || {
         let start = Instant::now();
-        let engine = Engine::open(source, &respodiff::Device::Cpu).expect("a checkpoint");
+        let engine = Engine::open(source, respodiff::Device::cpu()).expect("a checkpoint");
         let time = start.elapsed();
         // Only one network is in memory at a time, and to free it is not counted.
         drop(engine);

@@ -12,7 +12,7 @@ struct DeviceStep {
     float convert_x, convert_out, clip;
     float base_x, base_saved, base_m, base_history[3];
     float next_base, next_out, next_m, next_history[3], next_noise;
-    uint32_t draw;  // which of the seed's draws the noise is
+    uint32_t draw;  // of the draws after the first step began, which one the noise is
     int32_t save, push;
     uint32_t faults;  // warps that found latents not finite
 };
@@ -21,14 +21,20 @@ LAYOUT(DeviceStep, timestep, input_scale, convert_x, convert_out, clip, base_x, 
 
 // A request.
 struct Run {
-    uint64_t seed;  // of the first image
-    float guidance;
     int32_t philox;  // noise is drawn here rather than read
     int32_t steps;
     int32_t next, current;
     uint32_t picture_faults;  // warps that found a picture not finite
 };
-LAYOUT(Run, seed, guidance, philox, steps, next, current, picture_faults)
+LAYOUT(Run, philox, steps, next, current, picture_faults)
+
+// The numbers of a request that one image has for itself.
+struct SampledImage {
+    uint64_t seed;
+    float guidance;
+    uint32_t drawn;  // draws of the seed before the first step
+};
+LAYOUT(SampledImage, seed, guidance, drawn)
 
 // [batch, pixels, channels]
 struct LatentSize {
@@ -61,29 +67,32 @@ __device__ __forceinline__ uint2 philox(uint32_t draw, uint32_t element, uint64_
 // as there: equal but for the last place of libm's functions, which the rounding to f32 hides nearly always.
 __device__ __forceinline__ float normal(uint64_t seed, uint32_t draw, int i, const LatentSize& size) {
     int one = size.channels * size.pixels;
-    int image = i / one, pixel = i % one / size.channels, channel = i % size.channels;
-    uint2 word = philox(draw, channel * size.pixels + pixel, seed + image);
+    int pixel = i % one / size.channels, channel = i % size.channels;
+    uint2 word = philox(draw, channel * size.pixels + pixel, seed);
     constexpr double TAU = 6.283185307179586477;
     double radius = sqrt(-2.0 * log((word.x + 0.5) / 4294967296.0));
     return float(radius * sin(TAU * ((word.y + 0.5) / 4294967296.0)));
 }
 
+// The image that number i of the latents belongs to.
+__device__ __forceinline__ const SampledImage& image_of(const SampledImage* images, int i, const LatentSize& size) {
+    return images[i / (size.channels * size.pixels)];
+}
+
 struct NoiseParams {
     float* out;
-    uint64_t seed;
+    const SampledImage* images;
     LatentSize size;
-    uint32_t draw;
     float scale;
-    int32_t padding;
 };
-LAYOUT(NoiseParams, out, seed, size, draw, scale, padding)
+LAYOUT(NoiseParams, out, images, size, scale)
 
-// out = scale * normal numbers.
+// out = scale * normal numbers, each image's from the first draw of its seed.
 KERNEL __launch_bounds__(256) noise(const __grid_constant__ NoiseParams p) {
     griddep_launch_dependents();
     griddep_wait();
     int i = index();
-    if (i < p.size.length) p.out[i] = normal(p.seed, p.draw, i, p.size) * p.scale;
+    if (i < p.size.length) p.out[i] = normal(image_of(p.images, i, p.size).seed, 0, i, p.size) * p.scale;
 }
 EXPORT(noise)
 
@@ -117,6 +126,7 @@ EXPORT(prepare)
 
 struct GuideAndStepParams {
     Run* run;
+    const SampledImage* images;
     DeviceStep* steps;
     const float* out;  // the UNet's, unconditional rows first where guided
     const float* noise;  // read where it is not drawn here
@@ -126,7 +136,7 @@ struct GuideAndStepParams {
     LatentSize size;
     int32_t guided;
 };
-LAYOUT(GuideAndStepParams, run, steps, out, noise, latents, saved, history, size, guided)
+LAYOUT(GuideAndStepParams, run, images, steps, out, noise, latents, saved, history, size, guided)
 
 // sum + coefficient * x, each rounded: what the CPU computes. Written with operators the compiler would fuse the two,
 // which shows where great terms cancel, as the noise does in the last steps of LCM.
@@ -156,8 +166,13 @@ KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndSte
     DeviceStep& step = p.steps[current];
     bool finite = true;
     if (i < length) {
+        const SampledImage& image = image_of(p.images, i, p.size);
         float x = p.latents[i], out = p.out[i];
-        if (p.guided) out = plus(out, p.run->guidance, __fsub_rn(p.out[length + i], out));
+        if (p.guided) {
+            float conditional = p.out[length + i];
+            // At 1 the prediction is exactly that of a batch without guidance.
+            out = image.guidance == 1.0f ? conditional : plus(out, image.guidance, __fsub_rn(conditional, out));
+        }
         float m = plus(__fmul_rn(step.convert_x, x), step.convert_out, out);
         // Comparisons, so that NaN stays NaN.
         m = m > step.clip ? step.clip : m < -step.clip ? -step.clip : m;
@@ -166,7 +181,7 @@ KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndSte
         float next = plus(__fmul_rn(step.next_base, base), step.next_out, out);
         next = __fadd_rn(plus(next, step.next_m, m), dot(step.next_history, p.history, i, length));
         if (step.next_noise != 0.0f) {
-            float noise = p.run->philox ? normal(p.run->seed, step.draw, i, p.size) : p.noise[i];
+            float noise = p.run->philox ? normal(image.seed, image.drawn + step.draw, i, p.size) : p.noise[i];
             next = plus(next, step.next_noise, noise);
         }
         p.latents[i] = next;
@@ -207,7 +222,7 @@ struct ToRgb8Params {
 };
 LAYOUT(ToRgb8Params, run, x, out, length)
 
-// -1..1 to bytes, rounded as Image::from_hwc does; what is not finite becomes 0 and is counted.
+// -1..1 to bytes, rounded as Picture::from_hwc does; what is not finite becomes 0 and is counted.
 __device__ __forceinline__ uint32_t to_byte(float x) {
     return uint32_t(rintf(fminf(fmaxf(x * 0.5f + 0.5f, 0.0f), 1.0f) * 255.0f));
 }

@@ -2,6 +2,7 @@
 
 use crate::cpu::MatrixPrecision;
 use crate::cuda::{Cache, Element, Launch};
+use crate::device::Backend;
 use crate::device::Executor;
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{
@@ -250,13 +251,13 @@ impl std::fmt::Display for Case {
 
 /// Bytes that a node must read and write, each once.
 fn bytes(device: &Device, graph: &Graph, node: &Node) -> f64 {
-    let tensor = |id: TensorId| match device {
-        Device::Cpu => 4 * graph.shape(id).len(),
-        Device::Cuda(_) => Element::of(graph, id).bytes() * graph.shape(id).len(),
+    let tensor = |id: TensorId| match &device.0 {
+        Backend::Cpu => 4 * graph.shape(id).len(),
+        Backend::Cuda(_) => Element::of(graph, id).bytes() * graph.shape(id).len(),
     };
     let weight = |id: WeightId| {
         let spec = graph.weight(id);
-        let half = matches!(device, Device::Cuda(_)) && spec.kind != WeightKind::Vector;
+        let half = !device.is_cpu() && spec.kind != WeightKind::Vector;
         let len = match spec.kind {
             WeightKind::Mirrored { inputs, wanted, .. } => spec.len() / inputs * wanted,
             _ => spec.len(),
@@ -374,9 +375,9 @@ pub fn measure(
         };
         executor.write(name, &values)?;
     }
-    let caches: &[Cache] = match device {
-        Device::Cpu => &[Cache::Cold],
-        Device::Cuda(_) => &[Cache::Cold, Cache::Warm],
+    let caches: &[Cache] = match &device.0 {
+        Backend::Cpu => &[Cache::Cold],
+        Backend::Cuda(_) => &[Cache::Cold, Cache::Warm],
     };
     let mut rows: Vec<(Row, [Vec<Duration>; 2])> = Vec::new();
     let mut places: HashMap<Case, usize> = HashMap::new();
@@ -485,9 +486,12 @@ mod tests {
     #[test]
     fn operations_are_timed_cold_and_on_the_kernels_warm() {
         let devices = [
-            (Device::Cpu, false),
+            (Device::cpu(), false),
             #[cfg(feature = "emulated")]
-            (Device::Cuda(crate::cuda::Emulated::new(crate::cuda::Limits::H100, crate::cuda::Emulated::QUICK)), true),
+            (
+                Device::kernels(crate::cuda::Emulated::new(crate::cuda::Limits::H100, crate::cuda::Emulated::QUICK)),
+                true,
+            ),
         ];
         for (device, warm) in devices {
             let table = measure(&device, "chain", chain(), MatrixPrecision::Fp32, 2, |_| true).unwrap();

@@ -9,35 +9,63 @@ use crate::{Error, Result, Subject};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Where networks run.
+/// A place where networks run: the CPU, in fp32, or an NVIDIA GPU, in fp16. Cloning shares it.
 #[derive(Clone, Default)]
-pub enum Device {
-    /// This machine's processor, in fp32.
+pub struct Device(pub(crate) Backend);
+
+/// The kinds of devices.
+#[derive(Clone, Default)]
+pub(crate) enum Backend {
     #[default]
     Cpu,
-    /// The CUDA kernels, in fp16, on a GPU or on the emulator.
+    /// The CUDA kernels, on a GPU or on the emulator.
     Cuda(Arc<dyn cuda::Device>),
 }
 
 impl Device {
-    /// The GPU if there is one that this build has kernels for, else the CPU.
-    pub fn auto() -> Self {
-        cuda::open().map_or(Device::Cpu, Device::Cuda)
+    /// This machine's processor.
+    pub fn cpu() -> Self {
+        Device(Backend::Cpu)
     }
 
-    /// What it is.
+    /// The first GPU that the kernels run on if there is one, else the CPU.
+    pub fn auto() -> Self {
+        Self::cuda(None).unwrap_or_default()
+    }
+
+    /// An NVIDIA GPU by its number in CUDA's order, of those that `CUDA_VISIBLE_DEVICES` leaves to the process, or the
+    /// first that the kernels run on.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`] in a build without kernels, [`crate::ErrorKind::NotFound`] without such a GPU
+    /// or without a driver that is new enough, [`crate::ErrorKind::OutOfMemory`] if other processes hold it.
+    pub fn cuda(ordinal: Option<usize>) -> Result<Self> {
+        cuda::open(ordinal).map(Self::kernels)
+    }
+
+    /// The CUDA kernels on a machine of one's own, such as the emulator.
+    pub fn kernels(machine: Arc<dyn cuda::Device>) -> Self {
+        Device(Backend::Cuda(machine))
+    }
+
+    /// True for the CPU.
+    pub fn is_cpu(&self) -> bool {
+        matches!(self.0, Backend::Cpu)
+    }
+
+    /// A name for people, such as `NVIDIA H100 80GB HBM3` or `CPU (Avx2)`.
     pub fn name(&self) -> String {
-        match self {
-            Device::Cpu => format!("CPU ({:?})", cpu::isa()),
-            Device::Cuda(device) => device.name(),
+        match &self.0 {
+            Backend::Cpu => format!("CPU ({:?})", cpu::isa()),
+            Backend::Cuda(device) => device.name(),
         }
     }
 
     /// Compiles a graph for it; `constant` as in [`Plan::new`].
     pub fn plan(&self, graph: Graph, constant: &[&str]) -> Plan {
-        match self {
-            Device::Cpu => Plan::new(graph, constant, &cpu::Fp32),
-            Device::Cuda(device) => Plan::new(graph, constant, &device.limits()),
+        match &self.0 {
+            Backend::Cpu => Plan::new(graph, constant, &cpu::Fp32),
+            Backend::Cuda(device) => Plan::new(graph, constant, &device.limits()),
         }
     }
 
@@ -61,16 +89,16 @@ impl Device {
         others: &[&Weights],
         precision: MatrixPrecision,
     ) -> Result<Weights> {
-        Ok(match self {
-            Device::Cuda(_) if precision != MatrixPrecision::Fp32 => {
+        Ok(match &self.0 {
+            Backend::Cuda(_) if precision != MatrixPrecision::Fp32 => {
                 return Err(Error::invalid("precision", "linear layers in bf16 and int8 exist on the CPU alone")
                     .advise("choose the CPU, or full precision, which is fp16 here"));
             }
-            Device::Cpu => {
+            Backend::Cpu => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cpu()).collect();
                 Weights::Cpu(cpu::Weights::load_beside(specs, tensors, &others, precision)?)
             }
-            Device::Cuda(device) => {
+            Backend::Cuda(device) => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cuda()).collect();
                 Weights::Cuda(cuda::Weights::load_beside(device, specs, tensors, &others)?)
             }
@@ -84,14 +112,20 @@ impl Device {
     /// network's.
     pub fn executor(&self, plan: Plan, weights: &Weights) -> Result<Executor> {
         let plan = Arc::new(plan);
-        match (self, weights) {
-            (Device::Cpu, Weights::Cpu(weights)) => Ok(Executor::Cpu(cpu::Executor::new(plan, weights.clone())?)),
-            (Device::Cuda(device), Weights::Cuda(weights)) => {
+        match (&self.0, weights) {
+            (Backend::Cpu, Weights::Cpu(weights)) => Ok(Executor::Cpu(cpu::Executor::new(plan, weights.clone())?)),
+            (Backend::Cuda(device), Weights::Cuda(weights)) => {
                 Ok(Executor::Cuda(cuda::Executor::new(device, plan, weights.clone())?))
             }
             _ => Err(Error::mismatch(Subject::Run, format!("the weights were not loaded for {}", self.name()))
                 .advise("load them there")),
         }
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Device({})", self.name())
     }
 }
 

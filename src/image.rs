@@ -15,7 +15,7 @@ pub const JSON_KEYWORD: &str = "respodiff";
 
 /// An 8-bit RGB picture.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Image {
+pub struct Picture {
     /// Columns.
     pub width: u32,
     /// Rows.
@@ -24,13 +24,13 @@ pub struct Image {
     pub rgb: Vec<u8>,
 }
 
-impl std::fmt::Debug for Image {
+impl std::fmt::Debug for Picture {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Image {{ {}x{} }}", self.width, self.height)
+        write!(f, "Picture {{ {}x{} }}", self.width, self.height)
     }
 }
 
-impl Image {
+impl Picture {
     /// Converts what a VAE decodes: `[3, height, width]`, values of -1 (black) to 1 (white), clamped outside.
     ///
     /// Rounds as diffusers' `VaeImageProcessor` does: `(x / 2 + 0.5) * 255` in f32, halves to even.
@@ -42,10 +42,10 @@ impl Image {
         Self::from_values(values, height, width, |index| index % 3 * plane + index / 3)
     }
 
-    /// [`Image::from_chw`] for `[height, width, 3]`.
+    /// [`Picture::from_chw`] for `[height, width, 3]`.
     ///
     /// # Errors
-    /// As [`Image::from_chw`].
+    /// As [`Picture::from_chw`].
     pub fn from_hwc(values: &[f32], height: usize, width: usize) -> Result<Self> {
         Self::from_values(values, height, width, |index| index)
     }
@@ -68,7 +68,7 @@ impl Image {
         }
         let byte = |value: f32| ((value * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
         let rgb = (0..values.len()).map(|index| byte(values[source(index)])).collect();
-        Ok(Image { width: columns, height: rows, rgb })
+        Ok(Picture { width: columns, height: rows, rgb })
     }
 
     /// Encodes as PNG. Each `(keyword, text)` becomes a `tEXt` chunk when it is Latin-1, else an `iTXt` chunk.
@@ -104,11 +104,11 @@ impl Image {
         Ok(bytes)
     }
 
-    /// Writes [`Image::to_png`] to `path`, replacing a file there. The file appears whole or not at all: it is written
+    /// Writes [`Picture::to_png`] to `path`, replacing a file there. The file appears whole or not at all: it is written
     /// beside `path` and then renamed.
     ///
     /// # Errors
-    /// [`Error::Io`] if the folder cannot be written; those of [`Image::to_png`].
+    /// [`Error::Io`] if the folder cannot be written; those of [`Picture::to_png`].
     pub fn save_png(&self, path: &Path, metadata: &[(&str, &str)]) -> Result<()> {
         crate::files::write(path, &self.to_png(metadata)?)
     }

@@ -1,28 +1,115 @@
-//! Text to image with Stable Diffusion, fast, fair and safe: see the README for what it does and ARCHITECTURE.md for
-//! where things are.
+//! Text to image with Stable Diffusion 1.x, 2.x and SDXL, fast, fair and safe, with no ML framework: on the CPU, and on
+//! NVIDIA GPUs with kernels of its own. It implements RespoDiff (arXiv 2509.15257): concepts that are added at the UNet's
+//! bottleneck, and their training.
+//!
+//! An [`Engine`] is a checkpoint on a [`Device`]. It makes [`Session`]s, each for pictures of one size and batch, which
+//! answer [`Request`]s: lists of [`Image`]s with a prompt, seed, guidance scale and [`Concept`]s each.
+//!
+//! ```
+//! use respodiff::{Device, Engine, Image, Source};
+//! use std::ops::ControlFlow;
+//!
+//! # fn main() -> respodiff::Result<()> {
+//! let engine = Engine::open(&Source::demo(), Device::auto())?;
+//! let mut session = engine.session(engine.options())?;
+//! let request = Image::new("a photo of a nurse").seed(7).into();
+//! let output = session.generate(&request, &mut |_| ControlFlow::Continue(()))?;
+//! let png = output.pictures[0].to_png(&[])?;
+//! # assert!(png.len() > 1000);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The library prints nothing, reads no environment variables and handles no signals. Errors are data: see [`Error`].
+//!
+//! # Features
+//!
+//! | feature | what it adds |
+//! | --- | --- |
+//! | `demo` | [`Source::demo`], the demo checkpoint, 19 MB |
+//! | `download` | `hub`: checkpoints by model id from Hugging Face |
+//! | `train` | `Trainer` and what belongs to it |
+//! | `eval` | `eval`: fairness measured |
+//! | `cli` | the command `respodiff`, and all of the above |
+//! | `emulated` | the CUDA kernels on the CPU, slowly, to test them; needs a C++ compiler |
+//! | `unstable` | the modules behind all this: graphs, plans, executors and kernels, without any promise to stay |
 
 #![warn(missing_docs)]
+// A part of these modules serves tests and benches alone, which see them as `unstable`.
+#![cfg_attr(not(feature = "unstable"), allow(dead_code, unused_imports))]
 
+#[cfg(all(feature = "cli", not(feature = "unstable")))]
+mod bench;
+#[cfg(feature = "unstable")]
 pub mod bench;
+#[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
+#[cfg(not(feature = "unstable"))]
+mod concept;
+#[cfg(feature = "unstable")]
+pub mod concept;
+#[cfg(not(feature = "unstable"))]
+mod cpu;
+#[cfg(feature = "unstable")]
 pub mod cpu;
+#[cfg(not(feature = "unstable"))]
+mod cuda;
+#[cfg(feature = "unstable")]
 pub mod cuda;
-pub mod device;
+mod device;
+#[cfg(not(feature = "unstable"))]
+mod diffusion;
+#[cfg(feature = "unstable")]
 pub mod diffusion;
+mod draws;
+#[cfg(not(feature = "unstable"))]
+mod engine;
+#[cfg(feature = "unstable")]
 pub mod engine;
 mod error;
+#[cfg(feature = "eval")]
 pub mod eval;
 mod files;
+#[cfg(not(feature = "unstable"))]
+mod graph;
+#[cfg(feature = "unstable")]
 pub mod graph;
+#[cfg(not(feature = "unstable"))]
+mod image;
+#[cfg(feature = "unstable")]
 pub mod image;
 mod layout;
+#[cfg(not(feature = "unstable"))]
+mod models;
+#[cfg(feature = "unstable")]
 pub mod models;
+#[cfg(not(feature = "unstable"))]
+mod plan;
+#[cfg(feature = "unstable")]
 pub mod plan;
-pub mod respodiff;
+#[cfg(all(feature = "train", not(feature = "unstable")))]
+mod train;
+#[cfg(all(feature = "train", feature = "unstable"))]
+pub mod train;
+#[cfg(not(feature = "unstable"))]
+mod weights;
+#[cfg(feature = "unstable")]
 pub mod weights;
 
+pub use concept::{Concept, Group};
+pub use cpu::MatrixPrecision as Precision;
 pub use device::Device;
-pub use engine::{Engine, Output, Progress, Request, Session, SessionOptions};
+pub use diffusion::noise::Rng;
+pub use diffusion::scheduler::{Sampler, SamplerChoice, Spacing};
+pub use engine::{
+    Conditioning, Engine, EngineOptions, Image, MemoryPlan, Output, Progress, Prompt, Request, Session, SessionOptions,
+    Size, Start,
+};
 pub use error::{Error, ErrorKind, Result, Subject};
-pub use image::Image;
+pub use image::{GenerationInfo, Picture};
+#[cfg(feature = "train")]
+pub use train::{Losses, Recipe, Task, Trainer};
+pub use weights::Source;
+#[cfg(feature = "download")]
+pub use weights::hub;

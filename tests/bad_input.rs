@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use support::copy;
 
 fn open(folder: &Path) -> Result<Engine, Error> {
-    Engine::open(&Source::folder(folder)?, &Device::Cpu)
+    Engine::open(&Source::folder(folder)?, Device::cpu())
 }
 
 /// Opens and expects one line that contains all of `words`.

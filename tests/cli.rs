@@ -2,7 +2,6 @@
 
 mod support;
 
-use respodiff::engine::SessionOptions;
 use respodiff::weights::Source;
 use respodiff::{Device, Engine};
 use std::path::Path;
@@ -72,9 +71,8 @@ fn samples_are_reported_as_json() {
     let seconds = |name: &str| report[name].as_f64().unwrap();
     let (load, first, each) = (seconds("load_seconds"), seconds("first_image_seconds"), seconds("seconds_per_image"));
     assert!(0.0 < load && load < first && first < wall && 0.0 < each && load + 3.0 * each < wall, "{report}, {wall}");
-    let engine = Engine::open(&Source::demo(), &Device::Cpu).unwrap();
-    let (width, height) = engine.default_size();
-    let memory = engine.memory(SessionOptions { width, height, batch: 2, guided: true, concepts: true }).unwrap();
+    let engine = Engine::open(&Source::demo(), Device::cpu()).unwrap();
+    let memory = engine.memory(engine.options().batch(2).concepts(true)).unwrap();
     for (name, bytes) in
         [("weights", memory.weights), ("text", memory.text), ("unet", memory.unet), ("vae", memory.vae)]
     {
@@ -390,8 +388,8 @@ fn saved_latents_are_those_of_diffusers() {
 /// SDXL's own flags, quotas over its bottleneck, and what the pictures say of both.
 #[test]
 fn sdxl_balanced_and_cropped() {
+    use respodiff::concept::{Concept, Form, Metadata, Module};
     use respodiff::graph::Shape;
-    use respodiff::respodiff::{Concept, Form, Metadata, Module};
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     for (i, name) in ["up", "down"].into_iter().enumerate() {

@@ -2,11 +2,10 @@
 
 mod support;
 
-use respodiff::Device;
-use respodiff::engine::{Engine, Output, Request, SessionOptions};
+use respodiff::concept::{Concept, Form, Kind, Metadata, Module, NumberFormat};
 use respodiff::graph::Shape;
-use respodiff::respodiff::{Concept, Form, Kind, Metadata, Module, Precision};
 use respodiff::weights::Source;
+use respodiff::{Device, Engine, Image, Output, Request, SessionOptions, Size};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::ops::ControlFlow;
@@ -42,29 +41,35 @@ fn each_image_has_its_own_concepts() {
 
 fn each_image_of(checkpoint: &str) {
     let source = Source::folder(support::golden().join("checkpoints").join(checkpoint)).unwrap();
-    let engine = Engine::open(&source, &Device::Cpu).unwrap();
-    let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true, concepts: true };
+    let engine = Engine::open(&source, Device::cpu()).unwrap();
+    let options = SessionOptions::new(Size::new(40, 56)).batch(3).concepts(true);
     let shape = engine.bottleneck(options);
     let (a, b) = (concept(Form::Constant, shape, 1), concept(Form::Constant, shape, 2));
     let network = concept(Form::Conv, shape, 3);
     let lists = vec![vec![(a.clone(), 0.5), (b.clone(), -1.0)], vec![], vec![(b.clone(), 0.7), (network.clone(), 1.0)]];
-    let request = |seed, concepts| Request { prompt: "a cat".into(), steps: 3, seed, concepts, ..Default::default() };
+    type List = Vec<(Arc<Concept>, f32)>;
+    let request = |seed: u64, lists: Vec<List>| {
+        let image = |(i, list): (usize, List)| {
+            list.into_iter().fold(Image::new("a cat").seed(seed + i as u64), |image, (c, w)| image.concept(c, w))
+        };
+        Request::new(lists.into_iter().enumerate().map(image).collect()).steps(3)
+    };
     let together = generate(&engine, options, &request(5, lists.clone()));
     let one = together.latents.len() / 3;
-    let single = SessionOptions { batch: 1, ..options };
-    let plain = SessionOptions { concepts: false, ..single };
+    let single = options.batch(1);
+    let plain = single.concepts(false);
     for (i, list) in lists.iter().enumerate() {
         let seed = 5 + i as u64;
         let alone = generate(&engine, single, &request(seed, vec![list.clone()]));
         assert_eq!(alone.latents, together.latents[i * one..][..one], "image {i}");
-        let without = generate(&engine, plain, &request(seed, vec![]));
+        let without = generate(&engine, plain, &request(seed, vec![vec![]]));
         assert_eq!(alone.latents == without.latents, list.is_empty(), "image {i}");
         // Weights of zero change nothing, bit for bit.
         let zero = list.iter().map(|(c, _)| (c.clone(), 0.0)).collect();
         assert_eq!(generate(&engine, single, &request(seed, vec![zero])).latents, without.latents);
     }
     let mut session = engine.session(single).unwrap();
-    let mut refused = |concepts: Vec<Vec<(Arc<Concept>, f32)>>, word: &str| {
+    let mut refused = |concepts: Vec<List>, word: &str| {
         let error = session.generate(&request(0, concepts), &mut |_| ControlFlow::Continue(())).unwrap_err();
         assert!(error.to_string().contains(word), "{error}");
     };
@@ -95,7 +100,7 @@ fn a_shifted_call_predicts_what_pytorch_does() {
         for extra in ["text_embeds", "time_ids"].into_iter().filter(|e| case.has(e)) {
             inputs.insert(extra, case.floats(extra));
         }
-        let outputs = support::run(&Device::Cpu, graph, &source.tensors("unet").unwrap(), &inputs);
+        let outputs = support::run(&Device::cpu(), graph, &source.tensors("unet").unwrap(), &inputs);
         // L_resp is the mean square of this prediction's distance to the target: PyTorch's, in float64.
         let target = support::nchw_to_nhwc(&case.floats("target"), n, c);
         let loss = outputs["sample"].iter().zip(&target).map(|(a, b)| ((a - b) as f64).powi(2)).sum::<f64>()
@@ -119,10 +124,9 @@ fn pipeline_with_concepts(case: &support::Case) {
     let meta = case.metadata();
     let source = Source::folder(support::golden().join("checkpoints").join(&meta["checkpoint"])).unwrap();
     let scheduler = SchedulerConfig::parse(&meta["scheduler_config"], "recorded").unwrap();
-    let engine = Engine::open(&source, &Device::Cpu).unwrap().with_scheduler(scheduler);
+    let engine = Engine::open(&source, Device::cpu()).unwrap().with_scheduler(scheduler);
     let size = |name: &str| meta[name].parse().unwrap();
-    let options =
-        SessionOptions { width: size("width"), height: size("height"), batch: 2, guided: true, concepts: true };
+    let options = SessionOptions::new(Size::new(size("width"), size("height"))).batch(2).concepts(true);
     let folder = tempfile::tempdir().unwrap();
     let load = |name: &str| {
         let part = |part: &str| {
@@ -138,15 +142,16 @@ fn pipeline_with_concepts(case: &support::Case) {
     let concepts: Vec<Vec<_>> =
         images.iter().map(|image| image.iter().map(|(name, weight)| (load(name), *weight)).collect()).collect();
     let prompts: Vec<String> = serde_json::from_str(&meta["prompt"]).unwrap();
-    let request = Request {
-        prompt: prompts[0].clone(),
-        steps: size("steps"),
-        seed: meta["seed"].parse().unwrap(),
-        guidance: meta["guidance_scale"].parse().unwrap(),
-        sampler: meta["scheduler"].parse().unwrap(),
-        concepts: concepts.clone(),
-        ..Default::default()
+    let seed: u64 = meta["seed"].parse().unwrap();
+    let image = |(i, list): (usize, &Vec<_>)| {
+        let mut image = Image::new(prompts[0].as_str()).seed(seed + i as u64);
+        image.guidance = Some(meta["guidance_scale"].parse().unwrap());
+        image.concepts = list.clone();
+        image
     };
+    let request = Request::new(concepts.iter().enumerate().map(image).collect())
+        .steps(size("steps"))
+        .sampler(meta["scheduler"].parse().unwrap());
     let error = support::relative_l2(&generate(&engine, options, &request).latents, &case.floats("out.latents"));
     println!("{}: latents {error:.1e}", case.name);
     assert!(error < 1e-4, "{}: latents are off by {error:.2e}", case.name);
@@ -171,7 +176,7 @@ fn pipeline_with_concepts(case: &support::Case) {
         inputs.insert(extra, case.floats(extra));
     }
     let ours = support::nhwc_to_nchw(
-        &support::run(&Device::Cpu, graph, &source.tensors("unet").unwrap(), &inputs)["sample"],
+        &support::run(&Device::cpu(), graph, &source.tensors("unet").unwrap(), &inputs)["sample"],
         n,
         c,
     );
@@ -256,13 +261,13 @@ fn files_read_back() {
         assert_eq!(read.ram.parameters, saved.ram.parameters);
         assert_eq!(read.sam.map(|s| s.parameters), saved.sam.as_ref().map(|s| s.parameters.clone()));
         // In fp16 every number is the nearest half, in half the bytes, and a second time nothing changes.
-        saved.save_as(&path, Precision::F16).unwrap();
+        saved.save_as(&path, NumberFormat::F16).unwrap();
         let half = Concept::load(&path).unwrap();
         assert_eq!(half.metadata, saved.metadata);
         let nearest = |m: &Module| m.parameters.iter().map(|&x| half::f16::from_f32(x).to_f32()).collect::<Vec<_>>();
         assert_eq!(half.ram.parameters, nearest(&saved.ram));
         assert_eq!(half.sam.as_ref().map(|s| s.parameters.clone()), saved.sam.as_ref().map(nearest));
-        half.save_as(&path, Precision::F16).unwrap();
+        half.save_as(&path, NumberFormat::F16).unwrap();
         assert_eq!(Concept::load(&path).unwrap().ram.parameters, half.ram.parameters);
         let bytes = std::fs::read(&path).unwrap();
         let numbers = saved.ram.parameters.len() + saved.sam.as_ref().map_or(0, |s| s.parameters.len());
@@ -272,7 +277,7 @@ fn files_read_back() {
         );
         let mut large = saved.clone();
         large.ram.parameters[0] = 7e4;
-        assert!(large.save_as(&path, Precision::F16).unwrap_err().to_string().contains("65504"));
+        assert!(large.save_as(&path, NumberFormat::F16).unwrap_err().to_string().contains("65504"));
         assert_eq!(std::fs::read(&path).unwrap(), bytes);
         saved.save(&path).unwrap();
         // Cut anywhere it is refused by name.
@@ -306,8 +311,8 @@ fn other_sizes() {
 
 #[test]
 fn trainings_resume_to_the_same_result() {
-    use respodiff::respodiff::{Recipe, Task, Trainer, Variant};
-    let engine = Engine::open(&Source::demo(), &Device::Cpu).unwrap();
+    use respodiff::train::{Recipe, Task, Trainer, Variant};
+    let engine = Engine::open(&Source::demo(), Device::cpu()).unwrap();
     let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
     let recipe = Recipe {
         batch: 2,
@@ -315,7 +320,7 @@ fn trainings_resume_to_the_same_result() {
         latents_per_rollout: 2,
         ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
     };
-    let trainer = |seed| Trainer::new(&engine, task.clone(), recipe.clone(), seed, (64, 64)).unwrap();
+    let trainer = |seed| Trainer::new(&engine, task.clone(), recipe.clone(), seed, Size::new(64, 64)).unwrap();
     let mut whole = trainer(3);
     for _ in 0..8 {
         whole.iterate().unwrap();

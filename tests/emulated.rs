@@ -3,13 +3,14 @@
 mod support;
 
 use half::f16;
+use respodiff::concept::{Concept, Form, Kind, Metadata, Module};
 use respodiff::cuda::{self, Cache, Emulated, Launch, Limits, Recording, TensorTiles, lowered};
 use respodiff::diffusion::noise::Rng;
-use respodiff::engine::{Engine, Output, Request, SessionOptions, UNET_CONSTANTS};
+use respodiff::engine::UNET_CONSTANTS;
 use respodiff::models::{UNetConfig, VaeConfig, unet, vae_decoder};
-use respodiff::respodiff::{Concept, Form, Kind, Losses, Metadata, Module, Recipe, Task, Trainer, Variant};
+use respodiff::train::{Losses, Recipe, Task, Trainer, Variant};
 use respodiff::weights::{Source, Tensors};
-use respodiff::{Device, ErrorKind};
+use respodiff::{Device, Engine, ErrorKind, Image, Output, Request, SessionOptions, Size};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::HashMap;
@@ -40,13 +41,14 @@ fn engine(checkpoint: &str, device: &Device) -> Engine {
 
 #[test]
 fn the_demo_draws_the_same_pictures() {
-    let options = SessionOptions { width: 64, height: 64, batch: 2, guided: true, concepts: false };
-    let request = Request { prompt: "a photo of a doctor".into(), steps: 25, seed: 11, ..Default::default() };
-    let [ours, truth] = [kernels(), Device::Cpu].map(|device| generate(&demo(&device), options, &request));
+    let options = SessionOptions::new(Size::new(64, 64)).batch(2);
+    let image = |seed| Image::new("a photo of a doctor").seed(seed);
+    let request = Request::new(vec![image(11), image(12)]).steps(25);
+    let [ours, truth] = [kernels(), Device::cpu()].map(|device| generate(&demo(&device), options, &request));
     let error = relative_l2(&ours.latents, &truth.latents);
     println!("latents {error:.1e}");
     assert!(error < TOLERANCE, "latents are off by {error:.2e}");
-    for (ours, truth) in ours.images.iter().zip(&truth.images) {
+    for (ours, truth) in ours.pictures.iter().zip(&truth.pictures) {
         let off: f64 = ours.rgb.iter().zip(&truth.rgb).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
         let off = off / ours.rgb.len() as f64;
         println!("picture {off:.2} of 255");
@@ -59,14 +61,15 @@ fn the_demo_draws_the_same_pictures() {
 fn planned_memory_is_what_the_device_counts() {
     for checkpoint in ["sd1", "sdxl"] {
         for options in [
-            SessionOptions { width: 64, height: 40, batch: 1, guided: true, concepts: true },
-            SessionOptions { width: 72, height: 128, batch: 3, guided: false, concepts: false },
+            SessionOptions::new(Size::new(64, 40)).concepts(true),
+            SessionOptions::new(Size::new(72, 128)).batch(3).guided(false),
         ] {
-            let engine = engine(checkpoint, &Device::Cuda(Emulated::new(Limits::A100, Emulated::QUICK)));
+            let engine = engine(checkpoint, &Device::kernels(Emulated::new(Limits::A100, Emulated::QUICK)));
             let memory = engine.memory(options).unwrap();
             let off = |used: usize| (used as f64 / memory.total() as f64 - 1.0).abs();
             let mut session = engine.session(options).unwrap();
-            let request = Request { prompt: "a doctor".into(), guidance: 1.0, steps: 2, ..Default::default() };
+            let image = Image::new("a doctor").guidance(1.0);
+            let request = Request::new(vec![image; options.batch]).steps(2);
             let (mut looks, mut worst) = (0, 0.0f64);
             let mut look = |_| {
                 looks += 1;
@@ -92,34 +95,34 @@ fn an_image_of_sdxl_does_not_depend_on_its_batch() {
 
 fn alone_and_in_a_batch(checkpoint: &str, rngs: &[Rng]) {
     let kernels = engine(checkpoint, &kernels());
-    let options = SessionOptions { width: 40, height: 56, batch: 3, guided: true, concepts: true };
+    let options = SessionOptions::new(Size::new(40, 56)).batch(3).concepts(true);
     let shape = kernels.bottleneck(options);
     let concept = |i: usize| {
         let numbers = (0..shape.len()).map(|j| ((i * 7 + j) as f32 * 0.37).sin()).collect();
         let ram = Module::with_parameters(Form::Constant, shape, numbers).unwrap();
         Arc::new(Concept { metadata: Metadata::default(), ram, sam: None })
     };
-    let concepts: Vec<Vec<_>> = (0..3).map(|i| (0..i).map(|c| (concept(c), 0.7)).collect()).collect();
+    // Everything that an image has for itself differs, and guidance multiplies the UNet's error threefold at most.
+    let mut images = [
+        Image::new("a doctor").seed(7).guidance(2.0),
+        Image::new("a portrait of a chef").negative("a hat").seed(3).guidance(1.5),
+        Image::new("a nurse").seed(7).guidance(1.0),
+    ];
+    for (i, image) in images.iter_mut().enumerate() {
+        image.concepts = (0..i).map(|c| (concept(c), 0.7)).collect();
+    }
     for &rng in rngs {
-        let request = |first: usize, concepts: &[Vec<(Arc<Concept>, f32)>]| Request {
-            prompt: "a doctor".into(),
-            steps: 3,
-            guidance: 2.0, // multiplies the UNet's error threefold at most
-            seed: 7 + first as u64,
-            rng,
-            sampler: "euler a".parse().unwrap(),
-            concepts: concepts.to_vec(),
-            ..Default::default()
-        };
-        let batch = generate(&kernels, options, &request(0, &concepts));
+        let request =
+            |images: &[Image]| Request::new(images.to_vec()).steps(3).rng(rng).sampler("euler a".parse().unwrap());
+        let batch = generate(&kernels, options, &request(&images));
         let one = batch.latents.len() / 3;
         for i in 0..3 {
-            let alone = SessionOptions { batch: 1, ..options };
-            let alone = generate(&kernels, alone, &request(i, &concepts[i..=i]));
+            let alone = options.batch(1).guided(images[i].guidance != Some(1.0));
+            let alone = generate(&kernels, alone, &request(&images[i..=i]));
             assert_eq!(alone.latents, batch.latents[i * one..][..one], "image {i}");
-            assert_eq!(alone.images[0], batch.images[i]);
+            assert_eq!(alone.pictures[0], batch.pictures[i]);
         }
-        let truth = generate(&engine(checkpoint, &Device::Cpu), options, &request(0, &concepts));
+        let truth = generate(&engine(checkpoint, &Device::cpu()), options, &request(&images));
         let error = relative_l2(&batch.latents, &truth.latents);
         println!("{checkpoint}, {rng:?}: latents {error:.1e}");
         assert!(error < TOLERANCE, "{checkpoint}, {rng:?}: latents are off by {error:.2e}");
@@ -129,12 +132,13 @@ fn alone_and_in_a_batch(checkpoint: &str, rngs: &[Rng]) {
 #[test]
 fn what_cannot_be_is_refused() {
     let engine = engine("sd1", &kernels());
-    let options = SessionOptions { width: 64, height: 64, batch: 1, guided: true, concepts: false };
+    let options = SessionOptions::new(Size::new(64, 64));
     let mut session = engine.session(options).unwrap();
     let mut go = |request: Request, flow: ControlFlow<()>| session.generate(&request, &mut |_| flow);
-    let fine = Request { prompt: "a doctor".into(), steps: 2, ..Default::default() };
+    let fine = Request::from(Image::new("a doctor")).steps(2);
     let next = ControlFlow::Continue(());
-    let huge = go(Request { guidance: 3e38, ..fine.clone() }, next).expect_err("refused");
+    let huge = Request::from(Image::new("a doctor").guidance(3e38)).steps(2);
+    let huge = go(huge, next).expect_err("refused");
     assert!(huge.kind() == ErrorKind::NonFinite, "{huge}");
     assert_eq!(go(fine.clone(), ControlFlow::Break(())).expect_err("refused").kind(), ErrorKind::Cancelled);
     assert!(go(fine, next).is_ok());
@@ -156,7 +160,7 @@ fn a_vae_beyond_fp16_decodes() {
         support::run(&device, vae_decoder(&config, n, h, w), &source.tensors("vae").unwrap(), &inputs)["image"].clone()
     };
     // 65504 is left by far at a factor of 50000; what is carried at a 32nd is not.
-    let error = relative_l2(&decode(5e4, kernels()), &decode(5e4, Device::Cpu));
+    let error = relative_l2(&decode(5e4, kernels()), &decode(5e4, Device::cpu()));
     println!("beyond fp16 {error:.1e}");
     assert!(error < TOLERANCE, "off by {error:.2e}");
     // Beyond even that, stores saturate: no picture to be proud of, but a picture.
@@ -167,9 +171,9 @@ fn a_vae_beyond_fp16_decodes() {
 /// that.
 #[test]
 fn nan_in_a_network_ends_the_run() {
-    let options = SessionOptions { width: 64, height: 64, batch: 1, guided: true, concepts: false };
+    let options = SessionOptions::new(Size::new(64, 64));
     // PNDM takes a step more.
-    let request = Request { prompt: "a doctor".into(), steps: 2, ..Default::default() };
+    let request = Request::from(Image::new("a doctor")).steps(2);
     for (network, tensor, words) in
         [("unet", "down_blocks.0.resnets.0.norm1.weight", "step 1 of 3"), ("vae", "decoder.conv_norm_out", "the VAE")]
     {
@@ -221,11 +225,11 @@ fn the_demo_trains_as_on_the_cpu() {
             lr_sam: 0.2,
             ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
         };
-        let mut trainer = Trainer::new(&engine, task, recipe, 5, (64, 64)).unwrap();
+        let mut trainer = Trainer::new(&engine, task, recipe, 5, Size::new(64, 64)).unwrap();
         let losses: Vec<Losses> = (0..2).map(|_| trainer.iterate().unwrap()).collect();
         (losses, trainer.concept())
     };
-    let ((ours, concept), (truth, true_concept)) = (run(&kernels()), run(&Device::Cpu));
+    let ((ours, concept), (truth, true_concept)) = (run(&kernels()), run(&Device::cpu()));
     for (ours, truth) in ours.iter().zip(&truth) {
         println!("{ours:?}, on the CPU {truth:?}");
         for (ours, truth) in [(ours.resp, truth.resp), (ours.sem, truth.sem)] {
@@ -247,7 +251,7 @@ fn the_demo_trains_as_on_the_cpu() {
 fn rollouts_wait_for_nothing_but_their_end() {
     let device = Emulated::new(Limits::A100, Emulated::QUICK);
     let counting = Arc::new(Counting { device, reads: AtomicUsize::new(0), writes: AtomicUsize::new(0) });
-    let engine = engine("sd1", &Device::Cuda(counting.clone()));
+    let engine = engine("sd1", &Device::kernels(counting.clone()));
     let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
     let recipe = Recipe {
         batch: 1,
@@ -256,7 +260,7 @@ fn rollouts_wait_for_nothing_but_their_end() {
         ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
     };
     let before = engine.used_memory().unwrap();
-    let mut trainer = Trainer::new(&engine, task, recipe, 5, (64, 40)).unwrap();
+    let mut trainer = Trainer::new(&engine, task, recipe, 5, Size::new(64, 40)).unwrap();
     let used = engine.used_memory().unwrap() - before;
     let planned = trainer.memory().halves.weights + trainer.memory().halves.activations;
     assert_eq!(used, planned);
@@ -390,7 +394,7 @@ fn networks_of_whole_stages_on_an_h100() {
         let launched = launched.count();
         println!("{name}: {launched} launches of them");
         assert!(launched > 2, "{name}");
-        let error = relative_l2(&run(&Device::Cuda(hopper.clone())), &run(&Device::Cpu));
+        let error = relative_l2(&run(&Device::kernels(hopper.clone())), &run(&Device::cpu()));
         println!("{name} {error:.1e}");
         assert!(error < TOLERANCE, "{name} is off by {error:.2e}");
     }

@@ -4,21 +4,21 @@ mod support;
 
 use respodiff::eval::clip::{Clip, cosine};
 use respodiff::weights::Source;
-use respodiff::{Device, Image};
+use respodiff::{Device, Picture};
 use std::path::Path;
 use std::process::{Command, Output};
 
 #[test]
 fn embeddings_match_transformers() {
     let mut clip =
-        Clip::load(&Source::folder(support::golden().join("checkpoints/clip")).unwrap(), &Device::Cpu).unwrap();
+        Clip::load(&Source::folder(support::golden().join("checkpoints/clip")).unwrap(), &Device::cpu()).unwrap();
     let case = support::cases("clip_images", 1).remove(0);
     let mut images = Vec::new();
     let mut truths = Vec::new();
     for index in (0..).take_while(|i| case.has(&format!("image.{i}"))) {
         let shape = case.shape(&format!("image.{index}"));
         let rgb = case.integers(&format!("image.{index}")).iter().map(|&x| x as u8).collect();
-        images.push(Image { width: shape[1] as u32, height: shape[0] as u32, rgb });
+        images.push(Picture { width: shape[1] as u32, height: shape[0] as u32, rgb });
         truths.push(case.floats(&format!("out.image.{index}")));
     }
     assert!(images.len() >= 5);
@@ -35,7 +35,7 @@ fn embeddings_match_transformers() {
 
 #[test]
 fn the_demos_clip_tells_its_texts_apart() {
-    let clip = Clip::load(&Source::demo_clip(), &Device::Cpu).unwrap();
+    let clip = Clip::load(&Source::demo_clip(), &Device::cpu()).unwrap();
     let texts = ["a photo of a doctor", "a photo of a nurse", "a woman", "a man"].map(str::to_string);
     let embeds = clip.texts(&texts).unwrap();
     for (i, a) in embeds.iter().enumerate() {

@@ -30,7 +30,7 @@ struct Place {
 
 fn places() -> Vec<Place> {
     vec![
-        Place { name: "cpu", device: Device::Cpu },
+        Place { name: "cpu", device: Device::cpu() },
         #[cfg(feature = "emulated")]
         Place { name: "kernels", device: support::kernels() },
     ]
@@ -38,7 +38,7 @@ fn places() -> Vec<Place> {
 
 impl Place {
     fn is_half(&self) -> bool {
-        !matches!(self.device, Device::Cpu)
+        !self.device.is_cpu()
     }
 }
 
@@ -204,7 +204,7 @@ fn unet_errors(place: &Place, case: &Case) -> [(&'static str, f64); 2] {
     let calls: Vec<_> = std::iter::once(inputs).chain(nearby).collect();
     let tensors = source.tensors("unet").expect("weights");
     let ours = run_all(&place.device, graph.clone(), &tensors, &calls);
-    let truth = run_all(&Device::Cpu, graph, &tensors, &calls[1..]);
+    let truth = run_all(&Device::cpu(), graph, &tensors, &calls[1..]);
     channels.map(|(name, c)| {
         let recorded = relative_l2(&nhwc_to_nchw(&ours[0][name], n, c), &case.floats(&format!("out.{name}")));
         let nearby = ours[1..].iter().zip(&truth).map(|(ours, truth)| relative_l2(&ours[name], &truth[name]));

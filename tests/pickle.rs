@@ -2,7 +2,7 @@
 
 mod support;
 
-use respodiff::respodiff::{Concept, import};
+use respodiff::concept::{Concept, import};
 use std::path::PathBuf;
 
 const CHANNELS: usize = 128;

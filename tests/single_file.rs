@@ -3,10 +3,9 @@
 
 mod support;
 
-use respodiff::engine::{Engine, Request, SessionOptions};
 use respodiff::models::{ClipConfig, UNetConfig, VaeConfig};
 use respodiff::weights::Source;
-use respodiff::{Device, Error};
+use respodiff::{Device, Engine, Error, Image, Request, SessionOptions, Size};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
@@ -108,7 +107,7 @@ impl Original {
 
     /// Writes and opens it as a model, and expects one line that names the file and contains all of `words`.
     fn refused(&self, words: &[&str]) {
-        let error = self.open().and_then(|source| Engine::open(&source, &Device::Cpu)).err().expect("refused");
+        let error = self.open().and_then(|source| Engine::open(&source, Device::cpu())).err().expect("refused");
         expect(&error, words);
     }
 }
@@ -184,25 +183,20 @@ fn networks_are_those_of_diffusers() {
 #[test]
 fn pictures_are_those_of_diffusers() {
     for case in cases("single_", 3) {
-        let engine = Engine::open(&Original::new(&case).open().unwrap(), &Device::Cpu).unwrap();
+        let engine = Engine::open(&Original::new(&case).open().unwrap(), Device::cpu()).unwrap();
         let text = |field: &str| recorded::<Vec<String>>(&case, field)[0].clone();
-        let request = Request {
-            prompt: text("prompt"),
-            negative_prompt: Some(text("negative_prompt")),
-            steps: recorded(&case, "steps"),
-            guidance: recorded(&case, "guidance_scale"),
-            seed: recorded(&case, "seed"),
-            ..Default::default()
-        };
+        let mut image = Image::new(text("prompt")).negative(text("negative_prompt")).seed(recorded(&case, "seed"));
+        image.guidance = Some(recorded(&case, "guidance_scale"));
+        let request = Request::from(image).steps(recorded(&case, "steps"));
         let (height, width) = (recorded(&case, "height"), recorded(&case, "width"));
-        let options = SessionOptions { width, height, batch: 1, guided: true, concepts: false };
+        let options = SessionOptions::new(Size::new(width, height));
         let mut session = engine.session(options).unwrap();
         let output = session.generate(&request, &mut |_| ControlFlow::Continue(())).unwrap();
         let error = relative_l2(&output.latents, &case.floats("out.latents"));
         println!("{:12} latents {error:.1e}", case.name);
         assert!(error < 1e-4, "{}: latents are off by {error:.2e}", case.name);
-        let truth = respodiff::Image::from_chw(&case.floats("out.image"), height, width).unwrap();
-        let far = output.images[0].rgb.iter().zip(&truth.rgb).filter(|(a, b)| a.abs_diff(**b) > 1).count();
+        let truth = respodiff::Picture::from_chw(&case.floats("out.image"), height, width).unwrap();
+        let far = output.pictures[0].rgb.iter().zip(&truth.rgb).filter(|(a, b)| a.abs_diff(**b) > 1).count();
         assert_eq!(far, 0, "{}: {far} bytes differ by more than rounding", case.name);
     }
 }
@@ -359,7 +353,7 @@ fn files_that_are_something_else() {
     }
 
     let folder = tempfile::tempdir().unwrap();
-    let resolve = |name: &str| Source::resolve(folder.path().join(name).to_str(), false).expect_err("refused");
+    let resolve = |name: &str| Source::open(folder.path().join(name)).expect_err("refused");
     for (content, words) in [
         (&b"\x89PNG\r\n\x1a\n, and more bytes than a header's length takes"[..], &["not a whole"][..]),
         (b"\x08\0\0\0\0\0\0\0{}      ", &["`nothing`"]),

@@ -2,14 +2,15 @@
 
 mod support;
 
-use respodiff::Device;
 use respodiff::bench::{SDXL, networks};
+use respodiff::concept::{Form, Module};
 use respodiff::cpu::MatrixPrecision;
 use respodiff::engine::UNET_CONSTANTS;
 use respodiff::graph::{Keep, Shape};
 use respodiff::models::{UNetConfig, unet, unet_halves};
-use respodiff::respodiff::{Adam, Form, Halves, Module, Objective};
+use respodiff::train::{Adam, Halves, Objective};
 use respodiff::weights::{Source, Tensors};
+use respodiff::{Device, Size};
 use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2};
 
 /// fp32 against float64: ours is up to 7e-5 off, PyTorch's own fp32 up to 4e-5. Smaller bottlenecks, whose norms are over a
@@ -32,7 +33,7 @@ fn descend(case: &Case, halves: &mut Halves, suffix: &str) {
     let states = case.floats(&name("neutral_embeds")).repeat(shape[0]);
     let extra = |n: &str| if case.has(&name(n)) { case.floats(&name(n)) } else { vec![] };
     let (embeds, ids) = (extra("text_embeds"), extra("time_ids"));
-    halves.condition(&[("encoder_hidden_states", &states), ("text_embeds", &embeds), ("time_ids", &ids)]).unwrap();
+    halves.condition(&[("encoder_hidden_states", states), ("text_embeds", embeds), ("time_ids", ids)]).unwrap();
     let latents = nchw_to_nhwc(&case.floats(&name("latents")), shape[0], shape[1]);
     halves.descend(&latents, case.floats(&name("timestep"))[0]).unwrap();
 }
@@ -69,9 +70,9 @@ fn slopes(device: &Device, case: &Case, keep: Keep) -> ([f64; 2], [Vec<f32>; 2])
 #[test]
 fn gradients_of_both_losses() {
     for case in &cases("gradient_", 4) {
-        let (losses, gradients) = slopes(&Device::Cpu, case, Keep::All);
+        let (losses, gradients) = slopes(&Device::cpu(), case, Keep::All);
         assert!(
-            (losses, gradients.clone()) == slopes(&Device::Cpu, case, Keep::Sums),
+            (losses, gradients.clone()) == slopes(&Device::cpu(), case, Keep::Sums),
             "{}: made again, not the same",
             case.name
         );
@@ -117,7 +118,7 @@ fn gradients_on_the_kernels() {
 #[test]
 fn trajectories_of_adam() {
     for case in cases("training_", 4) {
-        let mut halves = halves(&Device::Cpu, &case, ".0", Keep::All);
+        let mut halves = halves(&Device::cpu(), &case, ".0", Keep::All);
         let metadata = case.metadata();
         let lambda: f64 = metadata["lambda"].parse().unwrap();
         let rates: std::collections::HashMap<String, f64> = serde_json::from_str(&metadata["rates"]).unwrap();
@@ -157,7 +158,8 @@ fn trajectories_of_adam() {
 #[test]
 fn trainers_do_what_the_paper_says() {
     use respodiff::Engine;
-    use respodiff::respodiff::{Kind, Recipe, Task, Trainer, Variant};
+    use respodiff::concept::Kind;
+    use respodiff::train::{Recipe, Task, Trainer, Variant};
     for case in cases("trainer_", 3) {
         let metadata = case.metadata();
         let given: serde_json::Value = serde_json::from_str(&metadata["recipe"]).unwrap();
@@ -178,8 +180,8 @@ fn trainers_do_what_the_paper_says() {
         let task =
             Task { kind, concept: given["concept"].as_str().unwrap().into(), neutral: metadata["neutral"].clone() };
         let folder = support::golden().join("checkpoints").join(&metadata["checkpoint"]);
-        let engine = Engine::open(&Source::folder(folder).unwrap(), &Device::Cpu).unwrap();
-        let size = (metadata["width"].parse().unwrap(), metadata["height"].parse().unwrap());
+        let engine = Engine::open(&Source::folder(folder).unwrap(), Device::cpu()).unwrap();
+        let size = Size::new(metadata["width"].parse().unwrap(), metadata["height"].parse().unwrap());
         let mut trainer = Trainer::new(&engine, task, recipe, metadata["seed"].parse().unwrap(), size).unwrap();
         for (i, truth) in case.floats("out.losses").chunks(2).enumerate() {
             let losses = trainer.iterate().unwrap();
@@ -205,7 +207,7 @@ fn trainers_do_what_the_paper_says() {
 fn memory_plans_of_sdxl() {
     let source = SDXL;
     let places = [
-        Device::Cpu,
+        Device::cpu(),
         #[cfg(feature = "emulated")]
         support::kernels(),
     ];
@@ -216,7 +218,7 @@ fn memory_plans_of_sdxl() {
         println!("{}: {all:?}, {sums:?}", device.name());
         assert_eq!(all.weights, sums.weights);
         assert!(2 * sums.activations < all.activations, "{sums:?} of {all:?}");
-        if !matches!(device, Device::Cpu) {
+        if !device.is_cpu() {
             let encoders = networks(&source, 1).unwrap().into_iter().filter(|(name, _)| *name != "unet");
             let beside: usize = encoders.map(|(_, graph)| 2 * graph.parameters()).sum();
             let pair = device.plan(unet(&config(&source), 2, 128, 128, 77, 1), UNET_CONSTANTS).arena_bytes();
@@ -235,7 +237,7 @@ fn halves_share_weights() {
     let source = Source::folder(support::golden().join("checkpoints/sd1")).unwrap();
     let config = config(&source);
     let places = [
-        Device::Cpu,
+        Device::cpu(),
         #[cfg(feature = "emulated")]
         support::kernels(),
     ];
@@ -250,6 +252,6 @@ fn halves_share_weights() {
         let again = device
             .weights_beside(halves.weights(), &source.tensors("unet").unwrap(), &[&weights], MatrixPrecision::Fp32)
             .unwrap();
-        assert!(matches!(device, Device::Cpu) || again.bytes() == 0);
+        assert!(device.is_cpu() || again.bytes() == 0);
     }
 }

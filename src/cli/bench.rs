@@ -1,12 +1,12 @@
 //! `respodiff bench`.
 
-use super::{Place, Precision, check_writable, say};
+use super::{Place, Precision, check_writable, model, say};
 use crate::bench::{Case, Peaks, SD15, SDXL, Table, kernels, measure, networks, peaks, training};
 use crate::cuda::{Limits, Lowered, lowered};
 use crate::engine::UNET_CONSTANTS;
 use crate::graph::Graph;
 use crate::weights::Source;
-use crate::{Device, Error, Result};
+use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -94,7 +94,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         "sd15" => SD15,
         "sdxl" => SDXL,
         "demo" => Source::demo(),
-        other => Source::resolve(Some(other), true)?,
+        other => model::source(Some(other))?,
     };
     let networks = match args.training {
         true => vec![training(&source, args.batch as usize)?],
@@ -109,8 +109,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Ok(());
     }
     let device = args.device.open()?;
-    let usual = match (&device, args.device) {
-        (Device::Cuda(_), Place::Auto | Place::Cuda) => 20,
+    let usual = match args.device {
+        Place::Auto | Place::Cuda if !device.is_cpu() => 20,
         _ => 3,
     };
     let runs = args.runs.map_or(usual, usize::from);

@@ -1,10 +1,9 @@
 //! The flags that choose concepts, and `respodiff concept`.
 
-use super::{check_writable, say, warn};
+use super::{check_writable, model, say, warn};
+use crate::concept::{Concept, Form, Group, NumberFormat, assign, import};
 use crate::engine::{Engine, read_config};
 use crate::models::UNetConfig;
-use crate::respodiff::{Concept, Form, Group, Precision, assign, import};
-use crate::weights::Source;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -143,9 +142,9 @@ enum Command {
     Convert {
         /// Concept file
         file: PathBuf,
-        /// Precision to write: f16 or f32
+        /// NumberFormat to write: f16 or f32
         #[arg(long)]
-        dtype: Precision,
+        dtype: NumberFormat,
         /// Concept file to write
         #[arg(long)]
         out: PathBuf,
@@ -166,7 +165,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         Command::Show { files } => files.iter().try_for_each(|file| show(file)),
         Command::Import { file, model, concept, column, out } => {
             check_writable(out)?;
-            let source = Source::resolve(model.as_deref(), true)?;
+            let source = model::source(model.as_deref())?;
             let config = read_config(&source, "unet", UNetConfig::parse)?;
             let channels = config.levels.last().map_or(0, |level| level.channels);
             let mut concept = import(file, concept, *column, channels)?;

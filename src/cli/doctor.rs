@@ -1,8 +1,7 @@
 //! `respodiff doctor`: what this machine and this build can do, and what to do about the rest.
 
-use super::say;
+use super::{model, say};
 use crate::cuda::{self, compiled::FAMILIES, compiled::RESOURCES};
-use crate::weights::hub::HubConfig;
 use crate::{Device, Result, cpu};
 use serde_json::{Value, json};
 
@@ -25,13 +24,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
         Ok((version, cards)) => (Some(version.to_string()), cards.as_slice()),
         Err(_) => (None, &[][..]),
     };
-    let chosen = cuda::open().map_or_else(
+    let chosen = cuda::open(None).map_or_else(
         |problem| {
             // Of two problems the one that is to be mended first.
             advice.push(driver.as_ref().err().unwrap_or(&problem).to_string());
-            Device::Cpu
+            Device::cpu()
         },
-        Device::Cuda,
+        Device::kernels,
     );
     let isa = format!("{:?}", cpu::isa());
     if cpu::isa() == cpu::Isa::Baseline && cfg!(target_arch = "x86_64") {
@@ -39,7 +38,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let threads = rayon::current_num_threads();
     let free = crate::engine::free_memory();
-    let cache = match HubConfig::from_env() {
+    let cache = match model::hub() {
         Ok(config) => Some(config.cache),
         Err(problem) => {
             advice.push(problem.to_string());
@@ -84,7 +83,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     say(&format!("CPU          {isa}, {threads} threads, {} of memory free", free.map_or("unknown size".into(), gib)));
     say(&format!("cache        {}", cache.map_or("none".into(), |folder| folder.display().to_string())));
-    let arithmetic = if matches!(chosen, Device::Cpu) { "fp32" } else { "fp16" };
+    let arithmetic = if chosen.is_cpu() { "fp32" } else { "fp16" };
     say(&format!("--device auto takes {}, in {arithmetic}", chosen.name()));
     for line in advice {
         say(&format!("note: {line}"));

@@ -1,7 +1,7 @@
 //! `respodiff eval`.
 
 use super::concepts::group;
-use super::{Place, interrupt_flag, progress_bar, say};
+use super::{Place, interrupt_flag, model, progress_bar, say};
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
@@ -116,11 +116,11 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
     }
     let source = match (&args.clip, &args.model) {
         (None, None) => Source::demo_clip(),
-        (clip, _) => Source::resolve(Some(clip.as_deref().unwrap_or(DEFAULT_CLIP)), true)?,
+        (clip, _) => model::source(Some(clip.as_deref().unwrap_or(DEFAULT_CLIP)))?,
     };
     let device = args.device.open()?;
     let mut clip = Clip::load(&source, &device)?;
-    let engine = Engine::open(&Source::resolve(args.model.as_deref(), true)?, &device)?;
+    let engine = Engine::open(&model::source(args.model.as_deref())?, &device)?;
     let groups = args.concepts.iter().map(|text| group(text, &engine)).collect::<Result<Vec<_>>>()?;
     let choice: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
     let own = engine.schedule(choice, args.steps)?.sampler;

@@ -1,6 +1,7 @@
 //! `respodiff info`.
 
-use super::{Place, say};
+use super::{Place, model, say};
+use crate::device::Backend;
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::Graph;
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
@@ -21,7 +22,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let source = Source::resolve(args.model.as_deref(), true)?;
+    let source = model::source(args.model.as_deref())?;
     let device = args.device.open()?;
     say(&format!("model      {}", source.name()));
     say(&format!("device     {}", device.name()));
@@ -56,9 +57,9 @@ fn report(device: &Device, source: &Source, component: &str, graph: Graph) -> Re
     let tensors = source.tensors(component)?;
     let parameters = graph.parameters();
     let plan = device.plan(graph, UNET_CONSTANTS);
-    let (number, format) = match device {
-        Device::Cpu => (4, "fp32"),
-        Device::Cuda(_) => (2, "fp16"),
+    let (number, format) = match &device.0 {
+        Backend::Cpu => (4, "fp32"),
+        Backend::Cuda(_) => (2, "fp16"),
     };
     let files: Vec<String> =
         tensors.files().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();

@@ -6,6 +6,7 @@ mod doctor;
 mod eval;
 mod files;
 mod info;
+mod model;
 mod probe;
 mod sample;
 mod train;
@@ -68,21 +69,18 @@ enum Place {
 impl Place {
     fn open(self) -> Result<Device> {
         match self {
-            Place::Cpu => Ok(Device::Cpu),
-            Place::Cuda => cuda::open().map(Device::Cuda),
-            Place::Auto => Ok(cuda::open().map_or_else(
-                |problem| {
-                    // Whoever has a GPU expects it to be used. A build without kernels was made for the CPU.
-                    let usable = || cuda::cards().is_ok_and(|(_, cards)| cards.iter().any(cuda::Card::usable));
-                    if !cuda::compiled::FAMILIES.is_empty() && usable() {
-                        warn(&format!("the CPU is taken: {problem}"));
-                    }
-                    Device::Cpu
-                },
-                Device::Cuda,
-            )),
+            Place::Cpu => Ok(Device::cpu()),
+            Place::Cuda => Device::cuda(None),
+            Place::Auto => Ok(Device::cuda(None).unwrap_or_else(|problem| {
+                // Whoever has a GPU expects it to be used. A build without kernels was made for the CPU.
+                let usable = || cuda::cards().is_ok_and(|(_, cards)| cards.iter().any(cuda::Card::usable));
+                if !cuda::compiled::FAMILIES.is_empty() && usable() {
+                    warn(&format!("the CPU is taken: {problem}"));
+                }
+                Device::cpu()
+            })),
             #[cfg(feature = "emulated")]
-            Place::Emulated => Ok(Device::Cuda(cuda::Emulated::new(cuda::Limits::A100, cuda::Emulated::QUICK))),
+            Place::Emulated => Ok(Device::kernels(cuda::Emulated::new(cuda::Limits::A100, cuda::Emulated::QUICK))),
         }
     }
 }

@@ -1,14 +1,15 @@
 //! `respodiff probe`: components alone, to hold the engine against another implementation.
 
 use super::files::{TensorFile, write};
-use super::{Place, Precision, check_writable, say, warn};
+use super::{Place, Precision, check_writable, model, say, warn};
+use crate::concept::{Form, Module};
 use crate::device::{Device, Executor};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{Graph, Keep, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
-use crate::respodiff::{Form, Halves, Module, Objective};
+use crate::train::{Halves, Objective};
 use crate::weights::Source;
 use crate::{Error, Result};
 use clap::ValueEnum;
@@ -77,7 +78,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if args.precision != Precision::Full && matches!(args.component, Component::Grad | Component::Scheduler) {
         return Err(Error::invalid("precision", "--precision is for networks: text, unet, vae-decode and vae-encode"));
     }
-    let source = Source::resolve(args.model.as_deref(), true)?;
+    let source = model::source(args.model.as_deref())?;
     let results = match (args.component, &args.inputs) {
         (Component::Text, inputs) => text(args, &source, inputs.as_deref().map(TensorFile::read).transpose()?)?,
         (_, None) => return Err(Error::invalid("prompt", "--prompt is for `probe text`").advise("give --inputs FILE")),
@@ -239,7 +240,7 @@ fn grad(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let embeds = extra("text_embeds", config.text_time.as_ref().map(|t| t.text_embed_dim))?;
     let ids = extra("time_ids", config.text_time.as_ref().map(|_| 6))?;
     let states = states.floats().repeat(n);
-    halves.condition(&[("encoder_hidden_states", &states), ("text_embeds", &embeds), ("time_ids", &ids)])?;
+    halves.condition(&[("encoder_hidden_states", states), ("text_embeds", embeds), ("time_ids", ids)])?;
     let target = nhwc(&file.get("target", &wanted)?.floats(), config.out_channels, h * w);
     let timestep = file.get("timestep", &[Some(1)])?.floats()[0];
     let shape = Shape { n: 1, ..halves.mid_shape() };

@@ -1,14 +1,14 @@
 //! `respodiff sample`.
 
 use super::{
-    Place, Precision, check_writable, concepts, files, interrupt_flag, note, progress_bar, random_seed, say, warn,
+    Place, Precision, check_writable, concepts, files, interrupt_flag, model, note, progress_bar, random_seed, say,
+    warn,
 };
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
-use crate::engine::{Engine, Progress, Request, SessionOptions};
+use crate::engine::{Engine, EngineOptions, Progress, Prompt, Request, Size, Start};
 use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD};
-use crate::weights::Source;
-use crate::{Error, ErrorKind, Image, Result};
+use crate::{Error, ErrorKind, Picture, Result};
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -97,30 +97,26 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let seed = args.seed.unwrap_or_else(random_seed);
     let files = output_files(args, seed)?;
 
-    let source = Source::resolve(args.model.as_deref(), true)?;
+    let source = model::source(args.model.as_deref())?;
     let opening = Instant::now();
-    let engine = Engine::open_in(&source, &device, args.precision.of_matrices())?;
+    let engine = Engine::open(&source, EngineOptions::new(device.clone()).precision(args.precision.of_matrices()))?;
     let loading = opening.elapsed();
     let schedule = engine.schedule(sampler, args.steps)?;
-    for (name, prompt) in [("prompt", Some(&args.prompt)), ("negative prompt", args.negative_prompt.as_ref())] {
-        let encoded = prompt.map_or(Ok(vec![]), |prompt| engine.tokenize(prompt))?;
-        // Tokenizers of one checkpoint all but always lose the same.
-        if let Some(lost) = encoded.into_iter().map(|e| e.lost).find(|lost| !lost.is_empty()) {
+    let prompt = engine.encode(&args.prompt)?;
+    let negative = args.negative_prompt.as_deref().map(|prompt| engine.encode(prompt)).transpose()?;
+    for (name, encoded) in [("prompt", Some(&prompt)), ("negative prompt", negative.as_ref())] {
+        if let Some(lost) = encoded.map(|encoded| encoded.truncated()).filter(|lost| !lost.is_empty()) {
             warn(&format!("the {name} is too long; these words are not used: {lost}"));
         }
     }
     let guidance = args.guidance.unwrap_or(engine.default_guidance());
-    let (width, height) = engine.default_size();
+    let Size { width, height } = engine.default_size();
+    let size = Size::new(args.width.unwrap_or(width), args.height.unwrap_or(height));
     let images = args.total();
-    let mut options = SessionOptions {
-        width: args.width.unwrap_or(width),
-        height: args.height.unwrap_or(height),
-        batch: args.batch.min(images),
-        guided: guidance > 1.0,
-        concepts: args.concepts.any(),
-    };
+    let mut options =
+        engine.options().size(size).batch(args.batch.min(images)).guided(guidance > 1.0).concepts(args.concepts.any());
     let mut session = Some(engine.session(options)?);
-    let shape = engine.latent_shape(SessionOptions { batch: images, ..options }).to_vec();
+    let shape = engine.latent_shape(options.batch(images)).to_vec();
     let latents = match &args.latents {
         Some(path) => {
             let wanted: Vec<Option<usize>> = shape.iter().copied().map(Some).collect();
@@ -141,8 +137,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         guidance,
         seed,
         rng: rng.name().into(),
-        width: options.width as u32,
-        height: options.height as u32,
+        width: size.width as u32,
+        height: size.height as u32,
         original_size: args.original_size,
         crop: Some(args.crop).filter(|&crop| crop != (0, 0)),
         model: engine.name(),
@@ -176,19 +172,20 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             options.batch = end - start;
             session = None;
         }
-        let request = Request {
-            prompt: args.prompt.clone(),
-            negative_prompt: args.negative_prompt.clone(),
-            steps: args.steps,
-            guidance,
-            sampler,
-            original_size: args.original_size,
-            crop: args.crop,
-            seed: seed.wrapping_add(start as u64),
-            rng,
-            latents: latents.as_ref().map(|all| all[start * one..end * one].to_vec()),
-            concepts: if options.concepts { assignment[start..end].to_vec() } else { Vec::new() },
+        let image = |i: usize| {
+            let mut image = crate::Image::new(&prompt).seed(seed.wrapping_add(i as u64)).guidance(guidance);
+            image.negative = negative.as_ref().map(Prompt::from);
+            image.concepts = assignment[i].clone();
+            match &latents {
+                Some(all) => image.start(Start::Latents(all[i * one..(i + 1) * one].into())),
+                None => image,
+            }
         };
+        let request = Request::new((start..end).map(image).collect())
+            .steps(args.steps)
+            .sampler(sampler)
+            .rng(rng)
+            .conditioned_on_size(args.original_size, args.crop);
         let session = match &mut session {
             Some(session) => session,
             none => none.insert(engine.session(options)?),
@@ -201,9 +198,9 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         // Printed lines and the bar would mix.
-        bar.suspend(|| saved.add(&output.images))?;
+        bar.suspend(|| saved.add(&output.pictures))?;
         final_latents.extend_from_slice(&output.latents);
-        Ok(output.images.len() == options.batch)
+        Ok(output.pictures.len() == options.batch)
     };
     let mut failure = None;
     for start in (0..images).step_by(batch) {
@@ -291,7 +288,7 @@ struct Saved<'a> {
 
 impl Saved<'_> {
     /// Writes the next pictures, and after every batch which picture got what so far.
-    fn add(&mut self, images: &[Image]) -> Result<()> {
+    fn add(&mut self, images: &[Picture]) -> Result<()> {
         for image in images {
             let i = self.manifest.len();
             let (path, list) = (&self.files[i], &self.assignment[i]);

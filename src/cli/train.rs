@@ -1,10 +1,10 @@
 //! `respodiff train`.
 
-use super::{Place, check_writable, interrupt_flag, progress_bar, say, warn};
-use crate::engine::{Engine, Request, SessionOptions};
-use crate::image::Image;
-use crate::respodiff::{Form, Kind, Recipe, Task, Trainer, Variant, loss_plot, sheet};
-use crate::weights::Source;
+use super::{Place, check_writable, interrupt_flag, model, progress_bar, say, warn};
+use crate::concept::{Form, Kind};
+use crate::engine::{Engine, Image, Request, Size};
+use crate::image::Picture;
+use crate::train::{Recipe, Task, Trainer, Variant, loss_plot, sheet};
 use crate::{Device, Error, ErrorKind, Result};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -115,11 +115,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
         .advise("go on with --resume, or delete it"));
     }
 
-    let source = Source::resolve(args.model.as_deref(), true)?;
+    let source = model::source(args.model.as_deref())?;
     let device = args.device.open()?;
     let engine = Engine::open(&source, &device)?;
-    let (width, height) = engine.default_size();
-    let size = (args.width.unwrap_or(width), args.height.unwrap_or(height));
+    let Size { width, height } = engine.default_size();
+    let size = Size::new(args.width.unwrap_or(width), args.height.unwrap_or(height));
     let mut trainer = Trainer::new(&engine, task.clone(), recipe.clone(), args.seed, size)?;
     // Text encoders and VAE have done their part until there are pictures to draw.
     drop(engine);
@@ -159,18 +159,16 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     drop(trainer);
     // Sampling with networks for concepts is the CPU's.
-    let device = if concept.ram.form() == Form::Constant { device } else { Device::Cpu };
+    let device = if concept.ram.form() == Form::Constant { device } else { Device::cpu() };
     let engine = Engine::open(&source, &device)?;
-    let options = SessionOptions { width: size.0, height: size.1, batch: 1, guided: true, concepts: true };
-    let mut session = engine.session(options)?;
+    let mut session = engine.session(engine.options().size(size).concepts(true))?;
     let concept = Arc::new(concept);
-    let mut row = |concepts: Vec<_>| -> Result<Vec<Image>> {
+    let mut row = |concepts: Vec<_>| -> Result<Vec<Picture>> {
         let picture = |i: usize| {
-            let (prompt, concepts, guidance) =
-                (task.neutral.clone(), vec![concepts.clone()], engine.default_guidance());
-            let seed = args.seed.wrapping_add(i as u64);
-            let request = Request { prompt, seed, guidance, concepts, ..Default::default() };
-            Ok(session.generate(&request, &mut |_| ControlFlow::Continue(()))?.images.remove(0))
+            let mut image = Image::new(task.neutral.as_str()).seed(args.seed.wrapping_add(i as u64));
+            image.concepts = concepts.clone();
+            let mut output = session.generate(&Request::from(image), &mut |_| ControlFlow::Continue(()))?;
+            Ok(output.pictures.remove(0))
         };
         (0..args.sheet).map(picture).collect()
     };

@@ -35,16 +35,21 @@ const NON_BLOCKING: u32 = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
 ///
 /// # Errors
 /// [`Error::Device`]: this build holds no kernels, the driver is missing or too old, or no GPU is new enough.
-pub fn open() -> Result<Arc<dyn Device>> {
+pub fn open(ordinal: Option<usize>) -> Result<Arc<dyn Device>> {
     if FAMILIES.is_empty() {
         return Err(Error::unsupported(Subject::Device, "this build has no CUDA kernels")
             .advise("install nvcc (README, \"On a GPU\") and build again, or choose the CPU"));
     }
     let (version, cards) = cards()?;
-    let Some(card) = cards.iter().find(|card| card.usable()) else {
+    let chosen = match ordinal {
+        Some(ordinal) => cards.get(ordinal).filter(|card| card.usable()),
+        None => cards.iter().find(|card| card.usable()),
+    };
+    let Some(card) = chosen else {
         let names: Vec<String> = cards.iter().map(Card::to_string).collect();
         let there = if names.is_empty() { "none".into() } else { names.join(", ") };
-        let problem = format!("no GPU of compute capability 8.0 or more here, only {there}");
+        let number = ordinal.map_or(String::new(), |ordinal| format!(" with number {ordinal}"));
+        let problem = format!("no GPU of compute capability 8.0 or more{number} here, only {there}");
         return Err(Error::not_found(Subject::Device, problem).advise("choose the CPU"));
     };
     Ok(Arc::new(Gpu::new(version, card.clone(), FAMILIES)?))

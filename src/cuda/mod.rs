@@ -37,7 +37,7 @@ pub use gpu::{cards, open};
 #[cfg(feature = "emulated")]
 pub use params::layouts;
 pub use program::{Lowered, lowered};
-pub use sampler::{DeviceSampler, StepNoise};
+pub use sampler::{DeviceSampler, SampledImage};
 pub use site::Element;
 pub use weights::Weights;
 

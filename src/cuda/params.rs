@@ -5,11 +5,11 @@
 #[doc(hidden)]
 #[macro_export]
 macro_rules! params {
-    ($($(#[$attribute:meta])* $visibility:vis struct $name:ident { $($seen:vis $field:ident: $type:ty,)* })*) => {$(
+    ($($(#[$attribute:meta])* $visibility:vis struct $name:ident { $($(#[$told:meta])* $seen:vis $field:ident: $type:ty,)* })*) => {$(
         $(#[$attribute])*
         #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
         #[repr(C)]
-        $visibility struct $name { $($seen $field: $type,)* }
+        $visibility struct $name { $($(#[$told])* $seen $field: $type,)* }
 
         #[cfg(feature = "emulated")]
         impl $name {
@@ -45,6 +45,7 @@ pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
         norm::LayerNormParams::layout(),
         sampler::DeviceStep::layout(),
         sampler::Run::layout(),
+        sampler::SampledImage::layout(),
         sampler::LatentSize::layout(),
         sampler::NoiseParams::layout(),
         sampler::PrepareParams::layout(),

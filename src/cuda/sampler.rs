@@ -3,7 +3,7 @@
 //! ```text
 //! once a session     sampler = DeviceSampler::new(device, latents' shape, capacity)
 //!                    recording = prepare(..), the UNet's step, guide_and_step(..)
-//! once a request     begin(steps, guidance, noise); run draw(..), or write_latents(..)
+//! once a request     begin(steps, images, drawn); run draw(..), or write_latents(..)
 //! every step         write_noise(..) if the step needs it and the host draws it; replay the recording
 //! afterwards         fault(); for each image: latents_for_vae(..), the VAE's step, to_rgb8(..); picture_fault()
 //! ```
@@ -20,20 +20,6 @@ use std::sync::Arc;
 const THREADS: usize = 256;
 /// Parts of the memory begin at multiples of this many bytes.
 const ALIGN: usize = 256;
-
-/// Where the noise of steps comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StepNoise {
-    /// [`DeviceSampler::write_noise`], before every step that needs it.
-    Written,
-    /// Drawn on the device, as [`crate::diffusion::noise::Rng::TorchCuda`] does.
-    Drawn {
-        /// Of the first image; every other image's is one more.
-        seed: u64,
-        /// Draws that were made before: 1 after [`DeviceSampler::draw`], else 0.
-        drawn: u32,
-    },
-}
 
 crate::params! {
     /// [`Step`] in f32, as the kernels read it.
@@ -87,13 +73,21 @@ impl DeviceStep {
 
 crate::params! {
     pub(super) struct Run {
-        seed: u64,
-        guidance: f32,
         philox: i32,
         steps: i32,
         next: i32,
         current: i32,
         picture_faults: u32,
+    }
+
+    /// The numbers of a request that one image has for itself.
+    pub struct SampledImage {
+        /// Seed of its noise.
+        pub seed: u64,
+        /// The prediction is `u + guidance * (c - u)` of the unconditional one u and the conditional one c; c itself at 1.
+        pub guidance: f32,
+        /// Draws of the seed that were made before the first step: 1 for latents by [`DeviceSampler::draw`], else 0.
+        pub drawn: u32,
     }
 
     pub(super) struct LatentSize {
@@ -104,11 +98,9 @@ crate::params! {
 
     pub(super) struct NoiseParams {
         out: u64,
-        seed: u64,
+        images: u64,
         size: LatentSize,
-        draw: u32,
         scale: f32,
-        padding: i32,
     }
 
     pub(super) struct PrepareParams {
@@ -125,6 +117,7 @@ crate::params! {
 
     pub(super) struct GuideAndStepParams {
         run: u64,
+        images: u64,
         steps: u64,
         out: u64,
         noise: u64,
@@ -154,6 +147,7 @@ crate::params! {
 #[derive(Clone, Copy)]
 enum Part {
     Run,
+    Images,
     Latents,
     Noise,
     Saved,
@@ -164,13 +158,15 @@ enum Part {
 /// Where a part begins.
 fn offset(shape: Shape, part: Part) -> usize {
     let array = (shape.len() * size_of::<f32>()).next_multiple_of(ALIGN);
+    let latents = ALIGN + (shape.n * size_of::<SampledImage>()).next_multiple_of(ALIGN);
     match part {
         Part::Run => 0,
-        Part::Latents => ALIGN,
-        Part::Noise => ALIGN + array,
-        Part::Saved => ALIGN + 2 * array,
-        Part::History => ALIGN + 3 * array,
-        Part::Steps => ALIGN + (3 + HISTORY) * array,
+        Part::Images => ALIGN,
+        Part::Latents => latents,
+        Part::Noise => latents + array,
+        Part::Saved => latents + 2 * array,
+        Part::History => latents + 3 * array,
+        Part::Steps => latents + (3 + HISTORY) * array,
     }
 }
 
@@ -196,26 +192,27 @@ impl DeviceSampler {
         offset(shape, Part::Steps) + capacity * size_of::<DeviceStep>()
     }
 
-    /// Begins a request: the next `prepare` is that of the first of `steps`.
+    /// Begins a request: the next `prepare` is that of the first of `steps`. With `drawn` the noise of steps is drawn on
+    /// the device, as [`crate::diffusion::noise::Rng::TorchCuda`] does; else [`DeviceSampler::write_noise`] goes before
+    /// every step that needs it.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     ///
     /// # Panics
-    /// If there are more steps than the sampler was made for.
-    pub fn begin(&self, steps: &[Step], guidance: f32, noise: StepNoise) -> Result<()> {
+    /// If there are more steps than the sampler was made for, or not as many images as its batch has.
+    pub fn begin(&self, steps: &[Step], images: &[SampledImage], drawn: bool) -> Result<()> {
         assert!(steps.len() <= self.capacity, "{} steps of at most {}", steps.len(), self.capacity);
-        let (philox, seed, mut draw) = match noise {
-            StepNoise::Written => (0, 0, 0),
-            StepNoise::Drawn { seed, drawn } => (1, seed, drawn),
-        };
+        assert_eq!(images.len(), self.shape.n);
+        let mut draw = 0u32;
         let mut table = Vec::with_capacity(steps.len());
         for step in steps {
             table.push(DeviceStep::new(step, draw));
             draw = draw.wrapping_add(step.needs_noise().into());
         }
         self.buffer.write(offset(self.shape, Part::Steps), bytemuck::cast_slice(&table))?;
-        let run = Run { seed, guidance, philox, steps: steps.len() as i32, next: 0, current: 0, picture_faults: 0 };
+        self.buffer.write(offset(self.shape, Part::Images), bytemuck::cast_slice(images))?;
+        let run = Run { philox: drawn.into(), steps: steps.len() as i32, next: 0, current: 0, picture_faults: 0 };
         self.buffer.write(offset(self.shape, Part::Run), bytemuck::bytes_of(&run))
     }
 
@@ -275,10 +272,10 @@ impl DeviceSampler {
     }
 
     /// Draws the first latents as [`crate::diffusion::noise::Rng::TorchCuda`] does, times `sigma`
-    /// ([`crate::diffusion::scheduler::Schedule::init_noise_sigma`]). `seed` is the first image's.
-    pub fn draw(&self, seed: u64, sigma: f32) -> Launch {
-        let out = self.address(Part::Latents);
-        let params = NoiseParams { out, seed, size: self.size(), draw: 0, scale: sigma, padding: 0 };
+    /// ([`crate::diffusion::scheduler::Schedule::init_noise_sigma`]).
+    pub fn draw(&self, sigma: f32) -> Launch {
+        let (out, images) = (self.address(Part::Latents), self.address(Part::Images));
+        let params = NoiseParams { out, images, size: self.size(), scale: sigma };
         launch("noise", self.shape.len(), &params)
     }
 
@@ -305,6 +302,7 @@ impl DeviceSampler {
     pub fn guide_and_step(&self, out: u64, guided: bool) -> Launch {
         let params = GuideAndStepParams {
             run: self.address(Part::Run),
+            images: self.address(Part::Images),
             steps: self.address(Part::Steps),
             out,
             noise: self.address(Part::Noise),
@@ -325,7 +323,7 @@ impl DeviceSampler {
         launch("latents_for_vae", length, &params)
     }
 
-    /// Turns `length` numbers of the VAE's output, f32 `[h, w, 3]`, into bytes, as [`crate::Image::from_hwc`] does. `x` and
+    /// Turns `length` numbers of the VAE's output, f32 `[h, w, 3]`, into bytes, as [`crate::Picture::from_hwc`] does. `x` and
     /// `out` lie at multiples of 16 bytes.
     pub fn to_rgb8(&self, x: u64, length: usize, out: u64) -> Launch {
         let params = ToRgb8Params { run: self.address(Part::Run), x, out, length: length as i64 };

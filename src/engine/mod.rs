@@ -1,26 +1,28 @@
 //! The public face: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
 
-mod denoiser;
 mod on_cpu;
 mod on_cuda;
+mod options;
+mod request;
+mod run;
 mod session;
 mod text;
 
-pub(crate) use denoiser::{Denoiser, Run, Start};
+pub use options::{EngineOptions, MemoryPlan, SessionOptions, Size};
+pub use request::{Image, Output, Progress, Prompt, Request, Start};
+pub(crate) use run::{Denoiser, Run, RunImage};
 pub use session::Session;
-pub(crate) use text::Conditioning;
+pub use text::Conditioning;
+pub(crate) use text::UNetInputs;
 
 use crate::cpu::MatrixPrecision;
-use crate::device::{Device, Executor, Weights};
-use crate::diffusion::noise::Rng;
+use crate::device::{Backend, Device, Executor, Weights};
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Graph, Shape};
-use crate::models::tokenizer::Encoded;
 use crate::models::{UNetConfig, VaeConfig, unet, vae_decoder};
 use crate::plan::Plan;
-use crate::respodiff::Concept;
 use crate::weights::{Source, Tensors};
-use crate::{Error, Image, Result};
+use crate::{Error, Result};
 use on_cpu::CpuDenoiser;
 use on_cuda::CudaDenoiser;
 use std::sync::Arc;
@@ -54,134 +56,10 @@ struct Network<C> {
     weights: Weights,
 }
 
-/// The plans of a session's networks.
+/// The plans of a session's UNet and VAE.
 struct Plans {
-    text: Vec<Plan>,
     unet: Plan,
     vae: Plan,
-}
-
-/// What a [`Session`] is made for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SessionOptions {
-    /// Pixels, divisible by 8.
-    pub width: usize,
-    /// Pixels, divisible by 8.
-    pub height: usize,
-    /// Images at once.
-    pub batch: usize,
-    /// Whether classifier-free guidance (Ho and Salimans, arXiv 2207.12598) doubles the UNet's batch.
-    pub guided: bool,
-    /// Whether requests may shift the bottleneck by concepts.
-    pub concepts: bool,
-}
-
-/// One call for images.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// What to show.
-    pub prompt: String,
-    /// What to stay away from; used with guidance only. None is an empty prompt, or where SDXL's `model_index.json` says
-    /// `force_zeros_for_empty_prompt` zeros instead of any prompt's states, as in diffusers.
-    pub negative_prompt: Option<String>,
-    /// Sampling steps.
-    pub steps: usize,
-    /// Guidance scale; above 1 needs a guided session.
-    pub guidance: f32,
-    /// Sampler and spacing; the checkpoint's own by default.
-    pub sampler: SamplerChoice,
-    /// SDXL alone: width and height of the picture that this one is to look made of; its own by default.
-    pub original_size: Option<(usize, usize)>,
-    /// SDXL alone: pixels cut off that picture at its left and its top.
-    pub crop: (usize, usize),
-    /// Image `i` is drawn with `seed + i`.
-    pub seed: u64,
-    /// Whose random numbers the seed means.
-    pub rng: Rng,
-    /// Unit noise to start from instead of the seed's, `[batch, c, height / 8, width / 8]`.
-    pub latents: Option<Vec<f32>>,
-    /// For each image its concepts and their weights, which add up; empty for none at all.
-    pub concepts: Vec<Vec<(Arc<Concept>, f32)>>,
-}
-
-impl Default for Request {
-    /// diffusers' defaults for Stable Diffusion 1.x and 2.x: 50 steps, guidance 7.5.
-    fn default() -> Self {
-        Request {
-            prompt: String::new(),
-            negative_prompt: None,
-            steps: 50,
-            guidance: 7.5,
-            sampler: SamplerChoice::default(),
-            original_size: None,
-            crop: (0, 0),
-            seed: 0,
-            rng: Rng::default(),
-            latents: None,
-            concepts: Vec::new(),
-        }
-    }
-}
-
-/// Where a run is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
-    /// This many UNet calls of `total` are done.
-    Step {
-        /// Calls done.
-        done: usize,
-        /// Calls in all; some samplers make one more than the steps asked for.
-        total: usize,
-    },
-    /// This many images of `total` are decoded.
-    Decoded {
-        /// Images done.
-        done: usize,
-        /// Images in all.
-        total: usize,
-    },
-}
-
-/// What a run made.
-#[derive(Clone)]
-pub struct Output {
-    /// The pictures.
-    pub images: Vec<Image>,
-    /// The final latents, `[batch, c, height / 8, width / 8]`, as the UNet sees them (the VAE's scale not yet undone).
-    pub latents: Vec<f32>,
-}
-
-impl std::fmt::Debug for Output {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Output {{ images: {:?}, latents: [{} numbers] }}", self.images, self.latents.len())
-    }
-}
-
-/// Bytes of memory, known before anything is allocated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Memory {
-    /// Packed weights of all networks, shared between sessions.
-    pub weights: usize,
-    /// The text encoders' arenas.
-    pub text: usize,
-    /// The UNet's arena.
-    pub unet: usize,
-    /// The VAE decoder's arena.
-    pub vae: usize,
-    /// The latents, the sampler's history and coefficients, and one picture; on the CPU these are not counted.
-    pub sampler: usize,
-}
-
-impl Memory {
-    /// What a session itself allocates.
-    pub fn session(&self) -> usize {
-        self.text + self.unet + self.vae + self.sampler
-    }
-
-    /// All of it: what a device holds while the engine's one session samples.
-    pub fn total(&self) -> usize {
-        self.weights + self.session()
-    }
 }
 
 /// Reads and checks a component's config.json with `parse`.
@@ -195,20 +73,15 @@ pub(crate) fn read_config<C>(
 }
 
 impl Engine {
-    /// Loads a checkpoint onto a device.
+    /// Loads a checkpoint onto a device. A [`Device`] alone serves as options.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] or [`Error::Io`] about the first file that is missing, damaged or not supported;
-    /// [`Error::Device`] when the weights do not fit the device's memory.
-    pub fn open(source: &Source, device: &Device) -> Result<Self> {
-        Self::open_in(source, device, MatrixPrecision::Fp32)
-    }
-
-    /// The same with the UNet's linear layers in another precision, which only the CPU has.
-    ///
-    /// # Errors
-    /// As [`Engine::open`], and [`Error::Usage`] for a precision that the device has not.
-    pub fn open_in(source: &Source, device: &Device, precision: MatrixPrecision) -> Result<Self> {
+    /// About the first file that is missing, damaged, not supported, or does not belong to the others;
+    /// [`crate::ErrorKind::OutOfMemory`] when the weights do not fit the device's memory; [`crate::ErrorKind::Invalid`]
+    /// for a precision that the device does not have.
+    pub fn open(source: &Source, options: impl Into<EngineOptions>) -> Result<Self> {
+        let EngineOptions { device, precision } = &options.into();
+        let precision = *precision;
         let unet_config = read_config(source, "unet", UNetConfig::parse)?;
         let vae = read_config(source, "vae", VaeConfig::parse)?;
         check_latents(source, &unet_config, &vae)?;
@@ -267,15 +140,24 @@ impl Engine {
         Ok((&self.0.unet.config, self.0.source.tensors("unet")?, &self.0.unet.weights))
     }
 
-    /// What prompts for pictures of `size` (width, height) come to for the UNet, a row for each; `None` is no prompt, as
-    /// [`Request::negative_prompt`].
+    /// Encodes a prompt once for any number of images, sizes and sessions of this engine.
     ///
     /// # Errors
-    /// What the tokenizers find.
-    pub(crate) fn condition(&self, prompts: &[Option<&str>], size: (usize, usize)) -> Result<Conditioning> {
-        let Parts { text, device, .. } = &*self.0;
-        let mut executors = text.executors(device, text.plans(device, prompts.len()))?;
-        text.condition(&mut executors, prompts, time_ids(size, (0, 0), size))
+    /// [`crate::ErrorKind::Invalid`] for a prompt that the tokenizer refuses, [`crate::ErrorKind::DeviceLost`].
+    pub fn encode(&self, prompt: &str) -> Result<Conditioning> {
+        self.0.text.encode(Some(prompt))
+    }
+
+    /// The UNet's inputs for prompts of pictures of a size, so many rows for each; `None` is no prompt, as
+    /// [`Image::negative`].
+    ///
+    /// # Errors
+    /// Those of [`Engine::encode`].
+    pub(crate) fn inputs(&self, prompts: &[Option<&str>], rows: usize, size: Size) -> Result<UNetInputs> {
+        let encoded = prompts.iter().map(|prompt| self.0.text.encode(*prompt)).collect::<Result<Vec<_>>>()?;
+        let rows: Vec<_> = encoded.iter().flat_map(|row| std::iter::repeat_n(row.clone(), rows)).collect();
+        let size = (size.width, size.height);
+        self.0.text.inputs(&rows, time_ids(size, (0, 0), size))
     }
 
     /// Tokens of a prompt, padding included.
@@ -296,16 +178,22 @@ impl Engine {
         Schedule::new(&self.0.scheduler, choice, steps)
     }
 
-    /// Width and height in pixels for which the checkpoint was trained.
-    pub fn default_size(&self) -> (usize, usize) {
+    /// The size for which the checkpoint was trained.
+    pub fn default_size(&self) -> Size {
         let (h, w) = self.0.unet.config.sample_size.unwrap_or((64, 64));
-        (w * self.0.vae.config.scale(), h * self.0.vae.config.scale())
+        Size::new(w * self.0.vae.config.scale(), h * self.0.vae.config.scale())
+    }
+
+    /// Options of a session for one picture of [`Engine::default_size`].
+    pub fn options(&self) -> SessionOptions {
+        SessionOptions::new(self.default_size())
     }
 
     /// Shape of a session's latents in files, `[batch, channels, height, width]`.
     pub fn latent_shape(&self, options: SessionOptions) -> [usize; 4] {
         let vae = &self.0.vae.config;
-        [options.batch, vae.latent_channels, options.height / vae.scale(), options.width / vae.scale()]
+        let Size { width, height } = options.size;
+        [options.batch, vae.latent_channels, height / vae.scale(), width / vae.scale()]
     }
 
     /// The guidance that diffusers takes for such a checkpoint where none is asked for.
@@ -313,53 +201,41 @@ impl Engine {
         if self.0.text.sized() { 5.0 } else { 7.5 }
     }
 
-    /// The tokens of a prompt, and the words that do not fit, for each text encoder.
-    ///
-    /// # Errors
-    /// What the tokenizers find.
-    pub fn tokenize(&self, prompt: &str) -> Result<Vec<Encoded>> {
-        self.0.text.tokenize(prompt)
-    }
-
     /// Memory of a session, without making it.
     ///
     /// # Errors
     /// [`Error::Usage`] for sizes that are not possible.
-    pub fn memory(&self, options: SessionOptions) -> Result<Memory> {
+    pub fn memory(&self, options: SessionOptions) -> Result<MemoryPlan> {
         Ok(self.memory_of(&self.plans(options)?, options.batch))
     }
 
-    fn memory_of(&self, plans: &Plans, batch: usize) -> Memory {
+    fn memory_of(&self, plans: &Plans, batch: usize) -> MemoryPlan {
         let parts = &*self.0;
-        Memory {
+        MemoryPlan {
             weights: parts.text.weight_bytes() + parts.unet.weights.bytes() + parts.vae.weights.bytes(),
-            text: plans.text.iter().map(Plan::arena_bytes).sum(),
+            text: parts.text.arena_bytes(),
             unet: plans.unet.arena_bytes(),
             vae: plans.vae.arena_bytes(),
-            sampler: self.own_bytes(&plans.unet, batch, session::picture_shape(&plans.vae).len()),
+            sampler: self.own_bytes(&plans.unet, batch, run::picture_shape(&plans.vae).len()),
         }
     }
 
     /// Bytes beside the networks' arenas: a sampler for this UNet, and `picture`. On the CPU they are not counted.
     fn own_bytes(&self, unet: &Plan, batch: usize, picture: usize) -> usize {
-        match self.0.device {
-            Device::Cpu => 0,
-            Device::Cuda(_) => CudaDenoiser::sampler_bytes(unet, batch) + picture,
+        match self.0.device.0 {
+            Backend::Cpu => 0,
+            Backend::Cuda(_) => CudaDenoiser::sampler_bytes(unet, batch) + picture,
         }
     }
 
     fn plans(&self, options: SessionOptions) -> Result<Plans> {
-        let Parts { device, text, vae, .. } = &*self.0;
+        let Parts { device, vae, .. } = &*self.0;
         let [_, _, h, w] = self.latent_shape(options);
-        Ok(Plans {
-            unet: self.unet_plan(options)?,
-            text: text.plans(device, if options.guided { 2 } else { 1 }),
-            vae: device.plan(vae_decoder(&vae.config, 1, h, w), &[]),
-        })
+        Ok(Plans { unet: self.unet_plan(options)?, vae: device.plan(vae_decoder(&vae.config, 1, h, w), &[]) })
     }
 
     fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {
-        let SessionOptions { width, height, batch, guided, concepts } = options;
+        let SessionOptions { size: Size { width, height }, batch, guided, concepts } = options;
         let scale = self.0.vae.config.scale();
         for (name, size) in [("width", width), ("height", height)] {
             if size == 0 || size % scale != 0 || size > MAX_SIZE {
@@ -409,40 +285,41 @@ impl Engine {
     /// [`Error::Usage`] for sizes that are not possible or do not fit into the device's free memory.
     pub fn session(&self, options: SessionOptions) -> Result<Session> {
         let plans = self.plans(options)?;
-        let SessionOptions { width, height, batch, .. } = options;
-        let what = format!("{width}x{height} in a batch of {batch}; make a smaller picture or batch");
-        self.afford(self.memory_of(&plans, batch).session(), &what)?;
+        let SessionOptions { size, batch, .. } = options;
+        self.afford(self.memory_of(&plans, batch).session(), &format!("{size} in a batch of {batch}"))?;
         Session::new(self.clone(), options, plans)
     }
 
     /// Bytes of the device's memory that are taken since it was opened, by the driver's count; on the CPU that is not
     /// known.
     pub fn used_memory(&self) -> Option<usize> {
-        match &self.0.device {
-            Device::Cpu => None,
-            Device::Cuda(device) => device.used_bytes(),
+        match &self.0.device.0 {
+            Backend::Cpu => None,
+            Backend::Cuda(device) => device.used_bytes(),
         }
     }
 
     /// Free memory of the device, where that is known.
     pub(crate) fn free_memory(&self) -> Option<usize> {
-        match &self.0.device {
-            Device::Cpu => free_memory(),
-            Device::Cuda(device) => device.free_bytes(),
+        match &self.0.device.0 {
+            Backend::Cpu => free_memory(),
+            Backend::Cuda(device) => device.free_bytes(),
         }
     }
 
-    /// Whether there are so many bytes for `what`, which ends with advice.
+    /// Checks that so many bytes are free for `what`.
     ///
     /// # Errors
-    /// [`Error::Usage`] if there are not.
+    /// [`crate::ErrorKind::OutOfMemory`] if they are not.
     pub(crate) fn afford(&self, needed: usize, what: &str) -> Result<()> {
         let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
         match self.free_memory() {
-            Some(free) if needed > free => Err(Error::invalid(
-                "memory",
-                format!("{:.1} GiB of memory are free where {:.1} GiB are needed for {what}", gib(free), gib(needed)),
-            )),
+            Some(free) if needed > free => Err(Error::out_of_memory(format!(
+                "{:.1} GiB of memory are free where {:.1} GiB are needed for {what}",
+                gib(free),
+                gib(needed)
+            ))
+            .advise("make a smaller picture or batch")),
             _ => Ok(()),
         }
     }

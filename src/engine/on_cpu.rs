@@ -1,12 +1,11 @@
-//! Sampling on the CPU.
+//! Runs on the CPU.
 
-use super::denoiser::{Denoiser, Noise, Run};
-use super::session::{Networks, picture_shape};
+use super::run::{Denoiser, Networks, Noise, Run, picture_shape};
 use crate::Result;
 use crate::cpu::Executor;
 use crate::diffusion::scheduler::SamplerState;
 use crate::graph::Shape;
-use crate::image::Image;
+use crate::image::Picture;
 
 /// The UNet and its sampler on the CPU.
 pub(super) struct CpuDenoiser {
@@ -22,7 +21,7 @@ impl CpuDenoiser {
 }
 
 impl Denoiser for CpuDenoiser {
-    fn condition(&mut self, inputs: &[(&str, &[f32])]) -> Result<()> {
+    fn condition(&mut self, inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
         for (name, values) in inputs {
             self.unet.write(name, values)?;
         }
@@ -49,17 +48,9 @@ impl Denoiser for CpuDenoiser {
                 None => unet.step(),
                 Some(shift) => unet.step_shifting(|mid, out| shift.follow(mid, out)),
             }
-            let out = unet.output("sample");
-            if run.guided {
-                let (without, with) = out.split_at(latents.len());
-                for ((p, u), c) in prediction.iter_mut().zip(without).zip(with) {
-                    *p = u + run.guidance * (c - u);
-                }
-            } else {
-                prediction.copy_from_slice(out);
-            }
+            guide(run, unet.output("sample"), &mut prediction);
             if step.needs_noise() {
-                noise.draw(&mut fresh);
+                noise.draw_all(&mut fresh);
             }
             state.step(step, &prediction, latents, if step.needs_noise() { &fresh } else { &[] });
             if !latents.iter().all(|x| x.is_finite()) {
@@ -68,6 +59,28 @@ impl Denoiser for CpuDenoiser {
         }
         check(run.steps.len())?;
         Ok(self.latents.clone())
+    }
+}
+
+/// Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): the batch's predictions from the UNet's output, whose
+/// first half is unconditional.
+fn guide(run: &Run, out: &[f32], prediction: &mut [f32]) {
+    if !run.guided {
+        prediction.copy_from_slice(out);
+        return;
+    }
+    let one = run.shape.len();
+    let (without, with) = out.split_at(prediction.len());
+    let halves = without.chunks_exact(one).zip(with.chunks_exact(one));
+    for ((image, (without, with)), prediction) in run.images.iter().zip(halves).zip(prediction.chunks_exact_mut(one)) {
+        match image.guidance == 1.0 {
+            true => prediction.copy_from_slice(with),
+            false => {
+                for ((p, u), c) in prediction.iter_mut().zip(without).zip(with) {
+                    *p = u + image.guidance * (c - u);
+                }
+            }
+        }
     }
 }
 
@@ -82,12 +95,12 @@ impl Networks for OnCpu {
         &mut self.denoiser
     }
 
-    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Image> {
+    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Picture> {
         let input = self.vae.input_mut("latents");
         let latents = &self.denoiser.latents[image * input.len()..][..input.len()];
         input.iter_mut().zip(latents).for_each(|(v, x)| *v = x / scaling_factor);
         self.vae.step();
         let Shape { h, w, .. } = picture_shape(self.vae.plan());
-        Image::from_hwc(self.vae.output("image"), h, w)
+        Picture::from_hwc(self.vae.output("image"), h, w)
     }
 }

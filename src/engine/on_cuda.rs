@@ -1,11 +1,10 @@
-//! Sampling on the kernels: the latents stay on the device, and one recording serves every step of every request.
+//! Runs on the kernels: the latents stay on the device, and one recording serves every step of every request.
 
-use super::denoiser::{Denoiser, Noise, Run, Start};
-use super::session::{Networks, picture_shape};
-use crate::cuda::{Buffer, DeviceSampler, Executor, Recording, StepNoise};
+use super::run::{Denoiser, Networks, Noise, Run, picture_shape};
+use crate::cuda::{Buffer, DeviceSampler, Executor, Recording, SampledImage};
 use crate::diffusion::noise::Rng;
 use crate::graph::Shape;
-use crate::image::Image;
+use crate::image::Picture;
 use crate::plan::Plan;
 use crate::{Error, Result, Subject};
 
@@ -50,7 +49,7 @@ fn latents_shape(unet: &Plan, batch: usize) -> Shape {
 }
 
 impl Denoiser for CudaDenoiser {
-    fn condition(&mut self, inputs: &[(&str, &[f32])]) -> Result<()> {
+    fn condition(&mut self, inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
         for (name, values) in inputs {
             self.unet.write(name, values)?;
         }
@@ -65,37 +64,37 @@ impl Denoiser for CudaDenoiser {
         }
         if let Some(shift) = run.shift {
             if !shift.is_constant() {
-                return Err(Error::unsupported(
-                    Subject::Device,
-                    "concepts that are networks (mlp, conv) run on the CPU alone",
-                )
-                .advise("choose the CPU"));
+                let problem = "concepts that are networks (mlp, conv) run on the CPU alone";
+                return Err(Error::unsupported(Subject::Device, problem).advise("choose the CPU"));
             }
             self.unet.write("shift", shift.constant())?;
         }
         let mut noise = Noise::new(run);
         let drawn = run.rng == Rng::TorchCuda;
-        let begun = u32::from(matches!(run.start, Start::Noise(_)));
-        let step_noise = if drawn { StepNoise::Drawn { seed: run.seed, drawn: begun } } else { StepNoise::Written };
-        self.sampler.begin(steps, run.guidance, step_noise)?;
-        match run.start {
-            Start::Noise(sigma) if drawn => {
-                let launch = self.sampler.draw(run.seed, sigma);
-                // SAFETY: the launch uses the sampler's memory alone.
-                unsafe { self.unet.device().run(&[launch])? };
-            }
-            _ => self.sampler.write_latents(&run.start(&mut noise))?,
+        let images = run.images.iter().map(|image| SampledImage {
+            seed: image.seed,
+            guidance: image.guidance,
+            // Latents that are given leave the seed's first draw to the first step that needs noise.
+            drawn: image.latents.is_none().into(),
+        });
+        self.sampler.begin(steps, &images.collect::<Vec<_>>(), drawn)?;
+        if drawn && run.images.iter().all(|image| image.latents.is_none()) {
+            let launch = self.sampler.draw(run.sigma);
+            // SAFETY: the launch uses the sampler's memory alone.
+            unsafe { self.unet.device().run(&[launch])? };
+        } else {
+            self.sampler.write_latents(&run.start(&mut noise))?;
         }
         let recording = match self.step.take() {
             Some(recording) => recording,
             None => self.record(run.guided)?,
         };
         let recording = &*self.step.insert(recording);
-        let mut fresh = vec![0.0; run.batch * run.size.0 * run.size.1];
+        let mut fresh = vec![0.0; run.images.len() * run.shape.len()];
         for (done, step) in steps.iter().enumerate() {
             check(done)?;
             if step.needs_noise() && !drawn {
-                noise.draw(&mut fresh);
+                noise.draw_all(&mut fresh);
                 self.sampler.write_noise(&fresh)?;
             }
             recording.replay()?;
@@ -131,7 +130,7 @@ impl Networks for OnCuda {
         &mut self.denoiser
     }
 
-    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Image> {
+    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Picture> {
         let (device, sampler) = (self.vae.device().clone(), &self.denoiser.sampler);
         let first = sampler.latents_for_vae(image, scaling_factor, self.vae.input_address("latents"));
         let last = sampler.to_rgb8(self.vae.output_address("image"), self.rgb.len(), self.rgb.address());
@@ -146,6 +145,6 @@ impl Networks for OnCuda {
             return Err(Error::non_finite("the VAE gave NaN or infinity, of which no picture is made"));
         }
         let Shape { h, w, .. } = picture_shape(self.vae.plan());
-        Ok(Image { width: w as u32, height: h as u32, rgb })
+        Ok(Picture { width: w as u32, height: h as u32, rgb })
     }
 }

@@ -1,48 +1,34 @@
-//! Sampling: plans for one size and batch, run from prompts to pictures.
+//! Sessions: plans for one size and batch, run from prompts to pictures.
 
-use super::denoiser::{Denoiser, Run, Start};
 use super::on_cpu::{CpuDenoiser, OnCpu};
 use super::on_cuda::{CudaDenoiser, OnCuda};
-use super::text::time_ids;
-use super::{Engine, Output, Plans, Progress, Request, SessionOptions};
+use super::run::{Networks, Run, RunImage};
+use super::text::{Conditioning, time_ids};
+use super::{Engine, Image, Output, Plans, Progress, Prompt, Request, SessionOptions, Size, Start};
+use crate::concept::Shift;
 use crate::device::Executor;
 use crate::graph::Shape;
-use crate::image::Image;
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
-use crate::plan::Plan;
-use crate::respodiff::Shift;
 use crate::{Error, Result};
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 
-/// An engine's plans for one size and batch: warm, and free of allocations while it steps.
+/// An engine's plans for one size and batch: warm, and free of allocations while it steps. It is [`Send`]: a server may
+/// move it between threads, and several sessions of one engine may run at once.
 pub struct Session {
     engine: Engine,
     options: SessionOptions,
-    text: Vec<Executor>,
     networks: Box<dyn Networks>,
+    /// The UNet's rows as they were conditioned last.
+    conditioned: Option<(Vec<Conditioning>, [f32; 6])>,
 }
 
-/// Steps the host may run ahead of the device: what is told of progress stays true, and Ctrl-C is heard.
+/// Steps the host may run ahead of the device: what is told of progress stays true, and a cancelled run ends soon.
 const AHEAD: usize = 4;
-
-/// The UNet and the VAE of a session, on a device.
-pub(super) trait Networks: Send {
-    /// The UNet with its sampler.
-    fn denoiser(&mut self) -> &mut dyn Denoiser;
-
-    /// Decodes an image of the denoiser's last run, whose latents are the VAE's times `scaling_factor`.
-    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Image>;
-}
-
-/// Shape of a picture.
-pub(super) fn picture_shape(vae: &Plan) -> Shape {
-    vae.graph().shape(vae.graph().output("image"))
-}
 
 impl Session {
     pub(super) fn new(engine: Engine, options: SessionOptions, plans: Plans) -> Result<Self> {
         let parts = &*engine.0;
-        let text = parts.text.executors(&parts.device, plans.text)?;
         let unet = parts.device.executor(plans.unet, &parts.unet.weights)?;
         let vae = parts.device.executor(plans.vae, &parts.vae.weights)?;
         let networks: Box<dyn Networks> = match (unet, vae) {
@@ -52,68 +38,52 @@ impl Session {
             }
             _ => return Err(Error::internal("the UNet and the VAE are on different devices")),
         };
-        Ok(Session { text, networks, engine, options })
+        Ok(Session { networks, engine, options, conditioned: None })
     }
 
-    /// What it was made for.
+    /// The options that it was made with.
     pub fn options(&self) -> SessionOptions {
         self.options
     }
 
-    /// Makes the pictures. `progress` is told of every step and may end the run.
+    /// Makes the pictures of a request with as many images as [`SessionOptions::batch`]. `progress` is told of every step
+    /// and may end the run. A broken run while pictures are decoded gives those that are there.
+    ///
+    /// A picture is the same to the last bit whatever else is in its batch.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a request that cannot be, [`Error::Cancelled`] when `progress` breaks, and
-    /// [`Error::NonFinite`] when the network leaves the range of numbers.
+    /// [`crate::ErrorKind::Invalid`] for a request that cannot be served, [`crate::ErrorKind::Mismatch`] for a concept
+    /// or an encoded prompt of another model, [`crate::ErrorKind::Cancelled`] when `progress` breaks,
+    /// [`crate::ErrorKind::NonFinite`] when the network leaves the range of numbers, and
+    /// [`crate::ErrorKind::DeviceLost`].
     pub fn generate(
         &mut self,
         request: &Request,
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Output> {
+        let SessionOptions { batch, guided, concepts, .. } = self.options;
         let schedule = self.engine.schedule(request.sampler, request.steps)?;
-        let guided = self.options.guided;
-        if !request.guidance.is_finite() || (request.guidance > 1.0 && !guided) {
-            return Err(Error::invalid(
-                "guidance",
-                format!(
-                    "guidance {} is not possible here: give a number, and a guided session for one above 1",
-                    request.guidance
-                ),
-            ));
-        }
-        if !request.concepts.is_empty() && (!self.options.concepts || request.concepts.len() != self.options.batch) {
-            return Err(Error::invalid(
-                "concepts",
-                format!(
-                    "concepts for {} images, where the session is for {}{}",
-                    request.concepts.len(),
-                    self.options.batch,
-                    if self.options.concepts { "" } else { " without concepts" }
-                ),
-            )
-            .advise("list the concepts of every image"));
+        if request.images.len() != batch {
+            let problem = format!("{} images in a session for {batch}", request.images.len());
+            return Err(Error::invalid("images", problem).advise("give as many as the session's batch"));
         }
         if !self.engine.0.text.sized() && (request.original_size.is_some() || request.crop != (0, 0)) {
-            let problem =
-                "this checkpoint does not read the picture's sizes, as SDXL does; leave original size and crop out";
-            return Err(Error::invalid("original_size", problem));
+            let problem = "this checkpoint does not read the picture's sizes, as SDXL does";
+            return Err(Error::invalid("original_size", problem).advise("leave original size and crop out"));
         }
-        let shift = || Shift::new(self.engine.bottleneck(self.options), self.options.batch, &request.concepts);
-        let shift = self.options.concepts.then(shift).transpose()?;
-        self.encode(request)?;
-        let vae = &self.engine.0.vae.config;
-        let size = (vae.latent_channels, self.options.width / vae.scale() * (self.options.height / vae.scale()));
-        let sigma = schedule.init_noise_sigma;
+        let images = request.images.iter().map(|image| self.check(image)).collect::<Result<Vec<_>>>()?;
+        let lists: Vec<&[_]> = request.images.iter().map(|image| &image.concepts[..]).collect();
+        let shift = concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &lists)).transpose()?;
+        self.condition(request)?;
+        let shape = self.latents();
         let run = Run {
             steps: &schedule.steps,
-            guidance: request.guidance,
+            images: &start(images, schedule.init_noise_sigma),
             guided,
             shift: shift.as_ref(),
-            start: self.given(request, size, sigma)?.map_or(Start::Noise(sigma), Start::Latents),
-            seed: request.seed,
+            sigma: schedule.init_noise_sigma,
             rng: request.rng,
-            batch: self.options.batch,
-            size,
+            shape,
             ahead: AHEAD,
         };
         let total = schedule.steps.len();
@@ -125,42 +95,103 @@ impl Session {
                 // Nothing is left to break off.
                 _ => Ok(()),
             })?;
-        let mut output = Output { images: Vec::new(), latents: vec![0.0; latents.len()] };
-        nhwc_to_nchw(&latents, size.0, size.1, &mut output.latents);
-        for image in 0..self.options.batch {
-            output.images.push(self.networks.picture(image, vae.scaling_factor)?);
-            let done = output.images.len();
-            if progress(Progress::Decoded { done, total: self.options.batch }).is_break() && done < self.options.batch {
+        let mut output = Output { pictures: Vec::new(), latents: vec![0.0; latents.len()] };
+        nhwc_to_nchw(&latents, shape.c, shape.tokens(), &mut output.latents);
+        for image in 0..batch {
+            output.pictures.push(self.networks.picture(image, self.engine.0.vae.config.scaling_factor)?);
+            let done = output.pictures.len();
+            if progress(Progress::Decoded { done, total: batch }).is_break() && done < batch {
                 break;
             }
         }
         Ok(output)
     }
 
-    /// Writes what the UNet reads of the prompts and sizes (the unconditional rows first), and runs what depends on them alone.
-    fn encode(&mut self, request: &Request) -> Result<()> {
-        let SessionOptions { width, height, batch, guided, .. } = self.options;
-        let prompts = [request.negative_prompt.as_deref(), Some(request.prompt.as_str())];
-        let (prompts, rows) = if guided { (&prompts[..], &[0, 1][..]) } else { (&prompts[1..], &[0][..]) };
-        let size = (width, height);
-        let ids = time_ids(request.original_size.unwrap_or(size), request.crop, size);
-        let conditioning = self.engine.0.text.condition(&mut self.text, prompts, ids)?.pick(rows, batch);
-        self.networks.denoiser().condition(&conditioning.inputs())
+    /// Shape of one image's latents.
+    fn latents(&self) -> Shape {
+        let [_, c, h, w] = self.engine.latent_shape(self.options);
+        Shape::new(1, h, w, c)
     }
 
-    /// The request's own noise times `sigma` in NHWC, for images of `c` channels and so many pixels.
-    fn given(&self, request: &Request, (c, pixels): (usize, usize), sigma: f32) -> Result<Option<Vec<f32>>> {
-        let Some(given) = &request.latents else { return Ok(None) };
-        let wanted = self.options.batch * c * pixels;
-        if given.len() != wanted {
-            return Err(Error::invalid(
-                "latents",
-                format!("the latents hold {} numbers where this size and batch have {wanted}", given.len()),
-            ));
+    /// Checks what an image asks for, and gives it with its unit noise in NHWC where it brings its own.
+    fn check(&self, image: &Image) -> Result<RunImage> {
+        let guidance = image.guidance.unwrap_or(self.engine.default_guidance());
+        if !guidance.is_finite() {
+            return Err(Error::invalid("guidance", format!("{guidance} is no scale")).advise("give a finite number"));
         }
-        let mut latents = vec![0.0; wanted];
-        nchw_to_nhwc(given, c, pixels, &mut latents);
-        latents.iter_mut().for_each(|x| *x *= sigma);
-        Ok(Some(latents))
+        if guidance > 1.0 && !self.options.guided {
+            let problem = format!("{guidance} in a session without guidance");
+            return Err(Error::invalid("guidance", problem).advise("give 1, or make a session with guidance"));
+        }
+        if !image.concepts.is_empty() && !self.options.concepts {
+            let problem = "an image has concepts in a session without them";
+            return Err(Error::invalid("concepts", problem).advise("make a session with concepts"));
+        }
+        let latents = match &image.start {
+            Start::Noise => None,
+            Start::Latents(given) => {
+                let shape = self.latents();
+                if given.len() != shape.len() {
+                    let problem = format!("{} numbers where an image of this size has {}", given.len(), shape.len());
+                    return Err(Error::invalid("latents", problem).advise("give [c, height / 8, width / 8] numbers"));
+                }
+                let mut latents = vec![0.0; shape.len()];
+                nchw_to_nhwc(given, shape.c, shape.tokens(), &mut latents);
+                Some(latents)
+            }
+        };
+        Ok(RunImage { seed: image.seed, guidance: guidance.max(1.0), latents })
+    }
+
+    /// Writes what the UNet reads of the prompts and sizes (the unconditional rows first), and runs what depends on them
+    /// alone, unless the last request's are the same encodings.
+    fn condition(&mut self, request: &Request) -> Result<()> {
+        let text = &self.engine.0.text;
+        let mut texts = HashMap::new();
+        let mut encode = |prompt: Option<&Prompt>| match prompt {
+            None => text.encode(None),
+            Some(Prompt::Encoded(conditioning)) => Ok(conditioning.clone()),
+            Some(Prompt::Text(words)) => match texts.get(words) {
+                Some(conditioning) => Ok(Conditioning::clone(conditioning)),
+                None => Ok(texts.entry(words.clone()).insert_entry(text.encode(Some(words))?).get().clone()),
+            },
+        };
+        let mut rows = Vec::new();
+        if self.options.guided {
+            for image in &request.images {
+                rows.push(encode(image.negative.as_ref())?);
+            }
+        }
+        for image in &request.images {
+            rows.push(encode(Some(&image.prompt))?);
+        }
+        let Size { width, height } = self.options.size;
+        let size = (width, height);
+        let ids = time_ids(request.original_size.unwrap_or(size), request.crop, size);
+        let same = |(last, last_ids): &(Vec<Conditioning>, _)| {
+            *last_ids == ids && last.iter().zip(&rows).all(|(last, row)| last.is(row))
+        };
+        if !self.conditioned.as_ref().is_some_and(same) {
+            // A failure leaves the inputs half written.
+            self.conditioned = None;
+            self.networks.denoiser().condition(&text.inputs(&rows, ids)?)?;
+            self.conditioned = Some((rows, ids));
+        }
+        Ok(())
     }
 }
+
+/// Images whose own unit noise is scaled to the first noise level.
+fn start(mut images: Vec<RunImage>, sigma: f32) -> Vec<RunImage> {
+    images.iter_mut().filter_map(|image| image.latents.as_mut()).flatten().for_each(|x| *x *= sigma);
+    images
+}
+
+// Sessions are made for servers, which move them between threads and share engines.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    const fn is_shared<T: Send + Sync>() {}
+    is_send::<Session>();
+    is_shared::<Engine>();
+    is_shared::<Conditioning>();
+};

@@ -1,36 +1,43 @@
 //! From prompts to what the UNet reads of them: one text encoder's states in Stable Diffusion 1.x and 2.x, in SDXL those of
 //! two side by side, with a pooled prompt and the picture's sizes.
 
-use super::{Network, read_config};
-use crate::device::{Device, Executor};
-use crate::models::tokenizer::{Encoded, Tokenizer};
+use super::read_config;
+use crate::device::{Device, Executor, Weights};
+use crate::models::tokenizer::Tokenizer;
 use crate::models::{ClipConfig, UNetConfig, text_encoder};
-use crate::plan::Plan;
 use crate::weights::Source;
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 use rayon::prelude::*;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// A checkpoint's text encoders, and how their outputs become inputs of its UNet.
 pub(super) struct TextEncoders {
     encoders: Vec<TextEncoder>,
     /// The output that is read as hidden states.
     states: &'static str,
-    /// Whether the UNet also reads a pooled prompt and the picture's sizes.
+    /// True if the UNet also reads a pooled prompt and the picture's sizes.
     sized: bool,
-    /// Whether no prompt at all is zeros, and not an empty prompt.
+    /// True if no prompt at all is zeros, and not an empty prompt.
     zeros: bool,
+    /// The encoding of no prompt at all.
+    none: OnceLock<Conditioning>,
+    /// Tells these encoders' encodings from others'.
+    identity: Arc<()>,
 }
 
 struct TextEncoder {
     tokenizer: Tokenizer,
-    network: Network<ClipConfig>,
+    config: ClipConfig,
+    weights: Weights,
+    /// Ready to run for one prompt.
+    executor: Mutex<Executor>,
 }
 
 impl TextEncoders {
-    /// Loads the text encoders of a checkpoint with this UNet.
+    /// Loads the text encoders of a checkpoint with this UNet, and readies them to run.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] or [`Error::Io`] about what is missing, damaged or does not fit together.
+    /// What is missing, damaged or does not fit together, and [`crate::ErrorKind::OutOfMemory`].
     pub fn open(source: &Source, device: &Device, unet: &UNetConfig) -> Result<Self> {
         let has = |folder: &str| source.has(&format!("{folder}/config.json"));
         let index = read_index(source)?;
@@ -51,130 +58,166 @@ impl TextEncoders {
         let both = || folders.par_iter().zip(&configs);
         let tokenizer = |((_, folder), config): (&(&str, &str), &ClipConfig)| tokenizer(source, folder, config);
         let load = |((folder, _), config): (&(&str, &str), &ClipConfig)| {
-            device.weights(text_encoder(config, 1).weights(), &source.tensors(folder)?)
+            let graph = text_encoder(config, 1);
+            let weights = device.weights(graph.weights(), &source.tensors(folder)?)?;
+            Ok((device.executor(device.plan(graph, &[]), &weights)?, weights))
         };
-        let (tokenizers, weights): (Vec<_>, Vec<_>) =
+        let (tokenizers, networks): (Vec<_>, Vec<_>) =
             rayon::join(|| both().map(tokenizer).collect(), || both().map(load).collect());
         // In this order, whichever of several problems was found first.
         let tokenizers = tokenizers.into_iter().collect::<Result<Vec<_>>>()?;
-        let weights = weights.into_iter().collect::<Result<Vec<_>>>()?;
-        let networks = configs.into_iter().zip(weights).map(|(config, weights)| Network { config, weights });
-        let encoders = tokenizers.into_iter().zip(networks);
+        let networks = networks.into_iter().collect::<Result<Vec<_>>>()?;
         let sized = unet.text_time.is_some();
         Ok(TextEncoders {
-            encoders: encoders.map(|(tokenizer, network)| TextEncoder { tokenizer, network }).collect(),
+            encoders: (tokenizers.into_iter().zip(configs).zip(networks))
+                .map(|((tokenizer, config), (executor, weights))| TextEncoder {
+                    tokenizer,
+                    config,
+                    weights,
+                    executor: Mutex::new(executor),
+                })
+                .collect(),
             states: if sized { "penultimate_hidden_state" } else { "last_hidden_state" },
             sized,
             zeros: sized && index["force_zeros_for_empty_prompt"].as_bool().unwrap_or(true),
+            none: OnceLock::new(),
+            identity: Arc::new(()),
         })
     }
 
-    /// Whether the UNet reads the picture's sizes, as SDXL's does.
+    /// True if the UNet reads the picture's sizes, as SDXL's does.
     pub fn sized(&self) -> bool {
         self.sized
     }
 
     /// Tokens of a prompt, padding included.
     pub fn tokens(&self) -> usize {
-        self.encoders[0].network.config.max_position_embeddings
+        self.encoders[0].config.max_position_embeddings
     }
 
     /// Bytes of the weights.
     pub fn weight_bytes(&self) -> usize {
-        self.encoders.iter().map(|encoder| encoder.network.weights.bytes()).sum()
+        self.encoders.iter().map(|encoder| encoder.weights.bytes()).sum()
     }
 
-    /// A prompt for each tokenizer.
-    pub fn tokenize(&self, prompt: &str) -> Result<Vec<Encoded>> {
-        self.encoders.iter().map(|encoder| encoder.tokenizer.encode(prompt)).collect()
+    /// Bytes of the activations.
+    pub fn arena_bytes(&self) -> usize {
+        self.encoders.iter().map(|encoder| lock(&encoder.executor).plan().arena_bytes()).sum()
     }
 
-    /// A plan of each encoder, for so many prompts.
-    pub fn plans(&self, device: &Device, prompts: usize) -> Vec<Plan> {
-        let plan = |encoder: &TextEncoder| device.plan(text_encoder(&encoder.network.config, prompts), &[]);
-        self.encoders.iter().map(plan).collect()
-    }
-
-    /// Readies [`TextEncoders::plans`] to run.
-    pub fn executors(&self, device: &Device, plans: Vec<Plan>) -> Result<Vec<Executor>> {
-        let executor = |(plan, encoder): (Plan, &TextEncoder)| device.executor(plan, &encoder.network.weights);
-        plans.into_iter().zip(&self.encoders).map(executor).collect()
-    }
-
-    /// Runs [`TextEncoders::executors`] for as many prompts; `None` is no prompt, the unconditional row. `time_ids` is what
-    /// [`time_ids`] makes of the picture's sizes.
-    pub fn condition(
-        &self,
-        executors: &mut [Executor],
-        prompts: &[Option<&str>],
-        time_ids: [f32; 6],
-    ) -> Result<Conditioning> {
-        let mut states = Vec::new();
-        let mut pooled = None;
-        for (encoder, executor) in self.encoders.iter().zip(executors) {
-            encoder.run(executor, prompts)?;
-            states.push((encoder.network.config.layers.width, executor.read(self.states)?));
-            if self.sized && pooled.is_none() && encoder.network.config.projection_dim.is_some() {
-                pooled = Some(executor.read("text_embeds")?);
+    /// Encodes a prompt; `None` is no prompt, for the unconditional row.
+    ///
+    /// # Errors
+    /// Those of the tokenizers, and the device's.
+    pub fn encode(&self, prompt: Option<&str>) -> Result<Conditioning> {
+        if prompt.is_none()
+            && let Some(none) = self.none.get()
+        {
+            return Ok(none.clone());
+        }
+        let mut each = Vec::new();
+        let mut pooled = Vec::new();
+        let mut lost = String::new();
+        for encoder in &self.encoders {
+            let mut executor = lock(&encoder.executor);
+            let truncated = encoder.run(&mut executor, prompt.unwrap_or(""))?;
+            // Tokenizers of one checkpoint all but always lose the same.
+            if lost.is_empty() {
+                lost = truncated;
+            }
+            each.push((encoder.config.layers.width, executor.read(self.states)?));
+            if self.sized && pooled.is_empty() && encoder.config.projection_dim.is_some() {
+                pooled = executor.read("text_embeds")?;
             }
         }
-        let tokens = 0..prompts.len() * self.tokens();
-        let states = tokens.flat_map(|t| states.iter().flat_map(move |(width, x)| &x[t * width..][..*width])).copied();
-        let mut inputs = vec![("encoder_hidden_states", states.collect::<Vec<_>>())];
-        inputs.extend(pooled.map(|pooled| ("text_embeds", pooled)));
-        if self.zeros {
-            for (_, values) in &mut inputs {
-                let one = values.len() / prompts.len();
-                let rows = values.chunks_exact_mut(one).zip(prompts);
-                rows.filter(|(_, prompt)| prompt.is_none()).for_each(|(row, _)| row.fill(0.0));
-            }
+        let mut states: Vec<f32> = (0..self.tokens())
+            .flat_map(|token| each.iter().flat_map(move |(width, x)| &x[token * width..][..*width]))
+            .copied()
+            .collect();
+        if self.zeros && prompt.is_none() {
+            states.fill(0.0);
+            pooled.fill(0.0);
         }
+        let encoding = Encoding { states, pooled, lost, encoders: self.identity.clone() };
+        let conditioning = Conditioning(Arc::new(encoding));
+        Ok(match prompt {
+            None => self.none.get_or_init(|| conditioning).clone(),
+            Some(_) => conditioning,
+        })
+    }
+
+    /// The UNet's inputs for these rows: those of [`super::UNET_CONSTANTS`] that it reads, `[rows, ...]`. `time_ids` is
+    /// what [`time_ids`] makes of the picture's sizes.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Mismatch`] for a prompt that another checkpoint has encoded.
+    pub fn inputs(&self, rows: &[Conditioning], time_ids: [f32; 6]) -> Result<UNetInputs> {
+        if !rows.iter().all(|row| Arc::ptr_eq(&row.0.encoders, &self.identity)) {
+            let problem = "a prompt was encoded by another engine, whose states this UNet cannot read";
+            return Err(Error::mismatch(Subject::Field("prompt"), problem).advise("encode it by the session's engine"));
+        }
+        let all = |part: fn(&Encoding) -> &Vec<f32>| rows.iter().flat_map(|row| part(&row.0)).copied().collect();
+        let mut inputs: UNetInputs = vec![("encoder_hidden_states", all(|encoding| &encoding.states))];
         if self.sized {
-            inputs.push(("time_ids", time_ids.repeat(prompts.len())));
+            inputs.push(("text_embeds", all(|encoding| &encoding.pooled)));
+            inputs.push(("time_ids", time_ids.repeat(rows.len())));
         }
-        Ok(Conditioning { rows: prompts.len(), inputs })
+        Ok(inputs)
     }
+}
+
+/// A lock whose data no panic can leave half changed: every run writes all of its inputs.
+fn lock(executor: &Mutex<Executor>) -> MutexGuard<'_, Executor> {
+    executor.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl TextEncoder {
-    fn run(&self, executor: &mut Executor, prompts: &[Option<&str>]) -> Result<()> {
-        let config = &self.network.config;
-        let mut ids = vec![0.0; prompts.len() * config.max_position_embeddings];
-        let mut indices = Vec::new();
-        for (prompt, row) in prompts.iter().zip(ids.chunks_exact_mut(config.max_position_embeddings)) {
-            let encoded = self.tokenizer.encode(prompt.unwrap_or(""))?;
-            encoded.fill(row);
-            indices.push(config.pooled_index(&encoded.ids) as f32);
-        }
+    /// Runs for a prompt; gives the words at its end that did not fit.
+    fn run(&self, executor: &mut Executor, prompt: &str) -> Result<String> {
+        let encoded = self.tokenizer.encode(prompt)?;
+        let mut ids = vec![0.0; self.config.max_position_embeddings];
+        encoded.fill(&mut ids);
         executor.write("input_ids", &ids)?;
-        if config.projection_dim.is_some() {
-            executor.write("pooled_index", &indices)?;
+        if self.config.projection_dim.is_some() {
+            executor.write("pooled_index", &[self.config.pooled_index(&encoded.ids) as f32])?;
         }
-        executor.step()
+        executor.step()?;
+        Ok(encoded.lost)
     }
 }
 
-/// What conditions rows of a UNet beside latents and timestep: each of [`super::UNET_CONSTANTS`] that it reads, `[rows, ...]`.
+/// Inputs of a UNet by name.
+pub(crate) type UNetInputs = Vec<(&'static str, Vec<f32>)>;
+
+/// A prompt as a checkpoint's text encoders see it, for any number of images. Cloning shares it.
 #[derive(Clone)]
-pub(crate) struct Conditioning {
-    rows: usize,
-    inputs: Vec<(&'static str, Vec<f32>)>,
+pub struct Conditioning(Arc<Encoding>);
+
+struct Encoding {
+    /// Hidden states, `[tokens, width]`, those of several encoders side by side.
+    states: Vec<f32>,
+    /// The pooled prompt, `[width]`; empty where the UNet reads none.
+    pooled: Vec<f32>,
+    lost: String,
+    /// [`TextEncoders::identity`] of those that made it.
+    encoders: Arc<()>,
 }
 
 impl Conditioning {
-    /// These rows, in this order, each of them `times` times.
-    pub fn pick(&self, rows: &[usize], times: usize) -> Self {
-        let picked = |values: &Vec<f32>| {
-            let one = values.len() / self.rows;
-            rows.iter().flat_map(|row| values[row * one..][..one].repeat(times)).collect()
-        };
-        let inputs = self.inputs.iter().map(|(name, values)| (*name, picked(values))).collect();
-        Conditioning { rows: rows.len() * times, inputs }
+    /// The words at the prompt's end that did not fit into the text encoder's tokens and are not used; mostly empty.
+    pub fn truncated(&self) -> &str {
+        &self.0.lost
     }
 
-    /// The inputs by name.
-    pub fn inputs(&self) -> Vec<(&str, &[f32])> {
-        self.inputs.iter().map(|(name, values)| (*name, values.as_slice())).collect()
+    /// True if both are the same encoding.
+    pub(crate) fn is(&self, other: &Conditioning) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl std::fmt::Debug for Conditioning {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Conditioning([{} numbers])", self.0.states.len() + self.0.pooled.len())
     }
 }
 

@@ -1,7 +1,7 @@
 //! CLIP as a judge: embeddings of pictures and texts.
 
 use crate::device::{Device, Executor, Weights};
-use crate::image::Image;
+use crate::image::Picture;
 use crate::models::tokenizer::Tokenizer;
 use crate::models::{ClipConfig, ClipVisionConfig, parse_clip_model, text_encoder, vision_encoder};
 use crate::weights::Source;
@@ -99,7 +99,7 @@ impl Clip {
     ///
     /// # Errors
     /// [`Error::Device`] with the device's word.
-    pub fn images(&mut self, images: &[Image]) -> Result<Vec<Vec<f32>>> {
+    pub fn images(&mut self, images: &[Picture]) -> Result<Vec<Vec<f32>>> {
         let size = self.vision.image_size;
         let one = 3 * size * size;
         let mut embeds = Vec::with_capacity(images.len());
@@ -128,7 +128,7 @@ pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// The shortest edge resized to `size`, and the centre cut out, `[size, size, 3]` bytes.
-fn fitted(image: &Image, size: usize) -> Vec<u8> {
+fn fitted(image: &Picture, size: usize) -> Vec<u8> {
     let (w, h) = (image.width as usize, image.height as usize);
     let longer = |side: usize| size * side / w.min(h);
     let (new_w, new_h) = if w <= h { (size, longer(h)) } else { (longer(w), size) };

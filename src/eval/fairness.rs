@@ -1,9 +1,9 @@
 //! The run: every profession's pictures, plain and balanced, judged by CLIP; a record a picture, kept as it comes.
 
 use super::clip::{Clip, cosine};
-use crate::engine::{Engine, Request, SessionOptions};
-use crate::image::Image;
-use crate::respodiff::{Group, assign};
+use crate::concept::{Group, assign};
+use crate::engine::{Engine, Image, Request};
+use crate::image::Picture;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
@@ -25,7 +25,7 @@ pub struct Settings {
     pub clip_fingerprint: String,
     /// For each group the texts that are told apart, its concepts.
     pub groups: Vec<Vec<String>>,
-    /// For each group its concepts' [`crate::respodiff::Concept::fingerprint`]: names may stay while training goes on.
+    /// For each group its concepts' [`crate::concept::Concept::fingerprint`]: names may stay while training goes on.
     pub concepts: Vec<Vec<String>>,
     /// For each group the wanted shares.
     pub shares: Vec<Vec<f64>>,
@@ -193,14 +193,14 @@ impl Fairness {
             .iter()
             .map(|group| clip.texts(&group.members.iter().map(|m| m.metadata.concept.clone()).collect::<Vec<_>>()))
             .collect::<Result<Vec<_>>>()?;
-        let (width, height) = engine.default_size();
-        let options = SessionOptions { width, height, batch, guided: self.settings.guidance > 1.0, concepts: true };
+        let options = engine.options().batch(batch).guided(self.settings.guidance > 1.0).concepts(true);
         let mut session = engine.session(options)?;
         let done: HashSet<(bool, usize, u64)> =
             self.records.iter().map(|r| (r.balanced, r.profession, r.seed)).collect();
         for profession in self.professions() {
             let prompts = self.settings.prompts[profession].1.clone();
             let embeds = clip.texts(&prompts)?;
+            let encoded = prompts.iter().map(|prompt| engine.encode(prompt)).collect::<Result<Vec<_>>>()?;
             let base = self.settings.seed + (profession * images) as u64;
             let given = assign(groups, images, base, false);
             for balanced in [false, true] {
@@ -215,28 +215,21 @@ impl Fairness {
                     if range.clone().all(|j| done.contains(&(balanced, profession, base + j as u64))) {
                         continue;
                     }
-                    let concepts = (0..batch)
-                        .map(|j| {
-                            let row = given.get(range.start + j).filter(|_| balanced && j < count);
-                            let pick = |row: &Vec<usize>| {
-                                let members = row.iter().zip(groups);
-                                members.map(|(&m, g)| (g.members[m].clone(), self.settings.weight)).collect()
-                            };
-                            row.map_or_else(Vec::new, pick)
-                        })
-                        .collect();
-                    let request = Request {
-                        prompt: prompts[prompt].clone(),
-                        steps: self.settings.steps,
-                        guidance: self.settings.guidance,
-                        sampler: self.settings.sampler.parse()?,
-                        seed: base + range.start as u64,
-                        concepts,
-                        ..Default::default()
+                    // Rows beyond the last picture of a prompt are drawn and left.
+                    let image = |j: usize| {
+                        let seed = base + (range.start + j) as u64;
+                        let mut image = Image::new(&encoded[prompt]).seed(seed).guidance(self.settings.guidance);
+                        let row = given.get(range.start + j).filter(|_| balanced && j < count);
+                        let members = row.into_iter().flatten().zip(groups);
+                        image.concepts = members.map(|(&m, g)| (g.members[m].clone(), self.settings.weight)).collect();
+                        image
                     };
+                    let request = Request::new((0..batch).map(image).collect())
+                        .steps(self.settings.steps)
+                        .sampler(self.settings.sampler.parse()?);
                     let mut output = session.generate(&request, &mut |_| progress(self.records.len()))?;
-                    output.images.truncate(count);
-                    for ((j, image), embed) in range.zip(&output.images).zip(clip.images(&output.images)?) {
+                    output.pictures.truncate(count);
+                    for ((j, image), embed) in range.zip(&output.pictures).zip(clip.images(&output.pictures)?) {
                         let seed = base + j as u64;
                         if done.contains(&(balanced, profession, seed)) {
                             continue;
@@ -266,7 +259,7 @@ impl Fairness {
         Ok(())
     }
 
-    fn keep(&mut self, record: Record, image: &Image, index: usize) -> Result<()> {
+    fn keep(&mut self, record: Record, image: &Picture, index: usize) -> Result<()> {
         // Spread over the prompts, so that the sheet shows them all.
         let every = (self.settings.images / KEPT).max(1);
         if index.is_multiple_of(every) && index / every < KEPT {

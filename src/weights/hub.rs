@@ -5,13 +5,13 @@
 //! the snapshot with `model_index.json` last, then writes the ref: what was interrupted is never taken for a whole
 //! snapshot, and goes on where it stopped.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Duration;
-use std::{env, thread};
 
-use indicatif::{ProgressBar, ProgressStyle};
 use sha2::{Digest, Sha256};
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::Response;
@@ -41,19 +41,21 @@ pub struct HubConfig {
 }
 
 impl HubConfig {
-    /// Reads `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`, which mean
+    /// From variables of the environment, which `variable` gives by name: `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`, which mean
     /// what they mean to `huggingface_hub`. An empty variable counts as unset.
     ///
     /// # Errors
     /// [`Error::Usage`] when neither a variable nor a home folder says where the cache is.
-    pub fn from_env() -> Result<Self> {
-        let path = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        let text =
-            |name: &str| env::var(name).ok().map(|value| value.trim().to_string()).filter(|value| !value.is_empty());
+    pub fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
+        let path = |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let text = |name: &str| {
+            let value = variable(name)?.into_string().ok()?.trim().to_string();
+            Some(value).filter(|value| !value.is_empty())
+        };
         let cache = path("HF_HUB_CACHE")
             .or_else(|| path("HF_HOME").map(|home| home.join("hub")))
             .or_else(|| path("XDG_CACHE_HOME").map(|caches| caches.join("huggingface").join("hub")))
-            .or_else(|| env::home_dir().map(|home| home.join(".cache").join("huggingface").join("hub")))
+            .or_else(|| std::env::home_dir().map(|home| home.join(".cache").join("huggingface").join("hub")))
             .ok_or_else(|| {
                 Error::invalid("cache", "there is no home folder to keep models in")
                     .advise("set HF_HUB_CACHE to a folder")
@@ -69,13 +71,12 @@ impl HubConfig {
 }
 
 /// The folder of the model `id`, which is `owner/name` or `owner/name@revision` (a branch, tag or commit): from the
-/// cache, without asking the server for a newer commit, or else downloaded. `progress` draws a bar on a terminal's
-/// standard error.
+/// cache, without asking the server for a newer commit, or else downloaded. `progress` is told of every piece.
 ///
 /// # Errors
 /// [`Error::Usage`] for a malformed id; [`Error::Download`] when the server is out of reach, refuses, has no such model
 /// or sends something else than it announced; [`Error::Io`] when the cache cannot be written.
-pub fn resolve(id: &str, config: &HubConfig, progress: bool) -> Result<PathBuf> {
+pub fn resolve(id: &str, config: &HubConfig, progress: &mut dyn FnMut(Downloaded)) -> Result<PathBuf> {
     let id = ModelId::parse(id)?;
     let repo = config.cache.join(format!("models--{}", id.name.replace('/', "--")));
     if let Some(snapshot) = cached(&repo, id.revision) {
@@ -89,6 +90,18 @@ pub fn resolve(id: &str, config: &HubConfig, progress: bool) -> Result<PathBuf> 
         .advise("unset that, or give a local folder"));
     }
     Download::new(config, &id).run(&repo, progress)
+}
+
+/// How far a download is.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Downloaded<'a> {
+    /// The file that is on its way, by its path in the model.
+    pub file: &'a str,
+    /// Bytes of all files that are there.
+    pub bytes: u64,
+    /// Bytes of all files.
+    pub total: u64,
 }
 
 struct ModelId<'a> {
@@ -161,7 +174,7 @@ impl<'a> Download<'a> {
         Download { agent, config, id, endpoint: config.endpoint.trim_end_matches('/') }
     }
 
-    fn run(&self, repo: &Path, progress: bool) -> Result<PathBuf> {
+    fn run(&self, repo: &Path, progress: &mut dyn FnMut(Downloaded)) -> Result<PathBuf> {
         let listing = self.listing()?;
         let commit = listing.sha.clone();
         let mut files = select(listing, self.id.name)?;
@@ -169,20 +182,15 @@ impl<'a> Download<'a> {
         files.sort_by_key(|file| file.path == "model_index.json");
 
         let total = files.iter().fold(0u64, |sum, file| sum.saturating_add(file.size));
-        let bar = if progress { ProgressBar::new(total) } else { ProgressBar::hidden() };
-        if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
-        {
-            bar.set_style(style);
-        }
         let blobs = repo.join("blobs");
         fs::create_dir_all(&blobs).map_err(Error::io("create", &blobs))?;
         let mut before = 0;
         for file in &files {
-            bar.set_message(file.path.clone());
-            self.file(&commit, file, &blobs, &|have| bar.set_position(before + have))?;
+            self.file(&commit, file, &blobs, &mut |have| {
+                progress(Downloaded { file: &file.path, bytes: before + have, total });
+            })?;
             before += file.size;
         }
-        bar.finish_and_clear();
 
         let snapshot = repo.join("snapshots").join(&commit);
         for file in &files {
@@ -215,7 +223,7 @@ impl<'a> Download<'a> {
     }
 
     /// Fetches one file to `blobs/ETAG`, by way of `blobs/ETAG.incomplete`. `report` is told how many bytes are there.
-    fn file(&self, commit: &str, file: &RemoteFile, blobs: &Path, report: &dyn Fn(u64)) -> Result<()> {
+    fn file(&self, commit: &str, file: &RemoteFile, blobs: &Path, report: &mut dyn FnMut(u64)) -> Result<()> {
         let blob = blobs.join(file.etag());
         let partial = blobs.join(format!("{}.incomplete", file.etag()));
         if blob.exists() {
@@ -260,7 +268,7 @@ impl<'a> Download<'a> {
         file: &RemoteFile,
         out: &mut File,
         path: &Path,
-        report: &dyn Fn(u64),
+        report: &mut dyn FnMut(u64),
     ) -> Result<(), Failure> {
         let clear = |out: &mut File| out.set_len(0).and_then(|()| out.rewind()).map_err(Error::io("write", path));
         let transient = |problem: &str| Err(Failure::Transient(format!("{}: {problem}", file.path)));

@@ -2,7 +2,7 @@
 
 #[cfg(test)]
 pub(crate) mod cases;
-mod demo;
+#[cfg(feature = "download")]
 pub mod hub;
 mod single;
 mod stored;
@@ -32,13 +32,15 @@ pub enum Source {
 
 impl Source {
     /// The demo checkpoint.
+    #[cfg(feature = "demo")]
     pub fn demo() -> Self {
-        Source::Embedded(demo::FILES)
+        Source::Embedded(&respodiff_demo::MODEL)
     }
 
     /// The demo's CLIP, a `CLIPModel`'s folder.
+    #[cfg(feature = "demo")]
     pub fn demo_clip() -> Self {
-        Source::Embedded(demo::CLIP)
+        Source::Embedded(&respodiff_demo::CLIP)
     }
 
     /// A folder that holds a `model_index.json` or at least one component.
@@ -67,21 +69,13 @@ impl Source {
         SingleFile::open(path.as_ref()).map(|file| Source::Single(Arc::new(file)))
     }
 
-    /// What `--model` means: nothing is the demo, else a folder or file, else a Hugging Face model id (taken from the
-    /// local cache, or downloaded).
+    /// A checkpoint on disk: a folder or a single file.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for a path that is no checkpoint, [`Error::Download`] from the hub.
-    pub fn resolve(model: Option<&str>, progress: bool) -> Result<Self> {
-        let Some(model) = model else { return Ok(Self::demo()) };
-        let path = Path::new(model);
-        if path.is_dir() {
-            return Self::folder(path);
-        }
-        if path.is_file() || [".safetensors", ".ckpt"].iter().any(|end| model.ends_with(end)) {
-            return Self::file(path);
-        }
-        Self::folder(hub::resolve(model, &hub::HubConfig::from_env()?, progress)?)
+    /// Those of [`Source::folder`] and [`Source::file`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if path.is_dir() { Self::folder(path) } else { Self::file(path) }
     }
 
     /// Whether the file is there.

@@ -127,7 +127,7 @@ impl Tensors {
             "the checkpoint is incomplete; download it again"
         };
         Err(Error::damaged(source.path(component), format!("no {stem}.safetensors, fp16 variant or shard index here"))
-            .advise(format!("{remedy}")))
+            .advise(remedy))
     }
 
     /// One file that is no component's.

@@ -100,7 +100,7 @@ fn downloads_what_is_needed_into_the_shared_layout() {
     // From now on the cache is enough: by branch, by commit, and without network.
     assert_eq!(server.resolve("owner/name").unwrap(), snapshot);
     assert_eq!(server.resolve(&format!("owner/name@{COMMIT}")).unwrap(), snapshot);
-    assert_eq!(resolve("owner/name", &HubConfig { offline: true, ..server.config() }, true).unwrap(), snapshot);
+    assert_eq!(resolve("owner/name", &HubConfig { offline: true, ..server.config() }, &mut |_| ()).unwrap(), snapshot);
     assert_eq!(server.take_requests(), [""; 0]);
     // Another revision asks the server, and shares the blobs.
     assert_eq!(server.resolve("owner/name@refs/pr/1").unwrap(), snapshot);
@@ -206,10 +206,10 @@ fn refusals_say_what_to_do() {
     // A port where nobody listens.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let nowhere = HubConfig { endpoint: format!("http://127.0.0.1:{port}"), ..server.config() };
-    let message = resolve("owner/name", &nowhere, false).unwrap_err().to_string();
+    let message = resolve("owner/name", &nowhere, &mut |_| ()).unwrap_err().to_string();
     assert!(message.contains("network") && message.contains("--model DIR"), "{message}");
     let offline = HubConfig { offline: true, ..server.config() };
-    let message = resolve("owner/name", &offline, false).unwrap_err().to_string();
+    let message = resolve("owner/name", &offline, &mut |_| ()).unwrap_err().to_string();
     assert!(message.contains("HF_HUB_OFFLINE") && message.contains("--model DIR"), "{message}");
 }
 
@@ -288,7 +288,7 @@ fn snapshots_of_other_tools_are_used_when_whole() {
     fs::create_dir_all(server.repo().join("refs")).unwrap();
     fs::write(server.repo().join("refs/main"), format!("{COMMIT}\n")).unwrap();
     let offline = HubConfig { offline: true, ..server.config() };
-    let found = || resolve("owner/name", &offline, false).ok();
+    let found = || resolve("owner/name", &offline, &mut |_| ()).ok();
     write("model_index.json", INDEX);
     write("unet/diffusion_pytorch_model.bin", "");
     write("vae/diffusion_pytorch_model.safetensors", "");

@@ -69,8 +69,8 @@ impl Server {
         }
     }
 
-    pub fn resolve(&self, id: &str) -> Result<PathBuf, Error> {
-        resolve(id, &self.config(), false)
+    pub fn resolve(&self, id: &str) -> respodiff::Result<PathBuf> {
+        resolve(id, &self.config(), &mut |_| ())
     }
 
     pub fn set<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {

@@ -1,7 +1,7 @@
 //! `kernels/sampler.cu`, against the sampler, the noise and the pictures of the CPU.
 
 use super::*;
-use respodiff::Image;
+use respodiff::Picture;
 use respodiff::cuda::{Buffer, DeviceSampler, Launch, StepNoise};
 use respodiff::diffusion::noise::{NormalGenerator, Rng};
 use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig};
@@ -235,7 +235,7 @@ fn to_rgb8() {
             run(&device, sampler.to_rgb8(x.address(), length, out.address()));
             let mut rgb = vec![0; length];
             out.read(0, &mut rgb).unwrap();
-            assert_eq!(rgb, Image::from_hwc(&values, height, width).unwrap().rgb, "{name}, {width}x{height}");
+            assert_eq!(rgb, Picture::from_hwc(&values, height, width).unwrap().rgb, "{name}, {width}x{height}");
             assert!(!sampler.picture_fault().unwrap(), "{name}");
             for bad in [f32::NAN, f32::NEG_INFINITY] {
                 sampler.begin(&[], 1.0, StepNoise::Written).unwrap();

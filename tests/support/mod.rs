@@ -44,13 +44,13 @@ pub fn copy(checkpoint: &str) -> tempfile::TempDir {
 pub fn gpu() -> Option<Arc<dyn cuda::Device>> {
     static GPU: OnceLock<Arc<dyn cuda::Device>> = OnceLock::new();
     let asked = std::env::var("RESPODIFF_TEST_DEVICE").is_ok_and(|device| device == "cuda");
-    asked.then(|| GPU.get_or_init(|| cuda::open().unwrap_or_else(|problem| panic!("{problem}"))).clone())
+    asked.then(|| GPU.get_or_init(|| cuda::open(None).unwrap_or_else(|problem| panic!("{problem}"))).clone())
 }
 
 /// Where the CUDA kernels are tested: on the emulator in a hurry, or on the GPU.
 #[cfg(feature = "emulated")]
 pub fn kernels() -> Device {
-    Device::Cuda(gpu().unwrap_or_else(|| cuda::Emulated::new(cuda::Limits::A100, cuda::Emulated::QUICK)))
+    Device::kernels(gpu().unwrap_or_else(|| cuda::Emulated::new(cuda::Limits::A100, cuda::Emulated::QUICK)))
 }
 
 /// One recorded file.

@@ -1,7 +1,8 @@
 //! The two losses of RespoDiff and their gradients (arXiv 2509.15257, section 3).
 
-use super::{Halves, Module};
+use super::Halves;
 use crate::Result;
+use crate::concept::Module;
 
 /// Latents at a timestep, already passed down with the neutral prompt. All numbers are NHWC.
 pub struct Objective<'a>(&'a mut Halves);

@@ -1,12 +1,13 @@
 //! Rollouts of a training: noise is brought to noise levels under the neutral prompt and the modules so far, and the
 //! responsible target is computed there.
 
-use super::trainer::Draws;
-use super::{Form, Halves, HalvesMemory, Module, Shift};
+use super::{Halves, HalvesMemory};
 use crate::Result;
+use crate::concept::{Form, Module, Shift};
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, Spacing, Step};
-use crate::engine::{Conditioning, Denoiser, Engine, Run, SessionOptions, Start};
+use crate::draws::Draws;
+use crate::engine::{Denoiser, Engine, Run, RunImage, SessionOptions, UNetInputs};
 use crate::graph::Shape;
 use crate::layout::nchw_to_nhwc;
 use std::collections::VecDeque;
@@ -25,13 +26,13 @@ pub(super) struct Rollout {
     guidance: f32,
     schedule: Schedule,
     batch: usize,
-    /// Channels and pixels of an image's latents.
-    size: (usize, usize),
+    /// Shape of one image's latents.
+    shape: Shape,
     /// Of an image's bottleneck.
     bottleneck: Shape,
-    /// What conditions the rows, on the way and for the target.
-    rolling: Conditioning,
-    targeting: Conditioning,
+    /// The inputs that condition the rows: during the rollout, and for the target.
+    rolling: UNetInputs,
+    targeting: UNetInputs,
     latents: Vec<f32>,
     /// Steps taken.
     step: usize,
@@ -41,7 +42,8 @@ pub(super) struct Rollout {
 
 impl Rollout {
     /// Plans and allocates rollouts of so many DDIM steps at a guidance scale, for modules of one form. The rows of
-    /// `conditioning` are no prompt, the neutral one, and the prompts from which and toward which the target leads.
+    /// `rolling` are no prompt and the neutral one, those of `targeting` the prompts from which and toward which the
+    /// target leads, each once per image of the batch.
     ///
     /// # Errors
     /// What the weights have wrong, and [`crate::Error::Device`] when the device's memory is short.
@@ -50,7 +52,8 @@ impl Rollout {
         options: SessionOptions,
         form: Form,
         (steps, guidance): (usize, f32),
-        conditioning: &Conditioning,
+        rolling: UNetInputs,
+        targeting: UNetInputs,
     ) -> Result<Self> {
         let choice = SamplerChoice { sampler: Some(Sampler::Ddim), spacing: Some(Spacing::Leading) };
         let [batch, channels, h, w] = engine.latent_shape(options);
@@ -67,10 +70,10 @@ impl Rollout {
             guidance,
             schedule: engine.schedule(choice, steps)?,
             batch,
-            size: (channels, h * w),
+            shape: Shape::new(1, h, w, channels),
             bottleneck: engine.bottleneck(options),
-            rolling: conditioning.pick(&[0, 1], batch),
-            targeting: conditioning.pick(&[2, 3], batch),
+            rolling,
+            targeting,
             latents: vec![0.0; batch * channels * h * w],
             step: 0,
             levels: VecDeque::new(),
@@ -94,12 +97,11 @@ impl Rollout {
 
     /// New noise, and the noise levels that it will be trained at: `U{0..=steps - 2}` each.
     pub fn begin(&mut self, draws: &mut Draws, levels: usize) {
-        let (channels, pixels) = self.size;
         let mut noise = NormalGenerator::new(Rng::TorchCpu, draws.next());
-        let mut image = vec![0.0; channels * pixels];
-        for latents in self.latents.chunks_exact_mut(channels * pixels) {
+        let mut image = vec![0.0; self.shape.len()];
+        for latents in self.latents.chunks_exact_mut(self.shape.len()) {
             noise.fill(&mut image);
-            nchw_to_nhwc(&image, channels, pixels, latents);
+            nchw_to_nhwc(&image, self.shape.c, self.shape.tokens(), latents);
             latents.iter_mut().for_each(|x| *x *= self.schedule.init_noise_sigma);
         }
         let last = self.schedule.steps.len() as u64 - 1;
@@ -154,31 +156,31 @@ impl Rollout {
     /// of its own.
     fn run(
         &mut self,
-        conditioning: &Conditioning,
+        conditioning: &UNetInputs,
         steps: &[Step],
         guidance: f32,
         modules: &[&Module],
     ) -> Result<Vec<f32>> {
         match &mut self.guided {
             Guided::Whole(denoiser) => {
-                denoiser.condition(&conditioning.inputs())?;
+                denoiser.condition(conditioning)?;
+                // No step draws noise.
+                let image = |latents: &[f32]| RunImage { seed: 0, guidance, latents: Some(latents.to_vec()) };
+                let images: Vec<_> = self.latents.chunks_exact(self.shape.len()).map(image).collect();
                 let run = Run {
                     steps,
-                    guidance,
+                    images: &images,
                     guided: true,
                     shift: Some(&Shift::of(modules, self.bottleneck, self.batch)),
-                    start: Start::Latents(self.latents.clone()),
-                    // No step draws noise.
-                    seed: 0,
+                    sigma: 1.0,
                     rng: Rng::TorchCpu,
-                    batch: self.batch,
-                    size: self.size,
+                    shape: self.shape,
                     ahead: steps.len(),
                 };
                 denoiser.sample(&run, &mut |_| Ok(()))
             }
             Guided::Halves(halves) => {
-                halves.condition(&conditioning.inputs())?;
+                halves.condition(conditioning)?;
                 let mut latents = self.latents.clone();
                 let mut state = SamplerState::new(latents.len());
                 for step in steps {
@@ -197,20 +199,21 @@ impl Rollout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Device;
     #[cfg(feature = "emulated")]
     use crate::cuda::{Emulated, Limits};
     use crate::weights::Source;
+    use crate::{Device, Size};
 
     /// A batch's latents after a rollout in pieces that end at `levels`, and their target. It runs on what modules of `form`
     /// run on, but what they add are constants.
     fn rolled(device: &Device, form: Form, levels: &[usize]) -> [Vec<f32>; 2] {
         let checkpoint = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/checkpoints/sd1");
         let engine = Engine::open(&Source::folder(checkpoint).unwrap(), device).unwrap();
-        let options = SessionOptions { width: 40, height: 56, batch: 2, guided: true, concepts: true };
-        let prompts = [None, Some("a person"), Some("a doctor"), Some("a woman")];
-        let conditioning = engine.condition(&prompts, (40, 56)).unwrap();
-        let mut rollout = Rollout::new(&engine, options, form, (20, 2.0), &conditioning).unwrap();
+        let size = Size::new(40, 56);
+        let options = SessionOptions::new(size).batch(2).concepts(true);
+        let rolling = engine.inputs(&[None, Some("a person")], 2, size).unwrap();
+        let targeting = engine.inputs(&[Some("a doctor"), Some("a woman")], 2, size).unwrap();
+        let mut rollout = Rollout::new(&engine, options, form, (20, 2.0), rolling, targeting).unwrap();
         let mut draws = Draws::new(3, 0);
         rollout.begin(&mut draws, 1);
         rollout.levels = levels.to_vec().into();
@@ -232,11 +235,11 @@ mod tests {
     /// The whole UNet with its sampler, in pieces, against halves with the sampler and the shift on the host.
     #[test]
     fn whole_networks_roll_as_halves_do() {
-        let truth = rolled(&Device::Cpu, Form::Mlp, &[3]);
+        let truth = rolled(&Device::cpu(), Form::Mlp, &[3]);
         let places = [
-            (Device::Cpu, 1e-5),
+            (Device::cpu(), 1e-5),
             #[cfg(feature = "emulated")]
-            (Device::Cuda(Emulated::new(Limits::A100, Emulated::QUICK)), 1e-2),
+            (Device::kernels(Emulated::new(Limits::A100, Emulated::QUICK)), 1e-2),
         ];
         for (device, tolerance) in places {
             let ours = rolled(&device, Form::Constant, &[0, 1, 1, 3]);

@@ -42,19 +42,19 @@ impl Kind {
 
 /// How a file holds a concept's numbers. Training and sampling compute in fp32 whatever it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precision {
+pub enum NumberFormat {
     /// Half the size; numbers change by at most 2^-11 of themselves, tiny ones by 2^-25.
     F16,
     /// As trained.
     F32,
 }
 
-impl std::str::FromStr for Precision {
+impl std::str::FromStr for NumberFormat {
     type Err = Error;
     fn from_str(name: &str) -> Result<Self> {
         match name {
-            "f16" => Ok(Precision::F16),
-            "f32" => Ok(Precision::F32),
+            "f16" => Ok(NumberFormat::F16),
+            "f32" => Ok(NumberFormat::F32),
             _ => Err(Error::invalid("precision", format!("unknown precision `{name}`")).advise("give f16 or f32")),
         }
     }
@@ -242,12 +242,12 @@ impl Concept {
     }
 
     /// The file's bytes.
-    fn bytes(&self, precision: Precision) -> Result<Vec<u8>> {
+    fn bytes(&self, format: NumberFormat) -> Result<Vec<u8>> {
         let shape = self.shape();
         let encode = |values: &[f32]| -> Vec<u8> {
-            match precision {
-                Precision::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-                Precision::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+            match format {
+                NumberFormat::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                NumberFormat::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
             }
         };
         let tensor = |module: &Module| -> (Vec<usize>, Vec<u8>) {
@@ -258,9 +258,9 @@ impl Concept {
             nhwc_to_nchw(&module.parameters, shape.c, shape.tokens(), &mut nchw);
             (vec![shape.c, shape.h, shape.w], encode(&nchw))
         };
-        let dtype = match precision {
-            Precision::F16 => Dtype::F16,
-            Precision::F32 => Dtype::F32,
+        let dtype = match format {
+            NumberFormat::F16 => Dtype::F16,
+            NumberFormat::F32 => Dtype::F32,
         };
         let tensors = [("ram", Some(&self.ram)), ("sam", self.sam.as_ref())]
             .map(|(name, module)| module.map(|module| (name, tensor(module))));
@@ -301,21 +301,21 @@ impl Concept {
     /// # Errors
     /// [`Error::Io`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
-        self.save_as(path, Precision::F32)
+        self.save_as(path, NumberFormat::F32)
     }
 
     /// The same in a chosen precision.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Usage`] if a number is beyond fp16's 65504.
-    pub fn save_as(&self, path: impl AsRef<Path>, precision: Precision) -> Result<()> {
+    pub fn save_as(&self, path: impl AsRef<Path>, format: NumberFormat) -> Result<()> {
         let mut values = [Some(&self.ram), self.sam.as_ref()].into_iter().flatten().flat_map(|m| &m.parameters);
-        if precision == Precision::F16 && values.any(|x| !f16::from_f32(*x).is_finite()) {
+        if format == NumberFormat::F16 && values.any(|x| !f16::from_f32(*x).is_finite()) {
             let name = &self.metadata.concept;
             return Err(Error::invalid("precision", format!("the concept `{name}` holds numbers beyond fp16's 65504"))
                 .advise("keep it in f32"));
         }
-        crate::files::write(path.as_ref(), &self.bytes(precision)?)
+        crate::files::write(path.as_ref(), &self.bytes(format)?)
     }
 
     /// `sum of weight * concept` as one concept.

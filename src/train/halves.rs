@@ -1,7 +1,7 @@
 //! The UNet cut at the bottleneck: one pass down serves several passes up, and gradients flow up there.
 
-use super::Module;
 use crate::Result;
+use crate::concept::Module;
 use crate::cpu::MatrixPrecision;
 use crate::device::{Device, Executor, Weights};
 use crate::engine::UNET_CONSTANTS;
@@ -94,12 +94,12 @@ impl Halves {
     ///
     /// # Panics
     /// If an input is missing or of another length.
-    pub fn condition(&mut self, inputs: &[(&str, &[f32])]) -> Result<()> {
+    pub fn condition(&mut self, inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
         for half in [&mut self.down, &mut self.up] {
             for name in
                 UNET_CONSTANTS.iter().filter(|name| half.plan().graph().find_input(name).is_some()).collect::<Vec<_>>()
             {
-                let values = inputs.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no `{name}`")).1;
+                let values = &inputs.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no `{name}`")).1;
                 half.write(name, values)?;
             }
             half.prologue()?;

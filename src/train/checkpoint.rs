@@ -1,7 +1,8 @@
 //! Checkpoints of a training: everything that is left between two rollouts, in one file that is replaced whole.
 
 use super::trainer::State;
-use super::{Adam, Losses, Module, Trainer};
+use super::{Adam, Losses, Trainer};
+use crate::concept::Module;
 use crate::{Error, Result, files};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};

@@ -1,7 +1,7 @@
 //! Pictures about a training: its losses over time, and sheets of samples.
 
 use super::Losses;
-use crate::image::Image;
+use crate::image::Picture;
 use embedded_graphics::mono_font::MonoTextStyle;
 use embedded_graphics::mono_font::ascii::FONT_7X13;
 use embedded_graphics::pixelcolor::Rgb888;
@@ -46,10 +46,10 @@ impl DrawTarget for Canvas {
 
 /// Both losses over the iterations, on a logarithmic axis: means over stretches of equal length, since single ones
 /// depend on their noise level by orders of magnitude.
-pub fn loss_plot(history: &[Losses], title: &str) -> Image {
+pub fn loss_plot(history: &[Losses], title: &str) -> Picture {
     let mut canvas = Canvas { rgb: vec![255; (WIDTH * HEIGHT * 3) as usize] };
     let Ok(()) = draw(&mut canvas, history, title);
-    Image { width: WIDTH as u32, height: HEIGHT as u32, rgb: canvas.rgb }
+    Picture { width: WIDTH as u32, height: HEIGHT as u32, rgb: canvas.rgb }
 }
 
 fn draw(canvas: &mut Canvas, history: &[Losses], title: &str) -> Result<(), std::convert::Infallible> {
@@ -99,8 +99,8 @@ fn draw(canvas: &mut Canvas, history: &[Losses], title: &str) -> Result<(), std:
 }
 
 /// Rows of pictures of one size as one picture.
-pub fn sheet(rows: &[Vec<Image>]) -> Image {
-    let Some(first) = rows.iter().flatten().next() else { return Image { width: 0, height: 0, rgb: vec![] } };
+pub fn sheet(rows: &[Vec<Picture>]) -> Picture {
+    let Some(first) = rows.iter().flatten().next() else { return Picture { width: 0, height: 0, rgb: vec![] } };
     let (w, h) = (first.width as usize, first.height as usize);
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let mut rgb = vec![255; columns * w * rows.len() * h * 3];
@@ -111,5 +111,5 @@ pub fn sheet(rows: &[Vec<Image>]) -> Image {
             }
         }
     }
-    Image { width: (columns * w) as u32, height: (rows.len() * h) as u32, rgb }
+    Picture { width: (columns * w) as u32, height: (rows.len() * h) as u32, rgb }
 }

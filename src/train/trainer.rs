@@ -5,8 +5,10 @@
 //! prompt share one way down ([`Halves`]); those at guidance 1 have no unconditional half.
 
 use super::rollout::Rollout;
-use super::{Adam, Concept, Form, Halves, HalvesMemory, Kind, Metadata, Module, Objective, Recipe, Variant};
-use crate::engine::{Engine, SessionOptions};
+use super::{Adam, Halves, HalvesMemory, Objective, Recipe, Variant};
+use crate::concept::{Concept, Form, Kind, Metadata, Module};
+use crate::draws::Draws;
+use crate::engine::{Engine, SessionOptions, Size};
 use crate::graph::Keep;
 use crate::{Error, ErrorKind, Result};
 use std::time::{Duration, Instant};
@@ -99,15 +101,9 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::Usage`] for a recipe or size that cannot be, and what the weights have wrong.
-    pub fn new(
-        engine: &Engine,
-        task: Task,
-        recipe: Recipe,
-        seed: u64,
-        (width, height): (usize, usize),
-    ) -> Result<Self> {
+    pub fn new(engine: &Engine, task: Task, recipe: Recipe, seed: u64, size: Size) -> Result<Self> {
         recipe.check()?;
-        let options = SessionOptions { width, height, batch: recipe.batch, guided: true, concepts: true };
+        let options = SessionOptions::new(size).batch(recipe.batch).concepts(true);
         engine.memory(options)?;
         let [batch, _, h, w] = engine.latent_shape(options);
         let form = match recipe.variant {
@@ -121,8 +117,10 @@ impl Trainer {
             Kind::Fair => (None, task.concept.as_str()),
             Kind::Safe => (Some(task.concept.as_str()), task.neutral.as_str()),
         };
-        let prompts = [None, Some(task.neutral.as_str()), base, Some(toward)];
-        let conditioning = engine.condition(&prompts, (width, height))?;
+        let neutral = Some(task.neutral.as_str());
+        let rolling = engine.inputs(&[None, neutral], batch, size)?;
+        let targeting = engine.inputs(&[base, Some(toward)], batch, size)?;
+        let conditioning = engine.inputs(&[neutral], batch, size)?;
         let device = engine.device();
         let (config, tensors, weights) = engine.unet()?;
         let sizes = (batch, h, w, engine.tokens());
@@ -136,12 +134,11 @@ impl Trainer {
             let fits = |memory: &TrainingMemory| memory.halves.weights + memory.halves.activations <= free;
             Some(memory(Keep::All)).filter(fits).unwrap_or_else(|| memory(Keep::Sums))
         });
-        engine
-            .afford(memory.halves.weights + memory.halves.activations, "training; take a smaller picture or batch")?;
+        engine.afford(memory.halves.weights + memory.halves.activations, "training")?;
         let guide = (recipe.rollout_steps, recipe.rollout_guidance);
-        let rollout = Rollout::new(engine, options, form, guide, &conditioning)?;
+        let rollout = Rollout::new(engine, options, form, guide, rolling, targeting)?;
         let mut neutral = Halves::new(device, config, &tensors, &[weights], sizes, Some(memory.keep))?;
-        neutral.condition(&conditioning.pick(&[1], batch).inputs())?;
+        neutral.condition(&conditioning)?;
 
         let shape = engine.bottleneck(options);
         let mut draws = Draws::new(seed, u64::MAX);
@@ -325,27 +322,4 @@ impl Trainer {
 fn diverged(history: &[Losses]) -> Error {
     Error::non_finite(format!("iteration {} gave NaN or infinity; the modules before it are kept", history.len() + 1))
         .advise("lower the learning rates")
-}
-
-/// Random numbers that depend on a seed and a position alone, so that a resumed training draws what it would have
-/// (SplitMix64, Steele et al. 2014).
-pub(super) struct Draws(u64);
-
-impl Draws {
-    pub(super) fn new(seed: u64, position: u64) -> Self {
-        let mut start = Draws(seed);
-        Draws(start.next() ^ position.wrapping_mul(0xd134_2543_de82_ef95))
-    }
-
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// In 0..1.
-    pub(super) fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1u64 << 24) as f32
-    }
 }

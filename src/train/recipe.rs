@@ -1,6 +1,6 @@
 //! How a concept is trained: the paper's table, the official code's, and ours.
 
-use super::Kind;
+use crate::concept::Kind;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! Who gets which concept: exact quotas over the images asked for, or independent draws.
 
 use super::Concept;
-use super::trainer::Draws;
+use crate::draws::Draws;
 use crate::{Error, Result};
 use std::sync::Arc;
 
@@ -137,8 +137,8 @@ pub fn quotas(shares: &[f64], images: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::concept::{Form, Metadata, Module};
     use crate::graph::Shape;
-    use crate::respodiff::{Form, Metadata, Module};
 
     fn group(names: &[&str], shares: Option<Vec<f64>>) -> Group {
         let concept = |name: &&str| {

@@ -14,14 +14,15 @@ pub(crate) struct Shift {
 }
 
 impl Shift {
-    /// Of `lists`, each image's concepts and weights, at a bottleneck of `shape`; images beyond the lists have none.
+    /// The sums of `lists`, each image's concepts and weights, at a bottleneck of `shape`.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a weight that is no number, or a concept of another model.
-    pub(crate) fn new(shape: Shape, images: usize, lists: &[Vec<(Arc<Concept>, f32)>]) -> Result<Self> {
-        let mut shift = Shift { constant: vec![0.0; images * shape.len()], networks: Vec::new() };
+    /// [`crate::ErrorKind::Invalid`] for a weight that is no number, [`crate::ErrorKind::Mismatch`] for a concept of
+    /// another model.
+    pub(crate) fn new(shape: Shape, lists: &[&[(Arc<Concept>, f32)]]) -> Result<Self> {
+        let mut shift = Shift { constant: vec![0.0; lists.len() * shape.len()], networks: Vec::new() };
         for (image, (list, sum)) in lists.iter().zip(shift.constant.chunks_exact_mut(shape.len())).enumerate() {
-            for (concept, weight) in list {
+            for (concept, weight) in *list {
                 if !weight.is_finite() {
                     let name = &concept.metadata.concept;
                     return Err(Error::invalid("concepts", format!("weight {weight} of `{name}` is no number")));

@@ -1,0 +1,29 @@
+//! The checkpoints that `--model` names: nothing is the demo, else a folder or file, else a Hugging Face model id.
+
+use super::progress_bar;
+use crate::Result;
+use crate::weights::Source;
+use crate::weights::hub::{self, HubConfig};
+use std::path::Path;
+
+/// The cache and server that the environment names.
+pub(super) fn hub() -> Result<HubConfig> {
+    HubConfig::from_variables(|name| std::env::var_os(name))
+}
+
+/// Finds a checkpoint, or downloads it.
+pub(super) fn source(model: Option<&str>) -> Result<Source> {
+    let Some(model) = model else { return Ok(Source::demo()) };
+    let path = Path::new(model);
+    if path.exists() || [".safetensors", ".ckpt"].iter().any(|end| model.ends_with(end)) {
+        return Source::open(path);
+    }
+    let bar = progress_bar(0, "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    let folder = hub::resolve(model, &hub()?, &mut |downloaded| {
+        bar.set_length(downloaded.total);
+        bar.set_message(downloaded.file.to_string());
+        bar.set_position(downloaded.bytes);
+    });
+    bar.finish_and_clear();
+    Source::folder(folder?)
+}

@@ -1,0 +1,15 @@
+//! Concepts of RespoDiff (arXiv 2509.15257): learnt tensors that are added to the UNet's bottleneck, their files, and how
+//! they are dealt out to the images of a batch.
+
+mod balance;
+mod file;
+mod import;
+mod module;
+mod pickle;
+mod shift;
+
+pub use balance::{Group, assign, quotas};
+pub use file::{Concept, Kind, Metadata, NumberFormat};
+pub use import::import;
+pub use module::{Form, Module};
+pub(crate) use shift::Shift;

@@ -1,0 +1,24 @@
+//! Random numbers of trainings and quotas.
+
+/// Random numbers that depend on a seed and a position alone, so that a resumed training draws what it would have
+/// (SplitMix64, Steele et al. 2014).
+pub(crate) struct Draws(u64);
+
+impl Draws {
+    pub(crate) fn new(seed: u64, position: u64) -> Self {
+        let mut start = Draws(seed);
+        Draws(start.next() ^ position.wrapping_mul(0xd134_2543_de82_ef95))
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// In 0..1.
+    pub(crate) fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u64 << 24) as f32
+    }
+}

@@ -1,0 +1,134 @@
+//! The choices with which engines and sessions are made, and the memory they come to.
+
+use crate::cpu::MatrixPrecision;
+use crate::device::Device;
+
+/// A picture's width and height in pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Size {
+    /// Columns.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+}
+
+impl Size {
+    /// A size in pixels.
+    pub const fn new(width: usize, height: usize) -> Self {
+        Size { width, height }
+    }
+}
+
+impl std::fmt::Display for Size {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}x{}", self.width, self.height)
+    }
+}
+
+/// The device of an [`crate::Engine`] and the number format of its UNet's linear layers. A [`Device`] alone converts
+/// into it.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+#[must_use]
+pub struct EngineOptions {
+    /// Where networks run.
+    pub device: Device,
+    /// Number format of the UNet's linear layers; only the CPU has others than [`MatrixPrecision::Fp32`].
+    pub precision: MatrixPrecision,
+}
+
+impl EngineOptions {
+    /// Full precision on a device.
+    pub fn new(device: Device) -> Self {
+        EngineOptions { device, precision: MatrixPrecision::Fp32 }
+    }
+
+    /// The same with another number format.
+    pub fn precision(self, precision: MatrixPrecision) -> Self {
+        EngineOptions { precision, ..self }
+    }
+}
+
+impl From<Device> for EngineOptions {
+    fn from(device: Device) -> Self {
+        Self::new(device)
+    }
+}
+
+impl From<&Device> for EngineOptions {
+    fn from(device: &Device) -> Self {
+        Self::new(device.clone())
+    }
+}
+
+/// The shape of the requests that a [`crate::Session`] serves. [`crate::Engine::options`] gives it with the size that the
+/// checkpoint was trained for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+#[must_use]
+pub struct SessionOptions {
+    /// Size of the pictures; both sides are multiples of 8.
+    pub size: Size,
+    /// Images of a request.
+    pub batch: usize,
+    /// True if images may have a guidance scale above 1: classifier-free guidance (Ho and Salimans, arXiv 2207.12598)
+    /// doubles the UNet's batch.
+    pub guided: bool,
+    /// True if images may have concepts.
+    pub concepts: bool,
+}
+
+impl SessionOptions {
+    /// One image at once, with guidance and without concepts.
+    pub const fn new(size: Size) -> Self {
+        SessionOptions { size, batch: 1, guided: true, concepts: false }
+    }
+
+    /// The same for pictures of another size.
+    pub const fn size(self, size: Size) -> Self {
+        SessionOptions { size, ..self }
+    }
+
+    /// The same for so many images at once.
+    pub const fn batch(self, batch: usize) -> Self {
+        SessionOptions { batch, ..self }
+    }
+
+    /// The same with guidance or without.
+    pub const fn guided(self, guided: bool) -> Self {
+        SessionOptions { guided, ..self }
+    }
+
+    /// The same with concepts or without.
+    pub const fn concepts(self, concepts: bool) -> Self {
+        SessionOptions { concepts, ..self }
+    }
+}
+
+/// Bytes of memory of an engine with one session, known before the session allocates anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MemoryPlan {
+    /// Packed weights of all networks, shared between sessions.
+    pub weights: usize,
+    /// The text encoders' activations, shared between sessions.
+    pub text: usize,
+    /// The UNet's activations.
+    pub unet: usize,
+    /// The VAE decoder's activations.
+    pub vae: usize,
+    /// The latents, the sampler's history and coefficients, and one picture; on the CPU these are not counted.
+    pub sampler: usize,
+}
+
+impl MemoryPlan {
+    /// What a session itself allocates.
+    pub fn session(&self) -> usize {
+        self.unet + self.vae + self.sampler
+    }
+
+    /// All of it: what a device holds while the engine's one session samples.
+    pub fn total(&self) -> usize {
+        self.weights + self.text + self.session()
+    }
+}

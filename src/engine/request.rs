@@ -1,0 +1,207 @@
+//! Requests: the images of a batch, each with a prompt, seed, guidance scale and concepts of its own.
+
+use super::text::Conditioning;
+use crate::concept::Concept;
+use crate::diffusion::noise::Rng;
+use crate::diffusion::scheduler::SamplerChoice;
+use crate::image::Picture;
+use std::sync::Arc;
+
+/// A prompt: words, or what [`crate::Engine::encode`] made of them before.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Prompt {
+    /// Words, which are encoded when they are needed.
+    Text(String),
+    /// Encoded words.
+    Encoded(Conditioning),
+}
+
+impl Default for Prompt {
+    fn default() -> Self {
+        Prompt::Text(String::new())
+    }
+}
+
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        Prompt::Text(text.into())
+    }
+}
+
+impl From<String> for Prompt {
+    fn from(text: String) -> Self {
+        Prompt::Text(text)
+    }
+}
+
+impl From<Conditioning> for Prompt {
+    fn from(conditioning: Conditioning) -> Self {
+        Prompt::Encoded(conditioning)
+    }
+}
+
+impl From<&Conditioning> for Prompt {
+    fn from(conditioning: &Conditioning) -> Self {
+        Prompt::Encoded(conditioning.clone())
+    }
+}
+
+/// The latents before the first step.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub enum Start {
+    /// The seed's noise.
+    #[default]
+    Noise,
+    /// This unit noise, `[c, height / 8, width / 8]`.
+    Latents(Arc<[f32]>),
+}
+
+/// One image of a [`Request`].
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+#[must_use]
+pub struct Image {
+    /// The words that say what to show.
+    pub prompt: Prompt,
+    /// The words that say what to stay away from; used with guidance only. `None` is an empty prompt, or where SDXL's
+    /// `model_index.json` says `force_zeros_for_empty_prompt` zeros in place of any prompt's states, as in diffusers.
+    pub negative: Option<Prompt>,
+    /// Seed of the noise, as in diffusers: the same seed makes the same picture in every batch.
+    pub seed: u64,
+    /// Guidance scale; [`crate::Engine::default_guidance`] by default. At 1 or less there is no guidance, as in diffusers.
+    pub guidance: Option<f32>,
+    /// Concepts and their weights, which add up.
+    pub concepts: Vec<(Arc<Concept>, f32)>,
+    /// The latents before the first step.
+    pub start: Start,
+}
+
+impl Image {
+    /// An image of a prompt from seed 0.
+    pub fn new(prompt: impl Into<Prompt>) -> Self {
+        Image { prompt: prompt.into(), ..Image::default() }
+    }
+
+    /// The same away from other words.
+    pub fn negative(self, prompt: impl Into<Prompt>) -> Self {
+        Image { negative: Some(prompt.into()), ..self }
+    }
+
+    /// The same from another seed.
+    pub fn seed(self, seed: u64) -> Self {
+        Image { seed, ..self }
+    }
+
+    /// The same with a guidance scale.
+    pub fn guidance(self, guidance: f32) -> Self {
+        Image { guidance: Some(guidance), ..self }
+    }
+
+    /// The same with one concept more.
+    pub fn concept(mut self, concept: Arc<Concept>, weight: f32) -> Self {
+        self.concepts.push((concept, weight));
+        self
+    }
+
+    /// The same from other latents.
+    pub fn start(self, start: Start) -> Self {
+        Image { start, ..self }
+    }
+}
+
+/// One call for as many images as the session's batch, which share size and sampler.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+#[must_use]
+pub struct Request {
+    /// The images.
+    pub images: Vec<Image>,
+    /// Sampling steps.
+    pub steps: usize,
+    /// Sampler and spacing; the checkpoint's own by default.
+    pub sampler: SamplerChoice,
+    /// The generator that seeds are meant for.
+    pub rng: Rng,
+    /// SDXL alone: width and height of the picture that these are to look made of; their own by default.
+    pub original_size: Option<(usize, usize)>,
+    /// SDXL alone: pixels cut off that picture at its left and its top.
+    pub crop: (usize, usize),
+}
+
+impl Request {
+    /// These images in 50 steps, diffusers' default.
+    pub fn new(images: Vec<Image>) -> Self {
+        Request {
+            images,
+            steps: 50,
+            sampler: SamplerChoice::default(),
+            rng: Rng::default(),
+            original_size: None,
+            crop: (0, 0),
+        }
+    }
+
+    /// The same in so many steps.
+    pub fn steps(self, steps: usize) -> Self {
+        Request { steps, ..self }
+    }
+
+    /// The same by a sampler.
+    pub fn sampler(self, sampler: SamplerChoice) -> Self {
+        Request { sampler, ..self }
+    }
+
+    /// The same with seeds that are meant for another generator.
+    pub fn rng(self, rng: Rng) -> Self {
+        Request { rng, ..self }
+    }
+
+    /// The same with SDXL's size conditioning (arXiv 2307.01952, section 2.2).
+    pub fn conditioned_on_size(self, original_size: Option<(usize, usize)>, crop: (usize, usize)) -> Self {
+        Request { original_size, crop, ..self }
+    }
+}
+
+impl From<Image> for Request {
+    fn from(image: Image) -> Self {
+        Request::new(vec![image])
+    }
+}
+
+/// How far a run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Progress {
+    /// This many UNet calls of `total` are done.
+    Step {
+        /// Calls done.
+        done: usize,
+        /// Calls in all; some samplers make one more than the steps asked for.
+        total: usize,
+    },
+    /// This many images of `total` are decoded.
+    Decoded {
+        /// Images done.
+        done: usize,
+        /// Images in all.
+        total: usize,
+    },
+}
+
+/// The result of a run.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct Output {
+    /// The pictures, in the order of the request's images.
+    pub pictures: Vec<Picture>,
+    /// The final latents, `[batch, c, height / 8, width / 8]`, as the UNet sees them (the VAE's scale not yet undone).
+    pub latents: Vec<f32>,
+}
+
+impl std::fmt::Debug for Output {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Output {{ pictures: {:?}, latents: [{} numbers] }}", self.pictures, self.latents.len())
+    }
+}
