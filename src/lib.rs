@@ -113,3 +113,8 @@ pub use train::{Losses, Recipe, Task, Trainer};
 pub use weights::Source;
 #[cfg(feature = "download")]
 pub use weights::hub;
+
+/// The README's example is compiled and run as a test.
+#[cfg(all(doctest, feature = "demo"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -130,8 +130,8 @@ impl Engine {
         Shape::new(1, halved(h), halved(w), levels.last().map_or(0, |level| level.channels))
     }
 
-    /// Where it runs.
-    pub(crate) fn device(&self) -> &Device {
+    /// The device that it runs on.
+    pub fn device(&self) -> &Device {
         &self.0.device
     }
 
