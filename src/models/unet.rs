@@ -31,10 +31,11 @@ pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize
     net.g.finish()
 }
 
-/// The same UNet cut after the middle block, for training: the way there, and from there on.
+/// The same UNet cut after the middle block, for training: the down path with the middle block, and the up path.
 ///
-/// The first graph has the inputs of [`unet`] and the outputs `mid`, `time` (what the resnets read of the timestep) and
-/// `skip.0`, `skip.1`, ...; the second reads these and `encoder_hidden_states`, and its output is `sample`.
+/// The first graph has the inputs of [`unet`] except for `shift`. Its outputs are `mid`, `time` (the timestep as
+/// residual blocks read it) and `skip.0`, `skip.1`, ... The second graph reads these and `encoder_hidden_states`; its
+/// output is `sample`.
 pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize) -> (Graph, Graph) {
     let mut g = GraphBuilder::new();
     let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
@@ -62,11 +63,12 @@ pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens
     (first, second.g.finish())
 }
 
-/// The timestep, and in SDXL the picture's sizes and the pooled prompt, as every resnet reads them.
+/// The embedding that every residual block reads: of the timestep, and in SDXL of the image's sizes and the pooled
+/// prompt.
 fn time_embedding(g: &mut GraphBuilder, config: &UNetConfig, batch: usize) -> TensorId {
     let (flip, shift) = (config.flip_sin_to_cos, config.freq_shift);
     let timestep = g.input("timestep", Shape::new(batch, 1, 1, 1));
-    let time: Sources = g.sinusoid("time_proj", timestep, config.levels[0].channels, flip, shift).into(); // [n, 1, 1, c]
+    let time = g.sinusoid("time_proj", timestep, config.levels[0].channels, flip, shift); // [n, 1, 1, c]
     let embed = |g: &mut GraphBuilder, name: &str, x: Sources, residual| {
         let silu = ConvOptions { activation: Activation::Silu, ..ConvOptions::default() };
         let x = g.linear(&format!("{name}.linear_1"), x, config.time_embedding_dim, silu); // [n, 1, 1, time]
@@ -79,8 +81,8 @@ fn time_embedding(g: &mut GraphBuilder, config: &UNetConfig, batch: usize) -> Te
         let ids = g.sinusoid("add_time_proj", ids, added.time_embed_dim, flip, shift); // [n, 1, 1, 6 * time_embed_dim]
         embed(g, "add_embedding", Sources { x: text, skip: Some(ids) }, None)
     });
-    let x = embed(g, "time_embedding", time, added);
-    // Every resnet begins with this.
+    let x = embed(g, "time_embedding", time.into(), added);
+    // Every residual block applies SiLU to it first.
     g.activate("time_embedding.silu", x, Activation::Silu) // [n, 1, 1, time]
 }
 
@@ -89,13 +91,14 @@ struct UNet<'a> {
     g: GraphBuilder,
     time: TensorId,
     context: TensorId,
-    /// The timestep as the next resnet reads it, and those behind it: see [`UNet::project_time`].
+    /// The projected timestep of the next residual block, followed by those of the blocks after it: see
+    /// [`UNet::project_time`].
     projected: View,
 }
 
 impl UNet<'_> {
-    /// The timestep projected for resnets, of given names and channels, in one product: each has a few rows of a wide matrix,
-    /// and as many products would each wait for their part of it.
+    /// Projects the timestep for residual blocks of given names and channels in one product. One product per block
+    /// would have only a few rows of its own, and each would wait for its own part of the wide weight matrix.
     fn project_time(&mut self, resnets: Vec<(String, usize)>) {
         let each = if self.config.time_scale_shift { 2 } else { 1 };
         let names: Vec<String> = resnets.iter().map(|(name, _)| format!("{name}.time_emb_proj")).collect();
@@ -103,7 +106,7 @@ impl UNet<'_> {
         self.projected = self.g.fused("time_emb_proj", &names, self.time, &outputs, ConvOptions::default()).into();
     }
 
-    /// The coarsest activation, and those that the way up reads again.
+    /// The down path: returns the coarsest activation and the skip connections, which the up path reads again.
     fn down(&mut self, sample: TensorId) -> (TensorId, Vec<TensorId>) {
         let levels = &self.config.levels;
         let resnets = levels.iter().enumerate().flat_map(|(i, level)| {
@@ -141,7 +144,7 @@ impl UNet<'_> {
         self.resnet("mid_block.resnets.1", x, level.channels, scale)
     }
 
-    /// The transform of the bottleneck, where any is wanted.
+    /// Adds the input `shift` to the bottleneck of the last `shifted` rows, if there are any.
     fn shift(&mut self, x: TensorId, shifted: usize) -> TensorId {
         if shifted == 0 {
             return x;
@@ -150,7 +153,7 @@ impl UNet<'_> {
         self.g.shift("mid_block.shift", x, shift) // [n, h, w, c]
     }
 
-    /// From the bottleneck to the output `sample`.
+    /// The up path, from the bottleneck to the output `sample`.
     fn up(&mut self, mut x: TensorId, skips: &mut Vec<TensorId>) {
         let resnets = self.config.levels.iter().rev().enumerate().flat_map(|(i, level)| {
             (0..=level.layers).map(move |j| (format!("up_blocks.{i}.resnets.{j}"), level.channels))
@@ -165,7 +168,7 @@ impl UNet<'_> {
                     x = self.transformer(&format!("{name}.attentions.{j}"), x, level, level.only_cross_attention);
                 }
             }
-            // To the size that the next level had on the way down, which need not be twice this one.
+            // The size that the next level had on the down path, which need not be twice this one.
             if let Some(&skip) = skips.last() {
                 let Shape { h, w, .. } = self.g.shape(skip);
                 x = upsample(&mut self.g, &name, x, (h, w), 1.0); // [n, h, w, c]

@@ -7,8 +7,8 @@ use crate::graph::{ConvOptions, Graph, GraphBuilder, Shape, TensorId};
 /// Added to the variance in all norms of the VAE.
 const EPS: f32 = 1e-6;
 
-/// What flows between the VAE's layers is this much smaller than in the checkpoint's terms. SDXL's reaches beyond fp16's
-/// 65,504; as every reader is a norm, the result is the same, and a power of two rounds nothing.
+/// Factor by which the activations between the VAE's layers are smaller than the checkpoint means them to be. SDXL's
+/// exceed fp16's 65,504. Every reader of them is a norm, so the result is the same, and a power of two rounds nothing.
 const SHRINK: f32 = 1.0 / 32.0;
 
 /// The decoder for latents of `h` by `w`.
@@ -71,27 +71,31 @@ fn resnet(config: &VaeConfig) -> Resnet {
     Resnet { groups: config.norm_num_groups, eps: EPS, time: Time::None, scale: 1.0, shrink: SHRINK }
 }
 
-/// The convolution that what is shrunk comes from.
+/// The first convolution, from which the shrunk activations come.
 fn first() -> ConvOptions {
     ConvOptions { gain: SHRINK, bias_gain: SHRINK, ..ConvOptions::conv3x3() }
 }
 
-/// Two resnets and, between them, attention with one head.
+/// Two residual blocks and, between them, attention with one head.
 fn middle(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId) -> TensorId {
     let channels = g.shape(x).c;
     let mut x = resnet(config).build(g, &format!("{name}.mid_block.resnets.0"), x, channels);
     if config.mid_block_add_attention {
         let name = format!("{name}.mid_block.attentions.0");
-        let y =
-            g.group_norm(&format!("{name}.group_norm"), x, config.norm_num_groups, EPS * SHRINK * SHRINK, false, None); // [n, h, w, c]
+        let y = norm(g, config, &format!("{name}.group_norm"), x, false); // [n, h, w, c]
         let add = ConvOptions { residual: Some(x), kernel: 1, pad: 0, pad_end: 0, ..first() };
         x = attention(g, &name, y, None, 1, true, add);
     }
     resnet(config).build(g, &format!("{name}.mid_block.resnets.1"), x, channels)
 }
 
+/// A group norm of shrunk activations, with the epsilon that belongs to them.
+fn norm(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId, silu: bool) -> TensorId {
+    g.group_norm(name, x, config.norm_num_groups, EPS * SHRINK * SHRINK, silu, None)
+}
+
+/// The last norm and the convolution after it.
 fn finish(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId, channels: usize) -> TensorId {
-    let x =
-        g.group_norm(&format!("{name}.conv_norm_out"), x, config.norm_num_groups, EPS * SHRINK * SHRINK, true, None); // [n, h, w, c]
+    let x = norm(g, config, &format!("{name}.conv_norm_out"), x, true); // [n, h, w, c]
     g.conv(&format!("{name}.conv_out"), x, channels, ConvOptions::conv3x3()) // [n, h, w, channels]
 }
