@@ -12,7 +12,7 @@
 
 use rayon::prelude::*;
 use respodiff::cpu::{Executor, Fp32, Weights, isa};
-use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Keep, Shape, TensorId, View};
+use respodiff::graph::{Activation, ConvOptions, Extent, Graph, GraphBuilder, Keep, Shape, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
 use safetensors::Dtype;
@@ -68,7 +68,7 @@ fn kernels() -> Vec<(&'static str, Dtype, Graph)> {
         ("fp16", Dtype::F16, linear(rows(12, 10240), 8, Activation::None)),
         ("convolution", Dtype::F32, conv(image, 2, None)),
         ("winograd", Dtype::F32, conv(image, 1, None)),
-        ("winograd doubled", Dtype::F32, conv(image, 1, Some((32, 32)))),
+        ("winograd doubled", Dtype::F32, conv(image, 1, Some(Extent::square(32)))),
         ("attention", Dtype::F32, attention()),
         ("attention gradient", Dtype::F32, gradient(attention())),
         ("group norm", Dtype::F32, group_norm()),

@@ -3,7 +3,7 @@
 mod support;
 
 use respodiff::cpu::{Executor, Fp32, Weights};
-use respodiff::graph::{Activation, ConvOptions, GraphBuilder, Keep, Shape, Sources, TensorId, View};
+use respodiff::graph::{Activation, ConvOptions, Extent, GraphBuilder, Keep, Shape, Sources, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
 use safetensors::Dtype;
@@ -95,16 +95,9 @@ fn silu(x: f64) -> f64 {
 }
 
 /// A plain convolution of `[n, h, w, c]` (channels `c`, of which the weight reads all), stride 1.
-fn conv(
-    x: &[f64],
-    shape: Shape,
-    weight: &[f64],
-    bias: &[f64],
-    kernel: usize,
-    resize: Option<(usize, usize)>,
-) -> Numbers {
+fn conv(x: &[f64], shape: Shape, weight: &[f64], bias: &[f64], kernel: usize, resize: Option<Extent>) -> Numbers {
     let (outputs, pad) = (bias.len(), kernel / 2);
-    let (h, w) = resize.unwrap_or((shape.h, shape.w));
+    let Extent { h, w } = resize.unwrap_or(shape.extent());
     let mut out = vec![0.0; shape.n * h * w * outputs];
     for n in 0..shape.n {
         for (y, x0, o) in (0..h * w * outputs).map(|i| (i / outputs / w, i / outputs % w, i % outputs)) {
@@ -128,8 +121,9 @@ fn conv(
 
 #[test]
 fn convolutions() {
+    let to = |h, w| Some(Extent { h, w });
     for (kernel, c, outputs, resize) in
-        [(1, 5, 7, None), (3, 5, 35, None), (3, 33, 4, None), (3, 6, 5, Some((8, 10))), (3, 4, 9, Some((7, 9)))]
+        [(1, 5, 7, None), (3, 5, 35, None), (3, 33, 4, None), (3, 6, 5, to(8, 10)), (3, 4, 9, to(7, 9))]
     {
         let shape = Shape::new(2, 4, 5, c);
         let options = ConvOptions { resize, ..if kernel == 3 { ConvOptions::conv3x3() } else { Default::default() } };

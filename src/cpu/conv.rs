@@ -11,7 +11,7 @@ use super::rounded::{Block, Rounded};
 use super::simd::{dispatch, gelu, quick_gelu, silu};
 use super::weights::source_column;
 use super::{Memory, SharedOutput, Weights, winograd, with_scratch};
-use crate::graph::{Activation, Conv, Shape, TensorId};
+use crate::graph::{Activation, Conv, Extent, Shape, TensorId};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -40,7 +40,7 @@ pub(super) struct Task<'a> {
     sources: [Source<'a>; 2],
     /// Shape of the input as stored, and the height and width that the kernel sees after the resize.
     input: Shape,
-    seen: (usize, usize),
+    seen: Extent,
     pub output: Shape,
     /// Columns of the matrix: `output.c`, or twice that if gated.
     pub columns: usize,
@@ -66,7 +66,7 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
         conv,
         sources,
         input,
-        seen: conv.resize.unwrap_or((input.h, input.w)),
+        seen: conv.resize.unwrap_or(input.extent()),
         output: shape,
         columns: if gated { 2 * shape.c } else { shape.c },
         depth: conv.kernel * conv.kernel * conv.sources.iter().map(|t| memory.shape(t).c).sum::<usize>(),
@@ -123,19 +123,19 @@ impl Task<'_> {
 
     /// True if the padded image is one border row, then pairs of equal rows, and the same in columns.
     pub fn doubled(&self) -> bool {
-        self.conv.pad == 1 && self.seen == (2 * self.input.h, 2 * self.input.w)
+        self.conv.pad == 1 && self.seen == self.input.extent().doubled()
     }
 
     /// The index of the sources' pixel at a row and a column of the padded image; `None` outside the image.
     pub fn pixel(&self, image: usize, y: usize, x: usize) -> Option<usize> {
-        let (height, width) = self.seen;
+        let Extent { h, w } = self.seen;
         // Rows and columns before the image wrap around to huge numbers, which fail the test below.
         let (y, x) = (y.wrapping_sub(self.conv.pad), x.wrapping_sub(self.conv.pad));
-        if y >= height || x >= width {
+        if y >= h || x >= w {
             return None;
         }
         let (y, x) = match self.conv.resize {
-            Some(_) => (y * self.input.h / height, x * self.input.w / width),
+            Some(_) => (y * self.input.h / h, x * self.input.w / w),
             None => (y, x),
         };
         Some((image * self.input.h + y) * self.input.w + x)

@@ -14,9 +14,9 @@ use crate::cpu::MatrixPrecision;
 use crate::device::{Device, Executor, Weights};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
-use crate::graph::{Graph, Shape};
+use crate::graph::{Extent, Graph, Shape};
 use crate::models::tokenizer::Encoded;
-use crate::models::{UNetConfig, VaeConfig, unet, vae_decoder};
+use crate::models::{UNetConfig, UNetInput, VaeConfig, unet, vae_decoder};
 use crate::plan::Plan;
 use crate::respodiff::Concept;
 use crate::weights::{Source, Tensors};
@@ -218,8 +218,9 @@ impl Engine {
         let (text, (unet_weights, vae_weights)) = rayon::join(
             || TextEncoders::open(source, device, &unet_config),
             || {
-                let unet = || load("unet", unet(&unet_config, 1, 8, 8, 1, 0), precision);
-                rayon::join(unet, || load("vae", vae_decoder(&vae, 1, 8, 8), MatrixPrecision::Fp32))
+                let unet = || load("unet", unet(&unet_config, UNetInput::default()), precision);
+                let vae = || load("vae", vae_decoder(&vae, 1, Extent::square(8)), MatrixPrecision::Fp32);
+                rayon::join(unet, vae)
             },
         );
         // In this order, whichever of several problems was found first.
@@ -354,7 +355,7 @@ impl Engine {
         Ok(Plans {
             unet: self.unet_plan(options)?,
             text: text.plans(device, if options.guided { 2 } else { 1 }),
-            vae: device.plan(vae_decoder(&vae.config, 1, h, w), &[]),
+            vae: device.plan(vae_decoder(&vae.config, 1, Extent { h, w }), &[]),
         })
     }
 
@@ -375,8 +376,8 @@ impl Engine {
         let rows = if guided { 2 * batch } else { batch };
         let shifted = if concepts { batch } else { 0 };
         let Parts { device, text, unet: network, .. } = &*self.0;
-        let unet = unet(&network.config, rows, height / scale, width / scale, text.tokens(), shifted);
-        Ok(device.plan(unet, UNET_CONSTANTS))
+        let input = UNetInput { rows, h: height / scale, w: width / scale, tokens: text.tokens(), shifted };
+        Ok(device.plan(unet(&network.config, input), UNET_CONSTANTS))
     }
 
     /// Plans and allocates the UNet with its sampler alone.

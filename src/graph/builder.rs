@@ -13,8 +13,8 @@ pub struct ConvOptions {
     pub pad: usize,
     /// Zeros below and right: equal to `pad`, except in the VAE's asymmetric downsampling.
     pub pad_end: usize,
-    /// Nearest-neighbour resize of the input to this height and width before the convolution.
-    pub resize: Option<(usize, usize)>,
+    /// Nearest-neighbour resize of the input to this size before the convolution.
+    pub resize: Option<Extent>,
     /// True if there is a bias.
     pub bias: bool,
     /// `[n, 1, 1, c]` to add to every pixel of its image.
@@ -139,7 +139,7 @@ impl GraphBuilder {
         let sources = sources.into();
         let input = self.shape(sources.x);
         let channels: usize = sources.iter().map(|t| self.shape(t).c).sum();
-        let (h, w) = options.resize.unwrap_or((input.h, input.w));
+        let Extent { h, w } = options.resize.unwrap_or(input.extent());
         let span = |size: usize| (size + options.pad + options.pad_end - options.kernel) / options.stride + 1;
         let total: usize = outputs.iter().sum();
         let gated = options.activation == Activation::Geglu;

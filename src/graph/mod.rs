@@ -34,6 +34,11 @@ impl Shape {
         Shape { n, h, w, c }
     }
 
+    /// Height and width.
+    pub fn extent(&self) -> Extent {
+        Extent { h: self.h, w: self.w }
+    }
+
     /// Tokens of one image: `h * w`.
     pub fn tokens(&self) -> usize {
         self.h * self.w
@@ -58,6 +63,27 @@ impl Shape {
 impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "[{}, {}, {}, {}]", self.n, self.h, self.w, self.c)
+    }
+}
+
+/// Height and width of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Extent {
+    /// Rows.
+    pub h: usize,
+    /// Columns.
+    pub w: usize,
+}
+
+impl Extent {
+    /// As many rows as columns.
+    pub fn square(side: usize) -> Self {
+        Extent { h: side, w: side }
+    }
+
+    /// Twice the height and the width.
+    pub fn doubled(self) -> Self {
+        Extent { h: 2 * self.h, w: 2 * self.w }
     }
 }
 
@@ -209,8 +235,8 @@ pub struct Conv {
     pub stride: usize,
     /// Zero rows above and zero columns left of the input; those below and right follow from the output's size.
     pub pad: usize,
-    /// Nearest-neighbour resize of the input to this height and width, folded into the read.
-    pub resize: Option<(usize, usize)>,
+    /// Nearest-neighbour resize of the input to this size, folded into the read.
+    pub resize: Option<Extent>,
     /// `[n, 1, 1, c]` added to every pixel of its image (the time embedding).
     pub per_image: Option<View>,
     /// Multiplies the product. With `bias_gain` it scales down a network that would otherwise leave fp16's range.

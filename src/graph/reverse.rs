@@ -222,7 +222,7 @@ impl Reverse {
             return;
         }
         let shape = self.builder.shape(x);
-        let (h, w) = conv.resize.unwrap_or((shape.h, shape.w));
+        let Extent { h, w } = conv.resize.unwrap_or(shape.extent());
         let spec = self.builder.graph.weight(conv.weight).clone();
         let inputs = spec.width / (conv.kernel * conv.kernel);
         let kind = WeightKind::Mirrored { kernel: conv.kernel, inputs, wanted: shape.c };

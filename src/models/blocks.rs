@@ -1,6 +1,6 @@
 //! Blocks that the UNet and the VAE share.
 
-use crate::graph::{ConvOptions, GraphBuilder, Sources, TensorId, View};
+use crate::graph::{ConvOptions, Extent, GraphBuilder, Sources, TensorId, View};
 
 /// How the timestep enters a residual block.
 #[derive(Clone, Copy)]
@@ -97,9 +97,9 @@ pub(super) fn attention(
     g.linear(&layer("to_out.0"), x, channels, last) // [n, h, w, c]
 }
 
-/// A nearest-neighbour resize to `h`, `w`, then a convolution; `shrink` as in [`Resnet`].
-pub(super) fn upsample(g: &mut GraphBuilder, name: &str, x: TensorId, (h, w): (usize, usize), shrink: f32) -> TensorId {
-    let options = ConvOptions { resize: Some((h, w)), bias_gain: shrink, ..ConvOptions::conv3x3() };
+/// A nearest-neighbour resize to `size`, then a convolution; `shrink` as in [`Resnet`].
+pub(super) fn upsample(g: &mut GraphBuilder, name: &str, x: TensorId, size: Extent, shrink: f32) -> TensorId {
+    let options = ConvOptions { resize: Some(size), bias_gain: shrink, ..ConvOptions::conv3x3() };
     let channels = g.shape(x).c;
     g.conv(&format!("{name}.upsamplers.0.conv"), x, channels, options) // [n, h, w, c]
 }

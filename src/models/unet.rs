@@ -10,23 +10,44 @@ const TRANSFORMER_EPS: f32 = 1e-6;
 /// Added to the variance in layer norms.
 const LAYER_EPS: f32 = 1e-5;
 
-/// The UNet for latents of `h` by `w` and prompts of `tokens` tokens, the bottleneck of whose last `shifted` images can
-/// be shifted.
+/// The sizes of a UNet's inputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UNetInput {
+    /// Rows of the batch: one per image, or with guidance (CFG) two, the unconditional ones first.
+    pub rows: usize,
+    /// Height of the latents.
+    pub h: usize,
+    /// Width of the latents.
+    pub w: usize,
+    /// Tokens of a prompt.
+    pub tokens: usize,
+    /// The bottleneck of this many rows, the last ones, can be shifted. [`unet_halves`] ignores it.
+    pub shifted: usize,
+}
+
+impl Default for UNetInput {
+    /// A small input, for a graph of which only the weights are used: these do not depend on the input's sizes.
+    fn default() -> Self {
+        UNetInput { rows: 1, h: 8, w: 8, tokens: 1, shifted: 0 }
+    }
+}
+
+/// The UNet for inputs of given sizes.
 ///
-/// Inputs: `sample` `[n, h, w, in_channels]`, `timestep` `[n, 1, 1, 1]`, `encoder_hidden_states`
-/// `[n, 1, tokens, cross_attention_dim]`; for SDXL `text_embeds` `[n, 1, 1, text_embed_dim]` and `time_ids`
-/// `[n, 1, 1, 6]`; unless `shifted` is 0 `shift` `[shifted, h', w', c]`. Outputs: `sample` `[n, h, w, out_channels]` and
-/// `mid`, the middle block's before the shift.
-pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize, shifted: usize) -> Graph {
+/// Inputs: `sample` `[rows, h, w, in_channels]`, `timestep` `[rows, 1, 1, 1]`, `encoder_hidden_states`
+/// `[rows, 1, tokens, cross_attention_dim]`; for SDXL also `text_embeds` `[rows, 1, 1, text_embed_dim]` and `time_ids`
+/// `[rows, 1, 1, 6]`; unless `shifted` is 0 also `shift` `[shifted, h', w', c]`. Outputs: `sample`
+/// `[rows, h, w, out_channels]`, and `mid` `[rows, h', w', c]`, the bottleneck before the shift.
+pub fn unet(config: &UNetConfig, input: UNetInput) -> Graph {
     let mut g = GraphBuilder::new();
-    let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
-    let time = time_embedding(&mut g, config, batch);
-    let context = g.input("encoder_hidden_states", Shape::new(batch, 1, tokens, config.cross_attention_dim));
+    let sample = sample(&mut g, config, input);
+    let time = time_embedding(&mut g, config, input.rows);
+    let context = context(&mut g, config, input);
     let mut net = UNet { config, g, time, context, projected: time.into() };
     let (x, mut skips) = net.down(sample);
     let x = net.middle(x);
     net.g.output("mid", x);
-    let x = net.shift(x, shifted);
+    let x = net.shift(x, input.shifted);
     net.up(x, &mut skips);
     net.g.finish()
 }
@@ -36,13 +57,12 @@ pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize
 /// The first graph has the inputs of [`unet`] except for `shift`. Its outputs are `mid`, `time` (the timestep as
 /// residual blocks read it) and `skip.0`, `skip.1`, ... The second graph reads these and `encoder_hidden_states`; its
 /// output is `sample`.
-pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize) -> (Graph, Graph) {
+pub fn unet_halves(config: &UNetConfig, input: UNetInput) -> (Graph, Graph) {
     let mut g = GraphBuilder::new();
-    let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
-    let time = time_embedding(&mut g, config, batch);
-    let states = Shape::new(batch, 1, tokens, config.cross_attention_dim);
-    let context = g.input("encoder_hidden_states", states);
-    let mut first = UNet { config, g, time, context, projected: time.into() };
+    let sample = sample(&mut g, config, input);
+    let time = time_embedding(&mut g, config, input.rows);
+    let states = context(&mut g, config, input);
+    let mut first = UNet { config, g, time, context: states, projected: time.into() };
     let (x, skips) = first.down(sample);
     let x = first.middle(x);
     first.g.output("mid", x);
@@ -55,7 +75,7 @@ pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens
     let mut g = GraphBuilder::new();
     let x = g.input("mid", first.shape(x));
     let time = g.input("time", first.shape(time));
-    let context = g.input("encoder_hidden_states", states);
+    let context = context(&mut g, config, input);
     let mut skips: Vec<TensorId> =
         skips.iter().enumerate().map(|(i, &skip)| g.input(&format!("skip.{i}"), first.shape(skip))).collect();
     let mut second = UNet { config, g, time, context, projected: time.into() };
@@ -63,11 +83,21 @@ pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens
     (first, second.g.finish())
 }
 
+/// The latents.
+fn sample(g: &mut GraphBuilder, config: &UNetConfig, input: UNetInput) -> TensorId {
+    g.input("sample", Shape::new(input.rows, input.h, input.w, config.in_channels))
+}
+
+/// The states of the prompts, which cross attention reads.
+fn context(g: &mut GraphBuilder, config: &UNetConfig, input: UNetInput) -> TensorId {
+    g.input("encoder_hidden_states", Shape::new(input.rows, 1, input.tokens, config.cross_attention_dim))
+}
+
 /// The embedding that every residual block reads: of the timestep, and in SDXL of the image's sizes and the pooled
 /// prompt.
-fn time_embedding(g: &mut GraphBuilder, config: &UNetConfig, batch: usize) -> TensorId {
+fn time_embedding(g: &mut GraphBuilder, config: &UNetConfig, rows: usize) -> TensorId {
     let (flip, shift) = (config.flip_sin_to_cos, config.freq_shift);
-    let timestep = g.input("timestep", Shape::new(batch, 1, 1, 1));
+    let timestep = g.input("timestep", Shape::new(rows, 1, 1, 1));
     let time = g.sinusoid("time_proj", timestep, config.levels[0].channels, flip, shift); // [n, 1, 1, c]
     let embed = |g: &mut GraphBuilder, name: &str, x: Sources, residual| {
         let silu = ConvOptions { activation: Activation::Silu, ..ConvOptions::default() };
@@ -76,8 +106,8 @@ fn time_embedding(g: &mut GraphBuilder, config: &UNetConfig, batch: usize) -> Te
         g.linear(&format!("{name}.linear_2"), x, config.time_embedding_dim, add) // [n, 1, 1, time]
     };
     let added = config.text_time.as_ref().map(|added| {
-        let text = g.input("text_embeds", Shape::new(batch, 1, 1, added.text_embed_dim));
-        let ids = g.input("time_ids", Shape::new(batch, 1, 1, 6));
+        let text = g.input("text_embeds", Shape::new(rows, 1, 1, added.text_embed_dim));
+        let ids = g.input("time_ids", Shape::new(rows, 1, 1, 6));
         let ids = g.sinusoid("add_time_proj", ids, added.time_embed_dim, flip, shift); // [n, 1, 1, 6 * time_embed_dim]
         embed(g, "add_embedding", Sources { x: text, skip: Some(ids) }, None)
     });
@@ -170,8 +200,8 @@ impl UNet<'_> {
             }
             // The size that the next level had on the down path, which need not be twice this one.
             if let Some(&skip) = skips.last() {
-                let Shape { h, w, .. } = self.g.shape(skip);
-                x = upsample(&mut self.g, &name, x, (h, w), 1.0); // [n, h, w, c]
+                let size = self.g.shape(skip).extent();
+                x = upsample(&mut self.g, &name, x, size, 1.0); // [n, h, w, c]
             }
         }
         let (groups, eps) = (self.config.norm_num_groups, self.config.norm_eps);

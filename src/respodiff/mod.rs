@@ -16,7 +16,7 @@ mod trainer;
 
 pub use balance::{Group, assign, quotas};
 pub use concept::{Concept, Kind, Metadata, Precision};
-pub use halves::{Halves, HalvesMemory, Sizes};
+pub use halves::{Halves, HalvesMemory};
 pub use import::import;
 pub use module::{Form, Module};
 pub use objective::{Adam, Objective, Slope};

@@ -8,6 +8,7 @@ use super::rollout::Rollout;
 use super::{Adam, Concept, Form, Halves, HalvesMemory, Kind, Metadata, Module, Objective, Recipe, Variant};
 use crate::engine::{Engine, SessionOptions};
 use crate::graph::Keep;
+use crate::models::UNetInput;
 use crate::{Error, Result};
 use std::time::{Duration, Instant};
 
@@ -125,10 +126,10 @@ impl Trainer {
         let conditioning = engine.condition(&prompts, (width, height))?;
         let device = engine.device();
         let (config, tensors, weights) = engine.unet()?;
-        let sizes = (batch, h, w, engine.tokens());
+        let input = UNetInput { rows: batch, h, w, tokens: engine.tokens(), shifted: 0 };
         let rollouts = Rollout::memory(engine, options, form)?;
         let memory = |keep| {
-            let halves = rollouts + Halves::memory(device, config, weights, sizes, Some(keep));
+            let halves = rollouts + Halves::memory(device, config, weights, input, Some(keep));
             TrainingMemory { model: weights.bytes(), halves, keep }
         };
         // A forward pass more an iteration only where memory is short.
@@ -140,7 +141,7 @@ impl Trainer {
             .afford(memory.halves.weights + memory.halves.activations, "training; take a smaller picture or batch")?;
         let guide = (recipe.rollout_steps, recipe.rollout_guidance);
         let rollout = Rollout::new(engine, options, form, guide, &conditioning)?;
-        let mut neutral = Halves::new(device, config, &tensors, &[weights], sizes, Some(memory.keep))?;
+        let mut neutral = Halves::new(device, config, &tensors, &[weights], input, Some(memory.keep))?;
         neutral.condition(&conditioning.pick(&[1], batch).inputs())?;
 
         let shape = engine.bottleneck(options);
