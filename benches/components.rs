@@ -24,7 +24,8 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
         let plan = Plan::new(graph, respodiff::engine::UNET_CONSTANTS, &cpu::Fp32);
         println!("{name} {component}: arena {:.1} MiB", plan.arena_bytes() as f64 / (1 << 20) as f64);
         let tensors = source.tensors(component).expect("weights");
-        let weights = cpu::Weights::load(plan.graph().weights(), &tensors).expect("weights");
+        let weights =
+            cpu::Weights::load(plan.graph().weights(), &tensors, &[], cpu::MatrixPrecision::Fp32).expect("weights");
         let plan = Arc::new(plan);
         let mut executor = cpu::Executor::new(plan.clone(), weights).expect("weights of this plan");
         if component == "unet" {

@@ -11,7 +11,7 @@
 //! with `components`.
 
 use rayon::prelude::*;
-use respodiff::cpu::{Executor, Fp32, Weights, isa};
+use respodiff::cpu::{Executor, Fp32, MatrixPrecision, Weights, isa};
 use respodiff::graph::{Activation, ConvOptions, Extent, Graph, GraphBuilder, Keep, Shape, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -96,7 +96,8 @@ fn run(wanted: &str) {
     let (folder, _) = support::weights(&graph, format);
     let tensors = Source::folder(folder.path()).expect("a checkpoint").tensors("unet").expect("its weights");
     let plan = Arc::new(Plan::new(graph, &[], &Fp32));
-    let weights = Weights::load(plan.graph().weights(), &tensors).expect("weights of this graph");
+    let weights =
+        Weights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).expect("weights of this graph");
     let mut executor = Executor::new(plan.clone(), weights).expect("memory");
     for (name, seed) in [("x", 1), ("d.y", 2)] {
         if let Some(input) = plan.graph().find_input(name) {

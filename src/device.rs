@@ -69,7 +69,7 @@ impl Device {
             }
             Device::Cpu => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cpu()).collect();
-                Weights::Cpu(cpu::Weights::load_beside(specs, tensors, &others, precision)?)
+                Weights::Cpu(cpu::Weights::load(specs, tensors, &others, precision)?)
             }
             Device::Cuda(device) => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cuda()).collect();

@@ -1,7 +1,7 @@
 //! Plans, weights and inputs that do not belong together are errors, on every device, before anything is read or
 //! written.
 
-use respodiff::cpu::{self, Fp32};
+use respodiff::cpu::{self, Fp32, MatrixPrecision};
 use respodiff::cuda::Limits;
 use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape};
 use respodiff::models::{ClipConfig, text_encoder};
@@ -24,7 +24,7 @@ fn plan(graph: Graph, storage: &dyn Storage) -> Arc<Plan> {
 }
 
 fn on_cpu(graph: &Graph) -> Arc<cpu::Weights> {
-    cpu::Weights::load(graph.weights(), &Tensors::random()).unwrap()
+    cpu::Weights::load(graph.weights(), &Tensors::random(), &[], MatrixPrecision::Fp32).unwrap()
 }
 
 #[test]

@@ -48,7 +48,7 @@ impl Case {
         let (folder, by_name) = weights(&graph, self.format);
         let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
         let plan = Arc::new(Plan::new(graph, &[], &Fp32));
-        let loaded = Weights::load_beside(plan.graph().weights(), &tensors, &[], self.precision).unwrap();
+        let loaded = Weights::load(plan.graph().weights(), &tensors, &[], self.precision).unwrap();
         let mut executor = Executor::new(plan.clone(), loaded).unwrap();
         for (name, numbers) in [("x", x), ("skip", skip), ("residual", residual)] {
             if plan.graph().find_input(name).is_some() {

@@ -78,21 +78,13 @@ impl Form {
 struct Memory(MmapMut);
 
 impl Weights {
-    /// Reads and packs all of `specs`. No tensor is ever held in two forms.
+    /// Reads and packs `specs`, with linear layers in `precision`. Weights that `others`, from the same checkpoint, hold
+    /// already are shared with them, and no tensor is ever held in two forms.
     ///
     /// # Errors
     /// Those of [`Tensors::stored`], [`crate::Error::Checkpoint`] for a number that is not finite, or
     /// [`crate::Error::Device`] when memory is short.
-    pub fn load(specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
-        Self::load_beside(specs, tensors, &[], MatrixPrecision::Fp32)
-    }
-
-    /// Like [`Weights::load`], with linear layers in another precision. Weights that `others`, from the same
-    /// checkpoint, hold already are shared with them.
-    ///
-    /// # Errors
-    /// As [`Weights::load`].
-    pub fn load_beside(
+    pub fn load(
         specs: &[WeightSpec],
         tensors: &Tensors,
         others: &[&Weights],
