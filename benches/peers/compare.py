@@ -177,8 +177,8 @@ def make_exact(folder, network):
     save_file({OUTPUT[network]: result.numpy()}, folder / f"{network}_exact.safetensors")
 
 
-#: What is made once. Each maker runs in a process of its own, whose end releases its memory: the peak of a measured
-#: process begins at the size of the process that started it.
+#: The files that are made once. Each maker runs in a process of its own, whose end releases its memory: the peak of a
+#: measured process begins at the size of the process that started it.
 MAKERS = {"inputs": make_inputs, "exact": make_exact} | {
     name: engine.make for name, engine in ENGINES.items() if hasattr(engine, "make")}
 

@@ -78,8 +78,8 @@ impl Form {
 struct Memory(MmapMut);
 
 impl Weights {
-    /// Reads and packs `specs`, with linear layers in `precision`. Weights that `others`, from the same checkpoint, hold
-    /// already are shared with them, and no tensor is ever held in two forms.
+    /// Reads and packs `specs`, with linear layers in `precision`. Weights that `others`, from the same checkpoint,
+    /// hold already are shared with them, and no tensor is ever held in two forms.
     ///
     /// # Errors
     /// Those of [`Tensors::stored`], [`crate::Error::Checkpoint`] for a number that is not finite, or
