@@ -7,9 +7,10 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use respodiff::bench::{SD15, SDXL, networks};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
 use respodiff::plan::Plan;
 use respodiff::respodiff::{Kind, Recipe, Task, Trainer, Variant};
-use respodiff::{Engine, cpu, weights::Source};
+use respodiff::{Engine, weights::Source};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,13 +22,12 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
         if !wanted(&format!("{name}/{component}")) {
             continue;
         }
-        let plan = Plan::new(graph, respodiff::engine::UNET_CONSTANTS, &cpu::Fp32);
+        let plan = Plan::new(graph, respodiff::engine::UNET_CONSTANTS, &Fp32);
         println!("{name} {component}: arena {:.1} MiB", plan.arena_bytes() as f64 / (1 << 20) as f64);
         let tensors = source.tensors(component).expect("weights");
-        let weights =
-            cpu::Weights::load(plan.graph().weights(), &tensors, &[], cpu::MatrixPrecision::Fp32).expect("weights");
+        let weights = CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).expect("weights");
         let plan = Arc::new(plan);
-        let mut executor = cpu::Executor::new(plan.clone(), weights).expect("weights of this plan");
+        let mut executor = CpuExecutor::new(plan.clone(), weights).expect("weights of this plan");
         if component == "unet" {
             let mut write = |name, number: &dyn Fn(f32) -> f32| {
                 let length = plan.graph().shape(plan.graph().input(name)).len();

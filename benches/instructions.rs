@@ -11,7 +11,7 @@
 //! with `components`.
 
 use rayon::prelude::*;
-use respodiff::cpu::{Executor, Fp32, MatrixPrecision, Weights, isa};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision, isa};
 use respodiff::graph::{Activation, ConvOptions, Extent, Graph, GraphBuilder, Keep, Shape, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -97,8 +97,8 @@ fn run(wanted: &str) {
     let tensors = Source::folder(folder.path()).expect("a checkpoint").tensors("unet").expect("its weights");
     let plan = Arc::new(Plan::new(graph, &[], &Fp32));
     let weights =
-        Weights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).expect("weights of this graph");
-    let mut executor = Executor::new(plan.clone(), weights).expect("memory");
+        CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).expect("weights of this graph");
+    let mut executor = CpuExecutor::new(plan.clone(), weights).expect("memory");
     for (name, seed) in [("x", 1), ("d.y", 2)] {
         if let Some(input) = plan.graph().find_input(name) {
             let values = support::narrow(&support::random(plan.graph().shape(input).len(), seed));
@@ -114,7 +114,7 @@ fn run(wanted: &str) {
 
 /// The only part that is counted. Valgrind finds it by its name.
 #[inline(never)]
-fn counted(executor: &mut Executor, reverse: bool) {
+fn counted(executor: &mut CpuExecutor, reverse: bool) {
     if reverse { executor.backward() } else { executor.step() }
 }
 

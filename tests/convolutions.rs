@@ -3,7 +3,7 @@
 
 mod support;
 
-use respodiff::cpu::{Executor, Fp32, MatrixPrecision, Weights};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
 use respodiff::graph::{Activation, ConvOptions, Extent, GraphBuilder, Shape, Sources, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -55,8 +55,8 @@ impl Case {
         let (folder, by_name) = weights(&graph, self.format);
         let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
         let plan = Arc::new(Plan::new(graph, &[], &Fp32));
-        let loaded = Weights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).unwrap();
-        let mut executor = Executor::new(plan, loaded).unwrap();
+        let loaded = CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).unwrap();
+        let mut executor = CpuExecutor::new(plan, loaded).unwrap();
         executor.write("x", &narrow(x)).unwrap();
         if self.skip > 0 {
             executor.write("skip", &narrow(skip)).unwrap();

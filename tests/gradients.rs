@@ -2,7 +2,7 @@
 
 mod support;
 
-use respodiff::cpu::{Executor, Fp32, MatrixPrecision, Weights};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
 use respodiff::graph::{Activation, ConvOptions, Extent, GraphBuilder, Keep, Shape, Sources, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -42,8 +42,8 @@ fn check_around(
     let (folder, by_name) = weights(&graph, Dtype::F32);
     let plan = Plan::new(graph, &[], &Fp32);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
-    let loaded = Weights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).unwrap();
-    let mut executor = Executor::new(Arc::new(plan), loaded).unwrap();
+    let loaded = CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).unwrap();
+    let mut executor = CpuExecutor::new(Arc::new(plan), loaded).unwrap();
 
     let x: Numbers = random(x_shape.len(), 5).iter().map(|&v| (v + mean) as f32 as f64).collect();
     let rest: Numbers = narrow(&random(other.map_or(0, |s| s.len()), 9)).iter().map(|&v| v as f64).collect();

@@ -6,7 +6,7 @@
 
 use super::gemm::{Left, PANEL, ROWS, multiply, pack_panel, packed_len};
 use super::simd::{dispatch, exp2};
-use super::{Memory, SharedOutput};
+use super::{NodeMemory, SharedOutput};
 use crate::graph::{Attention, Shape, TensorId, View};
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
@@ -30,7 +30,7 @@ pub(super) fn workspace(attention: &Attention, shape: impl Fn(TensorId) -> Shape
 }
 
 /// Runs an [`Attention`].
-pub(super) fn run(attention: &Attention, out: TensorId, memory: &Memory) {
+pub(super) fn run(attention: &Attention, out: TensorId, memory: &NodeMemory) {
     let Attention { q, k, v, heads, head_dim, scale, causal } = *attention;
     let shape = memory.shape(out);
     let (queries, keys) = (shape.tokens(), memory.shape(k.tensor).tokens());
@@ -89,7 +89,7 @@ pub(super) fn run(attention: &Attention, out: TensorId, memory: &Memory) {
 struct Scores([[f32; K_BLOCK]; Q_BLOCK]);
 
 /// Running softmax statistics of a block's queries over the keys so far.
-struct State {
+struct SoftmaxState {
     maxima: [f32; Q_BLOCK],
     /// Sums of exponentials.
     totals: [f32; Q_BLOCK],
@@ -107,7 +107,7 @@ fn attend(
     sums: &mut [f32],
 ) -> [f32; Q_BLOCK] {
     let mut scores = Scores([[0.0; K_BLOCK]; Q_BLOCK]);
-    let mut state = State { maxima: [f32::NEG_INFINITY; Q_BLOCK], totals: [0.0; Q_BLOCK] };
+    let mut state = SoftmaxState { maxima: [f32::NEG_INFINITY; Q_BLOCK], totals: [0.0; Q_BLOCK] };
     let padded = head_dim.next_multiple_of(PANEL);
     sums.fill(0.0);
     let visible = causal_from.map_or(keys, |first| (first + Q_BLOCK).min(keys));
@@ -148,7 +148,7 @@ dispatch! {
         scores: &mut [[f32; K_BLOCK]],
         count: usize,
         diagonal: Option<usize>,
-        state: &mut State,
+        state: &mut SoftmaxState,
         sums: &mut [f32],
         padded: usize,
     ) {

@@ -8,7 +8,7 @@
 
 use super::gemm::{Left, PANEL, ROWS, multiply, pack_panel, packed_len};
 use super::simd::{dispatch, exp2};
-use super::{Memory, SharedOutput};
+use super::{NodeMemory, SharedOutput};
 use crate::graph::{Attention, Shape, TensorId, View};
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
@@ -65,7 +65,7 @@ pub(super) fn workspace(attention: &Attention, fused: bool, shape: impl Fn(Tenso
 }
 
 /// Runs an [`crate::graph::Op::AttentionGradient`].
-pub(super) fn run(attention: &Attention, fused: bool, d: TensorId, out: TensorId, memory: &Memory) {
+pub(super) fn run(attention: &Attention, fused: bool, d: TensorId, out: TensorId, memory: &NodeMemory) {
     let Attention { q, k, v, heads, head_dim, causal, .. } = *attention;
     assert!(!causal, "causal attention has no gradient here: text encoders are frozen");
     let sizes = sizes(attention, fused, |t| memory.shape(t));

@@ -10,7 +10,7 @@ use super::gemm::{Left, Matrix, PANEL, ROWS, multiply};
 use super::rounded::{Block, Rounded};
 use super::simd::{dispatch, gelu, quick_gelu, silu};
 use super::weights::source_column;
-use super::{Memory, SharedOutput, Weights, winograd, with_scratch};
+use super::{CpuWeights, NodeMemory, SharedOutput, winograd, with_scratch};
 use crate::graph::{Activation, Conv, Extent, Shape, TensorId};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -34,7 +34,7 @@ pub(super) struct Source<'a> {
 }
 
 /// A convolution with everything that it reads.
-pub(super) struct Task<'a> {
+pub(super) struct ConvTask<'a> {
     conv: &'a Conv,
     /// The second is a copy of the first if there is no skip connection.
     sources: [Source<'a>; 2],
@@ -55,14 +55,14 @@ pub(super) struct Task<'a> {
 }
 
 /// Runs a [`Conv`].
-pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weights) {
+pub(super) fn run(conv: &Conv, output: TensorId, memory: &NodeMemory, weights: &CpuWeights) {
     let input = memory.shape(conv.sources.x);
     let source = |id: TensorId| Source { data: memory.read(id), channels: memory.shape(id).c };
     let first = source(conv.sources.x);
     let sources = [first, conv.sources.skip.map_or(first, source)];
     let shape = memory.shape(output);
     let gated = conv.activation == Activation::Geglu;
-    let task = Task {
+    let task = ConvTask {
         conv,
         sources,
         input,
@@ -107,7 +107,7 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
     });
 }
 
-impl Task<'_> {
+impl ConvTask<'_> {
     /// The sources in channel order.
     pub fn sources(&self) -> &[Source<'_>] {
         &self.sources[..self.conv.sources.iter().count()]
@@ -143,7 +143,7 @@ impl Task<'_> {
 }
 
 /// Computes a block of rows by a group of panels.
-fn product(task: &Task, rows: Range<usize>, panels: Range<usize>, out: &SharedOutput) {
+fn product(task: &ConvTask, rows: Range<usize>, panels: Range<usize>, out: &SharedOutput) {
     let padded = rows.len().next_multiple_of(ROWS);
     let stretch = task.depth.div_ceil(task.depth.div_ceil(K_BLOCK));
     let strip = padded * PANEL;
@@ -166,7 +166,7 @@ fn product(task: &Task, rows: Range<usize>, panels: Range<usize>, out: &SharedOu
 
 /// The same in a rounded format, for all of k at once, since a row's scale is that of all its elements.
 fn rounded_product(
-    task: &Task,
+    task: &ConvTask,
     (weight, format): (&[u8], &dyn Rounded),
     rows: Range<usize>,
     panels: Range<usize>,
@@ -194,7 +194,7 @@ fn rounded_product(
 
 /// Gathers a stretch `k` of the rows of the im2col matrix, row-major: channels of the pixels under the taps, and zeros
 /// outside the image.
-fn gather(task: &Task, rows: Range<usize>, k: Range<usize>, to: &mut [f32]) {
+fn gather(task: &ConvTask, rows: Range<usize>, k: Range<usize>, to: &mut [f32]) {
     let inputs: usize = task.sources().iter().map(|source| source.channels).sum();
     let Conv { kernel, stride, .. } = *task.conv;
     let mut at = k.start;
@@ -220,7 +220,7 @@ fn gather(task: &Task, rows: Range<usize>, k: Range<usize>, to: &mut [f32]) {
 
 /// The epilogue of a group of panels: bias, activation, residual, and the store to the output.
 pub(super) struct Epilogue<'a> {
-    task: &'a Task<'a>,
+    task: &'a ConvTask<'a>,
     /// Bias of each panel of the group.
     bias: [[f32; PANEL]; GROUP],
     /// First column of the output of the group.
@@ -232,7 +232,7 @@ pub(super) struct Epilogue<'a> {
 
 impl<'a> Epilogue<'a> {
     /// An epilogue for at most [`GROUP`] panels.
-    pub fn new(task: &'a Task, panels: Range<usize>) -> Self {
+    pub fn new(task: &'a ConvTask, panels: Range<usize>) -> Self {
         let gated = task.conv.activation == Activation::Geglu;
         let width = if gated { HALF } else { PANEL };
         let mut bias = [[0.0; PANEL]; GROUP];

@@ -4,7 +4,7 @@
 //! deviations), and combined in f64 by Chan's rule, so that a large mean does not cancel the variance.
 
 use super::simd::{dispatch, silu, silu_slope};
-use super::{Memory, Weights};
+use super::{CpuWeights, NodeMemory};
 use crate::graph::{GroupNorm, Shape, TensorId};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -33,7 +33,7 @@ pub(super) fn gradient_workspace(norm: &GroupNorm, shape: impl Fn(TensorId) -> S
 /// Elements and channels of both sources. The boundary to a skip connection may fall inside a group.
 type Parts<'a> = [(&'a [f32], usize); 2];
 
-fn parts<'a>(norm: &GroupNorm, memory: &'a Memory) -> Parts<'a> {
+fn parts<'a>(norm: &GroupNorm, memory: &'a NodeMemory) -> Parts<'a> {
     let part = |t: TensorId| (memory.read(t), memory.shape(t).c);
     [part(norm.sources.x), norm.sources.skip.map_or((&[][..], 0), part)]
 }
@@ -68,7 +68,7 @@ fn moments(image: &[f32], group: &Range<usize>, channels: usize, pixels: usize, 
 
 /// Computes from the statistics of the stretches the scale and the shift, `[n][2][c]`, that make the norm
 /// `x * scale + shift` in each channel of each image.
-fn affine_of(norm: &GroupNorm, weights: &Weights, memory: &Memory, partial: &[f32], affine: &mut [f32]) {
+fn affine_of(norm: &GroupNorm, weights: &CpuWeights, memory: &NodeMemory, partial: &[f32], affine: &mut [f32]) {
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
     let (weight, bias) = (weights.get(norm.weight), weights.get(norm.bias));
     let per_group = channels / norm.groups;
@@ -100,7 +100,7 @@ fn pair(numbers: &[f32], image: usize, channels: usize) -> (&[f32], &[f32]) {
 }
 
 /// Runs a [`GroupNorm`].
-pub(super) fn run(norm: &GroupNorm, weights: &Weights, out: TensorId, memory: &Memory) {
+pub(super) fn run(norm: &GroupNorm, weights: &CpuWeights, out: TensorId, memory: &NodeMemory) {
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
     let parts = parts(norm, memory);
     let (partial, affine) = memory.workspace().split_at_mut(x.n * stretches * channels * 2);
@@ -125,7 +125,7 @@ pub(super) fn run(norm: &GroupNorm, weights: &Weights, out: TensorId, memory: &M
 /// Runs an [`crate::graph::Op::GroupNormGradient`]: the gradient with respect to the first source. With
 /// `u = d silu'(y) scale`, where `scale` includes `1 / deviation`, and `x^` the normalised input, it is
 /// `u - mean(u) - x^ mean(u x^)` with means over the group, computed as `u - slope x - offset`.
-pub(super) fn gradient(norm: &GroupNorm, weights: &Weights, d: TensorId, out: TensorId, memory: &Memory) {
+pub(super) fn gradient(norm: &GroupNorm, weights: &CpuWeights, d: TensorId, out: TensorId, memory: &NodeMemory) {
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
     let pixels = x.tokens();
     let per_group = channels / norm.groups;

@@ -1,6 +1,6 @@
 //! Layer normalisation and its gradient. Memory bound: a row stays in L1 for all its passes.
 
-use super::Memory;
+use super::NodeMemory;
 use super::simd::dispatch;
 use crate::graph::TensorId;
 use rayon::prelude::*;
@@ -9,7 +9,7 @@ use rayon::prelude::*;
 const CHUNK: usize = 64;
 
 /// Runs a layer norm; `affine` holds scales and shifts.
-pub(super) fn run(x: TensorId, affine: (&[f32], &[f32]), eps: f32, out: TensorId, memory: &Memory) {
+pub(super) fn run(x: TensorId, affine: (&[f32], &[f32]), eps: f32, out: TensorId, memory: &NodeMemory) {
     let channels = memory.shape(out).c;
     let x = memory.read(x);
     let chunk = CHUNK * channels;
@@ -35,7 +35,7 @@ dispatch! {
 
 /// Runs an [`crate::graph::Op::LayerNormGradient`]: the gradient with respect to the input, by the formula of
 /// [`super::group_norm::gradient`] with a row as the group.
-pub(super) fn gradient(x: TensorId, weight: &[f32], eps: f32, d: TensorId, out: TensorId, memory: &Memory) {
+pub(super) fn gradient(x: TensorId, weight: &[f32], eps: f32, d: TensorId, out: TensorId, memory: &NodeMemory) {
     let channels = memory.shape(out).c;
     let (x, d) = (memory.read(x), memory.read(d));
     let chunk = CHUNK * channels;

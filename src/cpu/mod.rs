@@ -20,7 +20,7 @@ mod winograd;
 
 pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
-pub use weights::Weights;
+pub use weights::CpuWeights;
 
 use crate::graph::{Graph, Node, Op, Shape, TensorId};
 use crate::plan::{Plan, Storage};
@@ -79,22 +79,22 @@ fn range(plan: &Plan, id: TensorId) -> Range<usize> {
 }
 
 /// A plan (made with [`Fp32`]) with its arena and weights. Writes inputs, runs, and reads outputs.
-pub struct Executor {
+pub struct CpuExecutor {
     plan: Arc<Plan>,
-    weights: Arc<Weights>,
+    weights: Arc<CpuWeights>,
     arena: Arena,
 }
 
-impl Executor {
+impl CpuExecutor {
     /// Allocates the arena, zeroed.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if the plan was not made with [`Fp32`], the weights are another network's, or memory is
     /// short.
-    pub fn new(plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
+    pub fn new(plan: Arc<Plan>, weights: Arc<CpuWeights>) -> Result<Self> {
         plan.check(&Fp32, weights.specs())?;
         let arena = Arena::new(plan.arena_bytes())?;
-        Ok(Executor { plan, weights, arena })
+        Ok(CpuExecutor { plan, weights, arena })
     }
 
     /// The plan.
@@ -103,7 +103,7 @@ impl Executor {
     }
 
     /// The weights.
-    pub fn weights(&self) -> &Weights {
+    pub fn weights(&self) -> &CpuWeights {
         &self.weights
     }
 
@@ -186,7 +186,7 @@ impl Executor {
     }
 
     fn run(&mut self, plan: &Plan, node: &Node, workspace: (usize, usize)) {
-        let memory = Memory { plan, arena: self.arena.numbers_mut().as_mut_ptr(), workspace };
+        let memory = NodeMemory { plan, arena: self.arena.numbers_mut().as_mut_ptr(), workspace };
         let (weights, out) = (&*self.weights, node.output);
         match node.op {
             Op::Conv(ref conv) => conv::run(conv, out, &memory, weights),
@@ -220,14 +220,14 @@ impl Executor {
 }
 
 /// A node's view of the arena.
-struct Memory<'a> {
+struct NodeMemory<'a> {
     plan: &'a Plan,
     arena: *mut f32,
     workspace: (usize, usize),
 }
 
 // SAFETY: only the methods below use the pointer, each under its own conditions; the other fields are shared data.
-unsafe impl Sync for Memory<'_> {}
+unsafe impl Sync for NodeMemory<'_> {}
 
 /// A node's output (or workspace), which many threads write at once, each in places of its own.
 struct SharedOutput<'a> {
@@ -256,7 +256,7 @@ impl<'a> SharedOutput<'a> {
     }
 }
 
-impl Memory<'_> {
+impl NodeMemory<'_> {
     fn shape(&self, id: TensorId) -> Shape {
         self.plan.graph().shape(id)
     }

@@ -22,10 +22,10 @@ const TASK: usize = 1 << 18;
 /// Numbers of a row that are converted together, approximately: a panel's strip of them stays in the L1 cache.
 const STRIP: usize = 128;
 
-/// A network's weights, which plans of the network at any size share.
-pub struct Weights {
+/// A network's weights on the CPU, which plans of the network at any size share.
+pub struct CpuWeights {
     /// The weights that were loaded for this network, in one allocation.
-    own: Arc<Memory>,
+    own: Arc<WeightPages>,
     places: Vec<Place>,
     specs: Vec<WeightSpec>,
     by_spec: HashMap<WeightSpec, usize>,
@@ -34,7 +34,7 @@ pub struct Weights {
 /// The location of a weight: in the network's own memory, or in that of another network.
 #[derive(Clone)]
 struct Place {
-    memory: Arc<Memory>,
+    memory: Arc<WeightPages>,
     bytes: Range<usize>,
     form: Form,
 }
@@ -75,9 +75,9 @@ impl Form {
 }
 
 /// Bytes in memory pages of their own.
-struct Memory(MmapMut);
+struct WeightPages(MmapMut);
 
-impl Weights {
+impl CpuWeights {
     /// Reads and packs `specs`, with linear layers in `precision`. Weights that `others`, from the same checkpoint,
     /// hold already are shared with them, and no tensor is ever held in two forms.
     ///
@@ -87,7 +87,7 @@ impl Weights {
     pub fn load(
         specs: &[WeightSpec],
         tensors: &Tensors,
-        others: &[&Weights],
+        others: &[&CpuWeights],
         precision: MatrixPrecision,
     ) -> Result<Arc<Self>> {
         let find = |spec: &WeightSpec| others.iter().find_map(|other| other.place(spec).cloned());
@@ -99,7 +99,7 @@ impl Weights {
         });
         let lacking = lacking.collect::<Result<Vec<_>>>()?;
         let bytes = lacking.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum();
-        let mut own = Memory(pages(bytes, "weights")?);
+        let mut own = WeightPages(pages(bytes, "weights")?);
         std::thread::scope(|scope| {
             let read_ahead = || lacking.iter().for_each(|weight| tensors.read_ahead(&weight.parts));
             // If no thread can be started, files are read only when they are needed.
@@ -115,7 +115,7 @@ impl Weights {
         let places =
             found.into_iter().map(|found| found.or_else(|| places.next()).expect("as many as lacking")).collect();
         let by_spec = specs.iter().enumerate().map(|(place, spec)| (spec.clone(), place)).collect();
-        Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec }))
+        Ok(Arc::new(CpuWeights { own, places, specs: specs.to_vec(), by_spec }))
     }
 
     /// The list that the weights were loaded for.
@@ -193,7 +193,7 @@ fn packed(spec: &WeightSpec, form: Form) -> usize {
 }
 
 /// A stretch of a weight, which one thread packs.
-struct Task<'a> {
+struct PackTask<'a> {
     /// The weight's index in the list.
     index: usize,
     /// Start of the stretch in the weight's packed form, in elements.
@@ -223,10 +223,10 @@ fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) ->
         let length = (TASK / unit).max(1) * unit;
         let chunks = room[..bytes].chunks_mut(length * weight.form.size()).enumerate();
         left.push(chunks.len().into());
-        tasks.extend(chunks.map(|(i, out)| Task { index, start: i * length, out }));
+        tasks.extend(chunks.map(|(i, out)| PackTask { index, start: i * length, out }));
     }
     // `par_bridge` hands tasks out in order, so that files are read from front to back.
-    let run = |task: Task| {
+    let run = |task: PackTask| {
         let Lacking { spec, parts, form } = &weights[task.index];
         let finite = match form {
             Form::Single => pack_stretch::<f32>(spec, parts, task.start, bytemuck::cast_slice_mut(task.out)),
@@ -404,7 +404,7 @@ mod tests {
         }
         let weights: Vec<_> = cases.iter().map(weight).collect();
         let len: usize = weights.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum();
-        let mut out = Memory(pages(len, "weights")?);
+        let mut out = WeightPages(pages(len, "weights")?);
         let read = AtomicUsize::new(0);
         pack(&weights, &mut out.0, |parts| {
             read.fetch_add(parts.len(), Ordering::Relaxed);

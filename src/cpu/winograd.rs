@@ -18,7 +18,7 @@
 //!
 //! Rounding error: 3.5e-6 of a layer's L2 norm with 320 inputs, where the direct chain has 1e-6.
 
-use super::conv::{Epilogue, Task};
+use super::conv::{ConvTask, Epilogue};
 use super::gemm::{Left, PANEL, ROWS, multiply};
 use super::simd::{Isa, dispatch, isa};
 use super::{SharedOutput, with_scratch};
@@ -115,7 +115,7 @@ struct Chunk<'a> {
     len: usize,
 }
 
-fn chunks<'a>(task: &'a Task) -> impl Iterator<Item = Chunk<'a>> {
+fn chunks<'a>(task: &'a ConvTask) -> impl Iterator<Item = Chunk<'a>> {
     let (mut k, depth) = (0, depth());
     task.sources().iter().flat_map(move |source| {
         let first = k;
@@ -142,7 +142,7 @@ impl Layout {
 }
 
 /// Runs a convolution for which [`pays`] is true, in a workspace of the size that [`workspace`] tells.
-pub(super) fn run(task: &Task, workspace: &mut [f32], out: &SharedOutput) {
+pub(super) fn run(task: &ConvTask, workspace: &mut [f32], out: &SharedOutput) {
     let tiles = Tiles::of(task.output);
     let groups = task.columns.div_ceil(PANEL).div_ceil(GROUP);
     let block = block(task.depth / 9, tiles.count());
@@ -170,7 +170,7 @@ pub(super) fn run(task: &Task, workspace: &mut [f32], out: &SharedOutput) {
 }
 
 /// Transforms the patch under tile `i` of the block.
-fn patch(task: &Task, (image, y, x): (usize, usize, usize), i: usize, layout: Layout, points: &SharedOutput) {
+fn patch(task: &ConvTask, (image, y, x): (usize, usize, usize), i: usize, layout: Layout, points: &SharedOutput) {
     let pixels: [_; POINTS] = std::array::from_fn(|p| task.pixel(image, y + p / PATCH, x + p % PATCH));
     for chunk in chunks(task) {
         let at = |pixel: usize| &chunk.data[pixel * chunk.channels + chunk.channel..][..chunk.len];
@@ -184,7 +184,7 @@ fn patch(task: &Task, (image, y, x): (usize, usize, usize), i: usize, layout: La
 /// Computes some tiles of a block for the columns of a group of panels: the products at every point, and the output
 /// pixels from them.
 fn product(
-    task: &Task,
+    task: &ConvTask,
     group: usize,
     range: std::ops::Range<usize>,
     (tiles, first): (Tiles, usize),

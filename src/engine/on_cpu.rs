@@ -3,20 +3,20 @@
 use super::denoiser::{Denoiser, Noise, Run};
 use super::session::{Networks, picture_shape};
 use crate::Result;
-use crate::cpu::Executor;
+use crate::cpu::CpuExecutor;
 use crate::diffusion::scheduler::SamplerState;
 use crate::graph::Shape;
 use crate::image::Image;
 
 /// The UNet and its sampler on the CPU.
 pub(super) struct CpuDenoiser {
-    unet: Executor,
+    unet: CpuExecutor,
     /// Those of the last run, NHWC.
     latents: Vec<f32>,
 }
 
 impl CpuDenoiser {
-    pub fn new(unet: Executor) -> Self {
+    pub fn new(unet: CpuExecutor) -> Self {
         CpuDenoiser { unet, latents: Vec::new() }
     }
 }
@@ -74,7 +74,7 @@ impl Denoiser for CpuDenoiser {
 /// The UNet and the VAE on the CPU.
 pub(super) struct OnCpu {
     pub denoiser: CpuDenoiser,
-    pub vae: Executor,
+    pub vae: CpuExecutor,
 }
 
 impl Networks for OnCpu {
