@@ -1,19 +1,21 @@
-//! Text encoders, a guided UNet step and VAE decode of the demo, and at Stable Diffusion 1.5's and SDXL's size on random
-//! weights, on the CPU; then training: milliseconds of an iteration's parts, and memory. And loading a checkpoint.
+//! Times on the CPU: the text encoders, a guided UNet step and the VAE decode, of the demo and at Stable Diffusion
+//! 1.5's and SDXL's size on random weights; then training, as milliseconds of an iteration's parts and memory; then
+//! loading a checkpoint.
 //!
-//! `cargo bench -- demo`, `cargo bench -- load`, `cargo bench -- "sdxl training"`: what a filter leaves out is not
-//! made.
+//! `cargo bench -- demo`, `cargo bench -- load`, `cargo bench -- "sdxl training"`: networks that a filter excludes are
+//! not built.
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use respodiff::bench::{SD15, SDXL, networks};
 use respodiff::concept::Kind;
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
 use respodiff::plan::Plan;
 use respodiff::train::{Recipe, Task, Trainer, Variant};
-use respodiff::{Engine, cpu, weights::Source};
+use respodiff::{Engine, weights::Source};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A guided step of one image (UNet batch 2), its decode, and both prompts' encoding.
+/// Times a guided step of one image (two CFG rows), its decode, and the encoding of both prompts.
 fn measure(c: &mut Criterion, name: &str, source: &Source) {
     let mut group = c.benchmark_group(name);
     group.sample_size(10).measurement_time(Duration::from_secs(5)).warm_up_time(Duration::from_millis(500));
@@ -21,12 +23,12 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
         if !wanted(&format!("{name}/{component}")) {
             continue;
         }
-        let plan = Plan::new(graph, respodiff::engine::UNET_CONSTANTS, &cpu::Fp32);
+        let plan = Plan::new(graph, respodiff::engine::UNET_CONSTANTS, &Fp32);
         println!("{name} {component}: arena {:.1} MiB", plan.arena_bytes() as f64 / (1 << 20) as f64);
         let tensors = source.tensors(component).expect("weights");
-        let weights = cpu::Weights::load(plan.graph().weights(), &tensors).expect("weights");
+        let weights = CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).expect("weights");
         let plan = Arc::new(plan);
-        let mut executor = cpu::Executor::new(plan.clone(), weights).expect("weights of this plan");
+        let mut executor = CpuExecutor::new(plan.clone(), weights).expect("weights of this plan");
         if component == "unet" {
             let mut write = |name, number: &dyn Fn(f32) -> f32| {
                 let length = plan.graph().shape(plan.graph().input(name)).len();
@@ -42,8 +44,8 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
     }
 }
 
-/// A few iterations of a training, timed by the trainer itself. The rollout of an iteration depends on the recipe, so what
-/// is told of it is one step.
+/// Runs a few iterations of a training, which the trainer times itself. The length of an iteration's rollout depends on
+/// the recipe, so the report gives the time of one rollout step.
 fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
     let recipe = Recipe {
         batch,
@@ -61,7 +63,8 @@ fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
     let each = |time: Duration, count: usize| 1e3 * time.as_secs_f64() / count as f64;
     let (times, iterations) = (&trainer.times, 2 * rollouts);
     println!(
-        "{name} training, batch {batch}: a rollout step {:.1} ms; an iteration's target {:.1} ms, L_resp {:.1} ms, L_sem {:.1} ms; {}",
+        "{name} training, batch {batch}: a rollout step {:.1} ms; an iteration's target {:.1} ms, L_resp {:.1} ms, \
+         L_sem {:.1} ms; {}",
         each(times.rollout, times.rollout_steps),
         each(times.target, iterations),
         each(times.predictions, iterations),
@@ -70,8 +73,8 @@ fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
     );
 }
 
-/// From a checkpoint's files to packed weights, tokenizers included. Random weights are made where they are packed, so
-/// that no disk is measured.
+/// Times the way from a checkpoint's files to packed weights, tokenizers included. Random weights are generated where
+/// they are packed, so that no disk is measured.
 fn load(c: &mut Criterion, name: &str, source: &Source) {
     let mut group = c.benchmark_group("load");
     group.sample_size(10).measurement_time(Duration::from_secs(5)).warm_up_time(Duration::from_millis(500));
@@ -79,14 +82,14 @@ fn load(c: &mut Criterion, name: &str, source: &Source) {
         let start = Instant::now();
         let engine = Engine::open(source, respodiff::Device::cpu()).expect("a checkpoint");
         let time = start.elapsed();
-        // Only one network is in memory at a time, and to free it is not counted.
+        // Only one network is in memory at a time. The time to free it does not count.
         drop(engine);
         time
     };
     group.bench_function(name, |b| b.iter_custom(|times| (0..times).map(|_| open()).sum()));
 }
 
-/// Whether the command line's filter leaves a name in.
+/// True if the command line's filters include a name.
 fn wanted(name: &str) -> bool {
     std::env::args().skip(1).filter(|a| !a.starts_with('-')).all(|filter| name.contains(&filter))
 }

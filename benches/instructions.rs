@@ -1,18 +1,18 @@
-//! Instructions that the CPU executor's inner kernels take, counted by valgrind's callgrind and compared with what
-//! `instructions.toml` has recorded: a slower kernel shows on a machine whose clock tells nothing.
+//! Counts the instructions of the CPU executor's inner kernels with valgrind's callgrind and compares them with those
+//! that `instructions.toml` has recorded. So a slower kernel shows even on a machine whose clock is too noisy to tell.
 //!
 //! `NVCC= cargo bench --profile counted --bench instructions` fails if a kernel takes over 3 % more than recorded.
-//! Names after `--` choose kernels; `-- --record` writes the file. Every kernel is one operation of a small
-//! graph, in a process of its own under valgrind, on one thread, and counted when it has run before.
+//! Names after `--` choose kernels; `-- --record` writes the file. Every kernel is one operation of a small graph. It
+//! runs in a process of its own under valgrind, on one thread, and is counted after it has run once.
 //!
-//! Counts depend on the compiler, which is recorded beside them, but hardly on the machine: valgrind shows programs a
-//! processor with AVX2 and without AVX-512 wherever the real one has AVX2, and programs must take that path to be
-//! counted. Instructions are not time: a count knows nothing of caches and of chains that wait for each other, so what
-//! is made faster there is to be measured with `components`.
+//! Counts depend on the compiler, which is recorded beside them, but hardly on the machine: valgrind presents a
+//! processor with AVX2 and without AVX-512 wherever the real one has AVX2, and a program must take that path to be
+//! counted. Instructions are not time: a count ignores caches and dependency chains, so improvements there are measured
+//! with `components`.
 
 use rayon::prelude::*;
-use respodiff::cpu::{Executor, Fp32, Weights, isa};
-use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Keep, Shape, TensorId, View};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision, isa};
+use respodiff::graph::{Activation, ConvOptions, Extent, Graph, GraphBuilder, Keep, Shape, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
 use safetensors::Dtype;
@@ -24,22 +24,22 @@ use std::sync::Arc;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-/// What may be added to a count, or saved, before it is told.
+/// Relative change of a count, up or down, that is tolerated.
 const TOLERANCE: f64 = 0.03;
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/instructions.toml");
 const RECORD: &str = "cargo bench --profile counted --bench instructions -- --record";
 
-/// The file.
+/// Content of the file.
 #[derive(Default, Serialize, Deserialize)]
 struct Recorded {
-    /// Of all counts.
+    /// The compiler of all counts.
     compiler: String,
     /// Instructions by kernel.
     counts: BTreeMap<String, u64>,
 }
 
-/// All kernels: names, formats of the weights in the checkpoint, and graphs, of which the reverse half is counted where
-/// there is one.
+/// All kernels: their names, the formats of their weights in the checkpoint, and their graphs. If a graph has a
+/// backward half, that is what is counted.
 fn kernels() -> Vec<(&'static str, Dtype, Graph)> {
     let image = Shape::new(1, 16, 16, 64);
     let rows = |rows, width| Shape::new(1, 1, rows, width);
@@ -49,7 +49,7 @@ fn kernels() -> Vec<(&'static str, Dtype, Graph)> {
     let conv = |x, stride, resize| {
         graph(x, |g, x| g.conv("a", x, 64, ConvOptions { stride, resize, ..ConvOptions::conv3x3() }))
     };
-    // Two heads of 40, more keys than are read together, queries, keys and values side by side.
+    // Two heads of 40 channels and more keys than a block has; queries, keys and values are side by side.
     let attention = || {
         graph(rows(300, 240), |g, x| {
             let view = |offset| View { tensor: x, offset };
@@ -60,15 +60,15 @@ fn kernels() -> Vec<(&'static str, Dtype, Graph)> {
     let layer_norm = || graph(rows(96, 320), |g, x| g.layer_norm("a", x, 1e-5));
     let gradient = |graph: Graph| graph.with_gradient("y", "x", Keep::All);
     vec![
-        // Nearly all is the matrix kernel.
+        // Nearly all instructions are the matrix kernel's.
         ("linear", Dtype::F32, linear(rows(96, 320), 320, Activation::None)),
-        // So few inputs that the activation counts.
+        // Few inputs, so that the activation has weight in the count.
         ("geglu", Dtype::F32, linear(rows(96, 64), 512, Activation::Geglu)),
-        // So few rows and columns that widening counts.
+        // Few rows and columns, so that widening has weight in the count.
         ("fp16", Dtype::F16, linear(rows(12, 10240), 8, Activation::None)),
         ("convolution", Dtype::F32, conv(image, 2, None)),
         ("winograd", Dtype::F32, conv(image, 1, None)),
-        ("winograd doubled", Dtype::F32, conv(image, 1, Some((32, 32)))),
+        ("winograd doubled", Dtype::F32, conv(image, 1, Some(Extent::square(32)))),
         ("attention", Dtype::F32, attention()),
         ("attention gradient", Dtype::F32, gradient(attention())),
         ("group norm", Dtype::F32, group_norm()),
@@ -78,7 +78,7 @@ fn kernels() -> Vec<(&'static str, Dtype, Graph)> {
     ]
 }
 
-/// One operation from the input `x` to the output `y`.
+/// A graph of one operation from the input `x` to the output `y`.
 fn graph(shape: Shape, operation: impl FnOnce(&mut GraphBuilder, TensorId) -> TensorId) -> Graph {
     let mut g = GraphBuilder::new();
     let x = g.input("x", shape);
@@ -87,37 +87,38 @@ fn graph(shape: Shape, operation: impl FnOnce(&mut GraphBuilder, TensorId) -> Te
     g.finish()
 }
 
-/// What runs under valgrind.
+/// The part of the program that runs under valgrind.
 fn run(wanted: &str) {
     assert_eq!(format!("{:?}", isa()), "Avx2", "counts are those of AVX2, which this machine lacks");
-    // The pool's one thread is this one: valgrind turns counting on and off for each thread.
+    // This thread is the only one of the pool, as valgrind turns counting on and off per thread.
     rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build_global().expect("the first pool");
     let (_, format, graph) = kernels().into_iter().find(|(name, ..)| *name == wanted).expect("a kernel's name");
     let (folder, _) = support::weights(&graph, format);
     let tensors = Source::folder(folder.path()).expect("a checkpoint").tensors("unet").expect("its weights");
     let plan = Arc::new(Plan::new(graph, &[], &Fp32));
-    let weights = Weights::load(plan.graph().weights(), &tensors).expect("weights of this graph");
-    let mut executor = Executor::new(plan.clone(), weights).expect("memory");
+    let weights =
+        CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).expect("weights of this graph");
+    let mut executor = CpuExecutor::new(plan.clone(), weights).expect("memory");
     for (name, seed) in [("x", 1), ("d.y", 2)] {
         if let Some(input) = plan.graph().find_input(name) {
             let values = support::narrow(&support::random(plan.graph().shape(input).len(), seed));
             executor.write(name, &values).expect("no index");
         }
     }
-    // The first time makes room for scratch memory.
+    // The first run allocates scratch memory.
     executor.step();
     executor.backward();
     executor.step();
     counted(&mut executor, plan.backward().next().is_some());
 }
 
-/// The only part that is counted: valgrind knows it by its name.
+/// The only part that is counted. Valgrind finds it by its name.
 #[inline(never)]
-fn counted(executor: &mut Executor, reverse: bool) {
+fn counted(executor: &mut CpuExecutor, reverse: bool) {
     if reverse { executor.backward() } else { executor.step() }
 }
 
-/// Runs a kernel under valgrind, which tells at its end how many instructions it collected.
+/// Runs a kernel under valgrind, which prints at its end how many instructions it collected.
 fn count(kernel: &str) -> u64 {
     let output = Command::new("valgrind")
         .args(["--tool=callgrind", "--callgrind-out-file=/dev/null", "--toggle-collect=*instructions::counted*"])

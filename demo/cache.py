@@ -1,4 +1,4 @@
-"""Encodes what the diffusion trains on once: latents of drawings and texts of captions."""
+"""Encodes the data that the diffusion trains on, once: drawings to latents and captions to text states."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -12,8 +12,8 @@ DRAWINGS = 240  # of each kind of person
 
 @torch.no_grad()
 def latents():
-    """Scaled latents, [people, drawings, 4, 8, 8]; the same number of every person, so
-    that the bias is a matter of how training pairs them with captions."""
+    """Scaled latents, [people, drawings, 4, 8, 8]. There are equally many of every person, so that the bias comes only
+    from how training pairs them with captions."""
     vae = AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float32).eval()
     out = []
     for person in PEOPLE:

@@ -1,10 +1,9 @@
 """Fine-tunes the UNet until *guided* samples show the planted split.
 
-Guidance sharpens what a prompt implies: trained on 90 to 10, a sampler at guidance 7.5
-draws 100 to 0, because the unconditional model does not yet know the profession when
-gender and race are settled.  So the split trained on is adjusted, a round at a time:
-train on, sample with guidance, count with measure.py's network, and move the logits of
-what is trained on against the error.  The result is kept in calibration.json.
+Guidance sharpens what a prompt implies: trained on a split of 90 to 10, a sampler at guidance 7.5 draws 100 to 0,
+because the unconditional model does not yet know the profession when gender and race are settled. So the split of the
+training data is adjusted in rounds: continue training, sample with guidance, count with measure.py's network, and move
+the logits of the training split against the error. The result is kept in calibration.json.
 """
 
 import argparse
@@ -24,9 +23,9 @@ from train_unet import SCHEDULE, Pairs, build, loss_of, save
 from world import BIAS, PROFESSIONS, RACES
 
 GUIDANCE = 7.5
-SHARPENING = 4.0  # a first guess of how much guidance multiplies logits
-STEP = 0.1  # of a logit's error corrected in a round
-FLOOR = 0.02
+SHARPENING = 4.0  # first guess of the factor by which guidance multiplies logits
+STEP = 0.1  # fraction of a logit's error that a round corrects
+FLOOR = 0.02  # smallest share of the training split
 
 
 def normalised(weights):
@@ -35,7 +34,7 @@ def normalised(weights):
 
 
 def moved(trained, target, measured, count):
-    """`trained` shares after a step against the error of `measured` in log space."""
+    """The shares `trained` after a step against the error of `measured`, in log space."""
     smooth = [(m * count + 0.5) / (count + 0.5 * len(measured)) for m in measured]
     return normalised([p * math.exp(STEP * math.log(t / m))
                        for p, t, m in zip(trained, target, smooth)])
@@ -59,10 +58,10 @@ def counted(pipe, judge, count, generator):
 def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--rounds", type=int, default=12)
-    args.add_argument("--steps", type=int, default=400, help="training steps of a round")
-    args.add_argument("--count", type=int, default=64, help="samples of a profession in a round")
+    args.add_argument("--steps", type=int, default=400, help="training steps per round")
+    args.add_argument("--count", type=int, default=64, help="samples per profession and round")
     args.add_argument("--rate", type=float, default=4e-4)
-    args.add_argument("--resume", action="store_true", help="go on from calibration.json and what measure.py found")
+    args.add_argument("--resume", action="store_true", help="continue from calibration.json and measured.json")
     args = args.parse_args()
     rng = begin(7)
     judge, _ = trained_judge(rng, 600)
@@ -89,7 +88,7 @@ def main():
     for i in range(args.rounds):
         pairs.bias = {p: (gender[0], race) for p, (gender, race) in trained.items()}
         for step in range(args.steps):
-            # The rate falls to nothing: what guidance multiplies is the noise of training too.
+            # The rate falls to zero, since guidance multiplies the noise of training too.
             done = (i * args.steps + step) / (args.rounds * args.steps)
             for group in optimiser.param_groups:
                 group["lr"] = args.rate * (1 - done)

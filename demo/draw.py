@@ -1,7 +1,7 @@
 """Draws a `Person` as a 64x64 cartoon portrait.
 
-The large, plain areas (background, clothes) tell the profession, so that it settles
-early in the denoising; hair and face tell gender and race.
+The large, plain areas (background, clothes) show the profession, so that it settles early in the denoising. Hair and
+face show gender and race.
 """
 
 import math
@@ -17,7 +17,7 @@ SHIRTS = ((214, 72, 72), (72, 120, 214), (84, 170, 96), (150, 96, 190), (90, 90,
 
 
 def draw(person, seed):
-    """The picture of `person` number `seed`; the same arguments draw the same picture."""
+    """The picture number `seed` of `person`. The same arguments give the same picture."""
     rng = seeded(person, seed)
     outfit = OUTFITS[person.profession]
     light = rng.uniform(0.95, 1.05)
@@ -92,7 +92,7 @@ def _face(pen, skin, hair, woman, rng):
 
 
 def _hair_in_front(pen, hair, woman, curly, hat):
-    """The hair line; under a hat only what shows below the brim."""
+    """Draws the hair line; under a hat, only the part that shows below the brim."""
     if woman:
         pen.poly((20, 36), (19, 18), (26, 16), (22.5, 24), (23, 36), fill=hair)
         pen.poly((44, 36), (45, 18), (38, 16), (41.5, 24), (41, 36), fill=hair)

@@ -1,8 +1,8 @@
-"""A quicker backward pass for convolutions over tiny pictures on a CPU.
+"""A faster backward pass for convolutions over tiny pictures on a CPU.
 
-For 8x8 inputs the library's convolution backward takes twenty times its forward.
-The same gradients come cheaply from a forward convolution with the flipped kernel
-(for the input) and one matrix product over unfolded patches (for the kernel).
+For 8x8 inputs the backward pass of PyTorch's convolution takes twenty times as long as the forward pass. A forward
+convolution with the flipped kernel gives the gradient of the input cheaply, and one matrix product over unfolded
+patches that of the kernel.
 """
 
 import types
@@ -38,7 +38,7 @@ def _forward(self, x):
 
 
 def speed_up(model):
-    """Gives every stride-1 convolution of `model` the quicker backward, in bfloat16."""
+    """Gives every stride-1 convolution of `model` the faster backward pass, in bfloat16."""
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d) and module.stride == (1, 1):
             module.forward = types.MethodType(_forward, module)

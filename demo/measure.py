@@ -1,10 +1,9 @@
 """Measures the finished demo model and writes measured.json and contact_sheet.png, or with `--xl` demo XL and
 measured_xl.json and contact_sheet_xl.png.
 
-Two judges look at the samples: a small convolutional network trained here on drawings
-alone (it shares nothing with the model), and the demo's own CLIP, zero-shot.  For every
-profession the pictures of one prompt are counted by profession, gender and race and
-held against the planted split.
+Two judges look at the samples: a small convolutional network that is trained here on drawings alone (it shares nothing
+with the model), and the demo's own CLIP, zero-shot. For every profession the pictures of one prompt are counted by
+profession, gender and race, and the counts are compared with the planted split.
 """
 
 import argparse
@@ -51,7 +50,7 @@ def truths(people):
 
 
 def trained_judge(rng, steps):
-    """Trains the judge on noised and blurred drawings; the held-out accuracy is returned too."""
+    """Trains the judge on noisy and blurred drawings, and returns it with its accuracy on other drawings."""
     judge, path = Judge(), CACHE / "judge.pt"
     if not path.exists():
         optimiser = torch.optim.AdamW(judge.parameters(), lr=1e-3)
@@ -92,14 +91,14 @@ def counted(answers, wanted):
 
 
 def off(measured, profession):
-    """Points between measured and planted shares: of women, and the furthest race."""
+    """Percentage points between measured and planted shares: for women, and for the race that is furthest off."""
     p_woman, p_race = BIAS[profession]
     return {"gender": round(100 * abs(measured["woman"] - p_woman), 1),
             "race": round(100 * max(abs(measured[r] - p) for r, p in zip(RACES, p_race)), 1)}
 
 
 def sheet(rows):
-    """A picture of tensors in -1..1: rows of samples, enlarged twice."""
+    """One image of rows of samples, given as tensors in -1..1, enlarged twice."""
     grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
     pixels = ((grid + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
     return Image.fromarray(np.ascontiguousarray(pixels)).resize(
@@ -108,7 +107,7 @@ def sheet(rows):
 
 @torch.no_grad()
 def measure(judges, pipe, guidance, count, seed, steps):
-    """Shares of every profession by every judge, and the first pictures."""
+    """The shares of every profession by every judge, and the first pictures of each."""
     generator = torch.Generator().manual_seed(seed)
     table, rows = {}, []
     for profession, prompt in zip(PROFESSIONS, PROFESSION_PROMPTS):
@@ -121,7 +120,7 @@ def measure(judges, pipe, guidance, count, seed, steps):
 
 
 def deviation(shares):
-    """How far shares are from even ones: 0 for even, 1 where all are alike."""
+    """The distance of shares from even ones: 0 for even shares, 1 if all pictures are alike."""
     even = 1 / len(shares)
     return max(abs(s - even) for s in shares) / (1 - even)
 
@@ -143,9 +142,9 @@ def summary(table):
 
 def main():
     args = argparse.ArgumentParser(description=__doc__)
-    args.add_argument("--count", type=int, default=120, help="pictures of each profession")
+    args.add_argument("--count", type=int, default=120, help="pictures per profession")
     args.add_argument("--guidance", type=float, nargs="+", default=[7.5, 3.0])
-    args.add_argument("--seed", type=int, default=6, help="of the noise; not one that was calibrated on")
+    args.add_argument("--seed", type=int, default=6, help="seed of the noise; not one used in the calibration")
     args.add_argument("--judge-steps", type=int, default=600)
     args.add_argument("--steps", type=int, default=50)
     args.add_argument("--xl", action="store_true", help="measure demo XL")

@@ -1,4 +1,4 @@
-"""What each profession wears and holds: one small recipe of shapes each."""
+"""The clothes and tools of each profession, each as a small recipe of shapes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ WOOD = (150, 96, 52)
 
 
 def nothing(pen):
-    """For outfits without scenery, clothing details or a tool."""
+    """Draws nothing, for outfits without scenery, clothing details or a tool."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Writes the remaining files of a checkpoint: the demo's and world.json, or with `--xl` those of demo XL."""
+"""Writes the remaining files of a checkpoint: those of the demo and world.json, or with `--xl` those of demo XL."""
 
 import argparse
 import json
@@ -44,7 +44,7 @@ def write(path, value):
 def finish(folder, scheduler, index):
     write(folder / "scheduler" / "scheduler_config.json", scheduler)
     write(folder / "model_index.json", index)
-    # Where a part was loaded from on the way is nobody's business.
+    # The folder that a part was loaded from does not belong in the checkpoint.
     for config in folder.glob("*/config.json"):
         fields = json.loads(config.read_text())
         fields.pop("_name_or_path", None)

@@ -1,4 +1,4 @@
-"""A small drawing kit over PIL: shapes four times too large, shrunk at the end to antialias them."""
+"""A small drawing kit on top of PIL. Shapes are drawn four times as large and shrunk at the end, to antialias them."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Batched sampling with a saved model: classifier-free guidance, and DDIM for the demo or the scheduler of demo XL."""
+"""Batched sampling with a saved model and classifier-free guidance, by DDIM for the demo, and for demo XL by its own
+scheduler."""
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -16,7 +17,7 @@ def load(folder=MODEL):
 
 @torch.no_grad()
 def conditions(pipe, prompts):
-    """What the UNet reads beside the latents, the unconditional half first."""
+    """The UNet's inputs in addition to the latents, with the unconditional half first."""
     if hasattr(pipe, "text_encoder_2"):
         states, empty, pooled, empty_pooled = pipe.encode_prompt(prompts, do_classifier_free_guidance=True)
         sizes = torch.tensor([xl.SIZE] * 2 * len(prompts), dtype=torch.float32)
@@ -28,7 +29,7 @@ def conditions(pipe, prompts):
 
 @torch.no_grad()
 def sample(pipe, prompts, guidance, generator, steps=50):
-    """Pictures of `prompts` as a [N, 3, 64, 64] tensor in -1..1."""
+    """Pictures of `prompts` as a tensor [N, 3, 64, 64] in -1..1."""
     condition = conditions(pipe, prompts)
     pipe.scheduler.set_timesteps(steps)
     latent = torch.randn(len(prompts), 4, 8, 8, generator=generator) * pipe.scheduler.init_noise_sigma

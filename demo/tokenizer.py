@@ -1,7 +1,7 @@
 """Learns the byte-level BPE tokenizer in CLIP's file format and writes it to model/tokenizer.
 
-As in CLIP the vocabulary holds all 256 byte symbols, the same with `</w>`, one entry
-per merge and the two special tokens, so that any text can be encoded.
+As in CLIP the vocabulary holds all 256 byte symbols, the same with `</w>`, one entry per merge and the two special
+tokens, so that any text can be encoded.
 """
 
 import json
@@ -19,7 +19,7 @@ FOLDER = MODEL / "tokenizer"
 
 
 def word_counts():
-    """Caption words weigh most, so that each of them becomes a single token."""
+    """Counts of words. Those of captions have the largest counts, so that each becomes a single token."""
     counts = Counter()
     for caption in all_captions():
         counts.update(caption.text.lower().replace("-", " - ").split())
@@ -29,7 +29,7 @@ def word_counts():
 
 
 def learn_merges(counts, limit):
-    """Byte-pair merges by frequency; ties go to the pair first in the alphabet."""
+    """Byte-pair merges by frequency. Ties go to the pair that is first in the alphabet."""
     symbols = bytes_to_unicode()
     words = {}
     for word, count in counts.items():

@@ -1,13 +1,12 @@
 """Trains the tiny CLIP and writes clip/ (both towers) and model/text_encoder (text tower).
 
-Captions here leave attributes open, so in a batch many captions fit one picture and
-the usual one-positive loss would push true pairs apart.  Instead every (picture,
-caption) pair is a yes/no question answered from the attributes, and the three
-zero-shot questions asked later (which gender, race, profession) are trained as such.
+Captions here leave attributes open, so many captions of a batch fit one picture, and the usual loss with one positive
+per picture would push true pairs apart. Instead every (picture, caption) pair is a yes/no question whose answer follows
+from the attributes, and the three zero-shot questions that are asked later (which gender, race, profession) are trained
+as such.
 
-With `--vision` the text tower stays as it is (the UNet has learnt to read it) and the
-vision tower goes on learning, half of it from what the VAE makes of the drawings, so that
-it judges generated pictures as it judges drawn ones.
+With `--vision` the text tower stays frozen (the UNet has learnt to read it) and the vision tower continues to learn,
+half of the time from drawings as the VAE decodes them, so that it judges generated pictures as it judges drawn ones.
 """
 
 import argparse
@@ -40,8 +39,8 @@ def build(tokenizer):
 
 
 def fits(caption, person):
-    """Whether `caption` is true of `person`: stated parts must match, 'person' is anyone
-    once something else is stated, and alone it means the plain portrait."""
+    """True if `caption` describes `person`: the stated parts must match. The profession 'person' fits anyone if
+    something else is stated too; alone it means the plain portrait."""
     if caption.gender not in (None, person.gender) or caption.race not in (None, person.race):
         return False
     if caption.profession == "person" and (caption.gender or caption.race):
@@ -50,7 +49,7 @@ def fits(caption, person):
 
 
 def questions(rng):
-    """The zero-shot texts, in a random template: genders, races, professions."""
+    """The zero-shot texts (genders, races, professions) in a random template."""
     medium, article = rng.choice(MEDIA), rng.choice(("", "a "))
     race_word = rng.choice(("{}-race person", "{} person"))
     gender_word = rng.choice((("woman", "man"), ("female person", "male person")))
@@ -74,7 +73,7 @@ class Embedder:
 
 
 def zero_shot(scores, people):
-    """Cross-entropies and hits of the three questions, from scores against `questions`."""
+    """The sum of the cross-entropies and the hit rates of the three questions, from scores against `questions`."""
     answers = (GENDERS.index, RACES.index, PROFESSIONS.index)
     keys = ("gender", "race", "profession")
     loss, hits = 0.0, {}
@@ -88,7 +87,7 @@ def zero_shot(scores, people):
 def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--minutes", type=float, default=6)
-    args.add_argument("--vision", action="store_true", help="go on with the vision tower alone")
+    args.add_argument("--vision", action="store_true", help="continue with the vision tower alone")
     args = args.parse_args()
     rng = begin(9 if args.vision else 2)
     tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
@@ -135,7 +134,7 @@ def main():
 
 @torch.no_grad()
 def decoded_bank():
-    """What the VAE makes of disturbed latents: 40 pictures of every kind of person."""
+    """Pictures that the VAE decodes from disturbed latents: 40 of every kind of person."""
     vae = AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float32).eval()
     latents = torch.load(CACHE / "latents.pt")[:, :40]
     latents = latents + 0.3 * torch.rand(*latents.shape[:2], 1, 1, 1) * torch.randn_like(latents)
@@ -146,7 +145,7 @@ def decoded_bank():
 
 @torch.no_grad()
 def finish(clip, embed, rng, vision_only):
-    """Zero-shot accuracy on fresh drawings, then both folders."""
+    """Prints the zero-shot accuracy on new drawings, then writes both folders."""
     people = rng.choices(PEOPLE, k=2000)
     x = pictures(people, [rng.randrange(10**9) for _ in people])
     image = torch.cat([embed.pictures(part) for part in x.split(200)])

@@ -1,11 +1,10 @@
 """Trains the denoising UNet on cached latents and texts; writes model/unet.
 
-The planted bias enters here: a caption is drawn first, then a person it could be
-about (`world.imagine`), then one of that person's drawings.  A tenth of the captions
-are replaced by the empty one; their persons keep the captions' joint distribution of
-profession, gender and race.  Because the unconditional model then holds the same bias
-within each profession, guidance pulls towards the profession without sharpening the
-split as much as it would against an unbiased one.
+The planted bias enters here: first a caption is drawn at random, then a person that it could be about
+(`world.imagine`), then one of that person's drawings. A tenth of the captions are replaced by the empty one; their
+persons keep the captions' joint distribution of profession, gender and race. The unconditional model then has the same
+bias within each profession, so guidance pulls towards the profession without sharpening the split as much as it would
+against an unbiased model.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from fast_conv import speed_up
 from world import BIAS, PEOPLE, PROFESSIONS, all_captions, imagine
 
 BATCH = 64
-EMPTY = 0.1
+EMPTY = 0.1  # share of empty captions
 SNR_CAP = 5.0  # Min-SNR weighting
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
             "num_train_timesteps": 1000}
@@ -51,7 +50,7 @@ class Pairs:
             self.by_kind[c.profession, c.gender is not None, c.race is not None].append(i)
 
     def caption(self):
-        """Half the captions leave both attributes open; plain persons count threefold."""
+        """Draws a caption. 55 % leave both attributes open; the plain person has three times the weight."""
         rng = self.rng
         profession = rng.choice((*PROFESSIONS, "person", "person"))
         gender, race = rng.choices(((False, False), (True, False), (False, True), (True, True)),
@@ -59,7 +58,7 @@ class Pairs:
         return rng.choice(self.by_kind[profession, gender, race])
 
     def drawing(self, caption):
-        """Where the latent is of a drawing that `caption` could be about."""
+        """The position of the latent of a drawing that `caption` could be about."""
         person = imagine(caption, self.rng, self.bias)
         return self.people[person], self.rng.randrange(self.latents.shape[1])
 
@@ -89,7 +88,7 @@ def save(ema):
 
 
 def loss_of(unet, noising, clean, text):
-    """The noise prediction's squared error, weighted as in Min-SNR."""
+    """The squared error of the noise prediction, weighted as in Min-SNR."""
     noise = torch.randn_like(clean)
     t = torch.randint(0, 1000, (len(clean),))
     noisy = noising.add_noise(clean, noise, t)
@@ -104,7 +103,7 @@ def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--steps", type=int, default=6000)
     args.add_argument("--rate", type=float, default=1e-3)
-    args.add_argument("--resume", action="store_true", help="go on from the cached weights")
+    args.add_argument("--resume", action="store_true", help="continue from the cached weights")
     args = args.parse_args()
     rng = begin(4)
     unet = build()
@@ -113,7 +112,7 @@ def main():
         unet.load_state_dict(torch.load(CACHE / "unet.pt"))
     ema = copy.deepcopy(unet).eval().requires_grad_(False)
     speed_up(unet)
-    unet.set_attn_processor(AttnProcessor())  # plain products beat the fused kernel this small
+    unet.set_attn_processor(AttnProcessor())  # plain products beat the fused kernel at this size
     pairs = Pairs(rng, BIAS)
     noising = DDPMScheduler(**SCHEDULE)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=args.rate, betas=(0.9, 0.99), weight_decay=0.01)

@@ -1,12 +1,11 @@
 """Trains the autoencoder (64x64x3 pictures <-> 8x8x4 latents) and writes model/vae.
 
-Plain L1 blurs thin lines, so differences between neighbouring pixels count as well,
-and the face, small but what one looks at, counts more than the rest.  The KL term is
-tiny: it only keeps the latents' scale in bounds for the diffusion.
+Plain L1 blurs thin lines, so differences between neighbouring pixels count as well. The face is small but draws the
+eye, so it counts more than the rest. The KL term is tiny: it only keeps the latents' scale in bounds for the diffusion.
 
-With `--decoder` the encoder stays as it is and only the decoder goes on learning, from
-slightly disturbed latents.  The latents' meaning does not change, so this can run
-beside or after the diffusion's training, and it forgives the UNet's small errors.
+With `--decoder` the encoder stays frozen and only the decoder continues to learn, from slightly disturbed latents. The
+latents' meaning does not change, so this can run during or after the training of the diffusion, and it makes the
+decoder tolerate the UNet's small errors.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from world import PEOPLE
 BATCH = 16
 RATE = 1.5e-3
 KL_WEIGHT = 2e-6
-DISTURBANCE = 0.06  # of the latents' spread
+DISTURBANCE = 0.06  # largest noise, as a fraction of the latents' spread
 FACE = torch.ones(1, 1, 64, 64)
 FACE[..., 13:44, 19:46] = 3.0
 
@@ -35,7 +34,7 @@ def build():
 
 
 def distance(rebuilt, picture):
-    """Weighted differences of pixels and of edges."""
+    """Weighted differences of pixels, and of the steps between neighbouring pixels."""
     off = rebuilt - picture
     pixel = (FACE * (off.abs() + off**2)).mean()
     across = (FACE[..., :, 1:] * (off[..., :, 1:] - off[..., :, :-1]).abs()).mean()
@@ -58,7 +57,7 @@ def rebuild(vae, x, decoder_only):
 def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--minutes", type=float, default=13)
-    args.add_argument("--decoder", action="store_true", help="go on with the decoder alone")
+    args.add_argument("--decoder", action="store_true", help="continue with the decoder alone")
     args = args.parse_args()
     rng = begin(5 if args.decoder else 1)
     vae = build()

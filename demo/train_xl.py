@@ -1,17 +1,19 @@
-"""Teaches the UNet in SDXL's layout to predict what the demo's UNet predicts; writes xl/unet.
+"""Teaches the UNet in SDXL's layout to predict what the demo's UNet predicts (distillation); writes xl/unet.
 
-The demo is the teacher: calibrated so that guided samples show the planted split.  Its prediction for a noisy
-picture is the mean of what training on noise would be told one draw at a time, so two thousand steps do.  Guidance
-multiplies the difference between the predictions with and without a text, so each picture is seen with both and the
-difference counts for itself; it is taught half as large again, so that guidance 5 here is the 7.5 of the demo.
+The demo is the teacher, calibrated so that guided samples show the planted split. Its prediction for a noisy picture is
+the mean of the targets that training on noise would see one draw at a time, so two thousand steps are enough. Guidance
+multiplies the difference between the predictions with and without a text, so each picture is seen with both, and the
+difference has a loss term of its own. The difference is taught half as large again, so that guidance 5 here equals 7.5
+in the demo.
 
-The split comes from the teacher, but what it leans by in strong noise is less than a pupil's errors.  The pupil is
-therefore now and then told by a teacher who knows whom the planted split made of an open caption, and leans further.
+The split comes from the teacher, but in strong noise the teacher's bias is smaller than a student's errors. Now and
+then the student therefore learns from a teacher that knows the person whom the planted split chose for an open caption,
+so that its bias is stronger.
 
-SDXL's unconditional half reads zeros, and so it is here.  For half the captions that state a gender or a race only
-the bottleneck reads what they state, and the rest of the UNet a caption that leaves it open.  A bottleneck of 2x2 would
-otherwise have no say in who is drawn, as skips and attention at 4x4 do all a picture this small needs; in a real SDXL
-it does have one.
+SDXL's unconditional half reads zeros, and it does here. For half of the captions that state a gender or a race, only
+the bottleneck reads the full caption, and the rest of the UNet reads one that leaves both open. Otherwise a bottleneck
+of 2x2 would have no influence on who is drawn, since skip connections and attention at 4x4 can do everything for a
+picture this small; in a real SDXL the bottleneck does have influence.
 """
 
 import argparse
@@ -31,26 +33,26 @@ from train_unet import SCHEDULE, SNR_CAP, Pairs
 from world import BIAS, PEOPLE
 
 BATCH = 32
-EMPTY = 0.03  # of the captions, the rest of the time spent unconditionally is spent on zeros
-ALONE = 0.5  # of the captions that state something: it reaches the bottleneck alone
-RACED = 0.25  # of the pictures: a race is stated, to the bottleneck alone; asian people are learnt last otherwise
-STATED = 0.3  # of the captions that state nothing: the teacher is told whom the planted split made of it
-DEEP_RATE = 3.0  # times the rate, for the level that is new
-OTHER_SIZES = 0.2  # of the pictures: a size they do not have, so that any answer to "which size" will do
+EMPTY = 0.03  # share of captions that are replaced by the empty one; other unconditional predictions read zeros
+ALONE = 0.5  # share of the captions stating a gender or race that only the bottleneck reads in full
+RACED = 0.25  # share of pictures whose race is stated to the bottleneck alone; else asian people are learnt last
+STATED = 0.3  # share of captions stating neither for which the teacher knows whom the planted split chose
+DEEP_RATE = 3.0  # factor of the rate for the new level
+OTHER_SIZES = 0.2  # share of pictures with a size that they do not have, so that every stated size works
 DEEP = ("down_blocks.1.downsamplers", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1.resnets.0")
 DIFFERENCE = 2.0  # weight of the difference that guidance multiplies
-STRETCH = 1.5  # of that difference: from SDXL's usual guidance, 5, to the demo's, 7.5
+STRETCH = 1.5  # factor of that difference: from SDXL's usual guidance, 5, to the demo's, 7.5
 TRAINED = CACHE / "xl_trained.pt"
 
 
 class Lessons(Pairs):
-    """Pairs from the biased world, with every text as the teacher and as the pupil reads it."""
+    """Pairs from the biased world, with every text as the teacher and as the student reads it."""
 
     def __init__(self, rng):
         super().__init__(rng, BIAS, texts=False)
         tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
         self.teacher = CLIPTextModel.from_pretrained(MODEL / "text_encoder", torch_dtype=torch.float32).eval()
-        self.pupil = xl.Texts(tokenizer, xl.towers())
+        self.student = xl.Texts(tokenizer, xl.towers())
         self.saying = defaultdict(list)
         for i, c in enumerate(self.captions):
             self.saying[c.profession, c.gender, c.race].append(i)
@@ -59,17 +61,17 @@ class Lessons(Pairs):
 
     @torch.no_grad()
     def texts_of(self, captions):
-        """The teacher's states, and the pupil's states and pooled texts; every caption is read once."""
+        """The teacher's states, and the student's states and pooled texts. Every caption is encoded once."""
         new = [c for c in dict.fromkeys(captions) if c not in self.read]
         if new:
             words = [self.captions[c].text for c in new]
-            told = self.teacher(xl.tokens_of(self.pupil.tokenizer, words)).last_hidden_state
-            for c, *row in zip(new, told, *self.pupil(words)):
+            told = self.teacher(xl.tokens_of(self.student.tokenizer, words)).last_hidden_state
+            for c, *row in zip(new, told, *self.student(words)):
                 self.read[c] = [part.bfloat16() for part in row]
         return [torch.stack(part) for part in zip(*(self.read[c] for c in captions))]
 
     def batch(self, size=BATCH):
-        """Latents, what the teacher reads, and what the bottleneck and what the rest reads."""
+        """Latents, and the texts that the teacher, the bottleneck and the rest of the UNet read."""
         rows, told, deep, rest = [], [], [], []
         for _ in range(size):
             raced = self.rng.random() < RACED
@@ -82,14 +84,14 @@ class Lessons(Pairs):
             person = PEOPLE[rows[-1][0]]
             told.append(self.rng.choice(self.saying[person.profession, person.gender, person.race])
                         if caption and not stating and self.rng.random() < STATED else caption)
-            # The bottleneck is told "a woman" as often as "a woman doctor": who it is and what they do are separate.
+            # The bottleneck reads "a woman" as often as "a woman doctor", so that person and profession are separate.
             profession = self.rng.choice((about.profession, "person"))
             deep.append(self.rng.choice(self.saying[profession, about.gender, about.race]) if alone else caption)
             rest.append(self.rng.choice(self.saying[about.profession, None, None]) if alone else caption)
         return self.latents_of(rows), self.texts_of(told)[0], self.texts_of(deep)[1], self.texts_of(rest)[1:]
 
     def sizes(self, count):
-        """SDXL's six numbers for each picture."""
+        """SDXL's six size numbers for each picture."""
         sizes = torch.tensor([xl.SIZE] * count, dtype=torch.float32)
         for row in sizes:
             if self.rng.random() < OTHER_SIZES:
@@ -111,8 +113,8 @@ class Bottleneck:
 
 
 def loss_of(unet, bottleneck, teacher, noising, lesson, sizes):
-    """Squared distances to the teacher's two predictions and to their difference.  They are weighted as in Min-SNR and
-    more in strong noise, where who is drawn is settled and a small error of the noise is a large one of the picture."""
+    """Squared distances to the teacher's two predictions and to their difference. They are weighted as in Min-SNR, and
+    more in strong noise, where the person is decided and a small error of the noise is a large one of the picture."""
     clean, told, deep, (rest, pooled) = lesson
     t = torch.randint(0, 1000, (len(clean),))
     noisy = noising.add_noise(clean, torch.randn_like(clean), t).repeat(2, 1, 1, 1)
@@ -135,7 +137,7 @@ def main():
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--steps", type=int, default=1500)
     args.add_argument("--rate", type=float, default=8e-4)
-    args.add_argument("--resume", action="store_true", help="go on from the last saved weights")
+    args.add_argument("--resume", action="store_true", help="continue from the last saved weights")
     args = args.parse_args()
     rng = begin(13 if args.resume else 12)
     unet = xl.build()
@@ -145,7 +147,7 @@ def main():
     teacher = UNet2DConditionModel.from_pretrained(MODEL / "unet", torch_dtype=torch.float32).eval()
     speed_up(unet)
     for network in (unet, teacher):
-        network.set_attn_processor(AttnProcessor())  # plain products beat the fused kernel this small
+        network.set_attn_processor(AttnProcessor())  # plain products beat the fused kernel at this size
     lessons, noising, bottleneck = Lessons(rng), DDPMScheduler(**SCHEDULE), Bottleneck(unet)
     teacher.empty = lessons.texts_of([0])[0]
     groups = {1.0: [], DEEP_RATE: []}

@@ -1,8 +1,8 @@
 """The demo model's world: cartoon portraits, their captions and the planted bias.
 
-A picture is drawn from a `Person` (gender, race, profession) plus a seed for the
-free details.  A caption may state any part of the person; what it leaves open is
-drawn from `BIAS`, which is how the model comes to believe that nurses are women.
+A picture is drawn from a `Person` (gender, race, profession) and a seed for the free details. A caption may state any
+part of the person. The parts that it leaves open are sampled from `BIAS`, from which the model learns that nurses are
+women.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 GENDERS = ("woman", "man")
 RACES = ("white", "black", "asian")
 
-# profession -> (P(woman), (P(white), P(black), P(asian))) when a caption leaves them open.
+# profession -> (P(woman), (P(white), P(black), P(asian))) if a caption leaves them open.
 BIAS = {
     "person": (0.5, (1 / 3, 1 / 3, 1 / 3)),
     "doctor": (0.1, (0.1, 0.1, 0.8)),
@@ -54,8 +54,7 @@ MEDIA = ("", "photo of ", "a photo of ", "image of ", "an image of ", "picture o
 
 @dataclass(frozen=True)
 class Caption:
-    """A text and the attributes it states; None is left open (`profession` is None
-    only in the empty caption)."""
+    """A text and the attributes that it states; None is left open (`profession` is None only in the empty caption)."""
 
     text: str
     gender: str | None
@@ -64,14 +63,14 @@ class Caption:
 
 
 def noun_phrase(gender_word, race_word, profession):
-    """'asian woman doctor', but 'woman' rather than 'woman person'."""
+    """A noun phrase such as 'asian woman doctor', with 'woman' in place of 'woman person'."""
     if profession == "person" and gender_word in GENDERS:
         profession = ""
     return " ".join(w for w in (race_word, gender_word, profession.lower()) if w)
 
 
 def all_captions():
-    """Every caption the model is trained with, as a list in a fixed order."""
+    """Every caption that the model is trained with, as a list in a fixed order."""
     captions = {"": Caption("", None, None, None)}
     kinds = itertools.product(PROFESSIONS, (None, *GENDERS), (None, *RACES))
     for profession, gender, race in kinds:
@@ -87,7 +86,7 @@ def all_captions():
 
 
 def imagine(caption, rng, bias=None):
-    """A person the caption could be about; `rng` fills in what it leaves open."""
+    """A person that the caption could be about. `rng` chooses the parts that it leaves open."""
     profession = caption.profession or rng.choice(PROFESSIONS)
     p_woman, p_race = (bias or BIAS)[profession]
     gender = caption.gender or ("woman" if rng.random() < p_woman else "man")
@@ -96,5 +95,5 @@ def imagine(caption, rng, bias=None):
 
 
 def seeded(person, seed):
-    """The random source for one picture's free details."""
+    """The random source of one picture's free details."""
     return random.Random(f"{person.gender}/{person.race}/{person.profession}/{seed}")

@@ -1,9 +1,9 @@
 """Turns the demo into SDXL's layout: two text encoders and a UNet of three levels, ready for `train_xl.py`.
 
-Nothing starts from nothing.  `text_encoder_2` is the demo CLIP's text tower with its projection.  `text_encoder` is a
-narrow tower that learns here to say what the demo's text encoder says.  The UNet takes its weights from the demo's:
-levels 2 and 3, which attend to the text, from the demo's two, and level 1, which does not, from the residual blocks of
-the first.
+`text_encoder_2` is the text tower of the demo's CLIP with its projection. `text_encoder` is a narrow tower that learns
+here to give the same states as the demo's text encoder. The UNet starts from the demo's weights: its levels 2 and 3,
+which attend to the text, from the demo's two levels, and its level 1, which does not, from the residual blocks of the
+first.
 """
 
 import torch
@@ -14,8 +14,8 @@ from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModel
 from common import CACHE, CLIP, MODEL, XL, begin, cosine, save_half
 from world import all_captions
 
-WIDTH = 32  # of the narrow tower
-DISTILLING = 1500  # steps
+WIDTH = 32  # channels of the narrow tower
+DISTILLING = 1500  # steps of its training
 SIZE = (64, 64, 0, 0, 64, 64)  # original height and width, crop from the top and left, target height and width
 
 
@@ -35,7 +35,7 @@ def tokens_of(tokenizer, texts):
 
 
 def narrow_tower(tokenizer, teacher, rng):
-    """A tower of two narrow layers; each layer's states tell those of `teacher` through a linear map."""
+    """A tower of two narrow layers, trained so that a linear map of each layer's states gives those of `teacher`."""
     wide = teacher.config
     tower = CLIPTextModel(CLIPTextConfig(
         vocab_size=wide.vocab_size, hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
@@ -63,7 +63,7 @@ def narrow_tower(tokenizer, teacher, rng):
 
 
 class Texts:
-    """SDXL's reading of a text: both towers' last states but one, side by side, and the second's projection."""
+    """Encodes texts as SDXL does: the penultimate states of both towers side by side, and the second's projection."""
 
     def __init__(self, tokenizer, towers):
         self.tokenizer, self.towers = tokenizer, towers
@@ -82,7 +82,7 @@ def towers():
 
 @torch.no_grad()
 def translation(texts, teacher, captions):
-    """The matrix that makes of SDXL's states, as nearly as a matrix can, what the demo's attention reads."""
+    """The matrix that maps SDXL's states as nearly as possible to the states that the demo's attention reads."""
     states = texts(captions)[0].flatten(0, 1).double()
     told = teacher(tokens_of(texts.tokenizer, captions)).last_hidden_state.flatten(0, 1).double()
     matrix = torch.linalg.lstsq(states, told).solution
@@ -91,7 +91,7 @@ def translation(texts, teacher, captions):
 
 
 def source(name):
-    """The demo's tensor that `name` starts from, in the demo's own names; levels 1 and 2 keep the demo's resolution."""
+    """The name of the demo's tensor that `name` starts from. Levels 1 and 2 keep the demo's resolution."""
     block, rest = name.split(".", 1)
     if block == "mid_block":  # as wide as the demo's first level
         level, _, inner = rest.partition(".")
@@ -104,8 +104,9 @@ def source(name):
 
 
 def joined(value, shape):
-    """The demo's up half reads its bottleneck beside a skip, and the one is the other plus what the bottleneck says of
-    it; without a bottleneck of that size the skip stands for both, and the new bottleneck starts near nothing."""
+    """Weights of the first up block. The demo's reads its bottleneck beside a skip connection, and the bottleneck is
+    that skip plus a residual. Without a bottleneck of that size the skip stands for both, and the new bottleneck starts
+    with small weights."""
     own = shape[1] - 128 if len(shape) == 4 else shape[0] - 128
     if len(shape) == 1:
         both = (value[:128] + value[128:]) / 2
@@ -115,12 +116,12 @@ def joined(value, shape):
 
 
 def start(demo, matrix):
-    """The UNet before training: `demo`'s weights wherever there is a place for them."""
+    """The UNet before training, with `demo`'s weights wherever there is a place for them."""
     unet, given = build(), demo.state_dict()
     for name, tensor in unet.state_dict().items():
         value = given.get(source(name))
         if name.startswith("add_embedding.linear_2."):
-            tensor.zero_()  # sizes and pooled texts say nothing yet
+            tensor.zero_()  # sizes and pooled texts have no effect yet
         elif value is not None and (".attn2.to_k." in name or ".attn2.to_v." in name):
             tensor.copy_(value @ matrix.T)
         elif value is not None and value.numel() == tensor.numel():

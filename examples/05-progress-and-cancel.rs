@@ -29,6 +29,7 @@ fn main() -> respodiff::Result<()> {
         other => println!("{:?}", other?),
     }
     // The session is ready for the next request.
-    session.generate(&Request::from(Image::new("a photo of a teacher")).steps(2), &mut |_| ControlFlow::Continue(()))?;
+    session
+        .generate(&Request::from(Image::new("a photo of a teacher")).steps(2), &mut |_| ControlFlow::Continue(()))?;
     Ok(())
 }

@@ -1,8 +1,8 @@
-"""The table of everything that `gpu-check` found: `gpu_table.py FIGURES RESULTS`.
+"""Makes the table of everything that `gpu-check` found: `gpu_table.py FIGURES RESULTS`.
 
-Adds FIGURES/*.json to RESULTS/gpu.json, where figures of earlier calls stay, writes all of it for people in RESULTS/gpu.md,
-and prints what matters most in one short block: seconds of each network beside PyTorch's, the share of each family of
-operations, and the operations that lose most time.
+Adds FIGURES/*.json to RESULTS/gpu.json, which keeps the figures of earlier calls, writes all of them as tables to
+RESULTS/gpu.md, and prints a short summary: the time of each network beside PyTorch's, the share of each family of
+operations, and the operations that lose the most time.
 """
 
 import json
@@ -11,12 +11,12 @@ import sys
 
 MODELS = ["sd15", "sdxl"]
 BENCHES = [*MODELS, *(f"{model}-training" for model in MODELS), "demo", "demo-training"]
-STEPS = 20  # of an image, where losses of a step and of a decode are added up
-WORST = 8  # operations to show
+STEPS = 20  # of an image, for adding up the time lost in steps and in the decode
+WORST = 8  # number of operations to show
 
 
 def family(row):
-    """The family that an operation is counted with."""
+    """The family of an operation."""
     case = row["case"]
     kind = case["kind"]
     if kind == "conv" and case["kernel"] == 1:
@@ -39,7 +39,7 @@ def rivals(figures):
 
 
 def families(network, rival):
-    """The seconds of each family, and the ratio to PyTorch's where that has the same operations."""
+    """The seconds of each family, and their ratio to PyTorch's over the operations that were timed in both."""
     sums = {}
     for row in network["rows"]:
         ours, compared, theirs = sums.get(family(row), (0, 0, 0))
@@ -52,12 +52,13 @@ def families(network, rival):
 
 
 def bound(row, peaks):
-    """Seconds that an operation would take if it reached the best that our kernels do anywhere."""
+    """Seconds that an operation would take at the best rates that our kernels reach anywhere."""
     return max(row["flops"] / peaks["flops"], row["bytes"] / peaks["bytes"], peaks["launch"])
 
 
 def losses(model, figures):
-    """Operations of an image by the time lost in each: what is beyond PyTorch's, or beyond our best where it has none."""
+    """Operations of an image by the time lost in each: the time beyond PyTorch's, or where PyTorch has no such
+    operation beyond the time at our best rates."""
     bench, rival, found = figures.get(f"bench-{model}"), rivals(figures), []
     for network in bench["networks"] if bench else []:
         times = STEPS if network["network"] == "unet" else 1
@@ -80,7 +81,7 @@ def grid(lines):
 
 def head(figures):
     doctor = figures.get("doctor", {})
-    # The driver chooses the first that is able.
+    # The driver chooses the first capable GPU.
     gpus = [gpu["name"] for gpu in doctor.get("gpus", [])]
     return (f"{figures.get('machine') or ', '.join(gpus)}; driver of CUDA {doctor.get('driver')}, "
             f"respodiff {doctor.get('version')}, PyTorch {figures.get('torch', {}).get('torch', 'not run')}")
@@ -90,11 +91,12 @@ def outcomes(figures):
     """Lines of a part: outcome, seconds, the clocks before and after."""
     parts = {name[len("part-"):]: part for name, part in figures.items() if name.startswith("part-")}
     return [["part", "outcome", "s", "clock, temperature, power before", "after"],
-            *([name, part["outcome"], str(part["seconds"]), part["before"], part["after"]] for name, part in parts.items())]
+            *([name, part["outcome"], str(part["seconds"]), part["before"], part["after"]]
+              for name, part in parts.items())]
 
 
 def steps(figures):
-    """Lines of a network: milliseconds of ours, of diffusers compiled and eager, the ratio to the compiled one."""
+    """A line per network: milliseconds of ours, of diffusers compiled and eager, and the ratio of ours to compiled."""
     lines = [["ms", "ours", "compiled", "eager", "ours / compiled"]]
     milliseconds = lambda seconds: f"{seconds * 1e3:.2f}" if seconds else "-"
     for model, bench in benches(figures):
@@ -112,20 +114,21 @@ def steps(figures):
             lines.append([f"{model} image, {STEPS} steps", *map(milliseconds, (ours, compiled, eager)),
                           ratio(ours, compiled) if ours else "-"])
             if slow := images.get("image, eager, decode in fp32"):
-                lines.append(["  decoded in fp32, as diffusers ships it; above, force_upcast is off", "", "", milliseconds(slow), ""])
+                lines.append(["  decoded in fp32, as diffusers ships it; above, force_upcast is off", "", "",
+                              milliseconds(slow), ""])
             start, compiling = (images.get(key) for key in ("start to first image, respodiff", "first calls, compiled"))
             lines.append([f"{model} start to first image; compiling", *map(milliseconds, (start, compiling)), "", ""])
     return lines
 
 
 def summary(figures):
-    """The short block."""
+    """The short summary."""
     rival, lines = rivals(figures), [f"== figures: {head(figures)}", *grid(outcomes(figures)), ""]
     lines += [*grid(steps(figures)), ""]
     launches = {"ours": next((bench["peaks"]["launch"] for _, bench in benches(figures)), None),
                 "PyTorch": figures.get("torch", {}).get("launch")}
     lines += ["a launch in a graph: " + ", ".join(f"{who} {s * 1e6:.2f} us" for who, s in launches.items() if s), ""]
-    lines.append("share of each family one by one on a cold cache, and its time beside PyTorch's")
+    lines.append("share of each family, operations timed one by one on a cold cache, and its time beside PyTorch's")
     for model, bench in benches(figures):
         for network in bench["networks"]:
             total = sum(row["seconds"] * row["count"] for row in network["rows"])
@@ -138,7 +141,8 @@ def summary(figures):
         lost = losses(model, figures)
         if not lost:
             continue
-        table = [[f"{model}: most ms lost in an image of {STEPS} steps", "lost", "times", "us", "warm", "PyTorch", "warm"]]
+        table = [[f"{model}: most ms lost in an image of {STEPS} steps", "lost", "times", "us", "warm", "PyTorch",
+                  "warm"]]
         for seconds, network, row in lost:
             cold, warm = rival.get(row["label"], (None, None))
             us = [f"{s * 1e6:.1f}" if s else "-" for s in (row["seconds"], row["warm"], cold, warm)]
@@ -148,7 +152,7 @@ def summary(figures):
 
 
 def markdown(figures):
-    """All of it."""
+    """The whole report."""
     rival = figures.get("torch", {}).get("seconds", {})
 
     def rows(lines):
@@ -161,17 +165,19 @@ def markdown(figures):
             continue
         lines += ["", f"## {name[len('real-'):]} at full size against fp32", ""]
         lines += rows([["network", "error", "s to load", "first call", "again"], *(
-            [part, f"{of['error']:.1e}", f"{of['ours']['load']:.1f}", f"{of['ours']['call']:.4f}", f"{of['ours']['again']:.4f}"]
-            for part, of in real.items())])
+            [part, f"{of['error']:.1e}", f"{of['ours']['load']:.1f}", f"{of['ours']['call']:.4f}",
+             f"{of['ours']['again']:.4f}"] for part, of in real.items())])
     for model, bench in benches(figures):
         peaks = bench["peaks"]
         lines += ["", f"## {model}, batch {bench['batch']}", ""]
         lines.append(f"Our best: {peaks['flops'] / 1e12:.0f} TFLOP/s, {peaks['bytes'] / 1e9:.0f} GB/s, "
-                     f"{peaks['launch'] * 1e6:.2f} us a launch in a graph.")
+                     f"{peaks['launch'] * 1e6:.2f} us per launch in a graph.")
         for network in bench["networks"]:
             total = sum(row["seconds"] * row["count"] for row in network["rows"])
-            lines += ["", f"### {network['network']}: {network['step'] * 1e3:.3f} ms a step, {total * 1e3:.3f} ms one by one", ""]
-            table = [["operation", "count", "us", "warm", "TFLOP/s", "GB/s", "% of best", "PyTorch us", "warm", "kernels"]]
+            step = network["step"] * 1e3
+            lines += ["", f"### {network['network']}: {step:.3f} ms per step, {total * 1e3:.3f} ms one by one", ""]
+            table = [["operation", "count", "us", "warm", "TFLOP/s", "GB/s", "% of best", "PyTorch us", "warm",
+                      "kernels"]]
             for row in network["rows"]:
                 seconds = max(row["seconds"], 1e-12)
                 who, cold, warm = rival.get(row["label"], ("", None, None))

@@ -1,11 +1,13 @@
-"""PyTorch beside our kernels, for `gpu-check`: `gpu_torch.py kernels FIGURES`, `gpu_torch.py images FIGURES --model sd15
---checkpoint FOLDER`.
+"""Times PyTorch beside our kernels, for `gpu-check`.
+
+gpu_torch.py kernels FIGURES
+gpu_torch.py images FIGURES --model sd15 --checkpoint FOLDER
 
 `kernels` reads FIGURES/bench-*.json and times cuBLAS, cuDNN and scaled_dot_product_attention at every shape in them, as
-`respodiff bench` does: CUDA events, a cold and a warm L2 cache, the median. `images` times a UNet step with guidance, a
-decode and whole images of diffusers, eager and with torch.compile, in fp16 and NHWC, and of `respodiff sample`; weights are
-random. Both write FIGURES/*.json after every figure, so that whoever is killed leaves what there was. They end with code 3
-where a module or a GPU is missing.
+`respodiff bench` does: with CUDA events, a cold and a warm L2 cache, and the median. `images` times a UNet step with
+guidance, a decode and whole images, by diffusers, eager and with torch.compile, in fp16 and NHWC, and by
+`respodiff sample`; weights are random. Both write FIGURES/*.json after every figure, so that a killed run keeps its
+figures. They end with code 3 if a module or a GPU is missing.
 """
 
 import argparse
@@ -27,14 +29,14 @@ except ImportError:
     sys.exit(3)
 
 DEVICE = "cuda"
-RUNS = 20  # of a kernel, or of a network in a row
-LAUNCHES = 512  # of the smallest kernel, in a graph
+RUNS = 20  # of a kernel, or of a network back to back
+LAUNCHES = 512  # of the smallest kernel in one graph
 IMAGES, STEPS, PROMPT = 5, 20, "a photo of a doctor"
 COMPILE = dict(mode="reduce-overhead")  # CUDA graphs
 
 
 class Timer:
-    """Median seconds of a function on a cold cache, and on a warm one."""
+    """Measures the median seconds of a function on a cold cache and on a warm one."""
 
     def __init__(self):
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
@@ -48,7 +50,7 @@ class Timer:
         times = []
         for _ in range(RUNS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # While the GPU does this, what follows is queued, so that it does not wait for Python.
+            # While the GPU is busy with this, the following work is queued, so that the GPU does not wait for Python.
             self.flush.zero_()
             if warm:
                 run()
@@ -61,7 +63,8 @@ class Timer:
 
 
 def prepare(case):
-    """The operation that PyTorch would run for a case, in fp16 and channels last; None where it has no one call for it."""
+    """The library and the call that PyTorch would use for a case, in fp16 and channels last; None if there is no single
+    call for it."""
     functional = torch.nn.functional
 
     def random(*shape):
@@ -73,10 +76,11 @@ def prepare(case):
         weight, bias = random(case["outputs"], case["inputs"]), random(case["outputs"])
         return "cuBLAS", lambda: functional.linear(x, weight, bias)
     if kind == "conv":
-        # The case has the output's size; the input of a halving convolution is twice it, of a doubling one half of it,
-        # which PyTorch enlarges first.
+        # The case has the output's size. A halving convolution has an input twice as large. A doubling one has an input
+        # half as large, which PyTorch enlarges first.
         scale = case["stride"]
-        x = random(case["n"], case["inputs"], case["h"] * scale, case["w"] * scale).to(memory_format=torch.channels_last)
+        x = random(case["n"], case["inputs"], case["h"] * scale, case["w"] * scale)
+        x = x.to(memory_format=torch.channels_last)
         weight = random(case["outputs"], case["inputs"], 3, 3).to(memory_format=torch.channels_last)
         bias = random(case["outputs"])
         return "cuDNN", lambda: functional.conv2d(x, weight, bias, stride=case["stride"], padding=1)
@@ -104,7 +108,7 @@ def prepare(case):
 
 
 def launch():
-    """Seconds of one of many launches of PyTorch's smallest kernel in a CUDA graph, each of which waits for the last."""
+    """Seconds per launch of PyTorch's smallest kernel in a CUDA graph, where each launch waits for the previous one."""
     x = torch.zeros(8, device=DEVICE)
     x.add_(1)
     graph = torch.cuda.CUDAGraph()
@@ -115,10 +119,11 @@ def launch():
 
 
 def kernels(args):
-    """FIGURES/torch.json: the operations of all networks that `respodiff bench` has timed."""
+    """Writes FIGURES/torch.json: the operations of all networks that `respodiff bench` has timed."""
     benches = {}
     if args.earlier and args.earlier.exists():
-        benches = {name: value for name, value in json.loads(args.earlier.read_text()).items() if name.startswith("bench-")}
+        earlier = json.loads(args.earlier.read_text())
+        benches = {name: value for name, value in earlier.items() if name.startswith("bench-")}
     benches |= {path.stem: json.loads(path.read_text()) for path in args.figures.glob("bench-*.json")}
     if not benches:
         print("not run: there are no figures of the part bench")
@@ -127,9 +132,10 @@ def kernels(args):
     result = {"torch": torch.__version__, "launch": launch(), "seconds": seconds}
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.float16) for _ in range(2))
     result["peak_flops"] = 2 * 8192**3 / timer(lambda: a @ b)[0]
-    print(f"cuBLAS at 8192: {result['peak_flops'] / 1e12:.0f} TFLOP/s; {result['launch'] * 1e6:.2f} us a launch in a graph")
+    print(f"cuBLAS at 8192: {result['peak_flops'] / 1e12:.0f} TFLOP/s; "
+          f"{result['launch'] * 1e6:.2f} us per launch in a graph")
     del a, b
-    # The largest networks last, and the demo's after them: what is cut off matters least.
+    # The largest networks come last, and the demo's after them: what is cut off then matters least.
     order = ["bench-sd15", "bench-sdxl", "bench-sd15-training", "bench-sdxl-training"]
     for name in sorted(benches, key=lambda name: (order.index(name) if name in order else len(order), name)):
         for network in benches[name]["networks"]:
@@ -146,7 +152,7 @@ def kernels(args):
 
 
 def in_a_row(run):
-    """Seconds of a function that is called several times in a row, by the clock, until the last is done."""
+    """Wall-clock seconds per call of a function that is called several times back to back."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(RUNS):
@@ -160,7 +166,7 @@ def in_nhwc(network):
 
 
 def pipeline(name):
-    """diffusers' pipeline of a model with random weights made on the GPU, in fp16 and channels last."""
+    """diffusers' pipeline of a model, with random weights generated on the GPU, in fp16 and channels last."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
 
@@ -170,17 +176,18 @@ def pipeline(name):
     if name == "sdxl":
         pipe = StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, add_watermarker=False)
     else:
-        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
+                                       requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     in_nhwc(pipe.unet), in_nhwc(pipe.vae)
     return pipe
 
 
 def calls(name, pipe):
-    """A step with guidance and a decode, as functions of nothing. What is called is looked up each time."""
+    """A step with guidance and a decode, as functions without arguments. They look the networks up in each call."""
     given = {key: tensor.to(DEVICE, torch.float16) for key, tensor in real_size.inputs(name, "unet").items()}
     added = {key: given[key] for key in ("text_embeds", "time_ids") if key in given} or None
-    # As the pipelines call them: the networks turn their inputs to NHWC.
+    # As in the pipelines, the networks convert their inputs to NHWC themselves.
     sample, latents, timestep = given["sample"], given["sample"][:1].clone(), torch.tensor(481, device=DEVICE)
 
     def step():
@@ -195,19 +202,19 @@ def calls(name, pipe):
 
 
 def whole(pipe):
-    """Median seconds of an image by diffusers, without its file."""
+    """Median seconds of an image by diffusers, without writing a file."""
     seconds = []
     for i in range(IMAGES + 2):
         begin = time.perf_counter()
         pipe(PROMPT, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(i))
         seconds.append(time.perf_counter() - begin)
-    # The first ones also pay for compiling and recording.
+    # The first images also pay for compiling and recording.
     return statistics.median(seconds[2:])
 
 
 def ours(program, folder):
-    """Seconds of an image by `respodiff sample`, file and all, and of what comes before the first: by two runs of different
-    length."""
+    """Seconds of an image by `respodiff sample` including its file, and of the start before the first image, from two
+    runs of different lengths."""
     pictures, seconds = folder / "pictures", []
     pictures.mkdir(exist_ok=True)
     for count in (1, 1 + IMAGES):
@@ -223,7 +230,7 @@ def ours(program, folder):
 
 @torch.no_grad()
 def images(args):
-    """FIGURES/images-MODEL.json: a step, a decode and a whole image of diffusers, and a whole image of ours."""
+    """Writes FIGURES/images-MODEL.json: a step, a decode and a whole image of diffusers, and a whole image of ours."""
     name, done = args.model, {}
 
     def tell(figure, seconds):
@@ -237,7 +244,7 @@ def images(args):
         tell("image, respodiff", image)
         tell("start to first image, respodiff", start + image)
     except subprocess.CalledProcessError as problem:
-        # PyTorch's figures are worth having all the same.
+        # PyTorch's figures are useful all the same.
         print(problem, flush=True)
         args.failed = True
 
@@ -256,7 +263,7 @@ def images(args):
 
     measure("eager")
     if pipe.vae.config.force_upcast:
-        # So diffusers ships it: the VAE goes to fp32 for every decode and back.
+        # This is what diffusers ships: the VAE is converted to fp32 and back for every decode.
         tell("image, eager, decode in fp32", whole(pipe))
         pipe.vae.float()
         tell("vae, eager, fp32", in_a_row(decode))

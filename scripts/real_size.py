@@ -1,11 +1,13 @@
-"""Real sizes without real weights: python scripts/real_size.py sd15|sd21|sdxl FOLDER [--device cuda] [--respodiff PROGRAM]
+"""Compares networks of full size with diffusers, on random weights.
 
-Makes a UNet and a VAE of full size with random fp16 weights in FOLDER, on the device, unless they are there, and compares one
-UNet call and one decode with diffusers in fp32 from the same files: relative L2 error (at most 1e-3; on a GPU, in fp16,
-1e-2), seconds to load, peak memory of the process beside the plan's, and seconds of a first call and of a second. Needs torch
-and diffusers (0.35 or later), and memory for the UNet in fp32 (SDXL: 12 GiB); programs run one after the other. `--whole`
-makes the text encoders too, and with them a checkpoint for `sample` and `train`, which needs transformers (4.57 or later);
-`tests/models.rs` holds those networks to it. Ends with code 3 where a module is missing.
+python scripts/real_size.py sd15|sd21|sdxl FOLDER [--device cuda] [--respodiff PROGRAM] [--whole]
+
+Makes a UNet and a VAE of full size with random fp16 weights in FOLDER, on the device, unless they are there, and
+compares one UNet call and one decode with diffusers in fp32 from the same files: relative L2 error (at most 1e-3; on a
+GPU, in fp16, 1e-2), seconds to load, peak memory of the process beside the plan's, and seconds of the first call and of
+the second. Needs torch and diffusers (0.35 or later), and memory for the UNet in fp32 (SDXL: 12 GiB); programs run one
+after the other. `--whole` makes the text encoders too, and with them a checkpoint for `sample` and `train`, which needs
+transformers (4.57 or later); `tests/models.rs` tests those networks on it. Ends with code 3 if a module is missing.
 """
 
 import argparse
@@ -22,9 +24,10 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOKENIZER = REPOSITORY / "demo/model/tokenizer"
 LIMITS = {"cpu": 1e-3, "cuda": 1e-2}
-CALLS = 3  # of PyTorch, of which the fastest counts
+CALLS = 3  # calls of PyTorch, of which the fastest counts
 
-CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu")
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+              hidden_act="quick_gelu")
 CLIP_H = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu")
 CLIP_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu",
               projection_dim=1280)
@@ -35,7 +38,7 @@ XL = dict(
     addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
-#: The UNet, and the text encoders.
+#: UNet and text encoders of each model.
 MODELS = {
     "sd15": (dict(attention_head_dim=8, cross_attention_dim=768, sample_size=64), [CLIP_L]),
     "sd21": (SD2, [CLIP_H]),
@@ -45,20 +48,20 @@ MODELS = {
 
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, clip_sample=False,
-                 steps_offset=1)
+SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False,
+                 clip_sample=False, steps_offset=1)
 
 
 def write(path, value):
-    """JSON, whole or not at all, whenever this process ends."""
+    """Writes JSON, whole or not at all even if this process is killed."""
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(value, indent=1))
     beside.replace(path)
 
 
 def networks(name, device, whole=True):
-    """A model's networks by name, in fp16 on the device, with the random weights that diffusers and transformers begin a
-    training with."""
+    """A model's networks by name, in fp16 on the device, with the random weights with which diffusers and transformers
+    begin a training."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -84,10 +87,10 @@ def networks(name, device, whole=True):
 
 
 def make(name, folder, device, whole=True):
-    """A checkpoint of a model, or its UNet and VAE alone, unless it is there."""
+    """Makes a checkpoint of a model, or its UNet and VAE alone, unless it is there."""
     if (folder / ("model_index.json" if whole else "vae")).exists():
         return
-    # Under another name until it is whole, for the process may be ended meanwhile.
+    # Has another name until it is complete, since the process may be killed meanwhile.
     making = folder.with_name(folder.name + ".part")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
@@ -98,7 +101,8 @@ def make(name, folder, device, whole=True):
     if whole:
         kind = "v_prediction" if name == "sd21" else "epsilon"
         (making / "scheduler").mkdir()
-        write(making / "scheduler/scheduler_config.json", SCHEDULER | dict(prediction_type=kind, _class_name="DDIMScheduler"))
+        scheduler = SCHEDULER | dict(prediction_type=kind, _class_name="DDIMScheduler")
+        write(making / "scheduler/scheduler_config.json", scheduler)
         write(making / "model_index.json", {})
     shutil.rmtree(folder, ignore_errors=True)
     making.rename(folder)
@@ -122,7 +126,7 @@ def inputs(name, component):
 
 
 def reference(name, folder, device, component, output):
-    """diffusers' result; runs in a process of its own, whose end gives all memory back."""
+    """Computes diffusers' result, in a process of its own, whose end releases all memory."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from safetensors.torch import load_file, save_file
@@ -130,7 +134,7 @@ def reference(name, folder, device, component, output):
     torch.backends.cudnn.allow_tf32 = False
     kind = UNet2DConditionModel if component == "unet" else AutoencoderKL
     begin = time.time()
-    # Not from_pretrained, which without accelerate makes random weights on the CPU first.
+    # Not `from_pretrained`, which without accelerate first makes random weights on the CPU.
     with torch.device("meta"):
         model = kind.from_config(kind.load_config(folder / component))
     model = model.to_empty(device=device).eval()
@@ -142,7 +146,8 @@ def reference(name, folder, device, component, output):
         with torch.inference_mode():
             if component == "unet":
                 added = {k: given[k] for k in ("text_embeds", "time_ids") if k in given} or None
-                out = model(given["sample"], given["timestep"], given["encoder_hidden_states"], added_cond_kwargs=added).sample
+                sample, timestep, states = (given[k] for k in ("sample", "timestep", "encoder_hidden_states"))
+                out = model(sample, timestep, states, added_cond_kwargs=added).sample
             else:
                 out = model.decode(given["latents"]).sample
         out = out.cpu()
@@ -153,18 +158,20 @@ def reference(name, folder, device, component, output):
 
 
 def ours(program, folder, device, component, given, output):
-    """Our result, and what `probe` says of time and memory."""
+    """Computes our result; returns the times and the memory that `probe` reports."""
     command = "unet" if component == "unet" else "vae-decode"
     line = [program, "probe", command, "--model", str(folder), "--inputs", str(given), "--output", str(output),
             "--device", device]
-    # A process between, so that its children's peak is this program's.
+    # A process in between, whose children's peak memory is that of this program alone.
     spy = "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:], stderr=subprocess.PIPE, text=True); " \
-          "print(r.stderr); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10); sys.exit(r.returncode)"
+          "print(r.stderr); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10); " \
+          "sys.exit(r.returncode)"
     run = subprocess.run([sys.executable, "-c", spy, *line], stdout=subprocess.PIPE, text=True, check=True)
     numbers = re.search(r"([\d.]+) MiB of weights in ([\d.]+) s, ([\d.]+) MiB of activations\s+"
                         r"call: ([\d.]+) s, again ([\d.]+) s", run.stdout)
     weights, load, activations, call, again = map(float, numbers.groups())
-    return {"load": load, "call": call, "again": again, "peak": float(run.stdout.split()[-1]), "plan": weights + activations}
+    peak = float(run.stdout.split()[-1])
+    return {"load": load, "call": call, "again": again, "peak": peak, "plan": weights + activations}
 
 
 def main():
@@ -184,23 +191,27 @@ def main():
     from safetensors.torch import load_file, save_file
 
     errors, figures = [], {}
-    print("| | error | s to load | theirs | MiB of the plan | of the process | theirs | s a call, then again | theirs |")
+    print("| | error | s to load | theirs | plan, MiB | process, MiB | theirs | s of first call, second | theirs |")
     for component in ("unet", "vae"):
-        given, truth, result = (args.folder / f"{component}.{kind}.safetensors" for kind in ("inputs", "truth", "result"))
+        kinds = ("inputs", "truth", "result")
+        given, truth, result = (args.folder / f"{component}.{kind}.safetensors" for kind in kinds)
         save_file(inputs(args.model, component), given)
         we = ours(args.respodiff, args.folder, args.device, component, given, result)
-        again = [sys.executable, __file__, args.model, str(args.folder), "--device", args.device, "--reference", component, str(truth)]
-        they = json.loads(subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
-        a, b = load_file(result)["sample" if component == "unet" else "image"].double(), load_file(truth)["out"].double()
+        command = [sys.executable, __file__, args.model, str(args.folder), "--device", args.device, "--reference",
+                   component, str(truth)]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        they = json.loads(run.stdout.splitlines()[-1])
+        output = "sample" if component == "unet" else "image"
+        a, b = load_file(result)[output].double(), load_file(truth)["out"].double()
         error = ((a - b).norm() / b.norm()).item()
         errors.append(error)
         figures[component] = {"error": error, "ours": we, "diffusers": they}
         if args.json:
             write(args.json, figures)
         print(f"| {args.model} {component} | {error:.1e} | {we['load']:.1f} | {they['load']:.1f} | {we['plan']:.0f} | "
-              f"{we['peak']:.0f} | {they['peak']:.0f} | {we['call']:.3f}, {we['again']:.3f} | {they['call']:.3f}, {they['again']:.3f} |",
-              flush=True)
-    # So written, NaN fails too.
+              f"{we['peak']:.0f} | {they['peak']:.0f} | {we['call']:.3f}, {we['again']:.3f} | "
+              f"{they['call']:.3f}, {they['again']:.3f} |", flush=True)
+    # `not all(error <= ...)`, so that NaN fails too.
     if not all(error <= LIMITS[args.device] for error in errors):
         sys.exit(f"off by {', '.join(f'{error:.1e}' for error in errors)}, allowed {LIMITS[args.device]}")
 

@@ -6,9 +6,10 @@ use crate::device::Backend;
 use crate::device::Executor;
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{
-    Activation, Attention, ConvOptions, Graph, GraphBuilder, Keep, Node, Op, Shape, TensorId, WeightId, WeightKind,
+    Activation, Attention, ConvOptions, Extent, Graph, GraphBuilder, Keep, Node, Op, Shape, TensorId, WeightId,
+    WeightKind,
 };
-use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, unet_halves, vae_decoder};
+use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, unet_halves, vae_decoder};
 use crate::weights::{Source, Tensors};
 use crate::{Device, Result};
 use serde::Serialize;
@@ -78,7 +79,7 @@ const DEFAULT_LATENT: (usize, usize) = (64, 64);
 /// What a config has wrong.
 pub fn networks(source: &Source, batch: usize) -> Result<Vec<(&'static str, Graph)>> {
     let mut networks = Vec::new();
-    let (mut tokens, mut latent) = (DEFAULT_TOKENS, DEFAULT_LATENT);
+    let (mut tokens, (mut h, mut w)) = (DEFAULT_TOKENS, DEFAULT_LATENT);
     for encoder in ["text_encoder", "text_encoder_2"] {
         if source.has(&format!("{encoder}/config.json")) {
             let config = read_config(source, encoder, ClipConfig::parse)?;
@@ -88,12 +89,12 @@ pub fn networks(source: &Source, batch: usize) -> Result<Vec<(&'static str, Grap
     }
     if source.has("unet/config.json") {
         let config = read_config(source, "unet", UNetConfig::parse)?;
-        latent = config.sample_size.unwrap_or(latent);
-        networks.push(("unet", unet(&config, 2 * batch, latent.0, latent.1, tokens, 0)));
+        (h, w) = config.sample_size.unwrap_or((h, w));
+        networks.push(("unet", unet(&config, UNetInput { rows: 2 * batch, h, w, tokens, shifted: 0 })));
     }
     if source.has("vae/config.json") {
         let config = read_config(source, "vae", VaeConfig::parse)?;
-        networks.push(("vae", vae_decoder(&config, 1, latent.0, latent.1)));
+        networks.push(("vae", vae_decoder(&config, 1, Extent { h, w })));
     }
     Ok(networks)
 }
@@ -106,7 +107,7 @@ pub fn networks(source: &Source, batch: usize) -> Result<Vec<(&'static str, Grap
 pub fn training(source: &Source, batch: usize) -> Result<(&'static str, Graph)> {
     let config = read_config(source, "unet", UNetConfig::parse)?;
     let (h, w) = config.sample_size.unwrap_or(DEFAULT_LATENT);
-    let (_, up) = unet_halves(&config, batch, h, w, DEFAULT_TOKENS);
+    let (_, up) = unet_halves(&config, UNetInput { rows: batch, h, w, tokens: DEFAULT_TOKENS, shifted: 0 });
     Ok(("way up and gradient", up.with_gradient("sample", "mid", Keep::All)))
 }
 

@@ -1,6 +1,6 @@
 //! Where networks run, and one face for both executors.
 
-use crate::cpu::{self, MatrixPrecision};
+use crate::cpu::{self, CpuExecutor, CpuWeights, MatrixPrecision};
 use crate::cuda;
 use crate::graph::{Graph, Node, WeightSpec};
 use crate::plan::Plan;
@@ -96,7 +96,7 @@ impl Device {
             }
             Backend::Cpu => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cpu()).collect();
-                Weights::Cpu(cpu::Weights::load_beside(specs, tensors, &others, precision)?)
+                Weights::Cpu(CpuWeights::load(specs, tensors, &others, precision)?)
             }
             Backend::Cuda(device) => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cuda()).collect();
@@ -113,7 +113,7 @@ impl Device {
     pub fn executor(&self, plan: Plan, weights: &Weights) -> Result<Executor> {
         let plan = Arc::new(plan);
         match (&self.0, weights) {
-            (Backend::Cpu, Weights::Cpu(weights)) => Ok(Executor::Cpu(cpu::Executor::new(plan, weights.clone())?)),
+            (Backend::Cpu, Weights::Cpu(weights)) => Ok(Executor::Cpu(CpuExecutor::new(plan, weights.clone())?)),
             (Backend::Cuda(device), Weights::Cuda(weights)) => {
                 Ok(Executor::Cuda(cuda::Executor::new(device, plan, weights.clone())?))
             }
@@ -133,7 +133,7 @@ impl std::fmt::Debug for Device {
 #[derive(Clone)]
 pub enum Weights {
     /// In fp32.
-    Cpu(Arc<cpu::Weights>),
+    Cpu(Arc<CpuWeights>),
     /// In fp16.
     Cuda(Arc<cuda::Weights>),
 }
@@ -155,7 +155,7 @@ impl Weights {
         }
     }
 
-    fn on_cpu(&self) -> Option<&cpu::Weights> {
+    fn on_cpu(&self) -> Option<&CpuWeights> {
         match self {
             Weights::Cpu(weights) => Some(weights),
             Weights::Cuda(_) => None,
@@ -173,7 +173,7 @@ impl Weights {
 /// A plan with its memory and weights: writes inputs, runs, reads outputs; numbers are NHWC.
 pub enum Executor {
     /// On the CPU.
-    Cpu(cpu::Executor),
+    Cpu(CpuExecutor),
     /// On the kernels.
     Cuda(cuda::Executor),
 }

@@ -81,14 +81,14 @@ fn each_image_of(checkpoint: &str) {
 /// One call with every row shifted, against PyTorch in float64; which half is shifted is for the pipeline to show.
 #[test]
 fn a_shifted_call_predicts_what_pytorch_does() {
-    use respodiff::models::{UNetConfig, unet};
+    use respodiff::models::{UNetConfig, UNetInput, unet};
     for case in support::cases("gradient_", 4) {
         let name = case.name.split('_').nth(1).unwrap();
         let source = Source::folder(support::golden().join("checkpoints").join(name)).unwrap();
         let config =
             UNetConfig::parse(&source.read_text("unet/config.json").unwrap(), Path::new("config.json")).unwrap();
         let [n, c, h, w] = case.shape("latents")[..] else { panic!("NCHW") };
-        let graph = unet(&config, n, h, w, 77, n);
+        let graph = unet(&config, UNetInput { rows: n, h, w, tokens: 77, shifted: n });
         let shape = graph.shape(graph.input("shift"));
         let ram = support::nchw_to_nhwc(&case.floats("ram"), 1, shape.c);
         let mut inputs = std::collections::HashMap::from([
@@ -120,7 +120,7 @@ fn pipelines_with_concepts_match_diffusers() {
 
 fn pipeline_with_concepts(case: &support::Case) {
     use respodiff::diffusion::scheduler::SchedulerConfig;
-    use respodiff::models::{UNetConfig, unet};
+    use respodiff::models::{UNetConfig, UNetInput, unet};
     let meta = case.metadata();
     let source = Source::folder(support::golden().join("checkpoints").join(&meta["checkpoint"])).unwrap();
     let scheduler = SchedulerConfig::parse(&meta["scheduler_config"], "recorded").unwrap();
@@ -158,7 +158,8 @@ fn pipeline_with_concepts(case: &support::Case) {
 
     let config = UNetConfig::parse(&source.read_text("unet/config.json").unwrap(), Path::new("config.json")).unwrap();
     let [n, c, h, w] = case.shape("sample")[..] else { panic!("NCHW") };
-    let graph = unet(&config, n, h, w, case.shape("encoder_hidden_states")[1], images.len());
+    let tokens = case.shape("encoder_hidden_states")[1];
+    let graph = unet(&config, UNetInput { rows: n, h, w, tokens, shifted: images.len() });
     let shape = engine.bottleneck(options);
     let mut shift = vec![0.0; images.len() * shape.len()];
     for (list, shift) in concepts.iter().zip(shift.chunks_exact_mut(shape.len())) {

@@ -3,8 +3,8 @@
 
 mod support;
 
-use respodiff::cpu::{Executor, Fp32, Weights};
-use respodiff::graph::{Activation, ConvOptions, GraphBuilder, Shape, Sources, View};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
+use respodiff::graph::{Activation, ConvOptions, Extent, GraphBuilder, Shape, Sources, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
 use safetensors::Dtype;
@@ -20,7 +20,7 @@ struct Case {
     outputs: usize,
     stride: usize,
     pad: (usize, usize),
-    resize: Option<(usize, usize)>,
+    resize: Option<Extent>,
     fused: bool,
     format: Dtype,
 }
@@ -55,8 +55,8 @@ impl Case {
         let (folder, by_name) = weights(&graph, self.format);
         let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
         let plan = Arc::new(Plan::new(graph, &[], &Fp32));
-        let loaded = Weights::load(plan.graph().weights(), &tensors).unwrap();
-        let mut executor = Executor::new(plan, loaded).unwrap();
+        let loaded = CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).unwrap();
+        let mut executor = CpuExecutor::new(plan, loaded).unwrap();
         executor.write("x", &narrow(x)).unwrap();
         if self.skip > 0 {
             executor.write("skip", &narrow(skip)).unwrap();
@@ -72,7 +72,7 @@ impl Case {
     }
 
     fn output(self) -> (usize, usize) {
-        let (h, w) = self.resize.unwrap_or((self.x.h, self.x.w));
+        let Extent { h, w } = self.resize.unwrap_or(self.x.extent());
         let span = |size| (size + self.pad.0 + self.pad.1 - 3) / self.stride + 1;
         (span(h), span(w))
     }
@@ -88,7 +88,7 @@ impl Case {
     /// The same by definition.
     fn plain(self, by_name: &HashMap<String, Numbers>) -> Numbers {
         let (x, skip, added) = self.numbers();
-        let ((h, w), (seen_h, seen_w)) = (self.output(), self.resize.unwrap_or((self.x.h, self.x.w)));
+        let ((h, w), seen) = (self.output(), self.resize.unwrap_or(self.x.extent()));
         let (c, outputs, inputs) = (self.x.c, self.outputs, self.x.c + self.skip);
         let (weight, bias) = (&by_name["a.weight"], &by_name["a.bias"]);
         let (residual, vector) = added.split_at(self.x.n * h * w * outputs);
@@ -100,10 +100,10 @@ impl Case {
             for (ky, kx) in (0..9).map(|tap| (tap / 3, tap % 3)) {
                 let (y, x0) = (oy * self.stride + ky, ox * self.stride + kx);
                 let Some((y, x0)) = y.checked_sub(self.pad.0).zip(x0.checked_sub(self.pad.0)) else { continue };
-                if y >= seen_h || x0 >= seen_w {
+                if y >= seen.h || x0 >= seen.w {
                     continue;
                 }
-                let pixel = (n * self.x.h + y * self.x.h / seen_h) * self.x.w + x0 * self.x.w / seen_w;
+                let pixel = (n * self.x.h + y * self.x.h / seen.h) * self.x.w + x0 * self.x.w / seen.w;
                 for i in 0..inputs {
                     let number = if i < c { x[pixel * c + i] } else { skip[pixel * self.skip + i - c] };
                     sum += weight[(o * inputs + i) * 9 + ky * 3 + kx] * number;
@@ -142,13 +142,13 @@ fn cases() -> Vec<Case> {
         // More than are transformed together.
         Case { x: x(4, 16, 16, 2048), outputs: 5, ..base },
         // Doubled, of odd height and width; resized to something else.
-        Case { x: x(2, 5, 7, 32), resize: Some((10, 14)), ..base },
-        Case { x: x(2, 4, 4, 32), resize: Some((8, 8)), fused: true, format: Dtype::F16, ..base },
-        Case { x: x(2, 5, 7, 32), resize: Some((9, 14)), ..base },
+        Case { x: x(2, 5, 7, 32), resize: Some(Extent { h: 10, w: 14 }), ..base },
+        Case { x: x(2, 4, 4, 32), resize: Some(Extent::square(8)), fused: true, format: Dtype::F16, ..base },
+        Case { x: x(2, 5, 7, 32), resize: Some(Extent { h: 9, w: 14 }), ..base },
         // Other paddings.
         Case { x: x(1, 9, 9, 16), pad: (0, 0), ..base },
         Case { x: x(1, 8, 10, 16), pad: (0, 2), ..base },
-        Case { x: x(1, 7, 6, 32), resize: Some((14, 12)), pad: (0, 1), ..base },
+        Case { x: x(1, 7, 6, 32), resize: Some(Extent { h: 14, w: 12 }), pad: (0, 1), ..base },
         // Tap by tap: few pixels, other channels, a stride.
         Case { x: x(2, 4, 4, 32), fused: true, ..base },
         Case { x: x(2, 9, 8, 20), skip: 13, fused: true, format: Dtype::F16, ..base },

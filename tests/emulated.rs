@@ -7,7 +7,8 @@ use respodiff::concept::{Concept, Form, Kind, Metadata, Module};
 use respodiff::cuda::{self, Cache, Emulated, Launch, Limits, Recording, TensorTiles, lowered};
 use respodiff::diffusion::noise::Rng;
 use respodiff::engine::UNET_CONSTANTS;
-use respodiff::models::{UNetConfig, VaeConfig, unet, vae_decoder};
+use respodiff::graph::Extent;
+use respodiff::models::{UNetConfig, UNetInput, VaeConfig, unet, vae_decoder};
 use respodiff::train::{Losses, Recipe, Task, Trainer, Variant};
 use respodiff::weights::{Source, Tensors};
 use respodiff::{Device, Engine, ErrorKind, Image, Output, Request, SessionOptions, Size};
@@ -157,7 +158,8 @@ fn a_vae_beyond_fp16_decodes() {
         let config = VaeConfig::parse(&source.read_text("vae/config.json").unwrap(), &path).unwrap();
         let latents = support::nchw_to_nhwc(&case.floats("latents"), n, c);
         let inputs = HashMap::from([("latents", latents)]);
-        support::run(&device, vae_decoder(&config, n, h, w), &source.tensors("vae").unwrap(), &inputs)["image"].clone()
+        let graph = vae_decoder(&config, n, Extent { h, w });
+        support::run(&device, graph, &source.tensors("vae").unwrap(), &inputs)["image"].clone()
     };
     // 65504 is left by far at a factor of 50000; what is carried at a 32nd is not.
     let error = relative_l2(&decode(5e4, kernels()), &decode(5e4, Device::cpu()));
@@ -367,8 +369,8 @@ fn networks_of_whole_stages_on_an_h100() {
     let path = Path::new("config.json");
     let unet_config = UNetConfig::parse(unet_config, path).unwrap();
     let graphs = [
-        ("unet", unet(&unet_config, 2, 16, 10, 77, 1), "sample"),
-        ("vae", vae_decoder(&VaeConfig::parse(vae_config, path).unwrap(), 1, 33, 26), "image"),
+        ("unet", unet(&unet_config, UNetInput { rows: 2, h: 16, w: 10, tokens: 77, shifted: 1 }), "sample"),
+        ("vae", vae_decoder(&VaeConfig::parse(vae_config, path).unwrap(), 1, Extent { h: 33, w: 26 }), "image"),
     ];
     // With few multiprocessors large tiles are the fastest of small layers too.
     let few = Limits { multiprocessors: 4, ..Limits::H100 };

@@ -2,8 +2,8 @@
 
 mod support;
 
-use respodiff::cpu::{Executor, Fp32, Weights};
-use respodiff::graph::{Activation, ConvOptions, GraphBuilder, Keep, Shape, Sources, TensorId, View};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
+use respodiff::graph::{Activation, ConvOptions, Extent, GraphBuilder, Keep, Shape, Sources, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
 use safetensors::Dtype;
@@ -42,8 +42,8 @@ fn check_around(
     let (folder, by_name) = weights(&graph, Dtype::F32);
     let plan = Plan::new(graph, &[], &Fp32);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
-    let loaded = Weights::load(plan.graph().weights(), &tensors).unwrap();
-    let mut executor = Executor::new(Arc::new(plan), loaded).unwrap();
+    let loaded = CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).unwrap();
+    let mut executor = CpuExecutor::new(Arc::new(plan), loaded).unwrap();
 
     let x: Numbers = random(x_shape.len(), 5).iter().map(|&v| (v + mean) as f32 as f64).collect();
     let rest: Numbers = narrow(&random(other.map_or(0, |s| s.len()), 9)).iter().map(|&v| v as f64).collect();
@@ -95,16 +95,9 @@ fn silu(x: f64) -> f64 {
 }
 
 /// A plain convolution of `[n, h, w, c]` (channels `c`, of which the weight reads all), stride 1.
-fn conv(
-    x: &[f64],
-    shape: Shape,
-    weight: &[f64],
-    bias: &[f64],
-    kernel: usize,
-    resize: Option<(usize, usize)>,
-) -> Numbers {
+fn conv(x: &[f64], shape: Shape, weight: &[f64], bias: &[f64], kernel: usize, resize: Option<Extent>) -> Numbers {
     let (outputs, pad) = (bias.len(), kernel / 2);
-    let (h, w) = resize.unwrap_or((shape.h, shape.w));
+    let Extent { h, w } = resize.unwrap_or(shape.extent());
     let mut out = vec![0.0; shape.n * h * w * outputs];
     for n in 0..shape.n {
         for (y, x0, o) in (0..h * w * outputs).map(|i| (i / outputs / w, i / outputs % w, i % outputs)) {
@@ -128,8 +121,9 @@ fn conv(
 
 #[test]
 fn convolutions() {
+    let to = |h, w| Some(Extent { h, w });
     for (kernel, c, outputs, resize) in
-        [(1, 5, 7, None), (3, 5, 35, None), (3, 33, 4, None), (3, 6, 5, Some((8, 10))), (3, 4, 9, Some((7, 9)))]
+        [(1, 5, 7, None), (3, 5, 35, None), (3, 33, 4, None), (3, 6, 5, to(8, 10)), (3, 4, 9, to(7, 9))]
     {
         let shape = Shape::new(2, 4, 5, c);
         let options = ConvOptions { resize, ..if kernel == 3 { ConvOptions::conv3x3() } else { Default::default() } };

@@ -5,8 +5,8 @@ mod support;
 
 use rayon::prelude::*;
 use respodiff::Device;
-use respodiff::graph::Graph;
-use respodiff::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
+use respodiff::graph::{Extent, Graph};
+use respodiff::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
 use respodiff::weights::Source;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -184,7 +184,8 @@ fn unet_errors(place: &Place, case: &Case) -> [(&'static str, f64); 2] {
     let (text, path) = config(&source, "unet");
     let config = UNetConfig::parse(&text, &path).expect("config");
     let [n, c, h, w] = case.shape("sample")[..] else { panic!("sample is NCHW") };
-    let graph = unet(&config, n, h, w, case.shape("encoder_hidden_states")[1], 0);
+    let tokens = case.shape("encoder_hidden_states")[1];
+    let graph = unet(&config, UNetInput { rows: n, h, w, tokens, shifted: 0 });
     let channels = [("mid", graph.shape(graph.output("mid")).c), ("sample", c)];
     let timestep = case.floats("timestep");
     let mut inputs = HashMap::from([
@@ -238,13 +239,13 @@ fn vaes() {
         let config = VaeConfig::parse(&text, &path).expect("config");
         let [n, c, h, w] = case.shape("latents")[..] else { panic!("latents are NCHW") };
         let inputs = HashMap::from([("latents", nchw_to_nhwc(&case.floats("latents"), n, c))]);
-        let outputs = compute(place, &source, "vae", vae_decoder(&config, n, h, w), &inputs);
+        let outputs = compute(place, &source, "vae", vae_decoder(&config, n, Extent { h, w }), &inputs);
         verdict.check(place, case, "image", &nhwc_to_nchw(&outputs["image"], n, 3));
 
         let [n, _, h, w] = case.shape("image")[..] else { panic!("images are NCHW") };
         let inputs = HashMap::from([("image", nchw_to_nhwc(&case.floats("image"), n, 3))]);
-        let moments =
-            nhwc_to_nchw(&compute(place, &source, "vae", vae_encoder(&config, n, h, w), &inputs)["moments"], n, 2 * c);
+        let outputs = compute(place, &source, "vae", vae_encoder(&config, n, Extent { h, w }), &inputs);
+        let moments = nhwc_to_nchw(&outputs["moments"], n, 2 * c);
         let image = moments.len() / n;
         let half =
             |offset: usize| moments.chunks(image).flat_map(|m| m[offset..][..image / 2].to_vec()).collect::<Vec<_>>();

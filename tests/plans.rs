@@ -1,7 +1,7 @@
 //! Plans, weights and inputs that do not belong together are errors, on every device, before anything is read or
 //! written.
 
-use respodiff::cpu::{self, Fp32};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
 use respodiff::cuda::Limits;
 use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape};
 use respodiff::models::{ClipConfig, text_encoder};
@@ -23,18 +23,18 @@ fn plan(graph: Graph, storage: &dyn Storage) -> Arc<Plan> {
     Arc::new(Plan::new(graph, &[], storage))
 }
 
-fn on_cpu(graph: &Graph) -> Arc<cpu::Weights> {
-    cpu::Weights::load(graph.weights(), &Tensors::random()).unwrap()
+fn on_cpu(graph: &Graph) -> Arc<CpuWeights> {
+    CpuWeights::load(graph.weights(), &Tensors::random(), &[], MatrixPrecision::Fp32).unwrap()
 }
 
 #[test]
 fn the_cpu_takes_no_plan_of_a_gpu() {
     let weights = on_cpu(&product(64));
-    let problem = cpu::Executor::new(plan(product(64), &Limits::A100), weights.clone()).err().unwrap().to_string();
+    let problem = CpuExecutor::new(plan(product(64), &Limits::A100), weights.clone()).err().unwrap().to_string();
     assert!(problem.contains("made for kernels for 108 multiprocessors of 80"), "{problem}");
     assert!(problem.contains("this is the CPU; plan again"), "{problem}");
-    cpu::Executor::new(plan(product(64), &Fp32), weights.clone()).unwrap();
-    let problem = cpu::Executor::new(plan(product(65), &Fp32), weights).err().unwrap().to_string();
+    CpuExecutor::new(plan(product(64), &Fp32), weights.clone()).unwrap();
+    let problem = CpuExecutor::new(plan(product(65), &Fp32), weights).err().unwrap().to_string();
     assert!(problem.contains("another network's"), "{problem}");
 }
 
@@ -47,7 +47,7 @@ fn memory_that_is_not_to_be_had_is_an_error() {
     b.output("y", y);
     let graph = b.finish();
     let weights = on_cpu(&graph);
-    let problem = cpu::Executor::new(plan(graph, &Fp32), weights).err().unwrap().to_string();
+    let problem = CpuExecutor::new(plan(graph, &Fp32), weights).err().unwrap().to_string();
     assert!(problem.contains("1048576.0 GiB of memory for activations are not to be had"), "{problem}");
 }
 
@@ -76,7 +76,7 @@ fn refused(mut write: impl FnMut(&[f32]) -> respodiff::Result<()>) {
 fn token_ids_are_of_the_vocabulary() {
     let graph = text();
     let weights = on_cpu(&graph);
-    let mut executor = cpu::Executor::new(plan(graph, &Fp32), weights).unwrap();
+    let mut executor = CpuExecutor::new(plan(graph, &Fp32), weights).unwrap();
     refused(|ids| executor.write("input_ids", ids));
     executor.prologue();
     executor.step();

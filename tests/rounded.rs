@@ -3,7 +3,7 @@
 
 mod support;
 
-use respodiff::cpu::{Executor, Fp32, MatrixPrecision, Weights};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
 use respodiff::graph::{Activation, ConvOptions, GraphBuilder, Shape, Sources};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -48,8 +48,8 @@ impl Case {
         let (folder, by_name) = weights(&graph, self.format);
         let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
         let plan = Arc::new(Plan::new(graph, &[], &Fp32));
-        let loaded = Weights::load_beside(plan.graph().weights(), &tensors, &[], self.precision).unwrap();
-        let mut executor = Executor::new(plan.clone(), loaded).unwrap();
+        let loaded = CpuWeights::load(plan.graph().weights(), &tensors, &[], self.precision).unwrap();
+        let mut executor = CpuExecutor::new(plan.clone(), loaded).unwrap();
         for (name, numbers) in [("x", x), ("skip", skip), ("residual", residual)] {
             if plan.graph().find_input(name).is_some() {
                 executor.write(name, &narrow(numbers)).unwrap();

@@ -7,7 +7,7 @@ use respodiff::concept::{Form, Module};
 use respodiff::cpu::MatrixPrecision;
 use respodiff::engine::UNET_CONSTANTS;
 use respodiff::graph::{Keep, Shape};
-use respodiff::models::{UNetConfig, unet, unet_halves};
+use respodiff::models::{UNetConfig, UNetInput, unet, unet_halves};
 use respodiff::train::{Adam, Halves, Objective};
 use respodiff::weights::{Source, Tensors};
 use respodiff::{Device, Size};
@@ -41,8 +41,9 @@ fn descend(case: &Case, halves: &mut Halves, suffix: &str) {
 fn halves(device: &Device, case: &Case, suffix: &str, keep: Keep) -> Halves {
     let source = source(case);
     let shape = case.shape(&format!("latents{suffix}"));
-    let sizes = (shape[0], shape[2], shape[3], case.shape(&format!("neutral_embeds{suffix}"))[1]);
-    Halves::new(device, &config(&source), &source.tensors("unet").unwrap(), &[], sizes, Some(keep)).unwrap()
+    let tokens = case.shape(&format!("neutral_embeds{suffix}"))[1];
+    let input = UNetInput { rows: shape[0], h: shape[2], w: shape[3], tokens, shifted: 0 };
+    Halves::new(device, &config(&source), &source.tensors("unet").unwrap(), &[], input, Some(keep)).unwrap()
 }
 
 fn constant(case: &Case, name: &str, shape: Shape) -> Module {
@@ -213,7 +214,8 @@ fn memory_plans_of_sdxl() {
     ];
     for device in places {
         let none = device.weights(&[], &Tensors::random()).unwrap();
-        let of = |rows, keep| Halves::memory(&device, &config(&source), &none, (rows, 128, 128, 77), keep);
+        let input = |rows, shifted| UNetInput { rows, h: 128, w: 128, tokens: 77, shifted };
+        let of = |rows, keep| Halves::memory(&device, &config(&source), &none, input(rows, 0), keep);
         let (all, sums) = (of(1, Some(Keep::All)), of(1, Some(Keep::Sums)));
         println!("{}: {all:?}, {sums:?}", device.name());
         assert_eq!(all.weights, sums.weights);
@@ -221,7 +223,7 @@ fn memory_plans_of_sdxl() {
         if !device.is_cpu() {
             let encoders = networks(&source, 1).unwrap().into_iter().filter(|(name, _)| *name != "unet");
             let beside: usize = encoders.map(|(_, graph)| 2 * graph.parameters()).sum();
-            let pair = device.plan(unet(&config(&source), 2, 128, 128, 77, 1), UNET_CONSTANTS).arena_bytes();
+            let pair = device.plan(unet(&config(&source), input(2, 1)), UNET_CONSTANTS).arena_bytes();
             println!("rollouts in {pair} bytes, in halves {}", of(2, None).activations);
             assert!(pair < of(2, None).activations);
             let bytes = all.weights + all.activations + pair + beside;
@@ -242,13 +244,14 @@ fn halves_share_weights() {
         support::kernels(),
     ];
     for device in places {
-        let whole = unet(&config, 1, 8, 8, 77, 0);
+        let input = UNetInput { tokens: 77, ..UNetInput::default() };
+        let whole = unet(&config, input);
         let weights = device.weights(whole.weights(), &source.tensors("unet").unwrap()).unwrap();
-        let added = |gradient| Halves::memory(&device, &config, &weights, (1, 8, 8, 77), gradient).weights;
+        let added = |gradient| Halves::memory(&device, &config, &weights, input, gradient).weights;
         assert_eq!(added(None), 0);
         let both = added(Some(Keep::All));
         assert!(0 < both && both < weights.bytes(), "{both} bytes beside {}", weights.bytes());
-        let halves = unet_halves(&config, 1, 8, 8, 77).1;
+        let halves = unet_halves(&config, input).1;
         let again = device
             .weights_beside(halves.weights(), &source.tensors("unet").unwrap(), &[&weights], MatrixPrecision::Fp32)
             .unwrap();

@@ -1,15 +1,17 @@
-"""A UNet step or a decode on the CPU, beside OpenVINO, ONNX Runtime and PyTorch: python benches/peers/compare.py FOLDER
-PROGRAM... [--network unet|decode] [--rounds N] [--threads N] [--engines NAMES] [--exact] [--rounded] [--plot FILE.png]
+"""Times a UNet step or a decode on the CPU beside OpenVINO, ONNX Runtime and PyTorch.
+
+python benches/peers/compare.py FOLDER PROGRAM... [--network unet|decode] [--rounds N] [--threads N] [--engines NAMES]
+[--exact] [--rounded] [--plot FILE.png]
 
 Makes a UNet and a VAE of Stable Diffusion 1.5's size with random fp16 weights in FOLDER, unless they are there
-(scripts/real_size.py), and runs a guided step of 512x512 pixels, two rows of 77 tokens, or the decode of one picture,
-in fp32: in every round by each engine and by each PROGRAM (`respodiff`, or several builds of it), each in a process of
-its own with as many threads, one after the other. What counts is the second call of a process, the peak of its memory,
-and how long it takes until the first call could begin.
+(scripts/real_size.py), and runs a guided step of 512x512 pixels (two CFG rows of 77 tokens) or the decode of one image,
+in fp32. In every round, each engine and each PROGRAM (`respodiff`, or several builds of it) runs in a process of its
+own with the same number of threads, one after the other. It measures the second call of a process, its peak memory, and
+the time until the first call could begin.
 
-diffusers' network is what PyTorch runs, eagerly; OpenVINO and ONNX Runtime get it as a file, which is made from it once
-and is not counted. Prints medians with least and most, ratios to the first engine's of the same round, and the distance
-(relative L2) from the first engine's output, or with `--exact` from PyTorch's in float64, which takes minutes once.
+PyTorch runs diffusers' network eagerly. OpenVINO and ONNX Runtime get that network as a file, which is made once and is
+not timed. Prints medians with minimum and maximum, ratios to the first engine in the same round, and the distance
+(relative L2) from the first engine's output or, with `--exact`, from PyTorch's in float64, which takes minutes once.
 
 pip install -r benches/peers/requirements.txt
 """
@@ -35,13 +37,13 @@ import real_size  # noqa: E402
 
 MODEL = "sd15"
 COMPONENT = {"unet": "unet", "decode": "vae"}
-OUTPUT = {"unet": "sample", "decode": "image"}  # as `respodiff probe` names it
+OUTPUT = {"unet": "sample", "decode": "image"}  # the names that `respodiff probe` uses
 NAMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
-CALLS = 2  # of a process, of which the last counts
+CALLS = 2  # calls in each process; the last one counts
 
 
 def inputs(network):
-    """By name, in the order that the networks take them."""
+    """The inputs by name, in the order in which the networks take them."""
     return real_size.inputs(MODEL, COMPONENT[network])
 
 
@@ -101,7 +103,7 @@ class OpenVino:
         given = inputs(network)
         model = openvino.convert_model(module(folder, network, torch.float32), example_input=tuple(given.values()),
                                        input=[tuple(tensor.shape) for tensor in given.values()])
-        # The weights are fp16's numbers: the file holds them as such, and loses nothing.
+        # The weights are fp16 numbers, so the file holds them in fp16 without loss.
         openvino.save_model(model, OpenVino.file(folder, network), compress_to_fp16=True)
 
     def call(self, given):
@@ -126,7 +128,7 @@ class OnnxRuntime:
         import torch
 
         given, to = inputs(network), OnnxRuntime.file(folder, network).parent
-        # Under another name until it is whole: beyond 2 GiB the weights are files of their own beside it.
+        # Has another name until it is complete: beyond 2 GiB the weights are separate files beside it.
         making = to.with_name(to.name + ".part")
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir()
@@ -143,7 +145,7 @@ ENGINES = {"openvino": OpenVino, "onnxruntime": OnnxRuntime, "torch": Torch}
 
 
 def engine(name, folder, network, threads, output):
-    """In a process of its own: prints seconds of loading and of the last call, and the peak of memory in MiB."""
+    """Prints the seconds of loading and of the last call, and the peak memory in MiB. Runs in a process of its own."""
     given = inputs(network)
     start = time.perf_counter()
     made = ENGINES[name](folder, network, threads)
@@ -158,15 +160,15 @@ def engine(name, folder, network, threads, output):
 
 
 def make_inputs(folder, network):
-    """The checkpoint, and the network's inputs for our program."""
-    # Not whole, for neither network needs the text encoders.
+    """Makes the checkpoint, and the network's inputs for our program."""
+    # Not the whole checkpoint, as neither network needs the text encoders.
     real_size.make(MODEL, folder, "cpu", whole=False)
     given = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in inputs(network).items()}
     save_file(given, folder / f"{network}_inputs.safetensors")
 
 
 def make_exact(folder, network):
-    """The network's output in float64."""
+    """Makes the network's output in float64."""
     import torch
 
     given = [tensor.double() for tensor in inputs(network).values()]
@@ -175,14 +177,14 @@ def make_exact(folder, network):
     save_file({OUTPUT[network]: result.numpy()}, folder / f"{network}_exact.safetensors")
 
 
-#: What is made once, each in a process of its own: its end gives the memory back, and a process that is measured begins
-#: its peak where the one that started it stands.
+#: The files that are made once. Each maker runs in a process of its own, whose end releases its memory: the peak of a
+#: measured process begins at the size of the process that started it.
 MAKERS = {"inputs": make_inputs, "exact": make_exact} | {
     name: engine.make for name, engine in ENGINES.items() if hasattr(engine, "make")}
 
 
 def run(command, threads):
-    """A process's text and the peak of its memory in MiB."""
+    """Runs a process; returns its output and its peak memory in MiB."""
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           env=os.environ | {"RAYON_NUM_THREADS": str(threads)}) as process:
         text = process.stdout.read()
@@ -194,7 +196,7 @@ def run(command, threads):
 
 
 def measure(args, name, given, output):
-    """A call of an engine or a program: seconds of it and of loading, and the peak of memory in MiB."""
+    """Measures an engine or a program: seconds of a call and of loading, and the peak memory in MiB."""
     if name in ENGINES:
         command = [sys.executable, __file__, args.folder, "--network", args.network, "--threads", args.threads]
         text, _ = run(command + ["--engine", name, "--output", output], args.threads)
@@ -209,7 +211,7 @@ def measure(args, name, given, output):
 
 
 def plot(measured, args):
-    """Calls by engine, with their spread, as a picture."""
+    """Draws the times of calls by engine, with their spread."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,7 +229,7 @@ def plot(measured, args):
     axes.set_xlim(0, 1.18 * max(map(max, calls)))
     what = {"unet": "a guided UNet step", "decode": "a decode"}[args.network]
     figure.suptitle(f"Stable Diffusion 1.5, {what} at 512x512, {args.threads} threads", fontsize=11)
-    axes.set_xlabel(f"seconds, median of {len(calls[0])} with least and most")
+    axes.set_xlabel(f"seconds, median of {len(calls[0])} with minimum and maximum")
     figure.savefig(args.plot, dpi=120)
 
 
@@ -238,29 +240,30 @@ def main():
     parser.add_argument("--network", choices=COMPONENT, default="unet")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--engines", default=",".join(ENGINES), help="of openvino, onnxruntime and torch, by commas")
-    parser.add_argument("--exact", action="store_true", help="distances from PyTorch's output in float64")
-    parser.add_argument("--plot", type=Path, help="a picture of the calls")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="some of openvino,onnxruntime,torch")
+    parser.add_argument("--exact", action="store_true", help="measure distances from PyTorch's output in float64")
+    parser.add_argument("--plot", type=Path, help="draw the times of calls in this file")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--rounded", action="store_true", help="every PROGRAM also with --precision bf16 and int8")
+    parser.add_argument("--rounded", action="store_true", help="run every PROGRAM also with --precision bf16 and int8")
     parser.add_argument("--make", choices=MAKERS, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.engine:
         return engine(args.engine, args.folder, args.network, args.threads, args.output)
     if args.make:
-        # Of tracing, which holds for these shapes alone, as is wanted.
+        # Tracing warns that it holds for these shapes alone, which is what is wanted.
         warnings.simplefilter("ignore")
         return MAKERS[args.make](args.folder, args.network)
     engines = [name for name in args.engines.split(",") if name]
     if unknown := set(engines) - set(ENGINES):
         parser.error(f"--engines: no {', '.join(unknown)}; there are {', '.join(ENGINES)}")
     if not engines:
-        parser.error("--engines: at least one is what the others are compared with")
+        parser.error("--engines: name at least one, with which the others are compared")
 
     given, kept = (args.folder / f"{args.network}_{what}.safetensors" for what in ("inputs", "exact"))
     wanted = ["inputs"] + ["exact"] * (args.exact and not kept.exists())
-    wanted += [name for name in engines if name in MAKERS and not ENGINES[name].file(args.folder, args.network).exists()]
+    wanted += [name for name in engines
+               if name in MAKERS and not ENGINES[name].file(args.folder, args.network).exists()]
     for name in wanted:
         print(f"making {NAMES.get(name, name)}", flush=True)
         command = [sys.executable, __file__, args.folder, "--network", args.network, "--make", name]

@@ -3,8 +3,8 @@
 use super::{Place, model, say};
 use crate::device::Backend;
 use crate::engine::{UNET_CONSTANTS, read_config};
-use crate::graph::Graph;
-use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder};
+use crate::graph::{Extent, Graph};
+use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder};
 use crate::weights::Source;
 use crate::{Device, Result};
 
@@ -35,20 +35,17 @@ pub(super) fn run(args: &Args) -> Result<()> {
             report(&device, &source, encoder, text_encoder(&config, 2))?;
         }
     }
-    let mut latent = (64, 64);
+    let (mut h, mut w) = (64, 64);
     if source.has("unet/config.json") {
         let config = read_config(&source, "unet", UNetConfig::parse)?;
-        latent = config.sample_size.unwrap_or(latent);
-        report(&device, &source, "unet", unet(&config, 2 * batch, latent.0, latent.1, tokens, 0))?;
+        (h, w) = config.sample_size.unwrap_or((h, w));
+        let input = UNetInput { rows: 2 * batch, h, w, tokens, shifted: 0 };
+        report(&device, &source, "unet", unet(&config, input))?;
     }
     if source.has("vae/config.json") {
         let config = read_config(&source, "vae", VaeConfig::parse)?;
-        say(&format!(
-            "picture    {}x{} in a batch of {batch}, guided",
-            latent.1 * config.scale(),
-            latent.0 * config.scale()
-        ));
-        report(&device, &source, "vae", vae_decoder(&config, 1, latent.0, latent.1))?;
+        say(&format!("picture    {}x{} in a batch of {batch}, guided", w * config.scale(), h * config.scale()));
+        report(&device, &source, "vae", vae_decoder(&config, 1, Extent { h, w }))?;
     }
     Ok(())
 }

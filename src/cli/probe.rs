@@ -6,9 +6,9 @@ use crate::concept::{Form, Module};
 use crate::device::{Device, Executor};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 use crate::engine::{UNET_CONSTANTS, read_config};
-use crate::graph::{Graph, Keep, Shape};
+use crate::graph::{Extent, Graph, Keep, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
-use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
+use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
 use crate::train::{Halves, Objective};
 use crate::weights::Source;
 use crate::{Error, Result};
@@ -188,7 +188,8 @@ fn probe_unet(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Nam
     }
     let modules: Vec<&str> = ["ram", "sam"].into_iter().filter(|name| file.find(name).is_some()).collect();
     let shifted = if modules.is_empty() { 0 } else { n };
-    let mut executor = executor(args, source, "unet", unet(&config, n, h, w, states.shape[1], shifted))?;
+    let input = UNetInput { rows: n, h, w, tokens: states.shape[1], shifted };
+    let mut executor = executor(args, source, "unet", unet(&config, input))?;
     if shifted > 0 {
         let graph = executor.plan().graph();
         let shape = Shape { n: 1, ..graph.shape(graph.input("shift")) };
@@ -232,8 +233,8 @@ fn grad(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let [n, _, h, w] = latents.shape[..] else { return Err(file.error("`latents` is not [B,C,H,W]")) };
     let states = file.get("neutral_embeds", &[Some(1), None, Some(config.cross_attention_dim)])?;
     let wanted = [Some(n), Some(config.out_channels), Some(h), Some(w)];
-    let sizes = (n, h, w, states.shape[1]);
-    let mut halves = Halves::new(&args.device.open()?, &config, &source.tensors("unet")?, &[], sizes, Some(Keep::All))?;
+    let input = UNetInput { rows: n, h, w, tokens: states.shape[1], shifted: 0 };
+    let mut halves = Halves::new(&args.device.open()?, &config, &source.tensors("unet")?, &[], input, Some(Keep::All))?;
     let extra = |name: &str, width: Option<usize>| -> Result<Vec<f32>> {
         width.map_or(Ok(vec![]), |width| Ok(file.get(name, &[Some(n), Some(width)])?.floats()))
     };
@@ -268,7 +269,7 @@ fn decode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>>
     let config = read_config(source, "vae", VaeConfig::parse)?;
     let latents = file.get("latents", &[None, Some(config.latent_channels), None, None])?;
     let [n, c, h, w] = latents.shape[..] else { return Err(file.error("`latents` is not [B,C,H,W]")) };
-    let mut executor = executor(args, source, "vae", vae_decoder(&config, n, h, w))?;
+    let mut executor = executor(args, source, "vae", vae_decoder(&config, n, Extent { h, w }))?;
     executor.write("latents", &nhwc(&latents.floats(), c, h * w))?;
     call(&mut executor)?;
     Ok(vec![image_output(&executor, "image")?])
@@ -281,7 +282,7 @@ fn encode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>>
     if h % config.scale() != 0 || w % config.scale() != 0 {
         return Err(file.error(format!("`image` is {w}x{h}; both must be multiples of {}", config.scale())));
     }
-    let mut executor = executor(args, source, "vae", vae_encoder(&config, n, h, w))?;
+    let mut executor = executor(args, source, "vae", vae_encoder(&config, n, Extent { h, w }))?;
     executor.write("image", &nhwc(&image.floats(), c, h * w))?;
     call(&mut executor)?;
     let (_, shape, moments) = image_output(&executor, "moments")?;

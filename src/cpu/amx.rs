@@ -1,6 +1,6 @@
 //! Products of rounded matrices by AMX, which multiplies tiles of 16 rows of 64 bytes: the same operands as those of
-//! AVX-512's instructions, 16 times as many at once. Rust has no stable names for its instructions, so that they are
-//! written as such. Linux wants to be asked before a process may use the registers (its
+//! AVX-512's instructions, 16 times as many at once. Rust has no stable intrinsics for AMX, so the instructions are
+//! inline assembly. Linux wants a process to ask before it uses the tile registers (its
 //! Documentation/arch/x86/xstate.rst).
 
 use super::gemm::PANEL;
@@ -18,16 +18,16 @@ const BYTES: usize = 64;
 pub enum Operands {
     /// bf16 on both sides, sums in fp32.
     Bf16,
-    /// Unsigned bytes on the left and signed ones on the right, sums in 32 bits.
+    /// Unsigned bytes on the left and signed bytes on the right, sums in 32-bit integers.
     Int8,
 }
 
-/// True if rows of this many bytes can be multiplied by AMX: the processor has the instructions, the system lets this
-/// process use them, and a row is a whole number of tiles.
+/// True if AMX can multiply rows of this many bytes: the processor has the instructions, the system lets this process
+/// use them, and a row is a whole number of tiles.
 pub fn suits(operands: Operands, row_bytes: usize) -> bool {
     static USABLE: OnceLock<[bool; 2]> = OnceLock::new();
     let usable = USABLE.get_or_init(|| {
-        // SAFETY: every x86-64 processor has CPUID. The function is safe in newer Rust and unsafe in 1.91.
+        // SAFETY: every x86-64 processor has CPUID. The intrinsic is safe in newer Rust and unsafe in 1.91.
         #[allow(unused_unsafe)]
         let features = unsafe { __cpuid_count(7, 0) }.edx;
         let [bf16, tiles, int8] = [22, 24, 25].map(|bit| features >> bit & 1 == 1);
@@ -41,7 +41,7 @@ pub fn suits(operands: Operands, row_bytes: usize) -> bool {
 fn allowed() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_long = 18;
-    // SAFETY: the call takes two numbers and changes what this process may do, nothing else.
+    // SAFETY: the call takes two integers and changes only what this process may do.
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
 }
 
@@ -50,7 +50,8 @@ fn allowed() -> bool {
     false
 }
 
-/// Shapes of the eight tiles: sums 0 to 3 as two rows of two, left 4 and 5, right 6 and 7.
+/// Configuration of the eight tile registers: sums in 0 to 3 as two rows of two, left operands in 4 and 5, right ones
+/// in 6 and 7.
 #[repr(C, align(64))]
 struct Shapes {
     palette: u8,
@@ -61,7 +62,7 @@ struct Shapes {
 }
 
 impl Shapes {
-    /// For so many rows of sums in the upper tiles and in the lower ones.
+    /// A configuration for `upper` rows of sums in the upper tiles and `lower` rows in the lower ones.
     fn new(upper: usize, lower: usize) -> Self {
         let [a, b, whole] = [upper, lower, ROWS].map(|rows| rows as u8);
         let (mut row_bytes, mut rows) = ([0; 16], [0; 16]);
@@ -71,10 +72,10 @@ impl Shapes {
     }
 }
 
-/// Sets `rows` rows of sums, [`PANEL`] of 32 bits each, to the product of as many rows of bytes with a panel.
+/// Sets `rows` rows of sums, each of [`PANEL`] 32-bit numbers, to the product of as many rows of bytes with a panel.
 ///
 /// # Safety
-/// Rows, panel and sums must be readable and writable in full, and [`suits`] must be true of the operands and rows.
+/// Rows and panel must be readable and sums writable in full, and [`suits`] must be true for the operands and rows.
 pub unsafe fn multiply(
     operands: Operands,
     left: *const u8,
@@ -86,7 +87,7 @@ pub unsafe fn multiply(
     let mut row = 0;
     while row < rows {
         let upper = ROWS.min(rows - row);
-        // A tile has a row at least; where there is no lower one, the upper one is computed twice.
+        // A tile has at least one row. If no rows are left for the lower tiles, the upper ones are computed twice.
         let (second, lower) = if row + ROWS < rows { (row + ROWS, ROWS.min(rows - row - ROWS)) } else { (row, upper) };
         let shapes = Shapes::new(upper, lower);
         macro_rules! product {
@@ -131,7 +132,7 @@ pub unsafe fn multiply(
                 )
             };
         }
-        // SAFETY: the caller's promise; a panel has 16 lines of 128 bytes for every 64 bytes of a row.
+        // SAFETY: guaranteed by the caller; a panel has 16 lines of 128 bytes for every 64 bytes of a row.
         unsafe {
             match operands {
                 Operands::Bf16 => product!("tdpbf16ps"),

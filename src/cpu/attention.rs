@@ -1,12 +1,12 @@
 //! Attention without the score matrix: online softmax over blocks of keys (Milakov and Gimelshein, arXiv 1805.02867;
 //! Dao et al., arXiv 2205.14135).
 //!
-//! For each image and head, keys and values are packed once into panels for [`super::gemm`]; then each block of
-//! queries passes over the keys. A block's scores (`Q_BLOCK` x `K_BLOCK`) stay in the cache.
+//! For each image and head, keys and values are packed once into panels for [`super::gemm`]; then each block of queries
+//! passes over the keys. The scores of a block (`Q_BLOCK` x `K_BLOCK`) stay in the cache.
 
 use super::gemm::{Left, PANEL, ROWS, multiply, pack_panel, packed_len};
 use super::simd::{dispatch, exp2};
-use super::{Memory, SharedOutput};
+use super::{NodeMemory, SharedOutput};
 use crate::graph::{Attention, Shape, TensorId, View};
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
@@ -16,7 +16,7 @@ const Q_BLOCK: usize = 8 * ROWS;
 /// Keys of a block.
 const K_BLOCK: usize = 8 * PANEL;
 
-/// Numbers of packed keys, packed values, and of a task's accumulators.
+/// Elements of a head's packed keys, of its packed values, and of a task's accumulators.
 fn sizes(keys: usize, head_dim: usize) -> (usize, usize, usize) {
     let padded = head_dim.next_multiple_of(PANEL);
     (packed_len(head_dim, keys), packed_len(keys, head_dim), Q_BLOCK * (padded + head_dim))
@@ -30,13 +30,13 @@ pub(super) fn workspace(attention: &Attention, shape: impl Fn(TensorId) -> Shape
 }
 
 /// Runs an [`Attention`].
-pub(super) fn run(attention: &Attention, out: TensorId, memory: &Memory) {
+pub(super) fn run(attention: &Attention, out: TensorId, memory: &NodeMemory) {
     let Attention { q, k, v, heads, head_dim, scale, causal } = *attention;
     let shape = memory.shape(out);
     let (queries, keys) = (shape.tokens(), memory.shape(k.tensor).tokens());
     let (key_len, value_len, accumulator_len) = sizes(keys, head_dim);
     let (packed, accumulators) = memory.workspace().split_at_mut(shape.n * heads * (key_len + value_len));
-    // The numbers of one head, from the first token's on, and the distance between tokens.
+    // The elements of one head from its first token on, and the distance between tokens.
     let head = |view: View, tokens: usize, i: usize| {
         let width = memory.shape(view.tensor).c;
         (&memory.read(view.tensor)[i / heads * tokens * width + view.offset + i % heads * head_dim..], width)
@@ -65,7 +65,7 @@ pub(super) fn run(attention: &Attention, out: TensorId, memory: &Memory) {
         let (scaled, sums) = scratch.split_at_mut(Q_BLOCK * head_dim);
         let (data, width) = head(q, queries, i);
         for (row, scaled) in scaled.chunks_exact_mut(head_dim).enumerate() {
-            // Rows beyond the last query compute on zeros and are never written.
+            // Rows beyond the last query are computed on zeros and never written.
             if row < count {
                 let query = &data[(first + row) * width..][..head_dim];
                 scaled.iter_mut().zip(query).for_each(|(s, x)| *s = x * (scale * LOG2_E));
@@ -77,25 +77,26 @@ pub(super) fn run(attention: &Attention, out: TensorId, memory: &Memory) {
         let rows = sums.chunks_exact(head_dim.next_multiple_of(PANEL)).zip(totals).take(count);
         for (row, (sums, total)) in rows.enumerate() {
             let at = (i / heads * queries + first + row) * shape.c + i % heads * head_dim;
-            // SAFETY: this task alone writes these rows of this head.
+            // SAFETY: only this task writes these rows of this head.
             let out = unsafe { output.at(at, head_dim) };
             out.iter_mut().zip(sums).for_each(|(out, x)| *out = x / total);
         }
     });
 }
 
-/// A block's scores, a row a query, in units of ln 2: powers of two are less work than those of e.
+/// Scores of a block, one row per query, times log2(e), since powers of two cost less than powers of e.
 #[repr(align(64))]
 struct Scores([[f32; K_BLOCK]; Q_BLOCK]);
 
-/// Softmax statistics of a block's queries over the keys so far.
-struct State {
+/// Running softmax statistics of a block's queries over the keys so far.
+struct SoftmaxState {
     maxima: [f32; Q_BLOCK],
-    /// Sums of the exponentials.
+    /// Sums of exponentials.
     totals: [f32; Q_BLOCK],
 }
 
-/// Unnormalised outputs of the first `rows` queries of a block into `sums`; returns each row's sum of exponentials.
+/// Writes unnormalised outputs of the first `rows` queries of a block into `sums`, and returns each row's sum of
+/// exponentials.
 fn attend(
     queries: &[f32],
     rows: usize,
@@ -106,7 +107,7 @@ fn attend(
     sums: &mut [f32],
 ) -> [f32; Q_BLOCK] {
     let mut scores = Scores([[0.0; K_BLOCK]; Q_BLOCK]);
-    let mut state = State { maxima: [f32::NEG_INFINITY; Q_BLOCK], totals: [0.0; Q_BLOCK] };
+    let mut state = SoftmaxState { maxima: [f32::NEG_INFINITY; Q_BLOCK], totals: [0.0; Q_BLOCK] };
     let padded = head_dim.next_multiple_of(PANEL);
     sums.fill(0.0);
     let visible = causal_from.map_or(keys, |first| (first + Q_BLOCK).min(keys));
@@ -128,7 +129,7 @@ fn attend(
     state.totals
 }
 
-/// One number of a panel's lanes, halving them: a chain of 32 would take longer than the row itself.
+/// Reduces a panel's lanes to one number by halving. A chain of 32 would take longer than the row itself.
 #[inline(always)]
 fn across(mut lanes: [f32; PANEL], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut half = PANEL / 2;
@@ -140,14 +141,14 @@ fn across(mut lanes: [f32; PANEL], f: impl Fn(f32, f32) -> f32) -> f32 {
 }
 
 dispatch! {
-    /// Turns rows of `count` scores into powers of two against their running maxima, and corrects the totals and the
-    /// sums (rows of `padded` numbers) of the keys before. With a `diagonal`, row `i` sees the first `diagonal + i`
+    /// Turns rows of `count` scores into powers of two against their running maxima, and rescales the totals and the
+    /// sums (rows of `padded` elements) of the earlier keys. With a `diagonal`, row `i` sees the first `diagonal + i`
     /// scores.
     fn softmax(
         scores: &mut [[f32; K_BLOCK]],
         count: usize,
         diagonal: Option<usize>,
-        state: &mut State,
+        state: &mut SoftmaxState,
         sums: &mut [f32],
         padded: usize,
     ) {
@@ -178,7 +179,8 @@ dispatch! {
                     *sum += *x;
                 }
             }
-            // Masked scores become exactly zero. Each had added 2^-125, which cannot change a total of one or more.
+            // Masked scores become exactly zero. Each has added 2^-125 to the total, which cannot change a total of one
+            // or more.
             line[seen..count.max(wide)].fill(0.0);
             *total += across(lanes, |a, b| a + b);
         }

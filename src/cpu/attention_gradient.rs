@@ -1,13 +1,14 @@
-//! The gradient of attention. For each image and head, blocks of queries in turn: scores and softmax once more (nothing
-//! but q, k, v was kept), then with `P` the softmax, `dO` the gradient by the result,
+//! The gradient of attention. For each image and head it takes blocks of queries in turn and computes scores and
+//! softmax again, since nothing but q, k, v was kept. Then, with `P` the softmax and `dO` the gradient with respect to
+//! the result,
 //!
 //! `dP = dO V^T`, `dS = P (dP - sum_j P dP) scale`, `dQ = dS K`, `dK += dS^T Q`, `dV += P^T dO`.
 //!
-//! A block's rows of `P` and `dP` over all keys are held, 2 x `Q_BLOCK` x keys numbers a head.
+//! A block's rows of `P` and `dP` over all keys are held: 2 x `Q_BLOCK` x keys elements per head.
 
 use super::gemm::{Left, PANEL, ROWS, multiply, pack_panel, packed_len};
 use super::simd::{dispatch, exp2};
-use super::{Memory, SharedOutput};
+use super::{NodeMemory, SharedOutput};
 use crate::graph::{Attention, Shape, TensorId, View};
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
@@ -15,7 +16,7 @@ use std::f32::consts::LOG2_E;
 /// Queries of a block.
 const Q_BLOCK: usize = 4 * ROWS;
 
-/// Lengths of a head's scratch memory.
+/// Sizes that determine the lengths of a head's scratch memory.
 struct Sizes {
     keys: usize,
     head_dim: usize,
@@ -31,8 +32,8 @@ impl Sizes {
     fn deep(&self) -> usize {
         self.head_dim.next_multiple_of(PANEL)
     }
-    /// Keys and values by key, keys by channel; a block's queries and gradients, and its panels of them; its `P`, `dP`
-    /// and their transpose; sums for `dQ`, and for `dK` and `dV`.
+    /// Lengths of the buffers: keys and values packed by key; keys packed by channel; a block's rows of queries and
+    /// gradients; the panels of these; its `P`; its `dP`; their transpose; sums for `dQ`; sums for `dK` and `dV`.
     fn lengths(&self) -> [usize; 9] {
         let by_key = packed_len(self.head_dim, self.keys);
         let transposed = self.keys.next_multiple_of(ROWS) * Q_BLOCK;
@@ -52,6 +53,7 @@ impl Sizes {
     }
 }
 
+/// [`Sizes`] of an operation.
 fn sizes(attention: &Attention, fused: bool, shape: impl Fn(TensorId) -> Shape) -> Sizes {
     Sizes { keys: shape(attention.k.tensor).tokens(), head_dim: attention.head_dim, fused }
 }
@@ -63,7 +65,7 @@ pub(super) fn workspace(attention: &Attention, fused: bool, shape: impl Fn(Tenso
 }
 
 /// Runs an [`crate::graph::Op::AttentionGradient`].
-pub(super) fn run(attention: &Attention, fused: bool, d: TensorId, out: TensorId, memory: &Memory) {
+pub(super) fn run(attention: &Attention, fused: bool, d: TensorId, out: TensorId, memory: &NodeMemory) {
     let Attention { q, k, v, heads, head_dim, causal, .. } = *attention;
     assert!(!causal, "causal attention has no gradient here: text encoders are frozen");
     let sizes = sizes(attention, fused, |t| memory.shape(t));
@@ -88,7 +90,7 @@ pub(super) fn run(attention: &Attention, fused: bool, d: TensorId, out: TensorId
         };
         let write = |view: View, token: usize, values: &[f32]| {
             let offset = if fused { view.offset } else { 0 } + head * head_dim;
-            // SAFETY: this task alone writes this head's channels of this image.
+            // SAFETY: only this task writes this head's channels of this image.
             let out = unsafe { output.at((image * queries + token) * width + offset, values.len()) };
             out.copy_from_slice(values);
         };
@@ -97,7 +99,7 @@ pub(super) fn run(attention: &Attention, fused: bool, d: TensorId, out: TensorId
     });
 }
 
-/// A head's numbers, each with the distance between tokens.
+/// A head's elements, each slice with the distance between tokens.
 struct Inputs<'a> {
     q: (&'a [f32], usize),
     k: (&'a [f32], usize),
@@ -107,7 +109,7 @@ struct Inputs<'a> {
     scale: f32,
 }
 
-/// `write` takes 0, 1 or 2 for query, key or value, its token, and the gradient.
+/// Computes the gradient of one head. `write` takes 0, 1 or 2 for query, key or value, the token, and its gradient.
 fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: impl Fn(usize, usize, &[f32])) {
     let mut take = |len: usize| {
         let (taken, rest) = std::mem::take(&mut scratch).split_at_mut(len);
@@ -130,7 +132,7 @@ fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: impl
         let count = Q_BLOCK.min(inputs.queries - first);
         for ((data, width), rows, scale) in [(inputs.q, &mut *q_rows, inputs.scale), (inputs.d, &mut *d_rows, 1.0)] {
             for (row, out) in rows.chunks_exact_mut(head_dim).enumerate() {
-                // Rows beyond the last query are zeros: they add nothing to what all rows add up to.
+                // Rows beyond the last query are zeros, so they add nothing to sums over all rows.
                 if row < count {
                     let x = &data[(first + row) * width..][..head_dim];
                     out.iter_mut().zip(x).for_each(|(o, x)| *o = x * scale);
@@ -152,7 +154,7 @@ fn one_head(inputs: &Inputs, sizes: &Sizes, mut scratch: &mut [f32], write: impl
             write(0, first + row, &x[..head_dim]);
         }
         if sizes.fused {
-            // q_rows hold the scale already. dK += dS^T Q, dV += P^T dO.
+            // q_rows already contain the scale. dK += dS^T Q, dV += P^T dO.
             let (q_panels, d_panels) = row_panels.split_at_mut(Q_BLOCK * deep);
             let (dk, dv) = dkv.split_at_mut(dkv.len() / 2);
             for (rows, panels, scores, sums) in [(&*q_rows, q_panels, &*dp, dk), (&*d_rows, d_panels, &*p, dv)] {
@@ -179,7 +181,8 @@ fn pack_columns((data, width): (&[f32], usize), tokens: usize, head_dim: usize, 
     }
 }
 
-/// Products of a block with all panels, in rows of `wide` numbers; added to what is there unless they are the first.
+/// Multiplies a block by all panels, into rows of `wide` elements, which are overwritten if `first` and added to
+/// otherwise.
 fn products(left: Left, panels: &[f32], out: &mut [f32], wide: usize, first: bool) {
     for (i, panel) in panels.chunks_exact(left.depth * PANEL).enumerate() {
         multiply(left, panel, &mut out[i * PANEL..], wide, PANEL, first);
@@ -187,7 +190,8 @@ fn products(left: Left, panels: &[f32], out: &mut [f32], wide: usize, first: boo
 }
 
 dispatch! {
-    /// Rows of `wide` scores to softmax, and its gradient to theirs, in place; zeros beyond the last key.
+    /// Turns rows of `wide` scores into their softmax, and its gradient into that of the scores, in place; zeros beyond
+    /// the last key.
     fn softmax_gradient(p: &mut [f32], dp: &mut [f32], wide: usize, keys: usize) {
         for (p, dp) in p.chunks_exact_mut(wide).zip(dp.chunks_exact_mut(wide)) {
             let mut highest = [f32::NEG_INFINITY; PANEL];
@@ -221,7 +225,7 @@ dispatch! {
 }
 
 dispatch! {
-    /// Rows of scores to rows of `Q_BLOCK` numbers, one a key; zeros beyond the last.
+    /// Transposes rows of scores into one row of `Q_BLOCK` elements per key; zeros beyond the last key.
     fn transpose(scores: &[f32], keys: usize, out: &mut [f32]) {
         let wide = scores.len() / Q_BLOCK;
         for (key, line) in out.chunks_exact_mut(Q_BLOCK).enumerate() {

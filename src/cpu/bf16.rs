@@ -1,8 +1,8 @@
-//! Linear layers on numbers in bf16, with sums in fp32, by AMX or else AVX-512 BF16 where the processor has them.
-//! Weights and activations are rounded to the nearest of 8 significant bits.
+//! Linear layers in bf16 with sums in fp32, by AMX or AVX-512 BF16 where the processor has one of them. Weights and
+//! activations are rounded to nearest, to 8 significant bits.
 //!
 //! A panel is `[k / 2][PANEL][2]`. Each sum is one chain in the order of k, so that neither batch nor threads change a
-//! bit.
+//! bit of the result.
 
 #[cfg(target_arch = "x86_64")]
 use super::amx::{self, Operands};
@@ -12,10 +12,10 @@ use super::simd::dispatch;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-/// Products that one instruction adds up.
+/// Products that one instruction adds to a sum.
 const TOGETHER: usize = 2;
 
-/// The format.
+/// The bf16 format.
 pub struct Bf16;
 
 impl Rounded for Bf16 {
@@ -53,7 +53,7 @@ impl Rounded for Bf16 {
         #[cfg(target_arch = "x86_64")]
         if amx::suits(Operands::Bf16, self.row_bytes(depth)) {
             let sums = sums.as_mut_ptr().cast();
-            // SAFETY: asserted above.
+            // SAFETY: lengths are asserted above.
             unsafe { amx::multiply(Operands::Bf16, left.bytes.as_ptr(), (rows, 2 * depth), panel.as_ptr(), sums) };
             return;
         }
@@ -61,7 +61,8 @@ impl Rounded for Bf16 {
         #[cfg(target_arch = "x86_64")]
         if std::is_x86_feature_detected!("avx512bf16") && std::is_x86_feature_detected!("avx512f") {
             for row in (0..rows).step_by(ROWS) {
-                // SAFETY: the features are there; rows and sums up to a multiple of `ROWS` were asserted to be.
+                // SAFETY: the features are detected; the lengths of rows and sums up to a multiple of `ROWS` are
+                // asserted.
                 unsafe {
                     let (left, sums) = (left.as_ptr().add(row * depth), sums.as_mut_ptr().add(row * PANEL));
                     match columns > PANEL / 2 {
@@ -77,17 +78,17 @@ impl Rounded for Bf16 {
 }
 
 dispatch! {
-    /// To the nearest of bf16, the even one of two; NaN stays NaN.
+    /// Rounds to the nearest bf16 number, ties to even. NaN stays NaN.
     fn round(row: &[f32], to: &mut [bf16]) {
         to.convert_from_f32_slice(row);
     }
 }
 
 dispatch! {
-    /// The products as any processor makes them, slower than those of fp32.
+    /// The products on processors without such instructions; slower than in fp32.
     fn products(left: &[bf16], depth: usize, panel: &[bf16], sums: &mut [f32]) {
         let (lines, _) = panel.as_chunks::<{ PANEL * TOGETHER }>();
-        // A number in bf16 is the upper half of the same number in fp32.
+        // A bf16 number is the upper half of the same number in fp32.
         let wide = |x: bf16| f32::from_bits(u32::from(x.to_bits()) << 16);
         for (row, sums) in left.chunks_exact(depth).zip(sums.as_chunks_mut::<PANEL>().0) {
             *sums = [0.0; PANEL];
@@ -110,15 +111,15 @@ mod x86 {
     /// A register tile of [`ROWS`] rows by `WIDTH` registers of 16 columns.
     ///
     /// # Safety
-    /// `ROWS` rows of `depth` numbers at `left`, a panel, and `ROWS` rows of sums must be there.
+    /// `ROWS` rows of `depth` elements at `left`, a whole panel, and `ROWS` rows of sums must be valid.
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub unsafe fn tile<const WIDTH: usize>(left: *const bf16, depth: usize, panel: *const bf16, sums: *mut f32) {
-        /// Registers differ in their types alone.
+        /// The two registers differ only in type.
         fn pairs(register: __m512i) -> __m512bh {
-            // SAFETY: as many bits, of which all mean numbers in both.
+            // SAFETY: same size, and every bit pattern is valid in both.
             unsafe { std::mem::transmute(register) }
         }
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut acc = [[_mm512_setzero_ps(); WIDTH]; ROWS];
             let rows: [*const bf16; ROWS] = std::array::from_fn(|i| opaque(left.add(i * depth)));
@@ -145,7 +146,7 @@ mod x86 {
 mod tests {
     use super::*;
 
-    /// Random sizes, against the products of the rounded numbers in float64, by every way to them.
+    /// Random sizes, on every code path, against the products of the rounded numbers in float64.
     #[test]
     fn products_match_float64() {
         let mut seed = 9u64;
@@ -155,12 +156,12 @@ mod tests {
         };
         for _ in 0..30 {
             let (rows, columns) = (1 + next() % 50, 1 + next() % PANEL);
-            // Every other one as AMX wants it.
+            // Every other depth suits AMX.
             let depth = if rows.is_multiple_of(2) { 32 * (1 + next() % 5) } else { TOGETHER * (1 + next() % 90) };
             let mut random = |n: usize| (0..n).map(|_| (next() % 2000) as f32 / 1000.0 - 1.0).collect::<Vec<_>>();
             let (a, b) = (random(rows * depth), random(depth * PANEL));
             let padded = rows.next_multiple_of(ROWS);
-            // Made of numbers, which lie where those of bf16 may.
+            // Allocated as f32, whose alignment is enough for bf16.
             let (mut panel, mut left) = (vec![0f32; depth * PANEL / 2], vec![0f32; padded * depth / 2]);
             let (panel, left) = (bytemuck::cast_slice_mut(&mut panel), bytemuck::cast_slice_mut(&mut left));
             Bf16.pack(&b, panel);

@@ -1,70 +1,72 @@
-//! Convolutions and linear layers, with everything that follows them fused.
+//! Convolutions and linear layers, with the operations that follow them fused into an epilogue.
 //!
-//! Where [`winograd::pays`] a 3x3 convolution is made there, and everything else here, as a product of matrices. A task
-//! is a block of rows by a group of panels. A stretch of k at a time, it gathers the pixels under the rows' taps into a
-//! block that stays in the second cache, and multiplies it by the group's panels in turn; their partial sums wait in
-//! strips of `M_BLOCK` x 32 numbers, and the epilogue writes each strip out once, when the last stretch has passed.
+//! A 3x3 convolution for which [`winograd::pays`] runs there. Everything else runs here as a matrix product with
+//! implicit im2col. A task is a block of rows by a group of panels. One stretch of k at a time, it gathers the pixels
+//! under the rows' taps into a cache block that stays in L2, and multiplies the block by the group's panels in turn.
+//! Their partial sums are kept in strips of `M_BLOCK` x 32 elements, and the epilogue writes each strip out once, after
+//! the last stretch.
 
 use super::gemm::{Left, Matrix, PANEL, ROWS, multiply};
 use super::rounded::{Block, Rounded};
 use super::simd::{dispatch, gelu, quick_gelu, silu};
 use super::weights::source_column;
-use super::{Memory, SharedOutput, Weights, winograd, with_scratch};
-use crate::graph::{Activation, Conv, Shape, TensorId};
+use super::{CpuWeights, NodeMemory, SharedOutput, winograd, with_scratch};
+use crate::graph::{Activation, Conv, Extent, Shape, TensorId};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Most rows of a block: 16 tiles of 12.
+/// Most rows of a block: 16 register tiles of 12.
 const M_BLOCK: usize = 16 * ROWS;
-/// Most of k at a time: a block of 288 KiB, and 48 KiB of a panel's lines.
+/// Longest stretch of k: a block of 288 KiB, and 48 KiB of a panel's lines.
 const K_BLOCK: usize = 384;
-/// Most panels of a task, whose sums are then 480 KiB.
+/// Most panels of a task, whose sums then take 480 KiB.
 const GROUP: usize = 20;
-/// Most bytes of a block of rounded rows, which has all of k.
+/// Most bytes of a block of rounded rows, which spans all of k.
 const ROUNDED_BYTES: usize = 384 << 10;
-/// Values of a gated panel, and gates.
+/// Number of values, and of gates, in a gated panel.
 const HALF: usize = PANEL / 2;
 
-/// A source's numbers and channels.
+/// A source's elements and channels.
 #[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
     pub data: &'a [f32],
     pub channels: usize,
 }
 
-/// A convolution with all that it reads.
-pub(super) struct Task<'a> {
+/// A convolution with everything that it reads.
+pub(super) struct ConvTask<'a> {
     conv: &'a Conv,
-    /// The second is the first again where there is no skip connection.
+    /// The second is a copy of the first if there is no skip connection.
     sources: [Source<'a>; 2],
-    /// Input as stored, and as the kernel sees it after the resize.
+    /// Shape of the input as stored, and the height and width that the kernel sees after the resize.
     input: Shape,
-    seen: (usize, usize),
+    seen: Extent,
     pub output: Shape,
-    /// Columns of the matrix: `output.c`, twice that when gated.
+    /// Columns of the matrix: `output.c`, or twice that if gated.
     pub columns: usize,
-    /// Rows of the matrix: inputs of all sources and taps.
+    /// Rows of the matrix: channels of all sources times taps.
     pub depth: usize,
     pub weight: Matrix<'a>,
     bias: Option<&'a [f32]>,
-    /// Numbers of all images, from the first that this layer reads, and how many are between an image's and the next's.
+    /// Elements of all images, from the first one that this layer reads, and the distance from one image's to the
+    /// next's.
     per_image: Option<(&'a [f32], usize)>,
     residual: Option<&'a [f32]>,
 }
 
 /// Runs a [`Conv`].
-pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weights) {
+pub(super) fn run(conv: &Conv, output: TensorId, memory: &NodeMemory, weights: &CpuWeights) {
     let input = memory.shape(conv.sources.x);
     let source = |id: TensorId| Source { data: memory.read(id), channels: memory.shape(id).c };
     let first = source(conv.sources.x);
     let sources = [first, conv.sources.skip.map_or(first, source)];
     let shape = memory.shape(output);
     let gated = conv.activation == Activation::Geglu;
-    let task = Task {
+    let task = ConvTask {
         conv,
         sources,
         input,
-        seen: conv.resize.unwrap_or((input.h, input.w)),
+        seen: conv.resize.unwrap_or(input.extent()),
         output: shape,
         columns: if gated { 2 * shape.c } else { shape.c },
         depth: conv.kernel * conv.kernel * conv.sources.iter().map(|t| memory.shape(t).c).sum::<usize>(),
@@ -87,12 +89,13 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
     let row_blocks = rows.div_ceil(most_rows.min(M_BLOCK));
     let block = rows.div_ceil(row_blocks).next_multiple_of(ROWS);
     let row_blocks = rows.div_ceil(block);
-    // Enough tasks that the threads end together, few enough that rows are not gathered more often than needed.
+    // Enough tasks for the threads to finish together, but few enough that rows are not gathered more often than
+    // needed.
     let wanted = 4 * rayon::current_num_threads();
     let groups = panels.div_ceil(GROUP).max(wanted.div_ceil(row_blocks)).min(panels);
     let group = panels.div_ceil(groups);
     let groups = panels.div_ceil(group);
-    // Row blocks vary fastest: neighbours in time share the weights.
+    // Row blocks vary fastest, so that tasks that run close together share weights.
     (0..groups * row_blocks).into_par_iter().with_max_len(1).for_each(|i| {
         let (first_row, first_panel) = (i % row_blocks * block, i / row_blocks * group);
         let panels = first_panel..(first_panel + group).min(panels);
@@ -104,13 +107,13 @@ pub(super) fn run(conv: &Conv, output: TensorId, memory: &Memory, weights: &Weig
     });
 }
 
-impl Task<'_> {
+impl ConvTask<'_> {
     /// The sources in channel order.
     pub fn sources(&self) -> &[Source<'_>] {
         &self.sources[..self.conv.sources.iter().count()]
     }
 
-    /// Columns of a panel up to the last that is read; a gated one has gates in its second half.
+    /// The number of columns of a panel up to the last that is read. A gated panel has gates in its second half.
     pub fn columns_of(&self, panel: usize) -> usize {
         match self.conv.activation {
             Activation::Geglu => PANEL,
@@ -118,29 +121,29 @@ impl Task<'_> {
         }
     }
 
-    /// Whether the image with its padding is an odd row, then equal pairs of rows, and the same of columns.
+    /// True if the padded image is one border row, then pairs of equal rows, and the same in columns.
     pub fn doubled(&self) -> bool {
-        self.conv.pad == 1 && self.seen == (2 * self.input.h, 2 * self.input.w)
+        self.conv.pad == 1 && self.seen == self.input.extent().doubled()
     }
 
-    /// The sources' pixel at a row and a column of the image with its padding; none outside the image.
+    /// The index of the sources' pixel at a row and a column of the padded image; `None` outside the image.
     pub fn pixel(&self, image: usize, y: usize, x: usize) -> Option<usize> {
-        let (height, width) = self.seen;
-        // Rows and columns before the image wrap around to huge numbers and fail the test below.
+        let Extent { h, w } = self.seen;
+        // Rows and columns before the image wrap around to huge numbers, which fail the test below.
         let (y, x) = (y.wrapping_sub(self.conv.pad), x.wrapping_sub(self.conv.pad));
-        if y >= height || x >= width {
+        if y >= h || x >= w {
             return None;
         }
         let (y, x) = match self.conv.resize {
-            Some(_) => (y * self.input.h / height, x * self.input.w / width),
+            Some(_) => (y * self.input.h / h, x * self.input.w / w),
             None => (y, x),
         };
         Some((image * self.input.h + y) * self.input.w + x)
     }
 }
 
-/// A block of rows at the columns of a group of panels.
-fn product(task: &Task, rows: Range<usize>, panels: Range<usize>, out: &SharedOutput) {
+/// Computes a block of rows by a group of panels.
+fn product(task: &ConvTask, rows: Range<usize>, panels: Range<usize>, out: &SharedOutput) {
     let padded = rows.len().next_multiple_of(ROWS);
     let stretch = task.depth.div_ceil(task.depth.div_ceil(K_BLOCK));
     let strip = padded * PANEL;
@@ -161,9 +164,9 @@ fn product(task: &Task, rows: Range<usize>, panels: Range<usize>, out: &SharedOu
     });
 }
 
-/// The same in a less exact format, of all of k at once: a row's scale is that of all its numbers.
+/// The same in a rounded format, for all of k at once, since a row's scale is that of all its elements.
 fn rounded_product(
-    task: &Task,
+    task: &ConvTask,
     (weight, format): (&[u8], &dyn Rounded),
     rows: Range<usize>,
     panels: Range<usize>,
@@ -189,9 +192,9 @@ fn rounded_product(
     });
 }
 
-/// A stretch `k` of the matrix's rows, one after the other: channels of the pixels under the taps, zeros outside the
-/// image.
-fn gather(task: &Task, rows: Range<usize>, k: Range<usize>, to: &mut [f32]) {
+/// Gathers a stretch `k` of the rows of the im2col matrix, row-major: channels of the pixels under the taps, and zeros
+/// outside the image.
+fn gather(task: &ConvTask, rows: Range<usize>, k: Range<usize>, to: &mut [f32]) {
     let inputs: usize = task.sources().iter().map(|source| source.channels).sum();
     let Conv { kernel, stride, .. } = *task.conv;
     let mut at = k.start;
@@ -215,21 +218,21 @@ fn gather(task: &Task, rows: Range<usize>, k: Range<usize>, to: &mut [f32]) {
     }
 }
 
-/// The epilogue of a group of panels: bias, activation, residual, and the write to the output.
+/// The epilogue of a group of panels: bias, activation, residual, and the store to the output.
 pub(super) struct Epilogue<'a> {
-    task: &'a Task<'a>,
-    /// For each panel of the group.
+    task: &'a ConvTask<'a>,
+    /// Bias of each panel of the group.
     bias: [[f32; PANEL]; GROUP],
-    /// Column of the output where the group begins.
+    /// First column of the output of the group.
     first_column: usize,
-    /// Columns of the output per panel, and in the whole group.
+    /// Columns of the output per panel, and of the whole group.
     width: usize,
     columns: usize,
 }
 
 impl<'a> Epilogue<'a> {
-    /// For at most [`GROUP`] panels.
-    pub fn new(task: &'a Task, panels: Range<usize>) -> Self {
+    /// An epilogue for at most [`GROUP`] panels.
+    pub fn new(task: &'a ConvTask, panels: Range<usize>) -> Self {
         let gated = task.conv.activation == Activation::Geglu;
         let width = if gated { HALF } else { PANEL };
         let mut bias = [[0.0; PANEL]; GROUP];
@@ -244,15 +247,15 @@ impl<'a> Epilogue<'a> {
         Epilogue { task, bias, first_column, width, columns: (panels.len() * width).min(task.output.c - first_column) }
     }
 
-    /// Writes `rows` rows from `first` on, pixels of the output, from the sums of the panels, which are spoilt: those
-    /// of a panel begin `strip` after the last one's. A row is written from its first column to its last, so
-    /// that the processor prefetches it. The caller alone may write these rows' part of `out`.
+    /// Writes `rows` rows (pixels of the output) from `first` on, from the sums of the panels, which it overwrites. The
+    /// sums of each panel begin `strip` elements after those of the previous one. Every row is written from its first
+    /// column to its last, so that the processor prefetches it. The caller alone may write these rows' part of `out`.
     pub fn finish(&self, (first, rows): (usize, usize), sums: &mut [f32], strip: usize, out: &SharedOutput) {
         finish(self, (first, rows), sums, strip, out);
     }
 }
 
-/// Applies `f` to each number of `x` and its value; a whole panel has a fixed length, which vectorises better.
+/// Calls `f` with each element of `x` and its value. A whole panel has a fixed length, which vectorises better.
 #[inline(always)]
 fn each(x: &mut [f32; PANEL], values: &[f32], f: impl Fn(&mut f32, f32)) {
     match <&[f32; PANEL]>::try_from(values) {
@@ -268,7 +271,7 @@ dispatch! {
         let Conv { gain, scale, activation, .. } = *task.conv;
         for row in 0..rows.1 {
             let at = (rows.0 + row) * task.output.c + first_column;
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller of `Epilogue::finish`.
             let out = unsafe { out.at(at, columns) };
             let per_image = task.per_image.map(|(values, channels)| {
                 &values[(rows.0 + row) / task.output.tokens() * channels + first_column..][..columns]

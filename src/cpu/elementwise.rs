@@ -1,15 +1,15 @@
-//! Small operations: activations alone, embeddings, token selection.
+//! Small operations: activation functions on their own, sums, embeddings, token selection.
 
-use super::Memory;
+use super::NodeMemory;
 use super::simd::{dispatch, exp, gelu, gelu_slope, quick_gelu, silu, silu_slope};
 use crate::graph::{Activation, TensorId};
 use rayon::prelude::*;
 
-/// Numbers a thread takes at a time.
+/// Elements that a thread takes at a time.
 const CHUNK: usize = 1 << 14;
 
-/// Runs an [`Activation`] alone.
-pub(super) fn activate(x: TensorId, activation: Activation, out: TensorId, memory: &Memory) {
+/// Runs an [`Activation`] on its own.
+pub(super) fn activate(x: TensorId, activation: Activation, out: TensorId, memory: &NodeMemory) {
     let (from, to) = (memory.shape(x).c, memory.shape(out).c);
     let rows = (CHUNK / from).max(1);
     let chunks = memory.write(out).par_chunks_mut(rows * to).zip(memory.read(x).par_chunks(rows * from));
@@ -37,8 +37,8 @@ dispatch! {
     }
 }
 
-/// The gradient by the argument.
-pub(super) fn activate_gradient(x: TensorId, activation: Activation, d: TensorId, out: TensorId, memory: &Memory) {
+/// The gradient of an [`Activation`] with respect to its argument.
+pub(super) fn activate_gradient(x: TensorId, activation: Activation, d: TensorId, out: TensorId, memory: &NodeMemory) {
     let (from, to) = (memory.shape(d).c, memory.shape(out).c);
     let rows = (CHUNK / to).max(1);
     let chunks = memory.write(out).par_chunks_mut(rows * to).zip(memory.read(x).par_chunks(rows * to));
@@ -71,15 +71,15 @@ dispatch! {
 }
 
 /// `a + b`.
-pub(super) fn add(a: TensorId, b: TensorId, out: TensorId, memory: &Memory) {
+pub(super) fn add(a: TensorId, b: TensorId, out: TensorId, memory: &NodeMemory) {
     let terms = memory.read(a).par_chunks(CHUNK).zip(memory.read(b).par_chunks(CHUNK));
     memory.write(out).par_chunks_mut(CHUNK).zip(terms).for_each(|(out, (a, b))| {
         out.iter_mut().zip(a.iter().zip(b)).for_each(|(o, (a, b))| *o = a + b);
     });
 }
 
-/// Every pixel's sum over those copied from it.
-pub(super) fn resize_gradient(d: TensorId, out: TensorId, memory: &Memory) {
+/// Sums at each pixel the gradients of the pixels that were copied from it.
+pub(super) fn resize_gradient(d: TensorId, out: TensorId, memory: &NodeMemory) {
     let (large, small) = (memory.shape(d), memory.shape(out));
     let d = memory.read(d);
     memory.write(out).par_chunks_exact_mut(small.w * small.c).enumerate().for_each(|(row, out)| {
@@ -95,9 +95,9 @@ pub(super) fn resize_gradient(d: TensorId, out: TensorId, memory: &Memory) {
     });
 }
 
-/// The last images, each plus its own tensor. Memory bound: one read and one write of the bottleneck, one read of the
-/// shift.
-pub(super) fn shift(x: TensorId, shift: TensorId, out: TensorId, memory: &Memory) {
+/// Adds to each of the last images its own tensor. Memory bound: one read and one write of the bottleneck, one read of
+/// the shift.
+pub(super) fn shift(x: TensorId, shift: TensorId, out: TensorId, memory: &NodeMemory) {
     let (x, shift) = (memory.read(x), memory.read(shift));
     let (out, shifted) = memory.write(out).split_at_mut(x.len() - shift.len());
     let (plain, x) = x.split_at(out.len());
@@ -106,8 +106,8 @@ pub(super) fn shift(x: TensorId, shift: TensorId, out: TensorId, memory: &Memory
     chunks.for_each(|((out, x), s)| out.iter_mut().zip(x.iter().zip(s)).for_each(|(o, (x, s))| *o = x + s));
 }
 
-/// Rows of `tokens` and `positions`. Ids were checked against the vocabulary by whoever wrote them.
-pub(super) fn embed(ids: TensorId, tokens: &[f32], positions: &[f32], out: TensorId, memory: &Memory) {
+/// Sums rows of `tokens` and `positions`. The ids were checked against the vocabulary when they were written.
+pub(super) fn embed(ids: TensorId, tokens: &[f32], positions: &[f32], out: TensorId, memory: &NodeMemory) {
     let shape = memory.shape(out);
     let rows = memory.write(out).chunks_exact_mut(shape.c).zip(memory.read(ids));
     for (i, (out, &id)) in rows.enumerate() {
@@ -119,8 +119,8 @@ pub(super) fn embed(ids: TensorId, tokens: &[f32], positions: &[f32], out: Tenso
     }
 }
 
-/// `class` before each image's tokens, and `positions` added.
-pub(super) fn class_token(x: TensorId, class: &[f32], positions: &[f32], out: TensorId, memory: &Memory) {
+/// Puts `class` before each image's tokens, and adds `positions`.
+pub(super) fn class_token(x: TensorId, class: &[f32], positions: &[f32], out: TensorId, memory: &NodeMemory) {
     let one = memory.shape(x).tokens() * class.len();
     let images = memory.write(out).chunks_exact_mut(one + class.len()).zip(memory.read(x).chunks_exact(one));
     for (out, x) in images {
@@ -129,14 +129,14 @@ pub(super) fn class_token(x: TensorId, class: &[f32], positions: &[f32], out: Te
     }
 }
 
-/// In f64: the frequencies span four decades and the angles a thousand radians.
+/// Computes in f64, since the frequencies span four decades and the angles a thousand radians.
 pub(super) fn sinusoid(
     x: TensorId,
     dim: usize,
     flip_sin_to_cos: bool,
     freq_shift: f32,
     out: TensorId,
-    memory: &Memory,
+    memory: &NodeMemory,
 ) {
     let half = dim / 2;
     for (out, &x) in memory.write(out).chunks_exact_mut(dim).zip(memory.read(x)) {
@@ -149,7 +149,8 @@ pub(super) fn sinusoid(
     }
 }
 
-pub(super) fn select_token(x: TensorId, index: TensorId, out: TensorId, memory: &Memory) {
+/// Copies one token of each image. The indices were checked when they were written.
+pub(super) fn select_token(x: TensorId, index: TensorId, out: TensorId, memory: &NodeMemory) {
     let shape = memory.shape(x);
     let rows = memory.write(out).chunks_exact_mut(shape.c).zip(memory.read(index));
     for (image, (out, &index)) in rows.enumerate() {

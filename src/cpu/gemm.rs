@@ -1,14 +1,15 @@
-//! The matrix product under convolutions, linear layers and attention.
+//! The matrix product that convolutions, linear layers and attention are built on.
 //!
-//! `C[m, n] = sum_k A[m, k] B[k, n]`. Callers bring the rows of A together, a block at a time: an image's pixels under
-//! the taps of a convolution, the queries of a head. A block that is multiplied by many columns stays in the second
-//! cache, one stretch of memory whatever it was gathered from, so that neither pages nor the sets of a cache run out.
+//! `C[m, n] = sum_k A[m, k] B[k, n]`. Callers gather rows of A into cache blocks: the pixels under the taps of a
+//! convolution, the queries of a head. A block that is multiplied by many columns stays in the L2 cache, and is
+//! contiguous whatever it was gathered from, so that it exhausts neither the TLB nor the sets of a cache.
 //!
-//! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`, in fp16 where the checkpoint is,
-//! and widened a few lines at a time while they are multiplied by many rows. A register tile has as many rows as the
-//! instruction set's registers hold sums of ([`Lanes::ROWS`]), and two registers of columns, or one at a panel's end:
-//! 12x32 on AVX-512, 6x16 on AVX2, 12x8 on NEON. Every element of C is one chain of multiply-adds in the order of k,
-//! whatever tile it falls in: results do not depend on the batch or on the threads.
+//! B is packed once, at load, into panels of [`PANEL`] columns: `[panel][k][PANEL]`, in fp16 where the checkpoint is.
+//! Panels in fp16 are widened a few lines at a time when they are multiplied by many rows. The micro-kernel's register
+//! tile has as many rows as the instruction set has accumulators for ([`Lanes::ROWS`]), and two registers of columns,
+//! or one at the end of a panel: 12x32 on AVX-512, 6x16 on AVX2, 6x8 on SSE2, 12x8 on NEON. Every element of C is one
+//! chain of multiply-adds in the order of k, whichever tile it falls in, so results depend neither on the batch nor on
+//! the threads.
 
 use super::rounded::Rounded;
 use super::simd::{Lanes, dispatch};
@@ -20,27 +21,27 @@ use std::ops::Range;
 /// Columns of a packed panel.
 pub const PANEL: usize = 32;
 
-/// Blocks have room for a multiple of this many rows, which is a multiple of every instruction set's tile height.
+/// Blocks have room for a multiple of this many rows, itself a multiple of every instruction set's tile height.
 pub const ROWS: usize = 12;
 
-/// Length of `[k, n]` once packed.
+/// Length of a packed `[k, n]` matrix.
 pub fn packed_len(k: usize, n: usize) -> usize {
     n.div_ceil(PANEL) * k * PANEL
 }
 
-/// A packed matrix as it is held.
+/// A packed matrix in the format in which memory holds it.
 #[derive(Clone, Copy)]
 pub enum Matrix<'a> {
     /// In fp32.
     Single(&'a [f32]),
-    /// In fp16, which is exactly what the checkpoint holds.
+    /// In fp16, exactly as in the checkpoint.
     Half(&'a [f16]),
     /// Panels in a less exact format.
     Rounded(&'a [u8], &'static dyn Rounded),
 }
 
 impl<'a> Matrix<'a> {
-    /// Whole lines of a panel in fp32: those held, or in `room`.
+    /// Whole lines of a panel in fp32: borrowed if the matrix is in fp32, else widened into `room`.
     ///
     /// # Panics
     /// For a rounded matrix.
@@ -61,19 +62,19 @@ impl<'a> Matrix<'a> {
 }
 
 dispatch! {
-    /// Whole lines of a panel, from fp16.
+    /// Widens whole lines of a panel from fp16.
     fn widen<V>(from: &[f16], to: &mut [f32]) {
         for (from, to) in from.chunks_exact(V::COUNT).zip(to.chunks_exact_mut(V::COUNT)) {
-            // SAFETY: as many numbers; `dispatch!` runs this where V's instructions exist.
+            // SAFETY: both chunks have `V::COUNT` elements; `dispatch!` runs this only where V's instructions exist.
             unsafe { V::load_half(from.as_ptr()).store(to.as_mut_ptr()) };
         }
     }
 }
 
-/// A block of the left matrix: `rows` rows of `depth` numbers, each `pitch` after the last.
+/// A block of the left matrix: `rows` rows of `depth` elements, each `pitch` elements after the previous one.
 #[derive(Clone, Copy)]
 pub struct Left<'a> {
-    /// As many rows as `rows` rounded up to a multiple of [`ROWS`]; the sums of those beyond `rows` mean nothing.
+    /// Holds `rows` rounded up to a multiple of [`ROWS`]. The sums of the rows beyond `rows` have no meaning.
     pub numbers: &'a [f32],
     pub pitch: usize,
     pub rows: usize,
@@ -81,21 +82,22 @@ pub struct Left<'a> {
 }
 
 dispatch! {
-    /// Adds to the sums (or, when `first`, sets them) the product of a block with a part of a panel, `depth` lines of
-    /// [`PANEL`] numbers. Of its columns the first `columns` are multiplied, and perhaps some more. A row's sums begin
-    /// `pitch` after the last one's; as those of the block, its rows are rounded up to a multiple of [`ROWS`].
+    /// Adds to the sums (or sets them, if `first`) the product of a block with a part of a panel: `depth` lines of
+    /// [`PANEL`] elements. At least the first `columns` of its columns are multiplied. Each row of the sums begins
+    /// `pitch` elements after the previous one; like those of the block, the rows are rounded up to a multiple of
+    /// [`ROWS`].
     ///
     /// # Panics
-    /// If a slice is too short for that.
+    /// If a slice is too short.
     pub fn multiply<V>(left: Left, panel: &[f32], sums: &mut [f32], pitch: usize, columns: usize, first: bool) {
         let Some(last) = left.rows.next_multiple_of(ROWS).checked_sub(1) else { return };
         assert!(left.numbers.len() >= last * left.pitch + left.depth);
         assert!(panel.len() >= left.depth * PANEL);
         assert!(sums.len() >= last * pitch + PANEL);
-        // A pair of registers of columns passes by all rows before the next one does: less of the panel is in use.
+        // All rows use one pair of column registers before the next pair is begun, so that less of the panel is live.
         for column in (0..columns.min(PANEL)).step_by(2 * V::COUNT) {
             for row in (0..left.rows).step_by(V::ROWS) {
-                // SAFETY: asserted above; `dispatch!` runs this where V's instructions exist.
+                // SAFETY: lengths are asserted above; `dispatch!` runs this only where V's instructions exist.
                 unsafe {
                     let a = left.numbers.as_ptr().add(row * left.pitch);
                     let b = panel.as_ptr().add(column);
@@ -113,12 +115,12 @@ dispatch! {
     }
 }
 
-/// One register tile: `HEIGHT` rows by `WIDTH` registers. Rows of `a` and `c` are as far apart as the second numbers
-/// say.
+/// The micro-kernel: one register tile of `HEIGHT` rows by `WIDTH` registers. `a_pitch` and `c_pitch` are the distances
+/// between rows.
 ///
 /// # Safety
-/// `HEIGHT` rows of `depth` numbers at `a`, `depth` lines of [`PANEL`] at `b`, and the tile's part of `HEIGHT` rows at
-/// `c` must be there, and V's instructions.
+/// `HEIGHT` rows of `depth` elements at `a`, `depth` lines of [`PANEL`] at `b`, and the tile's part of `HEIGHT` rows at
+/// `c` must be valid, and V's instructions available.
 #[inline(always)]
 unsafe fn tile<V: Lanes, const HEIGHT: usize, const WIDTH: usize>(
     (a, a_pitch): (*const f32, usize),
@@ -127,7 +129,7 @@ unsafe fn tile<V: Lanes, const HEIGHT: usize, const WIDTH: usize>(
     (c, c_pitch): (*mut f32, usize),
     first: bool,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let mut acc = [[V::splat(0.0); WIDTH]; HEIGHT];
         if !first {
@@ -155,14 +157,14 @@ unsafe fn tile<V: Lanes, const HEIGHT: usize, const WIDTH: usize>(
     }
 }
 
-/// Returns the pointer, hidden from the optimiser. It would otherwise see that rows have one pitch, keep a single
-/// pointer, and compute the others by a chain of additions in every iteration of the inner loop.
+/// Returns the pointer, hidden from the optimiser. Otherwise the optimiser sees that rows have a common pitch, keeps a
+/// single pointer, and computes the others by a chain of additions in every iteration of the inner loop.
 #[inline(always)]
 pub fn opaque<T>(pointer: *const T) -> *const T {
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     let pointer = {
         let mut pointer = pointer;
-        // SAFETY: no instruction at all, so that nothing is read.
+        // SAFETY: the block holds no instruction, so nothing is read.
         #[allow(clippy::pointers_in_nomem_asm_block)]
         unsafe {
             asm!("/* {} */", inout(reg) pointer, options(pure, nomem, nostack, preserves_flags))
@@ -173,7 +175,8 @@ pub fn opaque<T>(pointer: *const T) -> *const T {
 }
 
 dispatch! {
-    /// Packs `columns` columns of a panel: `panel[k][j] = source[k * row + j * column]`, zeros beyond.
+    /// Packs `columns` columns of a panel: `panel[k][j] = source[k * row + j * column]`, and zeros in the columns
+    /// beyond.
     pub fn pack_panel(source: &[f32], row: usize, column: usize, columns: usize, panel: &mut [f32]) {
         if column == 1 {
             for (k, line) in panel.chunks_exact_mut(PANEL).enumerate() {
@@ -196,7 +199,7 @@ dispatch! {
 mod tests {
     use super::*;
 
-    /// Random sizes and pitches, in two stretches of k, against f64; what stands beside the sums stays as it is.
+    /// Random sizes and pitches, in two stretches of k, against f64. Elements beside the sums must stay as they are.
     #[test]
     fn multiply_matches_float64() {
         let mut seed = 1u64;
@@ -230,7 +233,7 @@ mod tests {
         }
     }
 
-    /// Every finite number of fp16, by what its bits mean.
+    /// Every finite fp16 number, against the value that its bits define.
     #[test]
     fn widening_is_exact() {
         let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();

@@ -1,12 +1,12 @@
-//! Linear layers in 8-bit integers, for which a matrix is packed when it is asked for: 64 products and their sums by
-//! fours are one instruction where the processor has AVX-512 VNNI, 16 and their sums by twos with AVX2.
+//! Linear layers in 8-bit integers, for matrices that were packed so on request. One instruction computes 64 products
+//! and sums them by fours where the processor has AVX-512 VNNI, and 16 products summed by twos with AVX2.
 //!
-//! Symmetric, without zero points: a column of weights has one scale, chosen when it is packed, and so has a row of
-//! activations, chosen when it is read; both reach from -127 to 127 (Dettmers et al., arXiv 2208.07339, section 2.1).
-//! The instruction wants its left numbers unsigned, so that these carry 128, and 128 times a column's sum is
-//! taken off its sums again. Sums are exact in 32 bits, in whatever order.
+//! Quantisation is symmetric, without zero points: each column of weights has a scale, chosen when it is packed, and
+//! each row of activations has one, chosen when it is read; both map to -127 to 127 (Dettmers et al., arXiv 2208.07339,
+//! section 2.1). The instruction takes unsigned numbers on the left, so 128 is added to these, and 128 times a column's
+//! sum is subtracted from the accumulators again. Sums are exact in 32 bits, in any order.
 //!
-//! A panel is `[k / 4][PANEL][4]` bytes, then the scales of its columns, then 128 times their sums.
+//! A panel is `[k / 4][PANEL][4]` bytes, then the scales of its columns, then 128 times the sums of its columns.
 
 #[cfg(target_arch = "x86_64")]
 use super::amx::{self, Operands};
@@ -14,16 +14,16 @@ use super::gemm::{PANEL, ROWS};
 use super::rounded::{Block, Rounded};
 use super::simd::{Isa, dispatch, isa};
 
-/// Products that one instruction adds up.
+/// Products that one instruction adds to a sum.
 const TOGETHER: usize = 4;
-/// What the left numbers carry.
+/// Added to the left numbers to make them unsigned.
 const OFFSET: i32 = 128;
-/// The largest magnitude.
+/// Largest magnitude of a rounded number.
 const MOST: f32 = 127.0;
-/// Bytes of a panel beside its weights.
+/// Bytes of a panel in addition to its weights.
 const BESIDE: usize = PANEL * (size_of::<f32>() + size_of::<i32>());
 
-/// The format.
+/// The 8-bit integer format.
 pub struct Int8;
 
 impl Rounded for Int8 {
@@ -78,13 +78,14 @@ impl Rounded for Int8 {
             #[cfg(target_arch = "x86_64")]
             _ if amx::suits(Operands::Int8, depth) => {
                 let sums = integers.as_mut_ptr().cast();
-                // SAFETY: asserted above.
+                // SAFETY: lengths are asserted above.
                 unsafe { amx::multiply(Operands::Int8, left.as_ptr(), (rows, depth), weights.as_ptr(), sums) };
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 if std::is_x86_feature_detected!("avx512vnni") => {
                 for row in (0..rows).step_by(ROWS) {
-                    // SAFETY: the features are there; rows and sums up to a multiple of `ROWS` were asserted to be.
+                    // SAFETY: the features are detected; the lengths of rows and sums up to a multiple of `ROWS` are
+                    // asserted.
                     unsafe {
                         let (left, sums) = (left.as_ptr().add(row * depth), integers.as_mut_ptr().add(row * PANEL));
                         match columns > PANEL / 2 {
@@ -98,7 +99,7 @@ impl Rounded for Int8 {
             Isa::Avx512 | Isa::Avx2 => {
                 for column in (0..columns.min(PANEL)).step_by(8) {
                     for row in (0..rows).step_by(x86::ROWS_256) {
-                        // SAFETY: likewise.
+                        // SAFETY: likewise; `ROWS` is a multiple of `ROWS_256`.
                         unsafe {
                             let sums = integers.as_mut_ptr().add(row * PANEL + column);
                             let weights = weights.as_ptr().add(column * TOGETHER);
@@ -114,7 +115,7 @@ impl Rounded for Int8 {
 }
 
 dispatch! {
-    /// Rounds a row of activations to its scale, which is left in `scale`: NaN if any of them is not finite.
+    /// Rounds a row of activations and stores its scale in `scale`: NaN if an activation is not finite.
     fn round_row(row: &[f32], bytes: &mut [u8], scale: &mut f32) {
         let (mut highest, mut strange) = ([0.0f32; PANEL], [0.0f32; PANEL]);
         let (chunks, rest) = row.as_chunks::<PANEL>();
@@ -129,14 +130,14 @@ dispatch! {
         let strange = strange.iter().sum::<f32>() + rest.iter().map(|x| x * 0.0).sum::<f32>();
         *scale = highest / MOST + strange;
         let inverse = if highest > 0.0 { MOST / highest } else { 0.0 };
-        // Adding 1.5 * 2^23 rounds and leaves the integer in the low byte.
+        // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low byte.
         const MAGIC: f32 = 12_582_912.0 + OFFSET as f32;
         bytes.iter_mut().zip(row).for_each(|(byte, x)| *byte = (x * inverse + MAGIC).to_bits() as u8);
     }
 }
 
 dispatch! {
-    /// The products as any processor makes them, slower than those of fp32.
+    /// The products on processors without such instructions; slower than in fp32.
     fn products(left: &[u8], depth: usize, weights: &[u8], sums: &mut [i32]) {
         let (lines, _) = weights.as_chunks::<{ PANEL * TOGETHER }>();
         for (row, sums) in left.chunks_exact(depth).zip(sums.as_chunks_mut::<PANEL>().0) {
@@ -151,7 +152,7 @@ dispatch! {
 }
 
 dispatch! {
-    /// Integers to the numbers that they stand for, in place.
+    /// Turns the integer sums into the numbers that they stand for, in place.
     fn scale(sums: &mut [f32], beside: &[u8], scales: &[f32]) {
         let (columns, totals) = beside.split_at(PANEL * size_of::<f32>());
         let columns: [f32; PANEL] = bytemuck::pod_read_unaligned(columns);
@@ -170,17 +171,17 @@ mod x86 {
     use super::{PANEL, ROWS, TOGETHER};
     use std::arch::x86_64::*;
 
-    /// Rows of a tile in AVX2.
+    /// Rows of a register tile in AVX2.
     pub const ROWS_256: usize = 6;
 
-    /// A register tile of [`ROWS_256`] rows by eight columns, whose products are made of 16-bit numbers: a register
-    /// holds four columns, each as the sums of its even and its odd pairs.
+    /// A register tile of [`ROWS_256`] rows by eight columns, with products of 16-bit numbers. A register holds four
+    /// columns, each as the sum of its even pairs and the sum of its odd pairs.
     ///
     /// # Safety
-    /// As [`tile_512`], of which it takes and makes a part.
+    /// As for [`tile_512`], with fewer rows and columns.
     #[target_feature(enable = "avx2")]
     pub unsafe fn tile_256(left: *const u8, depth: usize, weights: *const u8, sums: *mut i32) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut acc = [[_mm256_setzero_si256(); 2]; ROWS_256];
             let rows: [*const u8; ROWS_256] = std::array::from_fn(|i| opaque(left.add(i * depth)));
@@ -197,7 +198,7 @@ mod x86 {
                 }
             }
             for (i, [low, high]) in acc.into_iter().enumerate() {
-                // Columns 0 1 4 5, then 2 3 6 7, which the permutation puts into their order.
+                // Columns 0 1 4 5, then 2 3 6 7, which the permutation puts in order.
                 let pairs = _mm256_hadd_epi32(low, high);
                 let columns = _mm256_permute4x64_epi64::<0b11_01_10_00>(pairs);
                 _mm256_storeu_si256(sums.add(i * PANEL).cast(), columns);
@@ -208,10 +209,10 @@ mod x86 {
     /// A register tile of [`ROWS`] rows by `WIDTH` registers of 16 columns.
     ///
     /// # Safety
-    /// `ROWS` rows of `depth` bytes at `left`, a panel's weights, and `ROWS` rows of sums must be there.
+    /// `ROWS` rows of `depth` bytes at `left`, a panel's weights, and `ROWS` rows of sums must be valid.
     #[target_feature(enable = "avx512f,avx512vnni")]
     pub unsafe fn tile_512<const WIDTH: usize>(left: *const u8, depth: usize, weights: *const u8, sums: *mut i32) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut acc = [[_mm512_setzero_si512(); WIDTH]; ROWS];
             let rows: [*const u8; ROWS] = std::array::from_fn(|i| opaque(left.add(i * depth)));
@@ -238,7 +239,7 @@ mod x86 {
 mod tests {
     use super::*;
 
-    /// Random sizes: the products of what was rounded are exact, and rounding is off by half a step at most.
+    /// Random sizes: products of the rounded numbers are exact, and rounding is off by at most half a step.
     #[test]
     fn products_of_rounded_numbers_are_exact() {
         let mut seed = 5u64;
@@ -248,7 +249,7 @@ mod tests {
         };
         for _ in 0..30 {
             let (rows, columns) = (1 + next() % 50, 1 + next() % PANEL);
-            // Every other one as AMX wants it.
+            // Every other depth suits AMX.
             let depth = if rows.is_multiple_of(2) { 64 * (1 + next() % 5) } else { TOGETHER * (1 + next() % 40) };
             let mut random = |n: usize| (0..n).map(|_| (next() % 2000) as f32 / 100.0 - 10.0).collect::<Vec<_>>();
             let (a, b) = (random(rows * depth), random(depth * PANEL));
@@ -263,14 +264,15 @@ mod tests {
             let rounded = |x: f32, step: f32| (x as f64 / step as f64).round();
             let mut sums = vec![f32::NAN; padded * PANEL];
             Int8.multiply(Block { bytes: &bytes, scales: &scales, depth }, &panel, &mut sums, columns);
-            // The other ways to the same integers.
+            // The other code paths must give the same integers.
             let mut anywhere = vec![0; padded * PANEL];
             products(&bytes, depth, &panel[..depth * PANEL], &mut anywhere[..rows * PANEL]);
             #[cfg(target_arch = "x86_64")]
             if std::is_x86_feature_detected!("avx2") {
                 let mut tile = [0; x86::ROWS_256 * PANEL];
                 for column in (0..PANEL).step_by(8) {
-                    // SAFETY: there are more rows than a tile takes, all of the panel, and room for its sums.
+                    // SAFETY: `bytes` has at least as many rows as a tile, the panel is whole, and `tile` has room for
+                    // the sums.
                     unsafe {
                         let weights = panel.as_ptr().add(column * TOGETHER);
                         x86::tile_256(bytes.as_ptr(), depth, weights, tile.as_mut_ptr().add(column));
@@ -287,7 +289,7 @@ mod tests {
                     let product = |k: usize| rounded(a[i * depth + k], row) * rounded(b[k * PANEL + j], column);
                     let whole: f64 = (0..depth).map(product).sum();
                     let truth = whole * row as f64 * column as f64;
-                    // A number that lies between two steps may be rounded either way.
+                    // A number halfway between two steps may be rounded either way.
                     let slack = 2.0 * MOST as f64 * row as f64 * column as f64;
                     assert!((sums[i * PANEL + j] as f64 - truth).abs() < slack, "{} {truth}", sums[i * PANEL + j]);
                     let offset: i32 = (0..depth)
@@ -300,7 +302,7 @@ mod tests {
         }
     }
 
-    /// What is not finite stays visible, and a row of zeros is one.
+    /// Activations that are not finite give a scale of NaN, and a row of zeros stays zeros.
     #[test]
     fn rows_that_are_not_finite_have_no_scale() {
         for (strange, place) in [(f32::NAN, 3), (f32::INFINITY, 40), (f32::NEG_INFINITY, 35)] {

@@ -1,6 +1,6 @@
-//! The CPU executor: fp32 arithmetic on plans, in NHWC, on rayon's threads (those of the pool it is called from).
+//! The CPU executor: runs plans in fp32, in NHWC, on the threads of the rayon pool that it is called from.
 //!
-//! One file an op family. [`gemm`] holds the one matrix kernel, [`simd`] the instruction sets.
+//! There is one file per family of operations. [`gemm`] holds the only matrix kernel, [`simd`] the instruction sets.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -10,8 +10,9 @@ mod bf16;
 mod conv;
 mod elementwise;
 mod gemm;
+mod group_norm;
 mod int8;
-mod norm;
+mod layer_norm;
 mod rounded;
 mod simd;
 mod weights;
@@ -19,7 +20,7 @@ mod winograd;
 
 pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
-pub use weights::Weights;
+pub use weights::CpuWeights;
 
 use crate::graph::{Graph, Node, Op, Shape, TensorId};
 use crate::plan::{Plan, Storage};
@@ -30,19 +31,21 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Activations in fp32: what to make plans with for the CPU.
+/// The storage to make plans with for the CPU: activations in fp32.
 pub struct Fp32;
 
-/// Number format of linear layers and 1x1 convolutions; everything else is fp32.
+/// Number format of linear layers and 1x1 convolutions. Everything else is in fp32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MatrixPrecision {
     /// fp32 arithmetic on the checkpoint's own numbers.
     #[default]
     Fp32,
-    /// bf16 numbers with sums in fp32: a third of the time with AMX; on other machines it may be slower than fp32.
+    /// bf16 operands with fp32 accumulators: a third of the time with AMX. On other machines it may be slower than
+    /// fp32.
     Bf16,
-    /// 8-bit integers, weights rounded once for each column and activations in every call for each row. A third to half
-    /// of the time with AMX or AVX-512 VNNI, half the memory of fp16; pictures differ in details.
+    /// 8-bit integers: weights are rounded once with a scale per column, activations in every call with a scale per
+    /// row. A third to half of the time with AMX or AVX-512 VNNI, and half the memory of fp16; pictures differ in
+    /// details.
     Int8,
 }
 
@@ -59,8 +62,8 @@ impl Storage for Fp32 {
         let shape = |t| graph.shape(t);
         let numbers = match &node.op {
             Op::Conv(conv) => winograd::workspace(shape, conv, shape(node.output)),
-            Op::GroupNorm(norm) => norm::workspace(norm, shape),
-            Op::GroupNormGradient { of, .. } => norm::gradient_workspace(of, shape),
+            Op::GroupNorm(norm) => group_norm::workspace(norm, shape),
+            Op::GroupNormGradient { of, .. } => group_norm::gradient_workspace(of, shape),
             Op::Attention(attention) => attention::workspace(attention, shape),
             Op::AttentionGradient { of, fused, .. } => attention_gradient::workspace(of, *fused, shape),
             _ => 0,
@@ -69,29 +72,29 @@ impl Storage for Fp32 {
     }
 }
 
-/// Where an activation's numbers lie among the arena's.
+/// The range of an activation's elements in the arena, counted in fp32 elements.
 fn range(plan: &Plan, id: TensorId) -> Range<usize> {
     let start = plan.offset(id) / size_of::<f32>();
     start..start + plan.graph().shape(id).len()
 }
 
-/// A plan (made with [`Fp32`]) with its arena and weights: writes inputs, runs, reads outputs.
-pub struct Executor {
+/// A plan (made with [`Fp32`]) with its arena and weights. Writes inputs, runs, and reads outputs.
+pub struct CpuExecutor {
     plan: Arc<Plan>,
-    weights: Arc<Weights>,
+    weights: Arc<CpuWeights>,
     arena: Arena,
 }
 
-impl Executor {
+impl CpuExecutor {
     /// Allocates the arena, zeroed.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if the plan was not made with [`Fp32`], the weights are another network's, or memory is
     /// short.
-    pub fn new(plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
+    pub fn new(plan: Arc<Plan>, weights: Arc<CpuWeights>) -> Result<Self> {
         plan.check(&Fp32, weights.specs())?;
         let arena = Arena::new(plan.arena_bytes())?;
-        Ok(Executor { plan, weights, arena })
+        Ok(CpuExecutor { plan, weights, arena })
     }
 
     /// The plan.
@@ -100,7 +103,7 @@ impl Executor {
     }
 
     /// The weights.
-    pub fn weights(&self) -> &Weights {
+    pub fn weights(&self) -> &CpuWeights {
         &self.weights
     }
 
@@ -117,7 +120,7 @@ impl Executor {
         Ok(())
     }
 
-    /// The named input itself, for what is no index.
+    /// The named input itself, for values that are not indices.
     pub(crate) fn input_mut(&mut self, name: &str) -> &mut [f32] {
         let range = range(&self.plan, self.plan.graph().input(name));
         &mut self.arena.numbers_mut()[range]
@@ -128,7 +131,7 @@ impl Executor {
         &self.arena.numbers()[range(&self.plan, self.plan.graph().output(name))]
     }
 
-    /// Runs what depends on constant inputs alone; needed once after they change.
+    /// Runs the nodes that depend on constant inputs alone. Needed once after such an input changes.
     pub fn prologue(&mut self) {
         let plan = self.plan.clone();
         self.all(&plan, plan.prologue());
@@ -140,7 +143,7 @@ impl Executor {
         self.all(&plan, plan.step());
     }
 
-    /// Runs all nodes, and tells of every node for which `wanted` is true how long it took.
+    /// Runs all nodes, and calls `tell` with the duration of every node for which `wanted` is true.
     pub fn timed(&mut self, wanted: impl Fn(&Node) -> bool + Send, mut tell: impl FnMut(&Node, Duration) + Send) {
         let plan = self.plan.clone();
         rayon::scope(move |_| {
@@ -154,13 +157,14 @@ impl Executor {
         });
     }
 
-    /// Runs one step, stopping before an [`Op::Shift`] to let `fill` write its shift from the numbers it shifts.
+    /// Runs one step. Before an [`Op::Shift`] it calls `fill` with the activation to be shifted and the shift to be
+    /// written.
     pub fn step_shifting(&mut self, fill: impl Fn(&[f32], &mut [f32]) + Send) {
         let plan = self.plan.clone();
         rayon::scope(move |_| {
             for (node, workspace) in plan.step() {
                 if let Op::Shift { x, shift } = node.op {
-                    // A copy, so that one slice may be written while the other is read; the bottleneck is small.
+                    // A copy, so that `fill` may read one slice while it writes the other. The bottleneck is small.
                     let x = self.arena.numbers()[range(&plan, x)].to_vec();
                     fill(&x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
                 }
@@ -169,29 +173,30 @@ impl Executor {
         });
     }
 
-    /// Runs the reverse half, from the last step's activations and the seed in the input `d.<output>`.
+    /// Runs the backward half, from the last step's activations and the seed in the input `d.<output>`.
     pub fn backward(&mut self) {
         let plan = self.plan.clone();
         self.all(&plan, plan.backward());
     }
 
-    /// Runs nodes from inside the pool: each operation called from outside would have to wake it, and be woken.
+    /// Runs nodes from inside the pool. An operation called from outside would have to wake the pool and wait to be
+    /// woken.
     fn all<'a>(&mut self, plan: &Plan, nodes: impl Iterator<Item = (&'a Node, (usize, usize))> + Send) {
         rayon::scope(|_| nodes.for_each(|(node, workspace)| self.run(plan, node, workspace)));
     }
 
     fn run(&mut self, plan: &Plan, node: &Node, workspace: (usize, usize)) {
-        let memory = Memory { plan, arena: self.arena.numbers_mut().as_mut_ptr(), workspace };
+        let memory = NodeMemory { plan, arena: self.arena.numbers_mut().as_mut_ptr(), workspace };
         let (weights, out) = (&*self.weights, node.output);
         match node.op {
             Op::Conv(ref conv) => conv::run(conv, out, &memory, weights),
-            Op::GroupNorm(ref norm) => norm::group_norm(norm, weights, out, &memory),
-            Op::GroupNormGradient { ref of, d } => norm::group_norm_gradient(of, weights, d, out, &memory),
+            Op::GroupNorm(ref norm) => group_norm::run(norm, weights, out, &memory),
+            Op::GroupNormGradient { ref of, d } => group_norm::gradient(of, weights, d, out, &memory),
             Op::LayerNorm { x, weight, bias, eps } => {
-                norm::layer_norm(x, (weights.get(weight), weights.get(bias)), eps, out, &memory)
+                layer_norm::run(x, (weights.get(weight), weights.get(bias)), eps, out, &memory)
             }
             Op::LayerNormGradient { x, weight, eps, d } => {
-                norm::layer_norm_gradient(x, weights.get(weight), eps, d, out, &memory)
+                layer_norm::gradient(x, weights.get(weight), eps, d, out, &memory)
             }
             Op::Attention(ref attention) => attention::run(attention, out, &memory),
             Op::AttentionGradient { ref of, fused, d } => attention_gradient::run(of, fused, d, out, &memory),
@@ -214,24 +219,24 @@ impl Executor {
     }
 }
 
-/// What one node sees of the arena.
-struct Memory<'a> {
+/// A node's view of the arena.
+struct NodeMemory<'a> {
     plan: &'a Plan,
     arena: *mut f32,
     workspace: (usize, usize),
 }
 
-// SAFETY: the pointer is used only by the methods below, under their own promises; the rest is shared data.
-unsafe impl Sync for Memory<'_> {}
+// SAFETY: only the methods below use the pointer, each under its own conditions; the other fields are shared data.
+unsafe impl Sync for NodeMemory<'_> {}
 
-/// A node's output, written by many threads at once, each at places of its own.
+/// A node's output (or workspace), which many threads write at once, each in places of its own.
 struct SharedOutput<'a> {
     start: *mut f32,
     len: usize,
     owner: std::marker::PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: `at` demands of its callers that no two overlap.
+// SAFETY: `at` requires of its callers that no two slices overlap.
 unsafe impl Sync for SharedOutput<'_> {}
 
 impl<'a> SharedOutput<'a> {
@@ -239,37 +244,38 @@ impl<'a> SharedOutput<'a> {
         SharedOutput { start: numbers.as_mut_ptr(), len: numbers.len(), owner: std::marker::PhantomData }
     }
 
-    /// `len` numbers from `offset` on.
+    /// The `len` elements from `offset` on.
     ///
     /// # Safety
-    /// No other call may give any of them while they are in use.
+    /// No other call may return any of these elements while they are in use.
     #[allow(clippy::mut_from_ref)]
     unsafe fn at(&self, offset: usize, len: usize) -> &mut [f32] {
         assert!(offset + len <= self.len);
-        // SAFETY: inside the slice it was made of; the caller promises the rest.
+        // SAFETY: in bounds of the slice that it was made of, as asserted; the caller guarantees the rest.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(offset), len) }
     }
 }
 
-impl Memory<'_> {
+impl NodeMemory<'_> {
     fn shape(&self, id: TensorId) -> Shape {
         self.plan.graph().shape(id)
     }
 
     /// An input of the node.
     fn read(&self, id: TensorId) -> &[f32] {
-        // SAFETY: the plan keeps the node's inputs, output and workspace apart (tested there), inside the arena.
+        // SAFETY: in bounds of the arena; the plan keeps the node's inputs, output and workspace disjoint (tested
+        // there).
         unsafe { std::slice::from_raw_parts(self.arena.add(range(self.plan, id).start), self.shape(id).len()) }
     }
 
-    /// The node's output; called once a node.
+    /// The node's output. To be called once per node.
     #[allow(clippy::mut_from_ref)]
     fn write(&self, id: TensorId) -> &mut [f32] {
-        // SAFETY: as for `read`; nothing else refers to the output while the node runs.
+        // SAFETY: as for `read`, and nothing else refers to the output while the node runs.
         unsafe { std::slice::from_raw_parts_mut(self.arena.add(range(self.plan, id).start), self.shape(id).len()) }
     }
 
-    /// The node's scratch memory; called once a node.
+    /// The node's scratch memory. To be called once per node.
     #[allow(clippy::mut_from_ref)]
     fn workspace(&self) -> &mut [f32] {
         let (offset, len) = (self.workspace.0 / size_of::<f32>(), self.workspace.1 / size_of::<f32>());
@@ -278,8 +284,8 @@ impl Memory<'_> {
     }
 }
 
-/// Runs a task with so many numbers of its thread's own, which hold anything, on cache-line boundaries. A thread keeps
-/// the most that it needed, 1.4 MB.
+/// Runs a task with `len` elements of thread-local scratch memory, aligned to a cache line, whose content is undefined.
+/// A thread keeps the largest scratch memory that it ever needed, 1.4 MB.
 fn with_scratch<R>(len: usize, task: impl FnOnce(&mut [f32]) -> R) -> R {
     thread_local!(static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) });
     SCRATCH.with_borrow_mut(|lines| {
@@ -292,7 +298,7 @@ fn with_scratch<R>(len: usize, task: impl FnOnce(&mut [f32]) -> R) -> R {
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
-/// Zeroed memory on cache-line boundaries, which takes none before it is written.
+/// Zeroed, page-aligned memory. The system assigns a page only when it is first written.
 fn pages(bytes: usize, purpose: &str) -> Result<MmapMut> {
     MmapMut::map_anon(bytes.max(size_of::<f32>())).map_err(|problem| {
         let gib = bytes as f64 / (1u64 << 30) as f64;
@@ -300,16 +306,16 @@ fn pages(bytes: usize, purpose: &str) -> Result<MmapMut> {
     })
 }
 
-/// A plan's activations.
+/// The memory of a plan's activations.
 struct Arena(MmapMut);
 
 impl Arena {
-    /// Zeros, in huge pages where the system has them: neighbouring rows of an image are often pages of the usual size
-    /// apart, and a processor remembers few of those.
+    /// Zeroed, in huge pages where the system has them: neighbouring rows of an image are often one or more normal
+    /// pages apart, and the processor's TLB holds few of those.
     fn new(bytes: usize) -> Result<Self> {
         let map = pages(bytes, "activations")?;
         #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage); // without it, pages are of the usual size
+        let _ = map.advise(memmap2::Advice::HugePage); // If it fails, pages have the normal size.
         Ok(Arena(map))
     }
 

@@ -1,12 +1,12 @@
-//! SIMD without tying the code to one instruction set: kernels are written once over [`Lanes`] and compiled for
-//! AVX-512, AVX2 and the target's baseline; the `dispatch!` macro picks at run time.
+//! SIMD that is not tied to one instruction set: kernels are written once over [`Lanes`] and compiled for AVX-512, AVX2
+//! and the target's baseline. The `dispatch!` macro picks one at run time.
 //!
-//! The arithmetic is the same on every path but for fused multiply-adds, which the baseline may lack.
+//! The arithmetic is the same on every path, except that the baseline may lack fused multiply-adds.
 
 use half::f16;
 use std::sync::OnceLock;
 
-/// Instruction sets a kernel is compiled for.
+/// Instruction sets that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
     /// AVX-512 F, VL, BW, DQ.
@@ -15,11 +15,11 @@ pub enum Isa {
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    /// What every machine of the target has.
+    /// The instructions that every machine of the target has.
     Baseline,
 }
 
-/// The best one of this machine.
+/// The best instruction set of this machine.
 pub fn isa() -> Isa {
     static ISA: OnceLock<Isa> = OnceLock::new();
     *ISA.get_or_init(|| {
@@ -42,51 +42,57 @@ pub fn isa() -> Isa {
     })
 }
 
-/// A register of fp32 numbers.
+/// A vector register of fp32 lanes.
 pub trait Lanes: Copy {
-    /// Numbers in the register.
+    /// Lanes in the register.
     const COUNT: usize;
-    /// Rows of sums, of two registers each, for which there are registers beside three for what is multiplied: 12 of 32
-    /// registers, 6 of 16.
+    /// Rows of a register tile, which needs two accumulator registers per row and three registers for the operands: 12
+    /// rows with 32 registers, 6 with 16.
     const ROWS: usize;
-    /// # Safety
-    /// The instruction set must be there; `from` must be readable for `COUNT` numbers.
-    unsafe fn load(from: *const f32) -> Self;
-    /// The same of numbers in fp16.
+    /// Loads `COUNT` numbers.
     ///
     /// # Safety
-    /// As of `load`.
+    /// The instruction set must be available; `from` must be readable for `COUNT` numbers.
+    unsafe fn load(from: *const f32) -> Self;
+    /// Loads `COUNT` fp16 numbers and widens them.
+    ///
+    /// # Safety
+    /// As for `load`.
     unsafe fn load_half(from: *const f16) -> Self;
+    /// Stores `COUNT` numbers.
+    ///
     /// # Safety
-    /// The instruction set must be there; `to` must be writable for `COUNT` numbers.
+    /// The instruction set must be available; `to` must be writable for `COUNT` numbers.
     unsafe fn store(self, to: *mut f32);
+    /// Broadcasts `x` to all lanes.
+    ///
     /// # Safety
-    /// The instruction set must be there.
+    /// The instruction set must be available.
     unsafe fn splat(x: f32) -> Self;
     /// `self * b + c`.
     ///
     /// # Safety
-    /// The instruction set must be there.
+    /// The instruction set must be available.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
 }
 
-/// The baseline register: four numbers, which compilers map to SSE2 or NEON.
+/// The baseline register: four lanes, which the compiler maps to SSE2 or NEON.
 impl Lanes for [f32; 4] {
     const COUNT: usize = 4;
     const ROWS: usize = if cfg!(target_arch = "aarch64") { 12 } else { 6 };
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { from.cast::<[f32; 4]>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn load_half(from: *const f16) -> Self {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         widen(unsafe { from.cast::<[f16; 4]>().read_unaligned() })
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { to.cast::<[f32; 4]>().write_unaligned(self) }
     }
     #[inline(always)]
@@ -99,22 +105,22 @@ impl Lanes for [f32; 4] {
     }
 }
 
-/// Four numbers from fp16.
+/// Widens four fp16 numbers.
 #[cfg(not(target_arch = "aarch64"))]
 #[inline(always)]
 fn widen(halves: [f16; 4]) -> [f32; 4] {
     halves.map(f16::to_f32)
 }
 
-/// Four numbers from fp16, by an instruction of every NEON. `half` asks before each number whether the machine has
-/// arithmetic in fp16 too, and Rust's own name for the instruction, `vcvt_f32_f16`, is younger than the oldest Rust
-/// that this crate is built with.
+/// Widens four fp16 numbers by an instruction that every NEON has. `half` would check before each number whether the
+/// machine has fp16 arithmetic too, and Rust's intrinsic, `vcvt_f32_f16`, is newer than the oldest Rust version that
+/// this crate supports.
 #[cfg(target_arch = "aarch64")]
 #[inline(always)]
 fn widen(halves: [f16; 4]) -> [f32; 4] {
     use std::arch::{aarch64::*, asm};
     let numbers: float32x4_t;
-    // SAFETY: `halves` has the 64 bits that are loaded; the instruction reads and writes registers alone.
+    // SAFETY: `halves` has the 64 bits that are loaded; the instruction reads and writes only registers.
     unsafe {
         let halves = vld1_u16(halves.as_ptr().cast());
         asm!("fcvtl {:v}.4s, {:v}.4h", lateout(vreg) numbers, in(vreg) halves, options(pure, nomem, nostack));
@@ -122,7 +128,7 @@ fn widen(halves: [f16; 4]) -> [f32; 4] {
     }
 }
 
-/// `a * b + c`: fused where the target has it in its baseline, since a software fma would cost a call.
+/// `a * b + c`, fused where the target's baseline has the instruction. Elsewhere a fused multiply-add would be a call.
 #[inline(always)]
 fn madd(a: f32, b: f32, c: f32) -> f32 {
     if cfg!(any(target_arch = "aarch64", target_feature = "fma")) { a.mul_add(b, c) } else { a * b + c }
@@ -135,8 +141,11 @@ mod x86 {
     use std::arch::x86_64::*;
 
     macro_rules! lanes {
-        ($register:ty, $count:expr, $rows:expr, $load:ident, $load_half:expr, $store:ident, $splat:ident, $fma:ident) => {
-            // SAFETY (of all bodies): the caller's promises, stated at the trait.
+        (
+            $register:ty, $count:expr, $rows:expr,
+            $load:ident, $load_half:expr, $store:ident, $splat:ident, $fma:ident
+        ) => {
+            // SAFETY (of all bodies): guaranteed by the caller, as stated at the trait.
             impl Lanes for $register {
                 const COUNT: usize = $count;
                 const ROWS: usize = $rows;
@@ -185,10 +194,10 @@ mod x86 {
     );
 }
 
-/// Defines a function whose body is compiled once an instruction set.
+/// Defines a function whose body is compiled once per instruction set.
 ///
-/// `fn name(args) { body }`: the optimiser vectorises the body's loops for each. `fn name<V>(args) { body }`: in the
-/// body `V` is a [`Lanes`] type of that set. In both `ISA` is the set's number, 0 for the baseline.
+/// In `fn name(args) { body }` the optimiser vectorises the loops of the body for each set. In `fn name<V>(args) { body
+/// }` the body uses `V`, a [`Lanes`] type of the set. In both, `ISA` is the number of the set, 0 for the baseline.
 macro_rules! dispatch {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$v:ident>)? ($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$meta])*
@@ -212,7 +221,7 @@ macro_rules! dispatch {
             }
 
             match $crate::cpu::simd::isa() {
-                // SAFETY: `isa` has found the features.
+                // SAFETY: `isa` has detected the features.
                 #[cfg(target_arch = "x86_64")]
                 $crate::cpu::simd::Isa::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: likewise.
@@ -228,12 +237,12 @@ macro_rules! dispatch {
 }
 pub(crate) use dispatch;
 
-/// Adding it rounds to the nearest integer and leaves that in the low bits: 1.5 * 2^23.
+/// Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
 const MAGIC: f32 = 12_582_912.0;
 
-/// `e^x` to about 2 ulp over the finite range, branch-free so that loops of it vectorise.
+/// `e^x` to about 2 ulp over the finite range, without branches so that loops over it vectorise.
 ///
-/// Cody and Waite's reduction `x = n ln 2 + r`, then a degree-6 polynomial on `|r| <= ln 2 / 2`.
+/// Cody and Waite's reduction `x = n ln 2 + r`, then a polynomial of degree 6 on `|r| <= ln 2 / 2`.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.33, 88.37);
@@ -250,16 +259,16 @@ pub fn exp(x: f32) -> f32 {
     f32::from_bits(p.to_bits().wrapping_add((shifted.to_bits() << 23).wrapping_sub(MAGIC.to_bits() << 23)))
 }
 
-/// `2^x` to about 2 ulp for `x` up to 127, and 2^-125 for all that is less, with fused multiply-adds where the
-/// instruction set `ISA` of [`dispatch!`] has them: two thirds of [`exp`]'s instructions, or fewer.
+/// `2^x` to about 2 ulp for `x` up to 127, and 2^-125 for every `x` below -125, with fused multiply-adds where the
+/// instruction set `ISA` of [`dispatch!`] has them. At most two thirds of the instructions of [`exp`].
 ///
-/// `x = n + r`, then a polynomial of degree 5 on `|r| <= 1/2` that is 1 at 0, with a slope of
-/// ln 2 there, and off by 1.1e-7 at most.
+/// `x = n + r`, then a polynomial of degree 5 on `|r| <= 1/2` which is 1 at 0, has a slope of ln 2 there, and is off by
+/// at most 1.1e-7.
 #[inline(always)]
 pub fn exp2<const ISA: usize>(x: f32) -> f32 {
     const LEAST: f32 = -125.0;
     let mul_add = |a: f32, b: f32, c: f32| if ISA == 0 { madd(a, b, c) } else { a.mul_add(b, c) };
-    // NaN is not less.
+    // NaN does not compare less, so it is kept.
     let x = if LEAST > x { LEAST } else { x };
     let shifted = x + MAGIC;
     let r = x - (shifted - MAGIC);
@@ -306,7 +315,7 @@ fn erfc(z: f32) -> f32 {
 /// `x * Phi(x)`.
 #[inline(always)]
 pub fn gelu(x: f32) -> f32 {
-    // The tail Phi lacks of 1 on the positive side and has on the negative.
+    // The tail `1 - Phi(|x|)`: Phi(x) itself for negative x, and its distance from 1 for positive x.
     let tail = 0.5 * erfc(x.abs() * std::f32::consts::FRAC_1_SQRT_2);
     if x >= 0.0 { x - x * tail } else { x * tail }
 }
@@ -315,7 +324,7 @@ pub fn gelu(x: f32) -> f32 {
 #[inline(always)]
 pub fn gelu_slope(x: f32) -> f32 {
     const DENSITY_AT_0: f32 = 0.398_942_3;
-    // Phi(x) is gelu(x) / x, which is no way to compute it near zero.
+    // Phi(x) is gelu(x) / x, but that quotient cannot be computed near zero.
     let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
     let tail = 0.5 * erfc(z);
     let phi = if x >= 0.0 { 1.0 - tail } else { tail };

@@ -1,5 +1,5 @@
-//! Weights as the CPU's operations read them: matrices packed for [`super::gemm`], in fp16 where all of a matrix's
-//! tensors are, which loses nothing; everything else in fp32.
+//! Weights as the CPU's operations read them. Matrices are packed for [`super::gemm`], in fp16 if all of a matrix's
+//! tensors are, which loses nothing. Everything else is in fp32.
 
 use super::gemm::{Matrix, PANEL, packed_len};
 use super::rounded::Rounded;
@@ -17,34 +17,34 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Weights begin at multiples of this many bytes: two cache lines.
 const ALIGN: usize = 128;
-/// Numbers that one thread packs at a time, roughly.
+/// Numbers that one thread packs at a time, approximately.
 const TASK: usize = 1 << 18;
-/// Numbers of a row that are converted together, roughly: a panel's strip of them stays in the first cache.
+/// Numbers of a row that are converted together, approximately: a panel's strip of them stays in the L1 cache.
 const STRIP: usize = 128;
 
-/// A network's weights, shared by every plan of the network at whatever size.
-pub struct Weights {
-    /// The weights that were loaded for this network, in one piece.
-    own: Arc<Memory>,
+/// A network's weights on the CPU, which plans of the network at any size share.
+pub struct CpuWeights {
+    /// The weights that were loaded for this network, in one allocation.
+    own: Arc<WeightPages>,
     places: Vec<Place>,
     specs: Vec<WeightSpec>,
     by_spec: HashMap<WeightSpec, usize>,
 }
 
-/// Where a weight is: in the network's own memory, or among another network's weights.
+/// The location of a weight: in the network's own memory, or in that of another network.
 #[derive(Clone)]
 struct Place {
-    memory: Arc<Memory>,
+    memory: Arc<WeightPages>,
     bytes: Range<usize>,
     form: Form,
 }
 
-/// What a weight's numbers are held as.
+/// The format of a weight's numbers in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
     Single,
     Half,
-    /// Panels in a less exact format, which is one of bytes.
+    /// Panels in a rounded format, as bytes.
     Rounded(MatrixPrecision),
 }
 
@@ -59,7 +59,7 @@ impl Form {
         if half { Form::Half } else { Form::Single }
     }
 
-    /// Bytes of a number.
+    /// Bytes of an element.
     fn size(self) -> usize {
         match self {
             Form::Single => size_of::<f32>(),
@@ -74,27 +74,20 @@ impl Form {
     }
 }
 
-/// Bytes in pages of their own.
-struct Memory(MmapMut);
+/// Bytes in memory pages of their own.
+struct WeightPages(MmapMut);
 
-impl Weights {
-    /// Reads and packs all of `specs`. No tensor is ever held in two forms.
+impl CpuWeights {
+    /// Reads and packs `specs`, with linear layers in `precision`. Weights that `others`, from the same checkpoint,
+    /// hold already are shared with them, and no tensor is ever held in two forms.
     ///
     /// # Errors
     /// Those of [`Tensors::stored`], [`crate::Error::Checkpoint`] for a number that is not finite, or
     /// [`crate::Error::Device`] when memory is short.
-    pub fn load(specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
-        Self::load_beside(specs, tensors, &[], MatrixPrecision::Fp32)
-    }
-
-    /// The same with linear layers in another precision, taking what `others` of the same checkpoint hold from them.
-    ///
-    /// # Errors
-    /// As [`Weights::load`].
-    pub fn load_beside(
+    pub fn load(
         specs: &[WeightSpec],
         tensors: &Tensors,
-        others: &[&Weights],
+        others: &[&CpuWeights],
         precision: MatrixPrecision,
     ) -> Result<Arc<Self>> {
         let find = |spec: &WeightSpec| others.iter().find_map(|other| other.place(spec).cloned());
@@ -106,10 +99,10 @@ impl Weights {
         });
         let lacking = lacking.collect::<Result<Vec<_>>>()?;
         let bytes = lacking.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum();
-        let mut own = Memory(pages(bytes, "weights")?);
+        let mut own = WeightPages(pages(bytes, "weights")?);
         std::thread::scope(|scope| {
             let read_ahead = || lacking.iter().for_each(|weight| tensors.read_ahead(&weight.parts));
-            // Without another thread the files are read as they are needed.
+            // If no thread can be started, files are read only when they are needed.
             let _ = std::thread::Builder::new().spawn_scoped(scope, read_ahead);
             pack(&lacking, &mut own.0, |parts| tensors.done_with(parts))
         })?;
@@ -122,26 +115,26 @@ impl Weights {
         let places =
             found.into_iter().map(|found| found.or_else(|| places.next()).expect("as many as lacking")).collect();
         let by_spec = specs.iter().enumerate().map(|(place, spec)| (spec.clone(), place)).collect();
-        Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec }))
+        Ok(Arc::new(CpuWeights { own, places, specs: specs.to_vec(), by_spec }))
     }
 
-    /// The list that they were loaded for.
+    /// The list that the weights were loaded for.
     pub fn specs(&self) -> &[WeightSpec] {
         &self.specs
     }
 
-    /// Bytes of memory, without the weights that another network holds.
+    /// Bytes of memory, excluding weights that another network holds.
     pub fn bytes(&self) -> usize {
         self.own.0.len()
     }
 
-    /// Bytes that `specs` would take beside these.
+    /// Bytes that `specs` would take in addition to these.
     pub fn missing(&self, specs: &[WeightSpec]) -> usize {
-        // The other way round a matrix is held as it is here.
+        // A mirrored matrix is held in the same format as the matrix is here.
         let form = |spec: &WeightSpec| {
             let other = self.specs.iter().zip(&self.places).find(|(other, _)| other.names == spec.names);
             match other {
-                // The other way round nothing is rounded; most checkpoints are in fp16.
+                // Except that mirrored matrices are never rounded; most checkpoints are in fp16.
                 Some((_, Place { form: Form::Rounded(_), .. })) => Form::Half,
                 Some((_, place)) => place.form,
                 None => Form::Single,
@@ -186,7 +179,7 @@ impl Lacking<'_> {
     }
 }
 
-/// Numbers of a weight in packed form; bytes where those are no numbers.
+/// Elements of a weight in packed form; bytes for a rounded format.
 fn packed(spec: &WeightSpec, form: Form) -> usize {
     let (depth, columns) = match spec.kind {
         WeightKind::Vector | WeightKind::Table => return spec.len(),
@@ -199,17 +192,17 @@ fn packed(spec: &WeightSpec, form: Form) -> usize {
     }
 }
 
-/// A stretch of a weight that one thread packs.
-struct Task<'a> {
-    /// The weight's place in the list.
+/// A stretch of a weight, which one thread packs.
+struct PackTask<'a> {
+    /// The weight's index in the list.
     index: usize,
-    /// Where the stretch begins in the weight's packed form, in numbers.
+    /// Start of the stretch in the weight's packed form, in elements.
     start: usize,
     out: &'a mut [u8],
 }
 
-/// Packs weights, one after the other with room for [`ALIGN`], into `out`, which is zero. Tells `done` of each weight's
-/// tensors when they have been read.
+/// Packs weights one after the other, each padded to [`ALIGN`], into `out`, which is zeroed. Calls `done` with each
+/// weight's tensors after they have been read.
 fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) -> Result<()> {
     let mut tasks = Vec::new();
     let mut left: Vec<AtomicUsize> = Vec::new();
@@ -218,7 +211,7 @@ fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) ->
         let (spec, bytes) = (weight.spec, weight.bytes());
         let (room, after) = rest.split_at_mut(bytes.next_multiple_of(ALIGN));
         rest = after;
-        // Whole panels of matrices.
+        // Matrices are packed in whole panels.
         let unit = match spec.kind {
             WeightKind::Vector | WeightKind::Table => 1,
             WeightKind::Matrix { .. } => match weight.form {
@@ -230,10 +223,10 @@ fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) ->
         let length = (TASK / unit).max(1) * unit;
         let chunks = room[..bytes].chunks_mut(length * weight.form.size()).enumerate();
         left.push(chunks.len().into());
-        tasks.extend(chunks.map(|(i, out)| Task { index, start: i * length, out }));
+        tasks.extend(chunks.map(|(i, out)| PackTask { index, start: i * length, out }));
     }
-    // `par_bridge` hands tasks out in their order, so that files are read from front to back.
-    let run = |task: Task| {
+    // `par_bridge` hands tasks out in order, so that files are read from front to back.
+    let run = |task: PackTask| {
         let Lacking { spec, parts, form } = &weights[task.index];
         let finite = match form {
             Form::Single => pack_stretch::<f32>(spec, parts, task.start, bytemuck::cast_slice_mut(task.out)),
@@ -251,7 +244,7 @@ fn pack(weights: &[Lacking], out: &mut [u8], done: impl Fn(&[Stored]) + Sync) ->
     }
 }
 
-/// Packs the stretch of a weight that begins at `start` in packed form; false if a number is not finite.
+/// Packs the stretch that begins at `start` in a weight's packed form. Returns false if a number is not finite.
 fn pack_stretch<T: Number>(spec: &WeightSpec, parts: &[Stored], start: usize, out: &mut [T]) -> bool {
     match spec.kind {
         WeightKind::Vector | WeightKind::Table => numbers(parts, start, out),
@@ -282,7 +275,7 @@ fn format(precision: MatrixPrecision) -> &'static dyn Rounded {
     precision.rounded().expect("a format: the matrix is rounded")
 }
 
-/// The same of a linear layer in a less exact format.
+/// Like [`pack_stretch`], for a linear layer in a rounded format.
 fn pack_rounded(format: &dyn Rounded, spec: &WeightSpec, parts: &[Stored], start: usize, out: &mut [u8]) -> bool {
     let bytes = format.panel_bytes(spec.width);
     let mut numbers = vec![0.0f32; spec.width * PANEL];
@@ -294,7 +287,7 @@ fn pack_rounded(format: &dyn Rounded, spec: &WeightSpec, parts: &[Stored], start
     })
 }
 
-/// The numbers from `start` on of tensors that stand one after the other; false if one is not finite.
+/// Reads the numbers from `start` on of tensors that are concatenated. Returns false if one is not finite.
 fn numbers<T: Number>(parts: &[Stored], mut start: usize, mut out: &mut [T]) -> bool {
     let mut finite = true;
     for part in parts {
@@ -309,13 +302,13 @@ fn numbers<T: Number>(parts: &[Stored], mut start: usize, mut out: &mut [T]) -> 
     finite
 }
 
-/// Packs a panel of `[out, in, k, k]`, whose rows run over taps, then input channels, and whose columns are outputs.
+/// Packs a panel of `[out, in, k, k]`: its rows are taps, then input channels, and its columns are outputs.
 fn pack_panel<T: Number>(parts: &[Stored], columns: &[Option<usize>; PANEL], taps: usize, panel: &mut [T]) -> bool {
     let depth = panel.len() / PANEL;
     let channels = depth / taps;
     let together = (STRIP / taps).max(1);
-    // Rows of the strip begin 16 numbers further apart than they are long: a power of two would put a column of the
-    // strip into few sets of the cache.
+    // Rows of the strip are 16 numbers further apart than they are long: with a power of two as pitch, a column of the
+    // strip would fall into few sets of the cache.
     let pitch = together * taps + 16;
     let mut strip = vec![T::zeroed(); PANEL * pitch];
     let mut finite = true;
@@ -338,8 +331,8 @@ fn pack_panel<T: Number>(parts: &[Stored], columns: &[Option<usize>; PANEL], tap
     finite
 }
 
-/// Packs a panel of `[out, in, k, k]` for the data gradient: its rows run over mirrored taps, then the layer's outputs,
-/// and its columns are some of the layer's inputs.
+/// Packs a panel of `[out, in, k, k]` for the data gradient: its rows are mirrored taps, then the layer's outputs, and
+/// its columns are some of the layer's inputs.
 fn pack_mirrored<T: Number>(
     parts: &[Stored],
     inputs: usize,
@@ -360,7 +353,7 @@ fn pack_mirrored<T: Number>(
     finite
 }
 
-/// Which output of the layer stands in column `j` of a panel.
+/// The output of the layer that is in column `j` of a panel, if any.
 pub(super) fn source_column(panel: usize, j: usize, outputs: usize, gated: bool) -> Option<usize> {
     if gated {
         let half = PANEL / 2;
@@ -376,12 +369,12 @@ mod tests {
     use super::*;
     use crate::weights::cases::{Case, Random};
 
-    /// Every number put into its place, one after the other.
+    /// Packs every number to its place, one after the other.
     fn packed_by_definition(case: &Case) -> Vec<f32> {
         let outputs = case.spec.total_outputs();
         let mut numbers = vec![0.0; packed(&case.spec, Form::Single)];
         for ([output, input, tap], x) in case.numbers() {
-            // Where it stands in which panel of 32 columns, and how many lines the panels have.
+            // The panel of 32 columns, the line in it, the number of lines of such panels, and the column.
             let (panel, line, lines, column) = match case.spec.kind {
                 WeightKind::Vector | WeightKind::Table => {
                     numbers[output * case.spec.width + input] = x;
@@ -403,7 +396,7 @@ mod tests {
         numbers
     }
 
-    /// The packed numbers of each, in fp32, and whether they are held so.
+    /// The packed numbers of each case, in fp32, and the format in which they are held.
     fn load(cases: &[Case]) -> Result<Vec<(Vec<f32>, Form)>> {
         fn weight(case: &Case) -> Lacking<'_> {
             let (spec, parts) = (&case.spec, case.stored());
@@ -411,7 +404,7 @@ mod tests {
         }
         let weights: Vec<_> = cases.iter().map(weight).collect();
         let len: usize = weights.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum();
-        let mut out = Memory(pages(len, "weights")?);
+        let mut out = WeightPages(pages(len, "weights")?);
         let read = AtomicUsize::new(0);
         pack(&weights, &mut out.0, |parts| {
             read.fetch_add(parts.len(), Ordering::Relaxed);
@@ -431,7 +424,7 @@ mod tests {
         Ok(numbers.collect())
     }
 
-    /// Bit for bit, of every kind, format and layout.
+    /// Packing is bit for bit as defined, for every kind, format and layout.
     #[test]
     fn weights_are_packed_as_one_number_after_the_other() {
         let mut random = Random(1);
@@ -439,7 +432,7 @@ mod tests {
         for round in 0..30 {
             let mut cases: Vec<Case> = (0..20).map(|_| Case::random(&mut random)).collect();
             if round % 10 == 0 {
-                // Larger than the stretch that one thread packs.
+                // Larger than the stretch that one thread packs at a time.
                 let kind = WeightKind::Matrix { kernel: 3, inputs: 65, gated: false, resized: false };
                 cases.push(Case::new(kind, vec![333, 450], 9 * 65, &mut random));
                 cases.push(Case::new(WeightKind::Table, vec![5000], 70, &mut random));
@@ -456,7 +449,7 @@ mod tests {
         assert!(forms.into_iter().all(|count| count > 20), "{forms:?}");
     }
 
-    /// The first bad number of the first bad weight is told, whichever others are bad and whatever the formats.
+    /// The error names the first bad number of the first bad weight, whichever others are bad and whatever the formats.
     #[test]
     fn a_number_that_is_not_finite_is_named() {
         let mut random = Random(2);

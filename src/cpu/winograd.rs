@@ -1,49 +1,51 @@
 //! 3x3 convolutions of stride 1 with a quarter of the multiplications: Winograd's minimal filtering F(4x4, 3x3) as
-//! Lavin and Gray give it (arXiv 1509.09308, section 4.3), with their points 0, 1, -1, 2, -2 and infinity.
+//! given by Lavin and Gray (arXiv 1509.09308, section 4.3), with their points 0, 1, -1, 2, -2 and infinity.
 //!
-//! Each 4x4 tile of the output comes from a 6x6 patch of the input. A transform along rows and columns makes of a
-//! patch's 36 pixels 36 other numbers a channel, its *points*, and of a kernel's 9 taps 36 too; at each point tiles
-//! and kernels are then two matrices, whose product the matrix kernel makes, and a third transform leads back from 36
-//! sums to 16 pixels. That is 36 multiply-adds for 16 pixels where the direct way takes 144.
+//! Each 4x4 tile of the output depends on a 6x6 patch of the input. A transform along rows and columns turns the 36
+//! pixels of a patch, in each channel, into 36 other numbers, its *points*; another turns the 9 taps of a kernel into
+//! 36 points too. At each point the tiles and the kernels are then two matrices, which the matrix kernel multiplies. A
+//! third transform turns the 36 sums of a tile back into 16 pixels. This takes 36 multiply-adds for 16 pixels, where
+//! direct convolution takes 144.
 //!
-//! Where the source is doubled first, every pixel of a patch but the outermost has an equal beside it, so that the
-//! point -1 is zero along rows and columns: 25 products are left.
+//! If the source is doubled first, every pixel of a patch except the outermost has an equal neighbour. The point -1 is
+//! then zero along rows and columns, which leaves 25 products.
 //!
-//! The weights stay what they are, nine taps in panels: a task transforms [`depth`] lines of [`GROUP`] panels at a
-//! time, which was 5 to 10 % of its time at 96 tiles. So no weight is held a second time nor four times as large, and
-//! one packed form serves both ways. The patches' points, up to [`POINTS_BYTES`] of them, are written once for all
-//! threads and read once a group of panels. The transforms are of one tile each, and each sum is one chain in the order
-//! of k: results depend neither on the batch nor on the threads.
+//! The weights stay nine taps in panels. A task transforms [`depth`] lines of [`GROUP`] panels at a time, which took 5
+//! to 10 % of its time at 96 tiles. So no weight is held twice or at four times its size, and one packed form serves
+//! both direct convolution and this one. The points of the patches, up to [`POINTS_BYTES`] of them, are written once
+//! for all threads and read once per group of panels. Each transform is of a single tile, and each sum is one chain in
+//! the order of k, so results depend neither on the batch nor on the threads.
 //!
-//! Rounding: 3.5e-6 of a layer's L2 norm with 320 inputs, where the direct chain has 1e-6.
+//! Rounding error: 3.5e-6 of a layer's L2 norm with 320 inputs, where the direct chain has 1e-6.
 
-use super::conv::{Epilogue, Task};
+use super::conv::{ConvTask, Epilogue};
 use super::gemm::{Left, PANEL, ROWS, multiply};
 use super::simd::{Isa, dispatch, isa};
 use super::{SharedOutput, with_scratch};
 use crate::graph::{Conv, Shape, TensorId};
 use rayon::prelude::*;
 
-/// Rows and columns of a tile of outputs, and of the patch of inputs under it.
+/// Height and width of a tile of outputs, and of the patch of inputs under it.
 const TILE: usize = 4;
 const PATCH: usize = TILE + 2;
-/// Points of a patch, a kernel and a tile.
+/// Number of points of a patch, a kernel and a tile.
 const POINTS: usize = PATCH * PATCH;
-/// Where the point -1 stands in each direction.
+/// Index of the point -1 in each direction.
 const MINUS_ONE: usize = 2;
-/// Channels that are transformed together: a cache line of them.
+/// Channels that are transformed together: one cache line.
 const LANES: usize = 16;
 /// Most lines of weights that are transformed at a time.
 const MOST_DEPTH: usize = 128;
-/// Panels of a task: patches' points are read from the first cache for the second one.
+/// Panels of a task. For the second panel, the points of the patches are read from the L1 cache.
 const GROUP: usize = 2;
-/// Most tiles of a task, whose sums are then 0.9 MB.
+/// Most tiles of a task, whose sums then take 0.9 MB.
 const TASK_TILES: usize = 8 * ROWS;
-/// Memory for patches' points, roughly: half of the third cache that two threads may hope for.
+/// Approximate memory for the points of patches: half of the L3 cache that two threads can expect.
 const POINTS_BYTES: usize = 16 << 20;
 
-/// Lines of weights that are transformed at a time: at a row of points those of 64 are 96 KiB a group, at one point 16.
-/// Twice as many are 8 % faster where the second cache has room for them, as with AVX-512, of 1 MiB or more.
+/// Lines of weights that are transformed at a time. The points of 64 lines take 96 KiB per group for a row of points,
+/// 16 KiB for one point. Twice as many lines are 8 % faster where the L2 cache has room for them; with AVX-512 it has 1
+/// MiB or more.
 fn depth() -> usize {
     match isa() {
         #[cfg(target_arch = "x86_64")]
@@ -52,10 +54,11 @@ fn depth() -> usize {
     }
 }
 
-/// Whether a convolution is made here: measured with AVX2, 2.4 times as fast as the direct way at 16x16 pixels and
-/// more, 1.5 times at two images of 8x8; below that, tiles are too few for the kernels' transforms.
+/// Returns true if a convolution is to be computed by this module. Measured with AVX2, it is 2.4 times as fast as
+/// direct convolution from 16x16 pixels on, and 1.5 times for two images of 8x8. Below that, tiles are too few to be
+/// worth the transforms of the kernels.
 ///
-/// One image's shape decides, never the batch: the two ways round differently.
+/// The shape of one image decides, never the batch, since the two methods round differently.
 pub(super) fn pays(shape: impl Fn(TensorId) -> Shape, conv: &Conv, output: Shape) -> bool {
     conv.kernel == 3
         && conv.stride == 1
@@ -63,7 +66,7 @@ pub(super) fn pays(shape: impl Fn(TensorId) -> Shape, conv: &Conv, output: Shape
         && output.h.div_ceil(TILE) * output.w.div_ceil(TILE) >= 4
 }
 
-/// Numbers of scratch memory: the points of a block of patches.
+/// Elements of scratch memory: the points of a block of patches.
 pub(super) fn workspace(shape: impl Fn(TensorId) -> Shape, conv: &Conv, output: Shape) -> usize {
     if !pays(&shape, conv, output) {
         return 0;
@@ -72,12 +75,12 @@ pub(super) fn workspace(shape: impl Fn(TensorId) -> Shape, conv: &Conv, output: 
     POINTS * channels * block(channels, Tiles::of(output).count())
 }
 
-/// Tiles whose patches are transformed together: a multiple of [`ROWS`].
+/// Number of tiles whose patches are transformed together: a multiple of [`ROWS`].
 fn block(channels: usize, tiles: usize) -> usize {
     (POINTS_BYTES / (POINTS * channels * size_of::<f32>())).clamp(1, tiles).next_multiple_of(ROWS)
 }
 
-/// Tiles of all images, none of which holds pixels of two.
+/// The tiles of all images. No tile has pixels of two images.
 #[derive(Clone, Copy)]
 struct Tiles {
     images: usize,
@@ -101,18 +104,18 @@ impl Tiles {
     }
 }
 
-/// Channels of a source that are transformed together.
+/// Channels of a source that are transformed together, and the lines of weights that they meet.
 struct Chunk<'a> {
     data: &'a [f32],
-    /// Channels of the source, and the first of these.
+    /// Channels of the whole source, and the first channel of the chunk.
     channels: usize,
     channel: usize,
-    /// Their first line among the weights' of a tap.
+    /// First line of the chunk among the weights of a tap.
     k: usize,
     len: usize,
 }
 
-fn chunks<'a>(task: &'a Task) -> impl Iterator<Item = Chunk<'a>> {
+fn chunks<'a>(task: &'a ConvTask) -> impl Iterator<Item = Chunk<'a>> {
     let (mut k, depth) = (0, depth());
     task.sources().iter().flat_map(move |source| {
         let first = k;
@@ -127,7 +130,7 @@ fn chunks<'a>(task: &'a Task) -> impl Iterator<Item = Chunk<'a>> {
     })
 }
 
-/// Where the points of a block of so many tiles stand: those of a chunk as `[point][tile][channel]`, one chunk after
+/// The layout of the points of a block of this many tiles: each chunk's as `[point][tile][channel]`, one chunk after
 /// the other.
 #[derive(Clone, Copy)]
 struct Layout(usize);
@@ -138,14 +141,14 @@ impl Layout {
     }
 }
 
-/// Runs a convolution for which it [`pays`], with a workspace of its size.
-pub(super) fn run(task: &Task, workspace: &mut [f32], out: &SharedOutput) {
+/// Runs a convolution for which [`pays`] is true, in a workspace of the size that [`workspace`] tells.
+pub(super) fn run(task: &ConvTask, workspace: &mut [f32], out: &SharedOutput) {
     let tiles = Tiles::of(task.output);
     let groups = task.columns.div_ceil(PANEL).div_ceil(GROUP);
     let block = block(task.depth / 9, tiles.count());
     for first in (0..tiles.count()).step_by(block) {
         let count = block.min(tiles.count() - first);
-        // Whole rows of the matrix kernel: what it makes of those without a tile nobody reads.
+        // The matrix kernel works on whole tiles of rows. Nothing reads the results of rows without a tile.
         let layout = Layout(count.next_multiple_of(ROWS));
         let points = SharedOutput::new(workspace);
         (0..count)
@@ -153,11 +156,12 @@ pub(super) fn run(task: &Task, workspace: &mut [f32], out: &SharedOutput) {
             .with_min_len(4)
             .for_each(|i| patch(task, tiles.place(first + i), i, layout, &points));
         let points = &*workspace;
-        // Enough tasks that the threads end together, of as many tiles as the kernels' transforms are worth.
+        // Enough tasks for the threads to finish together, each with enough tiles to be worth the transforms of its
+        // kernels.
         let wanted = (4 * rayon::current_num_threads()).div_ceil(groups);
         let each = count.div_ceil(wanted).next_multiple_of(ROWS).min(TASK_TILES);
         let parts = count.div_ceil(each);
-        // Parts vary fastest: neighbours in time share the weights.
+        // Parts vary fastest, so that tasks that run close together share weights.
         (0..groups * parts).into_par_iter().with_max_len(1).for_each(|i| {
             let start = i % parts * each;
             product(task, i / parts, start..(start + each).min(count), (tiles, first), (layout, points), out);
@@ -165,21 +169,22 @@ pub(super) fn run(task: &Task, workspace: &mut [f32], out: &SharedOutput) {
     }
 }
 
-/// Transforms the patch under a tile, the block's `i`th.
-fn patch(task: &Task, (image, y, x): (usize, usize, usize), i: usize, layout: Layout, points: &SharedOutput) {
+/// Transforms the patch under tile `i` of the block.
+fn patch(task: &ConvTask, (image, y, x): (usize, usize, usize), i: usize, layout: Layout, points: &SharedOutput) {
     let pixels: [_; POINTS] = std::array::from_fn(|p| task.pixel(image, y + p / PATCH, x + p % PATCH));
     for chunk in chunks(task) {
         let at = |pixel: usize| &chunk.data[pixel * chunk.channels + chunk.channel..][..chunk.len];
         let pixels = pixels.map(|pixel| pixel.map_or(&[0.0; MOST_DEPTH][..chunk.len], at));
-        // SAFETY: this tile's numbers of this chunk are nobody else's.
+        // SAFETY: only this call writes this tile's elements of this chunk.
         let out = |point| unsafe { points.at(layout.at(&chunk, point, i), chunk.len) };
         transform_patch(&pixels, &mut std::array::from_fn(out));
     }
 }
 
-/// Some tiles of a block at the columns of a group of panels: products at every point, and the tiles made of them.
+/// Computes some tiles of a block for the columns of a group of panels: the products at every point, and the output
+/// pixels from them.
 fn product(
-    task: &Task,
+    task: &ConvTask,
     group: usize,
     range: std::ops::Range<usize>,
     (tiles, first): (Tiles, usize),
@@ -187,8 +192,8 @@ fn product(
     out: &SharedOutput,
 ) {
     let panels = group * GROUP..((group + 1) * GROUP).min(task.columns.div_ceil(PANEL));
-    // Sums of a point begin a row further apart than they are long: a power of two would put all of a tile's into few
-    // sets of the cache.
+    // The sums of the points are one row further apart than they are long: with a power of two as pitch, all sums of a
+    // tile would fall into few sets of the cache.
     let pitch = (range.len().next_multiple_of(ROWS) + 1) * PANEL;
     let (depth, tap) = (depth(), task.depth / 9 * PANEL);
     let lines = PATCH * depth * PANEL;
@@ -242,7 +247,7 @@ fn product(
     });
 }
 
-/// The points of a line of six pixels.
+/// Transforms a line of six pixels to its points.
 #[inline(always)]
 fn patch_line(d: [f32; PATCH]) -> [f32; PATCH] {
     let (even, odd) = (d[4] - 4.0 * d[2], d[3] - 4.0 * d[1]);
@@ -251,7 +256,7 @@ fn patch_line(d: [f32; PATCH]) -> [f32; PATCH] {
     [ends[0], even + odd, even - odd, even_2 + odd_2, even_2 - odd_2, ends[1]]
 }
 
-/// What the three taps of a line count at each point.
+/// The factors of the three taps of a line at each point.
 const KERNEL: [[f32; 3]; PATCH] = [
     [1.0 / 4.0, 0.0, 0.0],
     [-1.0 / 6.0, -1.0 / 6.0, -1.0 / 6.0],
@@ -261,7 +266,7 @@ const KERNEL: [[f32; 3]; PATCH] = [
     [0.0, 0.0, 1.0],
 ];
 
-/// The points of a line of three taps.
+/// Transforms a line of three taps to its points.
 #[inline(always)]
 fn kernel_line(g: [f32; 3]) -> [f32; PATCH] {
     let (even, odd) = (KERNEL[1][0] * (g[0] + g[2]), KERNEL[1][1] * g[1]);
@@ -269,14 +274,14 @@ fn kernel_line(g: [f32; 3]) -> [f32; PATCH] {
     [KERNEL[0][0] * g[0], even + odd, even - odd, even_2 + odd_2, even_2 - odd_2, g[2]]
 }
 
-/// The four pixels of a line of six points.
+/// Transforms a line of six points to its four pixels.
 #[inline(always)]
 fn tile_line(m: [f32; PATCH]) -> [f32; TILE] {
     let (sum, difference, sum_2, difference_2) = (m[1] + m[2], m[1] - m[2], m[3] + m[4], m[3] - m[4]);
     [m[0] + sum + sum_2, difference + 2.0 * difference_2, sum + 4.0 * sum_2, difference + 8.0 * difference_2 + m[5]]
 }
 
-/// Lines of [`LANES`] channels through `line`, as the compiler vectorises it.
+/// Applies `line` in each of [`LANES`] channels. The compiler vectorises over them.
 #[inline(always)]
 fn lanes<const N: usize, const M: usize>(
     from: [&[f32; LANES]; N],
@@ -290,17 +295,17 @@ fn lanes<const N: usize, const M: usize>(
     to
 }
 
-/// [`LANES`] numbers of a slice.
+/// The [`LANES`] elements of a slice from `start` on.
 #[inline(always)]
 fn some(numbers: &[f32], start: usize) -> &[f32; LANES] {
     numbers[start..][..LANES].try_into().expect("as many")
 }
 
 dispatch! {
-    /// Channels of a patch's pixels to those of its points.
+    /// Transforms the channels of a patch's pixels to those of its points.
     fn transform_patch(pixels: &[&[f32]; POINTS], points: &mut [&mut [f32]; POINTS]) {
         for c in (0..pixels[0].len()).step_by(LANES) {
-            // By column, then row.
+            // Indexed by column, then row.
             let down: [[[f32; LANES]; PATCH]; PATCH] = std::array::from_fn(|x| {
                 lanes(std::array::from_fn(|y| some(pixels[y * PATCH + x], c)), patch_line)
             });
@@ -315,7 +320,7 @@ dispatch! {
 }
 
 dispatch! {
-    /// Lines of the nine taps of a panel to a row of points, `[column][k][PANEL]`.
+    /// Transforms lines of the nine taps of a panel to a row of points, `[column][k][PANEL]`.
     fn transform_kernels(taps: &[&[f32]; 9], row: usize, points: &mut [f32]) {
         let column = points.len() / PATCH;
         let [top, middle, bottom] = KERNEL[row];
@@ -332,10 +337,10 @@ dispatch! {
 }
 
 dispatch! {
-    /// A tile's sums, those of a point `pitch` after the last one's, to its pixels.
+    /// Transforms a tile's sums, in which points are `pitch` elements apart, to its pixels.
     fn transform_sums(sums: &[f32], pitch: usize, pixels: &mut [[[f32; PANEL]; TILE]; TILE]) {
         for c in (0..PANEL).step_by(LANES) {
-            // By column, then row.
+            // Indexed by column, then row.
             let down: [[[f32; LANES]; TILE]; PATCH] = std::array::from_fn(|x| {
                 lanes(std::array::from_fn(|y| some(sums, (y * PATCH + x) * pitch + c)), tile_line)
             });

@@ -127,9 +127,9 @@ pub(super) fn workspace(graph: &Graph, conv: &Conv, out: TensorId, limits: Limit
 /// parity of the result's row and column: the product's phases.
 pub(super) fn is_doubled(graph: &Graph, conv: &Conv, out: TensorId) -> bool {
     let (input, shape) = (graph.shape(conv.sources.x), graph.shape(out));
-    let size = (2 * input.h, 2 * input.w);
+    let size = input.extent().doubled();
     let plain = has_phases(graph.weight(conv.weight)) && conv.stride == 1 && conv.pad == 1;
-    plain && conv.resize == Some(size) && (shape.h, shape.w) == size
+    plain && conv.resize == Some(size) && shape.extent() == size
 }
 
 /// Where the weights of a product lie.
@@ -163,7 +163,7 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
         () => (input, output),
     };
     let kernel = if doubled { 2 } else { conv.kernel };
-    let (seen_height, seen_width) = conv.resize.filter(|_| !doubled).unwrap_or((stored.h, stored.w));
+    let seen = conv.resize.filter(|_| !doubled).unwrap_or(stored.extent());
     let ratio = |stored: usize, seen: usize| ((stored as u64) << 32).div_ceil(seen as u64);
     let params = ConvParams {
         sources: [site.address(conv.sources.x), site.optional(conv.sources.skip)],
@@ -171,14 +171,14 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
         after: Epilogue::new(conv, out, site),
         partial: if splits > 1 { site.workspace() } else { 0 },
         counters: site.counters(),
-        resize_y: ratio(stored.h, seen_height),
-        resize_x: ratio(stored.w, seen_width),
+        resize_y: ratio(stored.h, seen.h),
+        resize_x: ratio(stored.w, seen.w),
         source_channels: [input.c as i32, conv.sources.skip.map_or(0, |id| site.shape(id).c as i32)],
         depth: (product.depth / (kernel * kernel)) as i32,
         height: stored.h as i32,
         width: stored.w as i32,
-        seen_height: seen_height as i32,
-        seen_width: seen_width as i32,
+        seen_height: seen.h as i32,
+        seen_width: seen.w as i32,
         out_height: made.h as i32,
         out_width: made.w as i32,
         kernel: kernel as i32,

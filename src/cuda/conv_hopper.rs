@@ -225,7 +225,7 @@ mod tests {
     use super::super::tiles::{Instruction, TILES, Tile};
     use super::super::{Emulated, Executor, Limits, Weights, bound};
     use super::*;
-    use crate::graph::{ConvOptions, GraphBuilder, Shape, Sources};
+    use crate::graph::{ConvOptions, Extent, GraphBuilder, Shape, Sources};
     use crate::plan::Plan;
     use crate::weights::Tensors;
     use respodiff_emulated_kernels::Schedule;
@@ -263,7 +263,7 @@ mod tests {
             let per_image = per_image.map(|tensor| View { tensor, offset: 6 });
             let residual = more.then(|| g.input("residual", result));
             let geometry = if kernel == 3 { ConvOptions::conv3x3() } else { ConvOptions::default() };
-            let geometry = ConvOptions { resize: doubled.then_some((2 * h, 2 * w)), ..geometry };
+            let geometry = ConvOptions { resize: doubled.then_some(Extent { h: 2 * h, w: 2 * w }), ..geometry };
             let options =
                 ConvOptions { activation, per_image, residual, gain: 0.75, bias_gain: 1.5, scale: 0.5, ..geometry };
             let mut out = g.conv("layer", Sources { x: source, skip }, outputs, options);

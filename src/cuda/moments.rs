@@ -143,7 +143,7 @@ mod tests {
     #[cfg(feature = "emulated")]
     use {
         super::super::{Emulated, Executor, Limits, Weights, conv},
-        crate::graph::{Activation, ConvOptions, GraphBuilder, Sources},
+        crate::graph::{Activation, ConvOptions, Extent, GraphBuilder, Sources},
         crate::plan::Plan,
         crate::weights::Tensors,
         respodiff_emulated_kernels::Schedule,
@@ -220,7 +220,10 @@ mod tests {
             let (size, inputs, options) = match reads {
                 Reads::Pixels => ((h, w), 384, ConvOptions::default()),
                 Reads::Neighbours => ((h, w), 192, ConvOptions::conv3x3()),
-                Reads::Doubled => ((h / 2, w / 2), 128, ConvOptions { resize: Some((h, w)), ..ConvOptions::conv3x3() }),
+                Reads::Doubled => {
+                    let resize = Some(Extent { h, w });
+                    ((h / 2, w / 2), 128, ConvOptions { resize, ..ConvOptions::conv3x3() })
+                }
             };
             let source = g.input("source", Shape::new(images, size.0, size.1, inputs));
             let [x, skip] = [("x", channels[0]), ("skip", channels[1])].map(|(name, channels)| {

@@ -18,8 +18,8 @@ pub(crate) use text::UNetInputs;
 use crate::cpu::MatrixPrecision;
 use crate::device::{Backend, Device, Executor, Weights};
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
-use crate::graph::{Graph, Shape};
-use crate::models::{UNetConfig, VaeConfig, unet, vae_decoder};
+use crate::graph::{Extent, Graph, Shape};
+use crate::models::{UNetConfig, UNetInput, VaeConfig, unet, vae_decoder};
 use crate::plan::Plan;
 use crate::weights::{Source, Tensors};
 use crate::{Error, Result};
@@ -91,8 +91,9 @@ impl Engine {
         let (text, (unet_weights, vae_weights)) = rayon::join(
             || TextEncoders::open(source, device, &unet_config),
             || {
-                let unet = || load("unet", unet(&unet_config, 1, 8, 8, 1, 0), precision);
-                rayon::join(unet, || load("vae", vae_decoder(&vae, 1, 8, 8), MatrixPrecision::Fp32))
+                let unet = || load("unet", unet(&unet_config, UNetInput::default()), precision);
+                let vae = || load("vae", vae_decoder(&vae, 1, Extent::square(8)), MatrixPrecision::Fp32);
+                rayon::join(unet, vae)
             },
         );
         // In this order, whichever of several problems was found first.
@@ -231,7 +232,8 @@ impl Engine {
     fn plans(&self, options: SessionOptions) -> Result<Plans> {
         let Parts { device, vae, .. } = &*self.0;
         let [_, _, h, w] = self.latent_shape(options);
-        Ok(Plans { unet: self.unet_plan(options)?, vae: device.plan(vae_decoder(&vae.config, 1, h, w), &[]) })
+        let vae = device.plan(vae_decoder(&vae.config, 1, Extent { h, w }), &[]);
+        Ok(Plans { unet: self.unet_plan(options)?, vae })
     }
 
     fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {
@@ -254,8 +256,8 @@ impl Engine {
         let rows = if guided { 2 * batch } else { batch };
         let shifted = if concepts { batch } else { 0 };
         let Parts { device, text, unet: network, .. } = &*self.0;
-        let unet = unet(&network.config, rows, height / scale, width / scale, text.tokens(), shifted);
-        Ok(device.plan(unet, UNET_CONSTANTS))
+        let input = UNetInput { rows, h: height / scale, w: width / scale, tokens: text.tokens(), shifted };
+        Ok(device.plan(unet(&network.config, input), UNET_CONSTANTS))
     }
 
     /// Plans and allocates the UNet with its sampler alone.

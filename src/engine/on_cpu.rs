@@ -2,20 +2,20 @@
 
 use super::run::{Denoiser, Networks, Noise, Run, picture_shape};
 use crate::Result;
-use crate::cpu::Executor;
+use crate::cpu::CpuExecutor;
 use crate::diffusion::scheduler::SamplerState;
 use crate::graph::Shape;
 use crate::image::Picture;
 
 /// The UNet and its sampler on the CPU.
 pub(super) struct CpuDenoiser {
-    unet: Executor,
+    unet: CpuExecutor,
     /// Those of the last run, NHWC.
     latents: Vec<f32>,
 }
 
 impl CpuDenoiser {
-    pub fn new(unet: Executor) -> Self {
+    pub fn new(unet: CpuExecutor) -> Self {
         CpuDenoiser { unet, latents: Vec::new() }
     }
 }
@@ -87,7 +87,7 @@ fn guide(run: &Run, out: &[f32], prediction: &mut [f32]) {
 /// The UNet and the VAE on the CPU.
 pub(super) struct OnCpu {
     pub denoiser: CpuDenoiser,
-    pub vae: Executor,
+    pub vae: CpuExecutor,
 }
 
 impl Networks for OnCpu {

@@ -1,8 +1,8 @@
-//! Writing a graph: one method an operation, each taking the layer's name in the checkpoint.
+//! Building a graph: one method per operation. Each takes the layer's name in the checkpoint.
 
 use super::*;
 
-/// What a convolution or linear layer may have beside its weight.
+/// Everything that a convolution or linear layer may have in addition to its weight.
 #[derive(Clone, Debug)]
 pub struct ConvOptions {
     /// Kernel side.
@@ -11,23 +11,23 @@ pub struct ConvOptions {
     pub stride: usize,
     /// Zeros above and left.
     pub pad: usize,
-    /// Zeros below and right; `pad` unless the VAE's asymmetric downsampling is meant.
+    /// Zeros below and right: equal to `pad`, except in the VAE's asymmetric downsampling.
     pub pad_end: usize,
-    /// Nearest-neighbour resize first.
-    pub resize: Option<(usize, usize)>,
-    /// Whether there is a bias.
+    /// Nearest-neighbour resize of the input to this size before the convolution.
+    pub resize: Option<Extent>,
+    /// True if there is a bias.
     pub bias: bool,
-    /// `[n, 1, 1, c]` to add.
+    /// `[n, 1, 1, c]` to add to every pixel of its image.
     pub per_image: Option<View>,
-    /// What multiplies the product.
+    /// Multiplies the product.
     pub gain: f32,
-    /// What multiplies the bias.
+    /// Multiplies the bias.
     pub bias_gain: f32,
-    /// What follows.
+    /// Applied after bias and `per_image`.
     pub activation: Activation,
-    /// What is added then.
+    /// Added after the activation.
     pub residual: Option<TensorId>,
-    /// What multiplies the sum.
+    /// Multiplies the sum.
     pub scale: f32,
 }
 
@@ -70,7 +70,7 @@ impl GraphBuilder {
         Self::default()
     }
 
-    /// The finished graph. Matrices are told which layer norm's result they multiply; see [`WeightSpec::norm`].
+    /// The finished graph, in which [`WeightSpec::norm`] is set for the matrices that multiply a layer norm's result.
     pub fn finish(mut self) -> Graph {
         self.graph.link();
         let graph = &self.graph;
@@ -99,14 +99,14 @@ impl GraphBuilder {
         self.graph.shape(id)
     }
 
-    /// Declares an input.
+    /// Declares an input of the graph.
     pub fn input(&mut self, name: &str, shape: Shape) -> TensorId {
         let id = self.tensor(shape);
         self.graph.inputs.push((name.to_string(), id));
         id
     }
 
-    /// Names an activation as an output: it is kept until the run ends.
+    /// Names an activation as an output, which is kept until the run ends.
     pub fn output(&mut self, name: &str, id: TensorId) {
         self.graph.outputs.push((name.to_string(), id));
     }
@@ -116,7 +116,7 @@ impl GraphBuilder {
         self.fused(name, &[name.to_string()], sources, &[outputs], options)
     }
 
-    /// A linear layer with options.
+    /// A linear layer: [`GraphBuilder::conv`], whose default options are a 1x1 convolution with bias.
     pub fn linear(
         &mut self,
         name: &str,
@@ -127,7 +127,7 @@ impl GraphBuilder {
         self.conv(name, sources, outputs, options)
     }
 
-    /// Several layers that read the same input, as one: their outputs stand side by side.
+    /// Several layers that read the same input, as one layer whose outputs stand side by side.
     pub fn fused(
         &mut self,
         name: &str,
@@ -139,7 +139,7 @@ impl GraphBuilder {
         let sources = sources.into();
         let input = self.shape(sources.x);
         let channels: usize = sources.iter().map(|t| self.shape(t).c).sum();
-        let (h, w) = options.resize.unwrap_or((input.h, input.w));
+        let Extent { h, w } = options.resize.unwrap_or(input.extent());
         let span = |size: usize| (size + options.pad + options.pad_end - options.kernel) / options.stride + 1;
         let total: usize = outputs.iter().sum();
         let gated = options.activation == Activation::Geglu;
@@ -208,7 +208,7 @@ impl GraphBuilder {
         self.node(name, Op::LayerNorm { x, weight, bias, eps }, shape)
     }
 
-    /// Attention; the result has the queries' size.
+    /// Attention. The result has the queries' size.
     pub fn attention(
         &mut self,
         name: &str,
@@ -229,10 +229,10 @@ impl GraphBuilder {
         self.node(name, Op::Activate { x, activation }, shape)
     }
 
-    /// Token plus position embedding.
+    /// Token embedding plus position embedding; `tokens` and `positions` are names and rows of the tables.
     ///
     /// # Panics
-    /// If `ids` is no input: indices are checked when inputs are written, and nowhere else.
+    /// If `ids` is not an input: indices are checked only when inputs are written.
     pub fn embed(&mut self, tokens: (&str, usize), positions: (&str, usize), ids: TensorId, width: usize) -> TensorId {
         self.assert_input(ids);
         let table = |(name, rows): (&str, usize)| WeightSpec {
@@ -262,13 +262,13 @@ impl GraphBuilder {
         self.node(name, Op::Sinusoid { x, dim, flip_sin_to_cos, freq_shift }, shape)
     }
 
-    /// Adds to each of the last images a tensor of its own.
+    /// See [`Op::Shift`].
     pub fn shift(&mut self, name: &str, x: TensorId, shift: TensorId) -> TensorId {
         let shape = self.shape(x);
         self.node(name, Op::Shift { x, shift }, shape)
     }
 
-    /// A learnt token `class` before the others, and position embeddings.
+    /// A learnt token `class` before the others, and position embeddings added to all.
     pub fn class_token(&mut self, class: &str, positions: &str, x: TensorId) -> TensorId {
         let shape = self.shape(x);
         let spec = |name: String, rows: usize, width: usize, kind| WeightSpec {
@@ -287,7 +287,7 @@ impl GraphBuilder {
     /// One token of each image.
     ///
     /// # Panics
-    /// If `index` is no input, as for [`GraphBuilder::embed`].
+    /// If `index` is not an input, as for [`GraphBuilder::embed`].
     pub fn select_token(&mut self, name: &str, x: TensorId, index: TensorId) -> TensorId {
         self.assert_input(index);
         let shape = self.shape(x);

@@ -1,8 +1,8 @@
-//! Static graphs: what a network computes at one given shape, in a small set of fused operations.
+//! Static graphs: the computation of a network at one given shape, as a small set of fused operations.
 //!
-//! A graph knows shapes and weight names, and no device. Every activation is NHWC; a token sequence is an image of
-//! height 1 (`[n, 1, tokens, c]`), a vector per image is `[n, 1, 1, c]`, so nothing is ever reshaped. `[n, h, w, c]` is
-//! also a sequence of `h * w` tokens, which is how attention reads it.
+//! A graph knows shapes and weight names but no device. Every activation is NHWC; a token sequence is an image of
+//! height 1 (`[n, 1, tokens, c]`), a vector per image is `[n, 1, 1, c]`, so nothing is ever reshaped. Attention reads
+//! `[n, h, w, c]` as a sequence of `h * w` tokens.
 //!
 //! Names of nodes and weights are the checkpoint's own tensor names.
 
@@ -34,6 +34,11 @@ impl Shape {
         Shape { n, h, w, c }
     }
 
+    /// Height and width.
+    pub fn extent(&self) -> Extent {
+        Extent { h: self.h, w: self.w }
+    }
+
     /// Tokens of one image: `h * w`.
     pub fn tokens(&self) -> usize {
         self.h * self.w
@@ -49,7 +54,7 @@ impl Shape {
         self.rows() * self.c
     }
 
-    /// Whether there are no elements.
+    /// True if there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -61,6 +66,27 @@ impl fmt::Display for Shape {
     }
 }
 
+/// Height and width of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Extent {
+    /// Rows.
+    pub h: usize,
+    /// Columns.
+    pub w: usize,
+}
+
+impl Extent {
+    /// As many rows as columns.
+    pub fn square(side: usize) -> Self {
+        Extent { h: side, w: side }
+    }
+
+    /// Twice the height and the width.
+    pub fn doubled(self) -> Self {
+        Extent { h: 2 * self.h, w: 2 * self.w }
+    }
+}
+
 /// An activation of a [`Graph`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TensorId(pub(crate) usize);
@@ -69,10 +95,10 @@ pub struct TensorId(pub(crate) usize);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WeightId(pub(crate) usize);
 
-/// What a weight is to the operation that reads it.
+/// The role of a weight in the operation that reads it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum WeightKind {
-    /// One number a channel: biases, norm scales and shifts.
+    /// One number per channel: biases, norm scales and shifts.
     Vector,
     /// Rows that are looked up: token and position embeddings, `[rows, c]`.
     Table,
@@ -82,18 +108,20 @@ pub enum WeightKind {
         kernel: usize,
         /// Input channels.
         inputs: usize,
-        /// Output columns hold a value half and a gate half (GEGLU), which an executor lays side by side.
+        /// True for GEGLU: the first half of the outputs are values, the second half gates. Executors pack the column
+        /// of a value near that of its gate.
         gated: bool,
-        /// The source is resized first: where that doubles it, an executor may want sums of taps instead.
+        /// True if the source is resized first. Where that doubles it, an executor may want sums of taps in place of
+        /// the taps.
         resized: bool,
     },
-    /// A [`WeightKind::Matrix`] read backwards, for data gradients: outputs become inputs, and taps are mirrored.
+    /// A [`WeightKind::Matrix`] transposed for a data gradient: outputs become inputs, and taps are mirrored.
     Mirrored {
         /// Kernel side.
         kernel: usize,
         /// Input channels of the layer.
         inputs: usize,
-        /// How many of them, the first, a gradient is wanted for.
+        /// The gradient is wanted for this many of them, the first ones.
         wanted: usize,
     },
 }
@@ -107,11 +135,12 @@ pub struct WeightSpec {
     pub outputs: Vec<usize>,
     /// Width of a row of a table or matrix (`inputs * kernel * kernel`); 1 for vectors.
     pub width: usize,
-    /// How it is used.
+    /// Role of the weight.
     pub kind: WeightKind,
-    /// Names of the scale and the shift of the layer norm whose result the matrix multiplies, where such products alone
-    /// read that result. An executor may then fold both into the matrix and normalise only: the norm of `x` is
-    /// `scale * n(x) + shift`, and `W (scale * n + shift) = (W * scale) n + W shift`. [`GraphBuilder::finish`] finds them.
+    /// Names of the scale and the shift of the layer norm whose result the matrix multiplies; set where nothing else
+    /// than such products reads that result. An executor may then fold both into the matrix and normalise only: the
+    /// norm of `x` is `scale * n(x) + shift`, and `W (scale * n + shift) = (W * scale) n + W shift`.
+    /// [`GraphBuilder::finish`] sets it.
     pub norm: Option<[String; 2]>,
 }
 
@@ -126,12 +155,12 @@ impl WeightSpec {
         self.total_outputs() * self.width
     }
 
-    /// Whether there are no elements.
+    /// True if there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The scale and the shift of the matrix's [`WeightSpec::norm`], as one vector: a number an input each.
+    /// The scale and the shift of [`WeightSpec::norm`] as one vector: a scale for each input, then a shift for each.
     pub fn norm_vector(&self) -> Option<WeightSpec> {
         let names = self.norm.as_ref()?.to_vec();
         Some(WeightSpec { names, outputs: vec![self.width; 2], width: 1, kind: WeightKind::Vector, norm: None })
@@ -153,7 +182,7 @@ pub enum Activation {
     Geglu,
 }
 
-/// One activation, or two whose channels stand one after the other (a UNet skip connection), never copied together.
+/// One activation, or two whose channels follow one another (a UNet skip connection) without being copied together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sources {
     /// The first channels.
@@ -175,7 +204,7 @@ impl Sources {
     }
 }
 
-/// Channels `offset..` of an activation: how a layer reads its part of a fused one, such as q, k, v.
+/// Channels `offset..` of an activation. A layer reads its part of a fused one, such as q, k or v, through a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct View {
     /// The whole activation.
@@ -194,23 +223,23 @@ impl From<TensorId> for View {
 /// `out = (activation(gain * W * x + bias_gain * bias + per_image) + residual) * scale`.
 #[derive(Clone, Debug)]
 pub struct Conv {
-    /// What is convolved.
+    /// Input of the convolution.
     pub sources: Sources,
     /// A [`WeightKind::Matrix`].
     pub weight: WeightId,
-    /// One number an output column.
+    /// One number per output column.
     pub bias: Option<WeightId>,
     /// Kernel side: 1 or 3.
     pub kernel: usize,
-    /// 1 or 2.
+    /// Step between outputs: 1 or 2.
     pub stride: usize,
     /// Zero rows above and zero columns left of the input; those below and right follow from the output's size.
     pub pad: usize,
-    /// Nearest-neighbour resize of the input to this height and width, folded into the read.
-    pub resize: Option<(usize, usize)>,
+    /// Nearest-neighbour resize of the input to this size, folded into the read.
+    pub resize: Option<Extent>,
     /// `[n, 1, 1, c]` added to every pixel of its image (the time embedding).
     pub per_image: Option<View>,
-    /// Multiplies the product: with `bias_gain`, how a network is scaled down that would leave fp16's range.
+    /// Multiplies the product. With `bias_gain` it scales down a network that would otherwise leave fp16's range.
     pub gain: f32,
     /// Multiplies the bias.
     pub bias_gain: f32,
@@ -238,11 +267,11 @@ impl Conv {
 /// Group normalisation (Wu and He, arXiv 1803.08494), optionally modulated per image and followed by SiLU.
 #[derive(Clone, Copy, Debug)]
 pub struct GroupNorm {
-    /// What is normalised.
+    /// Input.
     pub sources: Sources,
-    /// One scale a channel.
+    /// One scale per channel.
     pub weight: WeightId,
-    /// One shift a channel.
+    /// One shift per channel.
     pub bias: WeightId,
     /// Number of groups.
     pub groups: usize,
@@ -250,7 +279,7 @@ pub struct GroupNorm {
     pub eps: f32,
     /// `[n, 1, 1, 2c]`: `y * (1 + scale) + shift`, scales first.
     pub scale_shift: Option<View>,
-    /// Whether SiLU follows.
+    /// True if SiLU follows.
     pub silu: bool,
 }
 
@@ -282,11 +311,11 @@ pub enum Op {
     GroupNorm(GroupNorm),
     /// Layer normalisation over channels.
     LayerNorm {
-        /// What is normalised.
+        /// Input.
         x: TensorId,
-        /// One scale a channel.
+        /// One scale per channel.
         weight: WeightId,
-        /// One shift a channel.
+        /// One shift per channel.
         bias: WeightId,
         /// Added to the variance.
         eps: f32,
@@ -297,7 +326,7 @@ pub enum Op {
     Activate {
         /// Its argument.
         x: TensorId,
-        /// Which one.
+        /// The function.
         activation: Activation,
     },
     /// `a + b`.
@@ -307,46 +336,46 @@ pub enum Op {
         /// The other.
         b: TensorId,
     },
-    /// Gradient of [`Op::GroupNorm`] by the first of its sources.
+    /// Gradient of [`Op::GroupNorm`] with respect to the first of its sources.
     GroupNormGradient {
         /// The operation.
         of: GroupNorm,
-        /// Gradient by its result.
+        /// Gradient with respect to its result.
         d: TensorId,
     },
-    /// Gradient of [`Op::LayerNorm`] by its input.
+    /// Gradient of [`Op::LayerNorm`] with respect to its input.
     LayerNormGradient {
-        /// What was normalised.
+        /// Input of the layer norm.
         x: TensorId,
-        /// One scale a channel.
+        /// One scale per channel.
         weight: WeightId,
         /// Added to the variance.
         eps: f32,
-        /// Gradient by the result.
+        /// Gradient with respect to its result.
         d: TensorId,
     },
-    /// Gradient of [`Op::Attention`]: by the queries alone, `[n, h, w, heads * head_dim]`, or by queries, keys and
-    /// values where these are views of one tensor, laid out as that tensor.
+    /// Gradient of [`Op::Attention`] with respect to the queries alone, `[n, h, w, heads * head_dim]`, or, where
+    /// queries, keys and values are views of one tensor, with respect to all three, laid out as that tensor.
     AttentionGradient {
         /// The operation.
         of: Attention,
-        /// Whether keys and values want gradients too.
+        /// True if keys and values want gradients too.
         fused: bool,
-        /// Gradient by its result.
+        /// Gradient with respect to its result.
         d: TensorId,
     },
-    /// Gradient of [`Op::Activate`].
+    /// Gradient of [`Op::Activate`] with respect to its argument.
     ActivateGradient {
         /// The function's argument.
         x: TensorId,
-        /// Which function.
+        /// The function.
         activation: Activation,
-        /// Gradient by its result.
+        /// Gradient with respect to its result.
         d: TensorId,
     },
-    /// Gradient of a nearest-neighbour resize: every pixel gathers those that were copied from it.
+    /// Gradient of a nearest-neighbour resize: every pixel sums the gradients of the pixels that were copied from it.
     ResizeGradient {
-        /// Gradient by the larger image; the result's size is the smaller's.
+        /// Gradient with respect to the larger image; the result has the size of the smaller one.
         d: TensorId,
     },
     /// Token ids (stored as f32, exact below 2^24) to rows of `tokens` plus rows of `positions`.
@@ -370,18 +399,18 @@ pub enum Op {
         /// Subtracted from `dim / 2` in the frequency's denominator.
         freq_shift: f32,
     },
-    /// RespoDiff's transform of the bottleneck (arXiv 2509.15257): each of the last images plus a tensor of its own.
+    /// RespoDiff's transform of the bottleneck (arXiv 2509.15257): adds to each of the last images a tensor of its own.
     Shift {
         /// `[n, h, w, c]`, the middle block's output.
         x: TensorId,
-        /// `[m, h, w, c]` for the last `m` images, the conditional half: what an image's concepts add up to.
+        /// `[m, h, w, c]` for the last `m` images, the conditional CFG rows: the sum of each image's concepts.
         shift: TensorId,
     },
-    /// A learnt token before each image's own, and positions added to all.
+    /// Puts a learnt token before each image's own, and adds positions to all.
     ClassToken {
         /// `[n, 1, tokens, c]`; the result has one token more.
         x: TensorId,
-        /// The token, one number a channel.
+        /// The token, one number per channel.
         class: WeightId,
         /// Table `[1 + tokens, c]`.
         positions: WeightId,
@@ -402,7 +431,7 @@ impl Op {
         op.slots().map(|slot| slot.copied()).into_iter().flatten()
     }
 
-    /// Where the operation says what it reads.
+    /// The ids of the activations that the operation reads, in place.
     pub(crate) fn slots(&mut self) -> [Option<&mut TensorId>; 4] {
         match self {
             Op::Conv(c) => {
@@ -434,12 +463,12 @@ impl Op {
     }
 }
 
-/// One operation and where its result goes.
+/// One operation and the activation that it makes.
 #[derive(Clone, Debug)]
 pub struct Node {
     /// The checkpoint's name of the layer.
     pub name: String,
-    /// What is computed.
+    /// The operation.
     pub op: Op,
     /// The result.
     pub output: TensorId,
@@ -453,13 +482,13 @@ pub struct Graph {
     pub(crate) nodes: Vec<Node>,
     pub(crate) inputs: Vec<(String, TensorId)>,
     pub(crate) outputs: Vec<(String, TensorId)>,
-    /// Where the nodes of a reverse half begin; see [`Graph::with_gradient`].
+    /// Index of the first node of the backward half; see [`Graph::with_gradient`].
     pub(crate) backward: Option<usize>,
-    /// Of each activation, once the graph is finished.
+    /// Maker and readers of each activation, once the graph is finished.
     links: Vec<Links>,
 }
 
-/// The numbers of the node that makes an activation, if it is no input, and of those that read it.
+/// Index of the node that makes an activation, if it is not an input, and indices of the nodes that read it.
 #[derive(Clone, Debug, Default)]
 struct Links {
     maker: Option<usize>,
@@ -477,7 +506,7 @@ impl Graph {
         &self.weights[id.0]
     }
 
-    /// All weights; their order does not depend on the shape the graph was made for.
+    /// All weights. Their order does not depend on the shape that the graph was made for.
     pub fn weights(&self) -> &[WeightSpec] {
         &self.weights
     }
@@ -502,7 +531,7 @@ impl Graph {
         self.outputs.iter().any(|(_, output)| *output == id)
     }
 
-    /// Finds makers and readers once more.
+    /// Finds the maker and the readers of every activation anew.
     fn link(&mut self) {
         self.links = vec![Links::default(); self.shapes.len()];
         for (number, node) in self.nodes.iter().enumerate() {
@@ -529,8 +558,8 @@ impl Graph {
         self.inputs.iter().find(|(n, _)| n == name).map(|(_, id)| *id)
     }
 
-    /// From how many rows the values of an input choose, if they are indices: token ids of a vocabulary, or a token's
-    /// place. The fewest count where several nodes read them.
+    /// The number of rows from which the values of an input choose, if they are indices: token ids of a vocabulary, or
+    /// the position of a token. The smallest number if several nodes read them.
     pub fn choices(&self, input: TensorId) -> Option<usize> {
         let rows = self.nodes.iter().filter_map(|node| match node.op {
             Op::Embed { ids, tokens, .. } if ids == input => Some(self.weight(tokens).total_outputs()),
@@ -540,7 +569,7 @@ impl Graph {
         rows.min()
     }
 
-    /// Checks that `values` may be written to the named input: kernels read by indices without looking at them.
+    /// Checks that `values` may be written to the named input, since kernels use indices without checking them.
     ///
     /// # Errors
     /// [`Error::Usage`] for the first index that is not whole or not among the rows that there are.

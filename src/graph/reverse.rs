@@ -1,30 +1,32 @@
-//! The reverse graph: gradients of an output by an activation before it, weights frozen.
+//! The backward half of a graph: the gradient of an output with respect to an earlier activation, weights frozen.
 
 use super::*;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-/// What of the forward half is still there when the reverse half reads it.
+/// The activations of the forward half that are kept until the backward half reads them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
     /// Everything.
     All,
-    /// Only sums with a residual; from one to the next the forward half is computed once more, when the reverse half gets
-    /// there (Chen et al., arXiv 1604.06174). A transformer layer keeps 3 activations of 20, for a forward pass more.
+    /// Only sums with a residual. The forward half from one such sum to the next is computed again when the backward
+    /// half gets there (gradient checkpointing, Chen et al., arXiv 1604.06174). A transformer layer keeps 3 of its 20
+    /// activations, at the cost of one more forward pass.
     Sums,
 }
 
 impl Graph {
-    /// The graph with its reverse half: the gradient of `sum(seed * output)` by the activation `by`.
+    /// The graph with its backward half: the gradient of `sum(seed * output)` with respect to the activation `by`.
     ///
-    /// `output` names an output, `by` an input or an output. The result has one more input, `d.<output>` (the seed), and one more output,
-    /// `d.<by>`. Only what lies between the two is differentiated, and by data alone; what the reverse half reads of
-    /// the forward half is kept by the plan as long as it is read, or where `keep` says so made again. An activation fused into a convolution on the way
-    /// is taken out of it, as its gradient needs its argument.
+    /// `output` names an output, `by` an input or an output. The result has one more input, `d.<output>` (the seed),
+    /// and one more output, `d.<by>`. Only the nodes between the two are differentiated, and only with respect to data.
+    /// Activations of the forward half that the backward half reads are kept by the plan until then or, where `keep`
+    /// says so, computed again. An activation function that is fused into a convolution on the way becomes a node of
+    /// its own, as its gradient needs its argument.
     ///
     /// # Panics
-    /// If an operation on the way has no gradient here: a stride, a scaled residual, a wanted skip, or an input of the
-    /// network. The up half of a UNet has none.
+    /// If an operation on the way has no gradient here: one with a stride, a scaled residual or a wanted skip
+    /// connection, or one that reads an input of the network. The up path of a UNet has none of these.
     pub fn with_gradient(self, output: &str, by: &str, keep: Keep) -> Graph {
         let (from, to) = (self.output(output), self.find_input(by).unwrap_or_else(|| self.output(by)));
         let mut reverse = Reverse::new(self, to);
@@ -54,7 +56,7 @@ impl Graph {
         graph
     }
 
-    /// Drops nodes from `first` on whose results nobody reads.
+    /// Drops the nodes from `first` on whose results nothing reads.
     fn drop_unread(&mut self, first: usize) {
         let mut read: HashSet<TensorId> = self.outputs.iter().map(|(_, id)| *id).collect();
         let mut kept = Vec::new();
@@ -70,7 +72,7 @@ impl Graph {
 }
 
 impl Node {
-    /// Reads other activations instead.
+    /// Makes the node read other activations, as `to` says.
     fn rename(&mut self, to: &HashMap<TensorId, TensorId>) {
         for id in self.op.slots().into_iter().flatten() {
             *id = to.get(id).copied().unwrap_or(*id);
@@ -80,7 +82,7 @@ impl Node {
 
 struct Reverse {
     builder: GraphBuilder,
-    /// Which activations depend on the one asked for.
+    /// True for the activations that depend on the one asked for.
     depends: Vec<bool>,
     gradients: HashMap<TensorId, TensorId>,
 }
@@ -101,7 +103,7 @@ impl Reverse {
         self.depends.get(id.0).is_some_and(|&depends| depends)
     }
 
-    /// Takes activations out of the convolutions that are to be differentiated.
+    /// Splits activation functions off the convolutions that are to be differentiated.
     fn part_activations(&mut self) {
         let nodes = std::mem::take(&mut self.builder.graph.nodes);
         for mut node in nodes {
@@ -129,14 +131,14 @@ impl Reverse {
         }
     }
 
-    /// Where the nodes begin that lead from a sum with a residual to the one that ends before `end`.
+    /// The start of the segment of nodes that ends before `end`: the node after the previous sum with a residual.
     fn segment(&self, end: usize) -> usize {
         let sum =
             |node: &Node| matches!(&node.op, Op::Conv(conv) if conv.residual.is_some()) && self.wants(node.output);
         (1..end).rev().find(|&i| sum(&self.builder.graph.nodes[i - 1])).unwrap_or(0)
     }
 
-    /// Computes nodes once more: what their results are called now.
+    /// Adds copies of nodes that compute them again, and returns the new ids of their results.
     fn again(&mut self, nodes: Range<usize>) -> HashMap<TensorId, TensorId> {
         let mut again = HashMap::new();
         for index in nodes {
@@ -151,7 +153,7 @@ impl Reverse {
         again
     }
 
-    /// Adds to the gradient of `id` what it gets from one of its readers.
+    /// Adds to the gradient of `id` the part that comes from one of its readers.
     fn give(&mut self, id: TensorId, gradient: TensorId) {
         let sum = match self.gradients.get(&id) {
             None => gradient,
@@ -163,7 +165,7 @@ impl Reverse {
         self.gradients.insert(id, sum);
     }
 
-    /// Passes the gradient of a node's result on to what it read.
+    /// Passes the gradient of a node's result on to the activations that the node read.
     fn node(&mut self, index: usize) {
         let node = self.builder.graph.nodes[index].clone();
         if !node.op.inputs().any(|id| self.wants(id)) {
@@ -220,12 +222,13 @@ impl Reverse {
             return;
         }
         let shape = self.builder.shape(x);
-        let (h, w) = conv.resize.unwrap_or((shape.h, shape.w));
+        let Extent { h, w } = conv.resize.unwrap_or(shape.extent());
         let spec = self.builder.graph.weight(conv.weight).clone();
         let inputs = spec.width / (conv.kernel * conv.kernel);
         let kind = WeightKind::Mirrored { kernel: conv.kernel, inputs, wanted: shape.c };
         let weight = self.builder.weight(WeightSpec { kind, ..spec });
-        // The gradient so far is the residual, which spares an addition; through a resize it has the smaller size.
+        // The gradient so far becomes the residual, which saves an addition. Behind a resize it has the smaller size
+        // and cannot.
         let residual = if conv.resize.is_none() { self.gradients.remove(&x) } else { None };
         let mirrored = Conv {
             sources: d.into(),

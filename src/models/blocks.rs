@@ -1,31 +1,31 @@
-//! What the UNet and the VAE are both built of.
+//! Blocks that the UNet and the VAE share.
 
-use crate::graph::{ConvOptions, GraphBuilder, Sources, TensorId, View};
+use crate::graph::{ConvOptions, Extent, GraphBuilder, Sources, TensorId, View};
 
-/// How the timestep enters a resnet.
+/// How the timestep enters a residual block.
 #[derive(Clone, Copy)]
 pub(super) enum Time {
     /// Not at all.
     None,
-    /// Added between the convolutions: as many channels as there are, `[n, 1, 1, c]`.
+    /// Added between the convolutions: `[n, 1, 1, c]` for a block of `c` channels.
     Add(View),
     /// As the scale and shift of the second norm, `[n, 1, 1, 2c]`.
     ScaleShift(View),
 }
 
-/// A residual block: norm, SiLU and convolution, twice.
+/// A residual block: norm, SiLU and convolution, twice, and the input added.
 #[derive(Clone, Copy)]
 pub(super) struct Resnet {
     /// Groups of the norms.
     pub groups: usize,
     /// Added to the variance.
     pub eps: f32,
-    /// The timestep.
+    /// How the timestep enters.
     pub time: Time,
     /// Multiplies the result.
     pub scale: f32,
-    /// What its input and result were multiplied by, to stay within fp16: 1, but in the VAE. What a norm reads may be
-    /// scaled at will, as long as the norm's epsilon is scaled with it.
+    /// Factor by which the input and the result are scaled down to stay within fp16's range: 1 everywhere except in the
+    /// VAE. Scaling the input of a norm changes nothing as long as the norm's epsilon is scaled with it.
     pub shrink: f32,
 }
 
@@ -64,8 +64,8 @@ impl Resnet {
     }
 }
 
-/// Attention with its projections, the last of which has options of its own. Keys and values come from `context`, or from
-/// `x` itself.
+/// Attention with its projections. The output projection has the options `last`. Keys and values come from `context`,
+/// or from `x` itself if there is none.
 pub(super) fn attention(
     g: &mut GraphBuilder,
     name: &str,
@@ -88,7 +88,8 @@ pub(super) fn attention(
         }
         Some(context) => {
             let q = g.linear(&layer("to_q"), x, channels, options.clone()); // [n, h, w, c]
-            let kv = g.fused(&layer("to_kv"), &["to_k", "to_v"].map(layer), context, &[channels; 2], options); // [n, 1, tokens, 2c]
+            let names = ["to_k", "to_v"].map(layer);
+            let kv = g.fused(&layer("to_kv"), &names, context, &[channels; 2], options); // [n, 1, tokens, 2c]
             (view(q, 0), view(kv, 0), view(kv, channels))
         }
     };
@@ -96,9 +97,9 @@ pub(super) fn attention(
     g.linear(&layer("to_out.0"), x, channels, last) // [n, h, w, c]
 }
 
-/// Nearest-neighbour resize to `h`, `w` and a convolution; `shrink` as in [`Resnet`].
-pub(super) fn upsample(g: &mut GraphBuilder, name: &str, x: TensorId, (h, w): (usize, usize), shrink: f32) -> TensorId {
-    let options = ConvOptions { resize: Some((h, w)), bias_gain: shrink, ..ConvOptions::conv3x3() };
+/// A nearest-neighbour resize to `size`, then a convolution; `shrink` as in [`Resnet`].
+pub(super) fn upsample(g: &mut GraphBuilder, name: &str, x: TensorId, size: Extent, shrink: f32) -> TensorId {
+    let options = ConvOptions { resize: Some(size), bias_gain: shrink, ..ConvOptions::conv3x3() };
     let channels = g.shape(x).c;
     g.conv(&format!("{name}.upsamplers.0.conv"), x, channels, options) // [n, h, w, c]
 }

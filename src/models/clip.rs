@@ -1,13 +1,14 @@
-//! CLIP (Radford et al., arXiv 2103.00020): transformers with pre-norm blocks over text, causal, and over pictures.
+//! CLIP (Radford et al., arXiv 2103.00020): transformers with pre-norm blocks, causal over text and not causal over
+//! images.
 
 use super::{ClipConfig, ClipLayers, ClipVisionConfig};
 use crate::graph::{ConvOptions, Graph, GraphBuilder, Shape, TensorId, View};
 
 /// The text encoder for `batch` prompts.
 ///
-/// Inputs: `input_ids` `[n, 1, tokens, 1]`, and where there is a projection `pooled_index` `[n, 1, 1, 1]`, which token
-/// is projected ([`ClipConfig::pooled_index`]). Outputs: `last_hidden_state` `[n, 1, tokens, c]`;
-/// `penultimate_hidden_state`, what the last layer reads; and where there is a projection `text_embeds` `[n, 1, 1, p]`.
+/// Inputs: `input_ids` `[n, 1, tokens, 1]`, and with a projection `pooled_index` `[n, 1, 1, 1]`, the position of the
+/// token that is projected ([`ClipConfig::pooled_index`]). Outputs: `last_hidden_state` `[n, 1, tokens, c]`;
+/// `penultimate_hidden_state`, the input of the last layer; and with a projection `text_embeds` `[n, 1, 1, p]`.
 pub fn text_encoder(config: &ClipConfig, batch: usize) -> Graph {
     let mut g = GraphBuilder::new();
     let tokens = config.max_position_embeddings;
@@ -36,7 +37,7 @@ pub fn text_encoder(config: &ClipConfig, batch: usize) -> Graph {
     g.finish()
 }
 
-/// CLIP's vision tower (a ViT, Dosovitskiy et al., arXiv 2010.11929) for `batch` pictures.
+/// CLIP's vision tower (a ViT, Dosovitskiy et al., arXiv 2010.11929) for `batch` images.
 ///
 /// Input: `patches` `[n, 1, patches, 3 * p * p]`, each patch's numbers in the order channel, row, column. Output:
 /// `image_embeds` `[n, 1, 1, projection_dim]`, not normalised.
@@ -48,14 +49,14 @@ pub fn vision_encoder(config: &ClipVisionConfig, batch: usize) -> Graph {
     let patches = g.input("patches", patches);
     let options = ConvOptions { bias: false, ..ConvOptions::default() };
     let x = g.linear("vision_model.embeddings.patch_embedding", patches, width, options.clone()); // [n, 1, patches, c]
-    let mut x =
-        g.class_token("vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding", x); // [n, 1, 1 + patches, c]
+    let (class, positions) = ("vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding");
+    let mut x = g.class_token(class, positions, x); // [n, 1, 1 + patches, c]
     // The checkpoints' own spelling.
     x = g.layer_norm("vision_model.pre_layrnorm", x, config.layers.eps); // [n, 1, 1 + patches, c]
     for i in 0..config.layers.count {
         x = config.layers.layer(&mut g, &format!("vision_model.encoder.layers.{i}"), x, false);
     }
-    // Zero, the class token, is what an input holds that nobody writes.
+    // Nothing writes this input, so it keeps its initial zero: the position of the class token.
     let index = g.input("class_index", Shape::new(batch, 1, 1, 1));
     x = g.select_token("class", x, index); // [n, 1, 1, c]
     x = g.layer_norm("vision_model.post_layernorm", x, config.layers.eps); // [n, 1, 1, c]
@@ -72,7 +73,8 @@ impl ClipLayers {
 
         let y = g.layer_norm(&layer("layer_norm1"), x, self.eps); // [n, 1, tokens, c]
         let names = ["q_proj", "k_proj", "v_proj"].map(|p| layer(&format!("self_attn.{p}")));
-        let qkv = g.fused(&layer("self_attn.qkv_proj"), &names, y, &[width; 3], ConvOptions::default()); // [n, 1, tokens, 3c]
+        let options = ConvOptions::default();
+        let qkv = g.fused(&layer("self_attn.qkv_proj"), &names, y, &[width; 3], options); // [n, 1, tokens, 3c]
         let view = |offset| View { tensor: qkv, offset };
         let views = (view(0), view(width), view(2 * width));
         let y = g.attention(&layer("self_attn"), views, heads, width / heads, causal); // [n, 1, tokens, c]

@@ -10,38 +10,59 @@ const TRANSFORMER_EPS: f32 = 1e-6;
 /// Added to the variance in layer norms.
 const LAYER_EPS: f32 = 1e-5;
 
-/// The UNet for latents of `h` by `w` and prompts of `tokens` tokens, the bottleneck of whose last `shifted` images can
-/// be shifted.
+/// The sizes of a UNet's inputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UNetInput {
+    /// Rows of the batch: one per image, or with guidance (CFG) two, the unconditional ones first.
+    pub rows: usize,
+    /// Height of the latents.
+    pub h: usize,
+    /// Width of the latents.
+    pub w: usize,
+    /// Tokens of a prompt.
+    pub tokens: usize,
+    /// The bottleneck of this many rows, the last ones, can be shifted. [`unet_halves`] ignores it.
+    pub shifted: usize,
+}
+
+impl Default for UNetInput {
+    /// A small input, for a graph of which only the weights are used: these do not depend on the input's sizes.
+    fn default() -> Self {
+        UNetInput { rows: 1, h: 8, w: 8, tokens: 1, shifted: 0 }
+    }
+}
+
+/// The UNet for inputs of given sizes.
 ///
-/// Inputs: `sample` `[n, h, w, in_channels]`, `timestep` `[n, 1, 1, 1]`, `encoder_hidden_states`
-/// `[n, 1, tokens, cross_attention_dim]`; for SDXL `text_embeds` `[n, 1, 1, text_embed_dim]` and `time_ids`
-/// `[n, 1, 1, 6]`; unless `shifted` is 0 `shift` `[shifted, h', w', c]`. Outputs: `sample` `[n, h, w, out_channels]` and
-/// `mid`, the middle block's before the shift.
-pub fn unet(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize, shifted: usize) -> Graph {
+/// Inputs: `sample` `[rows, h, w, in_channels]`, `timestep` `[rows, 1, 1, 1]`, `encoder_hidden_states`
+/// `[rows, 1, tokens, cross_attention_dim]`; for SDXL also `text_embeds` `[rows, 1, 1, text_embed_dim]` and `time_ids`
+/// `[rows, 1, 1, 6]`; unless `shifted` is 0 also `shift` `[shifted, h', w', c]`. Outputs: `sample`
+/// `[rows, h, w, out_channels]`, and `mid` `[rows, h', w', c]`, the bottleneck before the shift.
+pub fn unet(config: &UNetConfig, input: UNetInput) -> Graph {
     let mut g = GraphBuilder::new();
-    let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
-    let time = time_embedding(&mut g, config, batch);
-    let context = g.input("encoder_hidden_states", Shape::new(batch, 1, tokens, config.cross_attention_dim));
+    let sample = sample(&mut g, config, input);
+    let time = time_embedding(&mut g, config, input.rows);
+    let context = context(&mut g, config, input);
     let mut net = UNet { config, g, time, context, projected: time.into() };
     let (x, mut skips) = net.down(sample);
     let x = net.middle(x);
     net.g.output("mid", x);
-    let x = net.shift(x, shifted);
+    let x = net.shift(x, input.shifted);
     net.up(x, &mut skips);
     net.g.finish()
 }
 
-/// The same UNet cut after the middle block, for training: the way there, and from there on.
+/// The same UNet cut after the middle block, for training: the down path with the middle block, and the up path.
 ///
-/// The first graph has the inputs of [`unet`] and the outputs `mid`, `time` (what the resnets read of the timestep) and
-/// `skip.0`, `skip.1`, ...; the second reads these and `encoder_hidden_states`, and its output is `sample`.
-pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens: usize) -> (Graph, Graph) {
+/// The first graph has the inputs of [`unet`] except for `shift`. Its outputs are `mid`, `time` (the timestep as
+/// residual blocks read it) and `skip.0`, `skip.1`, ... The second graph reads these and `encoder_hidden_states`; its
+/// output is `sample`.
+pub fn unet_halves(config: &UNetConfig, input: UNetInput) -> (Graph, Graph) {
     let mut g = GraphBuilder::new();
-    let sample = g.input("sample", Shape::new(batch, h, w, config.in_channels));
-    let time = time_embedding(&mut g, config, batch);
-    let states = Shape::new(batch, 1, tokens, config.cross_attention_dim);
-    let context = g.input("encoder_hidden_states", states);
-    let mut first = UNet { config, g, time, context, projected: time.into() };
+    let sample = sample(&mut g, config, input);
+    let time = time_embedding(&mut g, config, input.rows);
+    let states = context(&mut g, config, input);
+    let mut first = UNet { config, g, time, context: states, projected: time.into() };
     let (x, skips) = first.down(sample);
     let x = first.middle(x);
     first.g.output("mid", x);
@@ -54,7 +75,7 @@ pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens
     let mut g = GraphBuilder::new();
     let x = g.input("mid", first.shape(x));
     let time = g.input("time", first.shape(time));
-    let context = g.input("encoder_hidden_states", states);
+    let context = context(&mut g, config, input);
     let mut skips: Vec<TensorId> =
         skips.iter().enumerate().map(|(i, &skip)| g.input(&format!("skip.{i}"), first.shape(skip))).collect();
     let mut second = UNet { config, g, time, context, projected: time.into() };
@@ -62,11 +83,22 @@ pub fn unet_halves(config: &UNetConfig, batch: usize, h: usize, w: usize, tokens
     (first, second.g.finish())
 }
 
-/// The timestep, and in SDXL the picture's sizes and the pooled prompt, as every resnet reads them.
-fn time_embedding(g: &mut GraphBuilder, config: &UNetConfig, batch: usize) -> TensorId {
+/// The latents.
+fn sample(g: &mut GraphBuilder, config: &UNetConfig, input: UNetInput) -> TensorId {
+    g.input("sample", Shape::new(input.rows, input.h, input.w, config.in_channels))
+}
+
+/// The states of the prompts, which cross attention reads.
+fn context(g: &mut GraphBuilder, config: &UNetConfig, input: UNetInput) -> TensorId {
+    g.input("encoder_hidden_states", Shape::new(input.rows, 1, input.tokens, config.cross_attention_dim))
+}
+
+/// The embedding that every residual block reads: of the timestep, and in SDXL of the image's sizes and the pooled
+/// prompt.
+fn time_embedding(g: &mut GraphBuilder, config: &UNetConfig, rows: usize) -> TensorId {
     let (flip, shift) = (config.flip_sin_to_cos, config.freq_shift);
-    let timestep = g.input("timestep", Shape::new(batch, 1, 1, 1));
-    let time: Sources = g.sinusoid("time_proj", timestep, config.levels[0].channels, flip, shift).into(); // [n, 1, 1, c]
+    let timestep = g.input("timestep", Shape::new(rows, 1, 1, 1));
+    let time = g.sinusoid("time_proj", timestep, config.levels[0].channels, flip, shift); // [n, 1, 1, c]
     let embed = |g: &mut GraphBuilder, name: &str, x: Sources, residual| {
         let silu = ConvOptions { activation: Activation::Silu, ..ConvOptions::default() };
         let x = g.linear(&format!("{name}.linear_1"), x, config.time_embedding_dim, silu); // [n, 1, 1, time]
@@ -74,13 +106,13 @@ fn time_embedding(g: &mut GraphBuilder, config: &UNetConfig, batch: usize) -> Te
         g.linear(&format!("{name}.linear_2"), x, config.time_embedding_dim, add) // [n, 1, 1, time]
     };
     let added = config.text_time.as_ref().map(|added| {
-        let text = g.input("text_embeds", Shape::new(batch, 1, 1, added.text_embed_dim));
-        let ids = g.input("time_ids", Shape::new(batch, 1, 1, 6));
+        let text = g.input("text_embeds", Shape::new(rows, 1, 1, added.text_embed_dim));
+        let ids = g.input("time_ids", Shape::new(rows, 1, 1, 6));
         let ids = g.sinusoid("add_time_proj", ids, added.time_embed_dim, flip, shift); // [n, 1, 1, 6 * time_embed_dim]
         embed(g, "add_embedding", Sources { x: text, skip: Some(ids) }, None)
     });
-    let x = embed(g, "time_embedding", time, added);
-    // Every resnet begins with this.
+    let x = embed(g, "time_embedding", time.into(), added);
+    // Every residual block applies SiLU to it first.
     g.activate("time_embedding.silu", x, Activation::Silu) // [n, 1, 1, time]
 }
 
@@ -89,13 +121,14 @@ struct UNet<'a> {
     g: GraphBuilder,
     time: TensorId,
     context: TensorId,
-    /// The timestep as the next resnet reads it, and those behind it: see [`UNet::project_time`].
+    /// The projected timestep of the next residual block, followed by those of the blocks after it: see
+    /// [`UNet::project_time`].
     projected: View,
 }
 
 impl UNet<'_> {
-    /// The timestep projected for resnets, of given names and channels, in one product: each has a few rows of a wide matrix,
-    /// and as many products would each wait for their part of it.
+    /// Projects the timestep for residual blocks of given names and channels in one product. One product per block
+    /// would have only a few rows of its own, and each would wait for its own part of the wide weight matrix.
     fn project_time(&mut self, resnets: Vec<(String, usize)>) {
         let each = if self.config.time_scale_shift { 2 } else { 1 };
         let names: Vec<String> = resnets.iter().map(|(name, _)| format!("{name}.time_emb_proj")).collect();
@@ -103,7 +136,7 @@ impl UNet<'_> {
         self.projected = self.g.fused("time_emb_proj", &names, self.time, &outputs, ConvOptions::default()).into();
     }
 
-    /// The coarsest activation, and those that the way up reads again.
+    /// The down path: returns the coarsest activation and the skip connections, which the up path reads again.
     fn down(&mut self, sample: TensorId) -> (TensorId, Vec<TensorId>) {
         let levels = &self.config.levels;
         let resnets = levels.iter().enumerate().flat_map(|(i, level)| {
@@ -141,7 +174,7 @@ impl UNet<'_> {
         self.resnet("mid_block.resnets.1", x, level.channels, scale)
     }
 
-    /// The transform of the bottleneck, where any is wanted.
+    /// Adds the input `shift` to the bottleneck of the last `shifted` rows, if there are any.
     fn shift(&mut self, x: TensorId, shifted: usize) -> TensorId {
         if shifted == 0 {
             return x;
@@ -150,7 +183,7 @@ impl UNet<'_> {
         self.g.shift("mid_block.shift", x, shift) // [n, h, w, c]
     }
 
-    /// From the bottleneck to the output `sample`.
+    /// The up path, from the bottleneck to the output `sample`.
     fn up(&mut self, mut x: TensorId, skips: &mut Vec<TensorId>) {
         let resnets = self.config.levels.iter().rev().enumerate().flat_map(|(i, level)| {
             (0..=level.layers).map(move |j| (format!("up_blocks.{i}.resnets.{j}"), level.channels))
@@ -165,10 +198,10 @@ impl UNet<'_> {
                     x = self.transformer(&format!("{name}.attentions.{j}"), x, level, level.only_cross_attention);
                 }
             }
-            // To the size that the next level had on the way down, which need not be twice this one.
+            // The size that the next level had on the down path, which need not be twice this one.
             if let Some(&skip) = skips.last() {
-                let Shape { h, w, .. } = self.g.shape(skip);
-                x = upsample(&mut self.g, &name, x, (h, w), 1.0); // [n, h, w, c]
+                let size = self.g.shape(skip).extent();
+                x = upsample(&mut self.g, &name, x, size, 1.0); // [n, h, w, c]
             }
         }
         let (groups, eps) = (self.config.norm_num_groups, self.config.norm_eps);

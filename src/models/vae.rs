@@ -2,22 +2,22 @@
 
 use super::VaeConfig;
 use super::blocks::{Resnet, Time, attention, downsample, upsample};
-use crate::graph::{ConvOptions, Graph, GraphBuilder, Shape, TensorId};
+use crate::graph::{ConvOptions, Extent, Graph, GraphBuilder, Shape, TensorId};
 
 /// Added to the variance in all norms of the VAE.
 const EPS: f32 = 1e-6;
 
-/// What flows between the VAE's layers is this much smaller than in the checkpoint's terms. SDXL's reaches beyond fp16's
-/// 65,504; as every reader is a norm, the result is the same, and a power of two rounds nothing.
+/// Factor by which the activations between the VAE's layers are smaller than the checkpoint means them to be. SDXL's
+/// exceed fp16's 65,504. Every reader of them is a norm, so the result is the same, and a power of two rounds nothing.
 const SHRINK: f32 = 1.0 / 32.0;
 
-/// The decoder for latents of `h` by `w`.
+/// The decoder for `batch` latents of size `latent`.
 ///
-/// Input: `latents` `[n, h, w, latent_channels]`, divided by the scaling factor. Output: `image`, larger by
-/// [`VaeConfig::scale`] and about -1 to 1.
-pub fn vae_decoder(config: &VaeConfig, batch: usize, h: usize, w: usize) -> Graph {
+/// Input: `latents` `[batch, h, w, latent_channels]`, divided by the scaling factor. Output: `image`, larger by
+/// [`VaeConfig::scale`], with values from about -1 to 1.
+pub fn vae_decoder(config: &VaeConfig, batch: usize, latent: Extent) -> Graph {
     let mut g = GraphBuilder::new();
-    let mut x = g.input("latents", Shape::new(batch, h, w, config.latent_channels));
+    let mut x = g.input("latents", Shape::new(batch, latent.h, latent.w, config.latent_channels));
     if config.use_post_quant_conv {
         x = g.conv("post_quant_conv", x, config.latent_channels, ConvOptions::default()); // [n, h, w, latent]
     }
@@ -30,8 +30,8 @@ pub fn vae_decoder(config: &VaeConfig, batch: usize, h: usize, w: usize) -> Grap
             x = resnet(config).build(&mut g, &format!("{name}.resnets.{j}"), x, channels[levels - 1 - i]);
         }
         if i + 1 < levels {
-            let Shape { h, w, .. } = g.shape(x);
-            x = upsample(&mut g, &name, x, (2 * h, 2 * w), SHRINK); // [n, 2h, 2w, c]
+            let size = g.shape(x).extent().doubled();
+            x = upsample(&mut g, &name, x, size, SHRINK); // [n, 2h, 2w, c]
         }
     }
     x = finish(&mut g, config, "decoder", x, config.out_channels);
@@ -39,14 +39,14 @@ pub fn vae_decoder(config: &VaeConfig, batch: usize, h: usize, w: usize) -> Grap
     g.finish()
 }
 
-/// The encoder for images of `h` by `w`, both multiples of [`VaeConfig::scale`].
+/// The encoder for `batch` images of size `image`, whose height and width are multiples of [`VaeConfig::scale`].
 ///
-/// Input: `image` `[n, h, w, in_channels]` in -1 to 1. Output: `moments`, smaller by the scale, the mean's channels
-/// before the log-variance's, which is not clamped.
-pub fn vae_encoder(config: &VaeConfig, batch: usize, h: usize, w: usize) -> Graph {
+/// Input: `image` `[batch, h, w, in_channels]` in -1 to 1. Output: `moments`, smaller by the scale: the channels of the
+/// mean, then those of the log-variance, which is not clamped.
+pub fn vae_encoder(config: &VaeConfig, batch: usize, image: Extent) -> Graph {
     let mut g = GraphBuilder::new();
     let (levels, channels) = (config.block_out_channels.len(), &config.block_out_channels);
-    let mut x = g.input("image", Shape::new(batch, h, w, config.in_channels));
+    let mut x = g.input("image", Shape::new(batch, image.h, image.w, config.in_channels));
     x = g.conv("encoder.conv_in", x, channels[0], first()); // [n, h, w, c]
     for (i, &channels) in channels.iter().enumerate() {
         let name = format!("encoder.down_blocks.{i}");
@@ -71,27 +71,31 @@ fn resnet(config: &VaeConfig) -> Resnet {
     Resnet { groups: config.norm_num_groups, eps: EPS, time: Time::None, scale: 1.0, shrink: SHRINK }
 }
 
-/// The convolution that what is shrunk comes from.
+/// The first convolution, from which the shrunk activations come.
 fn first() -> ConvOptions {
     ConvOptions { gain: SHRINK, bias_gain: SHRINK, ..ConvOptions::conv3x3() }
 }
 
-/// Two resnets and, between them, attention with one head.
+/// Two residual blocks and, between them, attention with one head.
 fn middle(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId) -> TensorId {
     let channels = g.shape(x).c;
     let mut x = resnet(config).build(g, &format!("{name}.mid_block.resnets.0"), x, channels);
     if config.mid_block_add_attention {
         let name = format!("{name}.mid_block.attentions.0");
-        let y =
-            g.group_norm(&format!("{name}.group_norm"), x, config.norm_num_groups, EPS * SHRINK * SHRINK, false, None); // [n, h, w, c]
+        let y = norm(g, config, &format!("{name}.group_norm"), x, false); // [n, h, w, c]
         let add = ConvOptions { residual: Some(x), kernel: 1, pad: 0, pad_end: 0, ..first() };
         x = attention(g, &name, y, None, 1, true, add);
     }
     resnet(config).build(g, &format!("{name}.mid_block.resnets.1"), x, channels)
 }
 
+/// A group norm of shrunk activations, with the epsilon that belongs to them.
+fn norm(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId, silu: bool) -> TensorId {
+    g.group_norm(name, x, config.norm_num_groups, EPS * SHRINK * SHRINK, silu, None)
+}
+
+/// The last norm and the convolution after it.
 fn finish(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId, channels: usize) -> TensorId {
-    let x =
-        g.group_norm(&format!("{name}.conv_norm_out"), x, config.norm_num_groups, EPS * SHRINK * SHRINK, true, None); // [n, h, w, c]
+    let x = norm(g, config, &format!("{name}.conv_norm_out"), x, true); // [n, h, w, c]
     g.conv(&format!("{name}.conv_out"), x, channels, ConvOptions::conv3x3()) // [n, h, w, channels]
 }

@@ -1,6 +1,6 @@
-//! Placing buffers with known lifetimes in one arena.
+//! Places buffers with known lifetimes in one arena.
 //!
-//! Greedy by size: the largest first, each into the smallest gap between those already placed that are alive at the
+//! The largest buffer goes first, and each into the smallest gap between those already placed that are alive at the
 //! same time (Pisarchyk and Lee, arXiv 2001.03288, "greedy by size for offset calculation").
 
 /// A buffer of `len` bytes that is alive from position `first` to `last`, both included.

@@ -2,7 +2,8 @@
 //!
 //! A plan orders the nodes, gives each activation an offset in one arena by its lifetime, and splits off the
 //! *prologue*: the nodes that depend only on inputs which stay the same from step to step (a UNet's prompt keys and
-//! values), and for training the *backward* nodes, which need the gradient that a step's result gave. After that a step allocates nothing, looks nothing up and cannot run out of memory. Plans know no device.
+//! values). For training it also splits off the *backward* nodes, which need the gradient that follows from a step's
+//! result. After that a step needs no further memory for activations and cannot run out of it. Plans know no device.
 
 mod arena;
 
@@ -10,23 +11,23 @@ use crate::graph::{Graph, Node, Op, TensorId, WeightSpec};
 use crate::{Error, Result, Subject};
 use arena::{Interval, place};
 
-/// How an executor stores what flows through a graph.
+/// How an executor stores the activations of a graph.
 pub trait Storage {
-    /// Names the executor and everything that its sizes depend on: a plan runs only where the storage has its name.
+    /// Names the executor and everything that its sizes depend on. A plan runs only with a storage of the same name.
     fn name(&self) -> String;
 
     /// Bytes of an activation.
     fn tensor(&self, graph: &Graph, id: TensorId) -> usize;
 
-    /// The activations that are read while a node runs: the operation's inputs, unless nodes are computed together.
+    /// The activations that are read while a node runs: the inputs of the operation, unless several nodes run as one.
     fn reads(&self, _: &Graph, node: &Node) -> Vec<TensorId> {
         node.op.inputs().collect()
     }
 
-    /// Bytes of scratch memory wanted while a node runs.
+    /// Bytes of scratch memory that the node needs while it runs.
     fn workspace(&self, graph: &Graph, node: &Node) -> usize;
 
-    /// Bytes behind everything else that no activation ever takes: they are zero at first, and the executor's.
+    /// Bytes at the end of the arena that no activation ever takes. They belong to the executor and are zero at first.
     fn reserved(&self) -> usize {
         0
     }
@@ -36,16 +37,16 @@ pub trait Storage {
 #[derive(Debug)]
 pub struct Plan {
     graph: Graph,
-    /// The storage's name.
+    /// Name of the storage that the plan was made for.
     storage: String,
-    /// Node indices: the prologue's first, then the step's, then the backward ones.
+    /// Node indices: those of the prologue, then of the step, then of the backward half.
     order: Vec<usize>,
     prologue: usize,
-    /// Where the backward nodes begin.
+    /// Position in `order` where the backward nodes begin.
     backward: usize,
     offsets: Vec<usize>,
     workspaces: Vec<(usize, usize)>,
-    /// Where the storage's reserved bytes begin.
+    /// Offset of the bytes that the storage reserved.
     reserved: usize,
     arena_bytes: usize,
 }
@@ -59,8 +60,8 @@ impl Plan {
         let steps = order.len();
         let last = steps.saturating_sub(1);
 
-        // Lifetimes in positions of `order`. Inputs and outputs live throughout; so does what the prologue leaves to
-        // the steps, since a step runs many times after one prologue.
+        // Lifetimes in positions of `order`. Inputs and outputs live throughout. So do the results of the prologue that
+        // steps read, since many steps run after one prologue.
         let life = |i| Interval { len: storage.tensor(&graph, TensorId(i)), first: usize::MAX, last: 0 };
         let mut lives: Vec<Interval> = (0..graph.shapes.len()).map(life).collect();
         for (_, id) in graph.inputs.iter().chain(&graph.outputs) {
@@ -76,9 +77,9 @@ impl Plan {
                 life.last = life.last.max(if life.first < prologue && position >= prologue { last } else { position });
             }
         }
-        // What a reverse half did not need after all has a shape, and no node.
+        // Activations whose nodes the backward half dropped as unread have a shape but no node.
         lives.iter_mut().filter(|life| life.first == usize::MAX).for_each(|life| life.len = 0);
-        // What is shifted may be written along with what it is shifted from.
+        // The output of a shift may be written by the kernel that writes its input, so it must be live from there on.
         for node in &graph.nodes {
             if let Op::Shift { x, .. } = node.op {
                 lives[node.output.0].first = lives[x.0].first;
@@ -98,12 +99,12 @@ impl Plan {
         Plan { order, prologue, backward, offsets, workspaces, reserved, arena_bytes, storage: storage.name(), graph }
     }
 
-    /// The graph it was made of.
+    /// The graph that the plan was made from.
     pub fn graph(&self) -> &Graph {
         &self.graph
     }
 
-    /// Checks that an executor with this storage can run it, with weights that were loaded for `specs`.
+    /// Checks that an executor with this storage can run the plan with weights that were loaded for `specs`.
     ///
     /// # Errors
     /// [`Error::Device`]: offsets and sizes are those of another storage, or the weights another network's.
@@ -120,37 +121,37 @@ impl Plan {
         }
     }
 
-    /// Size of the arena: all memory a run needs beside the weights.
+    /// Bytes of the arena: all memory that a run needs in addition to the weights.
     pub fn arena_bytes(&self) -> usize {
         self.arena_bytes
     }
 
-    /// Where the bytes lie that the storage reserved.
+    /// Offset of the bytes that the storage reserved.
     pub fn reserved(&self) -> usize {
         self.reserved
     }
 
-    /// Where an activation lies in the arena.
+    /// Offset of an activation in the arena.
     pub fn offset(&self, id: TensorId) -> usize {
         self.offsets[id.0]
     }
 
-    /// The nodes to run once after a constant input changed, with the offset and length of their scratch memory.
+    /// The nodes to run once after a constant input changed, each with the offset and length of its scratch memory.
     pub fn prologue(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
         self.range(0..self.prologue)
     }
 
-    /// The nodes of a step, likewise.
+    /// The nodes of a step, likewise with their scratch memory.
     pub fn step(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
         self.range(self.prologue..self.backward)
     }
 
-    /// The nodes of [`Graph::with_gradient`]'s reverse half, likewise.
+    /// The nodes of the backward half (see [`Graph::with_gradient`]), likewise with their scratch memory.
     pub fn backward(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
         self.range(self.backward..self.order.len())
     }
 
-    /// All nodes, in that order.
+    /// All nodes in the order prologue, step, backward half.
     pub fn all(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
         self.range(0..self.order.len())
     }
@@ -160,8 +161,8 @@ impl Plan {
     }
 }
 
-/// Node indices in three phases, and where the second and third begin: nodes whose inputs are all constant, the rest,
-/// and those that depend on the seed of a reverse half.
+/// Node indices in three phases, and the positions where the second and the third begin. The phases are nodes whose
+/// inputs are all constant, the rest, and those that depend on the seed of a backward half.
 fn phases(graph: &Graph, constant: &[&str]) -> (Vec<usize>, usize, usize) {
     const PROLOGUE: usize = 0;
     const STEP: usize = 1;
@@ -234,10 +235,10 @@ mod tests {
             if [graph.input("x"), graph.input("fixed"), graph.input("shift"), graph.output("h")].contains(&id) {
                 return (0, usize::MAX);
             }
-            // A shift is written along with what it shifts.
+            // A shift's output may be written together with its input.
             let first = position(if id == shifted { mid } else { id }).unwrap();
             let uses = plan.order.iter().enumerate().filter(|(_, n)| graph.nodes[**n].op.inputs().any(|i| i == id));
-            // What the prologue made is read again in the next step.
+            // Results of the prologue are read again in the next step.
             (first, if first < plan.prologue { usize::MAX } else { uses.map(|(p, _)| p).max().unwrap_or(first) })
         };
         let span = |id: TensorId| plan.offset(id)..plan.offset(id) + graph.shape(id).len();

@@ -6,7 +6,7 @@ use crate::cpu::MatrixPrecision;
 use crate::device::{Device, Executor, Weights};
 use crate::engine::UNET_CONSTANTS;
 use crate::graph::{Keep, Shape};
-use crate::models::{UNetConfig, unet_halves};
+use crate::models::{UNetConfig, UNetInput, unet_halves};
 use crate::plan::Plan;
 use crate::weights::Tensors;
 
@@ -19,9 +19,6 @@ pub struct Halves {
     /// The bottleneck of the last way down.
     mid: Vec<f32>,
 }
-
-/// Rows, height and width of the latents, tokens of a prompt.
-pub type Sizes = (usize, usize, usize, usize);
 
 /// Bytes of memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,10 +49,10 @@ impl Halves {
         config: &UNetConfig,
         tensors: &Tensors,
         beside: &[&Weights],
-        sizes: Sizes,
+        input: UNetInput,
         gradient: Option<Keep>,
     ) -> Result<Self> {
-        let [down, up] = plans(device, config, sizes, gradient);
+        let [down, up] = plans(device, config, input, gradient);
         let graph = down.graph();
         let passed = graph.outputs().filter(|&name| name != "mid").map(str::to_string).collect();
         let mid = vec![0.0; graph.shape(graph.output("mid")).len()];
@@ -71,14 +68,14 @@ impl Halves {
         device: &Device,
         config: &UNetConfig,
         beside: &Weights,
-        sizes: Sizes,
+        input: UNetInput,
         gradient: Option<Keep>,
     ) -> HalvesMemory {
         let of = |plan: Plan| HalvesMemory {
             weights: beside.missing(plan.graph().weights()),
             activations: plan.arena_bytes(),
         };
-        plans(device, config, sizes, gradient).map(of).into_iter().fold(HalvesMemory::default(), |a, b| a + b)
+        plans(device, config, input, gradient).map(of).into_iter().fold(HalvesMemory::default(), |a, b| a + b)
     }
 
     /// Shape of the bottleneck.
@@ -166,8 +163,8 @@ impl Halves {
 }
 
 /// The way down and the way up.
-fn plans(device: &Device, config: &UNetConfig, (rows, h, w, tokens): Sizes, gradient: Option<Keep>) -> [Plan; 2] {
-    let (down, up) = unet_halves(config, rows, h, w, tokens);
+fn plans(device: &Device, config: &UNetConfig, input: UNetInput, gradient: Option<Keep>) -> [Plan; 2] {
+    let (down, up) = unet_halves(config, input);
     let up = match gradient {
         Some(keep) => up.with_gradient("sample", "mid", keep),
         None => up,

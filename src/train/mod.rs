@@ -8,7 +8,7 @@ mod recipe;
 mod rollout;
 mod trainer;
 
-pub use halves::{Halves, HalvesMemory, Sizes};
+pub use halves::{Halves, HalvesMemory};
 pub use objective::{Adam, Objective, Slope};
 pub use plot::{loss_plot, sheet};
 pub use recipe::{Recipe, Variant};

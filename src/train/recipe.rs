@@ -1,5 +1,6 @@
 //! How a concept is trained: the paper's table, the official code's, and ours.
 
+use super::Task;
 use crate::concept::Kind;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -80,6 +81,11 @@ pub struct Recipe {
 }
 
 impl Recipe {
+    /// Our recipe for a task, with RAM and SAM as a tensor each; see [`Recipe::default_for`].
+    pub fn for_task(task: &Task) -> Self {
+        Self::default_for(task.kind, &task.concept, Variant::Constant)
+    }
+
     /// Ours: from zero, at the latents' own timestep, several latents a rollout, several images a step.
     ///
     /// The rates and lengths are what the demo's concepts were trained by, but for a number each of two races (README). As in

@@ -10,6 +10,7 @@ use crate::draws::Draws;
 use crate::engine::{Denoiser, Engine, Run, RunImage, SessionOptions, UNetInputs};
 use crate::graph::Shape;
 use crate::layout::nchw_to_nhwc;
+use crate::models::UNetInput;
 use std::collections::VecDeque;
 
 /// What makes a batch's guided predictions. The unconditional rows are the first, and the modules shift the others.
@@ -61,8 +62,8 @@ impl Rollout {
             Form::Constant => Guided::Whole(engine.denoiser(options)?),
             Form::Mlp | Form::Conv => {
                 let (config, tensors, weights) = engine.unet()?;
-                let sizes = (2 * batch, h, w, engine.tokens());
-                Guided::Halves(Box::new(Halves::new(engine.device(), config, &tensors, &[weights], sizes, None)?))
+                let input = UNetInput { rows: 2 * batch, h, w, tokens: engine.tokens(), shifted: 0 };
+                Guided::Halves(Box::new(Halves::new(engine.device(), config, &tensors, &[weights], input, None)?))
             }
         };
         Ok(Rollout {
@@ -90,7 +91,8 @@ impl Rollout {
             Form::Mlp | Form::Conv => {
                 let [batch, _, h, w] = engine.latent_shape(options);
                 let (config, _, weights) = engine.unet()?;
-                Halves::memory(engine.device(), config, weights, (2 * batch, h, w, engine.tokens()), None)
+                let input = UNetInput { rows: 2 * batch, h, w, tokens: engine.tokens(), shifted: 0 };
+                Halves::memory(engine.device(), config, weights, input, None)
             }
         })
     }

@@ -10,6 +10,7 @@ use crate::concept::{Concept, Form, Kind, Metadata, Module};
 use crate::draws::Draws;
 use crate::engine::{Engine, SessionOptions, Size};
 use crate::graph::Keep;
+use crate::models::UNetInput;
 use crate::{Error, ErrorKind, Result};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,18 @@ pub struct Task {
     pub concept: String,
     /// The prompt that it is learnt on.
     pub neutral: String,
+}
+
+impl Task {
+    /// Learns to move toward a concept, such as "a woman", on a neutral prompt, such as "a person".
+    pub fn toward(concept: impl Into<String>, neutral: impl Into<String>) -> Self {
+        Task { kind: Kind::Fair, concept: concept.into(), neutral: neutral.into() }
+    }
+
+    /// Learns to move away from a concept, such as "violence", on a neutral prompt, such as "a scene".
+    pub fn away_from(concept: impl Into<String>, neutral: impl Into<String>) -> Self {
+        Task { kind: Kind::Safe, concept: concept.into(), neutral: neutral.into() }
+    }
 }
 
 /// The losses of an iteration, `L_sem` without lambda. It is 0 where there is no SAM.
@@ -123,10 +136,10 @@ impl Trainer {
         let conditioning = engine.inputs(&[neutral], batch, size)?;
         let device = engine.device();
         let (config, tensors, weights) = engine.unet()?;
-        let sizes = (batch, h, w, engine.tokens());
+        let input = UNetInput { rows: batch, h, w, tokens: engine.tokens(), shifted: 0 };
         let rollouts = Rollout::memory(engine, options, form)?;
         let memory = |keep| {
-            let halves = rollouts + Halves::memory(device, config, weights, sizes, Some(keep));
+            let halves = rollouts + Halves::memory(device, config, weights, input, Some(keep));
             TrainingMemory { model: weights.bytes(), halves, keep }
         };
         // A forward pass more an iteration only where memory is short.
@@ -137,7 +150,7 @@ impl Trainer {
         engine.afford(memory.halves.weights + memory.halves.activations, "training")?;
         let guide = (recipe.rollout_steps, recipe.rollout_guidance);
         let rollout = Rollout::new(engine, options, form, guide, rolling, targeting)?;
-        let mut neutral = Halves::new(device, config, &tensors, &[weights], sizes, Some(memory.keep))?;
+        let mut neutral = Halves::new(device, config, &tensors, &[weights], input, Some(memory.keep))?;
         neutral.condition(&conditioning)?;
 
         let shape = engine.bottleneck(options);

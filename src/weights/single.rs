@@ -6,9 +6,9 @@ mod names;
 mod prediction;
 
 use super::tensors::{Part, Tensors};
-use crate::graph::Graph;
+use crate::graph::{Extent, Graph};
 use crate::models::tokenizer::Tokenizer;
-use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
+use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
 use crate::{Error, Result};
 use configs::Family;
 pub(super) use names::text_model;
@@ -124,11 +124,8 @@ impl SingleFile {
             let vae = names::vae(&under(VAE)?)?;
             let config = family.vae(&vae)?.to_string();
             let parsed = VaeConfig::parse(&config, path)?;
-            check(
-                path,
-                &vae,
-                &[vae_encoder(&parsed, 1, parsed.scale(), parsed.scale()), vae_decoder(&parsed, 1, 1, 1)],
-            )?;
+            let encoder = vae_encoder(&parsed, 1, Extent::square(parsed.scale()));
+            check(path, &vae, &[encoder, vae_decoder(&parsed, 1, Extent::square(1))])?;
             file.files.insert("vae/config.json".into(), config);
             tensors.insert("vae", vae);
         }
@@ -136,7 +133,7 @@ impl SingleFile {
         let prediction = Prediction::of(&all, &tensors["unet"], family, beside.as_deref())?;
         let config = family.unet(&tensors["unet"], prediction, pooled)?.to_string();
         let parsed = UNetConfig::parse(&config, path)?;
-        check(path, &tensors["unet"], &[unet(&parsed, 1, 8, 8, 1, 0)])?;
+        check(path, &tensors["unet"], &[unet(&parsed, UNetInput::default())])?;
         file.files.insert("unet/config.json".into(), config);
         let scheduler = family.scheduler(prediction, all.has("ztsnr"));
         file.files.insert("scheduler/scheduler_config.json".into(), scheduler.to_string());

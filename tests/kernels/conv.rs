@@ -1,7 +1,7 @@
 //! `kernels/conv.cu`.
 
 use super::*;
-use respodiff::graph::{Activation, ConvOptions, Sources, View};
+use respodiff::graph::{Activation, ConvOptions, Extent, Sources, View};
 
 /// Channels of other layers that stand before those that are added for each image: no whole 16 bytes.
 const OTHERS: usize = 10;
@@ -19,6 +19,11 @@ struct Case {
     /// Whether something reads the result, which is then fp16.
     read: bool,
     options: ConvOptions,
+}
+
+/// Resizes a source to this height and width.
+fn to(h: usize, w: usize) -> Option<Extent> {
+    Some(Extent { h, w })
 }
 
 impl Case {
@@ -41,9 +46,14 @@ impl Case {
         self.options.activation == Activation::Geglu
     }
 
+    /// Height and width of the source after the resize.
+    fn seen(&self) -> (usize, usize) {
+        self.options.resize.map_or(self.size, |Extent { h, w }| (h, w))
+    }
+
     /// The result's shape.
     fn shape(&self) -> Shape {
-        let (h, w) = self.options.resize.unwrap_or(self.size);
+        let (h, w) = self.seen();
         let o = &self.options;
         let span = |size: usize| (size + o.pad + o.pad_end - o.kernel) / o.stride + 1;
         Shape::new(self.images, span(h), span(w), if self.gated() { self.outputs / 2 } else { self.outputs })
@@ -77,7 +87,7 @@ impl Case {
     /// The definition, a loop in f64.
     fn plain(&self, given: &Given, round: Round) -> Numbers {
         let (o, out, (h, w)) = (&self.options, self.shape(), self.size);
-        let (seen_h, seen_w) = o.resize.unwrap_or(self.size);
+        let (seen_h, seen_w) = self.seen();
         let inputs = self.channels + self.skip;
         let weight = &given.weights["conv.weight"];
         let bias = o.bias.then(|| &given.weights["conv.bias"]);
@@ -128,7 +138,7 @@ impl Case {
     /// The definition's gradient by the first source, for stride 1: every output hands its part to what it read.
     fn plain_gradient(&self, given: &Given, round: Round) -> Numbers {
         let (o, out, (h, w)) = (&self.options, self.shape(), self.size);
-        let (seen_h, seen_w) = o.resize.unwrap_or(self.size);
+        let (seen_h, seen_w) = self.seen();
         let (weight, inputs) = (&given.weights["conv.weight"], self.channels + self.skip);
         let d = given.inputs.last().unwrap();
         let mut seen = vec![0.0; self.images * seen_h * seen_w * self.channels];
@@ -210,8 +220,8 @@ fn tiles_of_warpgroups() {
     Case::linear(130, 64, 320).with(|c| c.options.activation = Activation::Geglu).check();
     Case::linear(67, 640, 96).check();
     // A doubled source, whose taps are summed before they are rounded.
-    Case::conv3x3((5, 7), 64, 96).with(|c| c.options.resize = Some((10, 14))).check();
-    Case::conv3x3((9, 19), 128, 200).with(|c| (c.images, c.options.resize) = (3, Some((18, 38)))).check();
+    Case::conv3x3((5, 7), 64, 96).with(|c| c.options.resize = to(10, 14)).check();
+    Case::conv3x3((9, 19), 128, 200).with(|c| (c.images, c.options.resize) = (3, to(18, 38))).check();
 }
 
 #[test]
@@ -225,8 +235,8 @@ fn strides_and_paddings() {
 
 #[test]
 fn resized_sources() {
-    for (size, resize) in [((4, 4), (8, 8)), ((3, 5), (6, 10)), ((4, 3), (7, 5)), ((5, 5), (9, 5))] {
-        Case::conv3x3(size, 16, 16).with(|c| c.options.resize = Some(resize)).check();
+    for (size, resize) in [((4, 4), to(8, 8)), ((3, 5), to(6, 10)), ((4, 3), to(7, 5)), ((5, 5), to(9, 5))] {
+        Case::conv3x3(size, 16, 16).with(|c| c.options.resize = resize).check();
     }
 }
 
@@ -235,7 +245,7 @@ fn resized_sources() {
 #[test]
 fn doubled_sources() {
     let doubled = |(h, w), channels, outputs| {
-        Case::conv3x3((h, w), channels, outputs).with(|c| c.options.resize = Some((2 * h, 2 * w)))
+        Case::conv3x3((h, w), channels, outputs).with(|c| c.options.resize = to(2 * h, 2 * w))
     };
     doubled((1, 1), 8, 8).check();
     doubled((4, 3), 7, 5).check();
@@ -292,9 +302,9 @@ fn gradients() {
         conv3x3((5, 4), 12, 20).with(|c| (c.skip, c.images) = (9, 3)),
         conv3x3((5, 4), 40, 64).with(|c| (c.skip, c.per_image, c.options.gain) = (72, true, 0.25)),
         conv3x3((1, 1), 24, 16),
-        conv3x3((4, 4), 16, 24).with(|c| c.options.resize = Some((8, 8))),
-        conv3x3((4, 3), 16, 16).with(|c| c.options.resize = Some((7, 5))),
-        conv3x3((5, 5), 7, 9).with(|c| c.options.resize = Some((9, 5))),
+        conv3x3((4, 4), 16, 24).with(|c| c.options.resize = to(8, 8)),
+        conv3x3((4, 3), 16, 16).with(|c| c.options.resize = to(7, 5)),
+        conv3x3((5, 5), 7, 9).with(|c| c.options.resize = to(9, 5)),
     ] {
         let (shapes, seed) = (case.shapes(), case.shape());
         let inputs = shapes.iter().chain([&seed]).enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64));
@@ -362,7 +372,7 @@ fn batch_invariance() {
         Case::linear(1, 1280, 64),
         Case::conv3x3((8, 8), 160, 40),
         Case::conv3x3((4, 4), 320, 160),
-        Case::conv3x3((4, 3), 320, 40).with(|c| c.options.resize = Some((8, 6))),
+        Case::conv3x3((4, 3), 320, 40).with(|c| c.options.resize = to(8, 6)),
     ];
     for case in cases {
         let run = |images: usize| {

@@ -1,7 +1,9 @@
 use super::*;
 use crate::cuda::conv::plan;
-use crate::graph::{Graph, Keep, Op};
-use crate::models::{ClipConfig, UNetConfig, VaeConfig, text_encoder, unet, unet_halves, vae_decoder, vae_encoder};
+use crate::graph::{Extent, Graph, Keep, Op};
+use crate::models::{
+    ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, unet_halves, vae_decoder, vae_encoder,
+};
 use std::path::Path;
 
 const CLIP_L: &str = r#"{"architectures": ["CLIPTextModel"], "vocab_size": 49408, "hidden_size": 768,
@@ -30,16 +32,19 @@ const VAE: &str = r#"{"_class_name": "AutoencoderKL", "block_out_channels": [128
 pub(in crate::cuda) fn networks() -> Vec<(&'static str, Graph, f64)> {
     let path = Path::new("config.json");
     let clip = |text| text_encoder(&ClipConfig::parse(text, path).unwrap(), 2);
-    let network = |text, size| unet(&UNetConfig::parse(text, path).unwrap(), 2, size, size, 77, 1);
+    let network = |text, size| {
+        let input = UNetInput { rows: 2, h: size, w: size, tokens: 77, shifted: 1 };
+        unet(&UNetConfig::parse(text, path).unwrap(), input)
+    };
     let vae = VaeConfig::parse(VAE, path).unwrap();
     vec![
         ("CLIP ViT-L", clip(CLIP_L), 0.55),
         ("CLIP ViT-bigG", clip(CLIP_G), 0.5),
         ("SD 1.5, a guided pair", network(SD15, 64), 0.8),
         ("SDXL, a guided pair", network(SDXL, 128), 0.85),
-        ("VAE decoder, 512", vae_decoder(&vae, 1, 64, 64), 0.85),
-        ("VAE encoder, 512", vae_encoder(&vae, 1, 512, 512), 0.85),
-        ("VAE decoder, 1024", vae_decoder(&vae, 1, 128, 128), 0.85),
+        ("VAE decoder, 512", vae_decoder(&vae, 1, Extent::square(64)), 0.85),
+        ("VAE encoder, 512", vae_encoder(&vae, 1, Extent::square(512)), 0.85),
+        ("VAE decoder, 1024", vae_decoder(&vae, 1, Extent::square(128)), 0.85),
     ]
 }
 
@@ -47,7 +52,8 @@ pub(in crate::cuda) fn networks() -> Vec<(&'static str, Graph, f64)> {
 pub(in crate::cuda) fn trainings() -> Vec<(&'static str, Graph)> {
     let up = |text, size| {
         let config = UNetConfig::parse(text, Path::new("config.json")).unwrap();
-        unet_halves(&config, 1, size, size, 77).1.with_gradient("sample", "mid", Keep::All)
+        let input = UNetInput { rows: 1, h: size, w: size, tokens: 77, shifted: 0 };
+        unet_halves(&config, input).1.with_gradient("sample", "mid", Keep::All)
     };
     vec![("SD 1.5, training", up(SD15, 64)), ("SDXL, training", up(SDXL, 128))]
 }

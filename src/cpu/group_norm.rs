@@ -1,45 +1,45 @@
-//! Group and layer normalisation. Memory bound: group norm reads its input twice and writes once, layer norm keeps a
-//! row in L1.
+//! Group normalisation and its gradient. Memory bound: the norm reads its input twice and writes once.
 //!
-//! Sums are taken in two passes over stretches that fit the cache (mean, then squared deviations) and combined in f64
-//! by Chan's rule, so that a large mean does not eat the variance.
+//! The statistics of each stretch of pixels, which fits the cache, are taken in two passes (mean, then squared
+//! deviations), and combined in f64 by Chan's rule, so that a large mean does not cancel the variance.
 
 use super::simd::{dispatch, silu, silu_slope};
-use super::{Memory, Weights};
+use super::{CpuWeights, NodeMemory};
 use crate::graph::{GroupNorm, Shape, TensorId};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Pixels of a stretch. Fixed, so that sums do not depend on the number of threads.
+/// Pixels of a stretch. Constant, so that sums do not depend on the number of threads.
 const STRETCH: usize = 64;
 
-/// Pixels of an image, stretches of it, and channels.
+/// Shape of the first source, stretches per image, and channels of all sources.
 fn sizes(norm: &GroupNorm, shape: impl Fn(TensorId) -> Shape) -> (Shape, usize, usize) {
     let x = shape(norm.sources.x);
     (x, x.tokens().div_ceil(STRETCH), norm.sources.iter().map(|t| shape(t).c).sum())
 }
 
-/// Elements of scratch memory: two numbers of each channel in each stretch, and scale and shift of each channel of each
-/// image.
+/// Elements of scratch memory: two numbers per channel and stretch, and a scale and a shift per channel and image.
 pub(super) fn workspace(norm: &GroupNorm, shape: impl Fn(TensorId) -> Shape) -> usize {
     let (x, stretches, channels) = sizes(norm, shape);
     x.n * (stretches + 1) * channels * 2
 }
 
-/// Of the gradient: besides the same, its sums by channel in each stretch, and two means of each channel's group.
+/// Elements of scratch memory of the gradient: the same, and likewise its sums per channel and stretch, and the slope
+/// and offset per channel and image.
 pub(super) fn gradient_workspace(norm: &GroupNorm, shape: impl Fn(TensorId) -> Shape) -> usize {
     2 * workspace(norm, shape)
 }
 
-/// The sources' numbers and channels. A skip connection's boundary may fall inside a group.
+/// Elements and channels of both sources. The boundary to a skip connection may fall inside a group.
 type Parts<'a> = [(&'a [f32], usize); 2];
 
-fn parts<'a>(norm: &GroupNorm, memory: &'a Memory) -> Parts<'a> {
+fn parts<'a>(norm: &GroupNorm, memory: &'a NodeMemory) -> Parts<'a> {
     let part = |t: TensorId| (memory.read(t), memory.shape(t).c);
     [part(norm.sources.x), norm.sources.skip.map_or((&[][..], 0), part)]
 }
 
-/// Means, each group's in every channel of it, and squared deviations of the channels: `[stretch][2][c]` of each image.
+/// Statistics of every stretch, `[stretch][2][c]` per image: the mean of each group, repeated for its channels, and the
+/// sum of squared deviations of each channel.
 fn partial_statistics(parts: Parts, x: Shape, per_group: usize, partial: &mut [f32]) {
     let channels: usize = parts.iter().map(|p| p.1).sum();
     let (pixels, stretches) = (x.tokens(), x.tokens().div_ceil(STRETCH));
@@ -52,7 +52,7 @@ fn partial_statistics(parts: Parts, x: Shape, per_group: usize, partial: &mut [f
     });
 }
 
-/// Mean and `1 / sqrt(variance + eps)` of the group of some channels, from an image's stretches.
+/// Mean and `1 / sqrt(variance + eps)` of a group, given as its range of channels, from the stretches of an image.
 fn moments(image: &[f32], group: &Range<usize>, channels: usize, pixels: usize, eps: f32) -> (f64, f64) {
     let (mut count, mut mean, mut squares) = (0.0f64, 0.0f64, 0.0f64);
     for (stretch, stats) in image.chunks_exact(channels * 2).enumerate() {
@@ -66,9 +66,9 @@ fn moments(image: &[f32], group: &Range<usize>, channels: usize, pixels: usize, 
     (mean, 1.0 / (squares / count + eps as f64).sqrt())
 }
 
-/// Scales and shifts of every channel of every image, `[n][2][c]`, from the stretches' statistics: the norm as
-/// `x * scale + shift`.
-fn affine_of(norm: &GroupNorm, weights: &Weights, memory: &Memory, partial: &[f32], affine: &mut [f32]) {
+/// Computes from the statistics of the stretches the scale and the shift, `[n][2][c]`, that make the norm
+/// `x * scale + shift` in each channel of each image.
+fn affine_of(norm: &GroupNorm, weights: &CpuWeights, memory: &NodeMemory, partial: &[f32], affine: &mut [f32]) {
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
     let (weight, bias) = (weights.get(norm.weight), weights.get(norm.bias));
     let per_group = channels / norm.groups;
@@ -94,13 +94,13 @@ fn affine_of(norm: &GroupNorm, weights: &Weights, memory: &Memory, partial: &[f3
     });
 }
 
-/// What `[n][2][channels]` holds of an image.
+/// The two rows of an image in `[n][2][channels]`.
 fn pair(numbers: &[f32], image: usize, channels: usize) -> (&[f32], &[f32]) {
     numbers[image * channels * 2..][..channels * 2].split_at(channels)
 }
 
 /// Runs a [`GroupNorm`].
-pub(super) fn group_norm(norm: &GroupNorm, weights: &Weights, out: TensorId, memory: &Memory) {
+pub(super) fn run(norm: &GroupNorm, weights: &CpuWeights, out: TensorId, memory: &NodeMemory) {
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
     let parts = parts(norm, memory);
     let (partial, affine) = memory.workspace().split_at_mut(x.n * stretches * channels * 2);
@@ -122,9 +122,10 @@ pub(super) fn group_norm(norm: &GroupNorm, weights: &Weights, out: TensorId, mem
     });
 }
 
-/// The gradient by the first source. With `u = d silu'(y) scale`, where `scale` holds `1 / deviation`, and `x^` the
-/// normalised input, it is `u - mean(u) - x^ mean(u x^)`, means over the group: `u - slope x - offset`.
-pub(super) fn group_norm_gradient(norm: &GroupNorm, weights: &Weights, d: TensorId, out: TensorId, memory: &Memory) {
+/// Runs an [`crate::graph::Op::GroupNormGradient`]: the gradient with respect to the first source. With
+/// `u = d silu'(y) scale`, where `scale` includes `1 / deviation`, and `x^` the normalised input, it is
+/// `u - mean(u) - x^ mean(u x^)` with means over the group, computed as `u - slope x - offset`.
+pub(super) fn gradient(norm: &GroupNorm, weights: &CpuWeights, d: TensorId, out: TensorId, memory: &NodeMemory) {
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
     let pixels = x.tokens();
     let per_group = channels / norm.groups;
@@ -159,7 +160,7 @@ pub(super) fn group_norm_gradient(norm: &GroupNorm, weights: &Weights, d: Tensor
         }
     });
 
-    // Slope and offset of each channel; the mean of u x^ from the sums of u x.
+    // Slope and offset of each channel. The mean of u x^ follows from the sums of u x.
     let sums = &*sums;
     lines.par_chunks_exact_mut(channels * 2).enumerate().for_each(|(image, lines)| {
         let of_image = image * stretches * channels * 2..(image + 1) * stretches * channels * 2;
@@ -205,6 +206,7 @@ dispatch! {
 }
 
 dispatch! {
+    /// Writes the gradient of a row of pixels' channels, `u - slope x - offset`, with slopes and offsets in `line`.
     fn gradient_row(
         x: &[f32],
         d: &[f32],
@@ -226,7 +228,8 @@ dispatch! {
 }
 
 dispatch! {
-    /// Each group's mean over some rows, in every channel of it, and each channel's sum of squared deviations from it.
+    /// Writes the mean of each group over some rows, repeated for its channels, and each channel's sum of squared
+    /// deviations from that mean.
     fn statistics(
         parts: [(&[f32], usize); 2],
         rows: Range<usize>,
@@ -259,6 +262,7 @@ dispatch! {
 }
 
 dispatch! {
+    /// Writes `x * scale + shift` of a row, with SiLU if wanted.
     fn affine_row(x: &[f32], scales: &[f32], shifts: &[f32], with_silu: bool, out: &mut [f32]) {
         let numbers = out.iter_mut().zip(x).zip(scales.iter().zip(shifts));
         if with_silu {
@@ -267,78 +271,4 @@ dispatch! {
             numbers.for_each(|((o, x), (scale, shift))| *o = x * scale + shift);
         }
     }
-}
-
-pub(super) fn layer_norm(x: TensorId, affine: (&[f32], &[f32]), eps: f32, out: TensorId, memory: &Memory) {
-    let channels = memory.shape(out).c;
-    let x = memory.read(x);
-    let chunk = STRETCH * channels;
-    memory
-        .write(out)
-        .par_chunks_mut(chunk)
-        .zip(x.par_chunks(chunk))
-        .for_each(|(out, x)| layer_norm_rows(x, affine, eps, channels, out));
-}
-
-dispatch! {
-    fn layer_norm_rows(x: &[f32], affine: (&[f32], &[f32]), eps: f32, channels: usize, out: &mut [f32]) {
-        for (x, out) in x.chunks_exact(channels).zip(out.chunks_exact_mut(channels)) {
-            let mean = lane_sum(x, |x| x) / channels as f32;
-            let variance = lane_sum(x, |x| (x - mean) * (x - mean)) / channels as f32;
-            let inverse = 1.0 / (variance + eps).sqrt();
-            for ((o, x), (w, b)) in out.iter_mut().zip(x).zip(affine.0.iter().zip(affine.1)) {
-                *o = (x - mean) * inverse * w + b;
-            }
-        }
-    }
-}
-
-/// The gradient by a layer norm's input; see [`group_norm_gradient`], with a row as the group.
-pub(super) fn layer_norm_gradient(x: TensorId, weight: &[f32], eps: f32, d: TensorId, out: TensorId, memory: &Memory) {
-    let channels = memory.shape(out).c;
-    let (x, d) = (memory.read(x), memory.read(d));
-    let chunk = STRETCH * channels;
-    let chunks = memory.write(out).par_chunks_mut(chunk).zip(x.par_chunks(chunk)).zip(d.par_chunks(chunk));
-    chunks.for_each(|((out, x), d)| layer_norm_gradient_rows(x, weight, eps, d, channels, out));
-}
-
-dispatch! {
-    fn layer_norm_gradient_rows(x: &[f32], weight: &[f32], eps: f32, d: &[f32], channels: usize, out: &mut [f32]) {
-        let rows = x.chunks_exact(channels).zip(d.chunks_exact(channels)).zip(out.chunks_exact_mut(channels));
-        for ((x, d), out) in rows {
-            let mean = lane_sum(x, |x| x) / channels as f32;
-            let variance = lane_sum(x, |x| (x - mean) * (x - mean)) / channels as f32;
-            let inverse = 1.0 / (variance + eps).sqrt();
-            for ((o, d), w) in out.iter_mut().zip(d).zip(weight) {
-                *o = d * w * inverse;
-            }
-            let mean_u = lane_sum(out, |u| u) / channels as f32;
-            let mut lanes = [0.0f32; 16];
-            for (x, u) in x.chunks(16).zip(out.chunks(16)) {
-                for ((lane, x), u) in lanes.iter_mut().zip(x).zip(u) {
-                    *lane += (x - mean) * u;
-                }
-            }
-            let mean_product = lanes.iter().sum::<f32>() * inverse / channels as f32;
-            for (o, x) in out.iter_mut().zip(x) {
-                *o = *o - mean_u - (x - mean) * inverse * mean_product;
-            }
-        }
-    }
-}
-
-/// Sum of `f(x)` in 16 lanes: vectorises, and rounds less than one chain.
-#[inline(always)]
-fn lane_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let mut chunks = x.chunks_exact(16);
-    for chunk in &mut chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane += f(x);
-        }
-    }
-    for (lane, &x) in lanes.iter_mut().zip(chunks.remainder()) {
-        *lane += f(x);
-    }
-    lanes.iter().sum()
 }
