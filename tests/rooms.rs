@@ -121,3 +121,14 @@ fn names_are_found_in_lists() {
         ["Error", "graph", "plan", "cpu"]
     );
 }
+
+#[test]
+fn the_table_of_contents_names_every_test() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let table = std::fs::read_to_string(folder.join("README.md")).unwrap();
+    for entry in std::fs::read_dir(folder).unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap();
+        let shown = if entry.path().is_dir() { format!("`{name}/`") } else { format!("`{name}`") };
+        assert!(name == "README.md" || table.contains(&shown), "{shown} is not in tests/README.md");
+    }
+}
