@@ -1,29 +1,197 @@
-//! Writing files whole or not at all.
+//! Writing files whole or not at all, and safetensors files whose bytes follow from their content.
 
 use crate::{Error, Result};
-use std::fs::{self, OpenOptions};
-use std::io::Write;
-use std::path::Path;
+use safetensors::SafeTensorError;
+use safetensors::tensor::TensorView;
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Writes to a draft beside `path` and renames it: whoever reads the path finds the old file or the new one, even after
-/// a power cut.
+/// Links that are followed to one file, as Linux does.
+const MAX_LINKS: usize = 40;
+
+/// Writes a file. A reader of the path finds the old file or the new one, even after a power cut: the bytes go to a draft
+/// beside it, which is renamed. Symbolic links stay and lead to the new file, whose permissions are the old one's.
+/// Devices, pipes and sockets are written to and stay what they are.
 ///
 /// # Errors
-/// [`Error::Io`]; the draft is removed.
+/// [`crate::ErrorKind::Io`] or [`crate::ErrorKind::NotFound`]; the draft is removed.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    // Distinguishes threads; the process id distinguishes programs.
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let partial = path.with_file_name(format!(".respodiff-{}-{count}.partial", std::process::id()));
-    let write = || {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&partial)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&partial, path)
+    place(path).and_then(|place| place.write(bytes)).map_err(Error::io("write", path))
+}
+
+/// Finds now, not after minutes of work, that a file cannot be written.
+///
+/// # Errors
+/// [`crate::ErrorKind::Io`] or [`crate::ErrorKind::NotFound`] with the system's answer.
+pub(crate) fn check_writable(path: &Path) -> Result<()> {
+    let check = |place: Place| match place {
+        // Opening a pipe would wait for its reader.
+        Place::Stream(_) => Ok(()),
+        Place::Regular { path, .. } => {
+            let (draft, _) = draft(&path)?;
+            fs::remove_file(draft)
+        }
     };
-    write().map_err(|error| {
-        let _ = fs::remove_file(&partial);
-        Error::io("write", path)(error)
-    })
+    place(path).and_then(check).map_err(Error::io("write", path))
+}
+
+/// The bytes of a safetensors file. Equal content gives equal bytes: `safetensors::serialize` sorts tensors, but writes
+/// metadata in the order of a hash map, which changes from run to run.
+///
+/// # Errors
+/// The safetensors crate's, for tensors whose sizes do not agree.
+pub(crate) fn safetensors<'a>(
+    tensors: impl IntoIterator<Item = (&'a str, TensorView<'a>)>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, SafeTensorError> {
+    let plain = safetensors::serialize(tensors, None)?;
+    let (length, rest) = plain.split_at(size_of::<u64>());
+    let length = length.try_into().map_or(0, u64::from_le_bytes) as usize;
+    let (header, numbers) = rest.split_at(length);
+    let fields = serde_json::to_vec(metadata).map_err(SafeTensorError::JsonError)?;
+    // The header is a JSON object of at least one tensor, padded by spaces so that the numbers are aligned.
+    let mut header = [b"{\"__metadata__\":", &fields[..], b",", header[1..].trim_ascii_end()].concat();
+    header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    Ok([&(header.len() as u64).to_le_bytes(), &header[..], numbers].concat())
+}
+
+/// The thing that a path leads to.
+enum Place {
+    /// A device, a pipe or a socket.
+    Stream(PathBuf),
+    /// A file, which may be there already.
+    Regular { path: PathBuf, permissions: Option<fs::Permissions> },
+}
+
+/// Follows links, the last of which may lead to a file that is not there yet.
+fn place(path: &Path) -> io::Result<Place> {
+    let mut path = path.to_path_buf();
+    for _ in 0..MAX_LINKS {
+        match fs::symlink_metadata(&path) {
+            Ok(found) if found.is_symlink() => {
+                let target = fs::read_link(&path)?;
+                path = path.parent().unwrap_or(Path::new("")).join(target);
+            }
+            Ok(found) if found.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
+            Ok(found) if found.is_file() => {
+                return Ok(Place::Regular { path, permissions: Some(found.permissions()) });
+            }
+            Ok(_) => return Ok(Place::Stream(path)),
+            Err(problem) if problem.kind() == io::ErrorKind::NotFound => {
+                return Ok(Place::Regular { path, permissions: None });
+            }
+            Err(problem) => return Err(problem),
+        }
+    }
+    Err(io::Error::other(format!("more than {MAX_LINKS} symbolic links, or a circle of them")))
+}
+
+impl Place {
+    fn write(&self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Place::Stream(path) => OpenOptions::new().write(true).open(path)?.write_all(bytes),
+            Place::Regular { path, permissions } => {
+                let (draft, mut file) = draft(path)?;
+                let mut write = || {
+                    file.write_all(bytes)?;
+                    if let Some(permissions) = permissions {
+                        file.set_permissions(permissions.clone())?;
+                    }
+                    file.sync_all()?;
+                    fs::rename(&draft, path)
+                };
+                write().inspect_err(|_| {
+                    let _ = fs::remove_file(&draft);
+                })
+            }
+        }
+    }
+}
+
+/// A new file beside `path`, under a name that nobody has.
+fn draft(path: &Path) -> io::Result<(PathBuf, File)> {
+    // Distinguishes threads; the process id distinguishes programs, but not those of two machines that share a folder.
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let draft = path.with_file_name(format!(".respodiff-{}-{count}.partial", std::process::id()));
+        match OpenOptions::new().write(true).create_new(true).open(&draft) {
+            Ok(file) => return Ok((draft, file)),
+            Err(problem) if problem.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(problem) => return Err(problem),
+        }
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
+
+    #[test]
+    fn links_stay_and_lead_to_the_new_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::create_dir(at("inner")).unwrap();
+        fs::write(at("inner/old"), "old").unwrap();
+        symlink("inner/old", at("one")).unwrap();
+        symlink(at("one"), at("two")).unwrap();
+        symlink("inner/new", at("dangling")).unwrap();
+        symlink("circle", at("circle")).unwrap();
+        for (name, file) in [("two", "inner/old"), ("dangling", "inner/new")] {
+            check_writable(&at(name)).unwrap();
+            write(&at(name), name.as_bytes()).unwrap();
+            assert!(fs::symlink_metadata(at(name)).unwrap().is_symlink(), "{name}");
+            assert_eq!(fs::read(at(file)).unwrap(), name.as_bytes());
+        }
+        for name in ["circle", "inner", "inner/old/x", "nowhere/x"] {
+            assert!(check_writable(&at(name)).is_err() && write(&at(name), b"x").is_err(), "{name}");
+        }
+        // No draft is left.
+        assert_eq!(fs::read_dir(at("inner")).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn pipes_and_devices_stay_what_they_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        check_writable(&pipe).unwrap();
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || {
+                let mut text = String::new();
+                File::open(pipe).unwrap().read_to_string(&mut text).unwrap();
+                text
+            }
+        });
+        write(&pipe, b"picture").unwrap();
+        assert_eq!(reader.join().unwrap(), "picture");
+        assert!(fs::metadata(&pipe).unwrap().file_type().is_fifo());
+        // A link, for as root the device itself would be at stake.
+        let link = folder.path().join("null");
+        symlink("/dev/null", &link).unwrap();
+        write(&link, b"picture").unwrap();
+        assert!(fs::metadata(&link).unwrap().file_type().is_char_device());
+    }
+
+    #[test]
+    fn permissions_are_kept_and_taken_names_are_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "old").unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
+        // Drafts of another program with this process's number.
+        for count in 0..1000 {
+            fs::write(folder.path().join(format!(".respodiff-{}-{count}.partial", std::process::id())), "").unwrap();
+        }
+        write(&file, b"new").unwrap();
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o640);
+        assert_eq!(fs::read(&file).unwrap(), b"new");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1001);
+    }
 }

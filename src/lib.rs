@@ -80,6 +80,7 @@ mod image;
 #[cfg(feature = "unstable")]
 pub mod image;
 mod layout;
+mod memory;
 #[cfg(not(feature = "unstable"))]
 mod models;
 #[cfg(feature = "unstable")]

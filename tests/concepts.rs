@@ -342,6 +342,19 @@ fn trainings_resume_to_the_same_result() {
     assert_eq!(second.concept().ram.parameters, whole.concept().ram.parameters);
     assert_eq!(second.concept().sam.unwrap().parameters, whole.concept().sam.unwrap().parameters);
     assert_eq!(second.history(), whole.history());
+    // Files are equal byte for byte, whatever the order of a hash map.
+    let written = |trainer: &Trainer, name: &str| {
+        let path = folder.path().join(name);
+        trainer.save(&path).unwrap();
+        let mut concept = trainer.concept();
+        concept.metadata.other = (0..20).map(|i| (format!("note{i}"), "x".into())).collect();
+        concept.save(path.with_extension("concept")).unwrap();
+        [std::fs::read(&path).unwrap(), std::fs::read(path.with_extension("concept")).unwrap()]
+    };
+    assert_eq!(written(&whole, "whole"), written(&second, "second"));
+    let read = Concept::load(folder.path().join("whole.concept")).unwrap();
+    assert_eq!(read.metadata.other.len(), 20);
+    assert_eq!(read.ram.parameters, whole.concept().ram.parameters);
     // Another training's checkpoint, and a cut one, are refused.
     assert!(trainer(4).resume(&path).unwrap_err().to_string().contains("another training"));
     let bytes = std::fs::read(&path).unwrap();

@@ -37,7 +37,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         advice.push("this CPU has no AVX2, so pictures will take several times longer here".into());
     }
     let threads = rayon::current_num_threads();
-    let free = crate::engine::free_memory();
+    let free = crate::memory::free();
     let cache = match model::hub() {
         Ok(config) => Some(config.cache),
         Err(problem) => {

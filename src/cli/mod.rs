@@ -12,10 +12,10 @@ mod sample;
 mod train;
 
 use crate::cpu::MatrixPrecision;
+use crate::files::check_writable;
 use crate::{Device, Error, ErrorKind, Result, Subject, cuda};
 use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -195,18 +195,6 @@ fn progress_bar(total: u64, template: &str) -> ProgressBar {
         bar.set_style(style);
     }
     bar
-}
-
-/// Finds now, not after minutes of work, whether a file can be written.
-fn check_writable(file: &Path) -> Result<()> {
-    let folder = file.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let test = folder.join(format!(".respodiff-{}", std::process::id()));
-    std::fs::write(&test, []).map_err(Error::io("write to the folder", folder))?;
-    let _ = std::fs::remove_file(test);
-    if file.is_dir() {
-        return Err(Error::invalid("out", format!("{} is a folder", file.display())).advise("give a file's name"));
-    }
-    Ok(())
 }
 
 /// From the clock: a seed only has to differ from run to run, and is printed.

@@ -21,7 +21,7 @@ impl Group {
     /// [`Error::Usage`] for fewer than two members, another number of shares, or shares that are no proportions.
     pub fn new(members: Vec<Arc<Concept>>, shares: Option<Vec<f64>>) -> Result<Self> {
         if members.len() < 2 {
-            return Err(Error::invalid("balance", "a group to balance has two concepts or more"));
+            return Err(Error::invalid("balance", "a group of one concept").advise("give two concepts or more"));
         }
         let shares = shares.unwrap_or_else(|| vec![1.0; members.len()]);
         if shares.len() != members.len() {
@@ -30,7 +30,8 @@ impl Group {
         }
         let total: f64 = shares.iter().sum();
         if shares.iter().any(|s| !s.is_finite() || *s < 0.0) || total <= 0.0 {
-            return Err(Error::invalid("balance", "shares to balance are positive numbers, such as 0.6,0.4"));
+            return Err(Error::invalid("balance", "a share is negative or no number, or all are zero")
+                .advise("give positive numbers, such as 0.6,0.4"));
         }
         Ok(Group { members, shares: shares.into_iter().map(|s| s / total).collect() })
     }

@@ -6,7 +6,7 @@
 use super::{Form, Module};
 use crate::graph::Shape;
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 use half::f16;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -109,10 +109,10 @@ impl Concept {
     /// [`Error::Usage`] if the channels differ: the concept is for another model.
     pub fn modules(&self, shape: Shape) -> Result<Vec<Module>> {
         if shape.c != self.shape().c {
-            return Err(Error::invalid(
-                "concepts",
+            return Err(Error::mismatch(
+                Subject::Field("concepts"),
                 format!(
-                    "the concept `{}` is for a bottleneck of {} channels where this model has {}; it was trained on {}",
+                    "the concept `{}`, trained on {}, is for a bottleneck of {} channels where this model has {}",
                     self.metadata.concept,
                     self.shape().c,
                     shape.c,
@@ -292,8 +292,8 @@ impl Concept {
         let fields = fields.map(|(k, v)| (k.to_string(), v));
         let all = m.other.clone().into_iter().chain(fields).collect();
         views
-            .and_then(|views| safetensors::serialize(views, Some(all)))
-            .map_err(|e| Error::invalid("concept", format!("the concept `{}` cannot be written: {e}", m.concept)))
+            .and_then(|views| crate::files::safetensors(views, &all))
+            .map_err(|e| Error::internal(format!("the concept `{}` cannot be written: {e}", m.concept)))
     }
 
     /// Writes the file in fp32, whole or not at all.
@@ -324,7 +324,7 @@ impl Concept {
     /// [`Error::Usage`] if there is none, they differ in channels, or one is a network.
     pub fn merge(parts: &[(Concept, f32)]) -> Result<Concept> {
         let Some((first, _)) = parts.first() else {
-            return Err(Error::invalid("concepts", "nothing to merge: give concept files"));
+            return Err(Error::invalid("concepts", "nothing to merge").advise("give concept files"));
         };
         let shape = first.shape();
         let mut ram = vec![0.0f32; shape.len()];
@@ -335,7 +335,7 @@ impl Concept {
                     "concepts",
                     format!("the concept `{}` is a network, which cannot be merged", concept.metadata.concept),
                 )
-                .advise("give several --concept instead"));
+                .advise("give several concepts to the picture instead"));
             }
             let modules = concept.modules(shape)?;
             for (sum, module) in [&mut ram, &mut sam].into_iter().zip(&modules) {

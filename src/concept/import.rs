@@ -47,9 +47,9 @@ pub fn import(path: &Path, concept: &str, column: Option<usize>, channels: usize
         (None, &[only]) => (only, None, &SDISC[..]),
         _ => {
             let names: Vec<&str> = all.iter().map(|t| t.name.as_str()).take(8).collect();
-            return Err(Error::not_found(
+            return Err(Error::unsupported(
                 path,
-                format!("neither the official checkpoint nor SDisc's matrix; its tensors are [{}]", names.join(", ")),
+                format!("neither the official checkpoint nor SDisc's matrix: its tensors are [{}]", names.join(", ")),
             ));
         }
     };
@@ -61,7 +61,7 @@ pub fn import(path: &Path, concept: &str, column: Option<usize>, channels: usize
                 "concept",
                 format!("`{concept}` is none of the file's concepts [{}]", names.join(", ")),
             )
-            .advise("give its --column"));
+            .advise("give one of these, or the number of its column"));
         }
     };
     let module = |matrix: &Tensor| -> Result<Module> {

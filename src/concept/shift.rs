@@ -25,7 +25,7 @@ impl Shift {
             for (concept, weight) in *list {
                 if !weight.is_finite() {
                     let name = &concept.metadata.concept;
-                    return Err(Error::invalid("concepts", format!("weight {weight} of `{name}` is no number")));
+                    return Err(Error::invalid("concepts", format!("the weight {weight} of `{name}` is not finite")));
                 }
                 for module in concept.modules(shape)? {
                     match module.form() {

@@ -24,7 +24,7 @@ pub use weights::CpuWeights;
 
 use crate::graph::{Graph, Node, Op, Shape, TensorId};
 use crate::plan::{Plan, Storage};
-use crate::{Error, Result};
+use crate::{Error, Result, memory};
 use memmap2::MmapMut;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -299,11 +299,17 @@ fn with_scratch<R>(len: usize, task: impl FnOnce(&mut [f32]) -> R) -> R {
 struct Line([f32; 16]);
 
 /// Zeroed, page-aligned memory. The system assigns a page only when it is first written.
+/// Under a limit, such as a container's, the process would be ended at that point: so what is free is asked before.
 fn pages(bytes: usize, purpose: &str) -> Result<MmapMut> {
-    MmapMut::map_anon(bytes.max(size_of::<f32>())).map_err(|problem| {
-        let gib = bytes as f64 / (1u64 << 30) as f64;
-        Error::out_of_memory(format!("{gib:.1} GiB of memory for {purpose} are not to be had: {problem}"))
-    })
+    let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+    let short = |problem: String| {
+        Error::out_of_memory(format!("{:.2} GiB of memory are needed for {purpose}: {problem}", gib(bytes)))
+            .advise("choose a smaller model, picture or batch, or end other programs")
+    };
+    match memory::free() {
+        Some(free) if free < bytes => Err(short(format!("{:.2} GiB are free", gib(free)))),
+        _ => MmapMut::map_anon(bytes.max(size_of::<f32>())).map_err(|problem| short(problem.to_string())),
+    }
 }
 
 /// The memory of a plan's activations.

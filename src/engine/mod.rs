@@ -304,7 +304,7 @@ impl Engine {
     /// Free memory of the device, where that is known.
     pub(crate) fn free_memory(&self) -> Option<usize> {
         match &self.0.device.0 {
-            Backend::Cpu => free_memory(),
+            Backend::Cpu => crate::memory::free(),
             Backend::Cuda(device) => device.free_bytes(),
         }
     }
@@ -332,7 +332,7 @@ fn check_latents(source: &Source, unet: &UNetConfig, vae: &VaeConfig) -> Result<
         return Ok(());
     }
     let problem = format!(
-        "has {} input and {} output channels for {} latent channels; inpainting and depth models are not supported",
+        "has {} input and {} output channels for {} latent channels: inpainting and depth models are not supported",
         unet.in_channels, unet.out_channels, vae.latent_channels
     );
     Err(Error::unsupported(source.path("unet/config.json"), problem))
@@ -350,11 +350,4 @@ fn read_scheduler(source: &Source, xl: bool) -> Result<SchedulerConfig> {
         fields.insert("clip_sample".into(), false.into());
     }
     SchedulerConfig::parse(&serde_json::Value::Object(fields).to_string(), path)
-}
-
-/// Free memory as Linux counts it; other systems are not asked.
-pub(crate) fn free_memory() -> Option<usize> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    line.split_whitespace().next()?.parse::<usize>().ok().map(|kib| kib * 1024)
 }

@@ -67,7 +67,7 @@ impl Settings {
         let ours = Settings { groups, concepts, shares, weight, ..self.clone() };
         columns.filter(|_| ours.same_run(&theirs)).ok_or_else(|| {
             let problem = "holds plain pictures of other settings, or lacks a group of these concepts";
-            Error::invalid("out", format!("{} {problem}", other.display()))
+            Error::mismatch(other, problem)
         })
     }
 }
@@ -118,8 +118,8 @@ impl Fairness {
         let path = folder.join("settings.json");
         if path.exists() {
             if !read_settings(folder)?.same_run(&settings) {
-                return Err(Error::invalid("out", format!("{} holds a run of other settings", folder.display()))
-                    .advise("give another --out, or delete it"));
+                return Err(Error::mismatch(folder, "holds a run of other settings")
+                    .advise("give another folder, or delete it"));
             }
         } else {
             let text = serde_json::to_string_pretty(&settings).unwrap_or_default();

@@ -51,7 +51,7 @@ impl Report {
     pub fn read(folder: &Path) -> Result<Self> {
         let (settings, records) = (read_settings(folder)?, read_records(folder)?);
         if records.is_empty() {
-            return Err(Error::invalid("records", format!("{} holds no records yet", folder.display())));
+            return Err(Error::not_found(folder, "holds no records yet").advise("run the evaluation first"));
         }
         let sizes: Vec<usize> = settings.groups.iter().map(Vec::len).collect();
         let fits = |r: &Record| {
@@ -235,7 +235,9 @@ fn summary(
 /// # Errors
 /// [`Error::Usage`] if the folders hold runs of different settings, [`Error::Io`].
 pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
-    let Some(first) = folders.first() else { return Err(Error::invalid("folders", "nothing to merge: give folders")) };
+    let Some(first) = folders.first() else {
+        return Err(Error::invalid("folders", "nothing to merge").advise("give folders of evaluations"));
+    };
     let settings = read_settings(first)?;
     let images = out.join("images");
     std::fs::create_dir_all(&images).map_err(Error::io("create", &images))?;
@@ -243,10 +245,7 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
     let mut lines = String::new();
     for folder in folders {
         if !read_settings(folder)?.same_run(&settings) {
-            return Err(Error::invalid(
-                "folders",
-                format!("{} and {} hold different runs", first.display(), folder.display()),
-            ));
+            return Err(Error::mismatch(folder, format!("holds another run than {}", first.display())));
         }
         for record in read_records(folder)? {
             if seen.insert((record.balanced, record.profession, record.seed)) {

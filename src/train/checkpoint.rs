@@ -6,7 +6,7 @@ use crate::concept::Module;
 use crate::{Error, Result, files};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 impl Trainer {
@@ -31,10 +31,10 @@ impl Trainer {
             .chain([view(Dtype::F64, bytemuck::cast_slice(&losses), losses.len()).map(|v| ("losses", v))])
             .collect::<std::result::Result<Vec<_>, _>>();
         let metadata =
-            HashMap::from([("training".to_string(), self.identity()), ("rollouts".to_string(), rollouts.to_string())]);
+            BTreeMap::from([("training".to_string(), self.identity()), ("rollouts".to_string(), rollouts.to_string())]);
         let bytes = views
-            .and_then(|views| safetensors::serialize(views, Some(metadata)))
-            .map_err(|e| Error::invalid("checkpoint", format!("the checkpoint cannot be written: {e}")))?;
+            .and_then(|views| files::safetensors(views, &metadata))
+            .map_err(|e| Error::internal(format!("the checkpoint cannot be written: {e}")))?;
         files::write(path, &bytes)
     }
 

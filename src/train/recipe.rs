@@ -44,7 +44,8 @@ impl std::str::FromStr for Variant {
     fn from_str(name: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|v| v.name() == name).ok_or_else(|| {
             let known: Vec<&str> = Self::ALL.iter().map(|v| v.name()).collect();
-            Error::invalid("variant", format!("unknown variant `{name}`; give one of {}", known.join(", ")))
+            Error::invalid("variant", format!("unknown variant `{name}`"))
+                .advise(format!("give one of {}", known.join(", ")))
         })
     }
 }
@@ -178,21 +179,25 @@ impl Recipe {
     /// [`Error::Usage`] naming the field.
     pub fn check(&self) -> Result<()> {
         let positive = |x: f64| x.is_finite() && x > 0.0;
-        for (name, fine) in [
-            ("iterations", self.iterations > 0),
-            ("batch", (1..=256).contains(&self.batch)),
-            ("lr_ram", positive(self.lr_ram)),
-            ("lr_sam", positive(self.lr_sam)),
-            ("lambda", self.lambda.is_finite() && self.lambda >= 0.0),
-            ("target_guidance", self.target_guidance.is_finite()),
-            ("rollout_guidance", self.rollout_guidance.is_finite()),
-            ("rollout_steps", (2..=1000).contains(&self.rollout_steps)),
-            ("latents_per_rollout", (1..self.rollout_steps).contains(&self.latents_per_rollout)),
-            ("init", self.init.is_finite() && self.init >= 0.0),
-            ("timestep_offset", self.timestep_offset.is_finite()),
+        for (name, fine, range) in [
+            ("iterations", self.iterations > 0, "1 or more"),
+            ("batch", (1..=256).contains(&self.batch), "1 to 256"),
+            ("lr_ram", positive(self.lr_ram), "a number above 0"),
+            ("lr_sam", positive(self.lr_sam), "a number above 0"),
+            ("lambda", self.lambda.is_finite() && self.lambda >= 0.0, "0 or more"),
+            ("target_guidance", self.target_guidance.is_finite(), "a finite number"),
+            ("rollout_guidance", self.rollout_guidance.is_finite(), "a finite number"),
+            ("rollout_steps", (2..=1000).contains(&self.rollout_steps), "2 to 1000"),
+            (
+                "latents_per_rollout",
+                (1..self.rollout_steps).contains(&self.latents_per_rollout),
+                "1 to one less than the rollout's steps",
+            ),
+            ("init", self.init.is_finite() && self.init >= 0.0, "0 or more"),
+            ("timestep_offset", self.timestep_offset.is_finite(), "a finite number"),
         ] {
             if !fine {
-                return Err(Error::invalid("recipe", format!("the recipe's `{name}` is out of range")));
+                return Err(Error::invalid(name, "out of range").advise(format!("give {range}")));
             }
         }
         Ok(())
