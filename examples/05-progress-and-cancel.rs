@@ -8,7 +8,7 @@ use std::time::Duration;
 fn main() -> respodiff::Result<()> {
     let engine = Engine::open(&Source::demo(), Device::auto())?;
     let mut session = engine.session(engine.options())?;
-    let request = Request::from(Image::new("a photo of a teacher")).steps(1000);
+    let request = Request::from(Image::new("a photo of a teacher")).steps(900);
     let cancelled = AtomicBool::new(false);
     let outcome = std::thread::scope(|scope| {
         scope.spawn(|| {

@@ -176,16 +176,38 @@ pub struct GenerationInfo {
     pub crop: Option<(usize, usize)>,
     /// Name of the checkpoint.
     pub model: String,
-    /// SHA-256 of the checkpoint in hexadecimal, where it is known.
+    /// [`crate::Engine::sha256`], where it is known.
     pub model_sha256: Option<String>,
+    /// [`crate::Engine::fingerprint`]: the same for every format and precision of the same weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_fingerprint: Option<String>,
+    /// The device that computed, such as `CPU (Avx2)`: others round differently.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// True if the run did not start from the seed's noise, so that these values alone do not make the picture again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub given_latents: bool,
     /// Number format of the UNet's linear layers, such as `int8`, unless it was the device's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub precision: Option<String>,
-    /// Concepts that shifted the bottleneck, and their weights.
+    /// Concepts that shifted the bottleneck.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub concepts: Vec<(String, f32)>,
+    pub concepts: Vec<UsedConcept>,
     /// Version of this program, such as `0.1.0`.
     pub version: String,
+}
+
+/// A concept in a [`GenerationInfo`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UsedConcept {
+    /// The concept's own name, such as "a woman".
+    pub name: String,
+    /// Its weight.
+    pub weight: f32,
+    /// [`crate::Concept::fingerprint`].
+    pub fingerprint: String,
+    /// The file it came from, as it was given, or its name among the demo's.
+    pub file: String,
 }
 
 impl GenerationInfo {
@@ -197,7 +219,7 @@ impl GenerationInfo {
         let version = format!("respodiff {}", self.version);
         // A1111 tells models apart by the first ten digits.
         let hash = self.model_sha256.as_ref().map(|hash| hash.chars().take(10).collect::<String>());
-        let concepts: Vec<String> = self.concepts.iter().map(|(name, weight)| format!("{name}:{weight}")).collect();
+        let concepts: Vec<String> = self.concepts.iter().map(|c| format!("{}:{}", c.name, c.weight)).collect();
         let fields = [
             ("Steps", Some(self.steps.to_string())),
             ("Sampler", Some(self.sampler.clone())),

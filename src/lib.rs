@@ -108,7 +108,7 @@ pub use engine::{
     Size, Start,
 };
 pub use error::{Error, ErrorKind, Result, Subject};
-pub use image::{GenerationInfo, Picture};
+pub use image::{GenerationInfo, Picture, UsedConcept};
 #[cfg(feature = "train")]
 pub use train::{Losses, Recipe, Task, Trainer};
 pub use weights::Source;

@@ -187,10 +187,10 @@ fn refuses_in_one_line() {
         (&["sample", "x", "--spacing", "nonsense"], 2, "karras"),
         (&["sample", "x", "--guidance", "NaN"], 2, "guidance"),
         (&["sample", "x", "--rng", "dice"], 2, "torch-cpu"),
-        (&["sample", "x", "--device", "cuda"], 1, "cpu"),
+        (&["sample", "x", "--device", "cuda"], 1, "CPU"),
         (&["sample", "x", "--out", "no/such/folder/x.png"], 1, "no/such/folder"),
         (&["sample", "x", "--save-latents", "no/such/folder/l.st"], 1, "no/such/folder"),
-        (&["sample", "x", "--save-latents", "."], 2, "folder"),
+        (&["sample", "x", "--save-latents", "."], 1, "directory"),
         (&["sample", "x", "--model", "./nowhere"], 2, "nowhere"),
         (&["sample", "x", "--latents", "missing.st"], 1, "missing.st"),
         (&["sample", "x", "--original-size", "512x512"], 2, "SDXL"),
@@ -204,7 +204,7 @@ fn refuses_in_one_line() {
         (&["train", "--target", "x", "--out", "no/such/folder/c"], 1, "no/such/folder"),
         (&["train", "--target", "x", "--out", "c", "--recipe", "nonsense"], 2, "official"),
         (&["train", "--target", "x", "--out", "c", "--batch", "0"], 2, "batch"),
-        (&["train", "--target", "x", "--out", "c", "--lr-ram", "NaN"], 2, "lr_ram"),
+        (&["train", "--target", "x", "--out", "c", "--lr-ram", "NaN"], 2, "--lr-ram"),
         (&["train", "--target", "x", "--out", "c", "--variant", "gan"], 2, "ram-only"),
     ] {
         let output = respodiff(folder.path(), args);

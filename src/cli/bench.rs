@@ -1,9 +1,10 @@
 //! `respodiff bench`.
 
-use super::{Place, Precision, check_writable, model, say};
+use super::{Place, Precision, model, say};
 use crate::bench::{Case, Peaks, SD15, SDXL, Table, kernels, measure, networks, peaks, training};
 use crate::cuda::{Limits, Lowered, lowered};
 use crate::engine::UNET_CONSTANTS;
+use crate::files::check_writable;
 use crate::graph::Graph;
 use crate::weights::Source;
 use crate::{Error, Result};
@@ -34,7 +35,7 @@ pub(super) struct Args {
     #[arg(long)]
     json: Option<PathBuf>,
     /// Where to compute
-    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    #[arg(long, default_value_t = Place::Auto)]
     device: Place,
     /// Number format of the networks' linear layers
     #[arg(long, value_enum, default_value_t = Precision::Full)]
@@ -110,7 +111,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let device = args.device.open()?;
     let usual = match args.device {
-        Place::Auto | Place::Cuda if !device.is_cpu() => 20,
+        Place::Auto | Place::Cuda(_) if !device.is_cpu() => 20,
         _ => 3,
     };
     let runs = args.runs.map_or(usual, usize::from);

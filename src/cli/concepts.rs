@@ -1,8 +1,9 @@
 //! The flags that choose concepts, and `respodiff concept`.
 
-use super::{check_writable, model, say, warn};
+use super::{model, say, warn};
 use crate::concept::{Concept, Form, Group, NumberFormat, assign, import};
 use crate::engine::{Engine, read_config};
+use crate::files::check_writable;
 use crate::models::UNetConfig;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -11,7 +12,8 @@ use std::sync::Arc;
 /// Which concepts the images get.
 #[derive(clap::Args)]
 pub(super) struct Flags {
-    /// Shift every image by this concept file; repeat to compose
+    /// Shift every image by this concept, a file or the name of one of the demo's (woman, man, asian, black, white); repeat to
+    /// compose
     #[arg(long = "concept", value_name = "FILE[:WEIGHT]")]
     concepts: Vec<String>,
     /// Give each image one of these concepts, by exact quotas; repeat to cross groups
@@ -28,8 +30,17 @@ pub(super) struct Flags {
     respect_prompt: bool,
 }
 
-/// For each image its concepts and their weights.
-pub(super) type Assignment = Vec<Vec<(Arc<Concept>, f32)>>;
+/// A concept that an image gets.
+#[derive(Clone)]
+pub(super) struct Used {
+    pub(super) concept: Arc<Concept>,
+    pub(super) weight: f32,
+    /// Its file as it was given, or its name among the demo's.
+    pub(super) file: String,
+}
+
+/// For each image its concepts.
+pub(super) type Assignment = Vec<Vec<Used>>;
 
 impl Flags {
     /// Whether any concept is asked for.
@@ -42,10 +53,10 @@ impl Flags {
         let mut all: Assignment = vec![Vec::new(); images];
         for text in &self.concepts {
             let (path, weight) = file_and_weight(text)?;
-            let concept = load(&path, engine)?;
-            all.iter_mut().for_each(|image| image.push((concept.clone(), weight)));
+            let used = Used { concept: load(&path, engine)?, weight, file: path.display().to_string() };
+            all.iter_mut().for_each(|image| image.push(used.clone()));
         }
-        let mut groups = Vec::new();
+        let (mut groups, mut files) = (Vec::new(), Vec::new());
         for text in &self.balance {
             let group = self::group(text, engine)?;
             match group.named_in(prompt) {
@@ -54,11 +65,18 @@ impl Flags {
                         "the prompt says `{word}`, so --balance {text} leaves it alone; --respect-prompt false balances"
                     ));
                 }
-                _ => groups.push(group),
+                _ => {
+                    groups.push(group);
+                    files.push(members(text));
+                }
             }
         }
         for (image, row) in all.iter_mut().zip(assign(&groups, images, seed, self.balance_random)) {
-            image.extend(row.iter().zip(&groups).map(|(&m, group)| (group.members[m].clone(), self.balance_weight)));
+            image.extend(row.iter().zip(groups.iter().zip(&files)).map(|(&m, (group, files))| Used {
+                concept: group.members[m].clone(),
+                weight: self.balance_weight,
+                file: files[m].clone(),
+            }));
         }
         Ok(all)
     }
@@ -66,19 +84,23 @@ impl Flags {
 
 /// `A,B` or `A,B=0.6,0.4`.
 pub(super) fn group(text: &str, engine: &Engine) -> Result<Group> {
-    let (files, shares) = match text.rsplit_once('=') {
-        Some((files, shares)) => {
+    let shares = match text.rsplit_once('=') {
+        Some((_, shares)) => {
             let parse = |s: &str| {
-                s.trim()
-                    .parse::<f64>()
-                    .map_err(|_| Error::invalid("balance", format!("--balance {text}: `{s}` is no share")))
+                s.trim().parse::<f64>().map_err(|_| Error::invalid("balance", format!("{text}: `{s}` is no share")))
             };
-            (files, Some(shares.split(',').map(parse).collect::<Result<Vec<f64>>>()?))
+            Some(shares.split(',').map(parse).collect::<Result<Vec<f64>>>()?)
         }
-        None => (text, None),
+        None => None,
     };
-    let members = files.split(',').map(|file| load(Path::new(file.trim()), engine)).collect::<Result<_>>()?;
+    let members = members(text).iter().map(|file| load(Path::new(file), engine)).collect::<Result<_>>()?;
     Group::new(members, shares)
+}
+
+/// The files of `A,B` or `A,B=0.6,0.4`.
+fn members(text: &str) -> Vec<String> {
+    let files = text.rsplit_once('=').map_or(text, |(files, _)| files);
+    files.split(',').map(|file| file.trim().to_string()).collect()
 }
 
 /// `FILE` or `FILE:WEIGHT`; a file whose name has a colon is taken as it is.
@@ -86,15 +108,29 @@ fn file_and_weight(text: &str) -> Result<(PathBuf, f32)> {
     if let Some((file, weight)) = text.rsplit_once(':').filter(|_| !Path::new(text).exists()) {
         return match weight.parse::<f32>() {
             Ok(weight) if weight.is_finite() => Ok((file.into(), weight)),
-            _ => Err(Error::invalid("concept", format!("`{text}`: `{weight}` is no weight")).advise("write FILE:0.8")),
+            _ => Err(Error::invalid("concepts", format!("{text}: `{weight}` is no weight")).advise("write FILE:0.8")),
         };
     }
     Ok((text.into(), 1.0))
 }
 
+/// Reads a concept file, or the demo's concept of that name where there is no such file.
+pub(super) fn read(path: &Path) -> Result<Concept> {
+    let name = path.to_string_lossy();
+    match respodiff_demo::CONCEPTS.iter().find(|(known, _)| *known == name) {
+        Some((_, bytes)) if !path.exists() => Concept::parse(bytes, path),
+        _ if !path.exists() && path.components().count() == 1 && path.extension().is_none() => {
+            let known: Vec<&str> = respodiff_demo::CONCEPTS.iter().map(|(name, _)| *name).collect();
+            Err(Error::not_found(path, "neither a concept file nor one of the demo's concepts")
+                .advise(format!("give a file, or one of {}", known.join(", "))))
+        }
+        _ => Concept::load(path),
+    }
+}
+
 /// Reads a concept and says if it was trained on another model.
 fn load(path: &Path, engine: &Engine) -> Result<Arc<Concept>> {
-    let concept = Concept::load(path)?;
+    let concept = read(path)?;
     let base = &concept.metadata.fingerprint;
     if !base.is_empty() && *base != engine.fingerprint()? {
         warn(&format!(
@@ -120,6 +156,9 @@ enum Command {
         /// Concept files
         #[arg(required = true)]
         files: Vec<PathBuf>,
+        /// As JSON, a list of one object for each file
+        #[arg(long)]
+        json: bool,
     },
     /// Take a concept out of the official code's .pth or SDisc's matrix; nothing in the file is run
     Import {
@@ -162,7 +201,12 @@ enum Command {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     match &args.command {
-        Command::Show { files } => files.iter().try_for_each(|file| show(file)),
+        Command::Show { files, json: false } => files.iter().try_for_each(|file| show(file)),
+        Command::Show { files, json: true } => {
+            let all = files.iter().map(|file| summary(file)).collect::<Result<Vec<_>>>()?;
+            say(&format!("{:#}", serde_json::Value::Array(all)));
+            Ok(())
+        }
         Command::Import { file, model, concept, column, out } => {
             check_writable(out)?;
             let source = model::source(model.as_deref())?;
@@ -177,7 +221,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
         Command::Convert { file, dtype, out } => {
             check_writable(out)?;
-            Concept::load(file)?.save_as(out, *dtype)?;
+            read(file)?.save_as(out, *dtype)?;
             say(&out.display().to_string());
             Ok(())
         }
@@ -185,7 +229,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             check_writable(out)?;
             let parts = files
                 .iter()
-                .map(|text| file_and_weight(text).and_then(|(path, weight)| Ok((Concept::load(path)?, weight))))
+                .map(|text| file_and_weight(text).and_then(|(path, weight)| Ok((read(&path)?, weight))))
                 .collect::<Result<Vec<_>>>()?;
             Concept::merge(&parts)?.save(out)?;
             say(&out.display().to_string());
@@ -194,8 +238,23 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
 }
 
+/// A concept's fields as JSON.
+fn summary(path: &Path) -> Result<serde_json::Value> {
+    let concept = read(path)?;
+    let (metadata, shape) = (&concept.metadata, concept.shape());
+    let norm =
+        |module: &crate::concept::Module| module.parameters.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    Ok(serde_json::json!({
+        "file": path.display().to_string(), "concept": metadata.concept, "kind": metadata.kind.name(),
+        "neutral": metadata.neutral, "base_model": metadata.base_model, "base_fingerprint": metadata.fingerprint,
+        "fingerprint": concept.fingerprint(), "form": format!("{:?}", concept.ram.form()).to_lowercase(),
+        "bottleneck": [shape.c, shape.h, shape.w], "ram_norm": norm(&concept.ram), "sam_norm": concept.sam.as_ref().map(norm),
+        "iterations": metadata.iterations, "losses": metadata.losses, "recipe": metadata.recipe, "other": metadata.other,
+    }))
+}
+
 fn show(path: &Path) -> Result<()> {
-    let Concept { metadata, ram, sam } = Concept::load(path)?;
+    let Concept { metadata, ram, sam } = read(path)?;
     let shape = ram.shape();
     say(&path.display().to_string());
     let row = |name: &str, value: String| {

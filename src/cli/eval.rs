@@ -1,7 +1,8 @@
 //! `respodiff eval`.
 
 use super::concepts::group;
-use super::{Place, interrupt_flag, model, progress_bar, say};
+use super::progress::Progress;
+use super::{Place, interrupt_flag, model, say};
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
@@ -60,7 +61,7 @@ struct FairnessArgs {
     #[arg(long, default_value_t = 10)]
     batch: usize,
     /// Sampler, such as DDIM, with which the published evaluations were made [default: the checkpoint's]
-    #[arg(long)]
+    #[arg(long, visible_alias = "sampler")]
     scheduler: Option<String>,
     /// Sampling steps
     #[arg(long, default_value_t = 50)]
@@ -84,7 +85,7 @@ struct FairnessArgs {
     #[arg(long)]
     shard: Option<String>,
     /// Where to compute
-    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    #[arg(long, default_value_t = Place::Auto)]
     device: Place,
 }
 
@@ -145,14 +146,13 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
     let mut run = Fairness::open(&args.out, settings, &groups, args.plain.as_deref())?;
     let cancelled = interrupt_flag();
     let (left, total) = run.left();
-    let bar = progress_bar(total as u64, "{bar:30} {pos}/{len} pictures {eta}");
-    bar.set_position((total - left) as u64);
-    bar.reset_eta();
+    let shown = Progress::new("judging", total as u64, "pictures");
+    shown.set((total - left) as u64, "");
     let outcome = run.run(&engine, &mut clip, &groups, &mut |done| {
-        bar.set_position(done as u64);
+        shown.set(done as u64, "");
         if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
-    bar.finish_and_clear();
+    shown.finish();
     match outcome {
         Err(error) if error.kind() == ErrorKind::Cancelled => {
             Err(Error::cancelled(format!("{} of {total} pictures are judged", total - run.left().0))

@@ -17,7 +17,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     batch: u16,
     /// Where it would run
-    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    #[arg(long, default_value_t = Place::Auto)]
     device: Place,
 }
 

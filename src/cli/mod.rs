@@ -7,15 +7,17 @@ mod eval;
 mod files;
 mod info;
 mod model;
+mod out;
 mod probe;
+mod progress;
+mod prompts;
+mod rerun;
 mod sample;
 mod train;
 
 use crate::cpu::MatrixPrecision;
-use crate::files::check_writable;
 use crate::{Device, Error, ErrorKind, Result, Subject, cuda};
-use clap::{Parser, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressStyle};
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -28,6 +30,9 @@ struct Cli {
     /// Threads of the CPU [default: as many as this process may use at once, or RAYON_NUM_THREADS]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
+    /// Print results, warnings and errors alone: no progress, no times, no tips
+    #[arg(long, short, global = true)]
+    quiet: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -36,6 +41,8 @@ struct Cli {
 enum Command {
     /// Make pictures of a prompt
     Sample(Box<sample::Args>),
+    /// Make a picture again from what its PNG file says
+    Rerun(rerun::Args),
     /// Learn a concept: RAM and SAM at the bottleneck
     Train(Box<train::Args>),
     /// Measure fairness
@@ -50,27 +57,64 @@ enum Command {
     Doctor(doctor::Args),
     /// Time every operation of a model's networks at its real shape
     Bench(bench::Args),
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, in troff
+    Man,
 }
 
 /// Where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
-    /// The GPU if there is one, else the CPU
+    /// The GPU if there is one, else the CPU.
     Auto,
-    /// The CPU
     Cpu,
-    /// An NVIDIA GPU; CUDA_VISIBLE_DEVICES chooses among several
-    Cuda,
-    /// The CUDA kernels on the CPU, slowly: to test them
+    /// An NVIDIA GPU by its number, or the first that the kernels run on.
+    Cuda(Option<usize>),
+    /// The CUDA kernels on the CPU, slowly: to test them.
     #[cfg(feature = "emulated")]
     Emulated,
+}
+
+impl std::str::FromStr for Place {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Place::Auto),
+            "cpu" => Ok(Place::Cpu),
+            "cuda" => Ok(Place::Cuda(None)),
+            #[cfg(feature = "emulated")]
+            "emulated" => Ok(Place::Emulated),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|number| number.parse().ok())
+                .map(|number| Place::Cuda(Some(number)))
+                .ok_or_else(|| "give auto, cpu, cuda, or a GPU by its number, such as cuda:1".into()),
+        }
+    }
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Place::Auto => f.write_str("auto"),
+            Place::Cpu => f.write_str("cpu"),
+            Place::Cuda(None) => f.write_str("cuda"),
+            Place::Cuda(Some(number)) => write!(f, "cuda:{number}"),
+            #[cfg(feature = "emulated")]
+            Place::Emulated => f.write_str("emulated"),
+        }
+    }
 }
 
 impl Place {
     fn open(self) -> Result<Device> {
         match self {
             Place::Cpu => Ok(Device::cpu()),
-            Place::Cuda => Device::cuda(None),
+            Place::Cuda(ordinal) => Device::cuda(ordinal),
             Place::Auto => Ok(Device::cuda(None).unwrap_or_else(|problem| {
                 // Whoever has a GPU expects it to be used. A build without kernels was made for the CPU.
                 let usable = || cuda::cards().is_ok_and(|(_, cards)| cards.iter().any(cuda::Card::usable));
@@ -115,7 +159,8 @@ impl Precision {
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
     let started = Instant::now();
-    let Cli { threads, command } = Cli::parse();
+    let Cli { threads, quiet, command } = Cli::parse();
+    progress::set_quiet(quiet);
     if let Some(threads) = threads {
         // Nothing has used the threads yet, and without any of its own rayon would fail later.
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
@@ -126,6 +171,7 @@ pub fn main() -> ExitCode {
     }
     let result = match command {
         Command::Sample(args) => sample::run(&args, started),
+        Command::Rerun(args) => rerun::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Concept(args) => concepts::run(&args),
@@ -133,6 +179,18 @@ pub fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "respodiff", &mut script);
+            say(String::from_utf8_lossy(&script).trim_end());
+            Ok(())
+        }
+        Command::Man => {
+            let mut page = Vec::new();
+            let rendered =
+                clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(Error::io("write", "the page"));
+            rendered.map(|()| say(String::from_utf8_lossy(&page).trim_end()))
+        }
     };
     match result {
         Ok(()) => match UNPRINTED.get() {
@@ -143,7 +201,8 @@ pub fn main() -> ExitCode {
             }
         },
         Err(error) => {
-            complain("error", &message(&error));
+            let kind = if error.kind() == ErrorKind::Cancelled { "interrupted" } else { "error" };
+            complain(kind, &message(&error));
             ExitCode::from(exit_code(error.kind()))
         }
     }
@@ -175,7 +234,7 @@ fn message(error: &Error) -> String {
     format!("{flag}: {}{advice}", error.problem())
 }
 
-/// A flag that Ctrl-C raises; a second Ctrl-C ends the process at once.
+/// A flag that Ctrl-C and SIGTERM raise; a second Ctrl-C ends the process at once.
 fn interrupt_flag() -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
     let raised = flag.clone();
@@ -186,15 +245,6 @@ fn interrupt_flag() -> Arc<AtomicBool> {
         }
     });
     flag
-}
-
-/// A progress bar on stderr.
-fn progress_bar(total: u64, template: &str) -> ProgressBar {
-    let bar = ProgressBar::new(total);
-    if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
-    }
-    bar
 }
 
 /// From the clock: a seed only has to differ from run to run, and is printed.

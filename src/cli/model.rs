@@ -1,6 +1,6 @@
 //! The checkpoints that `--model` names: nothing is the demo, else a folder or file, else a Hugging Face model id.
 
-use super::progress_bar;
+use super::progress::Progress;
 use crate::Result;
 use crate::weights::Source;
 use crate::weights::hub::{self, HubConfig};
@@ -18,12 +18,11 @@ pub(super) fn source(model: Option<&str>) -> Result<Source> {
     if path.exists() || [".safetensors", ".ckpt"].iter().any(|end| model.ends_with(end)) {
         return Source::open(path);
     }
-    let bar = progress_bar(0, "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    let shown = Progress::new("downloading", 0, "bytes");
     let folder = hub::resolve(model, &hub()?, &mut |downloaded| {
-        bar.set_length(downloaded.total);
-        bar.set_message(downloaded.file.to_string());
-        bar.set_position(downloaded.bytes);
+        shown.set_total(downloaded.total);
+        shown.set(downloaded.bytes, downloaded.file);
     });
-    bar.finish_and_clear();
+    shown.finish();
     Source::folder(folder?)
 }

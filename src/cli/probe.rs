@@ -1,11 +1,12 @@
 //! `respodiff probe`: components alone, to hold the engine against another implementation.
 
 use super::files::{TensorFile, write};
-use super::{Place, Precision, check_writable, model, say, warn};
+use super::{Place, Precision, model, say, warn};
 use crate::concept::{Form, Module};
 use crate::device::{Device, Executor};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 use crate::engine::{UNET_CONSTANTS, read_config};
+use crate::files::check_writable;
 use crate::graph::{Extent, Graph, Keep, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
@@ -63,7 +64,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     lambda: f64,
     /// Where to compute
-    #[arg(long, value_enum, default_value_t = Place::Cpu)]
+    #[arg(long, default_value_t = Place::Cpu)]
     device: Place,
     /// Number format of a network's linear layers; gradients have the device's own
     #[arg(long, value_enum, default_value_t = Precision::Full)]

@@ -1,17 +1,19 @@
 //! `respodiff sample`.
 
-use super::{
-    Place, Precision, check_writable, concepts, files, interrupt_flag, model, note, progress_bar, random_seed, say,
-    warn,
-};
+use super::out::{self, Named, Pictures};
+use super::progress::{self, Progress as Shown};
+use super::prompts::{self, Item};
+use super::{Place, Precision, concepts, files, interrupt_flag, model, note, random_seed, say, warn};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
-use crate::engine::{Engine, EngineOptions, Progress, Prompt, Request, Size, Start};
-use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD};
+use crate::engine::{Conditioning, Engine, EngineOptions, Image, Progress, Prompt, Request, Size, Start};
+use crate::files::check_writable;
+use crate::image::{GenerationInfo, UsedConcept};
 use crate::{Error, ErrorKind, Picture, Result};
 use serde_json::json;
+use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -21,42 +23,49 @@ const MAX_IMAGES: usize = 1_000_000;
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// What to show
-    prompt: String,
+    #[arg(required_unless_present_any = ["prompt_flag", "prompts"], conflicts_with_all = ["prompt_flag", "prompts"])]
+    prompt: Option<String>,
+    /// The same as a flag, for a prompt that begins with a dash
+    #[arg(short, long = "prompt", value_name = "PROMPT", allow_hyphen_values = true, conflicts_with = "prompts")]
+    prompt_flag: Option<String>,
+    /// A file with a prompt per line, or with a JSON object per line: prompt, negative_prompt, seed, guidance
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
     /// What to stay away from; with SDXL "" is an empty prompt, which is not the same as none
-    #[arg(long)]
+    #[arg(short, long, allow_hyphen_values = true)]
     negative_prompt: Option<String>,
     /// Sampling steps
-    #[arg(long, default_value_t = 50)]
+    #[arg(short, long, default_value_t = 50)]
     steps: usize,
     /// Guidance scale; 1 or less turns guidance off and halves the work [default: 7.5; 5 with SDXL]
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long, alias = "cfg-scale", visible_alias = "cfg-scale", allow_negative_numbers = true)]
     guidance: Option<f32>,
     /// Sampler by diffusers' or k-diffusion's name, such as "DDIM" or "DPM++ 2M Karras" [default: the checkpoint's]
-    #[arg(long)]
+    #[arg(long, visible_alias = "sampler")]
     scheduler: Option<String>,
     /// Spacing of the steps: leading, trailing, linspace, karras, exponential [default: the checkpoint's]
     #[arg(long)]
     spacing: Option<String>,
-    /// Seed of the first image; the others count on [default: random]
-    #[arg(long)]
-    seed: Option<u64>,
+    /// Seed of the first image, from which the others count on [default, and -1: random]
+    #[arg(long, allow_negative_numbers = true, value_parser = seed)]
+    seed: Option<Option<u64>>,
     /// Whose random numbers a seed means: torch-cpu or torch-cuda
     #[arg(long, default_value = "torch-cpu")]
     rng: String,
     /// Images at once
     #[arg(long, default_value_t = 1)]
     batch: usize,
-    /// Images in all, in as many batches as that takes [default: one batch]
+    /// Images of each prompt, in as many batches as that takes [default: one batch; with --prompts 1]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_IMAGES as i64))]
     images: Option<u32>,
     /// Pixels, a multiple of 8 [default: the checkpoint's]
-    #[arg(long)]
+    #[arg(short = 'W', long)]
     width: Option<usize>,
     /// Pixels, a multiple of 8 [default: the checkpoint's]
-    #[arg(long)]
+    #[arg(short = 'H', long)]
     height: Option<usize>,
     /// SDXL: the size of the picture that this one is to look made of [default: its own]
     #[arg(long, value_name = "WxH", value_parser = |text: &str| pair(text, 'x'))]
@@ -70,16 +79,17 @@ pub(super) struct Args {
     /// Write the final latents to this file
     #[arg(long)]
     save_latents: Option<PathBuf>,
-    /// PNG file or folder; several images add -0, -1, ... [default: the prompt and seed, in this folder]
-    #[arg(long)]
+    /// A .png, .jpg or .webp file, a template such as {seed}-{i}.png, a folder (made if it ends in a slash), or - for stdout;
+    /// several images add -0, -1, ... [default: the prompt and seed, in this folder]
+    #[arg(short, long, allow_hyphen_values = true)]
     out: Option<PathBuf>,
     /// Print one JSON object instead of file names: files and seeds, times, memory
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     concepts: concepts::Flags,
-    /// Where to compute
-    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    /// Where to compute: auto, cpu, cuda, or a GPU by its number, such as cuda:1
+    #[arg(long, default_value_t = Place::Auto)]
     device: Place,
     /// Number format of the UNet's linear layers
     #[arg(long, value_enum, default_value_t = Precision::Full)]
@@ -94,27 +104,37 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         sampler.spacing = Some(spacing.parse::<Spacing>()?);
     }
     let rng: Rng = args.rng.parse()?;
-    let seed = args.seed.unwrap_or_else(random_seed);
-    let files = output_files(args, seed)?;
+    let base = args.seed.flatten().unwrap_or_else(random_seed);
+    let (items, each) = args.items()?;
+    let plan: Vec<Planned> = plan(&items, each, base)?;
+    let names: Vec<Named> = plan.iter().map(|p| Named { prompt: &p.item.prompt, seed: p.seed }).collect();
+    let size = args.width.zip(args.height).map(|(width, height)| Size::new(width, height));
+    let files = out::pictures(args.out.as_deref(), &names, base, size)?;
+    if let Some(path) = &args.save_latents {
+        check_writable(path)?;
+    }
 
     let source = model::source(args.model.as_deref())?;
     let opening = Instant::now();
     let engine = Engine::open(&source, EngineOptions::new(device.clone()).precision(args.precision.of_matrices()))?;
     let loading = opening.elapsed();
+    // Hashes are in every picture, and read all of the weights: meanwhile the first pictures are made.
+    let hashing = std::thread::spawn({
+        let engine = engine.clone();
+        move || Ok((engine.sha256()?, engine.fingerprint()?))
+    });
     let schedule = engine.schedule(sampler, args.steps)?;
-    let prompt = engine.encode(&args.prompt)?;
-    let negative = args.negative_prompt.as_deref().map(|prompt| engine.encode(prompt)).transpose()?;
-    for (name, encoded) in [("prompt", Some(&prompt)), ("negative prompt", negative.as_ref())] {
-        if let Some(lost) = encoded.map(|encoded| encoded.truncated()).filter(|lost| !lost.is_empty()) {
-            warn(&format!("the {name} is too long; these words are not used: {lost}"));
-        }
-    }
-    let guidance = args.guidance.unwrap_or(engine.default_guidance());
+    let encoded = encode(&engine, args, &items)?;
+    let guidance = |item: &Item| item.guidance.or(args.guidance).unwrap_or(engine.default_guidance());
     let Size { width, height } = engine.default_size();
     let size = Size::new(args.width.unwrap_or(width), args.height.unwrap_or(height));
-    let images = args.total();
-    let mut options =
-        engine.options().size(size).batch(args.batch.min(images)).guided(guidance > 1.0).concepts(args.concepts.any());
+    let images = plan.len();
+    let mut options = engine
+        .options()
+        .size(size)
+        .batch(args.batch.min(images))
+        .guided(items.iter().any(|item| guidance(item) > 1.0))
+        .concepts(args.concepts.any());
     let mut session = Some(engine.session(options)?);
     let shape = engine.latent_shape(options.batch(images)).to_vec();
     let latents = match &args.latents {
@@ -124,18 +144,21 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         }
         None => None,
     };
-    let assignment = match options.concepts {
-        true => args.concepts.assign(&engine, &args.prompt, images, seed)?,
-        false => vec![Vec::new(); images],
-    };
+    let mut assignment = concepts::Assignment::new();
+    for (i, item) in items.iter().enumerate() {
+        assignment.extend(match options.concepts {
+            true => args.concepts.assign(&engine, &item.prompt, each, plan[i * each].seed)?,
+            false => vec![Vec::new(); each],
+        });
+    }
     let info = GenerationInfo {
-        prompt: args.prompt.clone(),
-        negative_prompt: args.negative_prompt.clone(),
+        prompt: String::new(),
+        negative_prompt: None,
         steps: args.steps,
         sampler: schedule.sampler.a1111_name().into(),
         spacing: schedule.spacing.map_or("Automatic", Spacing::a1111_name).into(),
-        guidance,
-        seed,
+        guidance: 0.0,
+        seed: 0,
         rng: rng.name().into(),
         width: size.width as u32,
         height: size.height as u32,
@@ -143,6 +166,9 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         crop: Some(args.crop).filter(|&crop| crop != (0, 0)),
         model: engine.name(),
         model_sha256: None,
+        model_fingerprint: None,
+        device: Some(device.name()),
+        given_latents: latents.is_some(),
         precision: args.precision.told(),
         concepts: Vec::new(),
         version: env!("CARGO_PKG_VERSION").into(),
@@ -150,17 +176,21 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let memory = engine.memory(options)?;
     let mut saved = Saved {
         files: &files,
+        plan: &plan,
         assignment: &assignment,
-        audited: options.concepts,
+        audited: options.concepts && matches!(files, Pictures::Files(_)),
         named: !args.json,
         manifest: Vec::new(),
         first: None,
+        hashing: Some(hashing),
+        guidance: &guidance,
+        negative: args.negative_prompt.as_deref(),
         info,
     };
 
     let cancelled = interrupt_flag();
     let (batch, steps) = (options.batch, schedule.steps.len());
-    let bar = progress_bar((images.div_ceil(batch) * steps) as u64, "{bar:30} {pos}/{len} {per_sec} {eta} {msg}");
+    let shown = Shown::new("sampling", (images.div_ceil(batch) * steps) as u64, "steps");
     let one: usize = shape[1..].iter().product();
     let mut final_latents = Vec::with_capacity(images * one);
     let sampling = Instant::now();
@@ -173,9 +203,10 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             session = None;
         }
         let image = |i: usize| {
-            let mut image = crate::Image::new(&prompt).seed(seed.wrapping_add(i as u64)).guidance(guidance);
+            let (prompt, negative) = &encoded[i / each];
+            let mut image = Image::new(prompt).seed(plan[i].seed).guidance(guidance(plan[i].item));
             image.negative = negative.as_ref().map(Prompt::from);
-            image.concepts = assignment[i].clone();
+            image.concepts = assignment[i].iter().map(|used| (used.concept.clone(), used.weight)).collect();
             match &latents {
                 Some(all) => image.start(Start::Latents(all[i * one..(i + 1) * one].into())),
                 None => image,
@@ -191,14 +222,17 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             none => none.insert(engine.session(options)?),
         };
         let output = session.generate(&request, &mut |progress| {
+            let before = (start / batch * steps) as u64;
             match progress {
-                Progress::Step { done, .. } => bar.set_position((start / batch * steps + done) as u64),
-                Progress::Decoded { done, .. } => bar.set_message(format!("decoded {}/{images}", start + done)),
+                Progress::Step { done, .. } => shown.set(before + done as u64, ""),
+                Progress::Decoded { done, .. } => {
+                    shown.set(before + steps as u64, &format!("decoded {}/{images}", start + done));
+                }
             }
             if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         // Printed lines and the bar would mix.
-        bar.suspend(|| saved.add(&output.pictures))?;
+        shown.suspend(|| saved.add(&output.pictures))?;
         final_latents.extend_from_slice(&output.latents);
         Ok(output.pictures.len() == options.batch)
     };
@@ -215,29 +249,31 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             Err(problem) => return Err(problem),
         }
     }
-    bar.finish_and_clear();
+    shown.finish();
     let made = saved.manifest.len();
     let (loading, each) = (loading.as_secs_f64(), sampling.elapsed().as_secs_f64() / made as f64);
-    let others =
-        [("manifest", options.concepts.then(|| saved.manifest_path())), ("latents", args.save_latents.clone())];
+    let others = [("manifest", saved.manifest_path()), ("latents", args.save_latents.clone())];
     if let (_, Some(path)) = &others[1] {
         let shape = [&[final_latents.len() / one], &shape[1..]].concat();
         files::write(path, &[("latents", shape, final_latents)])?;
     }
     let taken = engine.used_memory();
-    let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
-    note(&format!(
-        "loaded in {loading:.2} s; {made} image{}, {each:.2} s each; {:.2} GiB of memory planned{}",
-        if made == 1 { "" } else { "s" },
-        gib(memory.total()),
-        taken.map_or(String::new(), |taken| format!(", {:.2} taken by the device's count", gib(taken)))
-    ));
+    if !progress::is_quiet() {
+        let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+        note(&format!(
+            "loaded in {loading:.2} s; {made} image{}, {each:.2} s each; {:.2} GiB of memory planned{}",
+            if made == 1 { "" } else { "s" },
+            gib(memory.total()),
+            taken.map_or(String::new(), |taken| format!(", {:.2} taken by the device's count", gib(taken)))
+        ));
+        tip(args, &engine, each);
+    }
     if args.json {
-        let seeds = (0..).map(|i| seed.wrapping_add(i));
-        let pictures = files[..made]
-            .iter()
-            .zip(seeds)
-            .map(|(file, seed)| json!({"file": file.display().to_string(), "seed": seed}));
+        let file = |i: usize| match &files {
+            Pictures::Files(files) => json!(files[i].display().to_string()),
+            Pictures::Stdout => json!("-"),
+        };
+        let pictures = (0..made).map(|i| json!({"file": file(i), "seed": plan[i].seed, "prompt": plan[i].item.prompt}));
         let mut report = json!({
             "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "precision": args.precision.told(),
             "images": pictures.collect::<Vec<_>>(),
@@ -248,7 +284,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         });
         others.into_iter().for_each(|(name, path)| report[name] = json!(path.map(|path| path.display().to_string())));
         say(&format!("{report:#}"));
-    } else {
+    } else if matches!(files, Pictures::Files(_)) {
         others.iter().filter_map(|(_, path)| path.as_ref()).for_each(|path| say(&path.display().to_string()));
     }
     match failure {
@@ -264,94 +300,166 @@ fn pair(text: &str, separator: char) -> std::result::Result<(usize, usize), Stri
     numbers.ok_or_else(|| format!("write two whole numbers with `{separator}` between them"))
 }
 
-impl Args {
-    /// Images in all.
-    fn total(&self) -> usize {
-        self.images.map_or(self.batch, |images| images as usize)
+/// A seed; -1 is a random one, as in the A1111 web UI and others.
+fn seed(text: &str) -> std::result::Result<Option<u64>, String> {
+    match text {
+        "-1" => Ok(None),
+        text => {
+            text.parse().map(Some).map_err(|_| format!("give a number from 0 to {}, or -1 for a random one", u64::MAX))
+        }
     }
 }
 
+/// One image of a run.
+struct Planned<'a> {
+    item: &'a Item,
+    seed: u64,
+}
+
+/// The images of a run, those of one prompt after the other. Seeds count on from prompt to prompt, but where one has its own.
+fn plan(items: &[Item], each: usize, base: u64) -> Result<Vec<Planned<'_>>> {
+    let total = items.len().saturating_mul(each);
+    if total > MAX_IMAGES {
+        let problem = format!("{} prompts with {each} images each are more than {MAX_IMAGES} pictures", items.len());
+        return Err(Error::invalid("images", problem).advise("give less"));
+    }
+    let planned = |i: usize| {
+        let (item, image) = (&items[i / each], i % each);
+        Planned { item, seed: item.seed.map_or(base.wrapping_add(i as u64), |seed| seed.wrapping_add(image as u64)) }
+    };
+    Ok((0..total).map(planned).collect())
+}
+
+/// Each item's prompt and negative prompt, encoded once for all of its images.
+fn encode(engine: &Engine, args: &Args, items: &[Item]) -> Result<Vec<(Conditioning, Option<Conditioning>)>> {
+    let mut known: HashMap<String, Conditioning> = HashMap::new();
+    let mut encode = |what: &str, text: &str| -> Result<Conditioning> {
+        if let Some(encoded) = known.get(text) {
+            return Ok(encoded.clone());
+        }
+        let encoded = engine.encode(text)?;
+        if !encoded.truncated().is_empty() {
+            warn(&format!("the {what} is too long; these words are not used: {}", encoded.truncated()));
+        }
+        known.insert(text.to_string(), encoded.clone());
+        Ok(encoded)
+    };
+    let pair = |item: &Item| {
+        let negative = item.negative_prompt.as_ref().or(args.negative_prompt.as_ref());
+        let negative = negative.map(|text| encode("negative prompt", text)).transpose()?;
+        Ok((encode("prompt", &item.prompt)?, negative))
+    };
+    items.iter().map(pair).collect()
+}
+
+/// Tells a user who waits long how to wait less.
+fn tip(args: &Args, engine: &Engine, seconds: f64) {
+    if seconds < 60.0 || !engine.device().is_cpu() {
+        return;
+    }
+    let faster = match args.precision == Precision::Full {
+        true => ", or --precision int8 where the processor has AMX or AVX-512 VNNI",
+        false => "",
+    };
+    note(&format!(
+        "tip: fewer --steps (20 with --sampler \"DPM++ 2M Karras\"), a smaller picture{faster}, or a GPU is faster"
+    ));
+}
+
+impl Args {
+    /// The prompts, and images of each.
+    fn items(&self) -> Result<(Vec<Item>, usize)> {
+        let items = match (&self.prompts, self.prompt.as_ref().or(self.prompt_flag.as_ref())) {
+            (Some(file), _) => prompts::read(file)?,
+            (None, Some(prompt)) => vec![Item::new(prompt)],
+            (None, None) => return Err(Error::invalid("prompt", "there is none").advise("give one")),
+        };
+        let each = match (self.images, &self.prompts) {
+            (Some(images), _) => images as usize,
+            (None, Some(_)) => 1,
+            // A batch beyond is refused later, with the right words.
+            (None, None) => self.batch.clamp(1, MAX_IMAGES),
+        };
+        Ok((items, each))
+    }
+}
+
+/// The weights' SHA-256 and fingerprint.
+type Hashes = (Option<String>, String);
+
 /// The pictures written so far.
 struct Saved<'a> {
-    files: &'a [PathBuf],
+    files: &'a Pictures,
+    plan: &'a [Planned<'a>],
     assignment: &'a concepts::Assignment,
-    /// Whether a manifest is kept.
+    /// True if a manifest is kept.
     audited: bool,
     /// True if files are named on stdout, each as it is written.
     named: bool,
     manifest: Vec<serde_json::Value>,
     /// When the first one was there.
     first: Option<Instant>,
-    /// Of the first image, without concepts.
+    /// Runs until the first picture is there.
+    hashing: Option<std::thread::JoinHandle<Result<Hashes>>>,
+    guidance: &'a dyn Fn(&Item) -> f32,
+    negative: Option<&'a str>,
+    /// The values that all pictures share.
     info: GenerationInfo,
 }
 
 impl Saved<'_> {
     /// Writes the next pictures, and after every batch which picture got what so far.
-    fn add(&mut self, images: &[Picture]) -> Result<()> {
-        for image in images {
+    fn add(&mut self, pictures: &[Picture]) -> Result<()> {
+        if let Some(hashing) = self.hashing.take() {
+            let hashes = hashing.join().map_err(|_| Error::internal("the thread that hashes the weights ended"))?;
+            let (sha256, fingerprint) = hashes?;
+            (self.info.model_sha256, self.info.model_fingerprint) = (sha256, Some(fingerprint));
+        }
+        for picture in pictures {
             let i = self.manifest.len();
-            let (path, list) = (&self.files[i], &self.assignment[i]);
+            let Planned { item, seed } = &self.plan[i];
+            let used = |used: &concepts::Used| UsedConcept {
+                name: used.concept.metadata.concept.clone(),
+                weight: used.weight,
+                fingerprint: used.concept.fingerprint(),
+                file: used.file.clone(),
+            };
             let info = GenerationInfo {
-                seed: self.info.seed.wrapping_add(i as u64),
-                concepts: list.iter().map(|(c, w)| (c.metadata.concept.clone(), *w)).collect(),
+                prompt: item.prompt.clone(),
+                negative_prompt: item.negative_prompt.as_deref().or(self.negative).map(str::to_string),
+                guidance: (self.guidance)(item),
+                seed: *seed,
+                concepts: self.assignment[i].iter().map(used).collect(),
                 ..self.info.clone()
             };
-            image.save_png(path, &[(PARAMETERS_KEYWORD, &info.parameters()), (JSON_KEYWORD, &info.json()?)])?;
+            let file = match self.files {
+                Pictures::Stdout => {
+                    out::print(picture, &info)?;
+                    None
+                }
+                Pictures::Files(files) => {
+                    out::save(picture, &files[i], &info)?;
+                    if self.named {
+                        say(&files[i].display().to_string());
+                    }
+                    files[i].file_name().map(|name| name.to_string_lossy().into_owned())
+                }
+            };
             self.first.get_or_insert_with(Instant::now);
-            if self.named {
-                say(&path.display().to_string());
-            }
-            self.manifest.push(json!({"file": path.file_name().map(|n| n.to_string_lossy()), "info": info}));
+            self.manifest.push(json!({"file": file, "info": info}));
         }
-        if self.audited {
+        if let Some(path) = self.manifest_path() {
             let text = serde_json::to_string_pretty(&self.manifest).unwrap_or_default() + "\n";
-            crate::files::write(&self.manifest_path(), text.as_bytes())?;
+            crate::files::write(&path, text.as_bytes())?;
         }
         Ok(())
     }
 
-    fn manifest_path(&self) -> PathBuf {
-        self.files[0].with_extension("json")
+    /// The manifest's file, where one is kept.
+    fn manifest_path(&self) -> Option<PathBuf> {
+        match self.files {
+            Pictures::Files(files) if self.audited => files.first().map(|file| file.with_extension("json")),
+            _ => None,
+        }
     }
-}
-
-/// A file for each image, in folders that can be written to.
-fn output_files(args: &Args, seed: u64) -> Result<Vec<PathBuf>> {
-    let words: String = args.prompt.chars().map(|c| if c.is_alphanumeric() { c } else { ' ' }).collect();
-    let mut slug = words.split_whitespace().collect::<Vec<_>>().join("-");
-    // File systems limit names to 255 bytes.
-    slug.truncate(slug.floor_char_boundary(100));
-    let default = format!("{}-{seed}.png", if slug.is_empty() { "image" } else { &slug });
-    let path = match &args.out {
-        Some(path) if path.is_dir() => free_name(path.join(default), args.total()),
-        Some(path) => path.clone(),
-        None => free_name(PathBuf::from(default), args.total()),
-    };
-    for file in [Some(&path), args.save_latents.as_ref()].into_iter().flatten() {
-        check_writable(file)?;
-    }
-    Ok(numbered(&path, args.total()))
-}
-
-fn numbered(path: &Path, images: usize) -> Vec<PathBuf> {
-    if images == 1 {
-        return vec![path.to_path_buf()];
-    }
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-    let extension = path.extension().map_or("png".into(), |e| e.to_string_lossy());
-    // A batch beyond is refused later, with the right words.
-    (0..images.min(MAX_IMAGES)).map(|i| path.with_file_name(format!("{stem}-{i}.{extension}"))).collect()
-}
-
-/// The first of `name.png`, `name_1.png`, ... that would overwrite nothing: only a name the user gave does.
-fn free_name(path: PathBuf, images: usize) -> PathBuf {
-    let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let mut candidate = path.clone();
-    let mut count = 1;
-    while numbered(&candidate, images).iter().any(|p| p.exists()) {
-        candidate = path.with_file_name(format!("{stem}_{count}.png"));
-        count += 1;
-    }
-    candidate
 }

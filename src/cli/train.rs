@@ -1,8 +1,10 @@
 //! `respodiff train`.
 
-use super::{Place, check_writable, interrupt_flag, model, progress_bar, say, warn};
+use super::progress::Progress;
+use super::{Place, interrupt_flag, model, say, warn};
 use crate::concept::{Form, Kind};
 use crate::engine::{Engine, Image, Request, Size};
+use crate::files::check_writable;
 use crate::image::Picture;
 use crate::train::{Recipe, Task, Trainer, Variant, loss_plot, sheet};
 use crate::{Device, Error, ErrorKind, Result};
@@ -67,7 +69,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 8)]
     sheet: usize,
     /// Where to compute
-    #[arg(long, value_enum, default_value_t = Place::Auto)]
+    #[arg(long, default_value_t = Place::Auto)]
     device: Place,
     /// Go on from OUT's .checkpoint, if there is one
     #[arg(long)]
@@ -182,9 +184,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
 /// Trains to the end, writing checkpoints between rollouts.
 fn train(trainer: &mut Trainer, iterations: u64, checkpoint: &Path) -> Result<()> {
     let cancelled: Arc<AtomicBool> = interrupt_flag();
-    let bar = progress_bar(iterations, "{bar:30} {pos}/{len} {per_sec} {eta} {msg}");
-    bar.set_position(trainer.history().len() as u64);
-    bar.reset_eta();
+    let shown = Progress::new("training", iterations, "iterations");
+    shown.set(trainer.history().len() as u64, "");
     let mut saved = Instant::now();
     let mut outcome = Ok(());
     while (trainer.history().len() as u64) < iterations {
@@ -203,15 +204,15 @@ fn train(trainer: &mut Trainer, iterations: u64, checkpoint: &Path) -> Result<()
         }
         if outcome.is_ok() {
             outcome = trainer.iterate().map(|losses| {
-                bar.set_message(format!("L_resp {:.2e}  L_sem {:.2e}", losses.resp, losses.sem));
-                bar.inc(1);
+                let losses = format!("L_resp {:.2e}  L_sem {:.2e}", losses.resp, losses.sem);
+                shown.set(trainer.history().len() as u64, &losses);
             });
         }
         if outcome.is_err() {
             break;
         }
     }
-    bar.finish_and_clear();
+    shown.finish();
     outcome
 }
 

@@ -461,8 +461,8 @@ mod tests {
                 cases[place].spec.names[1] = format!("bad {place}");
                 [17_000, 7_777].into_iter().for_each(|position| cases[place].damage(1, position, f64::NAN));
             }
-            let problem = "file: tensor `bad 5` holds NaN at position 7777; the file is damaged";
-            assert_eq!(load(&cases).map(drop).unwrap_err().to_string(), problem, "{:?}", cases[5]);
+            let problem = "tensor `bad 5` holds NaN at position 7777";
+            assert_eq!(load(&cases).map(drop).unwrap_err().problem(), problem, "{:?}", cases[5]);
         }
     }
 }

@@ -122,6 +122,15 @@ impl Engine {
         self.0.source.tensors("unet")?.fingerprint()
     }
 
+    /// SHA-256 of the file or files that hold the UNet's weights, in hexadecimal: of a single file, A1111's model hash is
+    /// its first ten digits. `None` where weights are made up. It reads all of them, a second or two per 2 GB.
+    ///
+    /// # Errors
+    /// Those of opening the files.
+    pub fn sha256(&self) -> Result<Option<String>> {
+        Ok(self.0.source.tensors("unet")?.sha256())
+    }
+
     /// Shape of one image's bottleneck.
     pub fn bottleneck(&self, options: SessionOptions) -> Shape {
         // Every level but the last halves the size, rounding up.

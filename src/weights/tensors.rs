@@ -252,6 +252,15 @@ impl Tensors {
         Ok(hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect())
     }
 
+    /// SHA-256 of the bytes of the files, one after the other by name, in hexadecimal; `None` where there are no files.
+    pub fn sha256(&self) -> Option<String> {
+        let mut files: Vec<_> = self.files.iter().collect();
+        files.sort_by_key(|(path, _)| path);
+        let mut hash = Sha256::new();
+        files.iter().for_each(|(_, bytes)| hash.update(bytes.as_ref()));
+        (!files.is_empty()).then(|| hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
     /// The tensors of a weight as they lie in their files, in the order of its names. All is checked but the numbers.
     ///
     /// # Errors

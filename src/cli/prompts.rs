@@ -1,0 +1,40 @@
+//! The images of `respodiff sample`: a prompt, or a file of them.
+
+use crate::{Error, Result};
+use serde::Deserialize;
+use std::path::Path;
+
+/// A prompt with what it may bring along.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Item {
+    pub(super) prompt: String,
+    pub(super) negative_prompt: Option<String>,
+    /// Seed of its first image.
+    pub(super) seed: Option<u64>,
+    pub(super) guidance: Option<f32>,
+}
+
+impl Item {
+    pub(super) fn new(prompt: &str) -> Self {
+        Item { prompt: prompt.into(), negative_prompt: None, seed: None, guidance: None }
+    }
+}
+
+/// Reads a file with a prompt per line, or with a JSON object per line. Empty lines are skipped.
+pub(super) fn read(path: &Path) -> Result<Vec<Item>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let lines = text.lines().enumerate().map(|(i, line)| (i, line.trim())).filter(|(_, line)| !line.is_empty());
+    let item = |(i, line): (usize, &str)| match line.starts_with('{') {
+        false => Ok(Item::new(line)),
+        true => serde_json::from_str(line).map_err(|problem| {
+            Error::damaged(path, format!("line {}: {problem}", i + 1))
+                .advise("write {\"prompt\": \"...\"}, with negative_prompt, seed and guidance if you like")
+        }),
+    };
+    let items = lines.map(item).collect::<Result<Vec<Item>>>()?;
+    if items.is_empty() {
+        return Err(Error::damaged(path, "holds no prompts").advise("write one per line"));
+    }
+    Ok(items)
+}

@@ -1,0 +1,115 @@
+//! `respodiff rerun`: a picture made again from what its PNG file says.
+
+use super::{Place, concepts, model, note, out, warn};
+use crate::cpu::MatrixPrecision;
+use crate::diffusion::scheduler::{SamplerChoice, Spacing};
+use crate::engine::{Engine, EngineOptions, Image, Request, SessionOptions, Size};
+use crate::files::check_writable;
+use crate::image::{GenerationInfo, JSON_KEYWORD, read_png_text};
+use crate::{Error, Result, Subject};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// A PNG file by `respodiff sample`
+    picture: PathBuf,
+    /// The checkpoint that it was made by, where its name alone does not tell where that is
+    #[arg(long)]
+    model: Option<String>,
+    /// The file to write [default: the picture's name with -again]
+    #[arg(short, long)]
+    out: Option<PathBuf>,
+    /// Where to compute; on another device than the picture's, numbers round differently
+    #[arg(long, default_value_t = Place::Auto)]
+    device: Place,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let path = &args.picture;
+    let info = read(path)?;
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let again = args.out.clone().unwrap_or_else(|| path.with_file_name(format!("{stem}-again.png")));
+    check_writable(&again)?;
+    let engine = open(args, &info)?;
+    let mut image = Image::new(info.prompt.as_str()).seed(info.seed).guidance(info.guidance);
+    image.negative = info.negative_prompt.clone().map(Into::into);
+    for used in &info.concepts {
+        let concept = concepts::read(Path::new(&used.file))?;
+        if concept.fingerprint() != used.fingerprint {
+            let problem = format!("holds another concept than the picture's `{}`", used.name);
+            return Err(Error::mismatch(Path::new(&used.file), problem).advise("put the picture's concept there"));
+        }
+        image = image.concept(Arc::new(concept), used.weight);
+    }
+    let mut sampler: SamplerChoice = info.sampler.parse()?;
+    sampler.spacing = Spacing::ALL.into_iter().find(|spacing| spacing.a1111_name() == info.spacing);
+    let request = Request::from(image)
+        .steps(info.steps)
+        .sampler(sampler)
+        .rng(info.rng.parse()?)
+        .conditioned_on_size(info.original_size, info.crop.unwrap_or((0, 0)));
+    let options = SessionOptions::new(Size::new(info.width as usize, info.height as usize))
+        .guided(info.guidance > 1.0)
+        .concepts(!info.concepts.is_empty());
+    let output = engine.session(options)?.generate(&request, &mut |_| ControlFlow::Continue(()))?;
+    let picture = output.pictures.first().ok_or_else(|| Error::internal("a run without a picture"))?;
+    out::save(picture, &again, &info)?;
+    super::say(&again.display().to_string());
+    let bytes = |path: &Path| std::fs::read(path).map_err(Error::io("read", path));
+    match bytes(path)? == bytes(&again)? {
+        true => note("the same bytes"),
+        false => warn("the picture differs; the device, this version or the picture's own file have changed"),
+    }
+    Ok(())
+}
+
+/// The record in a picture.
+fn read(path: &Path) -> Result<GenerationInfo> {
+    let texts = read_png_text(path)?;
+    let Some((_, text)) = texts.iter().find(|(keyword, _)| keyword == JSON_KEYWORD) else {
+        return Err(Error::unsupported(path, "does not say how it was made").advise("give a PNG by `respodiff sample`"));
+    };
+    let info: GenerationInfo = serde_json::from_str(text)
+        .map_err(|problem| Error::damaged(path, format!("its record cannot be read: {problem}")))?;
+    if info.given_latents {
+        return Err(Error::unsupported(path, "was started from latents in a file, which it does not hold"));
+    }
+    if info.version != env!("CARGO_PKG_VERSION") {
+        warn(&format!("the picture is by version {}; others may round differently", info.version));
+    }
+    Ok(info)
+}
+
+/// The engine that made it, if it is there.
+fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
+    let precision = match info.precision.as_deref() {
+        None => MatrixPrecision::Fp32,
+        Some("bf16") => MatrixPrecision::Bf16,
+        Some("int8") => MatrixPrecision::Int8,
+        Some(other) => {
+            return Err(Error::unsupported(args.picture.as_path(), format!("its precision `{other}` is not known")));
+        }
+    };
+    let demo = args.model.is_none() && info.model == crate::Source::demo().name();
+    let source = match (&args.model, demo) {
+        (Some(model), _) => model::source(Some(model))?,
+        (None, true) => model::source(None)?,
+        (None, false) => model::source(Some(&info.model))?,
+    };
+    let device = args.device.open()?;
+    let name = device.name();
+    if info.device.as_ref().is_some_and(|device| *device != name) {
+        warn(&format!("the picture was made on {}, and this is {name}", info.device.as_deref().unwrap_or_default()));
+    }
+    let engine = Engine::open(&source, EngineOptions::new(device).precision(precision))?;
+    if info.model_sha256.is_some() && engine.sha256()? != info.model_sha256 {
+        let problem = format!(
+            "other weights than the picture's, whose SHA-256 is {}",
+            info.model_sha256.as_deref().unwrap_or_default()
+        );
+        return Err(Error::mismatch(Subject::Model(engine.name()), problem).advise("give the picture's checkpoint"));
+    }
+    Ok(engine)
+}
