@@ -79,6 +79,7 @@ pub mod graph;
 mod image;
 #[cfg(feature = "unstable")]
 pub mod image;
+mod json;
 mod layout;
 mod memory;
 #[cfg(not(feature = "unstable"))]

@@ -4,8 +4,9 @@
 use std::path::{Path, PathBuf};
 
 /// The modules from the bottom up.
-const ROOMS: [&str; 20] = [
+const ROOMS: [&str; 21] = [
     "error",
+    "json",
     "layout",
     "files",
     "memory",

@@ -255,7 +255,7 @@ fn configs_that_nothing_here_can_honour_are_refused() {
     for text in ["", "[]", "{", r#"{"beta_start": 1e999}"#] {
         assert!(SchedulerConfig::parse(text, "x").is_err_and(|e| e.kind() == ErrorKind::Damaged), "{text}");
     }
-    assert!(SchedulerConfig::read("no/such/file.json").is_err_and(|e| e.kind() == ErrorKind::Io));
+    assert!(SchedulerConfig::read("no/such/file.json").is_err_and(|e| e.kind() == ErrorKind::NotFound));
 }
 
 #[test]

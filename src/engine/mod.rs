@@ -352,8 +352,7 @@ fn check_latents(source: &Source, unet: &UNetConfig, vae: &VaeConfig) -> Result<
 fn read_scheduler(source: &Source, xl: bool) -> Result<SchedulerConfig> {
     let file = "scheduler/scheduler_config.json";
     let path = source.path(file);
-    let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&source.read_text(file)?)
-        .map_err(|e| Error::damaged(&path, format!("not a JSON object: {e}")).advise("download the file again"))?;
+    let mut fields: serde_json::Map<String, serde_json::Value> = crate::json::parse(&source.read_text(file)?, &path)?;
     if !xl {
         fields.insert("steps_offset".into(), 1.into());
         fields.insert("clip_sample".into(), false.into());

@@ -50,22 +50,23 @@ impl TextEncoders {
         }
         let folders = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")];
         let folders = if has("text_encoder_2") { &folders[..] } else { &folders[..1] };
-        let configs: Vec<ClipConfig> =
+        let mut configs: Vec<ClipConfig> =
             folders.iter().map(|(folder, _)| read_config(source, folder, ClipConfig::parse)).collect::<Result<_>>()?;
+        let tokenizers: Vec<_> =
+            folders.par_iter().zip(&configs).map(|((_, folder), config)| tokenizer(source, folder, config)).collect();
+        // In this order, whichever of several problems was found first.
+        let tokenizers = tokenizers.into_iter().collect::<Result<Vec<_>>>()?;
+        // As in diffusers a prompt has the tokenizer's length, also where the encoder has positions for more.
+        configs.iter_mut().zip(&tokenizers).for_each(|(config, tokenizer)| config.tokens = tokenizer.length());
         if let Some(problem) = misfit(&configs, unet) {
             return Err(Error::mismatch(source.path("unet/config.json"), problem));
         }
-        let both = || folders.par_iter().zip(&configs);
-        let tokenizer = |((_, folder), config): (&(&str, &str), &ClipConfig)| tokenizer(source, folder, config);
         let load = |((folder, _), config): (&(&str, &str), &ClipConfig)| {
             let graph = text_encoder(config, 1);
             let weights = device.weights(graph.weights(), &source.tensors(folder)?)?;
             Ok((device.executor(device.plan(graph, &[]), &weights)?, weights))
         };
-        let (tokenizers, networks): (Vec<_>, Vec<_>) =
-            rayon::join(|| both().map(tokenizer).collect(), || both().map(load).collect());
-        // In this order, whichever of several problems was found first.
-        let tokenizers = tokenizers.into_iter().collect::<Result<Vec<_>>>()?;
+        let networks: Vec<_> = folders.par_iter().zip(&configs).map(load).collect();
         let networks = networks.into_iter().collect::<Result<Vec<_>>>()?;
         let sized = unet.text_time.is_some();
         Ok(TextEncoders {
@@ -92,7 +93,7 @@ impl TextEncoders {
 
     /// Tokens of a prompt, padding included.
     pub fn tokens(&self) -> usize {
-        self.encoders[0].config.max_position_embeddings
+        self.encoders[0].config.tokens
     }
 
     /// Bytes of the weights.
@@ -175,7 +176,7 @@ impl TextEncoder {
     /// Runs for a prompt; gives the words at its end that did not fit.
     fn run(&self, executor: &mut Executor, prompt: &str) -> Result<String> {
         let encoded = self.tokenizer.encode(prompt)?;
-        let mut ids = vec![0.0; self.config.max_position_embeddings];
+        let mut ids = vec![0.0; self.config.tokens];
         encoded.fill(&mut ids);
         executor.write("input_ids", &ids)?;
         if self.config.projection_dim.is_some() {
@@ -233,16 +234,14 @@ fn read_index(source: &Source) -> Result<serde_json::Value> {
     if !source.has(file) {
         return Ok(serde_json::Value::Null);
     }
-    serde_json::from_str(&source.read_text(file)?).map_err(|e| {
-        Error::damaged(source.path(file), format!("not valid JSON: {e}")).advise("download the file again")
-    })
+    crate::json::parse(&source.read_text(file)?, &source.path(file))
 }
 
 /// What keeps the text encoders from serving the UNet.
 fn misfit(encoders: &[ClipConfig], unet: &UNetConfig) -> Option<String> {
     let width: usize = encoders.iter().map(|encoder| encoder.layers.width).sum();
     let pooled = encoders.iter().find_map(|encoder| encoder.projection_dim);
-    let tokens: Vec<usize> = encoders.iter().map(|encoder| encoder.max_position_embeddings).collect();
+    let tokens: Vec<usize> = encoders.iter().map(|encoder| encoder.tokens).collect();
     match &unet.text_time {
         None if encoders.len() > 1 => Some("reads no pooled prompt, as a UNet beside text_encoder_2 must".into()),
         Some(_) if encoders.len() < 2 => {

@@ -11,11 +11,10 @@ use crate::graph::{ConvOptions, Graph, GraphBuilder, Shape, TensorId, View};
 /// `penultimate_hidden_state`, the input of the last layer; and with a projection `text_embeds` `[n, 1, 1, p]`.
 pub fn text_encoder(config: &ClipConfig, batch: usize) -> Graph {
     let mut g = GraphBuilder::new();
-    let tokens = config.max_position_embeddings;
-    let ids = g.input("input_ids", Shape::new(batch, 1, tokens, 1));
+    let ids = g.input("input_ids", Shape::new(batch, 1, config.tokens, 1));
     let mut x = g.embed(
         ("text_model.embeddings.token_embedding", config.vocab_size),
-        ("text_model.embeddings.position_embedding", tokens),
+        ("text_model.embeddings.position_embedding", config.max_position_embeddings),
         ids,
         config.layers.width,
     ); // [n, 1, tokens, c]

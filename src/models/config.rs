@@ -88,6 +88,8 @@ pub struct ClipConfig {
     pub layers: ClipLayers,
     /// Tokens of a prompt, padding included.
     pub max_position_embeddings: usize,
+    /// Tokens of a prompt, padding included: as many as positions, unless the tokenizer makes fewer.
+    pub tokens: usize,
     /// The token that ends a prompt.
     pub eos_token_id: i64,
     /// Channels of the projected pooled token, where the encoder has a projection.
@@ -140,10 +142,12 @@ impl ClipConfig {
         let projected = r.choice("architectures", classes[0].0.clone(), &classes)?;
         r.only("model_type", &["clip_text_model".into()])?;
         let projection_dim = r.size("projection_dim", 512, MAX_CHANNELS)?;
+        let positions = r.size("max_position_embeddings", 77, MAX_CHANNELS)?;
         let config = ClipConfig {
             vocab_size: r.size("vocab_size", 49_408, MAX_VOCABULARY)?,
             layers: ClipLayers::read(&mut r, 512, 2048, 8)?,
-            max_position_embeddings: r.size("max_position_embeddings", 77, MAX_CHANNELS)?,
+            max_position_embeddings: positions,
+            tokens: positions,
             eos_token_id: r.id("eos_token_id", 49_407)?,
             projection_dim: projected.then_some(projection_dim),
         };
@@ -175,8 +179,7 @@ pub struct ClipVisionConfig {
 
 /// A `CLIPModel`'s `config.json`: both towers.
 pub fn parse_clip_model(text: &str, path: &Path) -> Result<(ClipConfig, ClipVisionConfig)> {
-    let mut all: Value =
-        serde_json::from_str(text).map_err(|e| crate::Error::damaged(path, format!("not valid JSON: {e}")))?;
+    let mut all: Value = crate::json::parse(text, path)?;
     if all["vision_config"].is_null() || all["text_config"].is_null() {
         return Err(crate::Error::damaged(path, "not a CLIPModel: `text_config` and `vision_config` are wanted"));
     }
@@ -297,6 +300,14 @@ impl UNetConfig {
         r.ignore(&[
             "addition_embed_type_num_heads",
             "dropout",
+            // Notes of diffusers' `EMAModel`, whose averages the file holds.
+            "decay",
+            "inv_gamma",
+            "min_decay",
+            "optimization_step",
+            "power",
+            "update_after_step",
+            "use_ema_warmup",
             // Read by other kinds of blocks only.
             "mid_block_only_cross_attention",
             "resnet_out_scale_factor",

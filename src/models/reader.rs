@@ -16,10 +16,9 @@ pub(super) struct Reader<'a> {
 impl<'a> Reader<'a> {
     /// Parses `text`; `path` is for messages.
     pub(super) fn new(text: &str, path: &'a Path) -> Result<Self> {
-        match serde_json::from_str(text) {
-            Ok(Value::Object(keys)) => Ok(Reader { keys, path }),
-            Ok(_) => Err(Error::damaged(path, "not a model configuration: a JSON object is expected")),
-            Err(e) => Err(Error::damaged(path, format!("not valid JSON: {e}"))),
+        match crate::json::parse(text, path)? {
+            Value::Object(keys) => Ok(Reader { keys, path }),
+            _ => Err(Error::damaged(path, "not a model configuration: a JSON object is expected")),
         }
     }
 

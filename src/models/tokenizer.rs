@@ -97,21 +97,14 @@ impl Tokenizer {
             _ => match read("tokenizer.json")? {
                 Some(bytes) => parts.tokenizer_json(&dir.join("tokenizer.json"), &bytes)?,
                 None => {
-                    return Err(Error::damaged(
-                        dir,
-                        "no tokenizer here: it needs vocab.json and merges.txt (or tokenizer.json)",
-                    )
-                    .advise(
-                        "download the \
-                         folder again",
-                    ));
+                    let problem = "no tokenizer here: it needs vocab.json and merges.txt (or tokenizer.json)";
+                    return Err(Error::not_found(dir, problem).advise("give a whole checkpoint"));
                 }
             },
         }
         if let Some(bytes) = read("added_tokens.json")? {
             let path = dir.join("added_tokens.json");
-            let added: BTreeMap<String, u32> =
-                serde_json::from_slice(&bytes).map_err(|error| malformed(&path, &error))?;
+            let added: BTreeMap<String, u32> = json_of(&bytes, &path)?;
             parts.added.extend(added);
         }
         let config = read("tokenizer_config.json")?;
@@ -162,6 +155,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Usage`] if the text cannot be taken apart; no text that does so is known.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
+        let prompt = &*self.expand(prompt);
         let encoding = self
             .tokenize(prompt)
             .map_err(|error| Error::invalid("prompt", format!("cannot tokenize the prompt: {error}")))?;
@@ -180,6 +174,22 @@ impl Tokenizer {
             .and_then(|&(start, _)| prompt.get(start..))
             .map_or_else(String::new, |rest| rest.trim_end().to_string());
         Ok(Encoded { ids, tokens_used, lost })
+    }
+
+    /// An embedding of several vectors (textual inversion, arXiv 2208.01618) has a token for each: `<cat>`, `<cat>_1`,
+    /// `<cat>_2`. In a prompt the first stands for all, as diffusers' `maybe_convert_prompt` has it.
+    fn expand<'a>(&self, prompt: &'a str) -> std::borrow::Cow<'a, str> {
+        let mut text = std::borrow::Cow::Borrowed(prompt);
+        let first = |token: &&String| self.special.contains_key(&format!("{token}_1"));
+        for token in self.special.keys().filter(first) {
+            if !text.contains(token.as_str()) || text.contains(&format!("{token}_1")) {
+                continue;
+            }
+            let others = (1..).map(|i| format!("{token}_{i}")).take_while(|other| self.special.contains_key(other));
+            let all = std::iter::once(token.clone()).chain(others).collect::<Vec<_>>().join(" ");
+            text = text.replace(token.as_str(), &all).into();
+        }
+        text
     }
 
     fn tokenize(&self, prompt: &str) -> tokenizers::Result<tokenizers::Encoding> {
@@ -241,8 +251,7 @@ struct Parts {
 impl Parts {
     fn vocab_and_merges(&mut self, dir: &Path, vocab: &[u8], merges: &[u8]) -> Result<()> {
         let (vocab_path, path) = (dir.join("vocab.json"), dir.join("merges.txt"));
-        let vocab: BTreeMap<String, u32> =
-            serde_json::from_slice(vocab).map_err(|error| malformed(&vocab_path, &error))?;
+        let vocab: BTreeMap<String, u32> = json_of(vocab, &vocab_path)?;
         self.vocab = vocab.into_iter().collect();
         self.merges(&path, std::str::from_utf8(merges).map_err(|error| malformed(&path, &error))?)
     }
@@ -257,7 +266,7 @@ impl Parts {
     }
 
     fn tokenizer_json(&mut self, path: &Path, bytes: &[u8]) -> Result<()> {
-        let json: Value = serde_json::from_slice(bytes).map_err(|error| malformed(path, &error))?;
+        let json: Value = json_of(bytes, path)?;
         let model = &json["model"];
         let (Some(vocab), Some(merges)) = (model["vocab"].as_object(), model["merges"].as_array()) else {
             return Err(malformed(path, &"not a byte-pair encoder, as CLIP needs"));
@@ -392,12 +401,16 @@ fn token_id(path: &Path, token: &str, id: &Value) -> Result<u32> {
     id.ok_or_else(|| malformed(path, &format!("the id of token {token:?} is not a number")))
 }
 
+/// A JSON file's value.
+fn json_of<T: serde::de::DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T> {
+    crate::json::parse(std::str::from_utf8(bytes).map_err(|error| malformed(path, &error))?, path)
+}
+
 fn object(path: &Path, bytes: Option<&[u8]>) -> Result<Value> {
     let Some(bytes) = bytes else { return Ok(Value::Null) };
-    match serde_json::from_slice(bytes) {
-        Ok(value @ Value::Object(_)) => Ok(value),
-        Ok(_) => Err(malformed(path, &"not a JSON object")),
-        Err(error) => Err(malformed(path, &error)),
+    match json_of(bytes, path)? {
+        value @ Value::Object(_) => Ok(value),
+        _ => Err(malformed(path, &"not a JSON object")),
     }
 }
 

@@ -41,32 +41,69 @@ pub struct HubConfig {
 }
 
 impl HubConfig {
-    /// From variables of the environment, which `variable` gives by name: `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`, which mean
-    /// what they mean to `huggingface_hub`. An empty variable counts as unset.
+    /// From variables of the environment, which `variable` gives by name, and the files that they lead to, as
+    /// `huggingface_hub` reads them. The cache: `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`. The
+    /// login: `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, the file at `HF_TOKEN_PATH`, or `token` in `HF_HOME`, where `hf auth
+    /// login` puts it; not with `HF_HUB_DISABLE_IMPLICIT_TOKEN`. Then `HF_ENDPOINT`; `HF_HUB_OFFLINE` and
+    /// `TRANSFORMERS_OFFLINE`. An empty variable counts as unset; `~`, `$NAME` and `${NAME}` in paths are replaced.
     ///
     /// # Errors
-    /// [`Error::Usage`] when neither a variable nor a home folder says where the cache is.
+    /// [`crate::ErrorKind::Invalid`] when neither a variable nor a home folder says where the cache is.
     pub fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
-        let path = |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let text = |name: &str| {
             let value = variable(name)?.into_string().ok()?.trim().to_string();
             Some(value).filter(|value| !value.is_empty())
         };
-        let cache = path("HF_HUB_CACHE")
-            .or_else(|| path("HF_HOME").map(|home| home.join("hub")))
-            .or_else(|| path("XDG_CACHE_HOME").map(|caches| caches.join("huggingface").join("hub")))
-            .or_else(|| std::env::home_dir().map(|home| home.join(".cache").join("huggingface").join("hub")))
-            .ok_or_else(|| {
-                Error::invalid("cache", "there is no home folder to keep models in")
-                    .advise("set HF_HUB_CACHE to a folder")
-            })?;
+        let user = || variable("HOME").or_else(|| variable("USERPROFILE")).map(PathBuf::from);
+        let path = |name: &str| {
+            // A path that is no Unicode is taken as it is.
+            let value = variable(name).filter(|value| !value.is_empty())?;
+            Some(value.to_str().map_or_else(|| value.clone().into(), |value| expanded(value, &text, user())))
+        };
+        let home = path("HF_HOME")
+            .or_else(|| path("XDG_CACHE_HOME").map(|caches| caches.join("huggingface")))
+            .or_else(|| user().map(|home| home.join(".cache").join("huggingface")));
+        let cache = path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE"));
+        let cache = cache.or_else(|| home.as_ref().map(|home| home.join("hub"))).ok_or_else(|| {
+            Error::invalid("cache", "there is no home folder to keep models in").advise("set HF_HUB_CACHE to a folder")
+        })?;
+        let is_set = |name: &str| {
+            text(name).is_some_and(|value| ["1", "on", "yes", "true"].contains(&value.to_lowercase().as_str()))
+        };
+        let file = path("HF_TOKEN_PATH").or_else(|| home.map(|home| home.join("token")));
+        let login = || Some(fs::read_to_string(file?).ok()?.trim().to_string()).filter(|token| !token.is_empty());
+        let token = text("HF_TOKEN").or_else(|| text("HUGGING_FACE_HUB_TOKEN"));
         Ok(HubConfig {
             cache,
             endpoint: text("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_string()),
-            token: text("HF_TOKEN"),
-            offline: text("HF_HUB_OFFLINE")
-                .is_some_and(|value| ["1", "on", "yes", "true"].contains(&value.to_lowercase().as_str())),
+            token: token.or_else(login).filter(|_| !is_set("HF_HUB_DISABLE_IMPLICIT_TOKEN")),
+            offline: is_set("HF_HUB_OFFLINE") || is_set("TRANSFORMERS_OFFLINE"),
         })
+    }
+}
+
+/// A path in which `~`, `$NAME` and `${NAME}` are replaced, as by Python's `os.path.expanduser` and `expandvars`: names that
+/// are not set stay.
+fn expanded(value: &str, variable: &dyn Fn(&str) -> Option<String>, home: Option<PathBuf>) -> PathBuf {
+    let mut out = String::new();
+    let mut rest = value;
+    while let Some((before, after)) = rest.split_once('$') {
+        out.push_str(before);
+        let (name, end) = match after.strip_prefix('{').and_then(|inner| inner.split_once('}')) {
+            Some((name, end)) => (name, end),
+            None => after.split_at(after.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(after.len())),
+        };
+        match variable(name) {
+            Some(value) => out.push_str(&value),
+            None => out.push_str(&rest[before.len()..rest.len() - end.len()]),
+        }
+        rest = end;
+    }
+    out.push_str(rest);
+    match (out.strip_prefix('~'), home) {
+        (Some(""), Some(home)) => home,
+        (Some(inner), Some(home)) if inner.starts_with('/') => home.join(inner.trim_start_matches('/')),
+        _ => out.into(),
     }
 }
 

@@ -101,8 +101,16 @@ impl Source {
     pub fn name(&self) -> String {
         match self {
             Source::Folder(folder) => {
-                let name = folder.canonicalize().unwrap_or_else(|_| folder.clone());
-                name.file_name().map_or_else(|| "checkpoint".into(), |n| n.to_string_lossy().into_owned())
+                let folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
+                let names: Vec<_> = folder.iter().rev().take(3).map(|name| name.to_string_lossy()).collect();
+                match &names[..] {
+                    // `models--OWNER--NAME/snapshots/COMMIT` is Hugging Face's cache: the model is called by its id.
+                    [_, snapshots, model] if snapshots == "snapshots" && model.starts_with("models--") => {
+                        model["models--".len()..].replace("--", "/")
+                    }
+                    [name, ..] => name.to_string(),
+                    [] => "checkpoint".into(),
+                }
             }
             Source::Single(file) => {
                 file.path().file_stem().map_or_else(|| "checkpoint".into(), |n| n.to_string_lossy().into_owned())

@@ -87,7 +87,7 @@ impl SingleFile {
         if family == Family::Xl && has("conditioner.embedders.0.model.") {
             return Err(refuse("this is SDXL's refiner, which is not supported").advise("give the base model"));
         }
-        if family == Family::Xl && has("cond_stage_model.") {
+        if family == Family::Xl && !has("conditioner.") && has("cond_stage_model.") {
             return Err(refuse("this UNet reads image embeddings (unCLIP), which is not supported"));
         }
 
@@ -103,13 +103,22 @@ impl SingleFile {
                 continue;
             }
             let original = under(prefix)?;
-            let tower = match (open, component) {
-                (false, _) => names::clip(&original)?,
-                (true, "text_encoder") => names::open_clip(&original, OPEN_CLIP_H_LAYERS, false)?,
-                (true, _) => names::open_clip(&original, usize::MAX, true)?,
+            // A file may hold OpenCLIP's encoder under transformers' names, as diffusers saves that of 2.x.
+            let open = open || family == Family::Sd2;
+            let tower = match (has(&format!("{prefix}text_model.")) || !open, component) {
+                (true, _) => names::clip(&original)?,
+                (false, "text_encoder") => names::open_clip(&original, OPEN_CLIP_H_LAYERS, false)?,
+                (false, _) => names::open_clip(&original, usize::MAX, true)?,
             };
             let config = configs::text(&tower, if open { "gelu" } else { "quick_gelu" })?.to_string();
             let parsed = ClipConfig::parse(&config, path)?;
+            if family == Family::Sd2 && parsed.layers.count > OPEN_CLIP_H_LAYERS {
+                let problem = format!(
+                    "a text encoder of {} layers, of which 2.x reads {OPEN_CLIP_H_LAYERS}",
+                    parsed.layers.count
+                );
+                return Err(Error::unsupported(path, problem).advise("give the file with the last layer left out"));
+            }
             check(path, &tower, &[text_encoder(&parsed, 1)])?;
             pooled = pooled.or(parsed.projection_dim);
             file.files.insert(format!("{component}/config.json"), config);

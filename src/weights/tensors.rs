@@ -106,7 +106,7 @@ impl Tensors {
     }
 
     fn find_files(source: &Source, component: &str, stem: &str) -> Result<Self> {
-        for variant in ["", ".fp16"] {
+        for variant in ["", ".fp16", ".bf16"] {
             let whole = inside(component, &format!("{stem}{variant}.safetensors"));
             if source.has(&whole) {
                 return Self::map(source, &[whole]);
@@ -122,9 +122,9 @@ impl Tensors {
             }
         }
         let remedy = if source.has(&inside(component, &format!("{stem}.bin"))) {
-            "only a pickled .bin is here, which can run code when read; save the model again with safe_serialization=True"
+            "save the model again with safe_serialization=True: the .bin here is a pickle, which can run code when read"
         } else {
-            "the checkpoint is incomplete; download it again"
+            "give a whole checkpoint"
         };
         Err(Error::damaged(source.path(component), format!("no {stem}.safetensors, fp16 variant or shard index here"))
             .advise(remedy))
@@ -208,9 +208,18 @@ impl Tensors {
         for (old, entry) in index {
             for (name, part) in rename(old) {
                 let Some(entry) = part.of(entry) else { continue };
-                if tensors.index.insert(name, entry).is_some() {
-                    let problem = format!("tensor `{old}` is there a second time under another name");
-                    return Err(Error::damaged(&self.files[0].0, problem));
+                let bytes = |entry: &Entry| &self.files[entry.file].1.as_ref()[entry.range.clone()];
+                match tensors.index.get(&name) {
+                    // Two spellings of one tensor do no harm where they agree.
+                    Some(other) if bytes(other) == bytes(&entry) => {}
+                    Some(_) => {
+                        let problem =
+                            format!("tensor `{old}` is there a second time under another name, with other numbers");
+                        return Err(Error::damaged(&self.files[0].0, problem));
+                    }
+                    None => {
+                        tensors.index.insert(name, entry);
+                    }
                 }
             }
         }
@@ -411,8 +420,7 @@ fn shards(source: &Source, component: &str, index: &str) -> Result<Vec<String>> 
         weight_map: std::collections::BTreeMap<String, String>,
     }
     let path = source.path(index);
-    let parsed: Index = serde_json::from_str(&source.read_text(index)?)
-        .map_err(|e| Error::damaged(&path, format!("not a shard index: {e}")).advise("download it again"))?;
+    let parsed: Index = crate::json::parse(&source.read_text(index)?, &path)?;
     let mut names: Vec<String> = parsed.weight_map.into_values().collect();
     names.sort();
     names.dedup();

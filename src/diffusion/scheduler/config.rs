@@ -10,13 +10,19 @@ use super::names::list;
 use super::{Sampler, SamplerChoice, Spacing};
 use crate::{Error, Result};
 
+/// Fields that say that a model was trained in another way: with EDM's preconditioning (arXiv 2206.00364), or by flow
+/// matching.
+const OTHER_MODELS: [&str; 6] =
+    ["sigma_data", "shift", "base_shift", "max_shift", "stochastic_sampling", "invert_sigmas"];
+
 /// A `scheduler_config.json` of diffusers, under its own field names.
 ///
 /// A field is `None` where the file has none (or null): what that means differs from sampler to sampler, so that the
 /// default is with the sampler. As in diffusers' `from_config`, fields of one sampler may stand in the config of
-/// another, which leaves them alone. A field that says how the model was trained is honoured or refused by all.
+/// another, which leaves them alone, and so may notes and fields of samplers that are not here. A field that says how the
+/// model was trained is honoured or refused by all.
 #[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct SchedulerConfig {
     #[serde(rename = "_class_name")]
     pub(super) class_name: Option<String>,
@@ -137,11 +143,14 @@ impl SchedulerConfig {
     /// Parses the text of the file at `path`, which is there for messages alone.
     pub fn parse(text: &str, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        // Python writes the default of `lambda_min_clipped` in a way that is not JSON.
-        let text = text.replace("-Infinity", "-1.7976931348623157e308");
-        let mut fields: Map<String, Value> =
-            serde_json::from_str(&text).map_err(|e| Error::damaged(path, format!("not a scheduler config: {e}")))?;
-        fields.retain(|key, _| key == "_class_name" || !key.starts_with('_'));
+        let mut fields: Map<String, Value> = crate::json::parse(text, path)?;
+        fields.retain(|key, value| key == "_class_name" || !(key.starts_with('_') || value.is_null()));
+        if let Some(name) =
+            OTHER_MODELS.iter().find(|name| fields.get(**name).is_some_and(|v| *v != Value::Bool(false)))
+        {
+            let problem = format!("{name} = {} belongs to models of another kind", fields[*name]);
+            return Err(Error::unsupported(path, problem).advise("give a Stable Diffusion checkpoint"));
+        }
         // One field at a time first: serde's message about a value does not say whose it is.
         for (key, value) in &fields {
             let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));

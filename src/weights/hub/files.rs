@@ -1,6 +1,6 @@
 //! Which files of a model make the checkpoint, here and on the server.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -18,21 +18,31 @@ const WEIGHTS: [(&str, &str); 4] = [
 /// Folders with configuration only.
 const CONFIGS: [&str; 3] = ["scheduler", "tokenizer", "tokenizer_2"];
 /// Variants of the weights, the preferred one first: half precision is half the download.
-const VARIANTS: [&str; 2] = [".fp16", ""];
+const VARIANTS: [&str; 3] = [".fp16", "", ".bf16"];
 
-/// Whether a snapshot has weights for each of our components that its `model_index.json` names. Other tools leave
+/// True if a snapshot has weights and configurations for each of our components that its `model_index.json` names. Other tools leave
 /// snapshots of single files, of other formats, or interrupted ones.
 pub(super) fn is_complete(snapshot: &Path) -> bool {
     let index = fs::read(snapshot.join("model_index.json")).ok();
     let index: Option<serde_json::Value> = index.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let Some(index) = index else { return false };
-    WEIGHTS.iter().filter(|(folder, _)| index[folder][0].is_string()).all(|(folder, stem)| {
-        let entries = fs::read_dir(snapshot.join(folder)).into_iter().flatten().flatten();
-        // `exists` follows the link: one to a blob that is gone does not count.
-        let names: Vec<String> =
-            entries.filter(|e| e.path().exists()).filter_map(|e| e.file_name().into_string().ok()).collect();
-        VARIANTS.iter().any(|variant| has_weights(names.iter().map(String::as_str), stem, variant))
-    })
+    let named = |folder: &str| index[folder][0].is_string();
+    let there = |file: String| snapshot.join(file).exists();
+    let small =
+        WEIGHTS.iter().filter(|(folder, _)| named(folder)).all(|(folder, _)| there(format!("{folder}/config.json")))
+            && (!named("scheduler") || there("scheduler/scheduler_config.json".into()))
+            && ["tokenizer", "tokenizer_2"].iter().filter(|folder| named(folder)).all(|folder| {
+                there(format!("{folder}/tokenizer.json"))
+                    || (there(format!("{folder}/vocab.json")) && there(format!("{folder}/merges.txt")))
+            });
+    small
+        && WEIGHTS.iter().filter(|(folder, _)| index[folder][0].is_string()).all(|(folder, stem)| {
+            let entries = fs::read_dir(snapshot.join(folder)).into_iter().flatten().flatten();
+            // `exists` follows the link: one to a blob that is gone does not count.
+            let names: Vec<String> =
+                entries.filter(|e| e.path().exists()).filter_map(|e| e.file_name().into_string().ok()).collect();
+            VARIANTS.iter().any(|variant| has_weights(names.iter().map(String::as_str), stem, variant))
+        })
 }
 
 /// Whether all shards of the weights are among the names.
@@ -117,15 +127,21 @@ pub(super) fn select(listing: Listing, name: &str) -> Result<Vec<RemoteFile>> {
     if names("unet").is_empty() {
         return refuse("is no Stable Diffusion model: it has no unet folder");
     }
-    let variant = VARIANTS.iter().find(|variant| {
-        let mut present =
-            WEIGHTS.iter().map(|(folder, stem)| (names(folder), stem)).filter(|(names, _)| !names.is_empty());
-        present.all(|(names, stem)| has_weights(names.into_iter(), stem, variant))
-    });
-    let Some(variant) = variant else {
-        return refuse("does not hold its weights as safetensors");
-    };
-    let files: Vec<RemoteFile> = listing.siblings.into_iter().filter(|file| file.is_wanted(variant)).collect();
+    // Each component in the variant that it has, as in diffusers' `from_pretrained(variant="fp16")`.
+    let mut variants = BTreeMap::new();
+    for (folder, stem) in WEIGHTS {
+        let names = names(folder);
+        if names.is_empty() {
+            continue;
+        }
+        match VARIANTS.iter().find(|variant| has_weights(names.iter().copied(), stem, variant)) {
+            Some(variant) => variants.insert(folder, *variant),
+            None => return refuse("does not hold its weights as safetensors"),
+        };
+    }
+    let variant = |file: &RemoteFile| file.path.split_once('/').and_then(|(folder, _)| variants.get(folder).copied());
+    let wanted = |file: &RemoteFile| file.is_wanted(variant(file).unwrap_or_default());
+    let files: Vec<RemoteFile> = listing.siblings.into_iter().filter(wanted).collect();
     if files.iter().any(|file| !is_hex(file.etag(), if file.lfs.is_some() { 64 } else { 40 })) {
         return refuse("is listed with malformed checksums");
     }
