@@ -1,39 +1,39 @@
-//! The kernels and the structures that they take, as the C++ compiler lays them out.
+//! The registered kernels, and their parameter structures as the C++ compiler lays them out.
 
 use std::ffi::{CStr, c_char, c_void};
 
 /// A structure of parameters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Its name.
+    /// The name.
     pub name: &'static str,
-    /// Its size.
+    /// The size in bytes.
     pub bytes: usize,
-    /// Its fields, in order.
+    /// The fields, in order.
     pub fields: Vec<Field>,
 }
 
 /// A field of a structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
-    /// Its name.
+    /// The name.
     pub name: &'static str,
-    /// Bytes from the structure's beginning to the field's.
+    /// The offset in bytes from the beginning of the structure.
     pub offset: usize,
-    /// Its size.
+    /// The size in bytes.
     pub bytes: usize,
 }
 
 /// A kernel that can be launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kernel {
-    /// Its name.
+    /// The name.
     pub name: &'static str,
-    /// The [`Layout`] of the structure that it takes, by name; `None` if that has no LAYOUT beside it.
+    /// The [`Layout`] of the structure that it takes, by name; `None` if that structure has no LAYOUT beside it.
     pub structure: Option<&'static str>,
 }
 
-// As in runtime/emu.h.
+// Matches runtime/emu.h.
 #[repr(C)]
 struct RawField {
     name: *const c_char,
@@ -65,13 +65,13 @@ unsafe extern "C" {
 }
 
 /// # Safety
-/// A string that is never freed, as names in a program are.
+/// `name` must be a string that is never freed, as names in a program are.
 unsafe fn text(name: *const c_char) -> &'static str {
     // SAFETY: the caller's promise.
     unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("?")
 }
 
-/// The structures that have a LAYOUT beside them; one in a header once for each source that includes it.
+/// The structures that have a LAYOUT beside them. One in a header is listed once for each source that includes it.
 pub fn layouts() -> Vec<Layout> {
     let mut layouts = Vec::new();
     // SAFETY: a list of objects that live as long as the program, made before it began.
