@@ -3,29 +3,27 @@
 //! All work goes down one stream, in the order in which it was given. A recording is captured on a stream of its own and
 //! becomes a CUDA graph, so that nothing another thread submits meanwhile can end up in it.
 
+mod graph;
 mod kernels;
+mod staging;
 
 use super::compiled::{FAMILIES, Family, RESOURCES};
 use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
 use super::driver::{self, Card, Version, check, functions::*};
 use crate::{Error, Result};
 use cudarc::driver::sys::{
-    CUcontext, CUevent, CUgraphExec, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
-    CUresult, CUstream, CUstream_flags, CUstreamCaptureMode, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill,
-    CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
+    CUcontext, CUevent, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUresult,
+    CUstream, CUstream_flags, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
+    CUtensorMapL2promotion, CUtensorMapSwizzle,
 };
+use graph::Graph;
 use kernels::{Kernel, Loaded, MAX_PARAMS};
-use rayon::prelude::*;
-use std::collections::VecDeque;
+use staging::Staging;
 use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// Bytes of one of the pinned buffers through which uploads go.
-const STAGE: usize = 8 << 20;
-/// Bytes that one thread copies there at a time.
-const PIECE: usize = 256 << 10;
 /// What is overwritten to empty the L2 cache: more than any has.
 const FLUSH: usize = 256 << 20;
 /// Nothing waits for the legacy default stream.
@@ -105,8 +103,7 @@ struct Gpu {
     free_at_first: usize,
     stream: CUstream,
     loaded: Mutex<Loaded>,
-    /// Pinned buffers for uploads. The first is the one that was used longest ago.
-    staging: Mutex<VecDeque<Stage>>,
+    staging: Staging,
     timer: Mutex<Option<Timer>>,
 }
 
@@ -129,12 +126,6 @@ impl Drop for Event {
     }
 }
 
-/// A pinned buffer, and an event that says when its last copy to the device is done.
-struct Stage {
-    buffer: *mut c_void,
-    copied: Event,
-}
-
 /// Events around the launches that are timed, and the memory that is overwritten before.
 struct Timer {
     start: Event,
@@ -147,9 +138,6 @@ struct Timer {
 unsafe impl Send for Gpu {}
 // SAFETY: likewise.
 unsafe impl Sync for Gpu {}
-// SAFETY: handles, see above, and memory that whoever holds the stage has for itself.
-unsafe impl Send for Stage {}
-
 /// A lock whose data no panic can leave half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
@@ -179,26 +167,14 @@ impl Gpu {
             free_at_first: 0,
             stream: null_mut(),
             loaded: Mutex::new(Loaded::new(families)),
-            staging: Mutex::default(),
+            staging: Staging::default(),
             timer: Mutex::new(None),
         };
         gpu.bind()?;
         check("making a stream", unsafe { cuStreamCreate(&mut gpu.stream, NON_BLOCKING) })?;
-        // While one is copied to the device the other is filled.
-        for _ in 0..2 {
-            let stage = gpu.stage()?;
-            lock(&gpu.staging).push_back(stage);
-        }
+        gpu.staging.fill()?;
         gpu.free_at_first = gpu.free_bytes().unwrap_or(0);
         Ok(gpu)
-    }
-
-    /// A new buffer for uploads.
-    fn stage(&self) -> Result<Stage> {
-        let (mut buffer, copied) = (null_mut(), Event::new()?);
-        // SAFETY: a live local.
-        check("pinning memory for uploads", unsafe { cuMemAllocHost_v2(&mut buffer, STAGE) })?;
-        Ok(Stage { buffer, copied })
     }
 
     /// Makes the GPU this thread's.
@@ -267,33 +243,6 @@ impl Gpu {
         Ok(())
     }
 
-    /// What a stream's capture of the launches gives.
-    ///
-    /// # Safety
-    /// As for [`Device::record`].
-    unsafe fn capture(&self, launches: &[Launch], stream: CUstream) -> Result<CUgraphExec> {
-        // Loading a module may have to wait for the device, which a capture forbids.
-        let kernels = self.kernels(launches)?;
-        let (mut graph, mut executable) = (null_mut(), null_mut());
-        // SAFETY: handles of the driver, live locals, and the caller's promise about the launches.
-        unsafe {
-            // Other threads may go on allocating.
-            let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-            check("beginning a capture", cuStreamBeginCapture_v2(stream, mode))?;
-            let submitted = self.submit(&kernels, launches, stream);
-            // Whatever happened, or the stream stays in capture.
-            let ended = cuStreamEndCapture(stream, &mut graph);
-            let made = submitted
-                .and_then(|()| check("ending a capture", ended))
-                .and_then(|()| check("making a graph", cuGraphInstantiateWithFlags(&mut executable, graph, 0)));
-            if !graph.is_null() {
-                cuGraphDestroy(graph);
-            }
-            made?;
-        }
-        Ok(executable)
-    }
-
     /// Made at the first timing.
     fn timer(&self) -> Result<Timer> {
         Ok(Timer { start: Event::new()?, end: Event::new()?, flush: self.allocate(FLUSH)? })
@@ -348,27 +297,8 @@ impl Device for Gpu {
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.bind()?;
-        for (i, chunk) in bytes.chunks(STAGE).enumerate() {
-            // The lock is not held while other threads help: one of them may turn to an upload of its own meanwhile.
-            let oldest = lock(&self.staging).pop_front();
-            let stage = oldest.map_or_else(|| self.stage(), Ok)?;
-            // SAFETY: the buffer is free once its event has passed; the target is the caller's promise.
-            let uploaded = unsafe {
-                check("an upload", cuEventSynchronize(stage.copied.0)).and_then(|()| {
-                    // A file's pages are mapped as they are read, which takes one thread longer than the copy to the
-                    // device.
-                    let pinned = std::slice::from_raw_parts_mut(stage.buffer.cast::<u8>(), chunk.len());
-                    let pieces = pinned.par_chunks_mut(PIECE).zip(chunk.par_chunks(PIECE));
-                    pieces.for_each(|(to, from)| to.copy_from_slice(from));
-                    let target = address + (i * STAGE) as u64;
-                    check("an upload", cuMemcpyHtoDAsync_v2(target, stage.buffer, chunk.len(), self.stream))?;
-                    check("an upload", cuEventRecord(stage.copied.0, self.stream))
-                })
-            };
-            lock(&self.staging).push_back(stage);
-            uploaded?;
-        }
-        Ok(())
+        // SAFETY: the caller's promise.
+        unsafe { self.staging.upload(address, bytes, self.stream) }
     }
 
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
@@ -439,19 +369,8 @@ impl Device for Gpu {
 
     unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>> {
         self.bind()?;
-        let mut stream = null_mut();
-        // SAFETY: handles of the driver, and the caller's promise.
-        let executable = unsafe {
-            check("making a stream", cuStreamCreate(&mut stream, NON_BLOCKING))?;
-            let executable = self.capture(launches, stream);
-            cuStreamDestroy_v2(stream);
-            executable?
-        };
-        let graph = Graph { gpu: self, executable };
-        // SAFETY: as above. Without this the first replay would pay for it.
-        let code = unsafe { cuGraphUpload(executable, graph.gpu.stream) };
-        check("uploading a graph", code)?;
-        Ok(Box::new(graph))
+        // SAFETY: the caller's promise.
+        Ok(Box::new(unsafe { Graph::record(self, launches)? }))
     }
 
     unsafe fn time(&self, launches: &[Launch], cache: Cache) -> Result<Duration> {
@@ -492,9 +411,7 @@ impl Drop for Gpu {
                 if let Some(timer) = lock(&self.timer).take() {
                     cuMemFree_v2(timer.flush);
                 }
-                for stage in lock(&self.staging).drain(..) {
-                    cuMemFreeHost(stage.buffer);
-                }
+                self.staging.free();
                 lock(&self.loaded).unload();
                 if !self.stream.is_null() {
                     cuStreamDestroy_v2(self.stream);
@@ -502,30 +419,6 @@ impl Drop for Gpu {
             }
             cuDevicePrimaryCtxRelease_v2(self.card.device);
         }
-    }
-}
-
-/// A captured list of launches.
-struct Graph {
-    gpu: Arc<Gpu>,
-    executable: CUgraphExec,
-}
-
-// SAFETY: as for `Gpu`.
-unsafe impl Send for Graph {}
-
-impl Recording for Graph {
-    fn replay(&self) -> Result<()> {
-        self.gpu.bind()?;
-        // SAFETY: the graph is whole; what its launches touch was promised when it was recorded.
-        check("launching a graph", unsafe { cuGraphLaunch(self.executable, self.gpu.stream) })
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // SAFETY: made by the driver, given back once; it lets running launches end.
-        let _ = self.gpu.bind().map(|()| unsafe { cuGraphExecDestroy(self.executable) });
     }
 }
 

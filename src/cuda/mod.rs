@@ -1,9 +1,10 @@
 //! The CUDA executor: plans as lists of launches of the kernels in `kernels/`, on a GPU or on the emulator.
 //!
-//! One file an op family, of the same name as its kernels. fp16 storage, fp32 accumulation, NHWC.
+//! There is one file per operation family, with the same name as its kernels. Storage is fp16, accumulation fp32,
+//! layout NHWC.
 //!
-//! Sums never depend on the batch: whatever decides the order in which numbers are added (splits of a depth, tiles of
-//! keys, stretches of pixels) is a function of one image's shape. So an image is the same bits alone or among others.
+//! Sums never depend on the batch: everything that decides the order of summation (splits of a depth, tiles of keys,
+//! stretches of pixels) is a function of one image's shape. So an image gives the same bits alone and in a batch.
 
 mod attention;
 mod attention_gradient;
@@ -12,6 +13,7 @@ mod attention_hopper;
 pub mod compiled;
 mod conv;
 mod conv_hopper;
+mod cut;
 mod device;
 mod driver;
 mod elementwise;
@@ -20,8 +22,9 @@ mod emulated;
 mod epilogue;
 mod folded;
 mod gpu;
+mod group_norm;
+mod layer_norm;
 mod moments;
-mod norm;
 mod params;
 mod program;
 mod sampler;
@@ -82,18 +85,18 @@ impl Storage for Limits {
     }
 }
 
-/// fp16's greatest number.
+/// The greatest finite fp16 number.
 const HALF_MAX: f32 = 65504.0;
 
 /// A plan on a device with its arena and weights: writes inputs, runs, reads outputs.
 pub struct Executor {
     plan: Arc<Plan>,
-    /// The launches point into it.
+    /// Kept alive because the launches point into it.
     weights: Arc<Weights>,
     device: Arc<dyn Device>,
     arena: Buffer,
     program: Program,
-    /// Of the step and of the backward nodes; each made at its first run.
+    /// The recorded launches of the step and of the backward nodes; each is made at its first run.
     recordings: [Option<Box<dyn Recording>>; 2],
 }
 
@@ -123,23 +126,22 @@ impl Executor {
         &self.device
     }
 
-    /// Where the named input lies.
+    /// The address of the named input.
     pub fn input_address(&self, name: &str) -> u64 {
         self.arena.address() + self.plan.offset(self.plan.graph().input(name)) as u64
     }
 
-    /// Where the named output lies.
+    /// The address of the named output.
     pub fn output_address(&self, name: &str) -> u64 {
         self.arena.address() + self.plan.offset(self.plan.graph().output(name)) as u64
     }
 
-    /// The launches of a step, for recordings that hold more than that.
+    /// The launches of a step, for recordings that contain more than a step.
     pub fn step_launches(&self) -> &[Launch] {
         &self.program.step
     }
 
-    /// Writes the named input, NHWC. It keeps its value from run to run. What fp16 cannot hold becomes its greatest
-    /// number.
+    /// Writes the named input, NHWC. It keeps its value from run to run. Numbers beyond fp16's range saturate.
     ///
     /// # Errors
     /// [`Error::Usage`] for an index beyond what it chooses from, [`Error::Device`] with the driver's word.
@@ -156,8 +158,8 @@ impl Executor {
         }
     }
 
-    /// Writes the named input with an output of the last run of another executor, which is as large. On one device
-    /// numbers stay there.
+    /// Writes an output of another executor's last run, which must have the same size, into the named input. If both
+    /// are on one device, the numbers stay there.
     ///
     /// # Errors
     /// As for [`Executor::write`].
@@ -170,7 +172,7 @@ impl Executor {
         if !as_they_are || to.choices(input_id).is_some() {
             return self.write(input, &from.read(output)?);
         }
-        // SAFETY: both lie on this device, in the arenas of executors that are borrowed.
+        // SAFETY: both are on this device, in the arenas of executors that are borrowed.
         unsafe { self.device.copy(self.input_address(input), from.output_address(output), length * element.bytes()) }
     }
 
@@ -189,7 +191,7 @@ impl Executor {
         })
     }
 
-    /// Runs what depends on constant inputs alone; needed once after they change.
+    /// Runs the nodes that depend on constant inputs alone; needed once after these change.
     ///
     /// # Errors
     /// [`crate::Error::Device`] with the driver's word, or the emulator's about a faulty kernel.
@@ -206,7 +208,7 @@ impl Executor {
         replay(&self.device, &self.program.step, &mut self.recordings[0])
     }
 
-    /// Runs the reverse half, from the last step's activations and the seed in the input `d.<output>`.
+    /// Runs the backward pass, from the last step's activations and the seed in the input `d.<output>`.
     ///
     /// # Errors
     /// As for [`Executor::prologue`].
@@ -214,7 +216,7 @@ impl Executor {
         replay(&self.device, &self.program.backward, &mut self.recordings[1])
     }
 
-    /// Waits until all work given before is done.
+    /// Waits until all work submitted before is done.
     ///
     /// # Errors
     /// [`crate::Error::Device`] with the driver's word about that work.
@@ -222,8 +224,8 @@ impl Executor {
         self.arena.read(0, &mut [0])
     }
 
-    /// Runs all nodes one by one, each with the cache as asked, and tells of every node that has launches of its own and
-    /// for which `wanted` is true what it launched and how long that took.
+    /// Runs all nodes one by one, each with the cache as asked. For every node that has launches of its own and for
+    /// which `wanted` is true, `tell` receives its launches and their duration.
     ///
     /// # Errors
     /// As for [`Executor::prologue`].
@@ -249,7 +251,7 @@ impl Executor {
     }
 }
 
-/// Calls `lower` with what an executor holds on its device.
+/// Calls `lower` with the bindings of an executor on its device.
 fn bound<T>(
     device: &Arc<dyn Device>,
     weights: &Weights,
@@ -264,7 +266,7 @@ fn bound<T>(
     })
 }
 
-/// Runs launches of an executor, which are recorded the first time.
+/// Runs launches of an executor, recording them the first time.
 fn replay(device: &Arc<dyn Device>, launches: &[Launch], recording: &mut Option<Box<dyn Recording>>) -> Result<()> {
     let made = match recording.take() {
         Some(recording) => recording,

@@ -1,16 +1,11 @@
-//! How group norms are cut into blocks, and the moments of results that matrix products leave for the norms that read them.
+//! The moments of results that matrix products leave for the norms that read them.
 
+use super::cut::{Cut, PAIR, gcd};
 use super::device::Limits;
 use super::folded;
-use crate::graph::{Graph, GroupNorm, Op, Shape, TensorId};
+use crate::graph::{Graph, Op, Shape, TensorId};
 use half::f16;
 
-/// Threads of a group norm's block.
-pub(super) const THREADS: usize = 256;
-/// Channels of a vector load.
-pub(super) const VECTOR: usize = 8;
-/// Bytes of the mean and the squared deviations of a unit.
-pub(super) const PAIR: usize = 2 * size_of::<f32>();
 /// Pixels of a unit for group norms: those of a warpgroup in `kernels/conv_hopper.cu`.
 pub(super) const PIXELS: usize = 64;
 /// Channels of a unit for layer norms, the first that divides the row, and the most units of a row: four loads of each of
@@ -78,120 +73,17 @@ pub(super) fn of_rows(row: usize) -> Option<Moments> {
     (row / channels <= ROW_UNITS).then_some(Moments { channels, pixels: 1 })
 }
 
-/// How one image's group norm is cut into blocks. The image's shape alone decides it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Cut {
-    /// Channels of a thread.
-    pub width: usize,
-    /// Channels of a block: whole groups.
-    pub slab: usize,
-    /// Pixels of a block.
-    pub stretch: usize,
-    pub slabs: usize,
-    pub stretches: usize,
-}
-
-impl Cut {
-    /// For channels of the sources, in order.
-    pub fn new(sources: &[usize], per_group: usize, pixels: usize) -> Self {
-        // A slab fills sectors of 32 bytes and has at least 128 bytes of a pixel. A stretch gives every thread eight
-        // vectors, two rounds of loads, which is 20 blocks for the smallest image that is cut at all and hundreds for most;
-        // and there are no more than 256, all of which every block of the second kernel reads.
-        const SECTOR: usize = 16;
-        const SLAB: usize = 64;
-        const STRETCH: usize = 8 * THREADS;
-        const UNCUT: usize = 4 * STRETCH;
-        const STRETCHES: usize = 256;
-        let channels: usize = sources.iter().sum();
-        let width = if sources.iter().all(|c| c.is_multiple_of(VECTOR)) { VECTOR } else { 1 };
-        let unit = per_group / gcd(per_group, SECTOR) * SECTOR;
-        let slab = (unit * SLAB.div_ceil(unit)).min(channels);
-        let columns = pixels * (slab / width);
-        let wanted = if columns <= UNCUT { 1 } else { (columns / STRETCH).min(STRETCHES) };
-        let stretch = pixels.div_ceil(wanted);
-        Cut { width, slab, stretch, slabs: channels.div_ceil(slab), stretches: pixels.div_ceil(stretch) }
-    }
-
-    pub fn of(norm: &GroupNorm, shape: impl Fn(TensorId) -> Shape) -> Self {
-        let sources: Vec<usize> = norm.sources.iter().map(|t| shape(t).c).collect();
-        let per_group = sources.iter().sum::<usize>() / norm.groups;
-        Cut::new(&sources, per_group, shape(norm.sources.x).tokens())
-    }
-
-    /// With stretches so short that a thread has two vectors, for a kernel to which they mean nothing.
-    pub fn finer(self, pixels: usize) -> Self {
-        let stretch = (2 * THREADS * self.width).div_ceil(self.slab).min(pixels);
-        Cut { stretch, stretches: pixels.div_ceil(stretch), ..self }
-    }
-
-    /// Bytes of shared memory: a pair of numbers for each group of a slab, and one for each channel of a slab in each
-    /// lane. A block has as many lanes as a slab's columns fit into its threads. The last slab may be narrower and have
-    /// more lanes, and with them more channels in all than a full slab; but never more than all threads hold, unless it
-    /// has one lane.
-    pub fn shared(&self, per_group: usize) -> (usize, usize) {
-        (self.slab / per_group * PAIR, (THREADS * self.width).max(self.slab) * PAIR)
-    }
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
-#[cfg(test)]
+#[cfg(all(test, feature = "emulated"))]
 mod tests {
+    use super::super::{Emulated, Executor, Limits, Weights, conv};
     use super::*;
-    #[cfg(feature = "emulated")]
-    use {
-        super::super::{Emulated, Executor, Limits, Weights, conv},
-        crate::graph::{Activation, ConvOptions, GraphBuilder, Sources},
-        crate::plan::Plan,
-        crate::weights::Tensors,
-        respodiff_emulated_kernels::Schedule,
-        std::sync::Arc,
-    };
-
-    /// No slab of any norm stores more pairs than its launch has memory for, by the kernel's own count of lanes.
-    #[test]
-    fn shared_memory_holds_every_slab() {
-        for groups in 1..=64 {
-            for per_group in 1..=160 {
-                let channels = groups * per_group;
-                let cut = Cut::new(&[channels], per_group, 4096);
-                for slab in 0..cut.slabs {
-                    let channels = cut.slab.min(channels - slab * cut.slab);
-                    let lanes = (THREADS / (channels / cut.width)).max(1);
-                    let (_, sums) = cut.shared(per_group);
-                    assert!(lanes * channels * PAIR <= sums, "{groups} groups of {per_group}: slab {slab} of {cut:?}");
-                }
-            }
-        }
-    }
-
-    /// Every group norm of SD 1.5 and SDXL at their sizes: whole groups and sectors, everything covered, blocks enough
-    /// for a GPU where an image is cut, and stretches few enough for every block to read them.
-    #[test]
-    fn cuts_of_real_layers() {
-        let unet = [320, 640, 960, 1280, 1920, 2560].map(|c| (c, [8, 16, 32, 64, 128]));
-        let vae = [128, 256, 512].map(|c| (c, [64, 128, 256, 512, 1024]));
-        for (channels, sides) in unet.into_iter().chain(vae) {
-            for side in sides {
-                let (per_group, pixels) = (channels / 32, side * side);
-                let cut = Cut::new(&[channels], per_group, pixels);
-                let label = format!("{side}x{side}x{channels}: {cut:?}");
-                assert!(
-                    cut.width == VECTOR && cut.slab.is_multiple_of(per_group) && cut.slab.is_multiple_of(16),
-                    "{label}"
-                );
-                assert!(cut.slab >= 64 && cut.slabs * cut.slab >= channels, "{label}");
-                assert!((cut.slabs - 1) * cut.slab < channels && (cut.stretches - 1) * cut.stretch < pixels, "{label}");
-                assert!(cut.stretches * cut.stretch >= pixels && cut.stretches <= 256, "{label}");
-                assert!(cut.stretches == 1 || cut.stretches * cut.slabs >= 20, "{label}");
-            }
-        }
-    }
+    use crate::graph::{Activation, ConvOptions, GraphBuilder, Sources};
+    use crate::plan::Plan;
+    use crate::weights::Tensors;
+    use respodiff_emulated_kernels::Schedule;
+    use std::sync::Arc;
 
     /// What a convolution is of, in the tests below: of pixels by themselves, with neighbours, or doubled first.
-    #[cfg(feature = "emulated")]
     #[derive(Clone, Copy, Debug)]
     enum Reads {
         Pixels,
@@ -200,7 +92,6 @@ mod tests {
     }
 
     /// Two convolutions and the norm of their results side by side.
-    #[cfg(feature = "emulated")]
     #[derive(Clone, Copy, Debug)]
     struct Case {
         reads: Reads,
@@ -211,7 +102,6 @@ mod tests {
         groups: usize,
     }
 
-    #[cfg(feature = "emulated")]
     impl Case {
         fn graph(&self) -> Graph {
             let Case { reads, images, size: (h, w), channels, groups } = *self;
@@ -278,13 +168,11 @@ mod tests {
     }
 
     /// Mean and squared deviations of so many numbers each, put together.
-    #[cfg(feature = "emulated")]
     fn merged(parts: impl Iterator<Item = (f64, f64)> + Clone, each: f64) -> (f64, f64) {
         let mean = parts.clone().map(|(mean, _)| mean).sum::<f64>() / parts.clone().count() as f64;
         (mean, parts.map(|(part, squares)| squares + each * (part - mean).powi(2)).sum())
     }
 
-    #[cfg(feature = "emulated")]
     const CASES: [Case; 7] = [
         // A group of 20 has 16 channels of the first source and 4 of the second.
         Case { reads: Reads::Pixels, images: 2, size: (24, 56), channels: [96, 64], groups: 8 },
@@ -299,7 +187,6 @@ mod tests {
     ];
 
     /// Moments are those of the numbers that were stored, in float64; and the norm made with them is right.
-    #[cfg(feature = "emulated")]
     #[test]
     fn products_leave_the_moments_of_their_results() {
         for (number, case) in CASES.into_iter().enumerate() {

@@ -1,7 +1,7 @@
-//! The structures that kernels take, written a second time: in C++ beside the kernels, here for their launches.
+//! The parameter structures of kernels. Each is declared twice: in C++ beside the kernels, and here for their launches.
 
-/// Defines mirrors of structures in `kernels/`: fields of the same names and sizes in the same order, none of them left
-/// out, not even padding. `tests/kernels/layouts.rs` compares both, byte by byte.
+/// Declares mirrors of structures in `kernels/`: fields of the same names and sizes in the same order, including
+/// padding. `tests/kernels/layouts.rs` compares the two declarations byte by byte.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! params {
@@ -23,11 +23,11 @@ macro_rules! params {
     )*};
 }
 
-/// The layouts of the engine's structures in Rust. The structures of the tests' kernels are in the tests.
+/// The layouts of the engine's structures in Rust. Those of the tests' kernels are in the tests.
 #[cfg(feature = "emulated")]
 pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
     use super::{attention, attention_gradient, attention_gradient_hopper, attention_hopper, conv, conv_hopper};
-    use super::{elementwise, epilogue, norm, sampler, weights};
+    use super::{elementwise, epilogue, group_norm, layer_norm, sampler, weights};
     vec![
         attention::AttentionParams::layout(),
         attention_gradient::AttentionGradientParams::layout(),
@@ -40,9 +40,9 @@ pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
         elementwise::ResizeGradientParams::layout(),
         elementwise::RowParams::layout(),
         elementwise::SinusoidParams::layout(),
-        norm::GroupNormParams::layout(),
-        norm::GroupNormGradientParams::layout(),
-        norm::LayerNormParams::layout(),
+        group_norm::GroupNormParams::layout(),
+        group_norm::GroupNormGradientParams::layout(),
+        layer_norm::LayerNormParams::layout(),
         sampler::DeviceStep::layout(),
         sampler::Run::layout(),
         sampler::LatentSize::layout(),

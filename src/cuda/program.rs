@@ -2,7 +2,8 @@
 
 use super::device::{Launch, Limits, TensorTiles};
 use super::site::{Bindings, Site};
-use super::{attention, attention_gradient, attention_hopper, conv, elementwise, epilogue, folded, norm};
+use super::{attention, attention_gradient, attention_hopper, conv, elementwise, epilogue, folded};
+use super::{group_norm, layer_norm};
 use crate::graph::{Graph, Node, Op};
 use crate::plan::Plan;
 use crate::{Error, Result};
@@ -90,13 +91,13 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
         Op::LayerNorm { .. } if folded::has_no_launch(site.graph(), out, site.limits) => {}
         // Written along with what is shifted.
         Op::Shift { x, .. } if epilogue::makes(site.graph(), x) => {}
-        Op::GroupNorm(ref norm) => norm::group_norm(norm, out, site, launches),
+        Op::GroupNorm(ref norm) => group_norm::group_norm(norm, out, site, launches),
         Op::LayerNorm { x, weight, bias, eps } => {
-            launches.push(norm::layer_norm(x, (weight, bias), eps, out, site));
+            launches.push(layer_norm::layer_norm(x, (weight, bias), eps, out, site));
         }
-        Op::GroupNormGradient { ref of, d } => norm::group_norm_gradient(of, d, out, site, launches),
+        Op::GroupNormGradient { ref of, d } => group_norm::group_norm_gradient(of, d, out, site, launches),
         Op::LayerNormGradient { x, weight, eps, d } => {
-            launches.push(norm::layer_norm_gradient(x, weight, eps, d, out, site));
+            launches.push(layer_norm::layer_norm_gradient(x, weight, eps, d, out, site));
         }
         Op::Embed { ids, tokens, positions } => {
             launches.push(elementwise::embed(ids, tokens, positions, out, site));
@@ -129,9 +130,9 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
 pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
     match node.op {
         Op::Conv(ref op) => conv::workspace(graph, op, node.output, limits),
-        Op::GroupNorm(ref norm) => norm::workspace(graph, norm),
+        Op::GroupNorm(ref norm) => group_norm::workspace(graph, norm),
         Op::AttentionGradient { ref of, fused, .. } => attention_gradient::workspace(graph, of, fused),
-        Op::GroupNormGradient { ref of, .. } => 2 * norm::workspace(graph, of),
+        Op::GroupNormGradient { ref of, .. } => 2 * group_norm::workspace(graph, of),
         _ => 0,
     }
 }

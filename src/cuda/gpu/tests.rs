@@ -3,6 +3,7 @@
 use super::*;
 use bytemuck::NoUninit;
 use cudarc::driver::sys;
+use rayon::prelude::*;
 use std::process::Command;
 
 const fn family(name: &'static str, fatbin: &'static [u8], kernels: &'static [&'static str]) -> Family {
@@ -205,7 +206,7 @@ fn threads_upload_side_by_side() {
     {
         let device: Arc<dyn Device> = gpu.clone();
         let check = |seed: usize| {
-            let bytes: Vec<u8> = (0..2 * STAGE + 12345).map(|i| (i * (2 * seed + 1) / 8) as u8).collect();
+            let bytes: Vec<u8> = (0..2 * staging::BUFFER + 12345).map(|i| (i * (2 * seed + 1) / 8) as u8).collect();
             let buffer = super::super::Buffer::from_bytes(&device, &bytes).unwrap();
             let mut back = vec![0; bytes.len()];
             buffer.read(0, &mut back).unwrap();
