@@ -1,6 +1,6 @@
-//! Weights as the kernels read them: vectors in fp32, tables and matrices in fp16.
+//! Weights in the form that the kernels read: vectors in fp32, tables and matrices in fp16.
 //!
-//! Tensors go to the device as they lie in their files, and `kernels/weights.cu` packs them there.
+//! Tensors are uploaded as they are in their files, and `kernels/weights.cu` packs them on the device.
 
 mod packing;
 
@@ -16,17 +16,17 @@ use packing::{Form, Packing, packed_bytes, padded_bytes};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Bytes of a file that lie on the device at a time, unless a single row is longer.
+/// The most bytes of a file that are on the device at a time, unless a single row is longer.
 const STAGE: usize = 64 << 20;
 
-/// A network's weights in device memory, shared by every plan of the network at whatever size.
+/// A network's weights in device memory, shared by all plans of the network, whatever their size.
 pub struct Weights {
-    /// What was loaded for this network, in one piece.
+    /// All that was loaded for this network, in one allocation.
     own: Arc<Buffer>,
-    /// Where each weight begins: there, or among another network's.
+    /// The buffer and offset of each weight: in `own`, or among another network's.
     places: Vec<(Arc<Buffer>, usize)>,
     specs: Vec<WeightSpec>,
-    /// The place of each, [as it is packed](folded::as_packed) for this device.
+    /// The index of each spec in `places`, [as it is packed](folded::as_packed) for this device.
     by_spec: HashMap<WeightSpec, usize>,
     limits: Limits,
 }
@@ -41,7 +41,8 @@ impl Weights {
         Self::load_beside(device, specs, tensors, &[])
     }
 
-    /// The same, taking what `others` of the same checkpoint hold on the device in the same form from them.
+    /// The same, but weights that `others` of the same checkpoint already have on the device in the same form are taken
+    /// from them.
     ///
     /// # Errors
     /// As [`Weights::load`].
@@ -59,7 +60,7 @@ impl Weights {
         let found: Vec<Option<(Arc<Buffer>, usize)>> = as_packed.iter().map(find).collect();
         let lacking = as_packed.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec);
         let lacking: Vec<_> = lacking.map(|spec| (spec, spec.norm_vector())).collect();
-        // All that can be wrong but the numbers is found before anything is allocated.
+        // Everything that can be wrong except the numbers themselves is found before anything is allocated.
         let loading = lacking.iter().map(|(spec, norm)| Loading::find(spec, norm.as_ref(), tensors));
         let loading: Vec<Loading> = loading.collect::<Result<_>>()?;
         let own = Arc::new(Buffer::zeroed(device, loading.iter().map(|weight| padded_bytes(weight.spec)).sum())?);
@@ -71,7 +72,7 @@ impl Weights {
         Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec, limits }))
     }
 
-    /// The list that they were loaded for.
+    /// The specs that they were loaded for.
     pub fn specs(&self) -> &[WeightSpec] {
         &self.specs
     }
@@ -81,24 +82,24 @@ impl Weights {
         self.own.is_on(device)
     }
 
-    /// Bytes of device memory, but for what others hold.
+    /// Bytes of device memory, without those that other weights own.
     pub fn bytes(&self) -> usize {
         self.own.len()
     }
 
-    /// Bytes that `specs` would take beside these.
+    /// Bytes that loading `specs` beside these weights would take.
     pub fn missing(&self, specs: &[WeightSpec]) -> usize {
         let as_packed = specs.iter().map(|spec| folded::as_packed(spec, self.limits));
         as_packed.filter(|spec| !self.by_spec.contains_key(spec)).map(|spec| padded_bytes(&spec)).sum()
     }
 
-    /// Where each weight begins, by its number in the network.
+    /// The address of each weight, by its number in the network.
     pub(super) fn addresses(&self) -> Vec<u64> {
         self.places.iter().map(|(buffer, offset)| buffer.address() + *offset as u64).collect()
     }
 }
 
-/// A weight and its tensors, and as much of the norm that is folded into it.
+/// A weight and its tensors, with the norm that is folded into it.
 struct Loading<'a> {
     spec: &'a WeightSpec,
     parts: Vec<Stored<'a>>,
@@ -111,13 +112,13 @@ impl<'a> Loading<'a> {
         Ok(Loading { spec, parts: tensors.stored(spec)?, norm })
     }
 
-    /// All tensors in the order in which they are uploaded.
+    /// All tensors in the order of their upload.
     fn tensors(&self) -> impl Iterator<Item = &Stored<'a>> {
         self.norm.iter().flat_map(|(_, parts)| parts).chain(&self.parts)
     }
 }
-/// Uploads weights into `own`, one after the other, and packs them there, at most `limit` bytes of a file at a time.
-/// Gives their offsets.
+/// Uploads weights into `own`, one after the other, and packs them there, with at most `limit` bytes of a file on the
+/// device at a time. Returns their offsets.
 fn upload(device: &Arc<dyn Device>, own: &Buffer, weights: &[Loading], limit: usize) -> Result<Vec<usize>> {
     let whole_rows = |part: &Stored| (limit / row_bytes(part)).max(1);
     let largest = weights
@@ -126,7 +127,7 @@ fn upload(device: &Arc<dyn Device>, own: &Buffer, weights: &[Loading], limit: us
         .map(|part| part.bytes_in_file().min(whole_rows(part) * row_bytes(part)))
         .max();
     let stage = Buffer::new(device, largest.unwrap_or(0))?;
-    // A word for every weight, so that the first damaged one can be named.
+    // One word per weight, so that the first damaged one can be named.
     let faults = Buffer::zeroed(device, weights.len() * size_of::<u32>())?;
     // Scale and shift of the norm that is folded into the next weight.
     let norms = weights.iter().flat_map(|weight| &weight.norm).map(|(norm, _)| packed_bytes(norm));
@@ -149,8 +150,9 @@ fn upload(device: &Arc<dyn Device>, own: &Buffer, weights: &[Loading], limit: us
                 let first = i * rows_at_once;
                 let rows = first..first + chunk.len() / row;
                 stage.write(0, chunk)?;
-                // SAFETY: the launches read `stage` and `norm` and write inside `own`, `norm` and `faults`, which outlive
-                // the work: the faults are read after it. The next write to `stage` comes after it on the device, too.
+                // SAFETY: the launches read `stage` and `norm` and write inside `own`, `norm` and `faults`. All of
+                // these outlive the work, since the faults are read after it. The next write to `stage` also follows it
+                // on the device.
                 unsafe { device.run(&packing.launches(part, first_output, rows))? };
             }
             first_output += part.outputs;
@@ -177,7 +179,7 @@ fn upload(device: &Arc<dyn Device>, own: &Buffer, weights: &[Loading], limit: us
     Ok(offsets)
 }
 
-/// Bytes of a row of the matrix as the file holds it.
+/// Bytes of a row of the matrix in the file.
 fn row_bytes(part: &Stored) -> usize {
     let numbers = if part.transposed { part.outputs } else { part.width };
     numbers * part.format.bytes()

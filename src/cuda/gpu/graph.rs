@@ -19,7 +19,7 @@ unsafe impl Send for Graph {}
 
 impl Graph {
     /// Captures launches on a stream of their own, so that nothing another thread submits meanwhile can end up among
-    /// them. Wants the GPU's context.
+    /// them. Needs the GPU's context.
     ///
     /// # Safety
     /// As for [`crate::cuda::Device::record`].
@@ -33,28 +33,28 @@ impl Graph {
             executable?
         };
         let graph = Graph { gpu, executable };
-        // SAFETY: as above. Without this the first replay would pay for it.
+        // SAFETY: as above. Without the upload the first replay would take longer.
         let code = unsafe { cuGraphUpload(executable, graph.gpu.stream) };
         check("uploading a graph", code)?;
         Ok(graph)
     }
 }
 
-/// The graph of the launches, captured on `stream`.
+/// Captures the launches on `stream` and instantiates their graph.
 ///
 /// # Safety
 /// As for [`crate::cuda::Device::record`]; the stream is alive.
 unsafe fn capture(gpu: &Gpu, launches: &[Launch], stream: CUstream) -> Result<CUgraphExec> {
-    // Loading a module may have to wait for the device, which a capture forbids.
+    // Loading a module may have to wait for the device, which is forbidden in a capture.
     let kernels = gpu.kernels(launches)?;
     let (mut graph, mut executable) = (null_mut(), null_mut());
     // SAFETY: handles of the driver, live locals, and the caller's promise about the launches.
     unsafe {
-        // Other threads may go on allocating.
+        // In this mode other threads may continue to allocate.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         check("beginning a capture", cuStreamBeginCapture_v2(stream, mode))?;
         let submitted = gpu.submit(&kernels, launches, stream);
-        // Whatever happened, or the stream stays in capture.
+        // End the capture even after an error, or the stream would stay in it.
         let ended = cuStreamEndCapture(stream, &mut graph);
         let made = submitted
             .and_then(|()| check("ending a capture", ended))
@@ -70,14 +70,14 @@ unsafe fn capture(gpu: &Gpu, launches: &[Launch], stream: CUstream) -> Result<CU
 impl Recording for Graph {
     fn replay(&self) -> Result<()> {
         self.gpu.bind()?;
-        // SAFETY: the graph is whole; what its launches touch was promised when it was recorded.
+        // SAFETY: the graph is complete; what its launches touch was promised when it was recorded.
         check("launching a graph", unsafe { cuGraphLaunch(self.executable, self.gpu.stream) })
     }
 }
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: made by the driver, given back once; it lets running launches end.
+        // SAFETY: made by the driver, destroyed once; the driver lets running launches end.
         let _ = self.gpu.bind().map(|()| unsafe { cuGraphExecDestroy(self.executable) });
     }
 }

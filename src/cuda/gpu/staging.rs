@@ -15,7 +15,7 @@ pub(super) const BUFFER: usize = 8 << 20;
 /// Bytes that one thread copies into it at a time.
 const PIECE: usize = 256 << 10;
 
-/// The pinned buffers that no upload holds. The first is the one that was used longest ago.
+/// The pinned buffers that no upload is using. The first is the one that was used longest ago.
 #[derive(Default)]
 pub(super) struct Staging(Mutex<VecDeque<Pinned>>);
 
@@ -25,8 +25,8 @@ struct Pinned {
     copied: Event,
 }
 
-// SAFETY: the driver's handle may be used from every thread that has made the context its own, and whoever holds the
-// buffer has its memory for itself.
+// SAFETY: the driver's handle may be used from every thread in which the context is current, and the memory is used
+// only by the owner of the value.
 unsafe impl Send for Pinned {}
 
 impl Pinned {
@@ -38,9 +38,9 @@ impl Pinned {
     }
 }
 
-/// All of these want the GPU's context.
+/// All calls need the GPU's context.
 impl Staging {
-    /// Makes two buffers: while one is copied to the device the other is filled.
+    /// Makes two buffers: while one is copied to the device, the other is filled.
     pub fn fill(&self) -> Result<()> {
         for _ in 0..2 {
             let pinned = Pinned::new()?;
@@ -55,14 +55,13 @@ impl Staging {
     /// The memory at `address` is as long and belongs to the caller; the stream is alive.
     pub unsafe fn upload(&self, address: u64, bytes: &[u8], stream: CUstream) -> Result<()> {
         for (i, chunk) in bytes.chunks(BUFFER).enumerate() {
-            // The lock is not held while other threads help: one of them may turn to an upload of its own meanwhile.
+            // The lock is not held while other threads help: one of them may begin an upload of its own meanwhile.
             let oldest = lock(&self.0).pop_front();
             let pinned = oldest.map_or_else(Pinned::new, Ok)?;
             // SAFETY: the buffer is free once its event has passed; the target is the caller's promise.
             let uploaded = unsafe {
                 check("an upload", cuEventSynchronize(pinned.copied.0)).and_then(|()| {
-                    // A file's pages are mapped as they are read, which takes one thread longer than the copy to the
-                    // device.
+                    // Reading maps the pages of a file, which takes one thread longer than the copy to the device.
                     let memory = std::slice::from_raw_parts_mut(pinned.buffer.cast::<u8>(), chunk.len());
                     let pieces = memory.par_chunks_mut(PIECE).zip(chunk.par_chunks(PIECE));
                     pieces.for_each(|(to, from)| to.copy_from_slice(from));
@@ -77,13 +76,13 @@ impl Staging {
         Ok(())
     }
 
-    /// Gives all buffers back.
+    /// Frees all buffers.
     ///
     /// # Safety
-    /// No copy from them is under way.
+    /// No copy from them may be in flight.
     pub unsafe fn free(&self) {
         for pinned in lock(&self.0).drain(..) {
-            // SAFETY: from the driver, given back once. An error has nobody to go to.
+            // SAFETY: from the driver, freed once. An error could not be reported.
             unsafe { cuMemFreeHost(pinned.buffer) };
         }
     }

@@ -1,4 +1,4 @@
-//! A GPU against `tests/support/driver.c`, a driver that keeps count.
+//! Tests a GPU against `tests/support/driver.c`, a driver that counts its objects.
 
 use super::*;
 use bytemuck::NoUninit;
@@ -10,24 +10,25 @@ const fn family(name: &'static str, fatbin: &'static [u8], kernels: &'static [&'
     Family { name, fatbin, kernels }
 }
 
-/// The driver takes the first; the others are faulty and may not be touched unless a kernel of theirs is wanted.
+/// The driver accepts the first family; the others are faulty and may not be touched unless one of their kernels is
+/// wanted.
 static FAMILIES: &[Family] =
     &[family("test", b"image", &["twice"]), family("odd", b"image", &["lost"]), family("newer", b"other", &["thrice"])];
 const TILES: TensorTiles =
     TensorTiles { address: 1 << 20, sizes: &[64, 100], strides: &[128], tile: &[64, 32], swizzle: 3 };
 
-/// What a process that a test has started should see.
+/// The environment variable with the words that a test's child process is to see.
 const WORDS: &str = "RESPODIFF_TEST_DRIVER_WORDS";
 
-/// Runs a test again for each driver, which is `driver.c` compiled with flags, and gives these runs the words that go
-/// with it. They are processes of their own, since one process has one driver.
+/// Runs a test again for each driver, which is `driver.c` compiled with a flag, and passes the words that belong to it.
+/// Each run is a process of its own, since a process has one driver.
 fn each_driver(test: &str, drivers: &[(&str, &str)]) -> Option<String> {
     if let Ok(words) = std::env::var(WORDS) {
         return Some(words);
     }
     for (flag, words) in drivers {
         let folder = tempfile::tempdir().unwrap();
-        // Under every other name there is a file that no loader takes, so that no real driver is found.
+        // Under all other names there is a file that no loader accepts, so that no real driver is found.
         for name in cudarc::get_lib_name_candidates("cuda") {
             std::fs::write(folder.path().join(name), "").unwrap();
         }
@@ -50,12 +51,12 @@ fn gpu() -> Arc<Gpu> {
     Arc::new(Gpu::new(version, cards[0].clone(), FAMILIES).unwrap())
 }
 
-/// One of the driver's counts.
+/// One of the driver's counters.
 fn count(name: &str) -> i32 {
     unsafe { (*sys::culib().get::<unsafe extern "C" fn() -> i32>(name).unwrap())() }
 }
 
-/// What the driver has handed out and not taken back.
+/// The number of objects that the driver has handed out and not taken back.
 fn live() -> i32 {
     count("live_objects")
 }
@@ -73,7 +74,7 @@ fn twice(buffer: &super::super::Buffer, grid: usize) -> Launch {
     Launch::new("twice", [grid, 1, 1], 32, 200 << 10, &params)
 }
 
-/// Uploads of several stages, launches, and graphs that run when replayed and not before; nothing is left behind.
+/// Uploads of several buffers, launches, and graphs that run when replayed and not before; nothing is left behind.
 #[test]
 fn numbers_go_up_through_and_down() {
     let drivers = [("-O1", "tells"), ("-DVERSION=12000", "")];
@@ -109,7 +110,8 @@ fn numbers_go_up_through_and_down() {
             let time = unsafe { device.time(&[twice(&buffer, 1)], cache) }.unwrap();
             assert_eq!((time, factor()), (Duration::from_micros(1500), after), "{cache:?}");
         }
-        let expected = (5, 0); // a module, a recording, and two events and memory for timing; no failure on the way
+        // A module, a recording, and two events and memory for timing; no call has failed.
+        let expected = (5, 0);
         assert_eq!((live() - before, count("failed_calls")), expected);
         // A structure of another size than the kernel's, where the driver tells sizes.
         let longer = Launch { params: [0; 32].into(), ..twice(&buffer, 1) };
@@ -117,12 +119,12 @@ fn numbers_go_up_through_and_down() {
             Ok(_) => assert!(words.is_empty()),
             Err(refused) => assert!(refused.to_string().contains("takes 24 bytes of parameters and was given 32")),
         }
-        // A launch that is refused leaves neither a half graph nor a stream in capture.
+        // A launch that is refused leaves neither a partial graph nor a stream in capture.
         let refused = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 0)]) }.err().unwrap();
         assert!(refused.to_string().contains("launching `twice` (grid [0, 1, 1]"), "{refused}");
         unsafe { device.clone().record(&[twice(&buffer, 1)]).unwrap() }.replay().unwrap();
         assert_eq!(factor(), 512.0);
-        // A copy on the device of two numbers onto others.
+        // Copies two numbers onto others within the device.
         unsafe { device.copy(buffer.address(), buffer.address() + 8, 8).unwrap() };
         let mut back = [0.0f32; 3];
         buffer.read(0, bytemuck::cast_slice_mut(&mut back)).unwrap();
@@ -132,7 +134,8 @@ fn numbers_go_up_through_and_down() {
     assert_eq!(live(), 0);
 }
 
-/// All launches of a list but the first, run or recorded, where the kernels wait by themselves and graphs can say it.
+/// All launches of a list except the first begin early, run or recorded, where the kernels wait by themselves and
+/// graphs have programmatic edges.
 #[test]
 fn launches_overlap_on_9_0_alone() {
     let drivers = [
@@ -198,7 +201,7 @@ fn trouble_leaves_nothing_behind() {
     assert_eq!(live(), 0);
 }
 
-/// Threads that upload at once, and help each other meanwhile, each have a pinned buffer of their own.
+/// Threads that upload at the same time, and help each other meanwhile, each have a pinned buffer of their own.
 #[test]
 fn threads_upload_side_by_side() {
     let Some(_) = each_driver("threads_upload_side_by_side", &[("-O1", "")]) else { return };
@@ -229,7 +232,7 @@ fn a_gpu_that_another_process_holds_is_said_to_be_held() {
     assert_eq!(live(), 0);
 }
 
-/// The machine code that each GPU runs, of all that a build may have.
+/// The machine code that each GPU runs, from all that a build may have.
 #[test]
 fn every_gpu_runs_the_newest_code_that_it_can() {
     let all = ["80", "86", "89", "90a", "100", "120"];

@@ -1,4 +1,4 @@
-//! How weights are packed: the sizes of their packed forms, and the launches of `kernels/weights.cu` that make them.
+//! Packing of weights: the sizes of packed forms, and the launches of `kernels/weights.cu` that produce them.
 
 use super::super::device::Launch;
 use crate::graph::{WeightKind, WeightSpec};
@@ -6,7 +6,7 @@ use crate::weights::Stored;
 use half::f16;
 use std::ops::Range;
 
-/// Input channels of a matrix are filled up with zeros to a multiple of this: 16 bytes, what one thread copies.
+/// The inputs of a matrix are padded with zeros to a multiple of this: 16 bytes, which one thread copies.
 pub(in crate::cuda) const CHUNK: usize = 8;
 /// Weights begin at multiples of this many bytes.
 const ALIGN: usize = 256;
@@ -20,32 +20,31 @@ pub(super) fn padded_bytes(spec: &WeightSpec) -> usize {
     behind(spec) + (phases_bytes(spec) + sums_bytes(spec)).next_multiple_of(ALIGN)
 }
 
-/// How far behind a weight's first byte its second part begins: the form for a doubled source, or the sums for a norm.
-/// No weight has both.
+/// The offset of a weight's second part: the form for an upsampled source, or the sums for a norm. No weight has both.
 pub(in crate::cuda) fn behind(spec: &WeightSpec) -> usize {
     packed_bytes(spec).next_multiple_of(ALIGN)
 }
 
-/// True if a matrix has sums for the norm that is folded into it.
+/// True if a matrix has sums for a norm that is folded into it.
 pub(in crate::cuda) fn has_sums(spec: &WeightSpec) -> bool {
     spec.norm.is_some() && matches!(spec.kind, WeightKind::Matrix { .. })
 }
 
-/// Bytes of these sums: S and T of each packed column, as `kernels/weights.cu` defines them.
+/// Bytes of these sums: S and T of each packed column, as defined in `kernels/weights.cu`.
 pub(super) fn sums_bytes(spec: &WeightSpec) -> usize {
     if has_sums(spec) { spec.total_outputs() * SUMS } else { 0 }
 }
 
-/// True if a weight has a second form, for a doubled source.
+/// True if a weight has a second form, for an upsampled source.
 pub(in crate::cuda) fn has_phases(spec: &WeightSpec) -> bool {
     matches!(spec.kind, WeightKind::Matrix { kernel: 3, gated: false, resized: true, .. })
 }
 
-/// Bytes of a weight's form for a doubled source, if it has one.
+/// Bytes of a weight's form for an upsampled source, if it has one.
 ///
-/// Behind a doubling a 3x3 kernel sees 2x2 pixels, which ones and how often depends on whether the result's row and column are
-/// even: these four phases are 2x2 kernels whose taps are sums of the 3x3 one's, 4/9 of the work. They are packed as
-/// `[2 * row parity + column parity][outputs][taps][inputs]`.
+/// Over a source upsampled by two, a 3x3 kernel sees 2x2 source pixels; which of them, and how often, depends on the
+/// parity of the result's row and column. The four phases are therefore 2x2 kernels whose taps are sums of the 3x3
+/// kernel's: 4/9 of the work. They are packed as `[2 * row parity + column parity][outputs][taps][inputs]`.
 pub(super) fn phases_bytes(spec: &WeightSpec) -> usize {
     if has_phases(spec) { packed_bytes(spec) / 9 * 16 } else { 0 }
 }
@@ -88,22 +87,22 @@ crate::params! {
     }
 }
 
-/// How the numbers of a weight `[outputs, inputs, taps]` are packed. Strides are in numbers.
+/// The packed layout of a weight `[outputs, inputs, taps]`. Strides are in numbers.
 ///
-/// A matrix becomes `[outputs, taps, inputs]` with the inputs filled up to a multiple of [`CHUNK`]; a gated one's
-/// values and gates take turns. A mirrored one becomes `[inputs, taps, outputs]`, its taps in reverse and its outputs
-/// filled up.
+/// A matrix becomes `[outputs, taps, inputs]` with the inputs padded to a multiple of [`CHUNK`]; the values and gates
+/// of a gated one alternate. A mirrored one becomes `[inputs, taps, outputs]`, with its taps in reverse and its outputs
+/// padded.
 pub(super) struct Form {
-    /// How many inputs are packed; others follow them in the file.
+    /// The number of inputs that are packed; others follow them in the file.
     inputs: usize,
     taps: usize,
-    /// The place of the first number in the packed form.
+    /// The index of the first number in the packed form.
     start: i64,
-    /// From there to the next output, input and tap.
+    /// Strides from there to the next output, input and tap.
     output: i64,
     input: i64,
     tap: i64,
-    /// Of a gated matrix, the number of outputs that are values: as many gates follow them in the file.
+    /// For a gated matrix, the number of outputs that are values: the same number of gates follows them in the file.
     values: Option<usize>,
     /// True if numbers stay fp32.
     full: bool,
@@ -122,7 +121,7 @@ impl Form {
             full: false,
         };
         match spec.kind {
-            // Its numbers are outputs, and neighbours.
+            // The numbers of a vector are outputs, and adjacent.
             WeightKind::Vector => Form { full: true, output: 1, input: 0, ..plain },
             WeightKind::Table => plain,
             WeightKind::Matrix { kernel, inputs, gated, .. } => {
@@ -139,22 +138,22 @@ impl Form {
     }
 }
 
-/// A weight that is being packed from `from` to `to`.
+/// A weight to be packed from `from` to `to`.
 pub(super) struct Packing {
     pub form: Form,
     pub from: u64,
     pub to: u64,
     pub fault: u64,
     pub outputs: usize,
-    /// Where the form for a doubled source begins, in numbers, if it is wanted.
+    /// The index in numbers at which the form for an upsampled source begins, if it is wanted.
     pub phases: Option<usize>,
-    /// Where the scale and the shift of the norm lie that is folded into the matrix.
+    /// The address of the scale and shift of the norm that is folded into the matrix.
     pub norm: Option<u64>,
-    /// Where the matrix's sums for it begin, if they are wanted.
+    /// The address of the matrix's sums for the norm, if they are wanted.
     pub sums: Option<u64>,
 }
 
-/// What the lines of a copy have to do with a norm that is folded into the matrix: fields of [`PackParams`].
+/// How the lines of a copy relate to a norm that is folded into the matrix: fields of [`PackParams`].
 #[derive(Default)]
 struct Folded {
     norm_scale: u64,
@@ -174,8 +173,8 @@ struct Dimension {
 }
 
 impl Packing {
-    /// The launches that pack a part of the weight, of which `from` holds these rows as they lie in the file. The
-    /// part's first output is number `first_output` of the weight's.
+    /// The launches that pack a part of the weight. `from` holds the given rows of the part as they are in the file;
+    /// the part's first output is output `first_output` of the weight.
     pub fn launches(&self, part: &Stored, first_output: usize, rows: Range<usize>) -> Vec<Launch> {
         let form = &self.form;
         // The file's rows are outputs, or inputs if it holds the matrix transposed.
@@ -187,18 +186,18 @@ impl Packing {
             true => [1, part.outputs as i64, 0],
             false => [part.width as i64, form.taps as i64, 1],
         };
-        // A gated matrix is two copies: values go to even rows of the packed form, gates to odd ones.
+        // A gated matrix takes two copies: values go to even rows of the packed form, gates to odd ones.
         let split = form.values.map_or(outputs.end, |values| values.clamp(outputs.start, outputs.end));
         let of_gates = form.values.unwrap_or(0);
         let spread = if form.values.is_some() { 2 } else { 1 };
-        // `column` is the packed place of the piece's first output.
+        // `column` is the index in the packed form of the piece's first output.
         let piece = |outputs_of_piece: Range<usize>, column: i64| {
             let output = Dimension { length: outputs_of_piece.len(), from: from_output, to: spread * form.output };
             let input = Dimension { length: inputs.len(), from: from_input, to: form.input };
             let tap = Dimension { length: form.taps, from: from_tap, to: form.tap };
             let from = (outputs_of_piece.start - outputs.start) as i64 * from_output;
             let to = form.start + column * form.output + inputs.start as i64 * form.input;
-            // The last dimension is the one in which packed numbers are neighbours, for threads to write side by side.
+            // In the last dimension packed numbers are adjacent, so that threads write side by side.
             let across_inputs = form.input == 1;
             let dimensions = if across_inputs { [output, tap, input] } else { [input, tap, output] };
             let folded = self.norm.map(|norm| Folded {
@@ -217,11 +216,11 @@ impl Packing {
         values.into_iter().chain(gates).chain(phases).collect()
     }
 
-    /// The launches that pack outputs for a doubled source (see [`phases_bytes`]): one for each phase and tap, which sums taps
-    /// of the file.
+    /// The launches that pack outputs for an upsampled source (see [`phases_bytes`]): one for each phase and tap, which
+    /// sums taps of the file.
     fn phase_launches(&self, part: &Stored, start: usize, outputs: Range<usize>) -> Vec<Launch> {
-        /// By the parity of the result's row and the row of the tap: the first row of the 3x3 kernel, and how many. Columns
-        /// likewise.
+        /// Indexed by the parity of the result's row and by the row of the tap: the first row of the 3x3 kernel, and
+        /// the number of rows. The same holds for columns.
         const SUMMED: [[(i64, i32); 2]; 2] = [[(0, 1), (1, 2)], [(0, 2), (2, 1)]];
         let (inputs, pixel) = (self.form.inputs, self.form.inputs.next_multiple_of(CHUNK));
         let mut launches = Vec::new();
@@ -238,8 +237,8 @@ impl Packing {
         launches
     }
 
-    /// A copy that is `from` and `to` numbers further on, unless there is nothing to copy. Each number is the sum of so many,
-    /// down and across a 3x3 kernel.
+    /// A copy with `from` and `to` as additional offsets in numbers, unless there is nothing to copy. Each number is
+    /// the sum of `down` x `across` taps of a 3x3 kernel.
     fn launch(
         &self,
         part: &Stored,

@@ -5,7 +5,7 @@ use crate::graph::WeightKind;
 use crate::weights::cases::{Case, Random};
 use respodiff_emulated_kernels::Schedule;
 
-/// The packed form by its definition, in which every number is put into its place.
+/// The packed form by definition: puts every number at its index.
 fn packed_by_definition(case: &Case) -> Vec<u8> {
     let (spec, outputs) = (&case.spec, case.spec.total_outputs());
     if spec.kind == WeightKind::Vector {
@@ -51,13 +51,13 @@ fn load(device: &Arc<dyn Device>, cases: &[Case], limit: usize) -> Result<Vec<Ve
     cases.iter().zip(upload(device, &own, &weights, limit)?).map(read).collect()
 }
 
-/// Compares S and T with sums in float64, of the packed numbers and of the file's.
+/// Compares S and T with sums in float64, S over the packed numbers and T over the file's.
 fn assert_sums(case: &Case, packed: &[u8], sums: &[u8]) {
     let numbers = |norm: &Case| norm.numbers().map(|(_, x)| f64::from(x)).collect::<Vec<_>>();
     let (inputs, outputs) = (case.spec.width, case.spec.total_outputs());
     let shift = &numbers(case.norm.as_ref().unwrap())[inputs..];
     let gated = matches!(case.spec.kind, WeightKind::Matrix { gated: true, .. });
-    // Each sum with the sum of what it is made of without signs.
+    // Each sum, and the sum of the absolute values of its addends.
     let mut truth = vec![[(0.0, 0.0); 2]; outputs];
     let mut add = |column: usize, of: usize, x: f64| {
         truth[column][of].0 += x;
@@ -73,12 +73,12 @@ fn assert_sums(case: &Case, packed: &[u8], sums: &[u8]) {
     let sums: Vec<f32> = bytemuck::pod_collect_to_vec(sums);
     assert_eq!(sums.len(), 2 * outputs, "{case:?}");
     for (&sum, &(right, size)) in sums.iter().zip(truth.iter().flatten()) {
-        // At most 70 additions in fp32, in whatever order.
+        // At most 70 additions in fp32, in any order.
         assert!((f64::from(sum) - right).abs() <= 70.0 * 2f64.powi(-24) * size, "{sum} for {right}: {case:?}");
     }
 }
 
-/// Every kind, format and layout, with and without a norm, bit for bit, a row at a time, a few, and whole.
+/// Every kind, format and layout, with and without a norm, bit for bit: one row at a time, a few, and the whole.
 #[test]
 fn forms_are_packed_as_defined() {
     let mut random = Random(1);
@@ -97,8 +97,8 @@ fn forms_are_packed_as_defined() {
     }
 }
 
-/// A 3x3 kernel behind a resize is packed a second time, for doubled sources: row 2 of a doubled image, which is even, and
-/// row 3, which is odd, see its rows 1 to 3 and 2 to 4, which are rows 0, 1, 1 and 1, 1, 2 of the source.
+/// A 3x3 kernel behind a resize is packed a second time, for upsampled sources. Row 2 of an upsampled image, which is
+/// even, and row 3, which is odd, see its rows 1 to 3 and 2 to 4; these are rows 0, 1, 1 and 1, 1, 2 of the source.
 #[test]
 fn phases_of_a_doubled_source() {
     let (outputs, inputs, pixel) = (5, 61, 64);
@@ -123,7 +123,7 @@ fn phases_of_a_doubled_source() {
     }
 }
 
-/// The first bad number of the first bad weight is told, wherever it is and however bad.
+/// The first bad number of the first bad weight is reported, wherever it is and whatever it is.
 #[test]
 fn damaged_numbers_are_found() {
     let device = Emulated::new(Limits::A100, Emulated::QUICK);
