@@ -1,15 +1,15 @@
-//! How group norms are cut into blocks.
+//! The division of group norms into blocks.
 
 use crate::graph::{GroupNorm, Shape, TensorId};
 
-/// Threads of a group norm's block.
+/// Threads of a block of `kernels/group_norm.cu`.
 pub(super) const THREADS: usize = 256;
 /// Channels of a vector load.
 pub(super) const VECTOR: usize = 8;
-/// Bytes of the mean and the squared deviations of a unit.
+/// Bytes of a pair of numbers: the mean and the squared deviations of a unit.
 pub(super) const PAIR: usize = 2 * size_of::<f32>();
 
-/// How one image's group norm is cut into blocks. The image's shape alone decides it.
+/// The division of one image's group norm into blocks. The image's shape alone decides it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cut {
     /// Channels of a thread.
@@ -23,11 +23,12 @@ pub(super) struct Cut {
 }
 
 impl Cut {
-    /// For channels of the sources, in order.
+    /// For sources of so many channels each, in order.
     pub fn new(sources: &[usize], per_group: usize, pixels: usize) -> Self {
         // A slab fills sectors of 32 bytes and has at least 128 bytes of a pixel. A stretch gives every thread eight
-        // vectors, two rounds of loads, which is 20 blocks for the smallest image that is cut at all and hundreds for most;
-        // and there are no more than 256, all of which every block of the second kernel reads.
+        // vectors, which are two rounds of loads. That is 20 blocks for the smallest image that is divided at all and
+        // hundreds for most. There are at most 256 stretches, since every block of the second kernel reads the moments
+        // of all.
         const SECTOR: usize = 16;
         const SLAB: usize = 64;
         const STRETCH: usize = 8 * THREADS;
@@ -49,16 +50,17 @@ impl Cut {
         Cut::new(&sources, per_group, shape(norm.sources.x).tokens())
     }
 
-    /// With stretches so short that a thread has two vectors, for a kernel to which they mean nothing.
+    /// The same with shorter stretches, in which a thread has two vectors, for a kernel whose result does not depend on
+    /// them.
     pub fn finer(self, pixels: usize) -> Self {
         let stretch = (2 * THREADS * self.width).div_ceil(self.slab).min(pixels);
         Cut { stretch, stretches: pixels.div_ceil(stretch), ..self }
     }
 
-    /// Bytes of shared memory: a pair of numbers for each group of a slab, and one for each channel of a slab in each
-    /// lane. A block has as many lanes as a slab's columns fit into its threads. The last slab may be narrower and have
-    /// more lanes, and with them more channels in all than a full slab; but never more than all threads hold, unless it
-    /// has one lane.
+    /// Bytes of shared memory: a pair of numbers for each group of a slab, and a pair for each channel of a slab in
+    /// each thread row. A block has as many thread rows as a slab's columns fit into its threads. The last slab may be
+    /// narrower and have more thread rows, and with them more pairs than a full slab; but never more than all threads
+    /// hold, unless it has one thread row.
     pub fn shared(&self, per_group: usize) -> (usize, usize) {
         (self.slab / per_group * PAIR, (THREADS * self.width).max(self.slab) * PAIR)
     }
@@ -72,7 +74,7 @@ pub(super) fn gcd(a: usize, b: usize) -> usize {
 mod tests {
     use super::*;
 
-    /// No slab of any norm stores more pairs than its launch has memory for, by the kernel's own count of lanes.
+    /// No slab of any norm stores more pairs than its launch has memory for, by the kernel's own count of thread rows.
     #[test]
     fn shared_memory_holds_every_slab() {
         for groups in 1..=64 {
@@ -81,16 +83,19 @@ mod tests {
                 let cut = Cut::new(&[channels], per_group, 4096);
                 for slab in 0..cut.slabs {
                     let channels = cut.slab.min(channels - slab * cut.slab);
-                    let lanes = (THREADS / (channels / cut.width)).max(1);
+                    let thread_rows = (THREADS / (channels / cut.width)).max(1);
                     let (_, sums) = cut.shared(per_group);
-                    assert!(lanes * channels * PAIR <= sums, "{groups} groups of {per_group}: slab {slab} of {cut:?}");
+                    assert!(
+                        thread_rows * channels * PAIR <= sums,
+                        "{groups} groups of {per_group}: slab {slab} of {cut:?}"
+                    );
                 }
             }
         }
     }
 
-    /// Every group norm of SD 1.5 and SDXL at their sizes: whole groups and sectors, everything covered, blocks enough
-    /// for a GPU where an image is cut, and stretches few enough for every block to read them.
+    /// Every group norm of SD 1.5 and SDXL at their sizes: slabs are whole groups and sectors, everything is covered,
+    /// an image that is divided has enough blocks for a GPU, and stretches are few enough for every block to read them.
     #[test]
     fn cuts_of_real_layers() {
         let unet = [320, 640, 960, 1280, 1920, 2560].map(|c| (c, [8, 16, 32, 64, 128]));

@@ -49,7 +49,7 @@ pub(super) fn layer_norm_gradient(
     row_launch(addresses, eps, out, ["layer_norm_gradient_8", "layer_norm_gradient_1"], site)
 }
 
-/// The vector or the element kernel with what `[x, d, weight, bias]` point at.
+/// The launch of the vector or of the scalar kernel; `[x, d, weight, bias]` are addresses.
 fn row_launch(
     [x, d, weight, bias]: [u64; 4],
     eps: f32,
@@ -57,7 +57,7 @@ fn row_launch(
     [vector, element]: [&'static str; 2],
     site: &Site,
 ) -> Launch {
-    /// Columns that a thread keeps, and rows of a block of several.
+    /// Columns that a thread holds, and rows of a block if a row is one warp.
     const SLOTS: usize = 5;
     const ROWS: usize = 4;
     let shape = site.shape(out);

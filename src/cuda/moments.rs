@@ -1,4 +1,4 @@
-//! The moments of results that matrix products leave for the norms that read them.
+//! Moments (mean and sum of squared deviations) of results, which matrix products leave for the norms that read them.
 
 use super::cut::{Cut, PAIR, gcd};
 use super::device::Limits;
@@ -8,14 +8,15 @@ use half::f16;
 
 /// Pixels of a unit for group norms: those of a warpgroup in `kernels/conv_hopper.cu`.
 pub(super) const PIXELS: usize = 64;
-/// Channels of a unit for layer norms, the first that divides the row, and the most units of a row: four loads of each of
-/// the four lanes that share it. A tile whose columns are a multiple of 80 has the former units, another the latter.
+/// Channels of a unit for layer norms, of which the first that divides the row is taken, and the most units of a row:
+/// four loads for each of the four lanes that share it. A tile whose columns are a multiple of 80 has units of 80
+/// channels, any other tile units of 64.
 const ROW_CHANNELS: [usize; 2] = [80, 64];
 const ROW_UNITS: usize = 16;
 
-/// The moments of an activation, which lie behind it: of every unit, some channels of some pixels that neither the batch
-/// nor a tile changes. For group norms they are `[images][units of channels][units of pixels]`, for layer norms
-/// `[pixels of all images][units of channels]`.
+/// The layout of an activation's moments, which are stored behind it: one pair per unit of some channels of some
+/// pixels, whose extent depends neither on the batch nor on a tile. For group norms it is `[images][units of
+/// channels][units of pixels]`, for layer norms `[pixels of all images][units of channels]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Moments {
     /// Channels of a unit.
@@ -25,12 +26,12 @@ pub(super) struct Moments {
 }
 
 impl Moments {
-    /// Where they begin, from the activation's first byte on.
+    /// Their offset from the activation's first byte.
     pub fn offset(shape: Shape) -> usize {
         (shape.len() * size_of::<f16>()).next_multiple_of(PAIR)
     }
 
-    /// Units of an image that have the same channels.
+    /// The number of units of an image that have the same channels.
     pub fn pixel_units(&self, shape: Shape) -> usize {
         shape.tokens() / self.pixels
     }
@@ -41,9 +42,9 @@ impl Moments {
     }
 }
 
-/// The moments that the norms which read an activation want: a layer norm without a launch those of rows, group norms, and
-/// gradients of those that take an image in several stretches, those of units of which each group has a whole number;
-/// `None` if these would be odd or smaller than four channels.
+/// The moments that the norms which read an activation want. A layer norm without a launch wants those of rows. Group
+/// norms, and gradients of group norms that take an image in several stretches, want those of units that divide every
+/// group; `None` if such a unit is odd or has fewer than four channels.
 pub(super) fn wanted(graph: &Graph, id: TensorId, limits: Limits) -> Option<Moments> {
     if folded::leaves_moments(graph, id, limits) {
         return of_rows(graph.shape(id).c);
@@ -67,7 +68,7 @@ pub(super) fn wanted(graph: &Graph, id: TensorId, limits: Limits) -> Option<Mome
     (unit >= 4 && unit.is_multiple_of(2)).then_some(Moments { channels: unit, pixels: PIXELS })
 }
 
-/// The moments of a row of so many channels; `None` if no unit divides it, or too many do.
+/// The moments of a row of `row` channels; `None` if no unit divides it, or if there would be too many.
 pub(super) fn of_rows(row: usize) -> Option<Moments> {
     let channels = ROW_CHANNELS.into_iter().find(|&channels| row.is_multiple_of(channels))?;
     (row / channels <= ROW_UNITS).then_some(Moments { channels, pixels: 1 })
@@ -83,15 +84,16 @@ mod tests {
     use respodiff_emulated_kernels::Schedule;
     use std::sync::Arc;
 
-    /// What a convolution is of, in the tests below: of pixels by themselves, with neighbours, or doubled first.
+    /// What a convolution reads, in the tests below: each pixel by itself, pixels with their neighbours, or an
+    /// upsampled source.
     #[derive(Clone, Copy, Debug)]
     enum Reads {
         Pixels,
         Neighbours,
-        Doubled,
+        Upsampled,
     }
 
-    /// Two convolutions and the norm of their results side by side.
+    /// Two convolutions, and the norm of their concatenated results.
     #[derive(Clone, Copy, Debug)]
     struct Case {
         reads: Reads,
@@ -106,11 +108,13 @@ mod tests {
         fn graph(&self) -> Graph {
             let Case { reads, images, size: (h, w), channels, groups } = *self;
             let mut g = GraphBuilder::new();
-            // A product of less depth is faster by mma.sync.
+            // A product of less depth would be faster with mma.sync.
             let (size, inputs, options) = match reads {
                 Reads::Pixels => ((h, w), 384, ConvOptions::default()),
                 Reads::Neighbours => ((h, w), 192, ConvOptions::conv3x3()),
-                Reads::Doubled => ((h / 2, w / 2), 128, ConvOptions { resize: Some((h, w)), ..ConvOptions::conv3x3() }),
+                Reads::Upsampled => {
+                    ((h / 2, w / 2), 128, ConvOptions { resize: Some((h, w)), ..ConvOptions::conv3x3() })
+                }
             };
             let source = g.input("source", Shape::new(images, size.0, size.1, inputs));
             let [x, skip] = [("x", channels[0]), ("skip", channels[1])].map(|(name, channels)| {
@@ -125,7 +129,7 @@ mod tests {
             g.finish()
         }
 
-        /// The norm of two results by kernels that compute statistics.
+        /// The norm of two results by the kernels that compute statistics.
         fn usual_norm(&self, limits: Limits, sources: [&[f32]; 2]) -> Vec<f32> {
             let device = Emulated::new(limits, Schedule::QUICK);
             let mut g = GraphBuilder::new();
@@ -142,7 +146,7 @@ mod tests {
             executor.read("norm").unwrap()
         }
 
-        /// The kernels, the two results, their moments and the norm.
+        /// The kernels, the two results, their moments, and the norm.
         fn run(&self, limits: Limits, schedule: Schedule) -> (Vec<&'static str>, [Vec<f32>; 5]) {
             let device = Emulated::new(limits, schedule);
             let plan = Arc::new(Plan::new(self.graph(), &[], &limits));
@@ -150,7 +154,7 @@ mod tests {
             let weights = Weights::load(&device, graph.weights(), &Tensors::random()).unwrap();
             let mut executor = Executor::new(&device, plan.clone(), weights).unwrap();
             let len = graph.shape(graph.input("source")).len() / self.images;
-            // All images are the same numbers in another order, far from 0.
+            // All images have the same numbers in another order, far from 0.
             let number = |i: usize| ((i % len * 7919 + i / len * 31) % 2003) as f32 / 1001.5 + 2.0;
             executor.write("source", &(0..self.images * len).map(number).collect::<Vec<_>>()).unwrap();
             executor.step().unwrap_or_else(|fault| panic!("{self:?}, {schedule:?}: {fault}"));
@@ -167,7 +171,7 @@ mod tests {
         }
     }
 
-    /// Mean and squared deviations of so many numbers each, put together.
+    /// Merges the mean and squared deviations of parts of `each` numbers.
     fn merged(parts: impl Iterator<Item = (f64, f64)> + Clone, each: f64) -> (f64, f64) {
         let mean = parts.clone().map(|(mean, _)| mean).sum::<f64>() / parts.clone().count() as f64;
         (mean, parts.map(|(part, squares)| squares + each * (part - mean).powi(2)).sum())
@@ -177,20 +181,20 @@ mod tests {
         // A group of 20 has 16 channels of the first source and 4 of the second.
         Case { reads: Reads::Pixels, images: 2, size: (24, 56), channels: [96, 64], groups: 8 },
         Case { reads: Reads::Neighbours, images: 1, size: (24, 48), channels: [160, 80], groups: 24 },
-        Case { reads: Reads::Doubled, images: 1, size: (64, 32), channels: [160, 160], groups: 32 },
+        Case { reads: Reads::Upsampled, images: 1, size: (64, 32), channels: [160, 160], groups: 32 },
         // So many units that they are merged first, with a part that is not full.
         Case { reads: Reads::Pixels, images: 1, size: (132, 128), channels: [80, 80], groups: 20 },
         Case { reads: Reads::Pixels, images: 2, size: (8, 200), channels: [320, 80], groups: 20 },
-        // One stretch, of which only the last kernel is left; a half of a tile is a whole image.
+        // One stretch, where only the last kernel remains; a half of a tile is a whole image.
         Case { reads: Reads::Neighbours, images: 3, size: (8, 8), channels: [320, 160], groups: 16 },
         Case { reads: Reads::Neighbours, images: 2, size: (16, 16), channels: [160, 160], groups: 16 },
     ];
 
-    /// Moments are those of the numbers that were stored, in float64; and the norm made with them is right.
+    /// The moments equal those of the stored numbers in float64, and the norm computed with them is right.
     #[test]
     fn products_leave_the_moments_of_their_results() {
         for (number, case) in CASES.into_iter().enumerate() {
-            // Few multiprocessors, so that blocks make several tiles.
+            // Few multiprocessors, so that blocks compute several tiles.
             let limits = Limits { multiprocessors: 3, ..Limits::H100 };
             let schedules = Schedule::hostile(number as u64);
             let schedules = if number < 2 { &schedules[..] } else { &schedules[..1] };
@@ -214,13 +218,14 @@ mod tests {
                             numbers[at..at + unit].iter().map(|&x| (f64::from(x), 0.0))
                         });
                         let right = merged(all, 1.0);
-                        // A chain of 80 sums and three more, in fp32, about a number that is no further off than ten
-                        // deviations; the deviations are a tenth of the mean and more.
+                        // A chain of 80 sums and three more, in fp32, about a number that is at most ten deviations
+                        // away; the deviations are at least a tenth of the mean.
                         assert!((mean - right.0).abs() <= 1e-5 * right.0.abs().max(1.0), "{case:?}: {mean}, {right:?}");
                         assert!((squares - right.1).abs() <= 1e-3 * right.1, "{case:?}: {squares}, {right:?}");
                     }
                 }
-                // The same norm by its own statistics; both sums are off by less than fp16 can tell, but for a last bit.
+                // The same norm by its own statistics; the errors of both are below fp16's resolution, except for a
+                // last bit.
                 let usual = case.usual_norm(limits, [&x, &skip]);
                 let off = |(&y, &right): (&f32, &f32)| (y - right).abs() <= 1e-3 * right.abs().max(0.06);
                 assert!(norm.iter().zip(&usual).all(off), "{case:?}, {schedule:?}");

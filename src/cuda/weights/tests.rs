@@ -100,7 +100,7 @@ fn forms_are_packed_as_defined() {
 /// A 3x3 kernel behind a resize is packed a second time, for upsampled sources. Row 2 of an upsampled image, which is
 /// even, and row 3, which is odd, see its rows 1 to 3 and 2 to 4; these are rows 0, 1, 1 and 1, 1, 2 of the source.
 #[test]
-fn phases_of_a_doubled_source() {
+fn phases_of_an_upsampled_source() {
     let (outputs, inputs, pixel) = (5, 61, 64);
     let kind = WeightKind::Matrix { kernel: 3, inputs, gated: false, resized: true };
     let cases = [Case::new(kind, vec![outputs], 9 * inputs, &mut Random(3))];
