@@ -1,4 +1,4 @@
-//! Launches of `kernels/attention_gradient.cu`, where it is not those of `attention_gradient_hopper.cu`.
+//! Launches of `kernels/attention_gradient.cu`, where those of `attention_gradient_hopper.cu` are not taken.
 
 use super::attention::is_aligned;
 use super::attention_gradient_hopper as hopper;
@@ -36,14 +36,14 @@ crate::params! {
     }
 }
 
-/// A pair of the kernels: see `Tile` there.
+/// A pair of the kernels of `kernels/attention_gradient.cu`: the mirror of their `Tile`.
 #[derive(Debug, PartialEq)]
 struct Tile {
     by_query: &'static str,
     by_key: &'static str,
-    /// Head dimension filled up.
+    /// The head dimension, padded.
     width: usize,
-    /// Whether it copies 16 bytes at a time.
+    /// True if it copies 16 bytes at a time.
     vector: bool,
 }
 
@@ -51,7 +51,7 @@ const fn tile(by_query: &'static str, by_key: &'static str, width: usize, vector
     Tile { by_query, by_key, width, vector }
 }
 
-/// Narrower ones first.
+/// In order of width.
 const TILES: [Tile; 6] = [
     tile("attention_gradient_by_query_40", "attention_gradient_by_key_40", 40, true),
     tile("attention_gradient_by_query_64", "attention_gradient_by_key_64", 64, true),
@@ -62,21 +62,21 @@ const TILES: [Tile; 6] = [
 ];
 
 impl Tile {
-    /// Bytes of shared memory: own rows of two tensors, two stages of others, and these queries' statistics.
+    /// Bytes of shared memory: own rows of two tensors, two stages of others, and the statistics of these queries.
     fn shared(&self) -> usize {
         let others = if self.width > 80 { 32 } else { 64 };
         2 * (OWN + 2 * others) * ((self.width / 8) | 1) * 16 + 2 * others * STATISTICS
     }
 }
 
-/// The narrowest pair that can do it.
+/// The narrowest pair that supports the heads.
 fn choose(head_dim: usize, aligned: bool, limits: Limits) -> Option<&'static Tile> {
     let able =
         |tile: &&Tile| head_dim <= tile.width && (aligned || !tile.vector) && tile.shared() <= limits.shared as usize;
     TILES.iter().find(able)
 }
 
-/// Bytes of what the first kernel leaves to the second.
+/// Bytes of the statistics that the first kernel leaves to the second.
 pub(super) fn workspace(graph: &Graph, of: &Attention, fused: bool) -> usize {
     let shape = graph.shape(of.q.tensor);
     if fused { shape.rows() * of.heads * STATISTICS } else { 0 }

@@ -1,4 +1,4 @@
-//! The emulator as a device: every launch of the engine, on the CPU, under a hostile schedule.
+//! The emulator as a device: runs every launch of the engine on the CPU, under a hostile schedule.
 
 use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
 use crate::{Error, Result};
@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Runs kernels on the CPU; pretends to be a GPU of given limits.
+/// Runs kernels on the CPU as if on a GPU of given limits.
 pub struct Emulated {
     limits: Limits,
     schedule: Schedule,
@@ -15,7 +15,7 @@ pub struct Emulated {
 }
 
 impl Emulated {
-    /// The schedule for whole networks: fast, and still hostile in bounds and poison.
+    /// The schedule for whole networks: fast, but still with bounds checks and poison.
     pub const QUICK: Schedule = Schedule::QUICK;
 
     /// A device of `limits` whose launches all run under `schedule`.
@@ -55,7 +55,7 @@ impl Device for Emulated {
     }
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        // SAFETY: the caller's promise; emulated memory is the host's.
+        // SAFETY: the caller's promise; emulated memory is the host's memory.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
         Ok(())
     }
