@@ -1,10 +1,10 @@
-//! The structures that kernels take are written twice, in C++ and in Rust, and handed over as bytes: both must lay them
-//! out alike. A GPU would read whatever lies there.
+//! The parameter structures of kernels are declared twice, in C++ and in Rust, and passed as bytes, so both languages
+//! must lay them out alike. A GPU would read whatever is there.
 
 use super::conformance;
 use respodiff_emulated_kernels::{Layout, kernels, layouts};
 
-/// Whether fields lie one after the other and leave no byte between them nor behind.
+/// True if the fields follow one another without gaps and fill the structure.
 fn is_covered(layout: &Layout) -> bool {
     let end = layout.fields.iter().try_fold(0, |at, field| (field.offset == at).then_some(at + field.bytes));
     end == Some(layout.bytes)

@@ -1,4 +1,4 @@
-//! `kernels/sampler.cu`, against the sampler, the noise and the pictures of the CPU.
+//! `kernels/sampler.cu`, against the CPU's sampler, noise and pictures.
 
 use super::*;
 use respodiff::Image;
@@ -6,7 +6,7 @@ use respodiff::cuda::{Buffer, DeviceSampler, Launch, StepNoise};
 use respodiff::diffusion::noise::{NormalGenerator, Rng};
 use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 
-/// An odd size, of more threads than a block has.
+/// An odd size, with more threads than a block has.
 const LATENTS: Shape = Shape { n: 3, h: 9, w: 5, c: 4 };
 const SEED: u64 = u64::MAX - 1;
 
@@ -19,7 +19,7 @@ fn config(fields: &str) -> SchedulerConfig {
 }
 
 fn run(device: &Arc<dyn Device>, launch: Launch) {
-    // SAFETY: the callers' buffers are alive and as long as the launches say.
+    // SAFETY: the callers' buffers are alive and as long as the launches require.
     unsafe { device.run(&[launch]) }.unwrap();
 }
 
@@ -39,7 +39,7 @@ fn generators(rng: Rng) -> Vec<NormalGenerator> {
     (0..LATENTS.n as u64).map(|i| NormalGenerator::new(rng, SEED.wrapping_add(i))).collect()
 }
 
-/// One draw of every image, NCHW turned to NHWC.
+/// One draw for every image, converted from NCHW to NHWC.
 fn draw(generators: &mut [NormalGenerator]) -> Vec<f32> {
     let (pixels, channels) = (LATENTS.tokens(), LATENTS.c);
     let mut nchw = vec![0f32; pixels * channels];
@@ -50,7 +50,7 @@ fn draw(generators: &mut [NormalGenerator]) -> Vec<f32> {
     images.collect()
 }
 
-/// A session: a sampler with the buffers of the UNet that it would feed.
+/// A session: a sampler with the buffers of the UNet that it would serve.
 struct Session {
     device: Arc<dyn Device>,
     sampler: DeviceSampler,
@@ -80,9 +80,9 @@ impl Session {
         Session { device: device.clone(), sampler, guided, sample, timestep, out, recordings }
     }
 
-    /// Samples with a "model" that is a random multiple of its input plus random numbers, next to the CPU's sampler, which
-    /// is given the same outputs. Both do the same f32 arithmetic in the same order: their numbers are equal. Of noise
-    /// drawn on the device that holds but for one number in 10^8, whose f64 is about half-way between two f32.
+    /// Samples with a "model" that is a random multiple of its input plus random numbers, next to the CPU's sampler,
+    /// which gets the same outputs. Both do the same f32 arithmetic in the same order, so their numbers are equal. For
+    /// noise drawn on the device this holds except for one number in 10^8, whose f64 is almost halfway between two f32.
     fn check(&self, label: &str, schedule: &Schedule, rng: Rng) {
         let guidance = 7.5;
         let rows = if self.guided { 2 } else { 1 };
@@ -134,7 +134,7 @@ impl Session {
 fn every_sampler_steps_as_on_the_cpu() {
     for (name, device) in devices(Limits::A100) {
         for guided in [true, false] {
-            // In turns on one session: what a sampler leaves behind must not matter to the next.
+            // In turn on one session: the state that one sampler leaves must not matter to the next.
             let session = Session::new(&device, guided);
             for sampler in Sampler::ALL {
                 for fields in [r#""clip_sample": false"#, r#""clip_sample": true, "prediction_type": "v_prediction""#] {
@@ -152,7 +152,7 @@ fn every_sampler_steps_as_on_the_cpu() {
     }
 }
 
-/// Numbers by the CPU's generator, to an error in the last place.
+/// The numbers of the CPU's generator, within an error in the last place.
 #[test]
 fn noise() {
     for (name, device) in devices(Limits::A100) {
@@ -188,7 +188,7 @@ fn latents_that_are_not_finite_are_found_in_their_step() {
     }
 }
 
-/// Replays past the last step change nothing.
+/// Replays beyond the last step change nothing.
 #[test]
 fn a_finished_sampler_stays() {
     let schedule = Schedule::new(&config(r#""clip_sample": false"#), "Euler".parse().unwrap(), 2).unwrap();
@@ -226,7 +226,7 @@ fn to_rgb8() {
         for (height, width) in [(5, 7), (32, 24), (1, 1)] {
             let length = height * width * 3;
             let mut values: Vec<f32> = random(length, 6).iter().map(|&x| 1.25 * x as f32).collect();
-            // Half-way between bytes, which go to the even one.
+            // Halfway between bytes, which round to the even one.
             values.iter_mut().step_by(5).enumerate().for_each(|(i, x)| *x = (i % 255) as f32 / 127.5 - 254.0 / 255.0);
             let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
             sampler.begin(&[], 1.0, StepNoise::Written).unwrap();
