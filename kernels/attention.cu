@@ -85,6 +85,7 @@ template <int WIDTH_, int ROWS_, int KEYS_, bool VECTOR_> struct Tile {
     // Offsets in shared memory.
     static constexpr int K_AT = ROWS * STRIDE * 16, STAGE = KEYS * STRIDE * 16, V_AT = K_AT + STAGES * STAGE;
     static constexpr int P_AT = V_AT + STAGES * STAGE, TOPS_AT = P_AT + ROWS * P_STRIDE * 16;
+    static constexpr int SHARED = EXCHANGE ? TOPS_AT + SPLIT * ROWS * 4 : P_AT;
 };
 
 // A warp's state for its rows. In fragments, a lane holds of each piece the rows `lane / 4` and 8 below it.
@@ -306,7 +307,7 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
     KERNEL __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks) name(const __grid_constant__ AttentionParams p) {  \
         attend<Tile<__VA_ARGS__>>(p);                                                                               \
     }                                                                                                               \
-    EXPORT(name)
+    EXPORT_TILE(name, blocks, Tile<__VA_ARGS__>)
 
 ATTENTION(attention_40_128, 3, 40, 128, 64, true)
 ATTENTION(attention_40_64, 4, 40, 64, 64, true)

@@ -72,6 +72,7 @@ template <int WIDTH_, bool VECTOR_> struct Tile {
     // Bytes of one tensor's rows; then offsets in shared memory of the two stages of others and of their statistics.
     static constexpr int OWN_BYTES = OWN * STRIDE * 16, OTHER_BYTES = OTHERS * STRIDE * 16;
     static constexpr int OTHERS_AT = 2 * OWN_BYTES, STATISTICS_AT = OTHERS_AT + 4 * OTHER_BYTES;
+    static constexpr int SHARED = STATISTICS_AT + 2 * OTHERS * 16;
 };
 
 // The rows of one head of one image in two tensors.
@@ -257,7 +258,7 @@ template <class T> PTX_FN void by_key(const AttentionGradientParams& p) {
     KERNEL __launch_bounds__(128, 2) name(const __grid_constant__ AttentionGradientParams p) {               \
         body<Tile<width, vector>>(p);                                                                         \
     }                                                                                                         \
-    EXPORT(name)
+    EXPORT_TILE(name, 2, Tile<width, vector>)
 ATTENTION_GRADIENT(attention_gradient_by_query_40, by_query, 40, true)
 ATTENTION_GRADIENT(attention_gradient_by_query_64, by_query, 64, true)
 ATTENTION_GRADIENT(attention_gradient_by_query_80, by_query, 80, true)

@@ -64,6 +64,8 @@ template <int WIDTH_, int OTHERS_, int STAGES_> struct Tile {
     // Offsets in shared memory; the last are those of barriers.
     static constexpr int OTHERS_AT = GROUPS * 2 * OWN, STATISTICS_AT = OTHERS_AT + STAGES * 2 * OTHER;
     static constexpr int OWN_FULL = STATISTICS_AT + STAGES * STATISTICS, PAIRS = OWN_FULL + GROUPS * 8;
+    static constexpr int THREADS = attention_hopper::THREADS, SHARED = OWN_FULL + 256;
+    static_assert(PAIRS + STAGES * 16 <= SHARED, "the barriers do not fit");
 };
 
 // The producer thread; streams the others `passes` times, with statistics if BY_KEY.
@@ -249,13 +251,13 @@ template <class T, bool BY_KEY> PTX_FN void differentiate(const AttentionGradien
 #else
 #define ATTENTION_GRADIENT_HOPPER_BODY(...)
 #endif
-#define ATTENTION_GRADIENT_HOPPER(name, ...)                             \
+#define ATTENTION_GRADIENT_HOPPER(name, by_key, ...)                     \
     KERNEL __launch_bounds__(attention_hopper::THREADS, 1)               \
     name(const __grid_constant__ AttentionGradientHopperParams p) {      \
-        ATTENTION_GRADIENT_HOPPER_BODY(__VA_ARGS__)                      \
+        ATTENTION_GRADIENT_HOPPER_BODY(by_key, __VA_ARGS__)              \
     }                                                                    \
-    EXPORT(name)
-// True if by key; then channels of a head, others per stage, stages.
+    EXPORT_TILE(name, 1, attention_hopper::Tile<__VA_ARGS__>)
+// by_key; channels of a head, others per stage, stages.
 ATTENTION_GRADIENT_HOPPER(attention_gradient_hopper_40_by_query, false, 40, 64, 4)
 ATTENTION_GRADIENT_HOPPER(attention_gradient_hopper_64_by_query, false, 64, 64, 4)
 ATTENTION_GRADIENT_HOPPER(attention_gradient_hopper_80_by_query, false, 80, 64, 4)

@@ -68,6 +68,8 @@ template <int WIDTH_, int GROUPS_, int STAGES_, int KEYS_> struct Tile {
     static constexpr int K_AT = GROUPS * QUERY_SLOTS * Q, V_AT = K_AT + STAGES * K, OUT_AT = V_AT + STAGES * K;
     static constexpr int Q_PAIRS = OUT_AT + GROUPS * Q, K_PAIRS = Q_PAIRS + GROUPS * QUERY_SLOTS * 16;
     static constexpr int V_PAIRS = K_PAIRS + STAGES * 16;
+    static constexpr int SHARED = Q_PAIRS + 256;
+    static_assert(V_PAIRS + STAGES * 16 <= SHARED, "the barriers do not fit");
 };
 
 #ifdef PTX_HOPPER
@@ -236,7 +238,7 @@ template <class T> PTX_FN void attend(const AttentionHopperParams& p) {
     name(const __grid_constant__ AttentionHopperParams p) {                  \
         ATTENTION_HOPPER_BODY(__VA_ARGS__)                                   \
     }                                                                        \
-    EXPORT(name)
+    EXPORT_TILE(name, 1, attention_hopper::Tile<__VA_ARGS__>)
 ATTENTION_HOPPER(attention_hopper_40_ring, 40, 3, 4, 128)
 ATTENTION_HOPPER(attention_hopper_64_ring, 64, 3, 4, 128)
 ATTENTION_HOPPER(attention_hopper_80_ring, 80, 2, 2, 128)

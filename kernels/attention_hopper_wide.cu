@@ -47,6 +47,11 @@ constexpr int FACTORS_AT = WEIGHTS_AT + 2 * WEIGHTS, INVERSE_AT = FACTORS_AT + 2
 // Barriers: those of full slots, and pairs for weights.
 constexpr int Q_FULL = INVERSE_AT + ROWS * 4, K_FULL = Q_FULL + 8, V_FULL = K_FULL + 16, WEIGHTS_PAIRS = V_FULL + 32;
 
+struct Tile {
+    static constexpr int THREADS = attention_hopper::THREADS, SHARED = Q_FULL + 128;
+    static_assert(WEIGHTS_PAIRS + 2 * 16 <= SHARED, "the barriers do not fit");
+};
+
 // Publishes a stage's weights and factors and, with the last stage, the inverse row sums.
 PTX_FN void publish_weights(const Weights<KEYS>& weights, const float (&factor)[2], const Rows& rows, uint32_t shared,
                             int slot, bool last) {
@@ -209,4 +214,4 @@ attention_hopper_512(const __grid_constant__ AttentionHopperParams p) {
     attention_hopper::attend(p);
 #endif
 }
-EXPORT(attention_hopper_512)
+EXPORT_TILE(attention_hopper_512, 1, attention_hopper::Tile)

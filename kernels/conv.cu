@@ -194,19 +194,28 @@ template <int ROWS> struct Pixels {
     }
 };
 
-template <int ROWS, int COLUMNS, int WARPS_DOWN, int STAGES, bool VECTOR>
-__device__ __forceinline__ void conv(const ConvParams& p) {
+// The parameters are explained at the kernels below.
+template <int ROWS_, int COLUMNS_, int WARPS_DOWN_, int STAGES_, bool VECTOR_> struct Tile {
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WARPS_DOWN = WARPS_DOWN_, STAGES = STAGES_;
+    static constexpr bool VECTOR = VECTOR_;
+    // Bytes of a stage, pixels before weights, and of all shared memory.
+    static constexpr int STAGE = (ROWS + COLUMNS) * ROW_BYTES, SHARED = STAGES * STAGE;
+    static constexpr int THREADS = ::THREADS;
+};
+
+template <class T> __device__ __forceinline__ void conv(const ConvParams& p) {
+    constexpr int ROWS = T::ROWS, COLUMNS = T::COLUMNS, WARPS_DOWN = T::WARPS_DOWN, STAGES = T::STAGES;
+    constexpr bool VECTOR = T::VECTOR;
     constexpr int WARPS_ACROSS = THREADS / 32 / WARPS_DOWN;
     constexpr int WARP_ROWS = ROWS / WARPS_DOWN, WARP_COLUMNS = COLUMNS / WARPS_ACROSS;
     constexpr int MT = WARP_ROWS / 16, NT = WARP_COLUMNS / 8;
-    constexpr int STAGE = (ROWS + COLUMNS) * ROW_BYTES;
     // Row pitch of the accumulators in shared memory; eight more than COLUMNS keep a fragment's rows in different
     // banks.
     constexpr int PITCH = COLUMNS + 8;
     // Chunks of a stage that a thread fetches: OF_PIXELS of pixels, then those of weights.
     constexpr int OF_PIXELS = Pixels<ROWS>::COUNT, PARTS = OF_PIXELS + (COLUMNS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
     static_assert(MT * WARPS_DOWN * 16 == ROWS && NT * WARPS_ACROSS * 8 == COLUMNS, "warps do not cover the tile");
-    static_assert(ROWS * PITCH * 4 <= STAGES * STAGE, "the sums do not fit");
+    static_assert(ROWS * PITCH * 4 <= T::SHARED, "the sums do not fit");
 
     griddep_launch_dependents();
     const Place place = place_of<ROWS, COLUMNS>(p, blockIdx.x);
@@ -229,7 +238,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
         const bool of_pixels = part < OF_PIXELS;
         const int i = of_pixels ? part : part - OF_PIXELS, size = of_pixels ? ROWS : COLUMNS;
         if ((i + 1) * ROWS_PER_PASS > size && thread / CHUNKS + i * ROWS_PER_PASS >= size) return;
-        const int to = slot * STAGE + place_in_stage + ((of_pixels ? 0 : ROWS) + i * ROWS_PER_PASS) * ROW_BYTES;
+        const int to = slot * T::STAGE + place_in_stage + ((of_pixels ? 0 : ROWS) + i * ROWS_PER_PASS) * ROW_BYTES;
         if (of_pixels) {
             pixels.template fetch<VECTOR>(p, i, to);
         } else {
@@ -263,7 +272,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
         // The stage has landed for all threads, and all are done with the stage before it, whose slot is filled next.
         __syncthreads();
         const int next = slot == 0 ? STAGES - 1 : slot - 1;
-        const uint32_t rows = shared + slot * STAGE + rows_at, columns = shared + slot * STAGE + columns_at;
+        const uint32_t rows = shared + slot * T::STAGE + rows_at, columns = shared + slot * T::STAGE + columns_at;
         uint32_t b[NT][4];
 #pragma unroll
         for (int k = 0; k < SLICES; k++) {
@@ -321,9 +330,11 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
 
 // The name; the number of blocks that must fit on a multiprocessor (`resident`); then rows, columns, warps along the
 // rows, stages, and whether pixels are whole numbers of chunks (VECTOR).
-#define CONV(name, resident, ...)                                                                                    \
-    KERNEL __launch_bounds__(THREADS, resident) name(const __grid_constant__ ConvParams p) { conv<__VA_ARGS__>(p); } \
-    EXPORT(name)
+#define CONV(name, resident, ...)                                                            \
+    KERNEL __launch_bounds__(THREADS, resident) name(const __grid_constant__ ConvParams p) { \
+        conv<Tile<__VA_ARGS__>>(p);                                                          \
+    }                                                                                        \
+    EXPORT_TILE(name, resident, Tile<__VA_ARGS__>)
 CONV(conv_128x256, 1, 128, 256, 2, 3, true)
 CONV(conv_256x128, 1, 256, 128, 4, 3, true)
 CONV(conv_128x160, 1, 128, 160, 2, 4, true)

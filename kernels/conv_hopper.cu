@@ -232,7 +232,10 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
 // Columns, stages, whether columns alternate between values and gates, whether each warpgroup has tiles of its own.
 #define CONV_HOPPER(name, ...)                        \
     KERNEL __launch_bounds__(conv_hopper::THREADS, 1) \
-        name(const __grid_constant__ ConvHopperParams p){CONV_HOPPER_BODY(__VA_ARGS__)} EXPORT(name)
+    name(const __grid_constant__ ConvHopperParams p) { \
+        CONV_HOPPER_BODY(__VA_ARGS__)                 \
+    }                                                 \
+    EXPORT_TILE(name, 1, conv_hopper::Tile<__VA_ARGS__>)
 CONV_HOPPER(conv_hopper_80, 80, 6, false, false)
 CONV_HOPPER(conv_hopper_128, 128, 5, false, false)
 CONV_HOPPER(conv_hopper_160, 160, 5, false, false)

@@ -74,6 +74,7 @@ template <int COLUMNS_, int STAGES_, bool GATED_, bool PINGPONG_> struct Tile {
     static constexpr int OPERANDS_FULL = RESIDUAL_FULL + 16, OPERANDS_EMPTY = OPERANDS_FULL + 16;
     static constexpr int TICKET = OPERANDS_EMPTY + 16;
     static constexpr int OPERANDS = BARRIERS + 256, OPERANDS_BYTES = (COLUMNS + ROWS) * 8;
+    static constexpr int THREADS = conv_hopper::THREADS, SHARED = OPERANDS + 2 * OPERANDS_BYTES;
 };
 
 // Position of a tile: its rectangle in the source, its first column, and its phase (2 * row parity + column parity of

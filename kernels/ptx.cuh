@@ -13,6 +13,10 @@
 #include <stdint.h>
 #define KERNEL extern "C" __global__ void
 #define EXPORT(kernel)
+// The same for a kernel of a table of tiles: Tile::THREADS and Tile::SHARED (bytes of dynamic shared memory) of a block,
+// and the blocks that fit into a multiprocessor's registers. src/cuda repeats these in its own tables, and a test
+// compares them.
+#define EXPORT_TILE(kernel, resident, ...)
 // Names the fields of a structure that kernels take as their parameter, or of a part of one. src/cuda holds a mirror of
 // it, and a test compares the two field by field.
 #define LAYOUT(structure, ...)
@@ -30,6 +34,7 @@
 #include "emu.h"
 #define KERNEL static void
 #define EXPORT(kernel) EMU_KERNEL(kernel)
+#define EXPORT_TILE(kernel, resident, ...) EMU_TILE(kernel, resident, __VA_ARGS__)
 #define LAYOUT(structure, ...) EMU_LAYOUT(structure, __VA_ARGS__)
 #define PTX_FN static inline
 #define PTX_DEVICE(...)

@@ -8,8 +8,9 @@
 namespace emu {
 
 static Kernel* kernels;
-Kernel::Kernel(const char* name, size_t params_bytes, void (*call)(const void*), const Layout* layout)
-    : name(name), params_bytes(params_bytes), call(call), layout(layout), next(kernels) {
+Kernel::Kernel(const char* name, size_t params_bytes, void (*call)(const void*), const Layout* layout,
+               Occupancy occupancy)
+    : name(name), params_bytes(params_bytes), call(call), layout(layout), occupancy(occupancy), next(kernels) {
     kernels = this;
 }
 

@@ -31,6 +31,20 @@ pub struct Kernel {
     pub name: &'static str,
     /// The [`Layout`] of the structure that it takes, by name; `None` if that structure has no LAYOUT beside it.
     pub structure: Option<&'static str>,
+    /// The occupancy that its tile was declared with; `None` if it was not exported with a tile.
+    pub occupancy: Option<Occupancy>,
+}
+
+/// The part of a multiprocessor that a kernel's blocks take.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Occupancy {
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
+    /// Blocks that fit into the registers of a multiprocessor.
+    pub resident: u32,
 }
 
 // Matches runtime/emu.h.
@@ -56,6 +70,7 @@ struct RawKernel {
     params_bytes: usize,
     call: *const c_void,
     layout: *const RawLayout,
+    occupancy: Occupancy,
     next: *const RawKernel,
 }
 
@@ -95,7 +110,8 @@ pub fn kernels() -> Vec<Kernel> {
         let mut next = emu_kernels();
         while let Some(kernel) = next.as_ref() {
             let structure = kernel.layout.as_ref().map(|layout| text(layout.name));
-            kernels.push(Kernel { name: text(kernel.name), structure });
+            let occupancy = Some(kernel.occupancy).filter(|occupancy| occupancy.threads > 0);
+            kernels.push(Kernel { name: text(kernel.name), structure, occupancy });
             next = kernel.next;
         }
     }

@@ -6,7 +6,7 @@
 
 mod layouts;
 
-pub use layouts::{Field, Kernel, Layout, kernels, layouts};
+pub use layouts::{Field, Kernel, Layout, Occupancy, kernels, layouts};
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::LazyLock;

@@ -26,8 +26,8 @@ crate::params! {
 
 /// One of the kernels of `kernels/attention.cu`: the mirror of its `Tile`.
 #[derive(Debug, PartialEq)]
-struct Tile {
-    kernel: &'static str,
+pub(super) struct Tile {
+    pub kernel: &'static str,
     /// The head dimension, padded.
     width: usize,
     /// Queries of a block.
@@ -42,7 +42,7 @@ const fn tile(kernel: &'static str, width: usize, rows: usize, keys: usize, vect
     Tile { kernel, width, rows, keys, vector }
 }
 
-const TILES: [Tile; 12] = [
+pub(super) const TILES: [Tile; 12] = [
     tile("attention_40_128", 40, 128, 64, true),
     tile("attention_40_64", 40, 64, 64, true),
     tile("attention_64_128", 64, 128, 64, true),
@@ -66,7 +66,7 @@ impl Tile {
         if self.width > 256 { 2 } else { 1 }
     }
 
-    fn threads(&self) -> usize {
+    pub fn threads(&self) -> usize {
         128 * self.split()
     }
 
@@ -77,7 +77,7 @@ impl Tile {
 
     /// Bytes of shared memory: queries, one or two stages of keys and values, and the weights and maxima that warps
     /// exchange.
-    fn shared(&self) -> usize {
+    pub fn shared(&self) -> usize {
         let stride = (self.width / 8) | 1;
         let stages = 2 / self.split();
         let exchanged =

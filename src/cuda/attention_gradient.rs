@@ -9,7 +9,7 @@ use crate::{Error, Result};
 
 /// Queries or keys of a block, and its threads.
 const OWN: usize = 64;
-const THREADS: usize = 128;
+pub(super) const THREADS: usize = 128;
 /// Bytes of a query's statistics.
 const STATISTICS: usize = 4 * size_of::<f32>();
 
@@ -38,9 +38,9 @@ crate::params! {
 
 /// A pair of the kernels of `kernels/attention_gradient.cu`: the mirror of their `Tile`.
 #[derive(Debug, PartialEq)]
-struct Tile {
-    by_query: &'static str,
-    by_key: &'static str,
+pub(super) struct Tile {
+    pub by_query: &'static str,
+    pub by_key: &'static str,
     /// The head dimension, padded.
     width: usize,
     /// True if it copies 16 bytes at a time.
@@ -52,7 +52,7 @@ const fn tile(by_query: &'static str, by_key: &'static str, width: usize, vector
 }
 
 /// In order of width.
-const TILES: [Tile; 6] = [
+pub(super) const TILES: [Tile; 6] = [
     tile("attention_gradient_by_query_40", "attention_gradient_by_key_40", 40, true),
     tile("attention_gradient_by_query_64", "attention_gradient_by_key_64", 64, true),
     tile("attention_gradient_by_query_80", "attention_gradient_by_key_80", 80, true),
@@ -63,7 +63,7 @@ const TILES: [Tile; 6] = [
 
 impl Tile {
     /// Bytes of shared memory: own rows of two tensors, two stages of others, and the statistics of these queries.
-    fn shared(&self) -> usize {
+    pub fn shared(&self) -> usize {
         let others = if self.width > 80 { 32 } else { 64 };
         2 * (OWN + 2 * others) * ((self.width / 8) | 1) * 16 + 2 * others * STATISTICS
     }

@@ -8,6 +8,8 @@ use crate::graph::{Attention, Shape, TensorId, View};
 
 /// Consumer warpgroups of a block; one more has the producer.
 const GROUPS: usize = 2;
+/// Threads of a block.
+pub(super) const THREADS: usize = 128 * (GROUPS + 1);
 /// Stages of the ring of others.
 const STAGES: usize = 4;
 /// Bytes of a query's statistics.
@@ -45,7 +47,7 @@ const fn tile(by_query: &'static str, by_key: &'static str, head_dim: usize, oth
     Tile { by_query, by_key, head_dim, others }
 }
 
-const TILES: [Tile; 4] = [
+pub(super) const TILES: [Tile; 4] = [
     tile("attention_gradient_hopper_40_by_query", "attention_gradient_hopper_40_by_key", 40, 64),
     tile("attention_gradient_hopper_64_by_query", "attention_gradient_hopper_64_by_key", 64, 64),
     tile("attention_gradient_hopper_80_by_query", "attention_gradient_hopper_80_by_key", 80, 64),
@@ -55,7 +57,7 @@ const TILES: [Tile; 4] = [
 impl Tile {
     /// Bytes of shared memory: own rows and stages of others, of two tensors each, the statistics of others, and 256
     /// bytes of barriers.
-    fn shared(&self) -> usize {
+    pub fn shared(&self) -> usize {
         let rows = 2 * (GROUPS * ROWS + STAGES * self.others);
         rows * self.head_dim.div_ceil(SPAN) * SPAN_BYTES + STAGES * self.others * STATISTICS + 256
     }
@@ -110,7 +112,7 @@ pub(super) fn attention_gradient(
     };
     let mut launch = |kernel, rows: usize, params: &AttentionGradientHopperParams| {
         let grid = [rows.div_ceil(GROUPS * ROWS), heads, images];
-        launches.push(Launch::new(kernel, grid, 128 * (GROUPS + 1), tile.shared(), params));
+        launches.push(Launch::new(kernel, grid, THREADS, tile.shared(), params));
     };
     let by_query = params(of_query, queries, of_key, keys)?;
     if !fused {

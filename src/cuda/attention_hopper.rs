@@ -41,9 +41,9 @@ pub(super) struct Tile {
     /// Tokens in one TMA load of keys, and of values.
     keys: usize,
     values: usize,
-    threads: usize,
+    pub threads: usize,
     /// Bytes of shared memory.
-    shared: usize,
+    pub shared: usize,
 }
 
 /// A kernel with `groups` consumer warpgroups and one more for the producer, and stages of `keys` keys; a single stage
@@ -82,7 +82,7 @@ const WIDE: Tile = Tile {
     shared: 3 * 64 * 512 * 2 + 2 * (ROWS * SPAN_BYTES + ROWS * 4) + ROWS * 4 + 128,
 };
 
-const TILES: [Tile; 9] = [
+pub(super) const TILES: [Tile; 9] = [
     tile("attention_hopper_40_held", 40, 3, 1, 80),
     tile("attention_hopper_64_held", 64, 3, 1, 80),
     tile("attention_hopper_80_held", 80, 2, 1, 80),

@@ -6,7 +6,7 @@ use super::epilogue::{Epilogue, is_shifted};
 use super::folded;
 use super::moments::{self, Moments};
 use super::site::{COUNTERS, Site};
-use super::tiles::{Choice, Instruction, Product, THREADS, choose};
+use super::tiles::{Choice, Instruction, Product, choose};
 use super::weights::{CHUNK, has_phases};
 use crate::graph::{Activation, Conv, Graph, Op, Shape, TensorId, WeightKind};
 use crate::{Error, Result};
@@ -194,7 +194,7 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
         steps: steps as i32,
         padding: 0,
     };
-    Ok(Launch::new(tile.kernel, [tiles, splits, 1], THREADS, tile.shared(), &params))
+    Ok(Launch::new(tile.kernel, [tiles, splits, 1], tile.threads(), tile.shared(), &params))
 }
 
 #[cfg(all(test, feature = "emulated"))]
@@ -307,7 +307,7 @@ mod tests {
                         padding: 0,
                     };
                     let grid = [tile.count(&product), splits, 1];
-                    let launch = Launch::new(tile.kernel, grid, THREADS, tile.shared(), &params);
+                    let launch = Launch::new(tile.kernel, grid, tile.threads(), tile.shared(), &params);
                     // SAFETY: the buffers have the sizes that the structure says.
                     let run = unsafe { device.run(&[launch]) };
                     run.unwrap_or_else(|fault| panic!("{}, {schedule:?}: {fault}", tile.kernel));

@@ -10,8 +10,6 @@ use crate::graph::{Activation, Conv, Graph, Op, TensorId, View};
 use crate::{Error, Result};
 use half::f16;
 
-/// Threads of a block: two consumer warpgroups, and one for the producer thread.
-const THREADS: usize = 384;
 /// `CUtensorMapSwizzle` for spans of 128, 64 and 32 bytes.
 const SWIZZLES: [(usize, u32); 3] = [(128, 3), (64, 2), (32, 1)];
 
@@ -218,7 +216,7 @@ pub(super) fn launch(
     };
     let units = tiles_down * tiles_across * splits;
     let grid = [units.min(site.limits.multiprocessors as usize), 1, 1];
-    Ok(Launch::new(tile.kernel, grid, THREADS, tile.shared(), &params))
+    Ok(Launch::new(tile.kernel, grid, tile.threads(), tile.shared(), &params))
 }
 
 #[cfg(all(test, feature = "emulated"))]

@@ -38,7 +38,7 @@ pub use driver::{Card, Version};
 pub use emulated::Emulated;
 pub use gpu::{cards, open};
 #[cfg(feature = "emulated")]
-pub use params::layouts;
+pub use params::{layouts, tiles};
 pub use program::{Lowered, lowered};
 pub use sampler::{DeviceSampler, StepNoise};
 pub use site::Element;

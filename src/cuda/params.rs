@@ -23,6 +23,29 @@ macro_rules! params {
     )*};
 }
 
+/// Every kernel with a tile that the host chooses: its threads and bytes of shared memory per block, and the blocks per
+/// multiprocessor if the choice counts on them. `tests/kernels/layouts.rs` compares them with the kernels' own.
+#[cfg(feature = "emulated")]
+pub fn tiles() -> Vec<(&'static str, usize, usize, Option<usize>)> {
+    use super::{attention, attention_gradient, attention_gradient_hopper, attention_hopper, tiles};
+    let mut all: Vec<_> =
+        tiles::TILES.iter().map(|tile| (tile.kernel, tile.threads(), tile.shared(), Some(tile.resident))).collect();
+    let mut add = |kernel, threads, shared| all.push((kernel, threads, shared, None));
+    attention::TILES.iter().for_each(|tile| add(tile.kernel, tile.threads(), tile.shared()));
+    attention_hopper::TILES.iter().for_each(|tile| add(tile.kernel, tile.threads, tile.shared));
+    for tile in &attention_gradient::TILES {
+        for kernel in [tile.by_query, tile.by_key] {
+            add(kernel, attention_gradient::THREADS, tile.shared());
+        }
+    }
+    for tile in &attention_gradient_hopper::TILES {
+        for kernel in [tile.by_query, tile.by_key] {
+            add(kernel, attention_gradient_hopper::THREADS, tile.shared());
+        }
+    }
+    all
+}
+
 /// The layouts of the engine's structures in Rust. Those of the tests' kernels are in the tests.
 #[cfg(feature = "emulated")]
 pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {

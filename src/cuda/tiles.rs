@@ -7,7 +7,9 @@ use super::device::Limits;
 /// Depth of a stage.
 pub(super) const STEP: usize = 64;
 /// Threads of a block of `kernels/conv.cu`.
-pub(super) const THREADS: usize = 256;
+const THREADS: usize = 256;
+/// Threads of a block of `kernels/conv_hopper.cu`: two consumer warpgroups, and one for the producer thread.
+const WGMMA_THREADS: usize = 384;
 /// The most parts that a depth is split into.
 const MAX_SPLITS: usize = 16;
 /// The fewest stages of a part: filling the pipeline takes as long as two.
@@ -244,6 +246,14 @@ pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
 }
 
 impl Tile {
+    /// Threads of a block.
+    pub fn threads(&self) -> usize {
+        match self.instruction {
+            Instruction::MmaSync => THREADS,
+            Instruction::Wgmma => WGMMA_THREADS,
+        }
+    }
+
     /// Bytes of shared memory: the stages. wgmma's kernels add the results, 256 bytes of barriers, and the epilogue's
     /// operands of two tiles, eight bytes for each column and row.
     pub fn shared(&self) -> usize {
