@@ -16,7 +16,7 @@ pub enum Device {
     #[default]
     Cpu,
     /// The CUDA kernels, in fp16, on a GPU or on the emulator.
-    Cuda(Arc<dyn cuda::Device>),
+    Cuda(Arc<dyn cuda::CudaDevice>),
 }
 
 impl Device {
@@ -73,7 +73,7 @@ impl Device {
             }
             Device::Cuda(device) => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cuda()).collect();
-                Weights::Cuda(cuda::Weights::load_beside(device, specs, tensors, &others)?)
+                Weights::Cuda(cuda::CudaWeights::load_beside(device, specs, tensors, &others)?)
             }
         })
     }
@@ -88,7 +88,7 @@ impl Device {
         match (self, weights) {
             (Device::Cpu, Weights::Cpu(weights)) => Ok(Executor::Cpu(cpu::Executor::new(plan, weights.clone())?)),
             (Device::Cuda(device), Weights::Cuda(weights)) => {
-                Ok(Executor::Cuda(cuda::Executor::new(device, plan, weights.clone())?))
+                Ok(Executor::Cuda(cuda::CudaExecutor::new(device, plan, weights.clone())?))
             }
             _ => Err(Error::Device(format!("the weights were not loaded for {}; load them there", self.name()))),
         }
@@ -101,7 +101,7 @@ pub enum Weights {
     /// In fp32.
     Cpu(Arc<cpu::Weights>),
     /// In fp16.
-    Cuda(Arc<cuda::Weights>),
+    Cuda(Arc<cuda::CudaWeights>),
 }
 
 impl Weights {
@@ -128,7 +128,7 @@ impl Weights {
         }
     }
 
-    fn on_cuda(&self) -> Option<&cuda::Weights> {
+    fn on_cuda(&self) -> Option<&cuda::CudaWeights> {
         match self {
             Weights::Cpu(_) => None,
             Weights::Cuda(weights) => Some(weights),
@@ -141,7 +141,7 @@ pub enum Executor {
     /// On the CPU.
     Cpu(cpu::Executor),
     /// On the kernels.
-    Cuda(cuda::Executor),
+    Cuda(cuda::CudaExecutor),
 }
 
 impl Executor {

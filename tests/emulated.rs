@@ -278,7 +278,7 @@ fn rollouts_wait_for_nothing_but_their_end() {
 
 /// A device that counts how often the host reads from it and writes to it.
 struct Counting {
-    device: Arc<dyn cuda::Device>,
+    device: Arc<dyn cuda::CudaDevice>,
     reads: AtomicUsize,
     writes: AtomicUsize,
 }
@@ -289,7 +289,7 @@ impl Counting {
     }
 }
 
-impl cuda::Device for Counting {
+impl cuda::CudaDevice for Counting {
     fn name(&self) -> String {
         self.device.name()
     }

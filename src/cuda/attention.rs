@@ -26,7 +26,7 @@ crate::params! {
 
 /// One of the kernels of `kernels/attention.cu`: the mirror of its `Tile`.
 #[derive(Debug, PartialEq)]
-pub(super) struct Tile {
+pub(super) struct AttentionTile {
     pub kernel: &'static str,
     /// The head dimension, padded.
     width: usize,
@@ -38,11 +38,11 @@ pub(super) struct Tile {
     vector: bool,
 }
 
-const fn tile(kernel: &'static str, width: usize, rows: usize, keys: usize, vector: bool) -> Tile {
-    Tile { kernel, width, rows, keys, vector }
+const fn tile(kernel: &'static str, width: usize, rows: usize, keys: usize, vector: bool) -> AttentionTile {
+    AttentionTile { kernel, width, rows, keys, vector }
 }
 
-pub(super) const TILES: [Tile; 12] = [
+pub(super) const TILES: [AttentionTile; 12] = [
     tile("attention_40_128", 40, 128, 64, true),
     tile("attention_40_64", 40, 64, 64, true),
     tile("attention_64_128", 64, 128, 64, true),
@@ -60,7 +60,7 @@ pub(super) const TILES: [Tile; 12] = [
 /// The number of images for which a choice is made, whatever the actual number: guidance's two.
 const IMAGES: usize = 2;
 
-impl Tile {
+impl AttentionTile {
     /// Warps that share a row group, as in the kernel.
     fn split(&self) -> usize {
         if self.width > 256 { 2 } else { 1 }
@@ -110,7 +110,13 @@ impl Tile {
 }
 
 /// The kernel for one image's shape: the fastest that supports it.
-fn choose(queries: usize, heads: usize, head_dim: usize, aligned: bool, limits: Limits) -> Option<&'static Tile> {
+fn choose(
+    queries: usize,
+    heads: usize,
+    head_dim: usize,
+    aligned: bool,
+    limits: Limits,
+) -> Option<&'static AttentionTile> {
     let able = TILES.iter().filter(|tile| tile.rejected(head_dim, aligned, limits).is_none());
     able.min_by_key(|tile| tile.time(queries, heads, limits))
 }

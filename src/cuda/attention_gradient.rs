@@ -38,7 +38,7 @@ crate::params! {
 
 /// A pair of the kernels of `kernels/attention_gradient.cu`: the mirror of their `Tile`.
 #[derive(Debug, PartialEq)]
-pub(super) struct Tile {
+pub(super) struct AttentionGradientTile {
     pub by_query: &'static str,
     pub by_key: &'static str,
     /// The head dimension, padded.
@@ -47,12 +47,12 @@ pub(super) struct Tile {
     vector: bool,
 }
 
-const fn tile(by_query: &'static str, by_key: &'static str, width: usize, vector: bool) -> Tile {
-    Tile { by_query, by_key, width, vector }
+const fn tile(by_query: &'static str, by_key: &'static str, width: usize, vector: bool) -> AttentionGradientTile {
+    AttentionGradientTile { by_query, by_key, width, vector }
 }
 
 /// In order of width.
-pub(super) const TILES: [Tile; 6] = [
+pub(super) const TILES: [AttentionGradientTile; 6] = [
     tile("attention_gradient_by_query_40", "attention_gradient_by_key_40", 40, true),
     tile("attention_gradient_by_query_64", "attention_gradient_by_key_64", 64, true),
     tile("attention_gradient_by_query_80", "attention_gradient_by_key_80", 80, true),
@@ -61,7 +61,7 @@ pub(super) const TILES: [Tile; 6] = [
     tile("attention_gradient_by_query_160_unaligned", "attention_gradient_by_key_160_unaligned", 160, false),
 ];
 
-impl Tile {
+impl AttentionGradientTile {
     /// Bytes of shared memory: own rows of two tensors, two stages of others, and the statistics of these queries.
     pub fn shared(&self) -> usize {
         let others = if self.width > 80 { 32 } else { 64 };
@@ -70,9 +70,10 @@ impl Tile {
 }
 
 /// The narrowest pair that supports the heads.
-fn choose(head_dim: usize, aligned: bool, limits: Limits) -> Option<&'static Tile> {
-    let able =
-        |tile: &&Tile| head_dim <= tile.width && (aligned || !tile.vector) && tile.shared() <= limits.shared as usize;
+fn choose(head_dim: usize, aligned: bool, limits: Limits) -> Option<&'static AttentionGradientTile> {
+    let able = |tile: &&AttentionGradientTile| {
+        head_dim <= tile.width && (aligned || !tile.vector) && tile.shared() <= limits.shared as usize
+    };
     TILES.iter().find(able)
 }
 

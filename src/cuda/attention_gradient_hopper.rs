@@ -35,7 +35,7 @@ crate::params! {
 
 /// A pair of the kernels: the mirror of their `Tile`.
 #[derive(Debug, PartialEq)]
-pub(super) struct Tile {
+pub(super) struct AttentionGradientHopperTile {
     pub by_query: &'static str,
     pub by_key: &'static str,
     head_dim: usize,
@@ -43,18 +43,23 @@ pub(super) struct Tile {
     others: usize,
 }
 
-const fn tile(by_query: &'static str, by_key: &'static str, head_dim: usize, others: usize) -> Tile {
-    Tile { by_query, by_key, head_dim, others }
+const fn tile(
+    by_query: &'static str,
+    by_key: &'static str,
+    head_dim: usize,
+    others: usize,
+) -> AttentionGradientHopperTile {
+    AttentionGradientHopperTile { by_query, by_key, head_dim, others }
 }
 
-pub(super) const TILES: [Tile; 4] = [
+pub(super) const TILES: [AttentionGradientHopperTile; 4] = [
     tile("attention_gradient_hopper_40_by_query", "attention_gradient_hopper_40_by_key", 40, 64),
     tile("attention_gradient_hopper_64_by_query", "attention_gradient_hopper_64_by_key", 64, 64),
     tile("attention_gradient_hopper_80_by_query", "attention_gradient_hopper_80_by_key", 80, 64),
     tile("attention_gradient_hopper_160_by_query", "attention_gradient_hopper_160_by_key", 160, 32),
 ];
 
-impl Tile {
+impl AttentionGradientHopperTile {
     /// Bytes of shared memory: own rows and stages of others, of two tensors each, the statistics of others, and 256
     /// bytes of barriers.
     pub fn shared(&self) -> usize {
@@ -69,7 +74,7 @@ pub(super) fn choose(
     attention: &Attention,
     shape: impl Fn(TensorId) -> Shape,
     limits: Limits,
-) -> Option<&'static Tile> {
+) -> Option<&'static AttentionGradientHopperTile> {
     TILES.iter().find(|tile| tile.head_dim == attention.head_dim && suits(attention, &shape, limits))
 }
 
@@ -84,7 +89,7 @@ pub(super) fn attention_gradient(
     d: TensorId,
     out: TensorId,
     site: &Site,
-    tile: &Tile,
+    tile: &AttentionGradientHopperTile,
     launches: &mut Vec<Launch>,
 ) -> Result<()> {
     let Attention { q, k, v, heads, head_dim, scale, .. } = *of;

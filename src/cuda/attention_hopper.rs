@@ -29,7 +29,7 @@ crate::params! {
 
 /// One of the kernels: the mirror of their `Tile`.
 #[derive(Debug, PartialEq)]
-pub(super) struct Tile {
+pub(super) struct AttentionHopperTile {
     pub kernel: &'static str,
     head_dim: usize,
     /// Queries per tile.
@@ -48,13 +48,13 @@ pub(super) struct Tile {
 
 /// A kernel with `groups` consumer warpgroups and one more for the producer, and stages of `keys` keys; a single stage
 /// holds all keys.
-const fn tile(kernel: &'static str, head_dim: usize, groups: usize, stages: usize, keys: usize) -> Tile {
+const fn tile(kernel: &'static str, head_dim: usize, groups: usize, stages: usize, keys: usize) -> AttentionHopperTile {
     // Tokens in shared memory: queries (two slots if the keys are held, else one) and results; keys and values. 256
     // bytes of barriers are added.
     let held = stages == 1;
     let slots = if held { 3 } else { 2 };
     let tokens = groups * ROWS * slots + 2 * stages * keys;
-    Tile {
+    AttentionHopperTile {
         kernel,
         head_dim,
         rows: groups * ROWS,
@@ -69,7 +69,7 @@ const fn tile(kernel: &'static str, head_dim: usize, groups: usize, stages: usiz
 
 /// The kernel for the widest heads, whose warpgroups have different roles, and whose values are loaded in halves of a
 /// stage.
-const WIDE: Tile = Tile {
+const WIDE: AttentionHopperTile = AttentionHopperTile {
     kernel: "attention_hopper_512",
     head_dim: 512,
     rows: ROWS,
@@ -82,7 +82,7 @@ const WIDE: Tile = Tile {
     shared: 3 * 64 * 512 * 2 + 2 * (ROWS * SPAN_BYTES + ROWS * 4) + ROWS * 4 + 128,
 };
 
-pub(super) const TILES: [Tile; 9] = [
+pub(super) const TILES: [AttentionHopperTile; 9] = [
     tile("attention_hopper_40_held", 40, 3, 1, 80),
     tile("attention_hopper_64_held", 64, 3, 1, 80),
     tile("attention_hopper_80_held", 80, 2, 1, 80),
@@ -94,7 +94,7 @@ pub(super) const TILES: [Tile; 9] = [
     WIDE,
 ];
 
-impl Tile {
+impl AttentionHopperTile {
     /// The number of blocks for each of `heads` heads of all images: the fewest with which the busiest multiprocessor
     /// finishes soonest.
     fn blocks(&self, queries: usize, heads: usize, limits: Limits) -> usize {
@@ -156,15 +156,15 @@ pub(super) fn choose(
     attention: &Attention,
     shape: impl Fn(TensorId) -> Shape,
     limits: Limits,
-) -> Option<&'static Tile> {
+) -> Option<&'static AttentionHopperTile> {
     let keys = shape(attention.k.tensor).tokens();
-    let able = |tile: &&Tile| tile.head_dim == attention.head_dim && keys <= tile.most;
+    let able = |tile: &&AttentionHopperTile| tile.head_dim == attention.head_dim && keys <= tile.most;
     TILES.iter().find(able).filter(|_| suits(attention, &shape, limits))
 }
 
 /// # Errors
 /// [`crate::Error::Device`] if TMA does not take the tensors.
-pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &Tile) -> Result<Launch> {
+pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &AttentionHopperTile) -> Result<Launch> {
     let Attention { q, k, v, heads, head_dim, scale, .. } = *attention;
     let (queries, keys) = (site.shape(out).tokens(), site.shape(k.tensor).tokens());
     let images = site.shape(out).n;

@@ -200,7 +200,7 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
 #[cfg(all(test, feature = "emulated"))]
 mod tests {
     use super::super::tiles::{STEP, TILES};
-    use super::super::{Buffer, Device, Emulated};
+    use super::super::{Buffer, CudaDevice, Emulated};
     use super::*;
     use crate::graph::Activation;
     use half::f16;
@@ -215,7 +215,7 @@ mod tests {
         })
     }
 
-    fn halves(device: &Arc<dyn Device>, len: usize, seed: u32) -> Buffer {
+    fn halves(device: &Arc<dyn CudaDevice>, len: usize, seed: u32) -> Buffer {
         let halves: Vec<f16> = numbers(len, seed).map(f16::from_f32).collect();
         Buffer::from_bytes(device, bytemuck::cast_slice(&halves)).unwrap()
     }

@@ -221,8 +221,8 @@ pub(super) fn launch(
 
 #[cfg(all(test, feature = "emulated"))]
 mod tests {
-    use super::super::tiles::{Instruction, TILES, Tile};
-    use super::super::{Emulated, Executor, Limits, Weights, bound};
+    use super::super::tiles::{GemmTile, Instruction, TILES};
+    use super::super::{CudaExecutor, CudaWeights, Emulated, Limits, bound};
     use super::*;
     use crate::graph::{ConvOptions, GraphBuilder, Shape, Sources};
     use crate::plan::Plan;
@@ -279,12 +279,12 @@ mod tests {
         }
 
         /// All outputs, computed by the kernel that is chosen for the device, or by `tile` with `splits`.
-        fn run(&self, limits: Limits, schedule: Schedule, by: Option<(&'static Tile, usize)>) -> Vec<f32> {
+        fn run(&self, limits: Limits, schedule: Schedule, by: Option<(&'static GemmTile, usize)>) -> Vec<f32> {
             let device = Emulated::new(limits, schedule);
             let graph = self.graph();
-            let weights = Weights::load(&device, graph.weights(), &Tensors::random()).unwrap();
+            let weights = CudaWeights::load(&device, graph.weights(), &Tensors::random()).unwrap();
             let plan = Arc::new(Plan::new(graph, &[], &limits));
-            let mut executor = Executor::new(&device, plan.clone(), weights).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan.clone(), weights).unwrap();
             let graph = plan.graph();
             for (seed, name) in ["x", "skip", "per_image", "residual", "shift"].into_iter().enumerate() {
                 let Some(id) = graph.find_input(name) else { continue };
@@ -296,7 +296,7 @@ mod tests {
                 None => executor.step().unwrap(),
                 Some((tile, splits)) => {
                     let scratch = plan.offset(graph.input("scratch"));
-                    let Executor { weights, arena, .. } = &executor;
+                    let CudaExecutor { weights, arena, .. } = &executor;
                     bound(&device, weights, arena, |bindings| {
                         for (node, workspace) in plan.step() {
                             let Op::Conv(conv) = &node.op else {
@@ -357,7 +357,7 @@ mod tests {
             let taps = if case.upsampled { 4 } else { case.kernel * case.kernel };
             let depth = taps * case.channels.iter().sum::<usize>() / STEP;
             let followed = case.more || !matches!(case.activation, Activation::None | Activation::Geglu);
-            let suits = |tile: &&Tile| {
+            let suits = |tile: &&GemmTile| {
                 tile.instruction == Instruction::Wgmma && tile.gated == Some(gated) && !(tile.pingpong && followed)
             };
             let tiles = TILES.iter().filter(suits);
@@ -413,8 +413,8 @@ mod tests {
         let run = |images: usize, apart: bool, limits: Limits, schedule| {
             let device = Emulated::new(limits, schedule);
             let plan = Arc::new(Plan::new(graph(images, apart), &[], &limits));
-            let weights = Weights::load(&device, plan.graph().weights(), &Tensors::random()).unwrap();
-            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            let weights = CudaWeights::load(&device, plan.graph().weights(), &Tensors::random()).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan, weights).unwrap();
             for (seed, name) in ["x", "a", "b"].into_iter().enumerate() {
                 let graph = executor.plan().graph();
                 let numbers = graph.shape(graph.input(name)).len();

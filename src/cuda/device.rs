@@ -90,7 +90,7 @@ pub enum Cache {
 }
 
 /// A machine that runs kernels: a GPU or the emulator. Work is done in the order in which it was submitted.
-pub trait Device: Send + Sync {
+pub trait CudaDevice: Send + Sync {
     /// The device's name.
     fn name(&self) -> String;
 
@@ -112,7 +112,7 @@ pub trait Device: Send + Sync {
     /// Frees memory.
     ///
     /// # Safety
-    /// `address` came from [`Device::allocate`] and is not used again.
+    /// `address` came from [`CudaDevice::allocate`] and is not used again.
     unsafe fn free(&self, address: u64);
 
     /// Copies to the device; `bytes` may be reused at once.
@@ -127,7 +127,7 @@ pub trait Device: Send + Sync {
     /// Copies from the device, after all work submitted before.
     ///
     /// # Safety
-    /// As for [`Device::upload`].
+    /// As for [`CudaDevice::upload`].
     ///
     /// # Errors
     /// [`crate::Error::Device`] with the driver's word, also about work given before.
@@ -136,7 +136,7 @@ pub trait Device: Send + Sync {
     /// Fills memory with zeros.
     ///
     /// # Safety
-    /// As for [`Device::upload`].
+    /// As for [`CudaDevice::upload`].
     ///
     /// # Errors
     /// [`crate::Error::Device`] with the driver's word.
@@ -173,34 +173,34 @@ pub trait Device: Send + Sync {
     /// Prepares launches so that they can be run many times at little cost.
     ///
     /// # Safety
-    /// As for [`Device::run`], whenever the recording is replayed.
+    /// As for [`CudaDevice::run`], whenever the recording is replayed.
     ///
     /// # Errors
-    /// As for [`Device::run`].
+    /// As for [`CudaDevice::run`].
     unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>>;
 
     /// Runs kernels one after the other, waits for them, and returns their duration by the device's own clock.
     ///
     /// # Safety
-    /// As for [`Device::run`].
+    /// As for [`CudaDevice::run`].
     ///
     /// # Errors
-    /// As for [`Device::run`].
+    /// As for [`CudaDevice::run`].
     unsafe fn time(&self, launches: &[Launch], cache: Cache) -> Result<Duration>;
 }
 
-/// Recorded launches; see [`Device::record`].
+/// Recorded launches; see [`CudaDevice::record`].
 pub trait Recording: Send {
     /// Runs the launches.
     ///
     /// # Errors
-    /// As for [`Device::run`].
+    /// As for [`CudaDevice::run`].
     fn replay(&self) -> Result<()>;
 }
 
 /// Memory on a device.
 pub struct Buffer {
-    device: Arc<dyn Device>,
+    device: Arc<dyn CudaDevice>,
     address: u64,
     bytes: usize,
 }
@@ -210,7 +210,7 @@ impl Buffer {
     ///
     /// # Errors
     /// [`crate::Error::Device`] if there is not enough.
-    pub fn new(device: &Arc<dyn Device>, bytes: usize) -> Result<Self> {
+    pub fn new(device: &Arc<dyn CudaDevice>, bytes: usize) -> Result<Self> {
         Ok(Buffer { address: device.allocate(bytes)?, device: device.clone(), bytes })
     }
 
@@ -218,7 +218,7 @@ impl Buffer {
     ///
     /// # Errors
     /// [`crate::Error::Device`] if there is not enough.
-    pub fn zeroed(device: &Arc<dyn Device>, bytes: usize) -> Result<Self> {
+    pub fn zeroed(device: &Arc<dyn CudaDevice>, bytes: usize) -> Result<Self> {
         let buffer = Self::new(device, bytes)?;
         // SAFETY: all of this buffer.
         unsafe { device.zero(buffer.address, bytes)? };
@@ -229,7 +229,7 @@ impl Buffer {
     ///
     /// # Errors
     /// [`crate::Error::Device`] if there is not enough.
-    pub fn from_bytes(device: &Arc<dyn Device>, bytes: &[u8]) -> Result<Self> {
+    pub fn from_bytes(device: &Arc<dyn CudaDevice>, bytes: &[u8]) -> Result<Self> {
         let buffer = Self::new(device, bytes.len())?;
         buffer.write(0, bytes)?;
         Ok(buffer)
@@ -241,7 +241,7 @@ impl Buffer {
     }
 
     /// True if the memory is on this device.
-    pub(super) fn is_on(&self, device: &Arc<dyn Device>) -> bool {
+    pub(super) fn is_on(&self, device: &Arc<dyn CudaDevice>) -> bool {
         Arc::ptr_eq(&self.device, device)
     }
 

@@ -1,6 +1,6 @@
 //! The emulator as a device: runs every launch of the engine on the CPU, under a hostile schedule.
 
-use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
+use super::device::{Cache, CudaDevice, Launch, Limits, Recording, TensorTiles};
 use crate::{Error, Result};
 use respodiff_emulated_kernels::{List, Memory, Schedule, TensorMap};
 use std::collections::HashMap;
@@ -20,12 +20,12 @@ impl Emulated {
 
     /// A device of `limits` whose launches all run under `schedule`.
     #[expect(clippy::new_ret_no_self, reason = "devices are used behind the trait alone")]
-    pub fn new(limits: Limits, schedule: Schedule) -> Arc<dyn Device> {
+    pub fn new(limits: Limits, schedule: Schedule) -> Arc<dyn CudaDevice> {
         Arc::new(Emulated { limits, schedule, memory: Mutex::default() })
     }
 }
 
-impl Device for Emulated {
+impl CudaDevice for Emulated {
     fn name(&self) -> String {
         "emulated".into()
     }

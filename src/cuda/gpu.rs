@@ -7,7 +7,7 @@ mod kernels;
 mod staging;
 
 use super::compiled::{FAMILIES, Family, RESOURCES};
-use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
+use super::device::{Cache, CudaDevice, Launch, Limits, Recording, TensorTiles};
 use super::driver::{self, Card, Version, check, functions::*};
 use crate::{Error, Result};
 use cudarc::driver::sys::{
@@ -32,7 +32,7 @@ const NON_BLOCKING: u32 = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
 ///
 /// # Errors
 /// [`Error::Device`]: this build holds no kernels, the driver is missing or too old, or no GPU is new enough.
-pub fn open() -> Result<Arc<dyn Device>> {
+pub fn open() -> Result<Arc<dyn CudaDevice>> {
     if FAMILIES.is_empty() {
         return Err(Error::Device(
             "this build has no CUDA kernels: install nvcc (README, \"On a GPU\") and build again, or use --device cpu"
@@ -205,7 +205,7 @@ impl Gpu {
     /// with a programmatic edge.
     ///
     /// # Safety
-    /// As for [`Device::run`].
+    /// As for [`CudaDevice::run`].
     unsafe fn submit(&self, kernels: &[Kernel], launches: &[Launch], stream: CUstream) -> Result<()> {
         /// Parameter structures may require 128-byte alignment (tensor maps).
         #[repr(align(128))]
@@ -249,7 +249,7 @@ impl Gpu {
     }
 }
 
-impl Device for Gpu {
+impl CudaDevice for Gpu {
     fn name(&self) -> String {
         self.card.name.clone()
     }

@@ -32,7 +32,7 @@ mod site;
 mod tiles;
 mod weights;
 
-pub use device::{Buffer, Cache, Device, Launch, Limits, Recording, TensorTiles};
+pub use device::{Buffer, Cache, CudaDevice, Launch, Limits, Recording, TensorTiles};
 pub use driver::{Card, Version};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;
@@ -42,7 +42,7 @@ pub use params::{layouts, tiles};
 pub use program::{Lowered, lowered};
 pub use sampler::{DeviceSampler, StepNoise};
 pub use site::Element;
-pub use weights::Weights;
+pub use weights::CudaWeights;
 
 use crate::graph::{Graph, Node, Op, TensorId};
 use crate::plan::{Plan, Storage};
@@ -89,31 +89,31 @@ impl Storage for Limits {
 const HALF_MAX: f32 = 65504.0;
 
 /// A plan on a device with its arena and weights: writes inputs, runs, reads outputs.
-pub struct Executor {
+pub struct CudaExecutor {
     plan: Arc<Plan>,
     /// Kept alive because the launches point into it.
-    weights: Arc<Weights>,
-    device: Arc<dyn Device>,
+    weights: Arc<CudaWeights>,
+    device: Arc<dyn CudaDevice>,
     arena: Buffer,
     program: Program,
     /// The recorded launches of the step and of the backward nodes; each is made at its first run.
     recordings: [Option<Box<dyn Recording>>; 2],
 }
 
-impl Executor {
+impl CudaExecutor {
     /// Allocates the arena and prepares the launches.
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory is short, an operation has no kernel, the plan was not made with the
     /// device's [`Limits`] as storage, or the weights are another network's or on another device.
-    pub fn new(device: &Arc<dyn Device>, plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
+    pub fn new(device: &Arc<dyn CudaDevice>, plan: Arc<Plan>, weights: Arc<CudaWeights>) -> Result<Self> {
         plan.check(&device.limits(), weights.specs())?;
         if !weights.is_on(device) {
             return Err(Error::Device(format!("the weights are not on {}; load them there", device.name())));
         }
         let arena = Buffer::zeroed(device, plan.arena_bytes())?;
         let program = bound(device, &weights, &arena, |bindings| Program::new(&plan, bindings))?;
-        Ok(Executor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
+        Ok(CudaExecutor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
     }
 
     /// The plan.
@@ -122,7 +122,7 @@ impl Executor {
     }
 
     /// The device.
-    pub fn device(&self) -> &Arc<dyn Device> {
+    pub fn device(&self) -> &Arc<dyn CudaDevice> {
         &self.device
     }
 
@@ -162,8 +162,8 @@ impl Executor {
     /// are on one device, the numbers stay there.
     ///
     /// # Errors
-    /// As for [`Executor::write`].
-    pub fn copy(&mut self, input: &str, from: &Executor, output: &str) -> Result<()> {
+    /// As for [`CudaExecutor::write`].
+    pub fn copy(&mut self, input: &str, from: &CudaExecutor, output: &str) -> Result<()> {
         let (to, of) = (self.plan.graph(), from.plan.graph());
         let (input_id, output_id) = (to.input(input), of.output(output));
         let (length, element) = (to.shape(input_id).len(), Element::of(to, input_id));
@@ -203,7 +203,7 @@ impl Executor {
     /// Runs one step.
     ///
     /// # Errors
-    /// As for [`Executor::prologue`].
+    /// As for [`CudaExecutor::prologue`].
     pub fn step(&mut self) -> Result<()> {
         replay(&self.device, &self.program.step, &mut self.recordings[0])
     }
@@ -211,7 +211,7 @@ impl Executor {
     /// Runs the backward pass, from the last step's activations and the seed in the input `d.<output>`.
     ///
     /// # Errors
-    /// As for [`Executor::prologue`].
+    /// As for [`CudaExecutor::prologue`].
     pub fn backward(&mut self) -> Result<()> {
         replay(&self.device, &self.program.backward, &mut self.recordings[1])
     }
@@ -228,7 +228,7 @@ impl Executor {
     /// which `wanted` is true, `tell` receives its launches and their duration.
     ///
     /// # Errors
-    /// As for [`Executor::prologue`].
+    /// As for [`CudaExecutor::prologue`].
     pub fn timed(
         &mut self,
         cache: Cache,
@@ -253,8 +253,8 @@ impl Executor {
 
 /// Calls `lower` with the bindings of an executor on its device.
 fn bound<T>(
-    device: &Arc<dyn Device>,
-    weights: &Weights,
+    device: &Arc<dyn CudaDevice>,
+    weights: &CudaWeights,
     arena: &Buffer,
     lower: impl FnOnce(&Bindings) -> Result<T>,
 ) -> Result<T> {
@@ -267,10 +267,10 @@ fn bound<T>(
 }
 
 /// Runs launches of an executor, recording them the first time.
-fn replay(device: &Arc<dyn Device>, launches: &[Launch], recording: &mut Option<Box<dyn Recording>>) -> Result<()> {
+fn replay(device: &Arc<dyn CudaDevice>, launches: &[Launch], recording: &mut Option<Box<dyn Recording>>) -> Result<()> {
     let made = match recording.take() {
         Some(recording) => recording,
-        // SAFETY: as in `Executor::prologue`.
+        // SAFETY: as in `CudaExecutor::prologue`.
         None => unsafe { device.clone().record(launches)? },
     };
     recording.insert(made).replay()

@@ -76,7 +76,7 @@ pub(super) fn of_rows(row: usize) -> Option<Moments> {
 
 #[cfg(all(test, feature = "emulated"))]
 mod tests {
-    use super::super::{Emulated, Executor, Limits, Weights, conv};
+    use super::super::{CudaExecutor, CudaWeights, Emulated, Limits, conv};
     use super::*;
     use crate::graph::{Activation, ConvOptions, GraphBuilder, Sources};
     use crate::plan::Plan;
@@ -138,8 +138,8 @@ mod tests {
             let norm = g.group_norm("norm", Sources { x, skip: Some(skip) }, self.groups, 1e-5, false, None);
             g.output("norm", norm);
             let plan = Arc::new(Plan::new(g.finish(), &[], &limits));
-            let weights = Weights::load(&device, plan.graph().weights(), &Tensors::random()).unwrap();
-            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            let weights = CudaWeights::load(&device, plan.graph().weights(), &Tensors::random()).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan, weights).unwrap();
             executor.write("x", sources[0]).unwrap();
             executor.write("skip", sources[1]).unwrap();
             executor.step().unwrap();
@@ -151,8 +151,8 @@ mod tests {
             let device = Emulated::new(limits, schedule);
             let plan = Arc::new(Plan::new(self.graph(), &[], &limits));
             let graph = plan.graph();
-            let weights = Weights::load(&device, graph.weights(), &Tensors::random()).unwrap();
-            let mut executor = Executor::new(&device, plan.clone(), weights).unwrap();
+            let weights = CudaWeights::load(&device, graph.weights(), &Tensors::random()).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan.clone(), weights).unwrap();
             let len = graph.shape(graph.input("source")).len() / self.images;
             // All images have the same numbers in another order, far from 0.
             let number = |i: usize| ((i % len * 7919 + i / len * 31) % 2003) as f32 / 1001.5 + 2.0;

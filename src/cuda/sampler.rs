@@ -11,7 +11,7 @@
 //! All that differs between steps and requests is read from device memory, so one recording serves every request of a
 //! session.
 
-use super::device::{Buffer, Device, Launch};
+use super::device::{Buffer, CudaDevice, Launch};
 use crate::Result;
 use crate::diffusion::scheduler::{HISTORY, Step};
 use crate::graph::Shape;
@@ -188,7 +188,7 @@ impl DeviceSampler {
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory is short.
-    pub fn new(device: &Arc<dyn Device>, shape: Shape, capacity: usize) -> Result<Self> {
+    pub fn new(device: &Arc<dyn CudaDevice>, shape: Shape, capacity: usize) -> Result<Self> {
         Ok(DeviceSampler { buffer: Buffer::new(device, Self::bytes(shape, capacity))?, shape, capacity })
     }
 

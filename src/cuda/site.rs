@@ -51,7 +51,7 @@ pub(super) struct Bindings<'a> {
     pub weights: &'a [u64],
     /// The address of the arena.
     pub arena: u64,
-    /// The device's [`super::Device::tensor_map`].
+    /// The device's [`super::CudaDevice::tensor_map`].
     pub tensor_map: &'a dyn Fn(&TensorTiles) -> Result<[u64; 16]>,
 }
 

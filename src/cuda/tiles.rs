@@ -29,7 +29,7 @@ pub(super) enum Instruction {
 
 /// A kernel that computes tiles of `rows` by `columns`.
 #[derive(Debug, PartialEq)]
-pub(super) struct Tile {
+pub(super) struct GemmTile {
     pub kernel: &'static str,
     pub instruction: Instruction,
     pub rows: usize,
@@ -57,18 +57,29 @@ const fn mma(
     stages: usize,
     resident: usize,
     vector: bool,
-) -> Tile {
+) -> GemmTile {
     let (instruction, gated, pingpong) = (Instruction::MmaSync, None, false);
-    Tile { kernel, instruction, rows, columns, gated, warps_down, stages, resident, vector, pingpong }
+    GemmTile { kernel, instruction, rows, columns, gated, warps_down, stages, resident, vector, pingpong }
 }
 
-const fn wgmma(kernel: &'static str, columns: usize, stages: usize, gated: bool, pingpong: bool) -> Tile {
+const fn wgmma(kernel: &'static str, columns: usize, stages: usize, gated: bool, pingpong: bool) -> GemmTile {
     let (instruction, gated) = (Instruction::Wgmma, Some(gated));
-    Tile { kernel, instruction, rows: 128, columns, gated, warps_down: 8, stages, resident: 1, vector: true, pingpong }
+    GemmTile {
+        kernel,
+        instruction,
+        rows: 128,
+        columns,
+        gated,
+        warps_down: 8,
+        stages,
+        resident: 1,
+        vector: true,
+        pingpong,
+    }
 }
 
 /// The candidates. Channels are multiples of 160 in Stable Diffusion's UNets and of 128 in its VAEs.
-pub(super) const TILES: [Tile; 22] = [
+pub(super) const TILES: [GemmTile; 22] = [
     mma("conv_128x256", [128, 256], 2, 3, 1, true),
     mma("conv_256x128", [256, 128], 4, 3, 1, true),
     mma("conv_128x160", [128, 160], 2, 4, 1, true),
@@ -214,7 +225,7 @@ impl Product {
 /// The way in which a product is computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Choice {
-    pub tile: &'static Tile,
+    pub tile: &'static GemmTile,
     /// The number of parts of the depth.
     pub splits: usize,
     /// Stages in each part.
@@ -245,7 +256,7 @@ pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
     fastest(Product { rows: images * one.rows, ..one }, &as_pair)
 }
 
-impl Tile {
+impl GemmTile {
     /// Threads of a block.
     pub fn threads(&self) -> usize {
         match self.instruction {

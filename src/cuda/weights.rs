@@ -6,7 +6,7 @@ mod packing;
 
 pub(super) use packing::{CHUNK, PackParams, behind, has_phases, has_sums};
 
-use super::device::{Buffer, Device, Limits};
+use super::device::{Buffer, CudaDevice, Limits};
 use super::folded;
 use crate::graph::WeightSpec;
 use crate::weights::{Stored, Tensors};
@@ -20,7 +20,7 @@ use std::sync::Arc;
 const STAGE: usize = 64 << 20;
 
 /// A network's weights in device memory, shared by all plans of the network, whatever their size.
-pub struct Weights {
+pub struct CudaWeights {
     /// All that was loaded for this network, in one allocation.
     own: Arc<Buffer>,
     /// The buffer and offset of each weight: in `own`, or among another network's.
@@ -31,13 +31,13 @@ pub struct Weights {
     limits: Limits,
 }
 
-impl Weights {
+impl CudaWeights {
     /// Uploads and packs all of `specs`. The device holds them once, and [`STAGE`] bytes more while this runs.
     ///
     /// # Errors
     /// Those of [`Tensors::stored`], [`Error::Checkpoint`] for NaN and infinity, or [`Error::Device`] when memory is
     /// short.
-    pub fn load(device: &Arc<dyn Device>, specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
+    pub fn load(device: &Arc<dyn CudaDevice>, specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
         Self::load_beside(device, specs, tensors, &[])
     }
 
@@ -45,12 +45,12 @@ impl Weights {
     /// from them.
     ///
     /// # Errors
-    /// As [`Weights::load`].
+    /// As [`CudaWeights::load`].
     pub fn load_beside(
-        device: &Arc<dyn Device>,
+        device: &Arc<dyn CudaDevice>,
         specs: &[WeightSpec],
         tensors: &Tensors,
-        others: &[&Weights],
+        others: &[&CudaWeights],
     ) -> Result<Arc<Self>> {
         let limits = device.limits();
         let as_packed: Vec<_> = specs.iter().map(|spec| folded::as_packed(spec, limits)).collect();
@@ -69,7 +69,7 @@ impl Weights {
         let mut place = |found: Option<_>| found.or_else(|| Some((own.clone(), offsets.next()?)));
         let places = found.into_iter().filter_map(&mut place).collect();
         let by_spec = as_packed.into_iter().enumerate().map(|(place, spec)| (spec, place)).collect();
-        Ok(Arc::new(Weights { own, places, specs: specs.to_vec(), by_spec, limits }))
+        Ok(Arc::new(CudaWeights { own, places, specs: specs.to_vec(), by_spec, limits }))
     }
 
     /// The specs that they were loaded for.
@@ -78,7 +78,7 @@ impl Weights {
     }
 
     /// True if they are on `device`.
-    pub(super) fn is_on(&self, device: &Arc<dyn Device>) -> bool {
+    pub(super) fn is_on(&self, device: &Arc<dyn CudaDevice>) -> bool {
         self.own.is_on(device)
     }
 
@@ -119,7 +119,7 @@ impl<'a> Loading<'a> {
 }
 /// Uploads weights into `own`, one after the other, and packs them there, with at most `limit` bytes of a file on the
 /// device at a time. Returns their offsets.
-fn upload(device: &Arc<dyn Device>, own: &Buffer, weights: &[Loading], limit: usize) -> Result<Vec<usize>> {
+fn upload(device: &Arc<dyn CudaDevice>, own: &Buffer, weights: &[Loading], limit: usize) -> Result<Vec<usize>> {
     let whole_rows = |part: &Stored| (limit / row_bytes(part)).max(1);
     let largest = weights
         .iter()

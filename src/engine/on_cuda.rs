@@ -2,7 +2,7 @@
 
 use super::denoiser::{Denoiser, Noise, Run, Start};
 use super::session::{Networks, picture_shape};
-use crate::cuda::{Buffer, DeviceSampler, Executor, Recording, StepNoise};
+use crate::cuda::{Buffer, CudaExecutor, DeviceSampler, Recording, StepNoise};
 use crate::diffusion::noise::Rng;
 use crate::graph::Shape;
 use crate::image::Image;
@@ -14,7 +14,7 @@ const CAPACITY: usize = 4096;
 
 /// The UNet and its sampler on the kernels.
 pub(super) struct CudaDenoiser {
-    unet: Executor,
+    unet: CudaExecutor,
     sampler: DeviceSampler,
     /// Preparing the UNet's inputs, the UNet, guidance and the sampler's step; made at the first run.
     step: Option<Box<dyn Recording>>,
@@ -23,7 +23,7 @@ pub(super) struct CudaDenoiser {
 impl CudaDenoiser {
     /// # Errors
     /// [`Error::Device`] when memory is short.
-    pub fn new(unet: Executor, batch: usize) -> Result<Self> {
+    pub fn new(unet: CudaExecutor, batch: usize) -> Result<Self> {
         let sampler = DeviceSampler::new(unet.device(), latents_shape(unet.plan(), batch), CAPACITY)?;
         Ok(CudaDenoiser { unet, sampler, step: None })
     }
@@ -108,7 +108,7 @@ impl Denoiser for CudaDenoiser {
 /// The UNet and the VAE on the kernels.
 pub(super) struct OnCuda {
     denoiser: CudaDenoiser,
-    vae: Executor,
+    vae: CudaExecutor,
     /// One picture's bytes.
     rgb: Buffer,
 }
@@ -116,7 +116,7 @@ pub(super) struct OnCuda {
 impl OnCuda {
     /// # Errors
     /// [`Error::Device`] when memory is short.
-    pub fn new(denoiser: CudaDenoiser, vae: Executor) -> Result<Self> {
+    pub fn new(denoiser: CudaDenoiser, vae: CudaExecutor) -> Result<Self> {
         let rgb = Buffer::new(vae.device(), picture_shape(vae.plan()).len())?;
         Ok(OnCuda { denoiser, vae, rgb })
     }

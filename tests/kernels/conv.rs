@@ -376,9 +376,9 @@ fn batch_invariance() {
             let (folder, _) = weights(&graph);
             let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
             let device = Emulated::new(Limits::A100, Schedule::QUICK);
-            let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
+            let weights = CudaWeights::load(&device, graph.weights(), &tensors).unwrap();
             let plan = Arc::new(Plan::new(graph, &[], &device.limits()));
-            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan, weights).unwrap();
             // Image i is the same in every batch.
             let numbers = random(5 * case.shapes()[0].len() / images, 3);
             let numbers: Vec<f32> = numbers.iter().map(|&x| x as f32).collect();

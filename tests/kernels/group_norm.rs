@@ -257,9 +257,9 @@ fn norms_of_an_image_alone_and_in_a_batch() {
             let (folder, _) = weights(&graph);
             let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
             let (_, device) = devices(Limits::A100).remove(0);
-            let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
+            let weights = CudaWeights::load(&device, graph.weights(), &tensors).unwrap();
             let plan = Arc::new(Plan::new(graph, &[], &device.limits()));
-            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan, weights).unwrap();
             for name in ["x", "d.out"] {
                 executor.write(name, &input.iter().map(|&x| x as f32).collect::<Vec<f32>>()).unwrap();
             }

@@ -98,11 +98,11 @@ impl Between {
         // Few multiprocessors, so that blocks compute several tiles, and large tiles are the fastest for small products
         // too.
         let limits = Limits { multiprocessors: 3, ..Limits::H100 };
-        let device: Arc<dyn Device> = Emulated::new(limits, schedule);
+        let device: Arc<dyn CudaDevice> = Emulated::new(limits, schedule);
         let (folder, by_name) = weights(&graph);
         let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
-        let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
-        let mut executor = Executor::new(&device, Arc::new(Plan::new(graph, &[], &limits)), weights).unwrap();
+        let weights = CudaWeights::load(&device, graph.weights(), &tensors).unwrap();
+        let mut executor = CudaExecutor::new(&device, Arc::new(Plan::new(graph, &[], &limits)), weights).unwrap();
         // The numbers of an image do not depend on those beside it.
         let numbers = |c: usize, seed: u64, mean: f64| -> Vec<f32> {
             let one = |image| random(h * w * c, seed + image as u64);

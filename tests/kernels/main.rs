@@ -19,7 +19,7 @@ mod sampler;
 mod sources;
 
 use half::f16;
-use respodiff::cuda::{Device, Element, Emulated, Executor, Limits, Weights};
+use respodiff::cuda::{CudaDevice, CudaExecutor, CudaWeights, Element, Emulated, Limits};
 use respodiff::graph::{Graph, GraphBuilder, Keep, Shape, TensorId, WeightKind};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -50,7 +50,7 @@ pub fn random(len: usize, seed: u64) -> Numbers {
 }
 
 /// The devices on which a kernel is tested; emulated ones have the given limits.
-pub fn devices(limits: Limits) -> Vec<(String, Arc<dyn Device>)> {
+pub fn devices(limits: Limits) -> Vec<(String, Arc<dyn CudaDevice>)> {
     if let Some(gpu) = support::gpu() {
         return vec![(gpu.name(), gpu)];
     }
@@ -172,10 +172,10 @@ fn compare<T: Into<Truth>>(
     let (folder, by_name) = weights(graph);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
     let mut given = Given { inputs, weights: by_name };
-    let result = |label: &str, device: &Arc<dyn Device>, given: &Given| {
+    let result = |label: &str, device: &Arc<dyn CudaDevice>, given: &Given| {
         let plan = Arc::new(Plan::new(graph.clone(), &[], &device.limits()));
-        let weights = Weights::load(device, graph.weights(), &tensors).unwrap();
-        let mut executor = Executor::new(device, plan, weights).unwrap();
+        let weights = CudaWeights::load(device, graph.weights(), &tensors).unwrap();
+        let mut executor = CudaExecutor::new(device, plan, weights).unwrap();
         for (name, values) in names.iter().zip(&given.inputs) {
             let values: Vec<f32> = values.iter().map(|&x| x as f32).collect();
             executor.write(name, &values).unwrap();

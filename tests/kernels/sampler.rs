@@ -18,7 +18,7 @@ fn config(fields: &str) -> SchedulerConfig {
     SchedulerConfig::parse(&text, "scheduler_config.json").unwrap()
 }
 
-fn run(device: &Arc<dyn Device>, launch: Launch) {
+fn run(device: &Arc<dyn CudaDevice>, launch: Launch) {
     // SAFETY: the callers' buffers are alive and as long as the launches require.
     unsafe { device.run(&[launch]) }.unwrap();
 }
@@ -52,7 +52,7 @@ fn draw(generators: &mut [NormalGenerator]) -> Vec<f32> {
 
 /// A session: a sampler with the buffers of the UNet that it would serve.
 struct Session {
-    device: Arc<dyn Device>,
+    device: Arc<dyn CudaDevice>,
     sampler: DeviceSampler,
     guided: bool,
     sample: Buffer,
@@ -62,7 +62,7 @@ struct Session {
 }
 
 impl Session {
-    fn new(device: &Arc<dyn Device>, guided: bool) -> Self {
+    fn new(device: &Arc<dyn CudaDevice>, guided: bool) -> Self {
         let rows = if guided { 2 } else { 1 };
         let sampler = DeviceSampler::new(device, LATENTS, 20).unwrap();
         let sample = Buffer::new(device, rows * LATENTS.len() * 2).unwrap();

@@ -22,7 +22,7 @@ impl Graph {
     /// them. Needs the GPU's context.
     ///
     /// # Safety
-    /// As for [`crate::cuda::Device::record`].
+    /// As for [`crate::cuda::CudaDevice::record`].
     pub unsafe fn record(gpu: Arc<Gpu>, launches: &[Launch]) -> Result<Self> {
         let mut stream = null_mut();
         // SAFETY: handles of the driver, and the caller's promise.
@@ -43,7 +43,7 @@ impl Graph {
 /// Captures the launches on `stream` and instantiates their graph.
 ///
 /// # Safety
-/// As for [`crate::cuda::Device::record`]; the stream is alive.
+/// As for [`crate::cuda::CudaDevice::record`]; the stream is alive.
 unsafe fn capture(gpu: &Gpu, launches: &[Launch], stream: CUstream) -> Result<CUgraphExec> {
     // Loading a module may have to wait for the device, which is forbidden in a capture.
     let kernels = gpu.kernels(launches)?;

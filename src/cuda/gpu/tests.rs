@@ -82,7 +82,7 @@ fn numbers_go_up_through_and_down() {
     let gpu = gpu();
     assert_eq!(gpu.limits(), Limits { capability: 90, multiprocessors: 132, shared: 227 << 10 });
     {
-        let device: Arc<dyn Device> = gpu.clone();
+        let device: Arc<dyn CudaDevice> = gpu.clone();
         let numbers: Vec<f32> = (0..5_000_001).map(|i| i as f32).collect();
         let buffer = super::super::Buffer::from_bytes(&device, bytemuck::cast_slice(&numbers)).unwrap();
         let factor = || {
@@ -148,7 +148,7 @@ fn launches_overlap_on_9_0_alone() {
     let Some(words) = each_driver("launches_overlap_on_9_0_alone", &drivers) else { return };
     let gpu = gpu();
     {
-        let device: Arc<dyn Device> = gpu.clone();
+        let device: Arc<dyn CudaDevice> = gpu.clone();
         let buffer = super::super::Buffer::zeroed(&device, 64).unwrap();
         let launches: [Launch; 3] = std::array::from_fn(|_| twice(&buffer, 1));
         unsafe { device.run(&launches).unwrap() };
@@ -207,7 +207,7 @@ fn threads_upload_side_by_side() {
     let Some(_) = each_driver("threads_upload_side_by_side", &[("-O1", "")]) else { return };
     let gpu = gpu();
     {
-        let device: Arc<dyn Device> = gpu.clone();
+        let device: Arc<dyn CudaDevice> = gpu.clone();
         let check = |seed: usize| {
             let bytes: Vec<u8> = (0..2 * staging::BUFFER + 12345).map(|i| (i * (2 * seed + 1) / 8) as u8).collect();
             let buffer = super::super::Buffer::from_bytes(&device, &bytes).unwrap();

@@ -35,7 +35,7 @@ fn packed_by_definition(case: &Case) -> Vec<u8> {
     bytemuck::cast_slice(&halves).to_vec()
 }
 
-fn load(device: &Arc<dyn Device>, cases: &[Case], limit: usize) -> Result<Vec<Vec<u8>>> {
+fn load(device: &Arc<dyn CudaDevice>, cases: &[Case], limit: usize) -> Result<Vec<Vec<u8>>> {
     let loading = cases.iter().map(|case| Loading {
         spec: &case.spec,
         parts: case.stored(),

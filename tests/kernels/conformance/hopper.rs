@@ -80,7 +80,7 @@ impl Tiling<'_> {
         (0..self.tile.iter().product()).map(place).collect()
     }
 
-    fn prepare(&self, kernel: &'static str, device: &Arc<dyn Device>, tensor: u64, tile: u64) -> Launch {
+    fn prepare(&self, kernel: &'static str, device: &Arc<dyn CudaDevice>, tensor: u64, tile: u64) -> Launch {
         let mut stride = 2;
         let mut strides = Vec::new();
         for &size in &self.sizes[..self.sizes.len() - 1] {

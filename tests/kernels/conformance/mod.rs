@@ -12,7 +12,7 @@ mod hopper;
 
 use super::{devices, random, support};
 use half::f16;
-use respodiff::cuda::{Buffer, Device, Launch, Limits};
+use respodiff::cuda::{Buffer, CudaDevice, Launch, Limits};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -50,7 +50,12 @@ fn recordings() -> PathBuf {
 
 /// The words that a case leaves in memory which contained `before`: from every device, and from the GPU that was
 /// recorded. `hopper` is true for wrappers that only sm_90a has.
-fn outputs(case: &str, hopper: bool, before: &[u32], prepare: impl Fn(&Arc<dyn Device>, u64) -> Prepared) -> Outputs {
+fn outputs(
+    case: &str,
+    hopper: bool,
+    before: &[u32],
+    prepare: impl Fn(&Arc<dyn CudaDevice>, u64) -> Prepared,
+) -> Outputs {
     if let Some(new) = NAMED.with_borrow_mut(|names| names.as_mut().map(|names| names.insert(case.into()))) {
         assert!(new, "two cases are named {case}: they would share a recording");
         return Vec::new();
