@@ -103,6 +103,7 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
     }
 }
 
+// A consumer warpgroup: multiplies all stages of its tiles, and stores their results.
 template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t shared) {
     int units = p.tiles_down * p.tiles_across * p.splits;
     int stages = (p.blocks[0] + p.blocks[1]) * p.kernel * p.kernel + p.added_blocks[0] + p.added_blocks[1];
@@ -230,11 +231,11 @@ template <class T> PTX_FN void conv(const ConvHopperParams& p) {
 #define CONV_HOPPER_BODY(...)
 #endif
 // Columns, stages, whether columns alternate between values and gates, whether each warpgroup has tiles of its own.
-#define CONV_HOPPER(name, ...)                        \
-    KERNEL __launch_bounds__(conv_hopper::THREADS, 1) \
+#define CONV_HOPPER(name, ...)                         \
+    KERNEL __launch_bounds__(conv_hopper::THREADS, 1)  \
     name(const __grid_constant__ ConvHopperParams p) { \
-        CONV_HOPPER_BODY(__VA_ARGS__)                 \
-    }                                                 \
+        CONV_HOPPER_BODY(__VA_ARGS__)                  \
+    }                                                  \
     EXPORT_TILE(name, 1, conv_hopper::Tile<__VA_ARGS__>)
 CONV_HOPPER(conv_hopper_80, 80, 6, false, false)
 CONV_HOPPER(conv_hopper_128, 128, 5, false, false)

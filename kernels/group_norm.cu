@@ -35,12 +35,12 @@
 struct GroupNormParams {
     const __half* x;
     const __half* skip;  // channels that follow those of x, or null
-    // [images][2][channels], images `scale_shift_width` apart, or null
+    // [images][2][channels], images `scale_shift_width` apart, or null.
     const __half* scale_shift;
     const float* weight;
     const float* bias;
     __half* out;
-    // [n][groups][gridDim.x]: mean and sum of squared deviations, written by statistics and merge
+    // [n][groups][gridDim.x]: mean and sum of squared deviations, written by statistics and merge.
     float2* partials;
     // Read by merge and apply, likewise pairs: [n][units of channels][units of pixels], of the first channels and of
     // the rest.
@@ -164,8 +164,7 @@ template <int W> struct Place {
     }
 };
 
-// Computes every group's moments in the block's stretch and passes them to f(group in the slab, moments), in one
-// thread.
+// Computes every group's moments in the block's stretch. One thread per group calls f(group in the slab, moments).
 template <int W, class F>
 __device__ __forceinline__ void stretch_moments(const GroupNormParams& p, const Place<W>& place, float2* sums, F f) {
     place.each_column(p, [&](int channel, Column from) {
@@ -360,8 +359,8 @@ __device__ __forceinline__ void gradient_by_normal(const GroupNormParams& p, con
     }
 }
 
-// Computes every group's sums of u and u x^ in the block's stretch and passes them to f(group in the slab, sums), in
-// one thread.
+// Computes every group's sums of u and u x^ in the block's stretch. One thread per group calls f(group in the slab,
+// sums).
 template <int W, class F>
 __device__ __forceinline__ void stretch_sums(const GroupNormGradientParams& p, const Place<W>& place,
                                              const float2* groups, float2* sums, F f) {

@@ -12,10 +12,11 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 #define KERNEL extern "C" __global__ void
+// Registers a kernel with the emulator.
 #define EXPORT(kernel)
-// The same for a kernel of a table of tiles: Tile::THREADS and Tile::SHARED (bytes of dynamic shared memory) of a block,
-// and the blocks that fit into a multiprocessor's registers. src/cuda repeats these in its own tables, and a test
-// compares them.
+// The same for a kernel of a table of tiles. `resident` is the number of blocks that a multiprocessor's registers must
+// allow; after it comes a type with the THREADS and the SHARED of a block, bytes of dynamic shared memory. src/cuda has
+// these numbers in tables of its own, and a test compares them.
 #define EXPORT_TILE(kernel, resident, ...)
 // Names the fields of a structure that kernels take as their parameter, or of a part of one. src/cuda holds a mirror of
 // it, and a test compares the two field by field.
