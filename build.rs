@@ -1,7 +1,8 @@
-//! Compiles `kernels/*.cu` when it finds nvcc: one fatbin a file, and what each kernel takes of a multiprocessor.
+//! Compiles `kernels/*.cu` when it finds nvcc: one fatbin per file, and a table of the resources that each kernel
+//! needs.
 //!
-//! Looked for in this order: `NVCC` (empty: build without), `CUDA_HOME` and `CUDA_PATH`, `PATH`, and the packages that
-//! kernels/requirements.txt lists, in `.venv` here or in the Python that is active.
+//! nvcc is looked for in this order: `NVCC` (empty: build without), `CUDA_HOME` and `CUDA_PATH`, `PATH`, and the
+//! packages of kernels/requirements.txt, in `.venv` here or in the active Python.
 
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write as _;
@@ -14,10 +15,10 @@ use std::{env, fs, thread};
 const FLAGS: &[&str] = &["-std=c++17", "-O3", "-lineinfo", "--fatbin", "-Xptxas=-v", "-Xfatbin=-compress-all"];
 
 /// GPUs that get machine code of the portable sources, as far as nvcc knows them: A100, RTX 30, RTX 40, B200, RTX 50.
-/// Others run that of an older GPU of their generation, or compile the PTX.
+/// Other GPUs run the code of an older GPU of their generation, or compile the PTX.
 const PORTABLE: &[&str] = &["sm_80", "sm_86", "sm_89", "sm_100", "sm_120"];
 
-/// Sources that only tests launch; programs do not carry them.
+/// Prefix of sources that only tests launch; release programs do not contain them.
 const TEST_ONLY: &str = "conformance";
 
 fn main() {
@@ -30,7 +31,7 @@ fn main() {
     let mut families = Vec::new();
     if let Some(nvcc) = find_nvcc() {
         println!("cargo::rerun-if-changed={}", nvcc.display());
-        // Tests look for cuobjdump beside it.
+        // Tests look for cuobjdump beside nvcc.
         println!("cargo::rustc-env=RESPODIFF_NVCC={}", nvcc.display());
         match compile_all(&nvcc, &out) {
             Ok(compiled) => families = compiled,
@@ -63,7 +64,7 @@ fn find_nvcc() -> Option<PathBuf> {
     folders.chain(packages).map(|folder| folder.join(&program)).find(|nvcc| nvcc.is_file())
 }
 
-/// Where NVIDIA's packages for `python` keep their programs.
+/// The folders in which NVIDIA's packages for `python` keep their programs.
 fn packaged(python: &str) -> Vec<PathBuf> {
     let code = "import nvidia; print(*nvidia.__path__, sep='\\n')";
     let Ok(output) = Command::new(python).args(["-c", code]).output() else { return Vec::new() };
@@ -71,14 +72,14 @@ fn packaged(python: &str) -> Vec<PathBuf> {
     folders.lines().map(|folder| Path::new(folder).join("cu13/bin")).collect()
 }
 
-/// A compiled source file: its name, the fatbin, what nvcc said.
+/// A compiled source file: its name, its fatbin, and nvcc's messages.
 struct Family {
     name: String,
     fatbin: PathBuf,
     log: String,
 }
 
-/// The flags for every file: what runs where is [`PORTABLE`]'s machine code, 9.0's own instructions, and PTX for the
+/// The flags for every file: machine code for [`PORTABLE`], the instructions of 9.0 for that GPU alone, and PTX for the
 /// rest.
 fn flags(nvcc: &Path) -> Result<Vec<String>, String> {
     let offered = Command::new(nvcc).arg("--list-gpu-code").output();
@@ -93,7 +94,7 @@ fn flags(nvcc: &Path) -> Result<Vec<String>, String> {
     Ok(FLAGS.iter().map(|flag| flag.to_string()).chain(targets).collect())
 }
 
-/// All of `kernels/*.cu`, as many at a time as cargo allows.
+/// Compiles all of `kernels/*.cu`, as many at a time as cargo allows.
 fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<Family>, String> {
     let version = Command::new(nvcc).arg("--version").output();
     let version = version.map_err(|e| format!("cannot run {}: {e}; set NVCC to CUDA's nvcc", nvcc.display()))?;
@@ -138,7 +139,8 @@ fn compile_all(nvcc: &Path, out: &Path) -> Result<Vec<Family>, String> {
     Ok(families)
 }
 
-/// One file, unless the fatbin there is of the same sources, flags and nvcc: then the first line of its log says so.
+/// Compiles one file, unless the existing fatbin was made from the same sources, flags and nvcc, as the first line of
+/// its log tells.
 fn compile(nvcc: &Path, flags: &[String], source: &Path, mut key: DefaultHasher, out: &Path) -> Result<Family, String> {
     let name = source.file_stem().expect("a file's name").to_string_lossy().into_owned();
     fs::read(source).expect("a source").hash(&mut key);
@@ -162,8 +164,7 @@ fn compile(nvcc: &Path, flags: &[String], source: &Path, mut key: DefaultHasher,
     Ok(Family { name, fatbin, log })
 }
 
-/// Registers that went to memory, and tensor-core instructions that ptxas had to run one by one: slow, and always a
-/// mistake.
+/// Spilled registers, and tensor-core instructions that ptxas had to serialise: both are slow and always a mistake.
 fn problems(log: &str) -> Option<String> {
     let spilled = kernels(log).into_iter().filter(|kernel| kernel.spills > 0).map(|kernel| {
         format!("kernel {} spills {} bytes of registers on sm_{}", kernel.name, kernel.spills, kernel.architecture)
@@ -182,7 +183,7 @@ struct Kernel<'a> {
     spills: u32,
 }
 
-/// What `ptxas -v` says of each kernel, once per architecture.
+/// The report of `ptxas -v` for each kernel, once per architecture.
 fn kernels(log: &str) -> Vec<Kernel<'_>> {
     let mut kernels: Vec<Kernel> = Vec::new();
     for line in log.lines() {
@@ -206,7 +207,7 @@ fn kernels(log: &str) -> Vec<Kernel<'_>> {
     kernels
 }
 
-/// The Rust that src/cuda/compiled.rs includes.
+/// The Rust source that src/cuda/compiled.rs includes.
 fn table(families: &[Family]) -> String {
     let mut text = String::from(
         "/// The compiled kernels, one family for each source file.\npub static FAMILIES: &[Family] = &[\n",

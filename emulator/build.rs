@@ -14,7 +14,7 @@ fn main() {
         .std("c++17")
         .opt_level(3)
         .flags(["-g1", "-mavx2", "-mfma", "-mf16c", "-mbmi2", "-ffp-contract=off", "-fno-exceptions", "-Wno-psabi"])
-        // The switch of stacks writes below the stack pointer.
+        // The stack switch writes below the stack pointer.
         .flag("-mno-red-zone")
         .files(sources)
         .compile("emulator_runtime");

@@ -1,4 +1,4 @@
-/// Compiles CUDA sources with the host's compiler, calling out at each load and store. Included by build scripts.
+/// Compiles CUDA sources with the host's compiler, instrumenting every load and store. Included by build scripts.
 fn compile(name: &str, sources: impl IntoIterator<Item = std::path::PathBuf>) {
     let kernels = std::path::absolute("../../kernels").expect("a folder");
     let runtime = std::env::var("DEP_RESPODIFF_EMULATOR_INCLUDE").expect("the emulator's build script names it");
@@ -16,7 +16,7 @@ fn compile(name: &str, sources: impl IntoIterator<Item = std::path::PathBuf>) {
         .include(runtime)
         .include(kernels)
         .files(sources)
-        // Kernels register themselves: every object must be kept.
+        // Kernels register themselves, so the linker must keep every object.
         .link_lib_modifier("+whole-archive")
         .compile(name);
 }

@@ -1,6 +1,6 @@
-// Attention: softmax(q k^T * scale) v for each image and head. Scores never leave the registers: a block takes 64 or 128
-// queries, passes over the keys in tiles, and keeps a running reference and sum for each query (online softmax, Milakov and
-// Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691).
+// Attention: softmax(q k^T * scale) v for each image and head. Scores never leave the registers: a block takes 64 or
+// 128 queries, iterates over the keys in tiles, and keeps a running reference and sum for each query (online softmax:
+// Milakov and Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691).
 //
 //   WIDTH   ROWS     KEYS  threads  shared memory (KiB)
 //     40    64, 128   64     128     25, 30
@@ -12,24 +12,28 @@
 //
 // A block of sm_80, 90 and 100 may have 163 KiB or more, one of sm_86, 89 and 120 only 99: the last line is for these.
 //
-// WIDTH is the head dimension filled up with zeros; rows in shared memory are an odd number of 16-byte chunks apart, which
-// keeps ldmatrix free of bank conflicts. Four groups of rows (16 or 32 each) have a warp each; at WIDTH 512 two, since the
-// 64 x 512 accumulators want 256 threads, and each of the two accumulates half the channels. With 32 keys each computes
-// the scores of half of them, and they exchange maxima and weights through shared memory. With 16 keys there is no room
-// for that exchange: both compute all scores, which makes three matrix products' work of two.
+// WIDTH is the head dimension padded with zeros; rows in shared memory are an odd number of 16-byte chunks apart, which
+// keeps ldmatrix free of bank conflicts. There are four groups of rows (16 or 32 each), with one warp per group. At
+// WIDTH 512 each group has two warps, since the 64 x 512 accumulators need 256 threads, and each warp accumulates half
+// of the channels. With 32 keys per tile, each of the two computes the scores of half of the keys, and they exchange
+// maxima and weights through shared memory. With 16 keys there is no room for that exchange: both compute all scores,
+// so that three matrix products are computed in place of two.
 //
-// Key tiles come by cp.async: K and V of the next tile while this one is computed (two stages), but at 512, where only one
-// fits, V while scores are computed and the next K while values are summed. The last keys, and all where a query sees only
-// those before it, go 16 at a time under a mask: 77 keys cost 80.
+// Key tiles are copied by cp.async: K and V of the next tile are in flight while this one is computed (two stages). At
+// 512, where only one stage fits, V is in flight while scores are computed, and the next K while values are summed. The
+// last keys, and under a causal mask all keys, are processed 16 at a time with a mask: 77 keys cost as much as 80.
 //
-// Memory: q once, out once, k and v once for every block of queries of a head (L2 serves all but the first).
-// Bound: 4 * queries * keys * WIDTH flops on the tensor cores (at 40, 96 are done for 80: the scores' depth is filled up to 48,
-// and the weights' sum is one more column of 8) beside one exp2 a score, 16 a clock and multiprocessor. At 40 both take about
-// as long, and issuing everything a little longer, so that a polynomial in exp2's place would not pay; from 64 on mma.sync
-// is the bound.
+// Memory traffic: q once, the output once, and k and v once for every block of queries of a head (L2 serves all but the
+// first of these reads).
 //
-// Results do not depend on ROWS nor on what other rows hold: the number of keys and KEYS, which is the card's, decide
-// the order of sums.
+// Bound: 4 * queries * keys * WIDTH flops on the tensor cores, next to one exp2 per score, at 16 per cycle and
+// multiprocessor. WIDTH 40 executes 96 units of tensor-core work for 80 useful ones: the depth of q k^T is padded to
+// 48, and the product with v has an extra column of 8 for the row sums. At 40 both limits are about equal, and issuing
+// all instructions takes a little longer, so a polynomial in place of exp2 would not pay; from 64 on mma.sync is the
+// bound.
+//
+// Results depend neither on ROWS nor on the contents of other rows: the number of keys and KEYS, which the card
+// decides, determine the order of summation.
 #include "attention.cuh"
 
 struct AttentionParams {
@@ -42,19 +46,19 @@ struct AttentionParams {
     int32_t queries;
     int32_t keys;
     int32_t head_dim;
-    // Channels from a token to the next.
+    // Channels from one token to the next.
     int32_t q_width;
     int32_t k_width;
     int32_t v_width;
-    // Whether query i sees keys 0..=i only.
+    // 1 if query i sees only keys 0..=i.
     int32_t causal;
     // scale * log2(e), positive: exp(scale * s) = exp2(exponent * s).
     float exponent;
 };
 LAYOUT(AttentionParams, q, k, v, out, queries, keys, head_dim, q_width, k_width, v_width, causal, exponent)
 
-// How much log2 of a weight may exceed the reference before the reference is raised: weights stay below 2^8, far from fp16's
-// end, and sums are hardly ever rescaled.
+// Lazy rescaling: a row's reference is raised only when log2 of a weight would exceed it by more than this. So weights
+// stay below 2^8, far from the end of fp16's range, and accumulators are hardly ever rescaled.
 constexpr float HEADROOM = 8.0f;
 
 template <int WIDTH_, int ROWS_, int KEYS_, bool VECTOR_> struct Tile {
@@ -65,34 +69,35 @@ template <int WIDTH_, int ROWS_, int KEYS_, bool VECTOR_> struct Tile {
     static constexpr int THREADS = 128 * SPLIT;
     // True if warps that share rows divide a tile's keys among them and exchange the weights.
     static constexpr bool EXCHANGE = SPLIT > 1 && KEYS / SPLIT >= 16;
-    // 16-row pieces of a warp.
+    // 16-row pieces per warp.
     static constexpr int PIECES = ROWS / 64;
-    // 16-byte chunks of a row, and from a row to the next.
+    // 16-byte chunks in a row, and from one row to the next.
     static constexpr int CHUNKS = WIDTH / 8, STRIDE = CHUNKS | 1, P_STRIDE = KEYS / 8 | 1;
-    // 16-deep steps of the scores' sum; the last may be half empty.
+    // 16-deep steps of the product q k^T; the last may be half empty.
     static constexpr int STEPS = (CHUNKS + 1) / 2;
-    // 8-channel columns of a warp, and of them those multiplied at once.
+    // 8-channel columns of a warp, and the number of them that one call multiplies.
     static constexpr int COLUMNS = CHUNKS / SPLIT, AT_ONCE = COLUMNS <= 10 ? COLUMNS : COLUMNS % 8 ? 10 : 8;
     static constexpr int GROUPS = COLUMNS / AT_ONCE;
-    // Keys of a masked step.
+    // Keys in a masked step.
     static constexpr int TAIL = SPLIT == 1 ? 16 : KEYS;
-    // Whether the queries' fragments fit into registers for good.
+    // True if the fragments of q fit into registers permanently.
     static constexpr bool KEEP_Q = STEPS * PIECES <= 8;
     // Offsets in shared memory.
     static constexpr int K_AT = ROWS * STRIDE * 16, STAGE = KEYS * STRIDE * 16, V_AT = K_AT + STAGES * STAGE;
     static constexpr int P_AT = V_AT + STAGES * STAGE, TOPS_AT = P_AT + ROWS * P_STRIDE * 16;
+    static constexpr int SHARED = EXCHANGE ? TOPS_AT + SPLIT * ROWS * 4 : P_AT;
 };
 
-// What a warp knows of its rows. In fragments, a lane holds of each piece the rows `lane / 4` and 8 below it.
+// A warp's state for its rows. In fragments, a lane holds of each piece the rows `lane / 4` and 8 below it.
 template <class T> struct State {
     Sums<T> out;
-    // log2 of what weights are relative to.
+    // log2 of the number that the weights are relative to.
     float reference[T::PIECES][2];
-    // The sums of the weights as rounded, by the tensor cores: columns as if of values 1, even ones for piece 0, odd ones for
-    // piece 1. That of piece i's row h is sum[h * 2 + i].
+    // Row sums of the fp16-rounded weights, computed by an extra mma against ones: even columns accumulate piece 0, odd
+    // ones piece 1. The sum of row h of piece i is sum[h * 2 + i].
     float sum[4];
     uint32_t q[T::KEEP_Q ? T::STEPS : 1][T::PIECES][4];
-    // Row group, which of the warps that share it, and the first row in the tile.
+    // The row group, the index among the warps that share it, and the first row in the tile.
     int group, part, row;
 };
 
@@ -102,11 +107,11 @@ template <class T> PTX_FN void load_q(uint32_t (&a)[T::PIECES][4], const State<T
     for (int i = 0; i < T::PIECES; i++) load_a<T::CHUNKS>(a[i], at + i * 16 * T::STRIDE * 16, step * 2);
 }
 
-// Takes KEYS keys from `first` of stage `stage` into account. Masked, row r sees the stage's first min(count, seen + r).
-// `next()` sees to it that the values are there and begins the next keys' copy.
+// Accumulates KEYS keys, from key `first` of stage `stage` on. If MASKED, row r sees only the stage's first min(count,
+// seen + r) keys. `next()` waits until the values are there and starts the copy of the next keys.
 template <class T, int KEYS, bool MASKED, class Next>
-PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, float exponent, Next next) {
-    // The keys whose scores the warp computes: all, or its half of them.
+PTX_FN void attend_keys(State<T>& s, int stage, int first, int count, int seen, float exponent, Next next) {
+    // The number of keys whose scores this warp computes: all of them, or its half.
     constexpr int OWN = T::EXCHANGE ? KEYS / T::SPLIT : KEYS;
     uint32_t smem = smem_u32(dyn_smem());
     int lane = threadIdx.x % 32;
@@ -128,7 +133,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
         }
     }
 
-    // The rows' maxima, and from them the references.
+    // The rows' maxima, and from them the new references.
     float tops[T::PIECES][2];
     float* shared_tops = reinterpret_cast<float*>(dyn_smem() + T::TOPS_AT);
 #pragma unroll
@@ -165,7 +170,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
             raised |= raise;
         }
     }
-    // A row's factor is 1 unless it was raised: whether the others make the warp multiply does not show.
+    // The factor of a row that was not raised is 1, so it does not matter which other rows make the warp multiply.
     if (__any_sync(ALL_LANES, raised)) {
 #pragma unroll
         for (int i = 0; i < T::PIECES; i++) {
@@ -177,7 +182,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
         }
     }
 
-    // The weights, as fragments of A: a pair of score columns is 16 keys of depth.
+    // The weights, as fragments of A: two columns of scores are 16 keys of depth.
     uint32_t weights[OWN / 16][T::PIECES][4];
 #pragma unroll
     for (int i = 0; i < T::PIECES; i++) {
@@ -223,7 +228,7 @@ PTX_FN void advance(State<T>& s, int stage, int first, int count, int seen, floa
     }
 }
 
-// Divides by the sums and writes the rows that there are, through the queries' place in shared memory.
+// Divides by the row sums and writes the rows that exist, passing through the shared memory of q.
 template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __half* out, int rows) {
     float inverses[T::PIECES][2];
 #pragma unroll
@@ -231,7 +236,7 @@ template <class T> PTX_FN void finish(State<T>& s, const AttentionParams& p, __h
     store_rows<T>(s.out, inverses, 0, s.row, s.part, out, gridDim.y * p.head_dim, rows, p.head_dim);
 }
 
-// A block: ROWS queries (x) of a head (y) of an image (z).
+// One block handles ROWS queries (x) of one head (y) of one image (z).
 template <class T> PTX_FN void attend(const AttentionParams& p) {
     griddep_launch_dependents();
     int first_query = blockIdx.x * T::ROWS, rows = min(T::ROWS, p.queries - first_query);
@@ -239,7 +244,7 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
     const __half* k = p.k + int64_t(blockIdx.z) * p.keys * p.k_width + blockIdx.y * p.head_dim;
     const __half* v = p.v + int64_t(blockIdx.z) * p.keys * p.v_width + blockIdx.y * p.head_dim;
     int keys = p.causal ? min(p.keys, first_query + rows) : p.keys;
-    // The tile of keys, or values, from `first` on, if there is one.
+    // Load the tile of keys, or values, from `first` on, if there is one.
     auto stage_of = [](int first) { return first / T::KEYS % T::STAGES; };
     auto load_keys = [&](int first) {
         if (first >= keys) return;
@@ -269,7 +274,7 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
         for (int step = 0; step < T::STEPS; step++) load_q<T>(s.q[step], s, step);
     }
     for (int tile = 0; tile < keys; tile += T::KEYS) {
-        // This tile's keys are there, and all are done with the tile before.
+        // This tile's keys have landed, and all threads are done with the previous tile.
         cp_async_wait<0>();
         __syncthreads();
         if (T::STAGES > 1) load_keys(tile + T::KEYS);
@@ -277,7 +282,7 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
         cp_async_commit();
         auto next = [&] {
             if constexpr (T::STAGES == 1) {
-                // The values and all weights are there, and all are done with the keys.
+                // The values have landed, all weights are written, and all threads are done with the keys.
                 cp_async_wait<0>();
                 __syncthreads();
                 load_keys(tile + T::KEYS);
@@ -286,22 +291,23 @@ template <class T> PTX_FN void attend(const AttentionParams& p) {
         };
         int stage = stage_of(tile), count = keys - tile;
         if (count >= T::KEYS && !p.causal) {
-            advance<T, T::KEYS, false>(s, stage, 0, T::KEYS, T::KEYS, p.exponent, next);
+            attend_keys<T, T::KEYS, false>(s, stage, 0, T::KEYS, T::KEYS, p.exponent, next);
         } else {
             int seen = p.causal ? first_query + 1 - tile : T::KEYS;
             for (int first = 0; first < min(count, T::KEYS); first += T::TAIL)
-                advance<T, T::TAIL, true>(s, stage, first, count, seen, p.exponent, next);
+                attend_keys<T, T::TAIL, true>(s, stage, first, count, seen, p.exponent, next);
         }
     }
     finish(s, p, p.out + ((int64_t(blockIdx.z) * p.queries + first_query) * gridDim.y + blockIdx.y) * p.head_dim, rows);
 }
 
-// The number after the name is how many blocks of a multiprocessor the registers must allow; then the Tile.
+// The number after the name is the number of blocks that a multiprocessor's registers must allow; the rest are the
+// parameters of Tile.
 #define ATTENTION(name, blocks, ...)                                                                                \
     KERNEL __launch_bounds__(Tile<__VA_ARGS__>::THREADS, blocks) name(const __grid_constant__ AttentionParams p) {  \
         attend<Tile<__VA_ARGS__>>(p);                                                                               \
     }                                                                                                               \
-    EXPORT(name)
+    EXPORT_TILE(name, blocks, Tile<__VA_ARGS__>)
 
 ATTENTION(attention_40_128, 3, 40, 128, 64, true)
 ATTENTION(attention_40_64, 4, 40, 64, 64, true)
@@ -312,7 +318,7 @@ ATTENTION(attention_80_64, 3, 80, 64, 64, true)
 ATTENTION(attention_160_64, 1, 160, 64, 32, true)
 ATTENTION(attention_512_64, 1, 512, 64, 32, true)
 ATTENTION(attention_512_64_16, 1, 512, 64, 16, true)
-// Element by element, where 16 bytes are not aligned.
+// Copies number by number, where 16 bytes are not aligned.
 ATTENTION(attention_40_64_unaligned, 2, 40, 64, 64, false)
 ATTENTION(attention_160_64_unaligned, 1, 160, 64, 32, false)
 ATTENTION(attention_512_64_unaligned, 1, 512, 64, 16, false)

@@ -1,17 +1,18 @@
-// What attention and its gradient share: the ways of rows of heads to shared memory, from there into fragments, and back.
+// Shared by attention and its gradient: moving rows of heads into shared memory, from there into fragments, and back.
 //
-// A tile type T says of rows in shared memory: CHUNKS of 16 bytes that one holds, STRIDE of them from a row to the next (odd,
-// which keeps ldmatrix free of bank conflicts); of a warp's sums: PIECES of 16 rows, COLUMNS of 8 channels in GROUPS of AT_ONCE;
-// THREADS of a block, and whether they copy 16 bytes at a time (VECTOR) or number by number.
+// A tile type T describes rows in shared memory: CHUNKS chunks of 16 bytes per row, STRIDE chunks from one row to the
+// next (odd, which keeps ldmatrix free of bank conflicts). It describes a warp's accumulators: PIECES pieces of 16
+// rows, and COLUMNS of 8 channels each, in GROUPS of AT_ONCE. It also has the THREADS of a block, and VECTOR: true if
+// they copy 16 bytes at a time, false if number by number.
 #pragma once
 #include "numeric.cuh"
 
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
-// In fragments, a lane holds of each piece the rows `lane / 4` and 8 below it.
+// A warp's accumulators, as fragments: of each piece a lane holds the rows `lane / 4` and 8 below it.
 template <class T> using Sums = float[T::GROUPS][T::PIECES][T::AT_ONCE][4];
 
-// Copies `count` of ROWS tokens' channels to shared memory and fills up with zeros, below and to the right.
+// Copies the channels of `count` of ROWS tokens to shared memory and pads with zeros, below and to the right.
 template <class T, int ROWS> PTX_FN void load(uint32_t offset, const __half* from, int width, int count, int head_dim) {
     constexpr int PASS = T::THREADS / T::CHUNKS;
     int first = threadIdx.x / T::CHUNKS, chunk = threadIdx.x % T::CHUNKS;
@@ -33,16 +34,16 @@ template <class T, int ROWS> PTX_FN void load(uint32_t offset, const __half* fro
     }
 }
 
-// A 16 x 16 fragment of A, row by row, from chunk `chunk` on; `lane_at` is the lane's row's address. What lies beyond the
-// row's end is zero.
+// Loads a 16 x 16 fragment of A, K-major, from chunk `chunk` on; `lane_at` is the address of the lane's row. Channels
+// beyond the end of the row are zero.
 template <int CHUNKS> PTX_FN void load_a(uint32_t (&a)[4], uint32_t lane_at, int chunk) {
     bool whole = chunk + 1 < CHUNKS;
     ldmatrix_x4(a, lane_at + (chunk + (whole ? threadIdx.x / 16 % 2 : 0)) * 16);
     if (!whole) a[2] = a[3] = 0;
 }
 
-// ROWS rows from the address `rows` on as the columns of B, 16 deep: `step` times two chunks into the row. Where the row ends
-// with the first of them, the second is numbers of the row all the same: A's are zero there.
+// Loads ROWS rows, from the address `rows` on, as the columns of B, 16 deep: the two chunks number `step` of each row.
+// Where the row ends after the first of them, the second repeats other numbers of the row; there A is zero.
 template <class T, int ROWS> PTX_FN void load_b(uint32_t (&b)[ROWS / 8][2], uint32_t rows, int step) {
     int lane = threadIdx.x % 32;
     int chunk = step * 2 + (step * 2 + 1 < T::CHUNKS ? lane / 8 % 2 : 0);
@@ -75,14 +76,14 @@ template <class T> PTX_FN void add_product(Sums<T>& sums, const uint32_t (&a)[T:
     }
 }
 
-// Writes a warp's sums times its rows' factors, of those rows that are among the block's first `rows`. On the way they pass
-// through shared memory at `offset`, where no other warp may still read the warp's rows. `part` is which of the warps that share
-// them, a part of the columns each, this one is.
+// Writes a warp's accumulators times its rows' factors, for those rows that are among the block's first `rows`. They
+// pass through shared memory at `offset`, where no other warp may still read this warp's rows. Several warps may share
+// the rows, each with a part of the columns; `part` is this warp's.
 template <class T>
-PTX_FN void store_rows(const Sums<T>& sums, const float (&factors)[T::PIECES][2], int offset, int row, int part, __half* out,
-                       int width, int rows, int head_dim) {
+PTX_FN void store_rows(const Sums<T>& sums, const float (&factors)[T::PIECES][2], int offset, int row, int part,
+                       __half* out, int width, int rows, int head_dim) {
     int lane = threadIdx.x % 32;
-    // All lanes are done with what is there.
+    // All lanes have finished reading what this overwrites.
     __syncwarp();
     __half* tile = reinterpret_cast<__half*>(dyn_smem() + offset) + row * T::STRIDE * 8;
 #pragma unroll

@@ -1,16 +1,17 @@
 // The gradient of attention for sm_90a: that of attention_gradient.cu, with its formulas, its statistics and its two
-// kernels, by tiles that TMA fetches and wgmma multiplies. Empty for other architectures.
+// kernels, with tiles that are loaded by TMA and multiplied by wgmma. The kernels are empty for other architectures.
 //
-// A block belongs to one head of one image. Its first two warpgroups have 64 rows each, in two tensors (OWN): queries
-// and their results' gradients, or keys and values. The other two tensors' rows (OTHERS) pass through a ring that one
-// thread of the third warpgroup fills. Both products of own rows with others, scores and dP, have own rows as rows;
-// what becomes of them in registers is the left side of the next products, and no number is exchanged between warps:
+// A block belongs to one head of one image. Each of its first two warpgroups has 64 rows of two tensors (OWN): queries
+// and their results' gradients, or keys and values. The rows of the other two tensors (OTHERS) pass through a ring that
+// one thread of the third warpgroup fills. Own rows are the rows of both products with others, scores and dP. What
+// these become in registers is the left operand of the next products, and no numbers are exchanged between warps:
 //
 //   by_query  own q, dO, others k, v: a pass for statistics of S = q k^T and dP = dO v^T, another one for dq += dS k
 //   by_key    own k, v, others q, dO and statistics: one pass, with S^T and dP^T, for dk += dS^T q and dv += P^T dO
 //
-// A stage's scores follow the last stage's sums without a gap, and are waited for together with them. While one
-// warpgroup makes weights, the other one multiplies: they take turns. Results leave through the memory of own rows.
+// The scores of a stage are issued right behind the accumulating products of the previous stage, and one wait covers
+// both. While one warpgroup computes weights, the other multiplies: they take turns. Results leave through the shared
+// memory of own rows.
 //
 //   WIDTH  OTHERS  STAGES  shared (KiB)   cycles of 64 rows by a stage: of exp2; of the tensor cores, with
 //                                         instructions of a warp in parentheses, for statistics, for dq, and by key
@@ -19,28 +20,29 @@
 //     80     64      4        196         256     320 (360)   480 (331)   640 (353)
 //    160     32      4        194         128     320 (270)   480 (301)   640 (321)
 //
-// Scores of 32 columns read their left side out of shared memory too often: 24 cycles for every 16, so that those at
-// 160 take half as long again. They could not be wider, since 160 sums of a thread leave no registers for more; UNets
-// have such heads at 256 tokens and fewer.
+// Scores of 32 columns read their left operand from shared memory too often: 24 cycles for every 16, so those at width
+// 160 take half as long again. They could not be wider, since 160 accumulators per thread leave no registers for more;
+// UNets have such heads at 256 tokens and fewer.
 //
-// Two warpgroups, not three: own rows, 128 to a block, leave fewer of the last round's multiprocessors idle (4096
-// queries of 16 heads are 512 tiles, 3.9 rounds of 132), and a thread has 240 registers, all of which by_key at 160
-// needs. Bound: issue for the statistics up to 80 and for dq at 40, the tensor cores elsewhere. Memory: own rows once,
-// others once or twice for every 128 own rows, which asks L2 for no more than 32 bytes a cycle.
+// Two warpgroups, not three: with 128 own rows per block, fewer multiprocessors idle in the last round (4096 queries of
+// 16 heads are 512 tiles, 3.9 rounds of 132), and a thread has 240 registers, all of which by_key needs at width 160.
+// Bound: instruction issue for the statistics up to width 80 and for dq at 40, the tensor cores elsewhere. Memory
+// traffic: own rows once, others once or twice for every 128 own rows, which asks L2 for no more than 32 bytes per
+// cycle.
 //
 // Measured on an H200: 0.30 ms for 8 heads of 40 with 4096 tokens. Predicted: 0.65 to 0.85 ms for 2x10 heads of 64.
 //
-// No sum is split and none is made by atomics: the order of others is that of their numbers.
+// No sum is split and none uses atomics: the order of others is that of their numbers.
 #include "attention_gradient.cuh"
 #include "attention_hopper.cuh"
 
 struct AttentionGradientHopperParams {
     // {channels of a head, heads, tokens, images}, in boxes of 64 channels of one head by 64 own rows or OTHERS others.
-    // By query q, dO, k, v, dq and nothing; by key k, v, q, dO, dk, dv.
+    // By query: q, dO, k, v, dq and unused; by key: k, v, q, dO, dk, dv.
     CUtensorMap own_first, own_second, other_first, other_second, out_first, out_second;
     // By key: {8 halves, queries, heads of all images}, in boxes of OTHERS queries.
     CUtensorMap statistics_tiles;
-    // As AttentionGradientParams has them; by query, and null where keys want no gradient.
+    // As in AttentionGradientParams; by query, and null where keys want no gradient.
     float4* statistics;
     int32_t own, others;
     // exp(scale * s) = exp2(exponent * s).
@@ -57,14 +59,16 @@ constexpr int GROUPS = 2, THREADS = 128 * (GROUPS + 1);
 #ifdef PTX_HOPPER
 template <int WIDTH_, int OTHERS_, int STAGES_> struct Tile {
     static constexpr int WIDTH = WIDTH_, OTHERS = OTHERS_, STAGES = STAGES_, SPANS = (WIDTH + 63) / 64;
-    // Bytes of one tensor's rows: a warpgroup's own, a stage's others; of a stage's statistics.
+    // Bytes of one tensor's rows: a warpgroup's own, a stage's others; then of a stage's statistics.
     static constexpr int OWN = SPANS * ROWS * SPAN, OTHER = SPANS * OTHERS * SPAN, STATISTICS = OTHERS * 16;
-    // Offsets in shared memory, the last ones of barriers.
+    // Offsets in shared memory; the last are those of barriers.
     static constexpr int OTHERS_AT = GROUPS * 2 * OWN, STATISTICS_AT = OTHERS_AT + STAGES * 2 * OTHER;
     static constexpr int OWN_FULL = STATISTICS_AT + STAGES * STATISTICS, PAIRS = OWN_FULL + GROUPS * 8;
+    static constexpr int THREADS = attention_hopper::THREADS, SHARED = OWN_FULL + 256;
+    static_assert(PAIRS + STAGES * 16 <= SHARED, "the barriers do not fit");
 };
 
-// The fetching thread; others pass by `passes` times, with statistics if `BY_KEY`.
+// The producer thread; streams the others `passes` times, with statistics if BY_KEY.
 template <class T, bool BY_KEY>
 PTX_FN void produce(const AttentionGradientHopperParams& p, uint32_t shared, int passes) {
     for (int group = 0; group < GROUPS; group++) {
@@ -91,14 +95,14 @@ PTX_FN void produce(const AttentionGradientHopperParams& p, uint32_t shared, int
     }
 }
 
-// A warpgroup that multiplies.
+// The state of a consumer warpgroup.
 template <class T> struct Worker {
     uint32_t shared;
     int group;
-    // The stage that comes next, and the first one that may still be read.
+    // The next stage, and the first one that may still be read.
     Ring<T::STAGES> ring, unreleased;
 
-    // Waits for its turn to begin products; lets the other warpgroup have it.
+    // Waits for this warpgroup's turn to issue products; passes the turn to the other warpgroup.
     __device__ __forceinline__ void begin_turn() const { named_bar_sync(1 + GROUPS + group, 256); }
     __device__ __forceinline__ void end_turn() const { named_bar_arrive(1 + GROUPS + (group + 1) % GROUPS, 256); }
 
@@ -110,9 +114,9 @@ template <class T> struct Worker {
     }
 };
 
-// A warpgroup's pass over `count` others. For each stage calls use(scores, slopes, count of others from the stage's
-// first on, slot), and then begin(address of the stage's first tensor), which may begin products that are done when
-// `use` is called again, or when this returns.
+// A warpgroup's pass over `count` others. For each stage it calls use(scores, slopes, number of others from the stage's
+// first on, slot), and then begin(address of the stage's first tensor), which may issue products; they are complete
+// when `use` is called again, or when this function returns.
 template <class T, class Use, class Begin> PTX_FN void pass_over(Worker<T>& w, int count, Use use, Begin begin) {
     uint32_t own = w.shared + w.group * 2 * T::OWN;
     w.begin_turn();
@@ -139,31 +143,31 @@ template <class T, class Use, class Begin> PTX_FN void pass_over(Worker<T>& w, i
     w.end_turn();
     wgmma_wait<0>();
     w.release();
-    // All of the warpgroup are done with own rows, whose memory is the results' after the last pass.
+    // All threads of the warpgroup are done with own rows, whose memory holds the results after the last pass.
     named_bar_sync(1 + w.group, 128);
 }
 
-// A block: 128 queries (x) of a head (y) of an image (z).
+// One block handles 128 queries (x) of one head (y) of one image (z).
 template <class T> PTX_FN void by_query(const AttentionGradientHopperParams& p, Worker<T>& w) {
     using Numbers = float[T::OTHERS / 2];
     int lane = threadIdx.x % 32, token = (blockIdx.x * GROUPS + w.group) * ROWS;
     auto nothing = [](uint32_t) {};
-    Seen seen[2] = {{NO_SCORE, 0.0f, 0.0f}, {NO_SCORE, 0.0f, 0.0f}};
+    QueryStats stats[2] = {{NO_SCORE, 0.0f, 0.0f}, {NO_SCORE, 0.0f, 0.0f}};
     pass_over<T>(w, p.others, [&](Numbers& scores, const Numbers& slopes, int count, int) {
         if (count < T::OTHERS) mask(scores, count);
-        look<T::OTHERS>(seen, scores, slopes, p.exponent);
+        update_statistics<T::OTHERS>(stats, scores, slopes, p.exponent);
     }, nothing);
 
     float4 statistics[2];
     float factor[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        statistics[h] = statistics_of(seen[h]);
+        statistics[h] = statistics_of(stats[h]);
         int query = token + threadIdx.x / 32 % 4 * 16 + h * 8 + lane / 4;
         if (p.statistics && lane % 4 == 0 && query < p.own)
             p.statistics[(int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * p.own + query] = statistics[h];
-        // Weights are relative to the greatest here, and what divides them comes last.
-        factor[h] = p.scale / LIFT * statistics[h].y;
+        // Here weights are relative to the greatest one, and are divided by their sum at the end.
+        factor[h] = p.scale / P_SCALE * statistics[h].y;
         statistics[h].y = 1.0f;
     }
 
@@ -171,7 +175,7 @@ template <class T> PTX_FN void by_query(const AttentionGradientHopperParams& p, 
     Weights<T::OTHERS> weights, steps;
     pass_over<T>(w, p.others, [&](Numbers& scores, const Numbers& slopes, int count, int) {
         if (count < T::OTHERS) mask(scores, count);
-        weigh<T::OTHERS>(&weights[0][0], &steps[0][0], scores, slopes, p.exponent,
+        make_factors<T::OTHERS>(&weights[0][0], &steps[0][0], scores, slopes, p.exponent,
                          [&](int h, int) { return statistics[h]; });
     }, [&](uint32_t keys) {
         wgmma_hold(dq);
@@ -183,18 +187,18 @@ template <class T> PTX_FN void by_query(const AttentionGradientHopperParams& p, 
     store_rows(p.out_first, dq, factor, w.group * 2 * T::OWN, 1 + w.group, token);
 }
 
-// A block: 128 keys (x) of a head (y) of an image (z).
+// One block handles 128 keys (x) of one head (y) of one image (z).
 template <class T> PTX_FN void by_key(const AttentionGradientHopperParams& p, Worker<T>& w) {
     using Numbers = float[T::OTHERS / 2];
     float dk[T::WIDTH / 2] = {}, dv[T::WIDTH / 2] = {};
-    // Left to itself, ptxas sets the zeros while the first scores are under way, and then runs products one by one.
+    // Without this, ptxas sets the zeros while the first scores are in flight, and then serialises the products.
     wgmma_hold(dk);
     wgmma_hold(dv);
     Weights<T::OTHERS> weights, steps;
     pass_over<T>(w, p.others, [&](const Numbers& scores, const Numbers& slopes, int, int slot) {
-        // Of queries that are not there, statistics are zeros: P is, too.
+        // Queries that do not exist have statistics of zero, which makes P zero.
         auto of = reinterpret_cast<const float4*>(dyn_smem() + T::STATISTICS_AT + slot * T::STATISTICS);
-        weigh<T::OTHERS>(&weights[0][0], &steps[0][0], scores, slopes, p.exponent,
+        make_factors<T::OTHERS>(&weights[0][0], &steps[0][0], scores, slopes, p.exponent,
                          [&](int, int column) { return of[column]; });
     }, [&](uint32_t queries) {
         wgmma_hold(dk);
@@ -206,7 +210,7 @@ template <class T> PTX_FN void by_key(const AttentionGradientHopperParams& p, Wo
     });
     wgmma_hold(dk);
     wgmma_hold(dv);
-    const float by_key[2] = {p.scale / LIFT, p.scale / LIFT}, by_value[2] = {1.0f / LIFT, 1.0f / LIFT};
+    const float by_key[2] = {p.scale / P_SCALE, p.scale / P_SCALE}, by_value[2] = {1.0f / P_SCALE, 1.0f / P_SCALE};
     int own = w.group * 2 * T::OWN, token = (blockIdx.x * GROUPS + w.group) * ROWS;
     store_rows(p.out_first, dk, by_key, own, 1 + w.group, token);
     store_rows(p.out_second, dv, by_value, own + T::OWN, 1 + w.group, token);
@@ -217,7 +221,7 @@ template <class T, bool BY_KEY> PTX_FN void differentiate(const AttentionGradien
     uint32_t shared = smem_u32(dyn_smem());
     if (threadIdx.x == 0) {
         for (int group = 0; group < GROUPS; group++) mbar_init(shared + T::OWN_FULL + group * 8, 1);
-        // A warp arrives by one of its lanes.
+        // One lane of each warp arrives.
         init_pairs(shared + T::PAIRS, T::STAGES, 4 * GROUPS);
         fence_mbar_init();
     }
@@ -229,7 +233,7 @@ template <class T, bool BY_KEY> PTX_FN void differentiate(const AttentionGradien
     } else {
         reg_inc<240>();
         Worker<T> w = {shared, int(threadIdx.x) / 128, {0, 0}, {0, 0}};
-        // The first turn is the first warpgroup's, which takes the last one, too: nobody else would.
+        // The first turn belongs to the first warpgroup, which also takes the last one, since nobody else would.
         if (w.group == GROUPS - 1) w.end_turn();
         mbar_wait(shared + T::OWN_FULL + w.group * 8, 0);
         if constexpr (BY_KEY) by_key<T>(p, w);
@@ -247,13 +251,13 @@ template <class T, bool BY_KEY> PTX_FN void differentiate(const AttentionGradien
 #else
 #define ATTENTION_GRADIENT_HOPPER_BODY(...)
 #endif
-#define ATTENTION_GRADIENT_HOPPER(name, ...)                             \
+#define ATTENTION_GRADIENT_HOPPER(name, by_key, ...)                     \
     KERNEL __launch_bounds__(attention_hopper::THREADS, 1)               \
     name(const __grid_constant__ AttentionGradientHopperParams p) {      \
-        ATTENTION_GRADIENT_HOPPER_BODY(__VA_ARGS__)                      \
+        ATTENTION_GRADIENT_HOPPER_BODY(by_key, __VA_ARGS__)              \
     }                                                                    \
-    EXPORT(name)
-// Whether by key; channels of a head, others of a stage, stages.
+    EXPORT_TILE(name, 1, attention_hopper::Tile<__VA_ARGS__>)
+// by_key; channels of a head, others per stage, stages.
 ATTENTION_GRADIENT_HOPPER(attention_gradient_hopper_40_by_query, false, 40, 64, 4)
 ATTENTION_GRADIENT_HOPPER(attention_gradient_hopper_64_by_query, false, 64, 64, 4)
 ATTENTION_GRADIENT_HOPPER(attention_gradient_hopper_80_by_query, false, 80, 64, 4)

@@ -1,9 +1,9 @@
-// What the kernels of attention for sm_90a share: rings of slots that TMA fills, products of rows that lie in spans,
-// and a softmax of scores where wgmma leaves them.
+// Shared by the kernels of attention for sm_90a: rings of slots that TMA fills, products of rows stored in spans, and a
+// softmax that works on the accumulators where wgmma leaves them.
 //
-// Rows of channels lie in shared memory as TMA brings them: in spans of 64 channels, the 128 bytes of a swizzle, and
-// all rows' first spans before all rows' second ones. A warpgroup has 64 rows, of which a lane holds two in each warp's
-// 16: lane / 4, and 8 below it.
+// Rows of channels lie in shared memory as TMA writes them: in spans of 64 channels, which are the 128 bytes of a
+// swizzle, with the first spans of all rows before the second spans of all rows. A warpgroup has 64 rows; of each
+// warp's 16 a lane holds two: lane / 4, and 8 below it.
 #pragma once
 #include "numeric.cuh"
 
@@ -20,14 +20,14 @@ LAYOUT(AttentionHopperParams, q, k, v, out, queries, keys, exponent, padding)
 namespace attention_hopper {
 
 constexpr int ROWS = 64;   // rows of a warpgroup
-constexpr int SPAN = 128;  // bytes of 64 channels
+constexpr int SPAN = 128;  // bytes of a span, 64 channels
 
 #ifdef PTX_HOPPER
 constexpr uint32_t ALL_LANES = 0xffffffffu;
 
-// ---- rings: each slot has a pair of barriers, 8 bytes each: it is full, it is empty ----
+// ---- rings: each slot has a pair of mbarriers of 8 bytes, "full" and "empty" ----
 
-// A place in a ring of N slots, and the parity of the phase that is waited for there.
+// A position in a ring of N slots, and the parity of the phase to wait for there.
 template <int N> struct Ring {
     int slot, parity;
 
@@ -36,7 +36,8 @@ template <int N> struct Ring {
     }
 };
 
-// Makes pairs of barriers: a slot is full by one thread's word and the bytes it names, empty by that of `readers`.
+// Initialises pairs of barriers. A slot becomes full by one thread's arrival and the bytes it announces, and empty by
+// the arrivals of `readers` threads.
 PTX_FN void init_pairs(uint32_t pairs, int count, int readers) {
     for (int i = 0; i < count; i++) {
         mbar_init(pairs + i * 16, 1);
@@ -44,8 +45,8 @@ PTX_FN void init_pairs(uint32_t pairs, int count, int readers) {
     }
 }
 
-// Fetches COUNT tokens of the block's head (y) and image (z) from `token` on, SPANS spans of their channels from `span`
-// on, into a slot that is empty. They count at the barrier `full`, which has been told of their bytes.
+// Fetches COUNT tokens of the block's head (y) and image (z), from `token` on, into an empty slot: SPANS spans of their
+// channels, from `span` on. They count at the barrier `full`, which has been told their bytes.
 template <int COUNT, int SPANS>
 PTX_FN void fill(const CUtensorMap& map, uint32_t slot, uint32_t full, int token, int span = 0) {
 #pragma unroll
@@ -53,15 +54,15 @@ PTX_FN void fill(const CUtensorMap& map, uint32_t slot, uint32_t full, int token
         tma_load_4d(slot + i * COUNT * SPAN, &map, full, (span + i) * 64, blockIdx.y, token, blockIdx.z);
 }
 
-// ---- products; the caller fences, commits and waits ----
+// ---- products; the caller issues fence, commit and wait ----
 
-// Scores of a warpgroup's rows with COLUMNS others, both of WIDTH channels; to what is there if `add`.
+// Scores of a warpgroup's rows with COLUMNS others, both of WIDTH channels; added to `scores` if `add`.
 template <int WIDTH, int COLUMNS>
 PTX_FN void multiply(float (&scores)[COLUMNS / 2], uint32_t rows, uint32_t columns, bool add = false) {
     uint64_t a = wg_desc_sw128(rows, 16, 8 * SPAN), b = wg_desc_sw128(columns, 16, 8 * SPAN);
 #pragma unroll
     for (int i = 0; i < (WIDTH + 15) / 16; i++) {
-        // 16 channels are 32 bytes of a span; descriptors count in 16.
+        // 16 channels are 32 bytes of a span; descriptors count in units of 16 bytes.
         uint64_t of_a = a + (i / 4 * ROWS * SPAN + i % 4 * 32) / 16;
         uint64_t of_b = b + (i / 4 * COLUMNS * SPAN + i % 4 * 32) / 16;
         if constexpr (COLUMNS == 32) wgmma_m64n32k16<0>(scores, of_a, of_b, add || i > 0);
@@ -71,10 +72,10 @@ PTX_FN void multiply(float (&scores)[COLUMNS / 2], uint32_t rows, uint32_t colum
     }
 }
 
-// Weights, as fp16, of COUNT others: fragments of A.
+// Weights of COUNT others in fp16, as fragments of A.
 template <int COUNT> using Weights = uint32_t[COUNT / 16][4];
 
-// Adds the others' WIDTH channels, weighted, to a warpgroup's sums.
+// Adds the WIDTH channels of the others, weighted, to a warpgroup's accumulators.
 template <int WIDTH, int COUNT>
 PTX_FN void add_weighted(float (&sums)[WIDTH / 2], const Weights<COUNT>& weights, uint32_t others) {
     uint64_t b = wg_desc_sw128(others, COUNT * SPAN, 8 * SPAN);
@@ -90,27 +91,29 @@ PTX_FN void add_weighted(float (&sums)[WIDTH / 2], const Weights<COUNT>& weights
 
 // ---- softmax ----
 
-// How much log2 of a weight may exceed the reference before the reference is raised, as in attention.cu.
+// Lazy rescaling as in attention.cu: the reference is raised only when log2 of a weight would exceed it by more than
+// this.
 constexpr float HEADROOM = 8.0f;
 
-// Of a lane's two rows.
+// Softmax state of a lane's two rows.
 struct Rows {
-    // log2 of what weights are relative to.
+    // log2 of the number that the weights are relative to.
     float reference[2];
-    // Of the weights of this lane's keys, as rounded.
+    // Sum of the fp16-rounded weights of this lane's keys.
     float sum[2];
 };
 
-// Only the first `count` columns exist.
+// Masks the columns from `count` on.
 template <int R> PTX_FN void mask(float (&scores)[R], int count) {
 #pragma unroll
     for (int i = 0; i < R; i++)
         if (i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2 >= count) scores[i] = -INFINITY;
 }
 
-// Raises the references of rows whose scores ask for it, which is seldom, and with them their sums of weights. Returns
-// whether it did; what else was summed is to be multiplied by `factor`.
-template <int R> PTX_FN bool raise(const float (&scores)[R], Rows& rows, float (&factor)[2], float exponent) {
+// Raises the references of rows whose scores require it, which is seldom, and rescales their sums of weights. Returns
+// true if any was raised; the caller then multiplies the accumulators by `factor`.
+template <int R>
+PTX_FN bool raise_references(const float (&scores)[R], Rows& rows, float (&factor)[2], float exponent) {
     bool raised = false;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -134,14 +137,14 @@ template <int R> PTX_FN bool raise(const float (&scores)[R], Rows& rows, float (
     return raised;
 }
 
-// Scores become weights, where they are.
+// Turns scores into weights in place.
 template <int R> PTX_FN void exponentiate(float (&scores)[R], const Rows& rows, float exponent) {
 #pragma unroll
     for (int i = 0; i < R; i++) scores[i] = exp2_approx(fmaf(scores[i], exponent, -rows.reference[i / 2 % 2]));
 }
 
-// The weights as fp16.
-template <int R> PTX_FN void round(const float (&scores)[R], uint32_t (&weights)[R / 8][4], Rows& rows) {
+// Rounds the weights to fp16 and adds them to the row sums.
+template <int R> PTX_FN void round_weights(const float (&scores)[R], uint32_t (&weights)[R / 8][4], Rows& rows) {
 #pragma unroll
     for (int i = 0; i < R / 2; i++) {
         __half2 pair = __floats2half2_rn(scores[2 * i], scores[2 * i + 1]);
@@ -151,8 +154,8 @@ template <int R> PTX_FN void round(const float (&scores)[R], uint32_t (&weights)
     }
 }
 
-// One over the sums of weights of a lane's rows, of all columns.
-PTX_FN void invert(const Rows& rows, float (&inverse)[2]) {
+// Inverts the sums of weights of a lane's rows, over all columns.
+PTX_FN void invert_sums(const Rows& rows, float (&inverse)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float sum = rows.sum[h];
@@ -164,9 +167,10 @@ PTX_FN void invert(const Rows& rows, float (&inverse)[2]) {
 
 // ---- results ----
 
-// Stores a warpgroup's sums times its rows' factors as tokens from `token` on of the block's head and image, channels
-// from span `span` on; TMA leaves out what is outside. They pass through shared memory at offset `at`, which is free.
-// One thread of the warpgroup stores, and is to wait; the others meet it at a named barrier.
+// Stores a warpgroup's accumulators times its rows' factors, as tokens from `token` on of the block's head and image
+// and as channels from span `span` on; TMA leaves out what is outside. They pass through shared memory at offset `at`,
+// which must be free. One thread of the warpgroup issues the store and has to wait for it; the others meet it at a
+// named barrier.
 template <int R>
 PTX_FN void store_rows(const CUtensorMap& map, const float (&sums)[R], const float (&factor)[2], int at, int barrier,
                        int token, int span = 0) {

@@ -1,33 +1,36 @@
-// Attention for sm_90a with one head of 512 channels, the VAE's: that of attention_hopper.cu, divided otherwise. Empty
-// for other architectures.
+// Attention for sm_90a with one head of 512 channels, as VAEs have: that of attention_hopper.cu with another division
+// of work. The kernel is empty for other architectures.
 //
-// 64 queries' sums of 512 channels are 256 registers for each thread of a warpgroup, more than there are; and their
-// scores, 512 channels deep, are half of the work, so that no two warpgroups should compute them both. Hence each
-// warpgroup of a block, which has 64 queries, does something else:
-//   0, 1  add weighted values, 256 channels each, in 128 registers of a thread;
-//   2     multiplies queries by keys and makes weights of the scores. It hands them on through shared memory, as fp16,
-//         beside the factors by which sums are to be multiplied first, which are 1 unless a reference was raised.
-// So the scores of a stage of 64 keys are computed while the last stage's values are added. No warpgroup is left that
-// only fetches: with four of them ptxas gives a thread 128 registers, which wgmma's sums alone take. One thread of each
-// fetches what its warpgroup reads, into a slot that all of it is done with.
+// The accumulators of 64 queries by 512 channels would be 256 registers for each thread of a warpgroup, more than there
+// are. The scores, 512 channels deep, are half of the work, so two warpgroups should not both compute them. Hence a
+// block has 64 queries, and each of its warpgroups has its own role:
 //
-//                what                     slots x KiB
+//   0, 1  add weighted values, 256 channels each, in 128 registers per thread;
+//   2     multiplies queries by keys and turns the scores into weights. It passes them on through shared memory, in
+//         fp16, with the factors by which accumulators are multiplied first; these are 1 unless a reference was raised.
+//
+// So the scores of a stage of 64 keys are computed while the previous stage's values are added. There is no producer
+// warpgroup: with four warpgroups ptxas gives a thread 128 registers, which the accumulators of wgmma alone take. One
+// thread of each warpgroup loads what that warpgroup reads, into a slot that the whole warpgroup is done with.
+//
+//                contents                 slots x KiB
 //   queries      64 x 512                   1 x 64      results leave through it
 //   keys         64 x 256 channels          2 x 32      the first and second half of the scores' depth
 //   values       32 x 256 channels          4 x 16      two halves of the stage's keys for each of the two warpgroups
 //   weights      64 x 64, and 64 factors    2 x  8.25
-//                                             209 KiB in all; 168 registers a thread
+//                                             209 KiB in all; 168 registers per thread
 //
-// A stage costs a multiprocessor 2048 cycles of its tensor cores, 1024 for either product, and 256 of exp2 behind some
-// 450 of one warpgroup's instructions, of which the tensor cores are idle for as long as no values wait. Bound: L2.
-// Keys and values of a stage are 128 KiB, 64 bytes a cycle at the tensor cores' full speed, and multiprocessors that
-// all read the same at about the same time were seen to get 60 to 70. More queries for the same keys have no registers.
+// A stage takes 2048 cycles of a multiprocessor's tensor cores, 1024 for either product, and 256 cycles of exp2 behind
+// some 450 instructions of one warpgroup, during which the tensor cores idle unless values are waiting. Bound: L2. The
+// keys and values of a stage are 128 KiB, 64 bytes per cycle at the full rate of the tensor cores; multiprocessors that
+// all read the same data at about the same time were measured to get 60 to 70. There are no registers for more queries
+// per key.
 //
-// Memory: q once, out once, k and v once for every 64 queries. Measured on an H200: 1.15 ms for 16384 queries and keys (256
-// blocks, two rounds on 132 multiprocessors) and 0.13 ms for 4096 (64 blocks, half of the card: a fortieth of a decode,
-// for which a second kernel that joins halves of the keys would not pay).
+// Memory traffic: q once, the output once, k and v once for every 64 queries. Measured on an H200: 1.15 ms for 16384
+// queries and keys (256 blocks, two rounds on 132 multiprocessors) and 0.13 ms for 4096 (64 blocks, half of the card: a
+// fortieth of a decode, for which a second kernel that merges halves of the keys would not pay).
 //
-// The order of sums is that of attention_hopper.cu: a function of the keys' number alone.
+// The order of summation is that of attention_hopper.cu: a function of the number of keys alone.
 #include "attention_hopper.cuh"
 
 namespace attention_hopper {
@@ -38,17 +41,22 @@ constexpr int THREADS = 384;
 constexpr int KEYS = 64;
 // Bytes of half a stage's keys or values, and of a stage's weights.
 constexpr int HALF = 32 << 10, WEIGHTS = ROWS * SPAN;
-// Offsets in shared memory. Factors are a float for each query, and so are the inverse sums of all weights.
+// Offsets in shared memory. Factors, and the inverse sums of all weights, are one float per query.
 constexpr int K_AT = 2 * HALF, V_AT = K_AT + 2 * HALF, WEIGHTS_AT = V_AT + 2 * HALF;
 constexpr int FACTORS_AT = WEIGHTS_AT + 2 * WEIGHTS, INVERSE_AT = FACTORS_AT + 2 * ROWS * 4;
-// Barriers: of slots that are full, and pairs for weights.
+// Barriers: those of full slots, and pairs for weights.
 constexpr int Q_FULL = INVERSE_AT + ROWS * 4, K_FULL = Q_FULL + 8, V_FULL = K_FULL + 16, WEIGHTS_PAIRS = V_FULL + 32;
 
-// Hands a stage's weights and factors on, and with the last one what all sums are multiplied by.
-PTX_FN void hand_on(const Weights<KEYS>& weights, const float (&factor)[2], const Rows& rows, uint32_t shared, int slot,
-                    bool last) {
+struct Tile {
+    static constexpr int THREADS = attention_hopper::THREADS, SHARED = Q_FULL + 128;
+    static_assert(WEIGHTS_PAIRS + 2 * 16 <= SHARED, "the barriers do not fit");
+};
+
+// Publishes a stage's weights and factors and, with the last stage, the inverse row sums.
+PTX_FN void publish_weights(const Weights<KEYS>& weights, const float (&factor)[2], const Rows& rows, uint32_t shared,
+                            int slot, bool last) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    // Of stmatrix's four matrices, two are 8 rows below the others, and two 8 keys to the right.
+    // Of stmatrix's four matrices, two are 8 rows below the others, and two are 8 keys to the right.
     int row = warp * 16 + lane % 16, chunk = lane / 16;
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++)
@@ -57,7 +65,7 @@ PTX_FN void hand_on(const Weights<KEYS>& weights, const float (&factor)[2], cons
     if (lane % 4 == 0) factors[0] = factor[0], factors[8] = factor[1];
     if (last) {
         float inverse[2];
-        invert(rows, inverse);
+        invert_sums(rows, inverse);
         float* all = reinterpret_cast<float*>(dyn_smem() + INVERSE_AT) + warp * 16 + lane / 4;
         if (lane % 4 == 0) all[0] = inverse[0], all[8] = inverse[1];
     }
@@ -66,7 +74,7 @@ PTX_FN void hand_on(const Weights<KEYS>& weights, const float (&factor)[2], cons
     if (lane == 0) mbar_arrive(shared + WEIGHTS_PAIRS + slot * 16);
 }
 
-// The warpgroup that makes weights.
+// The warpgroup that computes weights.
 PTX_FN void make_weights(const AttentionHopperParams& p, uint32_t shared, int stages) {
     bool fetches = threadIdx.x % 128 == 0;
     auto fetch_keys = [&](int stage, int half) {
@@ -91,12 +99,12 @@ PTX_FN void make_weights(const AttentionHopperParams& p, uint32_t shared, int st
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             mbar_wait(shared + K_FULL + half * 8, parity);
-            // Once for each wait: otherwise ptxas adds it, and then runs products one by one.
+            // One fence per wait: otherwise ptxas inserts it itself, and then serialises the products.
             wgmma_fence();
             multiply<256, KEYS>(scores, shared + half * HALF, shared + K_AT + half * HALF, half > 0);
             wgmma_commit();
         }
-        // All have read the keys of a half: the next stage's may come.
+        // All threads have read the keys of a half: load the next stage's.
         auto refill = [&](int half) {
             named_bar_sync(1, 128);
             if (fetches && stage > 0) fetch_keys(stage - 1, half);
@@ -108,16 +116,16 @@ PTX_FN void make_weights(const AttentionHopperParams& p, uint32_t shared, int st
         wgmma_hold(scores);
         refill(1);
         if (stage == stages - 1) mask(scores, p.keys - stage * KEYS);
-        raise(scores, rows, factor, p.exponent);
+        raise_references(scores, rows, factor, p.exponent);
         exponentiate(scores, rows, p.exponent);
-        round(scores, weights, rows);
+        round_weights(scores, weights, rows);
         mbar_wait(shared + WEIGHTS_PAIRS + ring.slot * 16 + 8, ring.parity);
-        hand_on(weights, factor, rows, shared, ring.slot, stage == 0);
+        publish_weights(weights, factor, rows, shared, ring.slot, stage == 0);
         ring.advance();
     }
 }
 
-// A warpgroup that adds values: channels from `part` * 256 on.
+// A warpgroup that adds values, to the channels from `part` * 256 on.
 PTX_FN void add_values(const AttentionHopperParams& p, uint32_t shared, int stages, int part) {
     int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, barrier = 2 + part;
     bool fetches = threadIdx.x % 128 == 0;
@@ -175,13 +183,13 @@ PTX_FN void add_values(const AttentionHopperParams& p, uint32_t shared, int stag
     if (fetches) tma_store_wait<0>();
 }
 
-// A block: 64 queries (x) of a head (y) of an image (z).
+// One block handles 64 queries (x) of one head (y) of one image (z).
 PTX_FN void attend(const AttentionHopperParams& p) {
     griddep_launch_dependents();
     uint32_t shared = smem_u32(dyn_smem());
     if (threadIdx.x == 0) {
         for (int i = 0; i < 7; i++) mbar_init(shared + Q_FULL + i * 8, 1);
-        // Weights come and go by one lane of each warp.
+        // One lane of each warp arrives, when weights are written and when they have been read.
         for (int slot = 0; slot < 2; slot++) {
             mbar_init(shared + WEIGHTS_PAIRS + slot * 16, 4);
             mbar_init(shared + WEIGHTS_PAIRS + slot * 16 + 8, 8);
@@ -206,4 +214,4 @@ attention_hopper_512(const __grid_constant__ AttentionHopperParams p) {
     attention_hopper::attend(p);
 #endif
 }
-EXPORT(attention_hopper_512)
+EXPORT_TILE(attention_hopper_512, 1, attention_hopper::Tile)

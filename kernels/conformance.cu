@@ -1,7 +1,7 @@
-// One tiny kernel a wrapper of ptx.cuh: does it do what the PTX manual says, on a GPU as on the emulator?
+// One tiny kernel per wrapper of ptx.cuh, to test that it does what the PTX manual says, on a GPU as on the emulator.
 //
-// Registers and shared memory go in and out as raw words. What they mean, the layouts of fragments and tiles, only the
-// test knows (tests/kernels/conformance), which works it out from the manual.
+// Registers and shared memory go in and out as raw words. Their meaning, the layouts of fragments and tiles, is known
+// only to the test (tests/kernels/conformance), which derives it from the manual.
 #include "conformance.cuh"
 
 KERNEL conformance_shared(const __grid_constant__ ConformanceParams p) {
@@ -17,7 +17,7 @@ KERNEL conformance_exp2_approx(const __grid_constant__ ConformanceParams p) {
 }
 EXPORT(conformance_exp2_approx)
 
-// Halves of single numbers, then of each number and its neighbour as a pair.
+// Converts single numbers, then each number and its neighbour as a pair.
 KERNEL conformance_to_half(const __grid_constant__ ConformanceParams p) {
     uint32_t lane = threadIdx.x;
     float x = __int_as_float(p.input[lane]), y = __int_as_float(p.input[lane ^ 1]);
@@ -27,7 +27,7 @@ KERNEL conformance_to_half(const __grid_constant__ ConformanceParams p) {
 }
 EXPORT(conformance_to_half)
 
-// Two groups of copies of N bytes a lane, the first with gaps; every lane reads what another one copied.
+// Two groups of copies of N bytes per lane, the first with gaps; every lane reads what another lane copied.
 template <int N, class Copy> __device__ __forceinline__ void copied(const ConformanceParams& p, Copy copy) {
     constexpr uint32_t WORDS = N / 4;
     uint32_t lane = threadIdx.x, other = shuffled(lane), tile = smem_u32(dyn_smem());
@@ -72,7 +72,7 @@ KERNEL conformance_ldmatrix_x4_trans(const __grid_constant__ ConformanceParams p
 }
 EXPORT(conformance_ldmatrix_x4_trans)
 
-// Of each lane the registers of A, then of B, then of D.
+// Each lane's registers of A, then of B, then of D.
 template <int MT, int NT>
 __device__ __forceinline__ void load_fragments(const uint32_t* in, float (&d)[MT][NT][4], uint32_t (&a)[MT][4],
                                                uint32_t (&b)[NT][2]) {
@@ -117,7 +117,7 @@ KERNEL conformance_shuffles(const __grid_constant__ ConformanceParams p) {
 }
 EXPORT(conformance_shuffles)
 
-// Two warps write, arrive and go on; two others wait for them.
+// Two warps write, arrive and go on; two other warps wait for them.
 KERNEL conformance_named_barriers(const __grid_constant__ ConformanceParams p) {
     uint32_t thread = threadIdx.x;
     if (thread < 64) {
@@ -130,7 +130,7 @@ KERNEL conformance_named_barriers(const __grid_constant__ ConformanceParams p) {
 }
 EXPORT(conformance_named_barriers)
 
-// Works on what the launch before left, 32 words, and leaves as many.
+// Transforms the 32 words that the launch before left, and leaves as many.
 KERNEL conformance_griddep(const __grid_constant__ ConformanceParams p) {
     uint32_t lane = threadIdx.x, x = p.input[lane];
     griddep_launch_dependents();

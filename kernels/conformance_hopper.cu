@@ -1,4 +1,4 @@
-// One tiny kernel a wrapper of ptx_hopper.cuh; see conformance.cu. For sm_90a, and empty for others.
+// One tiny kernel per wrapper of ptx_hopper.cuh; see conformance.cu. For sm_90a, and empty for other architectures.
 #include "conformance.cuh"
 
 template <class Store> __device__ __forceinline__ void stored(const ConformanceParams& p, Store store) {
@@ -21,7 +21,7 @@ KERNEL conformance_stmatrix_x4_trans(const __grid_constant__ ConformanceParams p
 }
 EXPORT(conformance_stmatrix_x4_trans)
 
-// Two warps fill a buffer of 64 words three times over; a third one empties it.
+// Two warps fill a buffer of 64 words three times; a third one empties it.
 KERNEL conformance_mbarriers(const __grid_constant__ ConformanceParams p) {
 #ifdef PTX_HOPPER
     uint32_t full = smem_u32(dyn_smem()) + 256, empty = full + 8, thread = threadIdx.x;
@@ -48,11 +48,11 @@ EXPORT(conformance_mbarriers)
 
 struct TmaParams {
     CUtensorMap map;
-    // A tile's bytes as they lie in shared memory.
+    // A tile's bytes in the layout of shared memory.
     uint32_t* tile;
     uint32_t words;
     int32_t x[4];
-    // To a multiple of the map's alignment.
+    // Pads to a multiple of the map's alignment.
     int32_t padding[25];
 };
 LAYOUT(TmaParams, map, tile, words, x, padding)
@@ -109,14 +109,14 @@ KERNEL conformance_tma_store_4d(const __grid_constant__ TmaParams p) {
 }
 EXPORT(conformance_tma_store_4d)
 
-// Where a tile lies, for a descriptor, and how many bytes further its second step of 16 k begins.
+// Position of a tile, for a descriptor, and the bytes from its first step of 16 k to the second.
 struct Tile {
     uint32_t swizzle, start, leading, stride, step;
 };
 LAYOUT(Tile, swizzle, start, leading, stride, step)
 
 struct WgmmaParams {
-    // What shared memory holds.
+    // The contents of shared memory.
     const uint32_t* shared;
     // Registers of A, [thread][step][4].
     const uint32_t* a;
@@ -127,7 +127,7 @@ struct WgmmaParams {
 };
 LAYOUT(WgmmaParams, shared, a, d, words, scale_d, of_a, of_b)
 
-// Two steps of 16 k: D = A * B, plus D for the first one if scale_d says so.
+// Two steps of 16 k: D = A * B, plus the previous D in the first one if scale_d says so.
 template <int N, class Multiply> __device__ __forceinline__ void multiplied(const WgmmaParams& p, Multiply multiply) {
 #ifdef PTX_HOPPER
     uint32_t thread = threadIdx.x, start = smem_u32(dyn_smem());
@@ -183,7 +183,7 @@ WGMMA(160, 1)
 WGMMA(256, 0)
 WGMMA(256, 1)
 
-// One warpgroup gives registers away and two take them; what they hold stays.
+// One warpgroup releases registers and two take them; their contents are preserved.
 KERNEL __launch_bounds__(384, 1) conformance_setmaxnreg(const __grid_constant__ ConformanceParams p) {
 #ifdef PTX_HOPPER
     uint32_t x = p.input[threadIdx.x];

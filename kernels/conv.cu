@@ -1,16 +1,16 @@
-// Convolutions and linear layers as one implicit matrix product: rows are output pixels, columns output channels, the
-// depth is taps by channels. Sources are read where they lie: stride, padding, nearest resize and the concatenation of
-// two sources are part of the load, everything that follows the product is part of the store.
+// Convolutions and linear layers as one implicit GEMM: rows are output pixels, columns are output channels, and the
+// depth is taps x channels. Sources are read in place: stride, padding, nearest-neighbour resize and the concatenation
+// of two sources are part of the load, and everything that follows the product is part of the epilogue.
 //
-// A block of eight warps makes one tile of sums. Its depth passes through shared memory in stages of 64 (16-byte
-// chunks, XOR-swizzled, free of bank conflicts), three or four of them in flight by cp.async; each warp holds its part
-// of the tile in registers and feeds mma.m16n8k16 by ldmatrix. The copies of a later stage are issued between the
-// products of this one, from pointers that move on by a stage: when all of them came first, an H100 had no eligible
-// warp in 68 % of cycles. The sums go through shared memory once more, so that residuals are read and results written
-// 16 bytes at a time.
+// A block of eight warps computes one tile. Its depth passes through shared memory in stages of 64 (16-byte chunks,
+// XOR-swizzled, free of bank conflicts), three or four of them in flight by cp.async. Each warp holds its part of the
+// tile as accumulators in registers and feeds mma.m16n8k16 by ldmatrix. The copies of a later stage are issued between
+// the products of the current one, from pointers that advance by one stage: when all copies were issued first, an H100
+// had no eligible warp in 68 % of cycles. Finally the accumulators pass through shared memory, so that residuals are
+// read and results are written 16 bytes at a time.
 //
 // For every 64 of depth a block reads 128 (rows + columns) bytes, mostly from L2, for 64 * rows * columns
-// multiply-adds. Cycles of such a stage:
+// multiply-adds. The cycles of one such stage are:
 //
 //   tile (of a warp)          tensor cores of an A100, an H100   shared memory (copies and ldmatrix)
 //   128x256, 256x128 (64x64)       2048  1638                        1408
@@ -21,16 +21,18 @@
 //   64x80 (16x40)                   320   256                         592
 //   64x64 (32x16)                   256   205                         512
 //
-// Bound: the greater of the two. GeForce cards, with a quarter of an A100's tensor cores, are bound by these in all
-// tiles; their 99 KiB of shared memory have no room for the first three lines. Tiles of 64 rows and less are bound by
-// L2 elsewhere, those of 16 rows (time embeddings) by the weights' way from memory.
+// Bound: the greater of the two. GeForce cards, with a quarter of an A100's tensor-core rate, are bound by the tensor
+// cores for all tiles; their 99 KiB of shared memory have no room for the tiles of the first three lines. On other
+// cards tiles of 64 rows and less are bound by L2, and those of 16 rows (time embeddings) by the bandwidth at which
+// weights come from memory.
 //
-// A 3x3 convolution of a source that is doubled first is four of 2x2 on the source itself, one for each parity of the
-// result's row and column, which are the product's phases: 4/9 of the work (src/cuda/weights.rs sums the taps).
+// A 3x3 convolution of a source that is first upsampled by two equals four 2x2 convolutions of the source itself, one
+// for each parity of the result's row and column. These are the phases of the product: 4/9 of the work
+// (src/cuda/weights.rs sums the taps).
 //
-// Where one image has fewer tiles than the device has multiprocessors, the depth is split over blocks, of which the
-// last to come adds the sums of all. Each sum is one chain of multiply-adds in the order of the depth, in steps of 16:
-// no bit of it depends on the tile.
+// Where one image has fewer tiles than the device has multiprocessors, the depth is split over several blocks, and the
+// last of them to finish adds up the partial sums (split-K). Each part's sum is one chain of multiply-adds in the order
+// of the depth, in steps of 16, so no bit of it depends on the tile.
 #include "epilogue.cuh"
 #include "splits.cuh"
 
@@ -38,19 +40,20 @@ struct ConvParams {
     const __half* sources[2];
     const __half* weight;  // [phases][columns][kernel * kernel][depth]
     Epilogue after;
-    float4* partial;     // see splits.cuh
+    float4* partial;     // for split-K, see splits.cuh
     uint32_t* counters;  // likewise
-    uint64_t resize_y, resize_x;  // stored over seen size, times 2^32, rounded up: exact for sides below 2^16
+    // Stored size over the size that the convolution sees, times 2^32, rounded up: exact for sides below 2^16.
+    uint64_t resize_y, resize_x;
     int32_t source_channels[2];
-    int32_t depth;  // channels of both sources, filled up to a multiple of 8
+    int32_t depth;  // channels of both sources, padded to a multiple of 8
     int32_t height, width;
     int32_t seen_height, seen_width;
     int32_t out_height, out_width;  // of one phase
     int32_t kernel, stride, pad;
-    int32_t phases;         // 4 of a doubled source, else 1
-    int32_t rows;           // of all images, of one phase
-    int32_t columns;        // of one phase's product: twice the result's behind a gate
-    int32_t splits, steps;  // stages of each split
+    int32_t phases;         // 4 for an upsampled source, else 1
+    int32_t rows;           // of all images, in one phase
+    int32_t columns;        // of one phase's product; with GEGLU, twice the result's
+    int32_t splits, steps;  // split-K parts, and stages in each part
     int32_t padding;
 };
 LAYOUT(ConvParams, sources, weight, after, partial, counters, resize_y, resize_x, source_channels, depth, height, width,
@@ -60,16 +63,16 @@ LAYOUT(ConvParams, sources, weight, after, partial, counters, resize_y, resize_x
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int STEP = 64;                 // depth of a stage
-constexpr int SLICES = STEP / 16;        // of a stage: the depth of one product
-constexpr int CHUNKS = STEP / 8;         // of 16 bytes in a row of it
-constexpr int LANES = THREADS / CHUNKS;  // rows that all threads fetch at once, a chunk each
+constexpr int STEP = 64;                         // depth of a stage
+constexpr int SLICES = STEP / 16;                // of a stage: the depth of one mma
+constexpr int CHUNKS = STEP / 8;                 // 16-byte chunks in a row of a stage
+constexpr int ROWS_PER_PASS = THREADS / CHUNKS;  // rows that all threads fetch in one pass, one chunk per thread
 constexpr int ROW_BYTES = STEP * 2;
-constexpr int BAND = 8;                  // tiles of rows that are made together, for the weights' sake
+constexpr int BAND = 8;                          // row tiles that are computed together so that they share weights
 
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4); }
 
-// Eight neighbouring sums, or eight pairs of values and gates, which take turns.
+// Reads eight adjacent sums, or eight pairs of a value and its gate, which alternate.
 __device__ __forceinline__ void read_sums(const float* from, bool gated, float (&x)[8], float (&gate)[8]) {
     float low[8], high[8];
     read8(from, 8, true, low);
@@ -86,12 +89,13 @@ __device__ __forceinline__ void read_sums(const float* from, bool gated, float (
     }
 }
 
-// Where a block's tile lies: its first row and column in the product of one phase.
+// Position of a block's tile: its first row and column in the product of one phase.
 struct Place {
     int row, column, phase;
 };
 
-// Tiles in bands of BAND by all columns, down each band first: blocks that run together share weights and pixels.
+// Tiles are ordered in bands of BAND row tiles by all column tiles, and within a band down the rows first: blocks that
+// run at the same time share weights and pixels.
 template <int ROWS, int COLUMNS> __device__ __forceinline__ Place place_of(const ConvParams& p, int tile) {
     const int tiles_down = (p.rows + ROWS - 1) / ROWS, tiles_of_columns = (p.columns + COLUMNS - 1) / COLUMNS;
     const int tiles_across = p.phases * tiles_of_columns;
@@ -100,30 +104,31 @@ template <int ROWS, int COLUMNS> __device__ __forceinline__ Place place_of(const
     return {(band * BAND + in_band % band_rows) * ROWS, group % tiles_of_columns * COLUMNS, group / tiles_of_columns};
 }
 
-// The row of the result that a row of a phase's product is.
+// Maps a row of a phase's product to its row of the result.
 __device__ __forceinline__ int result_row(const ConvParams& p, int row, int phase) {
     if (p.phases == 1) return row;
     const int line = row / p.out_width, x = row % p.out_width;
-    // Each line of pixels is two of the result, each pixel two of these.
+    // Each line of pixels becomes two lines of the result, and each pixel two pixels in each of them.
     return (2 * line + phase / 2) * 2 * p.out_width + 2 * x + phase % 2;
 }
 
-// A thread's chunk of the depth, which moves on by a stage at a time, and the pixels it is read from for each of the
-// thread's rows of the tile.
+// The part of the source that a thread fetches: one chunk of the depth, which advances by one stage at a time, and the
+// pixels under it for each of the thread's rows of the tile.
 template <int ROWS> struct Pixels {
-    static constexpr int COUNT = (ROWS + LANES - 1) / LANES;
-    int image[COUNT];   // first pixel of a row's image
-    int corner[COUNT];  // where its first tap lies: y in the upper half, x in the lower
-    int pixel[COUNT];   // under the tap; -1 in the padding and beyond the last row
+    static constexpr int COUNT = (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
+    int image[COUNT];   // first pixel of the row's image
+    int corner[COUNT];  // position of the first tap: y in the upper half, x in the lower
+    int pixel[COUNT];   // under the current tap; -1 in the padding and beyond the last row
     int ky, kx, channel;
-    const unsigned char* from;  // the channel, in the first pixel of its source
-    int width, end;             // bytes of a pixel of that source, and the first channel that is another's
+    const unsigned char* from;  // the current channel in the first pixel of its source
+    // Bytes per pixel of that source, and the first channel that belongs to the other source.
+    int width, end;
 
     __device__ __forceinline__ void begin(const ConvParams& p, const Place& place, int first_chunk) {
         const int pad_y = p.pad - place.phase / 2, pad_x = p.pad - place.phase % 2;
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
-            const int row = place.row + threadIdx.x / CHUNKS + i * LANES;
+            const int row = place.row + threadIdx.x / CHUNKS + i * ROWS_PER_PASS;
             const int size = p.out_height * p.out_width, at = row % size;
             image[i] = row / size * p.height * p.width;
             const int y = row < p.rows ? at / p.out_width * p.stride - pad_y : -p.kernel;
@@ -135,11 +140,11 @@ template <int ROWS> struct Pixels {
         choose_source(p);
     }
 
-    // Whether the depth goes this far: the last stage may not be full.
-    __device__ __forceinline__ bool inside(const ConvParams& p) const { return ky < p.kernel; }
+    // False beyond the end of the depth, since the last stage may be partly filled.
+    __device__ __forceinline__ bool in_depth(const ConvParams& p) const { return ky < p.kernel; }
 
-    // To the next stage, or without `more` to the end of the depth, from where on all is zero. Seldom more than two
-    // additions: taps and sources are several stages long.
+    // Advances to the next stage or, if not `more`, to the end of the depth, beyond which everything is zero. This
+    // seldom takes more than two additions, since taps and sources span several stages.
     __device__ __forceinline__ void advance(const ConvParams& p, bool more) {
         channel += STEP, from += ROW_BYTES;
         if (channel < end && more) return;
@@ -156,7 +161,7 @@ template <int ROWS> struct Pixels {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
             const int y = (corner[i] >> 16) + ky, x = int16_t(corner[i] & 0xffff) + kx;
-            const bool in = inside(p) && y >= 0 && y < p.seen_height && x >= 0 && x < p.seen_width;
+            const bool in = in_depth(p) && y >= 0 && y < p.seen_height && x >= 0 && x < p.seen_width;
             const int stored_y = uint32_t(y) * p.resize_y >> 32, stored_x = uint32_t(x) * p.resize_x >> 32;
             pixel[i] = in ? image[i] + stored_y * p.width + stored_x : -1;
         }
@@ -169,8 +174,8 @@ template <int ROWS> struct Pixels {
         width = p.source_channels[!first] * 2, end = first ? c0 : p.depth;
     }
 
-    // Fetches the thread's chunk of its row i to place `to` in shared memory: 16 bytes at once, or number by number
-    // where a pixel is no whole number of chunks.
+    // Fetches the thread's chunk of its row i to offset `to` in shared memory: 16 bytes at once, or one number at a
+    // time where the channels of a pixel are not a whole number of chunks.
     template <bool VECTOR> __device__ __forceinline__ void fetch(const ConvParams& p, int i, int to) const {
         if constexpr (VECTOR) {
             cp_async16(smem_u32(dyn_smem()) + to, from + int64_t(pixel[i]) * width, pixel[i] >= 0);
@@ -189,17 +194,28 @@ template <int ROWS> struct Pixels {
     }
 };
 
-template <int ROWS, int COLUMNS, int WARPS_DOWN, int STAGES, bool VECTOR>
-__device__ __forceinline__ void conv(const ConvParams& p) {
+// The parameters are explained at the kernels below.
+template <int ROWS_, int COLUMNS_, int WARPS_DOWN_, int STAGES_, bool VECTOR_> struct Tile {
+    static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, WARPS_DOWN = WARPS_DOWN_, STAGES = STAGES_;
+    static constexpr bool VECTOR = VECTOR_;
+    // Bytes of a stage, pixels before weights, and of all shared memory.
+    static constexpr int STAGE = (ROWS + COLUMNS) * ROW_BYTES, SHARED = STAGES * STAGE;
+    static constexpr int THREADS = ::THREADS;
+};
+
+template <class T> __device__ __forceinline__ void conv(const ConvParams& p) {
+    constexpr int ROWS = T::ROWS, COLUMNS = T::COLUMNS, WARPS_DOWN = T::WARPS_DOWN, STAGES = T::STAGES;
+    constexpr bool VECTOR = T::VECTOR;
     constexpr int WARPS_ACROSS = THREADS / 32 / WARPS_DOWN;
     constexpr int WARP_ROWS = ROWS / WARPS_DOWN, WARP_COLUMNS = COLUMNS / WARPS_ACROSS;
     constexpr int MT = WARP_ROWS / 16, NT = WARP_COLUMNS / 8;
-    constexpr int STAGE = (ROWS + COLUMNS) * ROW_BYTES;
-    constexpr int PITCH = COLUMNS + 8;  // of the sums; eight more keep the rows of a fragment in different banks
-    // Chunks of a stage that a thread fetches: of pixels and of weights.
-    constexpr int OF_PIXELS = Pixels<ROWS>::COUNT, PARTS = OF_PIXELS + (COLUMNS + LANES - 1) / LANES;
+    // Row pitch of the accumulators in shared memory; eight more than COLUMNS keep a fragment's rows in different
+    // banks.
+    constexpr int PITCH = COLUMNS + 8;
+    // Chunks of a stage that a thread fetches: OF_PIXELS of pixels, then those of weights.
+    constexpr int OF_PIXELS = Pixels<ROWS>::COUNT, PARTS = OF_PIXELS + (COLUMNS + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
     static_assert(MT * WARPS_DOWN * 16 == ROWS && NT * WARPS_ACROSS * 8 == COLUMNS, "warps do not cover the tile");
-    static_assert(ROWS * PITCH * 4 <= STAGES * STAGE, "the sums do not fit");
+    static_assert(ROWS * PITCH * 4 <= T::SHARED, "the sums do not fit");
 
     griddep_launch_dependents();
     const Place place = place_of<ROWS, COLUMNS>(p, blockIdx.x);
@@ -211,22 +227,23 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
     Pixels<ROWS> pixels;
     pixels.begin(p, place, first_chunk);
     const int depth = p.kernel * p.kernel * p.depth;
-    // The thread's first chunk of weights, and how many columns there are from there on.
+    // The thread's first chunk of weights, and the number of columns from there on.
     const int column = place.column + thread / CHUNKS, columns_left = p.columns - column;
     const __half* weight =
         p.weight + int64_t(place.phase * p.columns + column) * depth + (first_chunk + thread % CHUNKS) * 8;
 
-    // Part `part` of PARTS of a stage: of the pixels, then of the weights behind them.
+    // Fetches part `part` of the PARTS of a stage: first the pixels, then the weights.
     const int place_in_stage = swizzled(thread / CHUNKS, thread % CHUNKS);
     auto fetch = [&](int part, int slot) {
         const bool of_pixels = part < OF_PIXELS;
         const int i = of_pixels ? part : part - OF_PIXELS, size = of_pixels ? ROWS : COLUMNS;
-        if ((i + 1) * LANES > size && thread / CHUNKS + i * LANES >= size) return;
-        const int to = slot * STAGE + place_in_stage + ((of_pixels ? 0 : ROWS) + i * LANES) * ROW_BYTES;
+        if ((i + 1) * ROWS_PER_PASS > size && thread / CHUNKS + i * ROWS_PER_PASS >= size) return;
+        const int to = slot * T::STAGE + place_in_stage + ((of_pixels ? 0 : ROWS) + i * ROWS_PER_PASS) * ROW_BYTES;
         if (of_pixels) {
             pixels.template fetch<VECTOR>(p, i, to);
         } else {
-            cp_async16(shared + to, weight + int64_t(LANES * depth) * i, pixels.inside(p) && i * LANES < columns_left);
+            const bool in = pixels.in_depth(p) && i * ROWS_PER_PASS < columns_left;
+            cp_async16(shared + to, weight + int64_t(ROWS_PER_PASS * depth) * i, in);
         }
     };
     auto advance = [&](bool more) {
@@ -245,21 +262,21 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
         }
         cp_async_commit();
     }
-    // What this lane names for ldmatrix in a stage's first slice. The swizzle makes an exclusive or of the addition
-    // that leads to the other slices, two chunks further on each.
+    // The addresses that this lane supplies to ldmatrix for the first slice of a stage. Each further slice is two
+    // chunks further on; because of the swizzle that offset is applied by exclusive or instead of addition.
     const int rows_at = swizzled(warp_row + lane % 16, lane / 16);
     const int columns_at = ROWS * ROW_BYTES + swizzled(warp_column + lane % 8, lane / 8);
     int slot = 0;
     for (int step = 0; step < p.steps; step++) {
         cp_async_wait<STAGES - 2>();
-        // The stage has landed for all, and all are done with the one before it, into whose place a later one goes.
+        // The stage has landed for all threads, and all are done with the stage before it, whose slot is filled next.
         __syncthreads();
         const int next = slot == 0 ? STAGES - 1 : slot - 1;
-        const uint32_t rows = shared + slot * STAGE + rows_at, columns = shared + slot * STAGE + columns_at;
+        const uint32_t rows = shared + slot * T::STAGE + rows_at, columns = shared + slot * T::STAGE + columns_at;
         uint32_t b[NT][4];
 #pragma unroll
         for (int k = 0; k < SLICES; k++) {
-            // One ldmatrix a tile of eight columns: 32 of depth, two products' worth.
+            // One ldmatrix per tile of eight columns loads a depth of 32, enough for two mmas.
 #pragma unroll
             for (int j = 0; j < NT && k % 2 == 0; j++)
                 ldmatrix_x4(b[j], (columns ^ k * 32) + j * 8 * ROW_BYTES);
@@ -270,7 +287,7 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
 #pragma unroll
             for (int j = 0; j < NT; j++) of_k[j][0] = b[j][k % 2 * 2], of_k[j][1] = b[j][k % 2 * 2 + 1];
             mma_tile<MT, NT>(sums, a, of_k);
-            // A later stage's copies are issued while the tensor cores are busy.
+            // Issue copies of a later stage while the tensor cores are busy.
 #pragma unroll
             for (int part = PARTS * k / SLICES; part < PARTS * (k + 1) / SLICES; part++)
                 fetch(part, next);
@@ -279,14 +296,14 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
         cp_async_commit();
         slot = slot == STAGES - 1 ? 0 : slot + 1;
     }
-    // What is still on its way are the zeros behind the end.
+    // Only the zeros beyond the end of the depth can still be in flight.
     cp_async_wait<0>();
 
     if (p.splits > 1) {
         float(&flat)[MT * NT * 4] = reinterpret_cast<float(&)[MT * NT * 4]>(sums);
         if (!add_splits<MT * NT>(flat, p.partial, p.counters, blockIdx.x, p.splits, blockIdx.y, dyn_smem())) return;
     }
-    // The sums change hands: from fragments to eight neighbouring columns a thread.
+    // Transpose the accumulators through shared memory: from fragments to eight adjacent columns per thread.
     __syncthreads();
     float* tile = reinterpret_cast<float*>(dyn_smem());
 #pragma unroll
@@ -311,10 +328,13 @@ __device__ __forceinline__ void conv(const ConvParams& p) {
 
 }  // namespace
 
-// Rows, columns, warps down the rows, stages, whether pixels are whole chunks; `resident` blocks a multiprocessor.
-#define CONV(name, resident, ...)                                                                                    \
-    KERNEL __launch_bounds__(THREADS, resident) name(const __grid_constant__ ConvParams p) { conv<__VA_ARGS__>(p); } \
-    EXPORT(name)
+// The name; the number of blocks that must fit on a multiprocessor (`resident`); then rows, columns, warps along the
+// rows, stages, and whether pixels are whole numbers of chunks (VECTOR).
+#define CONV(name, resident, ...)                                                            \
+    KERNEL __launch_bounds__(THREADS, resident) name(const __grid_constant__ ConvParams p) { \
+        conv<Tile<__VA_ARGS__>>(p);                                                          \
+    }                                                                                        \
+    EXPORT_TILE(name, resident, Tile<__VA_ARGS__>)
 CONV(conv_128x256, 1, 128, 256, 2, 3, true)
 CONV(conv_256x128, 1, 256, 128, 4, 3, true)
 CONV(conv_128x160, 1, 128, 160, 2, 4, true)

@@ -1,17 +1,18 @@
-// Small operations: one read of each input and one write, memory bound.
+// Elementwise operations: one read of each input and one write, memory bound.
 #include "numeric.cuh"
 
 struct ElementParams {
     const __half* x;
-    const __half* y;  // of operations of two numbers
+    const __half* y;  // second operand of binary operations
     __half* out;
-    uint64_t length;  // numbers of the result, for GEGLU and its gradient pairs of value and gate
+    // Numbers of the result; for GEGLU and its gradient, pairs of value and gate
+    uint64_t length;
     int32_t activation;
     int32_t channels;  // of GEGLU's result
 };
 LAYOUT(ElementParams, x, y, out, length, activation, channels)
 
-// out = f(x, y). A thread takes eight numbers; the last ones of an odd length one by one.
+// out = f(x, y). A thread takes eight numbers; the last ones of an odd length are done one by one.
 template <bool BINARY, class F> __device__ __forceinline__ void map(const ElementParams& p, F f) {
     griddep_launch_dependents();
     griddep_wait();
@@ -45,7 +46,8 @@ KERNEL __launch_bounds__(256) add(const __grid_constant__ ElementParams p) {
 }
 EXPORT(add)
 
-// Where a thread's W pairs begin: rows of x hold `channels` values and then as many gates. False past the last.
+// Where a thread's W pairs begin: a row of x holds `channels` values and then as many gates. Returns false beyond the
+// last.
 template <int W> __device__ __forceinline__ bool pair_place(const ElementParams& p, uint64_t& value, uint64_t& result) {
     result = (uint64_t(blockIdx.x) * 256 + threadIdx.x) * W;
     value = result + result / p.channels * p.channels;
@@ -66,7 +68,8 @@ template <int W> __device__ __forceinline__ void geglu(const ElementParams& p) {
     store_halves(p.out + result, x);
 }
 
-// y is the gradient by that; out, like x, has gradients by the values and then by the gates.
+// The gradient of GEGLU; y is the gradient by its result. out, like x, holds the gradients by the values and then those
+// by the gates.
 template <int W> __device__ __forceinline__ void geglu_gradient(const ElementParams& p) {
     griddep_launch_dependents();
     griddep_wait();
@@ -77,7 +80,7 @@ template <int W> __device__ __forceinline__ void geglu_gradient(const ElementPar
     unpack(load_halves<W>(p.x + value + p.channels), gate);
     unpack(load_halves<W>(p.y + result), y);
     __half* out = p.out + value;
-    // Unrolled, the compiler would cut both stores into words.
+    // If this were unrolled, the compiler would split both stores into words.
 #pragma unroll 1
     for (int gates = 0; gates < 2; gates++, out += p.channels) {
         float z[W];
@@ -107,8 +110,9 @@ struct ResizeGradientParams {
 };
 LAYOUT(ResizeGradientParams, d, out, pixels, from_height, from_width, height, width, channels, padding)
 
-// Every pixel's sum over those that a nearest-neighbour resize copied from it: y gave rows ceil(y * from / to) and on. One
-// read of the larger image, one write of the smaller; a thread has W channels of a pixel.
+// The gradient of a nearest-neighbour resize: each pixel is the sum over the pixels that were copied from it; y was
+// copied to the rows from ceil(y * from / to) on. One read of the larger image, one write of the smaller; a thread has
+// W channels of a pixel.
 template <int W> __device__ __forceinline__ void resize_gradient(const ResizeGradientParams& p) {
     griddep_launch_dependents();
     griddep_wait();
@@ -133,13 +137,15 @@ template <int W> __device__ __forceinline__ void resize_gradient(const ResizeGra
 }
 
 #define RESIZE_GRADIENT(W) \
-    KERNEL __launch_bounds__(256) resize_gradient_##W(const __grid_constant__ ResizeGradientParams p) { resize_gradient<W>(p); } \
+    KERNEL __launch_bounds__(256) resize_gradient_##W(const __grid_constant__ ResizeGradientParams p) { \
+        resize_gradient<W>(p); \
+    } \
     EXPORT(resize_gradient_##W)
 RESIZE_GRADIENT(8)
 RESIZE_GRADIENT(1)
 
-// The kernels below are a network's first and last rows: kilobytes, so that a launch is all they cost. A thread has W
-// channels of a row; `columns` of them make the row.
+// The kernels below compute a network's first and last rows: kilobytes, so that the launch is all they cost. A thread
+// has W channels of a row, and channels / W threads make up the row.
 struct RowParams {
     const __half* x;
     const float* index;
@@ -148,7 +154,7 @@ struct RowParams {
     const float* class_token;
     __half* out;
     int64_t rows;  // of the result
-    int32_t tokens;  // of an image, in the result for class_token, else in the input
+    int32_t tokens;  // per image: in the result for class_token, else in the input
     int32_t channels;
 };
 LAYOUT(RowParams, x, index, table, positions, class_token, out, rows, tokens, channels)
@@ -158,7 +164,7 @@ struct RowPlace {
     int channel;
 };
 
-// False past the last row.
+// Returns false beyond the last row.
 template <int W> __device__ __forceinline__ bool row_place(const RowParams& p, RowPlace& place) {
     int64_t i = int64_t(blockIdx.x) * 256 + threadIdx.x;
     int columns = p.channels / W;
@@ -166,7 +172,8 @@ template <int W> __device__ __forceinline__ bool row_place(const RowParams& p, R
     return place.row < p.rows;
 }
 
-template <int W> __device__ __forceinline__ void add_and_store(const RowParams& p, RowPlace at, float (&x)[W], int position) {
+template <int W>
+__device__ __forceinline__ void add_and_store(const RowParams& p, RowPlace at, float (&x)[W], int position) {
     float y[W];
     unpack(load_halves<W>(p.positions + int64_t(position) * p.channels + at.channel), y);
 #pragma unroll
@@ -174,7 +181,7 @@ template <int W> __device__ __forceinline__ void add_and_store(const RowParams& 
     store_halves(p.out + at.row * p.channels + at.channel, x);
 }
 
-// out[row] = table[index[row]] + positions[row's place in its image]. Indices are whole and inside the table.
+// out[row] = table[index[row]] + positions[place of the row in its image]. Indices are whole numbers inside the table.
 template <int W> __device__ __forceinline__ void embed(const RowParams& p) {
     griddep_launch_dependents();
     griddep_wait();
@@ -185,7 +192,7 @@ template <int W> __device__ __forceinline__ void embed(const RowParams& p) {
     add_and_store(p, at, x, at.row % p.tokens);
 }
 
-// A learnt token, then those of x; positions added to all.
+// A learnt class token followed by the tokens of x, with positions added to all.
 template <int W> __device__ __forceinline__ void class_token(const RowParams& p) {
     griddep_launch_dependents();
     griddep_wait();
@@ -235,8 +242,8 @@ struct SinusoidParams {
 };
 LAYOUT(SinusoidParams, x, out, length, dim, flip_sin_to_cos, freq_shift, padding)
 
-// Sines and cosines of x at frequencies that fall from 1 to about 1e-4, a thread a pair. In f64 as on the CPU, angles being
-// up to a thousand radians: the result is exact but for its rounding to fp16.
+// Sines and cosines of x at frequencies that fall from 1 to about 1e-4, one pair per thread. Computed in f64 as on the
+// CPU, because angles are up to a thousand radians: the result is exact except for its rounding to fp16.
 KERNEL __launch_bounds__(256) sinusoid(const __grid_constant__ SinusoidParams p) {
     griddep_launch_dependents();
     griddep_wait();

@@ -1,30 +1,29 @@
-// All that follows a matrix product: bias, a row of each image, activation or gate, residual, scale, and RespoDiff's
-// shift.
+// The epilogue of a matrix product: bias, per-image row, activation or gate, residual, scale, and RespoDiff's shift.
 #pragma once
 #include "numeric.cuh"
 
-// out = activation(gain * sum + bias_gain * bias + per_image) + residual, times `scale`; behind a gate, the product's
-// columns are values and gates in turns, and out = value * gelu(gate). Where a layer norm is folded into the weights, its
-// shift adds T of the column to the sum.
+// out = scale * (activation(gain * sum + bias_gain * bias + per_image) + residual). With GEGLU, the columns of the
+// product alternate between values and gates, and value * gelu(gate) takes the place of the activation. Where a layer
+// norm is folded into the weights, the T of the column is added to the sum first.
 struct Epilogue {
-    const float* bias;  // may be missing, as the following may
-    const float2* folded;  // S and T of each of the product's columns, see weights.cu
-    const __half* per_image;  // of each image, `per_image_width` apart
+    const float* bias;  // null if there is none, as are the other inputs below
+    const float2* folded;  // S and T of each column of the product, see weights.cu
+    const __half* per_image;  // one row per image, `per_image_width` apart
     const __half* residual;
     void* out;
-    const __half* shift;  // added to the images from `first_shifted` on, in a second result
+    const __half* shift;  // added to images from `first_shifted` on; the sum is a second result
     __half* shifted;
     int32_t channels;  // of the result
     int32_t per_image_width;
-    int32_t pixels;  // of an image
+    int32_t pixels;  // per image
     int32_t activation;
-    int32_t full;  // whether the result is fp32
+    int32_t full;  // 1 if the result is fp32
     int32_t first_shifted;
     float gain, bias_gain, scale;
     int32_t padding;
 };
-LAYOUT(Epilogue, bias, folded, per_image, residual, out, shift, shifted, channels, per_image_width, pixels, activation, full,
-       first_shifted, gain, bias_gain, scale, padding)
+LAYOUT(Epilogue, bias, folded, per_image, residual, out, shift, shifted, channels, per_image_width, pixels, activation,
+       full, first_shifted, gain, bias_gain, scale, padding)
 
 PTX_FN void read8(const float* from, int count, bool aligned, float (&x)[8]) {
     if (aligned) {
@@ -66,7 +65,7 @@ PTX_FN void write8(__half* to, int count, bool aligned, const float (&x)[8]) {
     }
 }
 
-// All that follows the product, for eight channels of a row of the result.
+// Applies the epilogue to eight channels of one row of the result and stores them.
 PTX_FN void finish(const Epilogue& e, float (&x)[8], float (&gate)[8], int row, int channel) {
     const bool gated = e.activation == GEGLU;
     const bool aligned = e.channels % 8 == 0;
@@ -88,7 +87,7 @@ PTX_FN void finish(const Epilogue& e, float (&x)[8], float (&gate)[8], int row, 
 #pragma unroll
     for (int i = 0; i < 8; i++) x[i] = fmaf(x[i], e.gain, e.bias_gain * bias[i]);
     if (e.per_image) {
-        // It may begin anywhere in a row that several layers share.
+        // The row may begin anywhere, since several layers share it.
         const __half* from = e.per_image + size_t(image) * e.per_image_width + channel;
         read8(from, count, aligned && uintptr_t(from) % 16 == 0, more);
 #pragma unroll

@@ -1,8 +1,9 @@
-// Vectors of eight halves, activations, and sums over a warp.
+// Vectors of eight halves, activation functions, and sums over a warp.
 #pragma once
 #include "ptx.cuh"
 
-// 16 bytes: what one thread moves at a time. Copied as one word: pair by pair, the compiler would make it four loads.
+// 16 bytes, the unit that a thread moves at a time. It is copied as one word, because the compiler would make four
+// loads of a copy pair by pair.
 union __align__(16) Half8 {
     uint4 word;
     __half2 pairs[4];
@@ -15,7 +16,7 @@ union __align__(16) Half8 {
     }
 };
 
-// Two halves as one register, and back.
+// Reinterprets two halves as one register, and back.
 PTX_FN uint32_t bits_of(__half2 pair) {
     uint32_t bits;
     memcpy(&bits, &pair, 4);
@@ -46,7 +47,7 @@ __device__ __forceinline__ Half8 pack(const float (&x)[8]) {
 
 __device__ __forceinline__ void unpack(__half v, float (&x)[1]) { x[0] = __half2float(v); }
 
-// W halves as they lie in memory, W being 8 (at a multiple of 16 bytes) or 1: the vector and the element-wise path of one
+// W consecutive halves in memory. W is 8 (aligned to 16 bytes) or 1: the vector path and the scalar path of the same
 // kernel.
 template <int W> struct HalvesOf;
 template <> struct HalvesOf<8> { using Type = Half8; };
@@ -62,7 +63,7 @@ template <int W> __device__ __forceinline__ void store_halves(__half* to, const 
     else *to = to_half(x[0]);
 }
 
-// As many floats, likewise.
+// Loads W floats, likewise.
 template <int W> __device__ __forceinline__ void load_floats(const float* from, float (&x)[W]) {
     if constexpr (W == 8) {
 #pragma unroll
@@ -75,19 +76,21 @@ template <int W> __device__ __forceinline__ void load_floats(const float* from, 
     }
 }
 
-// The fast division is within 2 ulp, and 0 where e^-x is beyond 2^126 and x at most -87: so is the sigmoid, to fp16.
+// The fast division has an error of at most 2 ulp and returns 0 where e^-x exceeds 2^126, that is for x below about
+// -87; there the sigmoid is 0 in fp16 as well.
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
-// The chance that a standard normal number is beyond x, for x from 0 on: erfc(x / sqrt 2) / 2. It is a polynomial of
-// 1 / (1 + 0.36 x) times e^(-x^2 / 2), as Abramowitz and Stegun's 7.1.26, whose coefficients were fitted for the least
-// relative error up to x = 6: 8.6e-6, a fiftieth of fp16's rounding. erff would take twice as many instructions.
+// The upper tail probability of the standard normal distribution, P(X > x) = erfc(x / sqrt 2) / 2, for x >= 0. It is a
+// polynomial in 1 / (1 + 0.36 x) times e^(-x^2 / 2), of the form of Abramowitz and Stegun's 7.1.26; the coefficients
+// were fitted for the least relative error up to x = 6. That error is 8.6e-6, a fiftieth of fp16's rounding. erff would
+// take twice as many instructions.
 __device__ __forceinline__ float normal_tail(float x) {
     float t = __fdividef(1.0f, fmaf(0.36f, x, 1.0f));
     float sum = fmaf(-0.096583882f, t, 0.24767736f);
     sum = fmaf(sum, t, 0.044021903f), sum = fmaf(sum, t, 0.16307065f), sum = fmaf(sum, t, 0.14180967f);
     return sum * t * __expf(-0.5f * x * x);
 }
-// x times the chance of a number below x; NaN stays NaN by the second term.
+// x times P(X < x). The second term makes NaN stay NaN.
 __device__ __forceinline__ float gelu(float x) { return fmaxf(x, 0.0f) - fabsf(x) * normal_tail(fabsf(x)); }
 __device__ __forceinline__ float quick_gelu(float x) { return x * sigmoid(1.702f * x); }
 
@@ -103,9 +106,9 @@ __device__ __forceinline__ float activation_of(float x, int activation) {
     }
 }
 
-// Its derivative.
+// The derivative of activation_of.
 __device__ __forceinline__ float slope_of(float x, int activation) {
-    // Of x * sigmoid(a * x).
+    // The derivative of x * sigmoid(a * x).
     auto gated = [](float a, float x) {
         float s = sigmoid(a * x);
         return s * (1.0f + a * x * (1.0f - s));

@@ -1,14 +1,14 @@
-// The part of ptx.cuh that needs sm_90a: mbarriers, TMA, stmatrix, wgmma. Included by ptx.cuh.
+// The part of ptx.cuh that needs sm_90a: mbarriers, TMA, stmatrix and wgmma. Included by ptx.cuh.
 #pragma once
 
-// Writes what ldmatrix_x4 reads: lane 8 * i + j names row j of matrix i; r[i] holds columns 2t and 2t + 1 of row g. All
-// lanes.
+// Stores what ldmatrix_x4 loads: lane 8 * i + j supplies the address of row j of matrix i; r[i] holds columns 2t and 2t
+// + 1 of row g. All lanes.
 PTX_FN void stmatrix_x4(uint32_t row, const uint32_t (&r)[4] PTX_LINE) {
     PTX_DEVICE(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]),
                             "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");)
     PTX_EMULATED(emu::stmatrix(row, r, 4, false, EMU_PASS);)
 }
-// The same transposed: r[i] holds rows 2t and 2t + 1 of column g.
+// Stores the transposed matrices: r[i] holds rows 2t and 2t + 1 of column g.
 PTX_FN void stmatrix_x4_trans(uint32_t row, const uint32_t (&r)[4] PTX_LINE) {
     PTX_DEVICE(asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row), "r"(r[0]),
                             "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");)
@@ -17,13 +17,13 @@ PTX_FN void stmatrix_x4_trans(uint32_t row, const uint32_t (&r)[4] PTX_LINE) {
 
 // ---- mbarriers: 8 bytes of shared memory each ----
 
-// A phase ends after `arrivals` of them and once all bytes that were expected have come. One thread, then
-// fence_mbar_init.
+// Initialises a barrier whose phases complete after `arrivals` arrivals and after all expected bytes have come. Called
+// by one thread, which then calls fence_mbar_init.
 PTX_FN void mbar_init(uint32_t barrier, uint32_t arrivals PTX_LINE) {
     PTX_DEVICE(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");)
     PTX_EMULATED(emu::mbar_init(barrier, arrivals, EMU_PASS);)
 }
-// Makes initialised barriers known to TMA; other threads know of them after a __syncthreads behind it.
+// Makes initialised barriers visible to TMA; other threads see them after a __syncthreads that follows.
 PTX_FN void fence_mbar_init() {
     PTX_DEVICE(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");)
 }
@@ -31,34 +31,36 @@ PTX_FN void mbar_arrive(uint32_t barrier PTX_LINE) {
     PTX_DEVICE(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");)
     PTX_EMULATED(emu::mbar_arrive(barrier, 1, 0, EMU_PASS);)
 }
-// Arrives, and lets the phase wait for `bytes` more bytes of TMA.
+// Arrives, and makes the phase wait for `bytes` more bytes from TMA.
 PTX_FN void mbar_expect_tx(uint32_t barrier, uint32_t bytes PTX_LINE) {
     PTX_DEVICE(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                             : "memory");)
     PTX_EMULATED(emu::mbar_arrive(barrier, 1, bytes, EMU_PASS);)
 }
-// Waits for the end of the phase of this parity. The first phase's parity is 0: of a new barrier, parity 1 has ended.
+// Waits until the phase of this parity has completed. The first phase has parity 0; on a new barrier, parity 1 counts
+// as completed.
 PTX_FN void mbar_wait(uint32_t barrier, uint32_t parity PTX_LINE) {
     PTX_DEVICE(asm volatile("{\n.reg .pred done;\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                             "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");)
     PTX_EMULATED(emu::mbar_wait(barrier, parity, EMU_PASS);)
 }
 
-// ---- TMA: tiles of tensors in global memory, by one thread; the tensor map says sizes, tile and swizzle ----
+// ---- TMA: tiles of tensors in global memory, issued by one thread; the tensor map holds sizes, tile and swizzle ----
 
-// Makes the thread's writes to shared memory known to TMA and wgmma, which reach it another way. Then a barrier.
+// Makes the thread's writes to shared memory visible to TMA and wgmma, which access it through the asynchronous proxy.
+// A barrier must follow.
 PTX_FN void fence_proxy_async() {
     PTX_DEVICE(asm volatile("fence.proxy.async.shared::cta;" ::: "memory");)
     PTX_EMULATED(emu::fence_proxy_async();)
 }
 
-// Fetches a tensor's map to where TMA looks for it, which the first use would wait for.
+// Prefetches a tensor map to where TMA looks for it; otherwise its first use waits for it.
 PTX_FN void tma_prefetch(const CUtensorMap* map) {
     PTX_DEVICE(asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");)
 }
 
-// Loads the tile whose first element is at the coordinates, innermost first; what lies outside the tensor becomes zero.
-// The whole tile's bytes count at `barrier`, on which readers wait.
+// Loads the tile whose first element is at the given coordinates, innermost first; elements outside the tensor become
+// zero. The bytes of the whole tile count at `barrier`, on which readers wait.
 PTX_FN void tma_load_2d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1 PTX_LINE) {
     PTX_DEVICE(asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
                             "[%0], [%1, {%3,%4}], [%2];" ::"r"(to), "l"(map), "r"(barrier), "r"(x0), "r"(x1)
@@ -79,7 +81,8 @@ PTX_FN void tma_load_4d(uint32_t to, const CUtensorMap* map, uint32_t barrier, i
     PTX_EMULATED(int x[] = {x0, x1, x2, x3}; emu::tma_load(to, map, barrier, 4, x, EMU_PASS);)
 }
 
-// Stores a tile, but for what lies outside the tensor. The tile was made known by fence_proxy_async and a barrier.
+// Stores a tile; elements outside the tensor are left out. The tile must have been made visible by fence_proxy_async
+// and a barrier.
 PTX_FN void tma_store_2d(const CUtensorMap* map, uint32_t from, int x0, int x1 PTX_LINE) {
     PTX_DEVICE(asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2,%3}], [%1];" ::"l"(map),
                             "r"(from), "r"(x0), "r"(x1) : "memory");)
@@ -90,7 +93,7 @@ PTX_FN void tma_store_4d(const CUtensorMap* map, uint32_t from, int x0, int x1, 
                             "l"(map), "r"(from), "r"(x0), "r"(x1), "r"(x2), "r"(x3) : "memory");)
     PTX_EMULATED(int x[] = {x0, x1, x2, x3}; emu::tma_store(map, from, 4, x, EMU_PASS);)
 }
-// Ends the thread's group of stores.
+// Closes the thread's current group of stores.
 PTX_FN void tma_store_commit() {
     PTX_DEVICE(asm volatile("cp.async.bulk.commit_group;" ::: "memory");)
     PTX_EMULATED(emu::bulk_commit();)
@@ -101,26 +104,27 @@ template <int N> PTX_FN void tma_store_wait() {
     PTX_EMULATED(emu::bulk_wait(N, true);)
 }
 
-// ---- wgmma: a warpgroup multiplies tiles of shared memory; all 128 threads ----
+// ---- wgmma: a warpgroup multiplies tiles in shared memory; all 128 threads ----
 
-// Before the first wgmma, and again before one that follows other uses of its registers.
+// Needed before the first wgmma, and before any wgmma that follows another use of its registers.
 PTX_FN void wgmma_fence(PTX_ONLY_LINE) {
     PTX_DEVICE(asm volatile("wgmma.fence.sync.aligned;" ::: "memory");)
     PTX_EMULATED(emu::wgmma_fence(EMU_PASS);)
 }
-// Ends a group of products.
+// Closes the current group of products.
 PTX_FN void wgmma_commit(PTX_ONLY_LINE) {
     PTX_DEVICE(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");)
     PTX_EMULATED(emu::wgmma_commit(EMU_PASS);)
 }
-// Waits until at most the latest N groups are under way: registers and shared memory of the others are free then.
+// Waits until at most the latest N groups are in flight: the registers and shared memory of earlier groups are free
+// then.
 template <int N> PTX_FN void wgmma_wait(PTX_ONLY_LINE) {
     PTX_DEVICE(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");)
     PTX_EMULATED(emu::wgmma_wait(N, EMU_PASS);)
 }
 
-// The compiler moves no use of the sums over this. It does not know that they change between a wgmma and its wait, so
-// that one of these belongs before wgmma_fence and after wgmma_wait.
+// Keeps the compiler from moving any use of the accumulators across this point. The compiler does not know that they
+// change between a wgmma and its wait, so this belongs before wgmma_fence and after wgmma_wait.
 template <int R> PTX_FN void wgmma_hold(float (&d)[R]) {
 #pragma unroll
     for (int i = 0; i < R; i++) {
@@ -129,7 +133,8 @@ template <int R> PTX_FN void wgmma_hold(float (&d)[R]) {
     }
 }
 
-// The warpgroup's registers a thread become R, a multiple of 8: more, waiting until others gave some, or fewer.
+// Changes the number of registers of each of the warpgroup's threads to R, a multiple of 8. reg_inc raises it and waits
+// until other warpgroups have released enough; reg_dec lowers it.
 template <int R> PTX_FN void reg_inc(PTX_ONLY_LINE) {
     static_assert(R % 8 == 0 && R >= 24 && R <= 256);
     PTX_DEVICE(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(R));)
@@ -141,16 +146,20 @@ template <int R> PTX_FN void reg_dec(PTX_ONLY_LINE) {
     PTX_EMULATED(emu::set_registers(R, false, EMU_PASS);)
 }
 
-// How a tile's 16-byte chunks change places so that a column spreads over the banks; CUtensorMapSwizzle's numbers. Row
-// r of a tile, a span of so many bytes, has its chunk c at c ^ r % 8 (128), c ^ r / 2 % 4 (64) or c ^ r / 4 % 2 (32). A
-// tile begins at a multiple of 8 spans.
+// How the 16-byte chunks of a tile are permuted so that a column is spread over the banks; the values are those of
+// CUtensorMapSwizzle. A row r of a tile is a span of 128, 64 or 32 bytes, and its chunk c is stored at c ^ r % 8, c ^ r
+// / 2 % 4 or c ^ r / 4 % 2 respectively. A tile begins at a multiple of 8 spans.
 enum class Swizzle : uint32_t { NONE, SPAN32, SPAN64, SPAN128 };
 
 // The descriptor of a tile in shared memory; `leading` and `stride` are distances in bytes.
-//   Rows of K, a span each (A, and B^T): `stride` from eight rows to the next eight. Without swizzle a row is 16 bytes,
-//     8 k, and `leading` leads to the next 8; otherwise it is ignored, and 32 bytes further are the next 16 k.
-//   Rows of N, a span each, one a k (B): `leading` from a span of N to the next, `stride` from eight k to the next
-//     eight; without swizzle `stride` from 8 columns to the next 8, `leading` from eight k to the next eight.
+//
+// K-major (rows of K, one span each; A, and B^T): `stride` leads from eight rows to the next eight. Without a swizzle a
+// row is 16 bytes, 8 values of k, and `leading` leads to the next 8; with a swizzle `leading` is ignored, and the next
+// 16 values of k are 32 bytes further on.
+//
+// MN-major (rows of N, one span each, one row per k; B): with a swizzle `leading` leads from one span of N to the next,
+// and `stride` from eight values of k to the next eight. Without one `stride` leads from 8 columns to the next 8, and
+// `leading` from eight values of k to the next eight.
 PTX_FN uint64_t wg_desc(Swizzle swizzle, uint32_t address, uint32_t leading, uint32_t stride) {
     uint64_t layout = (4 - uint64_t(swizzle)) % 4;
     uint64_t tile = (address & 0x3ffff) >> 4;
@@ -161,9 +170,10 @@ PTX_FN uint64_t wg_desc_sw128(uint32_t address, uint32_t leading, uint32_t strid
 }
 
 // wgmma_m64nNk16<TB>(d, a, b, scale_d): D[64][N] = A[64][16] * B[16][N], plus D where scale_d is not 0. A and B are
-// descriptors; TB = 0 takes B^T, rows of K, and TB = 1 takes B, rows of N. wgmma_m64nNk16_rs takes A from registers.
-// Warp w of the warpgroup has rows 16 * w .. 16 * w + 16: a[..] and d[4 * j ..] are the fragments of mma_m16n8k16, the
-// latter of columns 8 * j .. 8 * j + 8. Until its group is waited for nobody touches d, a's registers or the tiles.
+// descriptors; TB = 0 takes B^T (K-major), TB = 1 takes B (MN-major). wgmma_m64nNk16_rs takes A from registers. Warp w
+// of the warpgroup has rows 16 * w .. 16 * w + 16. The registers a[..] and d[4 * j ..] are the fragments of
+// mma_m16n8k16, the latter for columns 8 * j .. 8 * j + 8. Until its group has been waited for, nothing may touch d,
+// the registers of a or the tiles.
 #define PTX_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PTX_D8(i) PTX_D4(i), PTX_D4(i + 4)
 #define PTX_D16 PTX_D8(0), PTX_D8(8)
@@ -186,7 +196,7 @@ PTX_FN uint64_t wg_desc_sw128(uint32_t address, uint32_t leading, uint32_t strid
     ",%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121" \
     ",%122,%123,%124,%125,%126,%127"
 
-// Of N columns, R = N / 2 registers a thread; P0.. are the numbers of the operands behind them.
+// N columns take R = N / 2 registers per thread; P0.. are the numbers of the operands that follow them.
 #define PTX_WGMMA(N, R, P0, P1, P2, P3, P4, P5, P6) \
     template <int TB> PTX_FN void wgmma_m64n##N##k16(float (&d)[R], uint64_t a, uint64_t b, int scale_d PTX_LINE) { \
         PTX_DEVICE(asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #P2 ", 0;\n" \

@@ -1,9 +1,10 @@
-// Sampling: the UNet's input, guidance and the scheduler's step in one kernel, noise, and the VAE's ends. A thread a number
-// (four of a picture). 64 KB to 1 MB an array, so that launches and latencies are all they cost: 2 to 3 us each.
+// Sampling: the UNet's input, guidance and the scheduler's step in one kernel, noise, and the VAE's input and output.
+// One number per thread (four of a picture). Arrays are 64 KB to 1 MB, so that launches and latencies are all they
+// cost: 2 to 3 us each.
 //
-// What differs from step to step is read from a table by an index in device memory, so one recording serves all steps.
-// `prepare` reads `next` and writes `current`; `guide_and_step` reads `current` and writes `next`: no kernel reads what it
-// writes, and their order on the stream does the rest.
+// All that differs from step to step is read from a table by an index in device memory, so one recorded graph serves
+// all steps. `prepare` reads `next` and writes `current`; `guide_and_step` reads `current` and writes `next`. No kernel
+// reads what it writes itself, and the order of the stream does the rest.
 #include "numeric.cuh"
 
 // diffusion::scheduler::Step; its documentation has the formulas.
@@ -12,19 +13,19 @@ struct DeviceStep {
     float convert_x, convert_out, clip;
     float base_x, base_saved, base_m, base_history[3];
     float next_base, next_out, next_m, next_history[3], next_noise;
-    uint32_t draw;  // of the draws after the first step began, which one the noise is
+    uint32_t draw;  // index of this step's noise among the draws from the first step on
     int32_t save, push;
-    uint32_t faults;  // warps that found latents not finite
+    uint32_t faults;  // number of warps that found latents that are not finite
 };
 LAYOUT(DeviceStep, timestep, input_scale, convert_x, convert_out, clip, base_x, base_saved, base_m, base_history,
        next_base, next_out, next_m, next_history, next_noise, draw, save, push, faults)
 
-// A request.
+// The state of a request.
 struct Run {
-    int32_t philox;  // noise is drawn here rather than read
+    int32_t philox;  // 1 if noise is drawn here rather than read
     int32_t steps;
     int32_t next, current;
-    uint32_t picture_faults;  // warps that found a picture not finite
+    uint32_t picture_faults;  // number of warps that found pixels that are not finite
 };
 LAYOUT(Run, philox, steps, next, current, picture_faults)
 
@@ -63,8 +64,9 @@ __device__ __forceinline__ uint2 philox(uint32_t draw, uint32_t element, uint64_
     return make_uint2(c0, c1);
 }
 
-// What Rng::TorchCuda draws for number i of the latents, every image having a seed of its own and drawing in NCHW. In f64
-// as there: equal but for the last place of libm's functions, which the rounding to f32 hides nearly always.
+// Draws number i of the latents as Rng::TorchCuda does; every image has a seed of its own and draws in NCHW order.
+// Computed in f64 as there: equal except for the last place of libm's functions, which the rounding to f32 hides nearly
+// always.
 __device__ __forceinline__ float normal(uint64_t seed, uint32_t draw, int i, const LatentSize& size) {
     int one = size.channels * size.pixels;
     int pixel = i % one / size.channels, channel = i % size.channels;
@@ -87,7 +89,7 @@ struct NoiseParams {
 };
 LAYOUT(NoiseParams, out, images, size, scale)
 
-// out = scale * normal numbers, each image's from the first draw of its seed.
+// out = scale * normally distributed numbers, each image's from the first draw of its seed.
 KERNEL __launch_bounds__(256) noise(const __grid_constant__ NoiseParams p) {
     griddep_launch_dependents();
     griddep_wait();
@@ -100,8 +102,8 @@ struct PrepareParams {
     Run* run;
     const DeviceStep* steps;
     const float* latents;
-    __half* sample;  // once, or twice in a row
-    float* timestep;  // one an image
+    __half* sample;  // the latents once, or twice in a row
+    float* timestep;  // one per image
     int32_t length;
     int32_t copies;
     int32_t rows;
@@ -109,7 +111,8 @@ struct PrepareParams {
 };
 LAYOUT(PrepareParams, run, steps, latents, sample, timestep, length, copies, rows, padding)
 
-// The UNet's inputs: the scaled latents for each half of a guided batch, and the timestep. Past the last step, nothing.
+// The UNet's inputs: the scaled latents for each half of a guided batch, and the timestep. Beyond the last step it does
+// nothing.
 KERNEL __launch_bounds__(256) prepare(const __grid_constant__ PrepareParams p) {
     griddep_launch_dependents();
     griddep_wait();
@@ -128,8 +131,8 @@ struct GuideAndStepParams {
     Run* run;
     const SampledImage* images;
     DeviceStep* steps;
-    const float* out;  // the UNet's, unconditional rows first where guided
-    const float* noise;  // read where it is not drawn here
+    const float* out;  // the UNet's output; if guided, unconditional rows come first
+    const float* noise;  // read where noise is not drawn here
     float* latents;
     float* saved;
     float* history;  // three arrays, the latest first
@@ -138,13 +141,13 @@ struct GuideAndStepParams {
 };
 LAYOUT(GuideAndStepParams, run, images, steps, out, noise, latents, saved, history, size, guided)
 
-// sum + coefficient * x, each rounded: what the CPU computes. Written with operators the compiler would fuse the two,
-// which shows where great terms cancel, as the noise does in the last steps of LCM.
+// sum + coefficient * x with two roundings, as the CPU computes it. Written with operators, the compiler would fuse the
+// two, which shows where large terms cancel, as the noise does in the last steps of LCM.
 __device__ __forceinline__ float plus(float sum, float coefficient, float x) {
     return __fadd_rn(sum, __fmul_rn(coefficient, x));
 }
 
-// The same of x[i], unless the coefficient is zero: memory that no step has written yet may hold anything.
+// The same for x[i], unless the coefficient is zero: memory that no step has written yet may hold anything.
 __device__ __forceinline__ float plus_kept(float sum, float coefficient, const float* x, int i) {
     return coefficient == 0.0f ? sum : plus(sum, coefficient, x[i]);
 }
@@ -156,8 +159,8 @@ __device__ __forceinline__ float dot(const float (&coefficients)[3], const float
     return sum;
 }
 
-// Classifier-free guidance (arXiv 2207.12598) and the sampler's step, latents in place: SamplerState::step's arithmetic
-// in its order, and so its numbers to the last bit.
+// Classifier-free guidance (arXiv 2207.12598) and the sampler's step, latents in place. The arithmetic is that of
+// SamplerState::step in the same order, so the numbers are equal to the last bit.
 KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndStepParams p) {
     griddep_launch_dependents();
     griddep_wait();
@@ -222,7 +225,7 @@ struct ToRgb8Params {
 };
 LAYOUT(ToRgb8Params, run, x, out, length)
 
-// -1..1 to bytes, rounded as Picture::from_hwc does; what is not finite becomes 0 and is counted.
+// Maps -1..1 to bytes, rounded as in Picture::from_hwc; numbers that are not finite become 0 and are counted.
 __device__ __forceinline__ uint32_t to_byte(float x) {
     return uint32_t(rintf(fminf(fmaxf(x * 0.5f + 0.5f, 0.0f), 1.0f) * 255.0f));
 }

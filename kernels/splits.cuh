@@ -1,45 +1,46 @@
-// A product's depth in parts: blocks that make the same tile from a part of the depth each, and one of which adds up.
+// Split-K: several blocks compute the same tile, each over a part of the depth, and the last block to finish adds up
+// their partial sums.
 #pragma once
 #include "numeric.cuh"
 
-constexpr int SUMMERS = 256;  // threads of a block that hold sums, the first ones
+constexpr int SUM_THREADS = 256;  // threads of a block that hold accumulators, the first ones
 
-// Called by all of these. Each block leaves its sums in memory. The last of a tile's blocks to come gets the sums of
-// all parts, added in the order of the depth and not in that of coming, and true; the others get false.
-// `partial` is [tiles][splits][QUADS][SUMMERS]; `counters` has one for each tile, 0 before and after. The word of
-// shared memory at `ticket` may be in use until all threads are here. Uses named barrier 3.
+// Called by all SUM_THREADS threads. Each block writes its partial sums to memory. The last block of a tile to arrive
+// receives the sums of all parts, added in the order of the depth rather than of arrival, and true; the others receive
+// false. `partial` is [tiles][splits][QUADS][SUM_THREADS]; `counters` has one counter per tile, which is 0 before and
+// after. The word of shared memory at `ticket` may be in use until all threads have arrived here. Uses named barrier 3.
 template <int QUADS>
 PTX_FN bool add_splits(float (&sums)[4 * QUADS], float4* partial, uint32_t* counters, int tile, int splits, int split,
                        unsigned char* ticket) {
-    float4* of_tile = partial + size_t(tile) * splits * QUADS * SUMMERS + threadIdx.x;
-    float4* own = of_tile + size_t(split) * QUADS * SUMMERS;
+    float4* tile_sums = partial + size_t(tile) * splits * QUADS * SUM_THREADS + threadIdx.x;
+    float4* own = tile_sums + size_t(split) * QUADS * SUM_THREADS;
 #pragma unroll
     for (int i = 0; i < QUADS; i++)
-        own[i * SUMMERS] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+        own[i * SUM_THREADS] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
     __threadfence();
-    named_bar_sync(3, SUMMERS);
-    uint32_t* came = reinterpret_cast<uint32_t*>(ticket);
+    named_bar_sync(3, SUM_THREADS);
+    uint32_t* arrived = reinterpret_cast<uint32_t*>(ticket);
     if (threadIdx.x == 0) {
-        *came = atomicAdd(counters + tile, 1u);
-        // Everybody has come: the counter is as it was found.
-        if (*came == splits - 1) counters[tile] = 0;
+        *arrived = atomicAdd(counters + tile, 1u);
+        // All parts have arrived: reset the counter.
+        if (*arrived == splits - 1) counters[tile] = 0;
     }
-    named_bar_sync(3, SUMMERS);
-    bool last = *came == splits - 1;
-    // The ticket has been read before another is drawn, or its place is used otherwise.
-    named_bar_sync(3, SUMMERS);
+    named_bar_sync(3, SUM_THREADS);
+    bool last = *arrived == splits - 1;
+    // Every thread has read the ticket before another ticket is drawn or its memory is reused.
+    named_bar_sync(3, SUM_THREADS);
     if (!last) return false;
     __threadfence();
-    // Sixteen loads of a part are on their way together, for which there are registers.
-    constexpr int TOGETHER = 16;
+    // Sixteen loads of a part are in flight together; there are registers for that many.
+    constexpr int IN_FLIGHT = 16;
 #pragma unroll
-    for (int first = 0; first < QUADS; first += TOGETHER) {
+    for (int first = 0; first < QUADS; first += IN_FLIGHT) {
 #pragma unroll 1
         for (int part = 0; part < splits; part++) {
-            const float4* of_part = of_tile + size_t(part) * QUADS * SUMMERS;
+            const float4* part_sums = tile_sums + size_t(part) * QUADS * SUM_THREADS;
 #pragma unroll
-            for (int i = first; i < first + TOGETHER && i < QUADS; i++) {
-                float4 more = of_part[i * SUMMERS];
+            for (int i = first; i < first + IN_FLIGHT && i < QUADS; i++) {
+                float4 more = part_sums[i * SUM_THREADS];
                 float* sum = sums + 4 * i;
                 if (part == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
                 sum[0] += more.x, sum[1] += more.y, sum[2] += more.z, sum[3] += more.w;

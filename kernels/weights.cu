@@ -1,56 +1,60 @@
-// Weights on their way from a checkpoint's file to the forms that the other kernels read. Every form is a strided copy
-// of the file's tensor: a matrix [out, in, taps] becomes [out, taps, in], a mirrored one [in, taps reversed, out], and
-// a gated one has its rows dealt to even and odd places. For a convolution of a doubled source, a tap is the sum of
-// one, two or four of the file's. So one kernel does all of them, and src/cuda/weights.rs alone knows the forms.
+// Packs weights from the form in which a checkpoint's file has them into the forms that the other kernels read. Every
+// form is a strided copy of the file's tensor: a matrix [out, in, taps] becomes [out, taps, in], a mirrored one [in,
+// taps reversed, out], and the rows of a gated one are interleaved, values on even and gates on odd places. For a
+// convolution of an upsampled source, a tap is the sum of one, two or four taps of the file. So one kernel does all of
+// them, and src/cuda/weights alone knows the forms.
 //
-// A block copies one line of the result: its threads take neighbouring numbers of it, 128 at a time.
+// A block copies one line of the result: its threads take adjacent numbers of it, 128 at a time.
 //
 // Where a matrix W multiplies a layer norm's result, the norm's scale and shift are folded into it. Its numbers become
-// W' = fp16(scale[k] W[c][k]), and for each column c the block adds up S[c] = sum of W'[c][k], of the rounded numbers, and
-// T[c] = sum of shift[k] W[c][k]. Then W (scale (x - mean) / deviation + shift) = (W' x - mean S) / deviation + T. A file
-// that holds the matrix transposed comes in pieces of inputs, whose sums add up from launch to launch.
+// W' = fp16(scale[k] W[c][k]), and for each column c the block accumulates S[c] = sum of W'[c][k], over the rounded
+// numbers, and T[c] = sum of shift[k] W[c][k]. Then W (scale (x - mean) / deviation + shift) = (W' x - mean S) /
+// deviation + T. A file that holds the matrix transposed is packed in pieces of inputs, whose sums accumulate from
+// launch to launch.
 //
-// Memory: each number is read once (2 to 8 bytes) and written once (2 or 4). A 3x3 kernel's numbers are nine apart in
-// the file, so that a line of it is fetched from L2 nine times; mirrored ones are rows apart, 32 bytes fetched for
-// each.
+// Memory traffic: each number is read once (2 to 8 bytes) and written once (2 or 4). The numbers of a 3x3 kernel's line
+// are nine apart in the file, so a line of it is fetched from L2 nine times; those of mirrored kernels are rows apart,
+// and 32 bytes are fetched for each number.
+//
 // Bound: the copy to the device, some 25 to 50 GB/s, which runs before it in the stream; the kernel should take a tenth
 // of that time, which no GPU has measured yet.
 #include "numeric.cuh"
 
 struct PackParams {
-    // Numbers as the file has them.
+    // Numbers as in the file.
     const unsigned char* from;
     // fp16, or fp32 if `full`.
     unsigned char* to;
-    // Becomes 1 if a number is NaN or infinite.
+    // Set to 1 if a number is NaN or infinite.
     uint32_t* fault;
-    // Of the norm that is folded into the matrix, from the first number's input on; or null.
+    // Scale of the norm that is folded into the matrix, from the first number's input on; or null.
     const float* norm_scale;
-    // Likewise, and S and T of the first line's column; null if the sums are not wanted.
+    // Shift likewise, and S and T of the first line's column; null if the sums are not wanted.
     const float* norm_shift;
     float2* sums;
-    // Numbers from one line (x), group of lines (y) and element (z) to the next, where they are read and where they go.
+    // Strides in numbers from one line (x), group of lines (y) and element (z) to the next, in the source and in the
+    // destination.
     int64_t from_line;
     int64_t from_group;
     int64_t from_element;
     int64_t to_line;
     int64_t to_group;
     int64_t to_element;
-    // Elements of a line.
+    // Elements per line.
     int32_t length;
     // A Format.
     int32_t format;
     int32_t full;
-    // Numbers that are added up, in rows and columns of a 3x3 kernel; 1 and 1 for a copy.
+    // Taps that are summed, in rows and columns of a 3x3 kernel; 1 and 1 for a copy.
     int32_t down;
     int32_t across;
-    // Inputs from one line and element to the next, and columns from one line to the next.
+    // Inputs from one line and from one element to the next, and columns from one line to the next.
     int32_t input_line;
     int32_t input_element;
     int32_t column_line;
 };
-LAYOUT(PackParams, from, to, fault, norm_scale, norm_shift, sums, from_line, from_group, from_element, to_line, to_group,
-       to_element, length, format, full, down, across, input_line, input_element, column_line)
+LAYOUT(PackParams, from, to, fault, norm_scale, norm_shift, sums, from_line, from_group, from_element, to_line,
+       to_group, to_element, length, format, full, down, across, input_line, input_element, column_line)
 
 // weights::Format, in its order.
 enum Format { F16, BF16, F32, F64 };
@@ -64,7 +68,7 @@ __device__ __forceinline__ float number_at(const unsigned char* from, int64_t in
     }
 }
 
-// Adds the threads' shares of S and T to those of the line's column.
+// Adds the threads' partial sums of S and T to those of the line's column.
 __device__ __forceinline__ void add_sums(const PackParams& p, float2 sums) {
     float2* by_warp = reinterpret_cast<float2*>(dyn_smem());
     sums = make_float2(warp_sum(sums.x), warp_sum(sums.y));
@@ -99,7 +103,7 @@ KERNEL __launch_bounds__(128) pack_weights(const __grid_constant__ PackParams p)
         if (p.full) reinterpret_cast<float*>(p.to)[at] = x;
         else reinterpret_cast<__half*>(p.to)[at] = to_half(x);
     }
-    // Whoever writes it writes the same.
+    // Every thread that writes it writes the same value.
     if (!finite) *p.fault = 1;
     if (p.sums) add_sums(p, sums);
 }

@@ -19,7 +19,7 @@ pub(crate) enum Backend {
     #[default]
     Cpu,
     /// The CUDA kernels, on a GPU or on the emulator.
-    Cuda(Arc<dyn cuda::Device>),
+    Cuda(Arc<dyn cuda::CudaDevice>),
 }
 
 impl Device {
@@ -44,7 +44,7 @@ impl Device {
     }
 
     /// The CUDA kernels on a machine of one's own, such as the emulator.
-    pub fn kernels(machine: Arc<dyn cuda::Device>) -> Self {
+    pub fn kernels(machine: Arc<dyn cuda::CudaDevice>) -> Self {
         Device(Backend::Cuda(machine))
     }
 
@@ -100,7 +100,7 @@ impl Device {
             }
             Backend::Cuda(device) => {
                 let others: Vec<_> = others.iter().filter_map(|other| other.on_cuda()).collect();
-                Weights::Cuda(cuda::Weights::load_beside(device, specs, tensors, &others)?)
+                Weights::Cuda(cuda::CudaWeights::load_beside(device, specs, tensors, &others)?)
             }
         })
     }
@@ -115,7 +115,7 @@ impl Device {
         match (&self.0, weights) {
             (Backend::Cpu, Weights::Cpu(weights)) => Ok(Executor::Cpu(CpuExecutor::new(plan, weights.clone())?)),
             (Backend::Cuda(device), Weights::Cuda(weights)) => {
-                Ok(Executor::Cuda(cuda::Executor::new(device, plan, weights.clone())?))
+                Ok(Executor::Cuda(cuda::CudaExecutor::new(device, plan, weights.clone())?))
             }
             _ => Err(Error::mismatch(Subject::Run, format!("the weights were not loaded for {}", self.name()))
                 .advise("load them there")),
@@ -135,7 +135,7 @@ pub enum Weights {
     /// In fp32.
     Cpu(Arc<CpuWeights>),
     /// In fp16.
-    Cuda(Arc<cuda::Weights>),
+    Cuda(Arc<cuda::CudaWeights>),
 }
 
 impl Weights {
@@ -162,7 +162,7 @@ impl Weights {
         }
     }
 
-    fn on_cuda(&self) -> Option<&cuda::Weights> {
+    fn on_cuda(&self) -> Option<&cuda::CudaWeights> {
         match self {
             Weights::Cpu(_) => None,
             Weights::Cuda(weights) => Some(weights),
@@ -175,7 +175,7 @@ pub enum Executor {
     /// On the CPU.
     Cpu(CpuExecutor),
     /// On the kernels.
-    Cuda(cuda::Executor),
+    Cuda(cuda::CudaExecutor),
 }
 
 impl Executor {

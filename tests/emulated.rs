@@ -180,7 +180,7 @@ fn nan_in_a_network_ends_the_run() {
         [("unet", "down_blocks.0.resnets.0.norm1.weight", "step 1 of 3"), ("vae", "decoder.conv_norm_out", "the VAE")]
     {
         let folder = enlarged(network, tensor, 2e38);
-        let engine = Engine::open(&Source::folder(folder.path()).unwrap(), &kernels()).unwrap();
+        let engine = Engine::open(&Source::folder(folder.path()).unwrap(), kernels()).unwrap();
         let run = engine.session(options).unwrap().generate(&request, &mut |_| ControlFlow::Continue(()));
         let error = run.err().unwrap_or_else(|| panic!("{tensor}: a picture"));
         assert!(error.kind() == ErrorKind::NonFinite && error.to_string().contains(words), "{tensor}: {error}");
@@ -284,7 +284,7 @@ fn rollouts_wait_for_nothing_but_their_end() {
 
 /// A device that counts how often the host reads from it and writes to it.
 struct Counting {
-    device: Arc<dyn cuda::Device>,
+    device: Arc<dyn cuda::CudaDevice>,
     reads: AtomicUsize,
     writes: AtomicUsize,
 }
@@ -295,7 +295,7 @@ impl Counting {
     }
 }
 
-impl cuda::Device for Counting {
+impl cuda::CudaDevice for Counting {
     fn name(&self) -> String {
         self.device.name()
     }

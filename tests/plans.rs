@@ -108,17 +108,17 @@ fn computed_indices_are_refused() {
 #[cfg(feature = "emulated")]
 mod on_kernels {
     use super::*;
-    use respodiff::cuda::{Device, Emulated, Executor, Weights};
+    use respodiff::cuda::{CudaDevice, CudaExecutor, CudaWeights, Emulated};
 
-    fn device(limits: Limits) -> Arc<dyn Device> {
+    fn device(limits: Limits) -> Arc<dyn CudaDevice> {
         Emulated::new(limits, Emulated::QUICK)
     }
 
     #[test]
     fn a_gpu_takes_no_plan_of_another() {
         let here = device(Limits::A100);
-        let load = |device, outputs| Weights::load(device, product(outputs).weights(), &Tensors::random()).unwrap();
-        let problem = |plan, weights| Executor::new(&here, plan, weights).err().unwrap().to_string();
+        let load = |device, outputs| CudaWeights::load(device, product(outputs).weights(), &Tensors::random()).unwrap();
+        let problem = |plan, weights| CudaExecutor::new(&here, plan, weights).err().unwrap().to_string();
         let weights = load(&here, 64);
         // The one thing that differs decides how the depth is split, and with it the workspace.
         let fewer = Limits { multiprocessors: 20, ..Limits::A100 };
@@ -135,7 +135,7 @@ mod on_kernels {
         assert!(other.contains("another network's"), "{other}");
         let other = problem(plan(product(64), &Limits::A100), load(&device(Limits::A100), 64));
         assert!(other.contains("not on emulated"), "{other}");
-        Executor::new(&here, plan(product(64), &Limits::A100), weights).unwrap();
+        CudaExecutor::new(&here, plan(product(64), &Limits::A100), weights).unwrap();
     }
 
     /// Weights beside others on another device are loaded in full: addresses mean nothing there.
@@ -143,8 +143,8 @@ mod on_kernels {
     fn weights_are_shared_on_one_device_alone() {
         let (here, there) = (device(Limits::A100), device(Limits::A100));
         let graph = product(64);
-        let beside = |device, others: &[&Weights]| {
-            Weights::load_beside(device, graph.weights(), &Tensors::random(), others).unwrap()
+        let beside = |device, others: &[&CudaWeights]| {
+            CudaWeights::load_beside(device, graph.weights(), &Tensors::random(), others).unwrap()
         };
         let first = beside(&here, &[]);
         assert_eq!(beside(&here, &[&first]).bytes(), 0);
@@ -155,8 +155,8 @@ mod on_kernels {
     #[test]
     fn token_ids_are_of_the_vocabulary() {
         let (device, graph) = (device(Limits::A100), text());
-        let weights = Weights::load(&device, graph.weights(), &Tensors::random()).unwrap();
-        let mut executor = Executor::new(&device, plan(graph, &Limits::A100), weights).unwrap();
+        let weights = CudaWeights::load(&device, graph.weights(), &Tensors::random()).unwrap();
+        let mut executor = CudaExecutor::new(&device, plan(graph, &Limits::A100), weights).unwrap();
         refused(|ids| executor.write("input_ids", ids));
         executor.step().unwrap();
     }
@@ -170,8 +170,8 @@ mod on_kernels {
         let row = b.select_token("select", x, index);
         b.output("row", row);
         let (device, graph) = (device(Limits::A100), b.finish());
-        let weights = Weights::load(&device, graph.weights(), &Tensors::random()).unwrap();
-        let mut executor = Executor::new(&device, plan(graph, &Limits::A100), weights).unwrap();
+        let weights = CudaWeights::load(&device, graph.weights(), &Tensors::random()).unwrap();
+        let mut executor = CudaExecutor::new(&device, plan(graph, &Limits::A100), weights).unwrap();
         let given = [7e4, -7e4, f32::INFINITY, 65519.0, 1.0, -1e30, 65504.0, 0.0];
         executor.write("x", &[[0.0; 8], given].concat()).unwrap();
         executor.write("index", &[1.0]).unwrap();

@@ -161,6 +161,6 @@ fn kernels_have_their_own_precision() {
     let none = respodiff::weights::Tensors::random();
     for precision in [MatrixPrecision::Bf16, MatrixPrecision::Int8] {
         let refused = support::kernels().weights_beside(&[], &none, &[], precision);
-        assert!(refused.is_err_and(|e| e.kind() == ErrorKind::Invalid));
+        assert!(refused.is_err_and(|e| e.kind() == respodiff::ErrorKind::Invalid));
     }
 }

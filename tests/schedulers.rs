@@ -245,7 +245,7 @@ fn configs_that_nothing_here_can_honour_are_refused() {
         (json!({"beta_start": "0.1"}), "beta_start 0.1"),
         (json!({"sigma_min": 0.0}), "sigma_min 0 positive"),
         (json!({"clip_sample_range": -1.0}), "clip_sample_range -1 positive"),
-        (json!({"sigma_data": 0.5}), "sigma_data 0.5 unknown"),
+        (json!({"sigma_data": 0.5}), "sigma_data 0.5 kind"),
     ] {
         let refused = SchedulerConfig::parse(&sd15(fields), "some/scheduler_config.json");
         let message = refused.expect_err(needles).to_string();
@@ -311,9 +311,9 @@ fn requests_that_cannot_work_are_refused() {
         let message = error.to_string();
         assert!(message.contains(needle), "{message}");
     };
-    usage(SD15, "euler", 0, "0 steps: choose from 1 to 1000");
-    usage(SD15, "euler", 1001, "1001 steps: choose from 1 to 1000");
-    usage(SD15, "lcm", 51, "51 steps: choose from 1 to 50");
+    usage(SD15, "euler", 0, "0 steps; choose from 1 to 1000");
+    usage(SD15, "euler", 1001, "1001 steps; choose from 1 to 1000");
+    usage(SD15, "lcm", 51, "51 steps; choose from 1 to 50");
     usage(SD15, "lcm karras", 4, "leave the spacing out");
     usage(SD15, "ddim karras", 4, "choose leading, trailing or linspace");
     // steps_offset pushes the first timestep out of the table.

@@ -1,4 +1,4 @@
-//! Compiles the faulty kernels as those of the engine are compiled.
+//! Compiles the faulty kernels in the same way as those of the engine.
 
 include!("../instrumented.rs");
 

@@ -1,10 +1,11 @@
-// Small kernels, each correct with fault 0 and with one thing wrong for every other number. Tests plant and expect them.
+// Small kernels, each correct with fault 0 and with one fault planted for every other number. The tests expect the
+// emulator to report each of them.
 #include "ptx.cuh"
 
 struct FaultParams {
     const __half* in;
     float* out;
-    uint32_t length;    // of `in`; `out` has a number for each thread of the grid
+    uint32_t length;    // of `in`; `out` has one number per thread of the grid
     int32_t fault;
 };
 
@@ -38,7 +39,7 @@ KERNEL reduce(const __grid_constant__ FaultParams p) {
     }
     sum = block_sum(sum, partial, f);
     squares = block_sum(squares, partial, f);
-    if (f == 4 && thread == 7) p.out[gridDim.x * 128] = 1;          // 4: written past the end
+    if (f == 4 && thread == 7) p.out[gridDim.x * 128] = 1;          // 4: write past the end
     if (f == 5 && thread == 7) partial[4] = 1;                      // 5: past the end of shared memory
     if (f == 6 && thread % 32 < 16) sum += __shfl_xor_sync(0xffffffffu, sum, 1);    // 6: full mask, half a warp
     if (f == 7 && thread < 32) __syncthreads();                     // 7: a barrier for one warp only
@@ -46,23 +47,23 @@ KERNEL reduce(const __grid_constant__ FaultParams p) {
         if (thread < 64) __syncthreads();
         else __syncthreads();
     }
-    if (f == 9) squares += ((const float4*)(p.in + 4))->x * 0;      // 9: 16 bytes (of which one number is used) at 8
-    if (f == 10) *(Block32*)p.out = *(const Block32*)(p.in + p.length - 8);         // 10: a structure beyond the end
+    if (f == 9) squares += ((const float4*)(p.in + 4))->x * 0;      // 9: misaligned 16 bytes, one number used
+    if (f == 10) *(Block32*)p.out = *(const Block32*)(p.in + p.length - 8);         // 10: structure beyond the end
     if (f == 11) memcpy(p.out, p.in + p.length - 8, 18 + 0 * thread);               // 11: memcpy beyond the end
-    if (f == 12 && thread == 3) *(float*)nullptr = 1;               // 12: null
-    if (f == 13) sum += __shfl_sync(1u << (thread + 1) % 32, sum, 0);               // 13: not in its own mask
-    if (f == 14) named_bar_sync(1, thread < 64 ? 128 : 64);         // 14: two counts
-    if (f == 15) ((uint16_t*)p.in)[p.length] = 0;                     // 15: written past the end of the input
-    if (f == 16 && thread < 96) named_bar_sync(2, 128);             // 16: a warp never comes
-    if (f == 17) __ballot_sync(thread % 2 ? 0xffffffffu : 0x55555555u, 1);          // 17: masks that overlap
-    if (f == 18) sum += __shfl_sync(0xffffffffu, sum, 0, 12);       // 18: no power of two
-    if (f == 19) partial[thread % 2] = sum;                         // 19: everybody writes the same
+    if (f == 12 && thread == 3) *(float*)nullptr = 1;               // 12: null pointer
+    if (f == 13) sum += __shfl_sync(1u << (thread + 1) % 32, sum, 0);               // 13: lane not in its own mask
+    if (f == 14) named_bar_sync(1, thread < 64 ? 128 : 64);         // 14: two different counts
+    if (f == 15) ((uint16_t*)p.in)[p.length] = 0;                   // 15: write past the end of the input
+    if (f == 16 && thread < 96) named_bar_sync(2, 128);             // 16: one warp never arrives
+    if (f == 17) __ballot_sync(thread % 2 ? 0xffffffffu : 0x55555555u, 1);          // 17: overlapping masks
+    if (f == 18) sum += __shfl_sync(0xffffffffu, sum, 0, 12);       // 18: width is not a power of two
+    if (f == 19) partial[thread % 2] = sum;                         // 19: all threads write the same word
     if (f == 20) p.out[-1 - (int)gridDim.x * 128] = 0;              // 20: before the beginning
     p.out[blockIdx.x * 128 + thread] = sum + squares;
 }
 EXPORT(reduce)
 
-// ---- exchange: a warp turns 32 numbers round in shared memory; 32 threads ----
+// ---- exchange: a warp reverses 32 numbers in shared memory; 32 threads ----
 
 KERNEL exchange(const __grid_constant__ FaultParams p) {
     float* numbers = (float*)dyn_smem();
@@ -92,21 +93,22 @@ KERNEL stream(const __grid_constant__ FaultParams p) {
     float sum = 0;
     for (int tile = 0; tile < tiles; tile++) {
         if (tile + 1 < tiles) fetch(tile + 1);
-        if (f != 8) cp_async_commit();                              // 8: nothing closes the group
-        if (f == 2) cp_async_wait<2>();                             // 2: a group too many stays behind
+        if (f != 8) cp_async_commit();                              // 8: no commit closes the group
+        if (f == 2) cp_async_wait<2>();                             // 2: one group too many stays in flight
         else if (f != 1) cp_async_wait<1>();                        // 1: no wait
-        if (f != 3) __syncthreads();                                // 3: others' copies are not waited for
+        if (f != 3) __syncthreads();                                // 3: other threads' copies are not waited for
         const __half* numbers = (const __half*)(shared + (tile & 1) * 2048);
         for (int i = 0; i < 8; i++) sum += __half2float(numbers[i * 128 + (thread + 1) % 128]);
         if (f != 4) __syncthreads();                                // 4: the next copy overwrites what is being read
     }
-    if (f == 10) fetch(0);                                          // 10: nobody waits for the last
+    if (f == 10) fetch(0);                                          // 10: the last copy is not waited for
     p.out[thread] = sum;
 }
 EXPORT(stream)
 
 // ---- narrow: cp.async of 4 and 8 bytes, ldmatrix and stmatrix of each count; 32 threads ----
-// 32 rows of 16 bytes: the first 16 go through matrices and are transposed twice, the others become the first 16 reversed.
+// 32 rows of 16 bytes: the first 16 pass through matrices and are transposed twice, the others become the first 16
+// reversed.
 
 KERNEL narrow(const __grid_constant__ FaultParams p) {
     unsigned char* shared = dyn_smem();
@@ -122,7 +124,7 @@ KERNEL narrow(const __grid_constant__ FaultParams p) {
     uint32_t r[4], t[2];
     emu::ldmatrix(r, 4, false, s + (31 - lane) * 16, HERE);
     emu::ldmatrix(t, 2, true, s + lane % 16 * 16, HERE);
-    if (p.fault == 2) emu::ldmatrix(r, 1, false, s + lane * 8, HERE);               // 2: rows at addresses of 8
+    if (p.fault == 2) emu::ldmatrix(r, 1, false, s + lane * 8, HERE);               // 2: rows at multiples of 8
     if (p.fault == 3 && lane < 16) emu::ldmatrix(r, 1, false, s, HERE);             // 3: half a warp
     __syncwarp();
     emu::stmatrix(s + lane % 16 * 16, t, 2, true, HERE);
@@ -163,8 +165,8 @@ KERNEL product(const __grid_constant__ ProductParams p) {
             int slot = tile % 2;
             if (f != 2) mbar_wait(empty + slot * 8, (tile / 2 & 1) ^ 1);            // 2: the slot may be in use
             mbar_expect_tx(full + slot * 8, f == 3 ? SLOT + 16 : f == 4 ? SLOT - 16 : SLOT);    // 3, 4: wrong bytes
-            if (f == 15) mbar_arrive(full + slot * 8);              // 15: an arrival too many
-            tma_load_2d(s + slot * SLOT + (f == 16 ? 64 : 0), &p.a, full + slot * 8, tile * 64, 0);     // 16: misaligned
+            if (f == 15) mbar_arrive(full + slot * 8);              // 15: one arrival too many
+            tma_load_2d(s + slot * SLOT + (f == 16 ? 64 : 0), &p.a, full + slot * 8, tile * 64, 0);  // 16: misaligned
             tma_load_2d(s + slot * SLOT + A, &p.b, full + slot * 8, tile * 64, 0);
         }
         return;
@@ -173,7 +175,7 @@ KERNEL product(const __grid_constant__ ProductParams p) {
     for (int i = 0; i < 64; i++) d[i] = 0;
     for (int tile = 0; tile < p.tiles; tile++) {
         int slot = tile % 2;
-        if (f != 1) mbar_wait(full + slot * 8, tile / 2 & 1);       // 1: read before it has come
+        if (f != 1) mbar_wait(full + slot * 8, tile / 2 & 1);       // 1: read before it has landed
         uint64_t a = wg_desc_sw128(s + slot * SLOT, 16, 1024), b = wg_desc_sw128(s + slot * SLOT + A, 16, 1024);
         if (f != 6) wgmma_fence();                                  // 6: no fence
         for (int k = 0; k < 4; k++) {
@@ -183,22 +185,22 @@ KERNEL product(const __grid_constant__ ProductParams p) {
         if (f == 10) d[3] = 1;                                      // 10: an accumulator in flight is changed
         wgmma_commit();
         if (f == 5 && thread == 128) mbar_arrive(empty + slot * 8); // 5: released while it is being read
-        if (f == 17) wgmma_wait<1>();                               // 17: released by who has waited for half
+        if (f == 17) wgmma_wait<1>();                               // 17: released after waiting for half
         if (f == 17 && thread == 128) mbar_arrive(empty + slot * 8);
         if (f != 11 || tile + 1 < p.tiles) wgmma_wait<0>();         // 11: the last product is not waited for
         if (f != 5 && f != 17 && thread == 128) mbar_arrive(empty + slot * 8);
-        if (f == 13 && thread >= 192) break;                        // 13: half of the warpgroup goes away
+        if (f == 13 && thread >= 192) break;                        // 13: half of the warpgroup leaves
     }
     int lane = thread % 32, warp = thread / 32 % 4;
     for (int i = 0; i < 64; i++) {
         int row = warp * 16 + lane / 4 + (i >> 1 & 1) * 8, column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
         p.out[row * 128 + column] = d[i];
     }
-    if (f == 14 && thread == 128) tma_load_2d(s, &p.a, full, 0, 0); // 14: a load that nobody waits for
+    if (f == 14 && thread == 128) tma_load_2d(s, &p.a, full, 0, 0); // 14: load never waited for
 }
 EXPORT(product)
 
-// ---- stored: out = A[64][64] B[n][64]^T, operands by ordinary stores, out by a TMA store; every layout; 128 threads ----
+// ---- stored: out = A[64][64] B[n][64]^T, operands by plain stores, out by TMA store; every layout; 128 threads ----
 
 struct StoredParams {
     CUtensorMap out;        // [64][n] floats
@@ -206,7 +208,7 @@ struct StoredParams {
     int32_t n, swizzle, mn_major, fault;
 };
 
-// Where element (mn, k) of an operand of 64 deep lies, and the descriptor of 16 deep at k.
+// Offset of element (mn, k) of an operand 64 deep, and the descriptor of the 16-deep part at k.
 struct Layout {
     int mode, rows, mn_major;
     static uint32_t swizzle(uint32_t at, int mode) { return at ^ ((at >> 7 & ((1 << mode) - 1)) << 4); }
@@ -220,7 +222,8 @@ struct Layout {
         uint32_t leading, stride;
         if (!mn_major) {
             start += k / along * rows * width + k % along * 2;
-            leading = mode ? 16 : rows * width;     // without a swizzle the second eight of k are a column of rows further
+            // Without a swizzle the second eight of k are a column of rows further on.
+            leading = mode ? 16 : rows * width;
             stride = 8 * width;
         } else {
             start += k * width;
@@ -228,7 +231,8 @@ struct Layout {
             stride = mode ? 8 * width : 64 * width;
         }
         const uint64_t types[] = {0, 3, 2, 1};
-        return (uint64_t)(start >> 4) | (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32 | types[mode] << 62;
+        uint64_t distances = (uint64_t)(leading >> 4) << 16 | (uint64_t)(stride >> 4) << 32;
+        return (uint64_t)(start >> 4) | distances | types[mode] << 62;
     }
 };
 
@@ -273,16 +277,16 @@ KERNEL stored(const __grid_constant__ StoredParams p) {
 }
 EXPORT(stored)
 
-// ---- pool: out[thread] = in[thread], by warpgroups that have exchanged registers, of which a thread has 128; 512 threads ----
+// ---- pool: out[thread] = in[thread], by warpgroups that exchange registers; a thread has 128; 512 threads ----
 
 KERNEL pool(const __grid_constant__ FaultParams p) {
     int thread = threadIdx.x, f = p.fault;
-    if (f == 4 && thread == 40) {                                   // 4: a lane goes past it
+    if (f == 4 && thread == 40) {                                   // 4: a lane skips it
     } else if (thread < 128) {
         if (f == 2) reg_dec<136>();                                 // 2: to more registers
-        else if (f != 5) reg_dec<32>();                             // 5: nobody gives any back
+        else if (f != 5) reg_dec<32>();                             // 5: nobody releases any
     } else {
-        if (f == 1) reg_inc<168>();                                 // 1: more than were given back
+        if (f == 1) reg_inc<168>();                                 // 1: more than were released
         else if (f == 3) reg_inc<120>();                            // 3: to fewer registers
         else reg_inc<160>();
     }
@@ -290,7 +294,7 @@ KERNEL pool(const __grid_constant__ FaultParams p) {
 }
 EXPORT(pool)
 
-// ---- relay: each block waits for the one before it; blocks have to be resident together ----
+// ---- relay: each block waits for the one before it; blocks must be resident together ----
 
 KERNEL relay(const __grid_constant__ FaultParams p) {
     unsigned* flag = (unsigned*)p.out;
@@ -301,7 +305,7 @@ KERNEL relay(const __grid_constant__ FaultParams p) {
 }
 EXPORT(relay)
 
-// ---- chain: out[thread] = before[31 - thread of the block] + constant[...], `before` being earlier launches'; 32 threads ----
+// ---- chain: out[thread] = before[31 - lane] + constant[...], `before` from earlier launches; 32 threads ----
 
 struct ChainParams {
     CUtensorMap map;        // of `before`, 32 floats
@@ -314,20 +318,20 @@ KERNEL chain(const __grid_constant__ ChainParams p) {
     float* numbers = (float*)dyn_smem();
     uint32_t s = smem_u32(numbers), arrived = s + 128;
     int lane = threadIdx.x, f = p.fault;
-    float x = p.constant[lane];                                     // never written: may be read at once
+    float x = p.constant[lane];                                     // never written, so it may be read at once
     if (lane == 0) {
         mbar_init(arrived, 1);
         fence_mbar_init();
         mbar_expect_tx(arrived, 128);
-        if (f == 1) tma_load_2d(s, &p.map, arrived, 0, 0);          // 1 to 6: while launches before may still run
+        if (f == 1) tma_load_2d(s, &p.map, arrived, 0, 0);          // 1 to 6: while earlier launches may still run
     }
     if (f == 2) x += 0 * p.before[lane];
     if (f == 3) p.out[blockIdx.x * 32 + lane] = 0;
     if (f == 4) cp_async4(s + lane * 4, p.before + lane, true);
     if (f == 5 && lane == 0) atomicAdd((unsigned*)p.out, 0u);
     if (f == 6 && lane == 0) tma_store_2d(&p.map, s, 0, 0);
-    if (f == 7 && blockIdx.x == 1) return;                          // 7: a block goes away without having waited
-    if (f != 8 || lane != 9) griddep_wait();                        // 8: a thread has not waited
+    if (f == 7 && blockIdx.x == 1) return;                          // 7: a block exits without having waited
+    if (f != 8 || lane != 9) griddep_wait();                        // 8: one thread has not waited
     if (f != 1 && lane == 0) tma_load_2d(s, &p.map, arrived, 0, 0);
     __syncwarp();
     mbar_wait(arrived, 0);

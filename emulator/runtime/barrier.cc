@@ -1,4 +1,4 @@
-// Barriers of a block: __syncthreads is number 0.
+// Barriers of a block: __syncthreads is barrier 0.
 #include "runtime.h"
 
 namespace emu {
@@ -6,7 +6,7 @@ namespace emu {
 static void arrive(int id, int threads, bool wait, const Site& site) {
     Thread& me = *self();
     Block& b = *me.block;
-    // A last warp that is not full counts as a whole one, as on the device.
+    // A partly filled last warp counts as a whole one, as on the device.
     if (id < 0 || id > 15 || threads <= 0 || threads > b.warps * WARP || (id && threads % WARP))
         fail_at(site, "bad named barrier: id %d, %d threads, in a block of %d", id, threads, b.threads);
     NamedBarrier& bar = b.barriers[id];
@@ -14,8 +14,8 @@ static void arrive(int id, int threads, bool wait, const Site& site) {
         bar.expected = threads;
         bar.site = site;
     } else if (bar.expected != threads) {
-        fail_at(site, "divergent barrier: barrier %d used with count %d while others wait with count %d at %s", id, threads,
-                bar.expected, bar.site.text().c_str());
+        fail_at(site, "divergent barrier: barrier %d used with count %d while others wait with count %d at %s", id,
+                threads, bar.expected, bar.site.text().c_str());
     } else if (id == 0 && !(bar.site == site)) {
         fail_at(site, "divergent barrier: __syncthreads meets threads waiting in another __syncthreads at %s",
                 bar.site.text().c_str());

@@ -1,10 +1,11 @@
-// The compiler's call-outs at each load and store of a kernel (-fsanitize=thread), with a runtime of our own behind them.
+// The compiler's call-outs at each load and store of a kernel (-fsanitize=thread), backed by a runtime of our own.
 #include "runtime.h"
 
 namespace emu {
 
-static inline __attribute__((always_inline)) void called_out(const void* p, size_t bytes, bool aligned, bool write, const void* pc) {
-    if (!cur) return;   // initialisers of the program, not a kernel
+static inline __attribute__((always_inline)) void called_out(const void* p, size_t bytes, bool aligned, bool write,
+                                                             const void* pc) {
+    if (!cur) return;   // an initialiser of the program, not a kernel
     Thread& t = *self();
     if (__builtin_expect(aligned && (uintptr_t)p & (bytes - 1), 0))
         fail_at(Site(pc), "misaligned %zu-byte access at %p", bytes, p);
@@ -12,7 +13,8 @@ static inline __attribute__((always_inline)) void called_out(const void* p, size
     size_t offset = (const unsigned char*)p - t.shared;
     if (offset < t.shared_bytes) {
         if (__builtin_expect(bytes > t.shared_bytes - offset, 0))
-            fail_at(Site(pc), "out of bounds: %zu bytes at smem+0x%zx of the block's %u bytes", bytes, offset, t.shared_bytes);
+            fail_at(Site(pc), "out of bounds: %zu bytes at smem+0x%zx of the block's %u bytes", bytes, offset,
+                    t.shared_bytes);
         if (racing()) shared_access(t, offset, bytes, write, Site(pc));
         return;
     }
@@ -53,7 +55,7 @@ extern "C" {
     void __tsan_volatile_write##n(void* p) { called_out(p, n, true, true, PC); }
 SIZE(1) SIZE(2) SIZE(4) SIZE(8) SIZE(16)
 
-// Structures, odd sizes, and what is less aligned than its size.
+// Structures, odd sizes, and accesses that are less aligned than their size.
 void __tsan_read_range(void* p, size_t bytes) { called_out(p, bytes, false, false, PC); }
 void __tsan_write_range(void* p, size_t bytes) { called_out(p, bytes, false, true, PC); }
 
@@ -61,7 +63,8 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-// -fsanitize=alignment: a 16-byte load of which the compiler keeps one number is still one of 16 bytes on the device.
+// -fsanitize=alignment: a 16-byte load of which the compiler keeps only one number is still a 16-byte load on the
+// device.
 struct Misaligned {
     const char* file;
     uint32_t line, column;
@@ -69,10 +72,11 @@ struct Misaligned {
     uint8_t log_alignment, kind;
 };
 void __ubsan_handle_type_mismatch_v1(Misaligned* what, void* p) {
-    emu::fail_at({what->file, (int)what->line}, "misaligned access at %p, which needs %d bytes", p, 1 << what->log_alignment);
+    emu::fail_at({what->file, (int)what->line}, "misaligned access at %p, which needs %d bytes", p,
+                 1 << what->log_alignment);
 }
 
-// clang's calls for what gcc leaves to libc.
+// clang calls these where gcc calls libc.
 void* __tsan_memcpy(void* to, const void* from, size_t bytes) { return emu::copy_checked(to, from, bytes); }
 void* __tsan_memmove(void* to, const void* from, size_t bytes) { return emu::copy_checked(to, from, bytes); }
 void* __tsan_memset(void* to, int byte, size_t bytes) { return emu::set_checked(to, byte, bytes); }

@@ -15,7 +15,8 @@ void cp_async(uint32_t dst, const void* src, int bytes, int src_bytes, const cha
     if ((bytes != 4 && bytes != 8 && bytes != 16) || src_bytes < 0 || src_bytes > bytes)
         fail_at(site, "cp.async of %d bytes from %d: 4, 8 or 16 from at most as many", bytes, src_bytes);
     unsigned char* to = shared_at(*me.block, dst, bytes, bytes, "cp.async", site);
-    if ((uintptr_t)src & (bytes - 1)) fail_at(site, "cp.async: misaligned: global address %p is not %d-byte aligned", src, bytes);
+    if ((uintptr_t)src & (bytes - 1))
+        fail_at(site, "cp.async: misaligned: global address %p is not %d-byte aligned", src, bytes);
     if (src_bytes) global_access(src, src_bytes, false, site);
     if (racing()) shared_access(me, dst - SHARED_START, bytes, true, site);
     Copy copy{dst, src, bytes, src_bytes, me.copy_group, site};
@@ -34,7 +35,7 @@ void cp_async_wait(int groups) {
     size_t landed = 0;
     for (; landed < me.copies.size() && me.copies[landed].group < me.copy_group - groups; landed++) {
         const Copy& c = me.copies[landed];
-        // Once more a write: until now nobody else may have touched the destination.
+        // Record the write again: until now no other thread may have touched the destination.
         if (racing()) shared_access(me, c.dst - SHARED_START, c.bytes, true, c.site);
         carry_out(*me.block, c);
         worker->counters.asynchronous++;

@@ -1,4 +1,4 @@
-// The CUDA language for a host compiler: qualifiers, vector types, half precision, intrinsics.
+// The CUDA language for a host compiler: qualifiers, vector types, half precision and intrinsics.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -14,7 +14,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-// __shared__ is not defined on purpose: all shared memory is dynamic, through dyn_smem().
+// __shared__ is deliberately not defined: all shared memory is dynamic, through dyn_smem().
 
 // ---- vector types -----------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ struct dim3 {
     constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
 };
 
-// A vector's alignment is its size: CUDA's 8- and 16-byte accesses need it.
+// The alignment of a vector is its size, as CUDA's 8- and 16-byte accesses require.
 #define EMU_VECTOR2(name, scalar)                                       \
     struct __attribute__((aligned(2 * sizeof(scalar)))) name {          \
         scalar x, y;                                                    \
@@ -64,7 +64,7 @@ struct float3 {
 static inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 
 // ---- half -------------------------------------------------------------------------------------
-// Not _Float16: here every operation is one of floats and one explicit rounding to nearest, as on the device.
+// Not _Float16: here every operation is one float operation and one explicit rounding to nearest, as on the device.
 
 struct __half {
     uint16_t bits;
@@ -101,7 +101,7 @@ static inline __half __hmin(__half a, __half b) { return __half2float(a) < __hal
 static inline __half __hneg(__half a) { return {(uint16_t)(a.bits ^ 0x8000)}; }
 static inline bool __hisnan(__half a) { return (a.bits & 0x7fff) > 0x7c00; }
 
-// One rounding: the sum is exact in double; rounding it to odd in float keeps the last rounding right.
+// A single rounding: the sum is exact in double, and rounding it to odd in float keeps the final rounding correct.
 static inline __half __hfma(__half a, __half b, __half c) {
     double exact = (double)__half2float(a) * __half2float(b) + __half2float(c);
     float f = (float)exact;
@@ -120,16 +120,18 @@ static inline __half2 __hsub2(__half2 a, __half2 b) { return {__hsub(a.x, b.x), 
 static inline __half2 __hmul2(__half2 a, __half2 b) { return {__hmul(a.x, b.x), __hmul(a.y, b.y)}; }
 static inline __half2 __hmax2(__half2 a, __half2 b) { return {__hmax(a.x, b.x), __hmax(a.y, b.y)}; }
 static inline __half2 __hmin2(__half2 a, __half2 b) { return {__hmin(a.x, b.x), __hmin(a.y, b.y)}; }
-static inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }
+static inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+    return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
+}
 
 // ---- scalar intrinsics ------------------------------------------------------------------------
-// The approximate ones are computed exactly: their last bits are the device's business.
+// Approximate intrinsics are computed exactly: their last bits differ from the device's.
 
 template <class T> static inline T __ldg(const T* p) { return *p; }
 template <class T> static inline T __ldcs(const T* p) { return *p; }
 template <class T> static inline void __stcs(T* p, T value) { *p = value; }
 
-// glibc declares some of these names itself, so they have to be macros.
+// glibc declares some of these names itself, so they must be macros.
 #define __expf expf
 #define __exp10f exp10f
 #define __logf logf

@@ -1,4 +1,4 @@
-// Faults: where, what, and who.
+// Messages about faults: place, cause and thread.
 #include "runtime.h"
 #include <cstdarg>
 #include <cstdio>
@@ -21,7 +21,7 @@ std::string printed(const char* format, ...) {
     return text;
 }
 
-// "file:line" of a return address, by addr2line: slow, and for faults only.
+// "file:line" of a return address, by addr2line: slow, and used for faults only.
 static std::string source_line(const void* pc) {
     Dl_info info;
     if (!dladdr(pc, &info)) return "kernel code";
@@ -49,8 +49,8 @@ void fail_at(const Site& site, const char* format, ...) {
     worker->error = site.text() + ": " + formatted(format, args);
     va_end(args);
     if (const Thread* t = self())
-        worker->error += printed("  [block(%u,%u,%u) thread %d, warp %d lane %d]", t->bid.x, t->bid.y, t->bid.z, t->index, t->warp,
-                                 t->lane);
+        worker->error += printed("  [block(%u,%u,%u) thread %d, warp %d lane %d]", t->bid.x, t->bid.y, t->bid.z,
+                                 t->index, t->warp, t->lane);
     leave();
     abort();
 }

@@ -1,8 +1,8 @@
-// Fibers: a stack a thread, and the switch between them.
+// Fibers: one stack per thread, and the switch between them.
 //
-// A switch is inlined where threads wait, and ends in a jump, not in a return: a return would be mispredicted each time,
-// since the processor's stack of return addresses knows nothing of ours. Threads of a warp mostly wait at the same place,
-// so that the returns after the switch are predicted as well.
+// A switch is inlined at the places where threads wait, and ends in a jump rather than a return. A return would be
+// mispredicted every time, since the processor's return-address stack does not know our stacks. Threads of a warp
+// mostly wait at the same place, so the returns after the switch are predicted as well.
 #include "runtime.h"
 #include <cstdio>
 #include <cstdlib>
@@ -45,12 +45,12 @@ static void prepare(Thread& t) {
     if (!t.fresh) return;
     t.fresh = false;
     auto* top = (uint64_t*)(t.stack + STACK_BYTES - t.index * 272 % STACK_COLOURS);
-    *--top = 0;     // where a caller's return address would be, which aligns the stack as the ABI wants it
+    *--top = 0;     // the place of a caller's return address, which aligns the stack as the ABI requires
     *--top = (uint64_t)&begin;
     t.saved = top;
 }
 
-// Compiled without a red zone: what lies below the stack pointer would be overwritten.
+// Compiled without a red zone, since what lies below the stack pointer is overwritten.
 static inline __attribute__((always_inline)) void switch_stack(void** save, void* load) {
     asm volatile(
         "pushq %%rbp\n\t"
@@ -64,9 +64,9 @@ static inline __attribute__((always_inline)) void switch_stack(void** save, void
         "popq %%rbp\n\t"
         : "+D"(save), "+S"(load)
         :
-        : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory", "cc", "xmm0", "xmm1",
-          "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14",
-          "xmm15");
+        : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory", "cc", "xmm0",
+          "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13",
+          "xmm14", "xmm15");
 }
 
 void enter(Thread* t) {

@@ -1,4 +1,4 @@
-// A launch: its blocks, dealt to workers.
+// A launch: distributes its blocks to workers.
 #include "runtime.h"
 #include <algorithm>
 #include <cstdio>
@@ -8,8 +8,9 @@
 namespace emu {
 
 static Kernel* kernels;
-Kernel::Kernel(const char* name, size_t params_bytes, void (*call)(const void*), const Layout* layout)
-    : name(name), params_bytes(params_bytes), call(call), layout(layout), next(kernels) {
+Kernel::Kernel(const char* name, size_t params_bytes, void (*call)(const void*), const Layout* layout,
+               Occupancy occupancy)
+    : name(name), params_bytes(params_bytes), call(call), layout(layout), occupancy(occupancy), next(kernels) {
     kernels = this;
 }
 
@@ -62,14 +63,16 @@ static void start_block(Worker& w, uint32_t number) {
     b.shared = fit_shared(b.mapping, b.shared_bytes);
     memset(b.shared, 0xff, b.shared_bytes);
     make_threads(b, launch.threads);
-    // What a block decides by chance is its own: the same whoever runs it.
-    if (w.config.resident == 1) w.random_state = (launch.config.seed ^ number * 0xd1342543de82ef95ull) * 0x9e3779b97f4a7c15ull | 1;
+    // A block's random decisions are its own: they are the same on whatever worker it runs.
+    if (w.config.resident == 1)
+        w.random_state = (launch.config.seed ^ number * 0xd1342543de82ef95ull) * 0x9e3779b97f4a7c15ull | 1;
 
     b.ready_warps = b.current_warp = 0;
     std::fill(b.ready, b.ready + WARPS_MOST, 0);
     if (w.config.order == PRIORITY)
         for (uint32_t& p : b.priority) p = w.random();
-    uint3 index = {number % launch.grid.x, number / launch.grid.x % launch.grid.y, number / launch.grid.x / launch.grid.y};
+    uint3 index = {number % launch.grid.x, number / launch.grid.x % launch.grid.y,
+                   number / launch.grid.x / launch.grid.y};
     for (int i = 0; i < b.threads; i++) {
         start_thread(b, *b.all[i], launch, index);
         make_ready(b, i / WARP, 1u << i % WARP);
@@ -78,7 +81,7 @@ static void start_block(Worker& w, uint32_t number) {
     w.blocks.push_back(std::move(kept));
 }
 
-// Leaves a block as the next one wants to find it. Almost always nothing of all this was used.
+// Leaves a block in the state that the next one expects. Almost always none of this was used.
 static void tidy(Block& b, bool abandoned) {
     b.mbarriers.clear();
     for (Warpgroup& g : b.warpgroups)
@@ -98,11 +101,13 @@ static void tidy(Block& b, bool abandoned) {
 
 static std::string left_behind(Block& b) {
     for (Flight& f : worker->flights)
-        if (f.block == &b) return "the block exits with TMA loads into its shared memory in flight (no wait on their mbarrier)";
+        if (f.block == &b)
+            return "the block exits with TMA loads into its shared memory in flight (no wait on their mbarrier)";
     for (int id = 0; id < 16; id++)
         if (b.barriers[id].arrived)
             return b.barriers[id].site.text() + ": the block exits while " +
-                   printed("%d of %d threads have arrived at barrier %d", b.barriers[id].arrived, b.barriers[id].expected, id);
+                   printed("%d of %d threads have arrived at barrier %d", b.barriers[id].arrived,
+                           b.barriers[id].expected, id);
     return wgmma_at_exit(b);
 }
 
@@ -138,7 +143,7 @@ static void run_blocks() {
 }
 
 static std::mutex lock;
-static std::vector<std::unique_ptr<Worker>> workers;    // without work
+static std::vector<std::unique_ptr<Worker>> workers;    // idle
 
 static std::unique_ptr<Worker> work(Launch& launch) {
     std::unique_ptr<Worker> w;
@@ -155,7 +160,7 @@ static std::unique_ptr<Worker> work(Launch& launch) {
     w->counters = {};
     w->error.clear();
     w->random_state = launch.config.seed * 0x9e3779b97f4a7c15ull | 1;
-    // A fiber's code may have kept addresses of another OS thread's variables.
+    // A fiber's code may have cached addresses of another OS thread's variables.
     for (auto& b : w->idle)
         for (auto& t : b->all) t->fresh = true;
     worker = w.get();
@@ -176,9 +181,12 @@ static std::unique_ptr<Worker> work(Launch& launch) {
 static std::string refusal(const Launch& l, const char* name, size_t params_bytes) {
     if (!l.kernel) return printed("unknown kernel: there is none named %s", name);
     if (params_bytes != l.kernel->params_bytes)
-        return printed("wrong parameters: %zu bytes where the kernel's structure has %zu", params_bytes, l.kernel->params_bytes);
-    if (l.threads < 1 || l.threads > THREADS_MOST) return printed("%d threads: a block has 1 to %d", l.threads, THREADS_MOST);
-    if (l.shared_bytes > SHARED_MOST) return printed("too much shared memory: %u bytes; a block has at most %u", l.shared_bytes, SHARED_MOST);
+        return printed("wrong parameters: %zu bytes where the kernel's structure has %zu", params_bytes,
+                       l.kernel->params_bytes);
+    if (l.threads < 1 || l.threads > THREADS_MOST)
+        return printed("%d threads: a block has 1 to %d", l.threads, THREADS_MOST);
+    if (l.shared_bytes > SHARED_MOST)
+        return printed("too much shared memory: %u bytes; a block has at most %u", l.shared_bytes, SHARED_MOST);
     if (!l.grid.x || !l.grid.y || !l.grid.z || l.grid.x > 0x7fffffff || l.grid.y > 65535 || l.grid.z > 65535)
         return printed("a grid of %u x %u x %u blocks: 1 to 2147483647 x 65535 x 65535", l.grid.x, l.grid.y, l.grid.z);
     return "";
@@ -193,17 +201,17 @@ static void add(EmuCounters& to, const EmuCounters& from) {
 
 using namespace emu;
 
-// All structures and kernels, which have registered themselves before main: the first of each list.
+// All structures and kernels, which have registered themselves before main: the head of each list.
 extern "C" const Layout* emu_layouts() { return layouts; }
 extern "C" const Kernel* emu_kernels() { return kernels; }
 
 extern "C" List* emu_list_new() { return new List; }
 extern "C" void emu_list_free(List* list) { delete list; }
 
-// Runs a kernel as the next of a list. 0, or the first fault in `error`.
+// Runs a kernel as the next launch of a list. Returns 0, or 1 with the first fault in `error`.
 extern "C" int emu_launch(List* list, const char* name, const uint32_t grid[3], uint32_t threads, uint32_t shared_bytes,
-                          const void* params, size_t params_bytes, const EmuConfig* config, EmuCounters* counters, char* error,
-                          size_t error_bytes) {
+                          const void* params, size_t params_bytes, const EmuConfig* config, EmuCounters* counters,
+                          char* error, size_t error_bytes) {
     Launch launch;
     launch.list = list;
     launch.dependent = list->begun;
@@ -227,7 +235,7 @@ extern "C" int emu_launch(List* list, const char* name, const uint32_t grid[3], 
             state = state * 6364136223846793005ull + 1442695040888963407ull;
             std::swap(launch.order[i - 1], launch.order[(state >> 33) % i]);
         }
-        // A thread of its own pays for four blocks or more: on a busy machine it takes milliseconds to get going.
+        // A further OS thread pays off from four blocks on: on a busy machine it takes milliseconds to start.
         size_t others = std::min<uint64_t>(std::max(config->threads, 1) - 1, blocks / 4);
         std::vector<std::unique_ptr<Worker>> done(others + 1);
         std::vector<std::thread> running;

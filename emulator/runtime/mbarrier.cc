@@ -1,4 +1,4 @@
-// mbarriers live in a table; shared memory holds a magic word, so that overwriting one is noticed.
+// mbarriers live in a table. Shared memory holds a magic word in their place, so that overwriting one is noticed.
 #include "runtime.h"
 
 namespace emu {
@@ -21,8 +21,10 @@ MBarrier* get_mbarrier(uint32_t address, const Site& site) {
     memcpy(&there, word, 8);
     if (there != magic(address)) fail_at(site, "mbarrier at smem+0x%x was overwritten by ordinary stores", offset);
     if (racing() && !knows(me, m->initialised))
-        fail_at(site, "race: mbarrier at smem+0x%x used, but its initialisation at %s does not happen before (missing barrier)",
-                offset, m->site.text().c_str());
+        fail_at(
+            site,
+            "race: mbarrier at smem+0x%x used, but its initialisation at %s does not happen before (missing barrier)",
+            offset, m->site.text().c_str());
     return m;
 }
 
@@ -33,8 +35,8 @@ void mbar_init(uint32_t address, uint32_t count, const char* f, int l) {
     unsigned char* word = shared_at(b, address, 8, 8, "mbarrier.init", site);
     if (!count || count >= 1 << 20) fail_at(site, "mbarrier.init with count %u", count);
     if (MBarrier* old = find_mbarrier(b, address))
-        fail_at(site, "mbarrier at smem+0x%x initialised twice, first at %s (no mbarrier.inval between)", address - SHARED_START,
-                old->site.text().c_str());
+        fail_at(site, "mbarrier at smem+0x%x initialised twice, first at %s (no mbarrier.inval between)",
+                address - SHARED_START, old->site.text().c_str());
     auto m = std::make_unique<MBarrier>();
     m->address = address;
     m->count = m->pending = count;
@@ -75,7 +77,8 @@ void mbar_arrive(uint32_t address, uint32_t count, uint32_t tx_bytes, const char
     Site site(f, l);
     MBarrier* m = get_mbarrier(address, site);
     if (m->pending < (int)count)
-        fail_at(site, "mbarrier smem+0x%x: more arrivals in this phase than its count %d", address - SHARED_START, m->count);
+        fail_at(site, "mbarrier smem+0x%x: more arrivals in this phase than its count %d", address - SHARED_START,
+                m->count);
     release(*self(), m->gathered);
     m->tx_bytes += tx_bytes;
     m->pending -= count;

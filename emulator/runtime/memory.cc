@@ -1,4 +1,4 @@
-// Global memory between guard pages, shared memory before one, and checks of every access to the former.
+// Global memory between guard pages, shared memory in front of one, and checks of every access to global memory.
 #include "runtime.h"
 #include <algorithm>
 #include <csignal>
@@ -24,7 +24,7 @@ static unsigned char* map_guarded(size_t bytes) {
 
 static size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
-// ---- shared memory: one mapping a block, of which launches use the end ------------------------
+// ---- shared memory: one mapping per block, of which launches use the end -----------------------
 
 unsigned char* map_shared() { return map_guarded(pages(SHARED_MOST)); }
 unsigned char* fit_shared(unsigned char* mapping, uint32_t bytes) {
@@ -34,13 +34,13 @@ unsigned char* fit_shared(unsigned char* mapping, uint32_t bytes) {
 // ---- global memory ----------------------------------------------------------------------------
 
 struct Buffer {
-    const unsigned char *start = nullptr, *end = nullptr;   // of what may be used
-    bool written = false;                                   // the list of launches knows that it is
+    const unsigned char *start = nullptr, *end = nullptr;   // of the usable bytes
+    bool written = false;                                   // the list of launches records it as written
 };
 static std::mutex lock;
-static std::map<const unsigned char*, Buffer> buffers;      // by start
+static std::map<const unsigned char*, Buffer> buffers;      // by start address
 
-// Buffers that this launch has used, by address. Bodies are 2 MB apart: a slot for each 2 MB is rarely fought over.
+// Buffers that this launch has used, by address. Buffers are 2 MB apart, so slots for every 2 MB rarely collide.
 static thread_local Buffer cache[64];
 
 void forget_buffers() { std::fill(cache, cache + 64, Buffer{}); }
@@ -48,7 +48,7 @@ void forget_buffers() { std::fill(cache, cache + 64, Buffer{}); }
 static bool nearest(const unsigned char* p, Buffer& found) {
     std::lock_guard<std::mutex> hold(lock);
     auto after = buffers.upper_bound(p + GUARD);
-    // The one that holds p, or whose guard pages do.
+    // The buffer that holds p, or whose guard pages do.
     for (int i = 0; i < 2 && after != buffers.begin(); i++) {
         const Buffer& b = (--after)->second;
         if (p < b.end + GUARD && p + GUARD >= b.start) {
@@ -64,9 +64,10 @@ static std::string relation(const unsigned char* p) {
     if (cur) {
         ptrdiff_t offset = p - self()->shared;
         if (offset >= (ptrdiff_t)self()->shared_bytes && offset < (ptrdiff_t)(SHARED_MOST + GUARD))
-            return printed("%td bytes past the end of the block's %u bytes of shared memory", offset - self()->shared_bytes,
-                           self()->shared_bytes);
-        if (offset < 0 && offset >= -(ptrdiff_t)(SHARED_MOST + GUARD)) return printed("%td bytes before the block's shared memory", -offset);
+            return printed("%td bytes past the end of the block's %u bytes of shared memory",
+                           offset - self()->shared_bytes, self()->shared_bytes);
+        if (offset < 0 && offset >= -(ptrdiff_t)(SHARED_MOST + GUARD))
+            return printed("%td bytes before the block's shared memory", -offset);
     }
     if (!nearest(p, b)) return printed("address %p, in no buffer", (const void*)p);
     if (p >= b.end) return printed("%td bytes past the end of a %td-byte global buffer", p - b.end, b.end - b.start);
@@ -76,8 +77,9 @@ static std::string relation(const unsigned char* p) {
 
 static bool inside(const Buffer& b, const unsigned char* p, size_t bytes) { return p >= b.start && p + bytes <= b.end; }
 
-// Finds the buffer; false if the place is read and is one of the program's constants.
-static __attribute__((noinline)) bool look_up(const unsigned char* p, size_t bytes, bool write, const Site& site, Buffer& slot) {
+// Finds the buffer; returns false if the address is read and is one of the program's constants.
+static __attribute__((noinline)) bool look_up(const unsigned char* p, size_t bytes, bool write, const Site& site,
+                                              Buffer& slot) {
     Buffer b;
     if (nearest(p, b) && inside(b, p, bytes)) {
         slot = b;
@@ -85,7 +87,8 @@ static __attribute__((noinline)) bool look_up(const unsigned char* p, size_t byt
     }
     Dl_info info;
     if (!write && dladdr(p, &info)) return false;
-    fail_at(site, "out of bounds: %zu bytes of global memory %s, %s", bytes, write ? "written" : "read", relation(p).c_str());
+    fail_at(site, "out of bounds: %zu bytes of global memory %s, %s", bytes, write ? "written" : "read",
+            relation(p).c_str());
 }
 
 static __attribute__((noinline)) void note_write(Buffer& b) {
@@ -94,12 +97,15 @@ static __attribute__((noinline)) void note_write(Buffer& b) {
     b.written = true;
 }
 
-// Launches before this one may still run: what is written they may use, and what they write is not there yet.
-static __attribute__((noinline)) void early_access(const Buffer& b, const unsigned char* p, size_t bytes, bool write, const Site& site) {
+// Earlier launches may still be running: they may still use memory that is written here, and their own writes are not
+// there yet.
+static __attribute__((noinline)) void early_access(const Buffer& b, const unsigned char* p, size_t bytes, bool write,
+                                                   const Site& site) {
     List& list = *worker->launch->list;
     std::lock_guard<std::mutex> hold(list.lock);
     if (write || list.written.count(b.start))
-        fail_at(site, "missing griddep_wait: %zu bytes of global memory %s, %s, while launches before this one may still run",
+        fail_at(site,
+                "missing griddep_wait: %zu bytes of global memory %s, %s, while launches before this one may still run",
                 bytes, write ? "written" : "read", relation(p).c_str());
 }
 
@@ -111,13 +117,13 @@ void global_access(const void* pointer, size_t bytes, bool write, const Site& si
     if (__builtin_expect(write && !slot.written, 0)) note_write(slot);
 }
 
-// ---- memory faults: what no check saw coming --------------------------------------------------
+// ---- memory faults that no check anticipated --------------------------------------------------
 
 static thread_local bool guarding;
 static struct sigaction previous;
 
 static void on_fault(int signal, siginfo_t* info, void*) {
-    if (!guarding) {    // not ours: the handler before takes it when the instruction faults again
+    if (!guarding) {    // not ours: the previous handler takes it when the instruction faults again
         sigaction(signal, &previous, nullptr);
         return;
     }
@@ -133,7 +139,7 @@ bool run_guarded(void (*body)()) {
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
         sigaction(SIGSEGV, &action, &previous);
     });
-    // The fault may be a stack that overflowed: the handler needs another.
+    // The fault may be a stack overflow, so the handler needs another stack.
     static thread_local char stack[64 << 10];
     stack_t ours = {}, theirs;
     ours.ss_sp = stack;
@@ -151,7 +157,7 @@ bool run_guarded(void (*body)()) {
 
 using namespace emu;
 
-// Poisoned with ones, its end as close to the guard page as 16-byte alignment allows.
+// Filled with ones (poison), its end as close to the guard page as 16-byte alignment allows.
 extern "C" void* emu_malloc(size_t bytes) {
     size_t body = pages(bytes), used = (bytes + 15) / 16 * 16;
     unsigned char* m = map_guarded(body);

@@ -1,17 +1,18 @@
-// mma.sync: a warp's whole register tile at once, gathered from the lanes, multiplied as plain matrices, dealt out again.
+// mma.sync: a warp's whole register tile at once, gathered from the lanes, multiplied as plain matrices, and scattered
+// back.
 #include "warp.h"
 
 namespace emu {
 
 static const char* MMA = "mma.sync";
-constexpr int M_MOST = 8, N_MOST = 32;  // instructions of one call, each way
+constexpr int M_MOST = 8, N_MOST = 32;  // instructions of one call, in each dimension
 
 struct MmaLane {
     float* d;
     const uint32_t *a, *b;
 };
 
-// The registers of m16n8k16 by lane: rows g and g + 8, columns 2t, 2t + 1 and those 8 further; g = lane / 4, t = lane % 4.
+// The registers of m16n8k16 by lane: rows g and g + 8, columns 2t, 2t + 1 and those plus 8; g = lane / 4, t = lane % 4.
 struct Tile {
     alignas(32) float a[M_MOST * 16][16];
     alignas(32) float b[16][N_MOST * 8];
@@ -53,7 +54,7 @@ static void gather(const Meeting& m, int mt, int nt) {
             _mm256_store_ps(&tile.a[row][half * 8], _mm256_cvtph_ps(_mm_load_si128((const __m128i*)&a[row][half * 4])));
 }
 
-// d += a b, four rows by `Vectors` vectors of eight in registers; k in order, as everywhere in the emulator.
+// d += a b, with four rows by `Vectors` vectors of eight in registers; k in order, as everywhere in the emulator.
 template <int Vectors> static inline void multiply(int row, int column) {
     __m256 d[4][Vectors];
     for (int r = 0; r < 4; r++)
@@ -62,7 +63,8 @@ template <int Vectors> static inline void multiply(int row, int column) {
     for (int k = 0; k < 16; k++)
         for (int r = 0; r < 4; r++) {
             __m256 a = _mm256_broadcast_ss(&tile.a[row + r][k]);
-            for (int v = 0; v < Vectors; v++) d[r][v] = _mm256_fmadd_ps(a, _mm256_load_ps(&tile.b[k][column + v * 8]), d[r][v]);
+            for (int v = 0; v < Vectors; v++)
+                d[r][v] = _mm256_fmadd_ps(a, _mm256_load_ps(&tile.b[k][column + v * 8]), d[r][v]);
         }
     for (int r = 0; r < 4; r++)
         for (int v = 0; v < Vectors; v++) _mm256_store_ps(&tile.d[row + r][column + v * 8], d[r][v]);
@@ -84,7 +86,8 @@ static void deal(const Meeting& m, int mt, int nt) {
 void mma16816(float* d, const uint32_t* a, const uint32_t* b, int mt, int nt, const char* f, int l) {
     MmaLane mine{d, a, b};
     Site site(f, l);
-    if (mt > M_MOST || nt > N_MOST) fail_at(site, "mma.sync: a tile of %d x %d instructions; at most %d x %d", mt, nt, M_MOST, N_MOST);
+    if (mt > M_MOST || nt > N_MOST)
+        fail_at(site, "mma.sync: a tile of %d x %d instructions; at most %d x %d", mt, nt, M_MOST, N_MOST);
     meet(MMA, ALL_LANES, true, &mine, site, [&](Meeting& m) {
         worker->counters.mma += mt * nt;
         gather(m, mt, nt);

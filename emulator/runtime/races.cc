@@ -1,15 +1,16 @@
-// Races in shared memory: what two threads do to the same two bytes, one of them writing, must be ordered.
+// Races in shared memory: accesses of two threads to the same two bytes, one of them a write, must be ordered.
 //
-// Vector clocks: a thread's clock says up to which release of each other thread it has synchronised; barriers of all kinds
-// pass clocks on. Each pair of bytes remembers its last write and three reads. Tensor cores and TMA have race threads of
-// their own, numbered after the block's. (FastTrack, Flanagan and Freund 2009, with a few reads instead of all.)
+// The method is vector clocks: a thread's clock records up to which release of each other thread it has synchronised;
+// barriers of all kinds pass clocks on. Each pair of bytes remembers its last write and three reads. Tensor cores and
+// TMA have race threads of their own, numbered after the block's threads. (FastTrack, Flanagan and Freund 2009, with a
+// few reads in place of all.)
 #include "runtime.h"
 #include <cstdio>
 
 namespace emu {
 
 constexpr int MBARRIER_THREADS = 55, EXTRA = WARPGROUPS_MOST + 1 + MBARRIER_THREADS;
-constexpr uint32_t COUNT_BITS = 20, COUNT = (1 << COUNT_BITS) - 1;  // a cell's entry: thread, then count; never 0
+constexpr uint32_t COUNT_BITS = 20, COUNT = (1 << COUNT_BITS) - 1;  // an entry of a cell: thread, then count; never 0
 
 static int tensor_core(const Block& b, const Warpgroup& w) { return b.threads + (int)(&w - b.warpgroups); }
 static int tma_stores(const Block& b) { return b.threads + WARPGROUPS_MOST; }
@@ -86,7 +87,7 @@ static std::string name(const Block& b, int thread) {
     return thread == tma_stores(b) ? "a TMA store" : "a TMA load";
 }
 
-static const char* const CODE = (const char*)&fail_at;  // what call-outs' addresses are kept relative to
+static const char* const CODE = (const char*)&fail_at;  // addresses of call-outs are kept relative to this
 
 static std::string writer(const Cell& c) {
     if (c.line) return printed(" (line %d)", c.line);
@@ -103,10 +104,12 @@ struct Access {
     const Site& site;
 };
 
-[[noreturn]] static void report(const Access& a, const Cell& c, uint32_t earlier, bool earlier_write, bool proxy, uint32_t at) {
+[[noreturn]] static void report(const Access& a, const Cell& c, uint32_t earlier, bool earlier_write, bool proxy,
+                                uint32_t at) {
     std::string by = name(a.block, earlier >> COUNT_BITS) + (earlier_write ? writer(c) : "");
-    fail_at(a.site, "%s: smem+0x%x %s by %s, earlier %s by %s, %s", proxy ? "missing fence.proxy.async" : "shared-memory race", at,
-            a.write ? "written" : "read", name(a.block, a.thread).c_str(), earlier_write ? "written" : "read", by.c_str(),
+    fail_at(a.site, "%s: smem+0x%x %s by %s, earlier %s by %s, %s",
+            proxy ? "missing fence.proxy.async" : "shared-memory race", at, a.write ? "written" : "read",
+            name(a.block, a.thread).c_str(), earlier_write ? "written" : "read", by.c_str(),
             proxy ? "not made visible to the asynchronous proxy" : "is not ordered before it");
 }
 
@@ -138,7 +141,7 @@ void shared_access(Thread& t, uint32_t offset, uint32_t bytes, bool write, const
     access({*t.block, t.index, clock[t.index], clock, nullptr, write, site}, offset, bytes);
 }
 
-// A TMA load writes when it is issued, as far as what came before is concerned, and until its mbarrier completes.
+// With respect to earlier accesses a TMA load writes when it is issued, and it lasts until its mbarrier completes.
 uint32_t tma_write(Thread& issuer, MBarrier& m, uint32_t offset, uint32_t bytes, const Site& site) {
     if (!racing()) return 0;
     access({*issuer.block, m.race_thread, ++m.race_clock, issuer.clocks.generic, nullptr, true, site}, offset, bytes);
@@ -152,7 +155,8 @@ void tma_written(MBarrier& m, uint32_t clock) {
 uint32_t tma_read(Thread& issuer, uint32_t offset, uint32_t bytes, const Site& site) {
     if (!racing()) return 0;
     Block& b = *issuer.block;
-    access({b, tma_stores(b), ++b.store_clock, issuer.clocks.generic, &issuer.clocks.async, false, site}, offset, bytes);
+    access({b, tma_stores(b), ++b.store_clock, issuer.clocks.generic, &issuer.clocks.async, false, site}, offset,
+           bytes);
     return b.store_clock;
 }
 
@@ -160,7 +164,7 @@ void tma_read_waited(Thread& t, uint32_t clock) {
     if (racing()) join_at(t.clocks.generic, tma_stores(*t.block), clock);
 }
 
-// A product may rely on what all its threads know: the least of the four warps'.
+// A product may rely on what all its threads know: the minimum over the four warps.
 void product_issued(Thread& t, Product& p) {
     if (!racing() || t.lane) return;
     if (p.known.generic.empty()) {
@@ -180,8 +184,8 @@ void product_reads(Block& b, Warpgroup& w, Product& p, uint32_t offset, uint32_t
     access({b, tensor_core(b, w), p.race_clock, p.known.generic, &p.known.async, false, p.site}, offset, bytes);
 }
 
-// The thread has waited for the first `count` products; another one of the warpgroup may have waited for more. Each reads
-// shared memory, so that their clocks are their numbers, from 1.
+// The thread has waited for the first `count` products; another thread of the warpgroup may have waited for more. Every
+// product reads shared memory, so their clocks are their numbers, from 1.
 void products_waited(Thread& t, Warpgroup& w, uint32_t count) {
     if (racing()) join_at(t.clocks.generic, tensor_core(*t.block, w), count);
 }

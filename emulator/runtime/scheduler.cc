@@ -1,4 +1,4 @@
-// Who runs next, and what it says of threads that never will.
+// Chooses the thread that runs next, and describes the threads of a deadlock.
 #include "runtime.h"
 #include <map>
 
@@ -37,7 +37,7 @@ static Thread* take(Block& b, uint32_t warp, uint32_t lane) {
     return b.all[warp * WARP + lane].get();
 }
 
-// The same warp as long as it can run, then the next.
+// Runs the same warp as long as it can run, then the next.
 static Thread* pick_in_order(Block& b) {
     uint32_t w = b.current_warp;
     if (!b.ready[w]) {
@@ -52,7 +52,7 @@ static Thread* pick_any(Block& b) {
     return take(b, w, nth_bit(b.ready[w], worker->random() % __builtin_popcount(b.ready[w])));
 }
 
-// Warps have random priorities, now and then dealt anew: one runs as far ahead as the barriers let it.
+// Warps have random priorities, occasionally reassigned: one runs as far ahead as the barriers let it.
 static Thread* pick_by_priority(Block& b) {
     if ((worker->random() & 255) == 0) b.priority[worker->random() % b.warps] = worker->random();
     uint32_t w = __builtin_ctz(b.ready_warps);
@@ -78,7 +78,8 @@ static Block* pick_block() {
 Thread* pick() {
     Worker& k = *worker;
     for (;;) {
-        if (k.config.landing == SOMETIMES && !k.flights.empty() && (k.random() & 7) == 0) land(k.random() % k.flights.size());
+        if (k.config.landing == SOMETIMES && !k.flights.empty() && (k.random() & 7) == 0)
+            land(k.random() % k.flights.size());
         if (Block* b = pick_block()) {
             switch (k.config.order) {
             case ORDERED: return pick_in_order(*b);
@@ -86,7 +87,7 @@ Thread* pick() {
             default: return pick_by_priority(*b);
             }
         }
-        // Nobody can run: now the latest results must come, and those look again who only poll.
+        // No thread can run: now the latest asynchronous results must land, and threads that only poll look again.
         bool landed = !k.flights.empty();
         if (landed) land(k.config.order == ORDERED ? 0 : k.random() % k.flights.size());
         for (auto& b : k.blocks) wake(*b, b->yielded);
@@ -113,7 +114,9 @@ void wait_in(Waiting& waiting, const Reason& reason) {
 
 void yield_now() {
     if (++self()->yields > YIELDS_MOST)
-        fail_at(Site(), "deadlock: the thread has yielded %d times; what it waits for does not come (too few resident blocks?)", YIELDS_MOST);
+        fail_at(Site(),
+                "deadlock: the thread has yielded %d times; what it waits for does not come (too few resident blocks?)",
+                YIELDS_MOST);
     wait_in(self()->block->yielded, {});
 }
 
@@ -124,13 +127,14 @@ void run_thread() {
         worker->launch->kernel->call(worker->launch->params);
         Thread& t = *self();
         if (!t.waited)
-            fail_at(Site(), "missing griddep_wait: the thread exits, and who waits for this launch does not wait for those before");
+            fail_at(Site(), "missing griddep_wait: the thread exits without it, so that waiting for this launch would "
+                            "not cover those before it");
         copies_at_exit(t);
         stores_at_exit(t);
         t.done = true;
         if (--t.block->alive == 0) leave();
         else run_next();
-        // The block's next one is another block of the grid.
+        // The next thread that runs on this stack belongs to another block of the grid.
     }
 }
 
@@ -147,13 +151,15 @@ static std::string describe(const Thread& t) {
     case Wait::MBarrier: {
         const MBarrier* m = find_mbarrier(*t.block, r.which);
         if (!m) return "an mbarrier that was invalidated";
-        return printed("mbarrier smem+0x%x parity %u (initialised at %s; phase %u, %d of %d arrivals pending, tx-count %d bytes "
-                       "pending)",
-                       r.which - SHARED_START, r.detail, m->site.text().c_str(), m->phase, m->pending, m->count, m->tx_bytes);
+        return printed(
+            "mbarrier smem+0x%x parity %u (initialised at %s; phase %u, %d of %d arrivals pending, tx-count %d bytes "
+            "pending)",
+            r.which - SHARED_START, r.detail, m->site.text().c_str(), m->phase, m->pending, m->count, m->tx_bytes);
     }
     case Wait::Meeting: return printed("the other lanes of %s, mask 0x%08x", r.what, r.detail);
     case Wait::Wgmma: return "wgmma.wait_group: not all 128 threads of the warpgroup issued the wgmma";
-    case Wait::Registers: return printed("setmaxnreg.inc to %u: the block has %d registers to spare", r.which, t.block->spare_registers);
+    case Wait::Registers:
+        return printed("setmaxnreg.inc to %u: the block has %d registers to spare", r.which, t.block->spare_registers);
     case Wait::Nothing: break;
     }
     return "its turn";
@@ -173,13 +179,15 @@ std::string deadlock() {
                 exited++;
                 continue;
             }
-            std::string where = printed("block(%u,%u,%u) at %s waiting for ", t.bid.x, t.bid.y, t.bid.z, t.reason.site.text().c_str());
+            std::string where =
+                printed("block(%u,%u,%u) at %s waiting for ", t.bid.x, t.bid.y, t.bid.z, t.reason.site.text().c_str());
             Group& g = groups[where + describe(t)];
             if (!g.threads++) g.first = &t;
         }
     std::string out = "deadlock: no thread can run and no asynchronous operation is in flight\n";
     for (auto& [what, g] : groups)
-        out += printed("  %d threads (first: thread %d, warp %d) in %s\n", g.threads, g.first->index, g.first->warp, what.c_str());
+        out += printed("  %d threads (first: thread %d, warp %d) in %s\n", g.threads, g.first->index, g.first->warp,
+                       what.c_str());
     return out + printed("  %d threads have exited", exited);
 }
 

@@ -4,8 +4,8 @@
 
 namespace emu {
 
-// Of a swizzle over 16 << mode bytes (0: none, 1: 32, 2: 64, 3: 128): the 16-byte chunk's number within these is XORed with
-// the number of the 128-byte line.
+// A swizzle over 16 << mode bytes (0: none, 1: 32, 2: 64, 3: 128): the number of a 16-byte chunk within these bytes is
+// XORed with the number of the 128-byte line.
 inline uint32_t swizzled(uint32_t address, int mode) { return address ^ (address >> 7 & ((1u << mode) - 1)) << 4; }
 
 }  // namespace emu

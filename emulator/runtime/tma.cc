@@ -1,10 +1,11 @@
-// TMA: tiles between global and shared memory. Loads complete on an mbarrier, stores in bulk groups of the issuing thread.
+// TMA: tiles between global and shared memory. Loads complete on an mbarrier, stores in bulk groups of the issuing
+// thread.
 #include "runtime.h"
 #include "swizzle.h"
 
 namespace emu {
 
-// What emu_tensor_map hides in a CUtensorMap.
+// The contents of an encoded CUtensorMap.
 struct TensorMap {
     uint64_t magic, start, size[5], stride[4];  // sizes in elements, strides in bytes, innermost first
     uint16_t box[5];
@@ -27,8 +28,8 @@ static uint32_t tile_bytes(const TensorMap& t) {
     return bytes;
 }
 
-// A tile in pieces of 16 bytes: `each(offset in shared memory, global address, first, end)`, where bytes first..end of the
-// piece are inside the tensor.
+// Visits a tile in pieces of 16 bytes: `each(offset in shared memory, global address, first, end)`, where bytes
+// first..end of the piece are inside the tensor.
 template <class Each> static void each_piece(const TensorMap& t, const int* c, uint32_t tile, Each&& each) {
     uint32_t row_bytes = t.box[0] * t.element, rows = tile_bytes(t) / row_bytes;
     for (uint32_t row = 0; row < rows; row++) {
@@ -102,13 +103,14 @@ void tma_store(const CUtensorMap* map, uint32_t src, int rank, const int* c, con
     global_access((const void*)t.start, 1, true, site);
     Store s{*map, src, tile_bytes(t), {}, me.store_group, false, {}, site, 0};
     for (int i = 0; i < rank; i++) {
-        // So it is on an H100, whatever the swizzle. Beyond the far end a store is clipped, and loads may begin
+        // An H100 behaves this way for every swizzle. Beyond the far end a store is clipped, and loads may begin
         // anywhere.
         if (c[i] < 0)
-            fail_at(site,
-                    "TMA store: illegal instruction: the tile begins at coordinate %d along dimension %d; only loads may "
-                    "begin below 0",
-                    c[i], i);
+            fail_at(
+                site,
+                "TMA store: illegal instruction: the tile begins at coordinate %d along dimension %d; only loads may "
+                "begin below 0",
+                c[i], i);
         s.coordinates[i] = c[i];
     }
     shared_at(*me.block, src, s.bytes, 128, "TMA store", site);
@@ -127,7 +129,8 @@ void bulk_wait(int groups, bool read) {
         if (covered && !s.read) read_tile(*me.block, s);
         if (covered) tma_read_waited(me, s.race_clock);
         if (covered && !read) {
-            // An eager one has been written already; again makes no difference unless someone wrote in between.
+            // An eager store has been written already; writing it again makes no difference unless someone wrote in
+            // between.
             write_tile(*me.block, s);
             worker->counters.asynchronous++;
         } else {
@@ -141,7 +144,7 @@ void stores_at_exit(Thread& t) {
     for (Store& s : t.stores) {
         if (!s.read || s.group == t.store_group)
             fail_at(s.site, "the thread exits with a TMA store in flight (no bulk wait_group covers its reads)");
-        // Writes may be waited for by the end of the grid.
+        // The writes may be waited for by the end of the grid.
         write_tile(*t.block, s);
     }
     t.stores.clear();
@@ -151,7 +154,8 @@ void stores_at_exit(Thread& t) {
 
 using namespace emu;
 
-// As cuTensorMapEncodeTiled, for elements of 1, 2 or 4 bytes; swizzle 0 none, 1 32, 2 64, 3 128 bytes. 0 if all is well.
+// Like cuTensorMapEncodeTiled, for elements of 1, 2 or 4 bytes; swizzle 0 is none, 1 32, 2 64, 3 128 bytes. Returns 0
+// on success.
 extern "C" int emu_tensor_map(CUtensorMap* out, uint32_t element, uint32_t rank, uint64_t start, const uint64_t* sizes,
                               const uint64_t* strides, const uint32_t* box, uint32_t swizzle) {
     TensorMap t{};
@@ -166,7 +170,8 @@ extern "C" int emu_tensor_map(CUtensorMap* out, uint32_t element, uint32_t rank,
         t.size[i] = sizes[i];
         t.box[i] = box[i];
         if (i == 0) continue;
-        // The driver's documentation asks that each dimension goes in whole steps of the one before, and holds all of it.
+        // The driver's documentation requires that each stride is a multiple of the one before, and that a dimension
+        // spans all of the one before.
         uint64_t step = i == 1 ? element : strides[i - 2];
         if (strides[i - 1] & 15 || strides[i - 1] >= 1ull << 40) return 1;
         if (strides[i - 1] % step || strides[i - 1] < step * sizes[i - 1]) return 1;

@@ -3,7 +3,8 @@
 
 namespace emu {
 
-static const char *SHFL = "shfl", *VOTE = "vote", *SYNCWARP = "__syncwarp", *LDMATRIX = "ldmatrix", *STMATRIX = "stmatrix";
+static const char *SHFL = "shfl", *VOTE = "vote", *SYNCWARP = "__syncwarp", *LDMATRIX = "ldmatrix",
+                  *STMATRIX = "stmatrix";
 
 Meeting& find_meeting(const char* what, uint32_t mask, bool aligned, const Site& site) {
     Thread& me = *self();
@@ -14,12 +15,12 @@ Meeting& find_meeting(const char* what, uint32_t mask, bool aligned, const Site&
             if (!empty) empty = &m;
         } else if (m.mask == mask) {
             if (m.what != what || (aligned && !(m.site == site)))
-                fail_at(site, "divergent warp: lane %d is in %s while other lanes wait in %s at %s", me.lane, what, m.what,
-                        m.site.text().c_str());
+                fail_at(site, "divergent warp: lane %d is in %s while other lanes wait in %s at %s", me.lane, what,
+                        m.what, m.site.text().c_str());
             return m;
         } else if (m.mask & mask) {
-            fail_at(site, "divergent warp: %s with mask 0x%08x overlaps mask 0x%08x, still waiting in %s at %s", what, mask,
-                    m.mask, m.what, m.site.text().c_str());
+            fail_at(site, "divergent warp: %s with mask 0x%08x overlaps mask 0x%08x, still waiting in %s at %s", what,
+                    mask, m.mask, m.what, m.site.text().c_str());
         }
     }
     if (!empty) fail_at(site, "divergent warp: more than four groups of lanes wait for each other");
@@ -35,7 +36,8 @@ uint64_t warp_shfl(uint32_t mask, uint64_t value, int lane, int mode, int width,
         int operand;
     } mine{value, value, lane};
     Site site(f, l);
-    if (width <= 0 || width > WARP || (width & (width - 1))) fail_at(site, "shfl: width %d is no power of two up to 32", width);
+    if (width <= 0 || width > WARP || (width & (width - 1)))
+        fail_at(site, "shfl: width %d is no power of two up to 32", width);
     meet(SHFL, mask, false, &mine, site, [&](Meeting& m) {
         each_lane(mask, [&](int i) {
             Lane& to = *(Lane*)m.lanes[i];
@@ -47,7 +49,8 @@ uint64_t warp_shfl(uint32_t mask, uint64_t value, int lane, int mode, int width,
             case SHUFFLE_UP: from = i - to.operand; break;
             }
             if (from < segment || from >= segment + width) from = i;
-            if (!(mask >> from & 1)) fail_at(site, "shfl: lane %d reads lane %d, which is not in the mask 0x%08x", i, from, mask);
+            if (!(mask >> from & 1))
+                fail_at(site, "shfl: lane %d reads lane %d, which is not in the mask 0x%08x", i, from, mask);
             to.got = ((Lane*)m.lanes[from])->given;
         });
     });
@@ -71,7 +74,7 @@ void warp_sync(uint32_t mask, const char* f, int l) {
     meet(SYNCWARP, mask, false, nullptr, {f, l}, [&](Meeting&) { sync_lanes(*self()->block, self()->warp, mask); });
 }
 
-// The rows of matrix i are addressed by lanes 8i..8i+7, and lane j holds two halves of row j / 4, or of column j / 4.
+// The rows of matrix i are addressed by lanes 8i..8i+7; lane j holds two halves of row j / 4, or of column j / 4.
 struct MatrixLane {
     uint32_t* registers;
     uint32_t address;

@@ -1,14 +1,15 @@
-// How the lanes of a warp meet.
+// The rendezvous of the lanes of a warp.
 #pragma once
 #include "runtime.h"
 
 namespace emu {
 
-// The calling lane's meeting under this mask: one that others wait in, or a new one. Fails if the warp has diverged.
+// The calling lane's meeting under this mask: one in which other lanes wait, or a new one. Fails if the warp has
+// diverged.
 Meeting& find_meeting(const char* what, uint32_t mask, bool aligned, const Site& site);
 
-// Waits until every lane of `mask` is here; the last one calls `all(meeting)`, with what each lane handed in, and all go on.
-// `aligned`: the lanes must come by the same instruction.
+// Waits until every lane of `mask` has arrived. The last one calls `all(meeting)`, with what each lane passed in, and
+// then all continue. If `aligned`, all lanes must arrive by the same instruction.
 template <class All>
 inline void meet(const char* what, uint32_t mask, bool aligned, void* mine, const Site& site, All&& all) {
     Thread& me = *self();

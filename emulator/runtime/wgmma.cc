@@ -1,5 +1,6 @@
-// wgmma: issuing only deposits, nothing blocks. A warpgroup's accumulators are taken away and poisoned at the first product
-// into them, and given back when a group completes: at the last thread's issue, or when the first thread waits.
+// wgmma: issuing only records the product and never blocks. A warpgroup's accumulators are taken away and poisoned at
+// the first product into them, and given back when a group completes: when the last thread issues, or when the first
+// thread waits.
 #include "runtime.h"
 #include "swizzle.h"
 
@@ -17,8 +18,9 @@ static float* pair_at(Accumulators& d, int thread, int j) {
 
 // ---- operands ---------------------------------------------------------------------------------
 
-// The 16 bytes that hold element (mn, k) of an operand and those after it: along k if K is the major (contiguous)
-// dimension, else along mn. PTX ISA, "Matrix-descriptor", in the canonical layouts of CUTLASS's mma_sm90_desc.hpp.
+// The 16 bytes that hold element (mn, k) of an operand and the elements after it: along k if K is the major
+// (contiguous) dimension, else along mn. See the PTX ISA, "Matrix-descriptor", and the canonical layouts of CUTLASS's
+// mma_sm90_desc.hpp.
 static const unsigned char* chunk(Block& b, Warpgroup& w, Product& p, uint64_t desc, bool mn_major, int mn, int k) {
     uint32_t start = (desc & 0x3fff) << 4, leading = (desc >> 16 & 0x3fff) << 4, stride = (desc >> 32 & 0x3fff) << 4;
     if (desc >> 49 & 7) fail_at(p.site, "wgmma descriptor: a base offset is not modelled");
@@ -77,7 +79,7 @@ static void load_b(Block& block, Warpgroup& w, Product& p) {
     }
 }
 
-// Four rows by `Vectors` vectors of eight columns in registers.
+// Multiplies four rows by `Vectors` vectors of eight columns in registers.
 template <int Vectors> static inline void multiply(float* d, int stride, int row, int column) {
     __m256 sum[4][Vectors];
     for (int r = 0; r < 4; r++)
@@ -114,8 +116,10 @@ static void give_back(Accumulators& d) {
             uint64_t there;
             memcpy(&there, to, 8);
             if (there != POISON)
-                fail_at(d.site, "accumulator register %d of thread %d of the warpgroup was touched while the wgmma was in flight",
-                        2 * j + ((uint32_t)there == (uint32_t)POISON), thread);
+                fail_at(
+                    d.site,
+                    "accumulator register %d of thread %d of the warpgroup was touched while the wgmma was in flight",
+                    2 * j + ((uint32_t)there == (uint32_t)POISON), thread);
             memcpy(to, pair_at(d, thread, j), 8);
         }
 }
@@ -135,11 +139,13 @@ static void complete(Block& b, Warpgroup& w, uint32_t upto) {
     }
 }
 
-// The accumulators that product `number` adds to: those of one in flight, or new ones.
-static std::shared_ptr<Accumulators> accumulators(Warpgroup& w, float* registers, int thread, int n, uint32_t number, const Site& site) {
+// The accumulators to which product `number` adds: those of a product in flight, or new ones.
+static std::shared_ptr<Accumulators> accumulators(Warpgroup& w, float* registers, int thread, int n, uint32_t number,
+                                                  const Site& site) {
     for (auto& d : w.in_flight)
         if (d->registers[thread] == registers) {
-            if (d->n != n) fail_at(site, "wgmma of n = %d into accumulators of one of n = %d that is in flight", n, d->n);
+            if (d->n != n)
+                fail_at(site, "wgmma of n = %d into accumulators of one of n = %d that is in flight", n, d->n);
             d->last = number;
             return d;
         }
@@ -161,7 +167,8 @@ void wgmma(float* d, const uint32_t* a, uint64_t da, uint64_t db, int n, int sca
     int thread = me.index % 128;
     if (n < 8 || n > 256 || n % 8) fail_at(site, "wgmma: n = %d is no multiple of 8 up to 256", n);
     if (b.threads < (me.warp / 4 + 1) * 128) fail_at(site, "wgmma: the warpgroup has fewer than 128 threads");
-    if (!me.wgmma_fenced) fail_at(site, "wgmma.mma_async without a wgmma.fence since the registers were last accessible");
+    if (!me.wgmma_fenced)
+        fail_at(site, "wgmma.mma_async without a wgmma.fence since the registers were last accessible");
     uint32_t number = me.products++;
     if (number - w.done == w.products.size()) {
         auto p = std::make_unique<Product>();
@@ -172,7 +179,8 @@ void wgmma(float* d, const uint32_t* a, uint64_t da, uint64_t db, int n, int sca
     }
     Product& p = *w.products[number - w.done];
     if (p.da != da || p.db != db || p.n != n || p.scale_d != scale_d || !(p.site == site))
-        fail_at(site, "the threads of the warpgroup issue different wgmma (descriptors, shape or scale differ; first at %s)",
+        fail_at(site,
+                "the threads of the warpgroup issue different wgmma (descriptors, shape or scale differ; first at %s)",
                 p.site.text().c_str());
     if (p.d->first == number) {
         p.d->registers[thread] = d;
@@ -197,7 +205,8 @@ void wgmma_commit(const char* f, int l) {
     Warpgroup& w = mine();
     uint32_t group = me.product_groups++;
     if (group == w.groups.size()) w.groups.push_back(me.products);
-    else if (w.groups[group] != me.products) fail_at({f, l}, "the threads of the warpgroup commit different wgmma groups");
+    else if (w.groups[group] != me.products)
+        fail_at({f, l}, "the threads of the warpgroup commit different wgmma groups");
 }
 
 void wgmma_wait(int groups, const char* f, int l) {
@@ -219,8 +228,10 @@ void wgmma_wait(int groups, const char* f, int l) {
 std::string wgmma_at_exit(Block& b) {
     for (Warpgroup& w : b.warpgroups) {
         if (!w.products.empty())
-            return w.products[0]->site.text() + ": the block exits with wgmma operations in flight (no wait_group covers them)";
-        if (w.done > (w.groups.empty() ? 0 : w.groups.back())) return "the block exits with wgmma operations that no commit_group covers";
+            return w.products[0]->site.text() +
+                   ": the block exits with wgmma operations in flight (no wait_group covers them)";
+        if (w.done > (w.groups.empty() ? 0 : w.groups.back()))
+            return "the block exits with wgmma operations that no commit_group covers";
     }
     return "";
 }

@@ -1,39 +1,53 @@
-//! The kernels and the structures that they take, as the C++ compiler lays them out.
+//! The registered kernels, and their parameter structures as the C++ compiler lays them out.
 
 use std::ffi::{CStr, c_char, c_void};
 
 /// A structure of parameters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// Its name.
+    /// The name.
     pub name: &'static str,
-    /// Its size.
+    /// The size in bytes.
     pub bytes: usize,
-    /// Its fields, in order.
+    /// The fields, in order.
     pub fields: Vec<Field>,
 }
 
 /// A field of a structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
-    /// Its name.
+    /// The name.
     pub name: &'static str,
-    /// Bytes from the structure's beginning to the field's.
+    /// The offset in bytes from the beginning of the structure.
     pub offset: usize,
-    /// Its size.
+    /// The size in bytes.
     pub bytes: usize,
 }
 
 /// A kernel that can be launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kernel {
-    /// Its name.
+    /// The name.
     pub name: &'static str,
-    /// The [`Layout`] of the structure that it takes, by name; `None` if that has no LAYOUT beside it.
+    /// The [`Layout`] of the structure that it takes, by name; `None` if that structure has no LAYOUT beside it.
     pub structure: Option<&'static str>,
+    /// The occupancy that its tile was declared with; `None` if it was not exported with a tile.
+    pub occupancy: Option<Occupancy>,
 }
 
-// As in runtime/emu.h.
+/// The part of a multiprocessor that a kernel's blocks take.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Occupancy {
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
+    /// Blocks that fit into the registers of a multiprocessor.
+    pub resident: u32,
+}
+
+// Matches runtime/emu.h.
 #[repr(C)]
 struct RawField {
     name: *const c_char,
@@ -56,6 +70,7 @@ struct RawKernel {
     params_bytes: usize,
     call: *const c_void,
     layout: *const RawLayout,
+    occupancy: Occupancy,
     next: *const RawKernel,
 }
 
@@ -65,13 +80,13 @@ unsafe extern "C" {
 }
 
 /// # Safety
-/// A string that is never freed, as names in a program are.
+/// `name` must be a string that is never freed, as names in a program are.
 unsafe fn text(name: *const c_char) -> &'static str {
     // SAFETY: the caller's promise.
     unsafe { CStr::from_ptr(name) }.to_str().unwrap_or("?")
 }
 
-/// The structures that have a LAYOUT beside them; one in a header once for each source that includes it.
+/// The structures that have a LAYOUT beside them. One in a header is listed once for each source that includes it.
 pub fn layouts() -> Vec<Layout> {
     let mut layouts = Vec::new();
     // SAFETY: a list of objects that live as long as the program, made before it began.
@@ -95,7 +110,8 @@ pub fn kernels() -> Vec<Kernel> {
         let mut next = emu_kernels();
         while let Some(kernel) = next.as_ref() {
             let structure = kernel.layout.as_ref().map(|layout| text(layout.name));
-            kernels.push(Kernel { name: text(kernel.name), structure });
+            let occupancy = Some(kernel.occupancy).filter(|occupancy| occupancy.threads > 0);
+            kernels.push(Kernel { name: text(kernel.name), structure, occupancy });
             next = kernel.next;
         }
     }

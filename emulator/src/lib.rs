@@ -1,65 +1,65 @@
-//! Runs CUDA kernels on the CPU, more harshly than a GPU would.
+//! Runs CUDA kernels on the CPU, under stricter rules than a GPU's.
 //!
 //! The threads of a block are fibers. Asynchronous copies and matrix products land at the earliest or the latest moment
-//! that is legal, their destinations poisoned until then; every plain load and store is checked for bounds, alignment and
-//! races. What a kernel gets away with on hardware, it does not get away with here.
+//! that is legal, and their destinations are poisoned until then. Every plain load and store is checked for bounds,
+//! alignment and races. So mistakes that hardware happens to tolerate are reported here.
 
 mod layouts;
 
-pub use layouts::{Field, Kernel, Layout, kernels, layouts};
+pub use layouts::{Field, Kernel, Layout, Occupancy, kernels, layouts};
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::LazyLock;
 
-/// Asked once: on Linux it reads the limits of the control groups, which takes longer than many a launch.
+/// Determined once: on Linux this reads the limits of the control groups, which takes longer than many launches.
 static PROCESSORS: LazyLock<u32> = LazyLock::new(|| std::thread::available_parallelism().map_or(1, |n| n.get() as u32));
 
-/// In which order ready threads run.
+/// The order in which ready threads run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
     /// Round robin over warps.
     Ordered = 0,
-    /// Any thread that is ready.
+    /// Any ready thread.
     Random = 1,
-    /// Warps with random priorities, sometimes dealt anew: one runs as far ahead as the barriers let it.
+    /// Warps have random priorities, occasionally reassigned: one runs as far ahead as the barriers let it.
     Priority = 2,
 }
 
-/// When asynchronous results land.
+/// The time at which asynchronous results land.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Landing {
     /// At once.
     Eager = 0,
-    /// When somebody waits for them.
+    /// When a thread waits for them.
     Lazy = 1,
-    /// In between.
+    /// At random moments in between.
     Random = 2,
 }
 
-/// How a launch is run.
+/// How a launch is scheduled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Schedule {
-    /// Of everything random.
+    /// The seed of all random decisions.
     pub seed: u64,
-    /// Order of threads.
+    /// The order of threads.
     pub order: Order,
-    /// Landing of asynchronous results.
+    /// The landing of asynchronous results.
     pub landing: Landing,
     /// Blocks that run at the same time, for kernels whose blocks wait for each other.
     pub resident: u32,
-    /// Whether races are looked for; three to five times slower.
+    /// True if races are detected, which is three to five times slower.
     pub races: bool,
-    /// Processor cores that share a launch's blocks; 0 for all of them. What a block does is the same with any number,
-    /// unless several are `resident` at a time.
+    /// Processor cores that share a launch's blocks; 0 for all of them. Each block behaves the same with any number of
+    /// cores, unless several blocks are `resident` at a time.
     pub threads: u32,
 }
 
 impl Schedule {
-    /// The fastest: nothing hostile but poison and bounds.
+    /// The fastest schedule: nothing hostile except poison and bounds checks.
     pub const QUICK: Schedule =
         Schedule { seed: 1, order: Order::Ordered, landing: Landing::Lazy, resident: 1, races: false, threads: 0 };
 
-    /// The five a kernel has to pass.
+    /// The five schedules that every kernel has to pass.
     pub fn hostile(seed: u64) -> [Schedule; 5] {
         let of = |order, landing, races| Schedule { seed, order, landing, resident: 1, races, threads: 1 };
         [
@@ -72,12 +72,12 @@ impl Schedule {
     }
 }
 
-/// What a kernel did wrong: where, and what it should have waited for.
+/// A kernel's fault: the place, and what it should have waited for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Fault(pub String);
 
-/// What a launch did, for tests of the emulator and of kernels' shapes.
+/// Counts of a launch, for tests of the emulator and of kernels' tiles.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -89,7 +89,7 @@ pub struct Counters {
     pub mma: u64,
     /// wgmma instructions.
     pub wgmma: u64,
-    /// Bytes by TMA.
+    /// Bytes moved by TMA.
     pub tma_bytes: u64,
     /// Asynchronous operations.
     pub asynchronous: u64,
@@ -97,9 +97,9 @@ pub struct Counters {
     pub barriers: u64,
     /// Blocks run.
     pub blocks: u64,
-    /// ldmatrix phases, and those beyond one a row of eight: bank conflicts.
+    /// Phases of ldmatrix; each reads one matrix, eight rows.
     pub ldmatrix_phases: u64,
-    /// See `ldmatrix_phases`.
+    /// Extra phases that bank conflicts would cost.
     pub ldmatrix_conflicts: u64,
 }
 
@@ -143,7 +143,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Global memory, its end against a guard page; poisoned (all ones, NaN) when new.
+/// Global memory, its end against a guard page; poisoned when new (all ones, which is NaN).
 pub struct Memory {
     start: *mut c_void,
     bytes: usize,
@@ -155,23 +155,23 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    /// Poisoned memory.
+    /// Allocates poisoned memory.
     pub fn new(bytes: usize) -> Self {
         // SAFETY: any size is fine; freed once, in `drop`.
         Memory { start: unsafe { emu_malloc(bytes.max(1)) }, bytes }
     }
 
-    /// Where it begins, as a kernel's pointer.
+    /// The start address, as a kernel's pointer.
     pub fn address(&self) -> u64 {
         self.start as u64
     }
 
-    /// Its size.
+    /// The size in bytes.
     pub fn len(&self) -> usize {
         self.bytes
     }
 
-    /// Whether it has no bytes.
+    /// True if it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
     }
@@ -184,17 +184,17 @@ impl Drop for Memory {
     }
 }
 
-/// A CUtensorMap, as TMA needs it among a kernel's parameters.
+/// A CUtensorMap as TMA needs it among a kernel's parameters.
 #[repr(C, align(128))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorMap(pub [u64; 16]);
 
 impl TensorMap {
-    /// Of a tensor at `start` with elements of `element` bytes; `sizes` and `tile` in elements, innermost first, `strides`
-    /// in bytes, without the innermost. Swizzle 0 is none, 1 to 3 are over 32, 64 and 128 bytes.
+    /// Describes a tensor at `start` with elements of `element` bytes. `sizes` and `tile` are in elements, innermost
+    /// first; `strides` are in bytes, without the innermost. Swizzle 0 is none, 1 to 3 are over 32, 64 and 128 bytes.
     ///
     /// # Errors
-    /// What the driver would refuse.
+    /// If the driver would refuse it.
     pub fn tiled(
         start: u64,
         element: u32,
@@ -218,9 +218,9 @@ impl TensorMap {
     }
 }
 
-/// Launches one after the other, each of which but the first may begin while those before it still run: until a thread
-/// has waited for these (`griddep_wait`) it may read memory that none of them writes, and no more, and without having
-/// waited it may not end. What is written is counted by allocations.
+/// A list of launches, each of which except the first may begin while earlier ones still run. Until a thread has called
+/// `griddep_wait` it may only read memory that none of them writes, and it may not end without having called it.
+/// Written memory is tracked by allocations.
 pub struct List(*mut c_void);
 
 impl List {
@@ -230,14 +230,15 @@ impl List {
         List(unsafe { emu_list_new() })
     }
 
-    /// Runs a kernel that takes one structure by value, as the next of the list.
+    /// Runs a kernel that takes one structure by value, as the next launch of the list.
     ///
     /// # Safety
-    /// `params` are what the kernel of that name expects; the memory they point to is alive and used by nobody else.
+    /// `params` must be what the kernel of that name expects; the memory that they point to must be alive and used by
+    /// nobody else.
     ///
     /// # Errors
-    /// The first fault found; results are then worthless. Parameters of another size than the kernel's structure are
-    /// one.
+    /// The first fault found; results are then worthless. Parameters of another size than the kernel's structure are a
+    /// fault too.
     pub unsafe fn launch(
         &mut self,
         kernel: &str,

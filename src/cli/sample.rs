@@ -50,8 +50,8 @@ pub(super) struct Args {
     #[arg(long)]
     spacing: Option<String>,
     /// Seed of the first image, from which the others count on [default, and -1: random]
-    #[arg(long, allow_negative_numbers = true, value_parser = seed)]
-    seed: Option<Option<u64>>,
+    #[arg(long, allow_negative_numbers = true)]
+    seed: Option<Seed>,
     /// Whose random numbers a seed means: torch-cpu or torch-cuda
     #[arg(long, default_value = "torch-cpu")]
     rng: String,
@@ -104,7 +104,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         sampler.spacing = Some(spacing.parse::<Spacing>()?);
     }
     let rng: Rng = args.rng.parse()?;
-    let base = args.seed.flatten().unwrap_or_else(random_seed);
+    let base = args.seed.and_then(|seed| seed.0).unwrap_or_else(random_seed);
     let (items, each) = args.items()?;
     let plan: Vec<Planned> = plan(&items, each, base)?;
     let names: Vec<Named> = plan.iter().map(|p| Named { prompt: &p.item.prompt, seed: p.seed }).collect();
@@ -301,11 +301,18 @@ fn pair(text: &str, separator: char) -> std::result::Result<(usize, usize), Stri
 }
 
 /// A seed; -1 is a random one, as in the A1111 web UI and others.
-fn seed(text: &str) -> std::result::Result<Option<u64>, String> {
-    match text {
-        "-1" => Ok(None),
-        text => {
-            text.parse().map(Some).map_err(|_| format!("give a number from 0 to {}, or -1 for a random one", u64::MAX))
+#[derive(Clone, Copy)]
+struct Seed(Option<u64>);
+
+impl std::str::FromStr for Seed {
+    type Err = String;
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "-1" => Ok(Seed(None)),
+            text => {
+                let known = text.parse().map_err(|_| format!("give 0 to {}, or -1 for a random one", u64::MAX))?;
+                Ok(Seed(Some(known)))
+            }
         }
     }
 }
@@ -377,8 +384,12 @@ impl Args {
         let each = match (self.images, &self.prompts) {
             (Some(images), _) => images as usize,
             (None, Some(_)) => 1,
-            // A batch beyond is refused later, with the right words.
-            (None, None) => self.batch.clamp(1, MAX_IMAGES),
+            (None, None) if self.batch > MAX_IMAGES => {
+                let problem = format!("{} images at once are not possible", self.batch);
+                return Err(Error::invalid("batch", problem).advise("give 1 to 256"));
+            }
+            // No images at all are refused later, with the right words.
+            (None, None) => self.batch.max(1),
         };
         Ok((items, each))
     }

@@ -1,4 +1,4 @@
-//! Launches of `kernels/attention.cu`, and which of its kernels, where it is not one of `attention_hopper.cu`.
+//! Launches of `kernels/attention.cu`, and the choice among its kernels, where none of `attention_hopper.cu` is taken.
 
 use super::attention_hopper;
 use super::device::{Launch, Limits};
@@ -24,25 +24,25 @@ crate::params! {
     }
 }
 
-/// One of the kernels: see `Tile` there.
+/// One of the kernels of `kernels/attention.cu`: the mirror of its `Tile`.
 #[derive(Debug, PartialEq)]
-struct Tile {
-    kernel: &'static str,
-    /// Head dimension filled up.
+pub(super) struct AttentionTile {
+    pub kernel: &'static str,
+    /// The head dimension, padded.
     width: usize,
     /// Queries of a block.
     rows: usize,
-    /// Keys of a step.
+    /// Keys per tile.
     keys: usize,
-    /// Whether it copies 16 bytes at a time.
+    /// True if it copies 16 bytes at a time.
     vector: bool,
 }
 
-const fn tile(kernel: &'static str, width: usize, rows: usize, keys: usize, vector: bool) -> Tile {
-    Tile { kernel, width, rows, keys, vector }
+const fn tile(kernel: &'static str, width: usize, rows: usize, keys: usize, vector: bool) -> AttentionTile {
+    AttentionTile { kernel, width, rows, keys, vector }
 }
 
-const TILES: [Tile; 12] = [
+pub(super) const TILES: [AttentionTile; 12] = [
     tile("attention_40_128", 40, 128, 64, true),
     tile("attention_40_64", 40, 64, 64, true),
     tile("attention_64_128", 64, 128, 64, true),
@@ -57,26 +57,27 @@ const TILES: [Tile; 12] = [
     tile("attention_512_64_unaligned", 512, 64, 16, false),
 ];
 
-/// Images that a choice is made for, however many there are: guidance's two.
+/// The number of images for which a choice is made, whatever the actual number: guidance's two.
 const IMAGES: usize = 2;
 
-impl Tile {
-    /// Warps that share a row, as the kernel has it.
+impl AttentionTile {
+    /// Warps that share a row group, as in the kernel.
     fn split(&self) -> usize {
         if self.width > 256 { 2 } else { 1 }
     }
 
-    fn threads(&self) -> usize {
+    pub fn threads(&self) -> usize {
         128 * self.split()
     }
 
-    /// True if warps that share a row divide a step's keys among them. If not, each computes the scores of all keys.
+    /// True if warps that share a row divide a tile's keys among them. If not, each computes the scores of all keys.
     fn exchanges(&self) -> bool {
         self.split() > 1 && self.keys / self.split() >= 16
     }
 
-    /// Bytes of shared memory: queries, two stages of keys and values or one, weights and maxima that warps exchange.
-    fn shared(&self) -> usize {
+    /// Bytes of shared memory: queries, one or two stages of keys and values, and the weights and maxima that warps
+    /// exchange.
+    pub fn shared(&self) -> usize {
         let stride = (self.width / 8) | 1;
         let stages = 2 / self.split();
         let exchanged =
@@ -84,7 +85,7 @@ impl Tile {
         (self.rows + 2 * stages * self.keys) * stride * 16 + exchanged
     }
 
-    /// Why the kernel cannot do it.
+    /// The reason why the kernel cannot compute an attention.
     fn rejected(&self, head_dim: usize, aligned: bool, limits: Limits) -> Option<&'static str> {
         if head_dim > self.width {
             Some("heads are wider")
@@ -97,9 +98,9 @@ impl Tile {
         }
     }
 
-    /// Estimated time: blocks of the busiest multiprocessor, times what one costs. Keys and values pass from shared memory
-    /// to registers once for a block, which costs as much as another 32 queries. Warps that share rows without
-    /// exchanging compute the scores, which are half of the work, twice.
+    /// Estimated time: the blocks of the busiest multiprocessor times the cost of one. Keys and values pass from shared
+    /// memory to registers once per block, which costs as much as another 32 queries. Warps that share rows without
+    /// exchanging compute the scores, half of the work, twice.
     fn time(&self, queries: usize, heads: usize, limits: Limits) -> usize {
         let blocks = IMAGES * heads * queries.div_ceil(self.rows);
         let halves = if self.split() > 1 && !self.exchanges() { 3 } else { 2 };
@@ -108,13 +109,19 @@ impl Tile {
     }
 }
 
-/// The kernel for one image's shape: the fastest that can do it.
-fn choose(queries: usize, heads: usize, head_dim: usize, aligned: bool, limits: Limits) -> Option<&'static Tile> {
+/// The kernel for one image's shape: the fastest that supports it.
+fn choose(
+    queries: usize,
+    heads: usize,
+    head_dim: usize,
+    aligned: bool,
+    limits: Limits,
+) -> Option<&'static AttentionTile> {
     let able = TILES.iter().filter(|tile| tile.rejected(head_dim, aligned, limits).is_none());
     able.min_by_key(|tile| tile.time(queries, heads, limits))
 }
 
-/// Whether every head begins at a multiple of 16 bytes.
+/// True if every head begins at a multiple of 16 bytes.
 pub(super) fn is_aligned(attention: &Attention, shape: impl Fn(TensorId) -> Shape) -> bool {
     let Attention { q, k, v, head_dim, .. } = *attention;
     let views = [q, k, v].into_iter().flat_map(|view| [view.offset, shape(view.tensor).c]);
@@ -177,7 +184,7 @@ mod tests {
             assert_eq!(chosen(77, 12, 64, limits), "attention_64_64");
             assert_eq!(chosen(4096, 1, 512, limits), "attention_512_64");
         }
-        // What the kernels' tests rely on.
+        // The kernels' tests rely on these choices.
         for (head_dim, kernel) in [(40, "attention_40_128"), (64, "attention_64_128"), (80, "attention_80_128")] {
             assert_eq!(chosen(65, 54, head_dim, Limits::A100), kernel);
         }

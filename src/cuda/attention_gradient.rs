@@ -1,4 +1,4 @@
-//! Launches of `kernels/attention_gradient.cu`, where it is not those of `attention_gradient_hopper.cu`.
+//! Launches of `kernels/attention_gradient.cu`, where those of `attention_gradient_hopper.cu` are not taken.
 
 use super::attention::is_aligned;
 use super::attention_gradient_hopper as hopper;
@@ -9,7 +9,7 @@ use crate::{Error, Result, Subject};
 
 /// Queries or keys of a block, and its threads.
 const OWN: usize = 64;
-const THREADS: usize = 128;
+pub(super) const THREADS: usize = 128;
 /// Bytes of a query's statistics.
 const STATISTICS: usize = 4 * size_of::<f32>();
 
@@ -36,23 +36,23 @@ crate::params! {
     }
 }
 
-/// A pair of the kernels: see `Tile` there.
+/// A pair of the kernels of `kernels/attention_gradient.cu`: the mirror of their `Tile`.
 #[derive(Debug, PartialEq)]
-struct Tile {
-    by_query: &'static str,
-    by_key: &'static str,
-    /// Head dimension filled up.
+pub(super) struct AttentionGradientTile {
+    pub by_query: &'static str,
+    pub by_key: &'static str,
+    /// The head dimension, padded.
     width: usize,
-    /// Whether it copies 16 bytes at a time.
+    /// True if it copies 16 bytes at a time.
     vector: bool,
 }
 
-const fn tile(by_query: &'static str, by_key: &'static str, width: usize, vector: bool) -> Tile {
-    Tile { by_query, by_key, width, vector }
+const fn tile(by_query: &'static str, by_key: &'static str, width: usize, vector: bool) -> AttentionGradientTile {
+    AttentionGradientTile { by_query, by_key, width, vector }
 }
 
-/// Narrower ones first.
-const TILES: [Tile; 6] = [
+/// In order of width.
+pub(super) const TILES: [AttentionGradientTile; 6] = [
     tile("attention_gradient_by_query_40", "attention_gradient_by_key_40", 40, true),
     tile("attention_gradient_by_query_64", "attention_gradient_by_key_64", 64, true),
     tile("attention_gradient_by_query_80", "attention_gradient_by_key_80", 80, true),
@@ -61,22 +61,23 @@ const TILES: [Tile; 6] = [
     tile("attention_gradient_by_query_160_unaligned", "attention_gradient_by_key_160_unaligned", 160, false),
 ];
 
-impl Tile {
-    /// Bytes of shared memory: own rows of two tensors, two stages of others, and these queries' statistics.
-    fn shared(&self) -> usize {
+impl AttentionGradientTile {
+    /// Bytes of shared memory: own rows of two tensors, two stages of others, and the statistics of these queries.
+    pub fn shared(&self) -> usize {
         let others = if self.width > 80 { 32 } else { 64 };
         2 * (OWN + 2 * others) * ((self.width / 8) | 1) * 16 + 2 * others * STATISTICS
     }
 }
 
-/// The narrowest pair that can do it.
-fn choose(head_dim: usize, aligned: bool, limits: Limits) -> Option<&'static Tile> {
-    let able =
-        |tile: &&Tile| head_dim <= tile.width && (aligned || !tile.vector) && tile.shared() <= limits.shared as usize;
+/// The narrowest pair that supports the heads.
+fn choose(head_dim: usize, aligned: bool, limits: Limits) -> Option<&'static AttentionGradientTile> {
+    let able = |tile: &&AttentionGradientTile| {
+        head_dim <= tile.width && (aligned || !tile.vector) && tile.shared() <= limits.shared as usize
+    };
     TILES.iter().find(able)
 }
 
-/// Bytes of what the first kernel leaves to the second.
+/// Bytes of the statistics that the first kernel leaves to the second.
 pub(super) fn workspace(graph: &Graph, of: &Attention, fused: bool) -> usize {
     let shape = graph.shape(of.q.tensor);
     if fused { shape.rows() * of.heads * STATISTICS } else { 0 }

@@ -6,9 +6,11 @@ use super::site::Site;
 use crate::Result;
 use crate::graph::{Attention, Shape, TensorId, View};
 
-/// Warpgroups of a block that multiply; one more fetches.
+/// Consumer warpgroups of a block; one more has the producer.
 const GROUPS: usize = 2;
-/// Stages of others' rows.
+/// Threads of a block.
+pub(super) const THREADS: usize = 128 * (GROUPS + 1);
+/// Stages of the ring of others.
 const STAGES: usize = 4;
 /// Bytes of a query's statistics.
 const STATISTICS: usize = 4 * size_of::<f32>();
@@ -31,47 +33,53 @@ crate::params! {
     }
 }
 
-/// A pair of the kernels: see `Tile` there.
+/// A pair of the kernels: the mirror of their `Tile`.
 #[derive(Debug, PartialEq)]
-pub(super) struct Tile {
+pub(super) struct AttentionGradientHopperTile {
     pub by_query: &'static str,
     pub by_key: &'static str,
     head_dim: usize,
-    /// Rows of a stage.
+    /// Others per stage.
     others: usize,
 }
 
-const fn tile(by_query: &'static str, by_key: &'static str, head_dim: usize, others: usize) -> Tile {
-    Tile { by_query, by_key, head_dim, others }
+const fn tile(
+    by_query: &'static str,
+    by_key: &'static str,
+    head_dim: usize,
+    others: usize,
+) -> AttentionGradientHopperTile {
+    AttentionGradientHopperTile { by_query, by_key, head_dim, others }
 }
 
-const TILES: [Tile; 4] = [
+pub(super) const TILES: [AttentionGradientHopperTile; 4] = [
     tile("attention_gradient_hopper_40_by_query", "attention_gradient_hopper_40_by_key", 40, 64),
     tile("attention_gradient_hopper_64_by_query", "attention_gradient_hopper_64_by_key", 64, 64),
     tile("attention_gradient_hopper_80_by_query", "attention_gradient_hopper_80_by_key", 80, 64),
     tile("attention_gradient_hopper_160_by_query", "attention_gradient_hopper_160_by_key", 160, 32),
 ];
 
-impl Tile {
-    /// Bytes of shared memory: own rows and stages of others, of two tensors each, others' statistics, and 256 of
-    /// barriers.
-    fn shared(&self) -> usize {
+impl AttentionGradientHopperTile {
+    /// Bytes of shared memory: own rows and stages of others, of two tensors each, the statistics of others, and 256
+    /// bytes of barriers.
+    pub fn shared(&self) -> usize {
         let rows = 2 * (GROUPS * ROWS + STAGES * self.others);
         rows * self.head_dim.div_ceil(SPAN) * SPAN_BYTES + STAGES * self.others * STATISTICS + 256
     }
 }
 
-/// The kernels for one image's shape, if there are any: where the forward half has one of 9.0, but for the VAE's head.
+/// The kernels for one image's shape, if there are any: where the forward pass has one of 9.0, except for the VAE's
+/// head.
 pub(super) fn choose(
     attention: &Attention,
     shape: impl Fn(TensorId) -> Shape,
     limits: Limits,
-) -> Option<&'static Tile> {
+) -> Option<&'static AttentionGradientHopperTile> {
     TILES.iter().find(|tile| tile.head_dim == attention.head_dim && suits(attention, &shape, limits))
 }
 
-/// Appends the launches of a gradient: by queries alone, to `out`; or, if `fused`, by queries, keys and values, which
-/// lie in `out` as they do in the one tensor that holds them.
+/// Appends the launches of a gradient: by queries alone, to `out`; or, if `fused`, by queries, keys and values, at the
+/// places in `out` that they have in the one tensor which holds them.
 ///
 /// # Errors
 /// [`crate::Error::Device`] if TMA does not take the tensors.
@@ -81,14 +89,14 @@ pub(super) fn attention_gradient(
     d: TensorId,
     out: TensorId,
     site: &Site,
-    tile: &Tile,
+    tile: &AttentionGradientHopperTile,
     launches: &mut Vec<Launch>,
 ) -> Result<()> {
     let Attention { q, k, v, heads, head_dim, scale, .. } = *of;
     let (queries, keys, images) = (site.shape(d).tokens(), site.shape(k.tensor).tokens(), site.shape(d).n);
     let map = |view: View, rows: usize| head_tiles(view, heads, head_dim, rows, site);
     let result = |view: View| View { tensor: out, offset: if fused { view.offset } else { 0 } };
-    // The first and the second tensor of either kind of rows.
+    // The first and the second tensor of each kind of rows.
     let (of_query, of_key) = ([q, d.into()], [k, v]);
     let params = |own: [View; 2], own_count: usize, others: [View; 2], other_count: usize| {
         Ok::<_, crate::Error>(AttentionGradientHopperParams {
@@ -109,7 +117,7 @@ pub(super) fn attention_gradient(
     };
     let mut launch = |kernel, rows: usize, params: &AttentionGradientHopperParams| {
         let grid = [rows.div_ceil(GROUPS * ROWS), heads, images];
-        launches.push(Launch::new(kernel, grid, 128 * (GROUPS + 1), tile.shared(), params));
+        launches.push(Launch::new(kernel, grid, THREADS, tile.shared(), params));
     };
     let by_query = params(of_query, queries, of_key, keys)?;
     if !fused {
@@ -137,7 +145,7 @@ mod tests {
     use crate::graph::Op;
     use std::collections::BTreeSet;
 
-    /// Heads of the real networks' gradients and whether they have kernels of 9.0.
+    /// The head widths of the real networks' gradients, with true if they have kernels of 9.0.
     fn chosen(limits: Limits) -> BTreeSet<(usize, bool)> {
         let mut all = BTreeSet::new();
         for (_, graph) in trainings() {

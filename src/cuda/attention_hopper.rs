@@ -27,33 +27,34 @@ crate::params! {
     }
 }
 
-/// One of the kernels: see `Tile` there.
+/// One of the kernels: the mirror of their `Tile`.
 #[derive(Debug, PartialEq)]
-pub(super) struct Tile {
+pub(super) struct AttentionHopperTile {
     pub kernel: &'static str,
     head_dim: usize,
-    /// Queries of a tile.
+    /// Queries per tile.
     rows: usize,
-    /// Whether a block may do several tiles of a head, one after the other.
+    /// True if a block may process several tiles of a head, one after the other.
     walks: bool,
-    /// The most keys that it takes.
+    /// The most keys that it supports.
     most: usize,
-    /// Tokens of one fetch of keys, and of values.
+    /// Tokens in one TMA load of keys, and of values.
     keys: usize,
     values: usize,
-    threads: usize,
+    pub threads: usize,
     /// Bytes of shared memory.
-    shared: usize,
+    pub shared: usize,
 }
 
-/// With so many warpgroups that multiply, and one more to fetch; stages of so many keys, of which a single one holds
-/// all.
-const fn tile(kernel: &'static str, head_dim: usize, groups: usize, stages: usize, keys: usize) -> Tile {
-    // Queries, twice where they pass by keys that stay, and results; keys and values; 256 bytes of barriers.
+/// A kernel with `groups` consumer warpgroups and one more for the producer, and stages of `keys` keys; a single stage
+/// holds all keys.
+const fn tile(kernel: &'static str, head_dim: usize, groups: usize, stages: usize, keys: usize) -> AttentionHopperTile {
+    // Tokens in shared memory: queries (two slots if the keys are held, else one) and results; keys and values. 256
+    // bytes of barriers are added.
     let held = stages == 1;
     let slots = if held { 3 } else { 2 };
     let tokens = groups * ROWS * slots + 2 * stages * keys;
-    Tile {
+    AttentionHopperTile {
         kernel,
         head_dim,
         rows: groups * ROWS,
@@ -66,8 +67,9 @@ const fn tile(kernel: &'static str, head_dim: usize, groups: usize, stages: usiz
     }
 }
 
-/// Warpgroups divide the work otherwise there, and values come in halves of a stage.
-const WIDE: Tile = Tile {
+/// The kernel for the widest heads, whose warpgroups have different roles, and whose values are loaded in halves of a
+/// stage.
+const WIDE: AttentionHopperTile = AttentionHopperTile {
     kernel: "attention_hopper_512",
     head_dim: 512,
     rows: ROWS,
@@ -76,11 +78,11 @@ const WIDE: Tile = Tile {
     keys: 64,
     values: 32,
     threads: 384,
-    // Queries, keys, values; weights, twice with a factor for each query, sums of weights; 128 bytes of barriers.
+    // Queries, keys, values; two slots of weights and one factor per query; inverse row sums; 128 bytes of barriers.
     shared: 3 * 64 * 512 * 2 + 2 * (ROWS * SPAN_BYTES + ROWS * 4) + ROWS * 4 + 128,
 };
 
-const TILES: [Tile; 9] = [
+pub(super) const TILES: [AttentionHopperTile; 9] = [
     tile("attention_hopper_40_held", 40, 3, 1, 80),
     tile("attention_hopper_64_held", 64, 3, 1, 80),
     tile("attention_hopper_80_held", 80, 2, 1, 80),
@@ -92,8 +94,9 @@ const TILES: [Tile; 9] = [
     WIDE,
 ];
 
-impl Tile {
-    /// Blocks of each of so many heads of all images: the fewest whose busiest multiprocessor is done soonest.
+impl AttentionHopperTile {
+    /// The number of blocks for each of `heads` heads of all images: the fewest with which the busiest multiprocessor
+    /// finishes soonest.
     fn blocks(&self, queries: usize, heads: usize, limits: Limits) -> usize {
         let tiles = queries.div_ceil(self.rows);
         if !self.walks {
@@ -105,12 +108,12 @@ impl Tile {
     }
 }
 
-/// Whether the kernels of 9.0 take an attention, but for the width of its heads.
+/// True if the kernels of 9.0 support an attention, apart from the width of its heads.
 pub(super) fn suits(attention: &Attention, shape: impl Fn(TensorId) -> Shape, limits: Limits) -> bool {
     limits.capability == 90 && rejected(attention, shape).is_none()
 }
 
-/// Why they do not.
+/// The reason why they do not support it.
 fn rejected(attention: &Attention, shape: impl Fn(TensorId) -> Shape) -> Option<&'static str> {
     let Attention { q, k, v, head_dim, causal, .. } = *attention;
     if causal {
@@ -124,7 +127,7 @@ fn rejected(attention: &Attention, shape: impl Fn(TensorId) -> Shape) -> Option<
     }
 }
 
-/// Why an attention gets none of the kernels of 9.0 there; `None` if it gets one.
+/// The reason why an attention gets none of the kernels of 9.0 on a card of 9.0; `None` if it gets one.
 pub(super) fn reason(attention: &Attention, shape: impl Fn(TensorId) -> Shape, limits: Limits) -> Option<&'static str> {
     if limits.capability != 90 || choose(attention, &shape, limits).is_some() {
         return None;
@@ -132,7 +135,7 @@ pub(super) fn reason(attention: &Attention, shape: impl Fn(TensorId) -> Shape, l
     rejected(attention, shape).or(Some("no kernel has heads of this width"))
 }
 
-/// The tensor map of a view's heads, in tiles of so many tokens and a span of one head's channels.
+/// The tensor map of a view's heads, in tiles of `rows` tokens and one span of a head's channels.
 ///
 /// # Errors
 /// [`crate::Error::Device`] if TMA does not take the tensor.
@@ -148,20 +151,20 @@ pub(super) fn head_tiles(view: View, heads: usize, head_dim: usize, rows: usize,
     })
 }
 
-/// The kernel for one image's shape, if there is one: for the widths of heads that Stable Diffusion has.
+/// The kernel for one image's shape, if there is one: they exist for the head widths of Stable Diffusion.
 pub(super) fn choose(
     attention: &Attention,
     shape: impl Fn(TensorId) -> Shape,
     limits: Limits,
-) -> Option<&'static Tile> {
+) -> Option<&'static AttentionHopperTile> {
     let keys = shape(attention.k.tensor).tokens();
-    let able = |tile: &&Tile| tile.head_dim == attention.head_dim && keys <= tile.most;
+    let able = |tile: &&AttentionHopperTile| tile.head_dim == attention.head_dim && keys <= tile.most;
     TILES.iter().find(able).filter(|_| suits(attention, &shape, limits))
 }
 
 /// # Errors
 /// [`crate::Error::Device`] if TMA does not take the tensors.
-pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &Tile) -> Result<Launch> {
+pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &AttentionHopperTile) -> Result<Launch> {
     let Attention { q, k, v, heads, head_dim, scale, .. } = *attention;
     let (queries, keys) = (site.shape(out).tokens(), site.shape(k.tensor).tokens());
     let images = site.shape(out).n;
@@ -187,7 +190,7 @@ mod tests {
     use crate::graph::Op;
     use std::collections::BTreeSet;
 
-    /// One image's queries and keys, heads and their channels, whether it is causal, and the kernel if one is chosen.
+    /// One image's queries and keys, heads and their channels, true if causal, and the kernel if one is chosen.
     type Chosen = (usize, usize, usize, usize, bool, Option<&'static str>);
 
     /// The shapes of the real networks on `limits`.
@@ -237,12 +240,12 @@ mod tests {
     fn blocks_fill_the_multiprocessors() {
         let tile = |kernel| TILES.iter().find(|tile| tile.kernel == kernel).unwrap();
         let blocks = |kernel, queries, heads| tile(kernel).blocks(queries, heads, Limits::H100);
-        // Of a guided pair: as few rounds as if tiles were dealt out one by one.
+        // For a guided pair: as few rounds as if tiles were distributed one by one.
         assert_eq!(blocks("attention_hopper_40_ring", 4096, 16), 8);
         assert_eq!(blocks("attention_hopper_64_ring", 4096, 20), 6);
         assert_eq!(blocks("attention_hopper_64_ring", 1024, 40), 3);
         assert_eq!(blocks("attention_hopper_80_ring", 1024, 16), 8);
-        // Of eight: 80 heads of 22 tiles, which are 13.3 a multiprocessor.
+        // For eight images: 80 heads of 22 tiles, which are 13.3 per multiprocessor.
         assert_eq!(blocks("attention_hopper_64_ring", 4096, 80), 11);
         assert!(TILES.iter().all(|tile| tile.shared <= Limits::H100.shared as usize));
     }

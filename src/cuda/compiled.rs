@@ -1,4 +1,4 @@
-//! The kernels in this binary, as `build.rs` compiled them; none if it found no nvcc.
+//! The kernels in this binary, as compiled by `build.rs`; none if it found no nvcc.
 
 /// A compiled source file of `kernels/`.
 #[derive(Clone, Copy, Debug)]
@@ -11,18 +11,19 @@ pub struct Family {
     pub kernels: &'static [&'static str],
 }
 
-/// What a kernel takes of a multiprocessor, by the assembler's account. None spills registers: the build fails then.
+/// The resources that a kernel needs, as reported by the assembler. No kernel spills registers, since the build would
+/// fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resources {
     /// The kernel's name in `kernels/`.
     pub kernel: &'static str,
     /// The architecture of the machine code, such as `80` or `90a`.
     pub architecture: &'static str,
-    /// Registers of a thread.
+    /// Registers per thread.
     pub registers: u32,
-    /// Bytes of shared memory beside what a launch asks for.
+    /// Bytes of static shared memory, in addition to what a launch requests.
     pub shared: u32,
-    /// Bytes of a thread's memory, for arrays that registers cannot hold.
+    /// Bytes of local memory per thread, for arrays that registers cannot hold.
     pub stack: u32,
 }
 

@@ -6,7 +6,7 @@ use super::epilogue::{Epilogue, is_shifted};
 use super::folded;
 use super::moments::{self, Moments};
 use super::site::{COUNTERS, Site};
-use super::tiles::{Choice, Instruction, Product, THREADS, choose};
+use super::tiles::{Choice, Instruction, Product, choose};
 use super::weights::{CHUNK, has_phases};
 use crate::graph::{Activation, Conv, Graph, Op, Shape, TensorId, WeightKind};
 use crate::{Error, Result, Subject};
@@ -40,11 +40,11 @@ crate::params! {
     }
 }
 
-/// The product of all images, and how it is computed.
+/// The product of all images, and the tile and split chosen for it.
 pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> (Product, Choice) {
     let shape = graph.shape(out);
     let channels: usize = conv.sources.iter().map(|id| graph.shape(id).c).sum();
-    let (phases, taps) = if is_doubled(graph, conv, out) { (4, 4) } else { (1, conv.kernel * conv.kernel) };
+    let (phases, taps) = if is_upsampled(graph, conv, out) { (4, 4) } else { (1, conv.kernel * conv.kernel) };
     let one = Product {
         phases,
         rows: shape.tokens() / phases,
@@ -70,7 +70,7 @@ pub(super) fn plan(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) ->
     (Product { rows: shape.n * one.rows, ..one }, choice)
 }
 
-/// True if another convolution computes this one's result `out` as a part of its own.
+/// True if another convolution computes the result `out` of this one as part of its own.
 pub(super) fn is_added(graph: &Graph, out: TensorId, limits: Limits) -> bool {
     graph.readers(out).any(|node| match &node.op {
         Op::Conv(conv) if conv.residual == Some(out) => plan(graph, conv, node.output, limits).0.added > 0,
@@ -91,8 +91,9 @@ pub(super) fn reads(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -
     sources.iter().chain(per_image).chain(residual).chain(added).collect()
 }
 
-/// The moments that a convolution leaves behind its result `id` for the norms that read it; `None` if none want them, no
-/// convolution makes it, its kernel's rectangles are no whole units, or no layer norm is computed by its readers.
+/// The moments that a convolution leaves behind its result `id` for the norms that read it. `None` if no norm wants
+/// them, if no convolution computes `id`, if the rectangles of its kernel are not whole units, or if no layer norm is
+/// computed by its readers.
 pub(super) fn moments(graph: &Graph, id: TensorId, limits: Limits) -> Option<Moments> {
     let moments = moments::wanted(graph, id, limits)?;
     let node = graph.maker(id)?;
@@ -103,7 +104,7 @@ pub(super) fn moments(graph: &Graph, id: TensorId, limits: Limits) -> Option<Mom
     (suits && choice.tile.instruction == Instruction::Wgmma).then_some(moments)
 }
 
-/// Why a convolution gets none of the kernels of 9.0 there; `None` if it gets one.
+/// The reason why a convolution gets none of the kernels of 9.0 on a card of 9.0; `None` if it gets one.
 pub(super) fn reason(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> Option<&'static str> {
     match conv_hopper::area(graph, conv, out) {
         _ if limits.capability != 90 => None,
@@ -114,7 +115,7 @@ pub(super) fn reason(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) 
     }
 }
 
-/// Bytes of the sums of a depth in parts.
+/// Bytes of partial sums of a split depth.
 pub(super) fn workspace(graph: &Graph, conv: &Conv, out: TensorId, limits: Limits) -> usize {
     if is_added(graph, out, limits) {
         return 0;
@@ -123,16 +124,17 @@ pub(super) fn workspace(graph: &Graph, conv: &Conv, out: TensorId, limits: Limit
     choice.tile.partial_bytes(&product, choice.splits)
 }
 
-/// True if a 3x3 convolution's source is doubled first. It is four of 2x2 on the source itself, 4/9 of the work, one for each
-/// parity of the result's row and column: the product's phases.
-pub(super) fn is_doubled(graph: &Graph, conv: &Conv, out: TensorId) -> bool {
+/// True if the source of a 3x3 convolution is first upsampled by two. It is then computed as four 2x2 convolutions of
+/// the source itself, 4/9 of the work: one for each parity of the result's row and column, which are the phases of the
+/// product.
+pub(super) fn is_upsampled(graph: &Graph, conv: &Conv, out: TensorId) -> bool {
     let (input, shape) = (graph.shape(conv.sources.x), graph.shape(out));
     let size = input.extent().doubled();
     let plain = has_phases(graph.weight(conv.weight)) && conv.stride == 1 && conv.pad == 1;
     plain && conv.resize == Some(size) && shape.extent() == size
 }
 
-/// Where the weights of a product lie.
+/// The address of the weights of a product.
 pub(super) fn weight_address(conv: &Conv, site: &Site, product: &Product) -> u64 {
     match product.phases {
         1 => site.weight(conv.weight),
@@ -154,16 +156,17 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
     if tile.instruction == Instruction::Wgmma {
         return conv_hopper::launch(conv, out, site, &product, choice);
     }
-    // A pixel that is read by itself is an image of its own: any number of tokens, no geometry.
+    // A pointwise product reads each pixel by itself, so every pixel is an image of its own: any number of tokens, and
+    // no index arithmetic.
     let point = Shape::new(output.rows(), 1, 1, input.c);
-    let doubled = product.phases > 1;
+    let upsampled = product.phases > 1;
     let (stored, made) = match () {
         () if conv.is_pointwise() => (point, point),
-        () if doubled => (input, input),
+        () if upsampled => (input, input),
         () => (input, output),
     };
-    let kernel = if doubled { 2 } else { conv.kernel };
-    let seen = conv.resize.filter(|_| !doubled).unwrap_or(stored.extent());
+    let kernel = if upsampled { 2 } else { conv.kernel };
+    let seen = conv.resize.filter(|_| !upsampled).unwrap_or(stored.extent());
     let ratio = |stored: usize, seen: usize| ((stored as u64) << 32).div_ceil(seen as u64);
     let params = ConvParams {
         sources: [site.address(conv.sources.x), site.optional(conv.sources.skip)],
@@ -191,20 +194,20 @@ pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
         steps: steps as i32,
         padding: 0,
     };
-    Ok(Launch::new(tile.kernel, [tiles, splits, 1], THREADS, tile.shared(), &params))
+    Ok(Launch::new(tile.kernel, [tiles, splits, 1], tile.threads(), tile.shared(), &params))
 }
 
 #[cfg(all(test, feature = "emulated"))]
 mod tests {
     use super::super::tiles::{STEP, TILES};
-    use super::super::{Buffer, Device, Emulated};
+    use super::super::{Buffer, CudaDevice, Emulated};
     use super::*;
     use crate::graph::Activation;
     use half::f16;
     use respodiff_emulated_kernels::Schedule;
     use std::sync::Arc;
 
-    /// Numbers in -1..1 that look random.
+    /// Pseudorandom numbers in -1..1.
     fn numbers(len: usize, seed: u32) -> impl Iterator<Item = f32> {
         (0..len as u32).map(move |i| {
             let mixed = (i + 1).wrapping_mul(2_654_435_761).wrapping_add(seed).wrapping_mul(2_246_822_519);
@@ -212,13 +215,13 @@ mod tests {
         })
     }
 
-    fn halves(device: &Arc<dyn Device>, len: usize, seed: u32) -> Buffer {
+    fn halves(device: &Arc<dyn CudaDevice>, len: usize, seed: u32) -> Buffer {
         let halves: Vec<f16> = numbers(len, seed).map(f16::from_f32).collect();
         Buffer::from_bytes(device, bytemuck::cast_slice(&halves)).unwrap()
     }
 
-    /// Every tile makes the same bits, whatever the schedule: of a 3x3 convolution of two sources with all that can follow,
-    /// whose rows and columns fill no tile, and of the same with a gate.
+    /// Every tile gives the same bits under every schedule: for a 3x3 convolution of two sources with the whole
+    /// epilogue, whose rows and columns fill no tile, and for the same with a gate.
     #[test]
     fn tiles_agree_bit_for_bit() {
         let (images, h, w, x, skip, columns) = (2, 5, 7, 24, 16, 88);
@@ -304,8 +307,8 @@ mod tests {
                         padding: 0,
                     };
                     let grid = [tile.count(&product), splits, 1];
-                    let launch = Launch::new(tile.kernel, grid, THREADS, tile.shared(), &params);
-                    // SAFETY: the buffers are as long as the structure says.
+                    let launch = Launch::new(tile.kernel, grid, tile.threads(), tile.shared(), &params);
+                    // SAFETY: the buffers have the sizes that the structure says.
                     let run = unsafe { device.run(&[launch]) };
                     run.unwrap_or_else(|fault| panic!("{}, {schedule:?}: {fault}", tile.kernel));
                     let mut bits = vec![0; 2 * out.len()];

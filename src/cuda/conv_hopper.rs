@@ -1,6 +1,6 @@
 //! Launches of `kernels/conv_hopper.cu`.
 
-use super::conv::{self, is_doubled, weight_address};
+use super::conv::{self, is_upsampled, weight_address};
 use super::device::{Launch, TensorTiles};
 use super::epilogue::{self, Epilogue};
 use super::folded;
@@ -10,9 +10,7 @@ use crate::graph::{Activation, Conv, Graph, Op, TensorId, View};
 use crate::{Error, Result, Subject};
 use half::f16;
 
-/// Threads of a block: two warpgroups that multiply, and one of which a thread fetches.
-const THREADS: usize = 384;
-/// `CUtensorMapSwizzle` of spans of 32, 64 and 128 bytes.
+/// `CUtensorMapSwizzle` for spans of 128, 64 and 32 bytes.
 const SWIZZLES: [(usize, u32); 3] = [(128, 3), (64, 2), (32, 1)];
 
 crate::params! {
@@ -54,9 +52,9 @@ crate::params! {
     }
 }
 
-/// How TMA would fetch what a convolution reads, if the kernels can do it: each stage is 64 channels of one source,
-/// rectangles move by whole pixels, and results are fp16 in whole 16 bytes. A source may be doubled for a plain 3x3
-/// convolution.
+/// The area of which TMA would fetch tiles for a convolution, if the kernels support it: each stage is 64 channels of
+/// one source, rectangles move by whole pixels, and results are fp16 in multiples of 16 bytes. For a plain 3x3
+/// convolution the source may be upsampled by two.
 ///
 /// # Errors
 /// Why they cannot.
@@ -64,14 +62,14 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
     let (input, shape) = (graph.shape(conv.sources.x), graph.shape(out));
     let gated = conv.activation == Activation::Geglu;
     let plain = conv.residual.is_none() && conv.per_image.is_none() && !epilogue::is_shifted(graph, out);
-    let doubled = is_doubled(graph, conv, out);
-    let size = if doubled { (2 * input.h, 2 * input.w) } else { (input.h, input.w) };
+    let upsampled = is_upsampled(graph, conv, out);
+    let size = if upsampled { (2 * input.h, 2 * input.w) } else { (input.h, input.w) };
     let even = |view: View| view.offset.is_multiple_of(2) && graph.shape(view.tensor).c.is_multiple_of(2);
     let pixels = if conv.is_pointwise() { Pixels::Apart } else { Pixels::Near };
     for (holds, otherwise) in [
         (conv.stride == 1, "its result has fewer pixels than its source"),
         (conv.kernel % 2 == 1 && conv.pad == conv.kernel / 2, "its kernel has no middle"),
-        (size == (shape.h, shape.w) && (doubled || conv.resize.is_none()), "its source is resized by other than two"),
+        (size == (shape.h, shape.w) && (upsampled || conv.resize.is_none()), "its source is resized by other than two"),
         (
             conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP)),
             "64 channels are no stage of its sources",
@@ -79,7 +77,7 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
         (shape.c.is_multiple_of(8), "its results are no whole 16 bytes"),
         (Element::of(graph, out) == Element::F16, "its results are fp32"),
         (plain || !gated, "something is added behind its gate"),
-        (!doubled || plain, "something follows its doubled source"),
+        (!upsampled || plain, "something follows its upsampled source"),
         (conv.per_image.is_none_or(even), "pairs of numbers for each image are not aligned"),
     ] {
         if !holds {
@@ -89,8 +87,8 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
     Ok(Area { height: input.h, width: input.w, pixels })
 }
 
-/// The 1x1 convolution whose result `conv` adds, if that can be more of its depth: nothing else reads the result, nothing but
-/// a bias follows it, and both products are scaled alike.
+/// The 1x1 convolution whose result `conv` adds, if it can be computed as more depth of `conv`: nothing else reads its
+/// result, nothing but a bias follows it, and both products have the same gains.
 pub(super) fn added<'a>(graph: &'a Graph, conv: &Conv, out: TensorId) -> Option<&'a Conv> {
     let residual = conv.residual?;
     let Op::Conv(added) = &graph.maker(residual)?.op else { return None };
@@ -121,13 +119,14 @@ pub(super) fn launch(
     let rectangle = area.rectangle();
     let [across, down, deep] = rectangle.count(seen, images);
     let [width, height, pictures] = rectangle.size();
-    // A warpgroup's half: of the images, else of the height, else of the width.
+    // A warpgroup's half of a rectangle: half of the images if there are several, else half of the height, else of the
+    // width.
     let half = match [width, height, pictures] {
         [w, h, n] if n > 1 => [w, h, n / 2],
         [w, h, n] if h > 1 => [w, h / 2, n],
         [w, h, n] => [w / 2, h, n],
     };
-    // Images of `channels` of which every `step`-th row and column is seen.
+    // The map of images of `channels` of which every `step`-th row and column is visible.
     let image = |address, channels: usize, step: usize, [width, height, pictures]: [usize; 3], span: usize| {
         let (pixel, step) = ((channels * size_of::<f16>()) as u64, step as u64);
         let sizes = [channels as u64, seen.width as u64, seen.height as u64, images as u64];
@@ -138,14 +137,14 @@ pub(super) fn launch(
         (site.bindings.tensor_map)(&TensorTiles { address, sizes: &sizes, strides: &strides, tile: &tile, swizzle })
     };
     let source = |id: TensorId| image(site.address(id), site.shape(id).c, 1, rectangle.size(), 2 * STEP);
-    // A layer norm without a launch: the product is of what it would normalise.
+    // In place of a layer norm without a launch, the product reads what the norm would normalise.
     let norm = folded::norm(site.graph(), conv, site.limits);
     let x = norm.as_ref().map_or(conv.sources.x, |norm| norm.x);
     let source_moments = norm.as_ref().and_then(|norm| conv::moments(site.graph(), norm.x, site.limits));
     let first = source(x)?;
     let second = conv.sources.skip.map_or(Ok(first), source)?;
-    let (phases, doubled) = (product.phases, product.phases > 1);
-    let kernel = if doubled { 2 } else { conv.kernel };
+    let (phases, upsampled) = (product.phases, product.phases > 1);
+    let kernel = if upsampled { 2 } else { conv.kernel };
     let matrix = |address, depth: usize, columns: usize| {
         let row = (depth * size_of::<f16>()) as u64;
         let (sizes, strides, tile): (&[u64], &[u64], &[u32]) = match product.gated {
@@ -157,12 +156,12 @@ pub(super) fn launch(
         (site.bindings.tensor_map)(&TensorTiles { address, sizes, strides, tile, swizzle: SWIZZLES[0].1 })
     };
     let weight = matrix(weight_address(conv, site, product), product.depth, phases * product.columns)?;
-    // Results are stored in boxes of the widest span that divides a tile's.
+    // Results are stored in boxes of the widest span that divides a tile's row.
     let results = if product.gated { tile.columns / 2 } else { tile.columns } * size_of::<f16>();
     let span = SWIZZLES.iter().map(|(bytes, _)| *bytes).find(|bytes| results.is_multiple_of(*bytes)).unwrap_or(32);
     let result = |address, step| image(address, shape.c, step, half, span);
-    let mut stored = [result(site.address(out), if doubled { 2 } else { 1 })?; 4];
-    for (phase, map) in stored.iter_mut().enumerate().skip(1).filter(|_| doubled) {
+    let mut stored = [result(site.address(out), if upsampled { 2 } else { 1 })?; 4];
+    for (phase, map) in stored.iter_mut().enumerate().skip(1).filter(|_| upsampled) {
         let first = (phase / 2 * shape.w + phase % 2) * shape.c * size_of::<f16>();
         *map = result(site.address(out) + first as u64, 2)?;
     }
@@ -217,13 +216,13 @@ pub(super) fn launch(
     };
     let units = tiles_down * tiles_across * splits;
     let grid = [units.min(site.limits.multiprocessors as usize), 1, 1];
-    Ok(Launch::new(tile.kernel, grid, THREADS, tile.shared(), &params))
+    Ok(Launch::new(tile.kernel, grid, tile.threads(), tile.shared(), &params))
 }
 
 #[cfg(all(test, feature = "emulated"))]
 mod tests {
-    use super::super::tiles::{Instruction, TILES, Tile};
-    use super::super::{Emulated, Executor, Limits, Weights, bound};
+    use super::super::tiles::{GemmTile, Instruction, TILES};
+    use super::super::{CudaExecutor, CudaWeights, Emulated, Limits, bound};
     use super::*;
     use crate::graph::{ConvOptions, Extent, GraphBuilder, Shape, Sources};
     use crate::plan::Plan;
@@ -231,7 +230,7 @@ mod tests {
     use respodiff_emulated_kernels::Schedule;
     use std::sync::Arc;
 
-    /// Floats of scratch memory for sums of parts.
+    /// Floats of scratch memory for partial sums.
     const SCRATCH: usize = 1 << 22;
 
     struct Case {
@@ -241,29 +240,30 @@ mod tests {
         outputs: usize,
         kernel: usize,
         activation: Activation,
-        /// True if a row of each image, a residual and a shift are added.
+        /// True if a per-image row, a residual and a shift are added.
         more: bool,
-        /// True if the source is doubled.
-        doubled: bool,
+        /// True if the source is upsampled by two.
+        upsampled: bool,
     }
 
     impl Case {
         fn graph(&self) -> Graph {
-            let Case { images, size: (h, w), channels: [x, skip], outputs, kernel, activation, more, doubled } = *self;
+            let Case { images, size: (h, w), channels: [x, skip], outputs, kernel, activation, more, upsampled } =
+                *self;
             let gated = activation == Activation::Geglu;
-            let scale = if doubled { 2 } else { 1 };
+            let scale = if upsampled { 2 } else { 1 };
             let result = Shape::new(images, scale * h, scale * w, if gated { outputs / 2 } else { outputs });
             let mut g = GraphBuilder::new();
             let scratch = g.input("scratch", Shape::new(1, 1, 1, 2 * SCRATCH));
             g.output("scratch", scratch);
             let source = g.input("x", Shape::new(images, h, w, x));
             let skip = (skip > 0).then(|| g.input("skip", Shape::new(images, h, w, skip)));
-            // Of two layers' numbers, the second's.
+            // The second of two layers' numbers.
             let per_image = more.then(|| g.input("per_image", Shape::new(images, 1, 1, result.c + 6)));
             let per_image = per_image.map(|tensor| View { tensor, offset: 6 });
             let residual = more.then(|| g.input("residual", result));
             let geometry = if kernel == 3 { ConvOptions::conv3x3() } else { ConvOptions::default() };
-            let geometry = ConvOptions { resize: doubled.then_some(Extent { h: 2 * h, w: 2 * w }), ..geometry };
+            let geometry = ConvOptions { resize: upsampled.then_some(Extent { h: 2 * h, w: 2 * w }), ..geometry };
             let options =
                 ConvOptions { activation, per_image, residual, gain: 0.75, bias_gain: 1.5, scale: 0.5, ..geometry };
             let mut out = g.conv("layer", Sources { x: source, skip }, outputs, options);
@@ -278,13 +278,13 @@ mod tests {
             g.finish()
         }
 
-        /// All outputs that a device makes, by the kernel that is chosen for it, or by `tile` with `splits`.
-        fn run(&self, limits: Limits, schedule: Schedule, by: Option<(&'static Tile, usize)>) -> Vec<f32> {
+        /// All outputs, computed by the kernel that is chosen for the device, or by `tile` with `splits`.
+        fn run(&self, limits: Limits, schedule: Schedule, by: Option<(&'static GemmTile, usize)>) -> Vec<f32> {
             let device = Emulated::new(limits, schedule);
             let graph = self.graph();
-            let weights = Weights::load(&device, graph.weights(), &Tensors::random()).unwrap();
+            let weights = CudaWeights::load(&device, graph.weights(), &Tensors::random()).unwrap();
             let plan = Arc::new(Plan::new(graph, &[], &limits));
-            let mut executor = Executor::new(&device, plan.clone(), weights).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan.clone(), weights).unwrap();
             let graph = plan.graph();
             for (seed, name) in ["x", "skip", "per_image", "residual", "shift"].into_iter().enumerate() {
                 let Some(id) = graph.find_input(name) else { continue };
@@ -296,7 +296,7 @@ mod tests {
                 None => executor.step().unwrap(),
                 Some((tile, splits)) => {
                     let scratch = plan.offset(graph.input("scratch"));
-                    let Executor { weights, arena, .. } = &executor;
+                    let CudaExecutor { weights, arena, .. } = &executor;
                     bound(&device, weights, arena, |bindings| {
                         for (node, workspace) in plan.step() {
                             let Op::Conv(conv) = &node.op else {
@@ -324,8 +324,8 @@ mod tests {
         }
     }
 
-    /// Every tile and number of parts makes the results of mma.sync's kernels, but for the last bit, and the same bits as
-    /// every other tile, on every hostile schedule.
+    /// Every tile with every number of splits gives the results of mma.sync's kernels except for the last bit, and the
+    /// same bits as every other tile, under every hostile schedule.
     #[test]
     fn tiles_agree_with_the_other_instruction() {
         let case = |images, size, channels, outputs, kernel, activation, more| Case {
@@ -336,10 +336,10 @@ mod tests {
             kernel,
             activation,
             more,
-            doubled: false,
+            upsampled: false,
         };
         let cases = [
-            // A convolution of two sources with all that can follow, of a size that fills no rectangle.
+            // A convolution of two sources with the whole epilogue, of a size that fills no rectangle.
             case(3, (5, 7), [64, 128], 168, 3, Activation::None, true),
             case(2, (9, 20), [64, 0], 328, 3, Activation::Silu, true),
             case(1, (3, 140), [128, 0], 88, 3, Activation::None, false),
@@ -347,17 +347,17 @@ mod tests {
             case(2, (1, 77), [192, 0], 264, 1, Activation::QuickGelu, true),
             case(3, (10, 21), [128, 0], 336, 1, Activation::Geglu, false),
             case(1, (1, 1), [320, 0], 16, 1, Activation::None, false),
-            // Doubled sources.
-            Case { doubled: true, ..case(3, (5, 7), [64, 0], 168, 3, Activation::None, false) },
-            Case { doubled: true, ..case(1, (11, 13), [128, 64], 88, 3, Activation::Silu, false) },
+            // Upsampled sources.
+            Case { upsampled: true, ..case(3, (5, 7), [64, 0], 168, 3, Activation::None, false) },
+            Case { upsampled: true, ..case(1, (11, 13), [128, 64], 88, 3, Activation::Silu, false) },
         ];
         for case in cases {
             let truth = case.run(Limits::A100, Schedule::QUICK, None);
             let gated = case.activation == Activation::Geglu;
-            let taps = if case.doubled { 4 } else { case.kernel * case.kernel };
+            let taps = if case.upsampled { 4 } else { case.kernel * case.kernel };
             let depth = taps * case.channels.iter().sum::<usize>() / STEP;
             let followed = case.more || !matches!(case.activation, Activation::None | Activation::Geglu);
-            let suits = |tile: &&Tile| {
+            let suits = |tile: &&GemmTile| {
                 tile.instruction == Instruction::Wgmma && tile.gated == Some(gated) && !(tile.pingpong && followed)
             };
             let tiles = TILES.iter().filter(suits);
@@ -366,15 +366,16 @@ mod tests {
                 let most = if tile.pingpong { 1 } else { 3 };
                 for splits in (1..=most).filter(|&splits| depth.div_ceil(depth.div_ceil(splits)) == splits) {
                     for schedule in Schedule::hostile(number as u64 + 1) {
-                        // Few multiprocessors, so that blocks make several tiles.
+                        // Few multiprocessors, so that blocks compute several tiles.
                         let limits = Limits { multiprocessors: 3, ..Limits::H100 };
                         let made = case.run(limits, schedule, Some((tile, splits)));
                         let label =
                             format!("{}, {splits} splits, {schedule:?}, {} to {}", tile.kernel, depth, case.outputs);
                         for (i, (&x, &y)) in made.iter().zip(&truth).enumerate() {
-                            // The layer's result may differ in its last bit, 2^-10 of at most |y| + 0.28, whose SiLU y
-                            // is; and y in its own, 2^-11. Rounded sums of taps differ by 2^-12 of each weight at most:
-                            // results of about 0.4 by 9e-5 at random, and some ten thousand of them by 4.5 times that.
+                            // The layer's result may differ in its last bit, which is 2^-10 of at most |y| + 0.28,
+                            // where y is the SiLU of the result; and y in its own, 2^-11. Rounded sums of taps differ
+                            // by at most 2^-12 of each weight: results of about 0.4 by 9e-5 at random, and some ten
+                            // thousand of them by up to 4.5 times that.
                             let off = (x - y).abs();
                             assert!(off <= 1.5e-3 * (y.abs() + 0.28), "{label}: number {i} is {x}, and {y} is right");
                         }
@@ -389,8 +390,9 @@ mod tests {
         }
     }
 
-    /// A 1x1 convolution of two sources that is added to a 3x3 one has no launch, and the sum is what two products give but
-    /// for the rounding of the first; the same bits whatever the tiles' number is, and for an image alone.
+    /// A 1x1 convolution of two sources whose result is added to a 3x3 one has no launch. The sum is that of two
+    /// products except for the rounding of the first, with the same bits whatever the number of tiles, and for an image
+    /// alone.
     #[test]
     fn added_convolutions_are_more_depth() {
         let graph = |images: usize, apart: bool| {
@@ -411,8 +413,8 @@ mod tests {
         let run = |images: usize, apart: bool, limits: Limits, schedule| {
             let device = Emulated::new(limits, schedule);
             let plan = Arc::new(Plan::new(graph(images, apart), &[], &limits));
-            let weights = Weights::load(&device, plan.graph().weights(), &Tensors::random()).unwrap();
-            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            let weights = CudaWeights::load(&device, plan.graph().weights(), &Tensors::random()).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan, weights).unwrap();
             for (seed, name) in ["x", "a", "b"].into_iter().enumerate() {
                 let graph = executor.plan().graph();
                 let numbers = graph.shape(graph.input(name)).len();
@@ -422,7 +424,7 @@ mod tests {
             executor.step().unwrap_or_else(|fault| panic!("{images} images, {schedule:?}: {fault}"));
             (executor.step_launches().iter().map(|l| l.kernel).collect::<Vec<_>>(), executor.read("out").unwrap())
         };
-        // Few multiprocessors make blocks compute several tiles; many split the depth, after the same rules.
+        // Few multiprocessors make blocks compute several tiles; many make them split the depth.
         for multiprocessors in [2, 24] {
             let limits = Limits { multiprocessors, ..Limits::H100 };
             let graph = graph(2, false);
@@ -436,7 +438,7 @@ mod tests {
             for schedule in Schedule::hostile(5) {
                 let (launches, made) = run(2, false, limits, schedule);
                 assert_eq!(launches.len(), 2, "{multiprocessors} multiprocessors: {launches:?}");
-                // The result of the 1x1 convolution, of up to 4, was rounded to fp16, and half of it added.
+                // The result of the 1x1 convolution, at most 4, was rounded to fp16, and half of it is added.
                 let off = made.iter().zip(&apart).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
                 assert!(off > 0.0 && off <= 2e-3, "{multiprocessors} multiprocessors: {off}");
                 assert!(made.iter().zip(&one).all(|(x, y)| x.to_bits() == y.to_bits()), "{schedule:?}");

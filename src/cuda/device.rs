@@ -1,10 +1,11 @@
-//! What a plan needs of a machine that runs the kernels: memory, copies, launches, and lists of launches replayed as one.
+//! The operations that plans need of a machine that runs the kernels: memory, copies, launches, and recorded lists of
+//! launches.
 
 use crate::Result;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What decides tiles and splits; a plan for one device can be made on another machine.
+/// The properties of a card that decide tiles and splits. A plan for a card can be made on another machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Compute capability, 80 for 8.0.
@@ -28,7 +29,8 @@ impl Limits {
     pub const B200: Limits = Limits { capability: 100, multiprocessors: 148, shared: 227 << 10 };
     /// An RTX 5090's.
     pub const RTX_5090: Limits = Limits { capability: 120, multiprocessors: 170, shared: 99 << 10 };
-    /// One card of every kind that has machine code of its own. They differ in what a block may have of shared memory.
+    /// One card for each architecture that has machine code of its own. They differ in the shared memory that a block
+    /// may have.
     pub const CARDS: [Limits; 6] =
         [Limits::A100, Limits::RTX_3090, Limits::RTX_4090, Limits::H100, Limits::B200, Limits::RTX_5090];
 }
@@ -38,18 +40,18 @@ impl Limits {
 pub struct Launch {
     /// The kernel's name in `kernels/`.
     pub kernel: &'static str,
-    /// Blocks.
+    /// The number of blocks in each dimension.
     pub grid: [u32; 3],
-    /// Threads of a block.
+    /// Threads per block.
     pub block: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
-    /// The bytes of the kernel's structure.
+    /// The bytes of the kernel's parameter structure.
     pub params: Box<[u8]>,
 }
 
 impl Launch {
-    /// A launch with `params`, the mirror of the kernel's structure.
+    /// Makes a launch with `params`, the Rust mirror of the kernel's structure.
     pub fn new(
         kernel: &'static str,
         grid: [usize; 3],
@@ -65,52 +67,52 @@ impl Launch {
 /// A tensor of halves in device memory, of which TMA moves tiles. Dimensions are innermost first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorTiles<'a> {
-    /// Where it begins, a multiple of 16.
+    /// The start address, a multiple of 16.
     pub address: u64,
-    /// Its elements along each dimension.
+    /// The number of elements along each dimension.
     pub sizes: &'a [u64],
-    /// Bytes from one element to the next along each dimension but the innermost, multiples of 16.
+    /// The distances in bytes between elements along each dimension except the innermost, multiples of 16.
     pub strides: &'a [u64],
-    /// A tile's elements along each dimension.
+    /// The number of a tile's elements along each dimension.
     pub tile: &'a [u32],
-    /// How a tile lies in shared memory, a `CUtensorMapSwizzle`: 0 for plain, 1 to 3 for spans of 32, 64 and 128 bytes.
+    /// The swizzle of a tile in shared memory, a `CUtensorMapSwizzle`: 0 for none, 1 to 3 for spans of 32, 64 and 128
+    /// bytes.
     pub swizzle: u32,
 }
 
-/// Contents of the L2 cache when a timing begins.
+/// The contents of the L2 cache when a timing begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cache {
     /// Nothing that the launches read.
     Cold,
-    /// Whatever the same launches left there, run once before.
+    /// What the same launches left there when they ran once before.
     Warm,
 }
 
-/// A machine that runs kernels: a GPU or the emulator. Work is done in the order in which it was given.
-pub trait Device: Send + Sync {
-    /// Its name.
+/// A machine that runs kernels: a GPU or the emulator. Work is done in the order in which it was submitted.
+pub trait CudaDevice: Send + Sync {
+    /// The device's name.
     fn name(&self) -> String;
 
-    /// What it offers.
+    /// The device's properties.
     fn limits(&self) -> Limits;
 
-    /// Bytes of memory that are free, where that is known.
+    /// Bytes of free memory, where that is known.
     fn free_bytes(&self) -> Option<usize>;
 
-    /// Bytes of its memory that have been taken since it was opened, by its own count, which rounds up what is asked
-    /// for.
+    /// Bytes of memory taken since the device was opened, by the device's own count, which rounds up each request.
     fn used_bytes(&self) -> Option<usize>;
 
-    /// Takes memory.
+    /// Allocates memory.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if there is not enough.
     fn allocate(&self, bytes: usize) -> Result<u64>;
 
-    /// Gives memory back.
+    /// Frees memory.
     ///
     /// # Safety
-    /// `address` came from [`Device::allocate`] and is not used again.
+    /// `address` came from [`CudaDevice::allocate`] and is not used again.
     unsafe fn free(&self, address: u64);
 
     /// Copies to the device; `bytes` may be reused at once.
@@ -122,25 +124,25 @@ pub trait Device: Send + Sync {
     /// [`crate::Error::Device`] with the driver's word.
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()>;
 
-    /// Copies from the device, after all work given before.
+    /// Copies from the device, after all work submitted before.
     ///
     /// # Safety
-    /// As for [`Device::upload`].
+    /// As for [`CudaDevice::upload`].
     ///
     /// # Errors
     /// [`crate::Error::Device`] with the driver's word, also about work given before.
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
 
-    /// Fills with zeros.
+    /// Fills memory with zeros.
     ///
     /// # Safety
-    /// As for [`Device::upload`].
+    /// As for [`CudaDevice::upload`].
     ///
     /// # Errors
     /// [`crate::Error::Device`] with the driver's word.
     unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()>;
 
-    /// Copies on the device.
+    /// Copies within the device.
     ///
     /// # Safety
     /// The memory at both addresses is as long, belongs to the caller and does not overlap.
@@ -149,16 +151,17 @@ pub trait Device: Send + Sync {
     /// [`crate::Error::Device`] with the driver's word.
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()>;
 
-    /// The `CUtensorMap` of a tensor, for a kernel's structure, where it is aligned to 128 bytes, as CUDA 13 has it; CUDA 12 aligns to 64. What lies outside the
-    /// tensor is loaded as zero.
+    /// Encodes the `CUtensorMap` of a tensor, for a kernel's parameter structure. Structures align it to 128 bytes, as
+    /// CUDA 13 declares it; CUDA 12 aligns to 64. Elements outside the tensor are loaded as zero.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if TMA has no such tensors or tiles.
     fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]>;
 
-    /// Runs kernels one after the other. Each but the first may begin while those before it still run, and waits for
-    /// them by itself (`griddep_wait` in `kernels/ptx.cuh`). The first begins when all work given before is done: that
-    /// may be a copy, the end of a recording, or the event that starts a timing, and nothing would be gained.
+    /// Runs kernels one after the other. Each except the first may begin while earlier ones still run, and waits for
+    /// them by itself (`griddep_wait` in `kernels/ptx.cuh`). The first begins when all work submitted before is done:
+    /// that may be a copy, the end of a recording, or the event that starts a timing, and overlapping it would gain
+    /// nothing.
     ///
     /// # Safety
     /// The structures' pointers are valid for what the kernels do with them.
@@ -167,87 +170,87 @@ pub trait Device: Send + Sync {
     /// [`crate::Error::Device`]: an unknown kernel, or a fault.
     unsafe fn run(&self, launches: &[Launch]) -> Result<()>;
 
-    /// Prepares launches for being run many times at little cost.
+    /// Prepares launches so that they can be run many times at little cost.
     ///
     /// # Safety
-    /// As for [`Device::run`], whenever the recording is replayed.
+    /// As for [`CudaDevice::run`], whenever the recording is replayed.
     ///
     /// # Errors
-    /// As for [`Device::run`].
+    /// As for [`CudaDevice::run`].
     unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>>;
 
-    /// Runs kernels one after the other and waits: how long they took, by the device's own clock.
+    /// Runs kernels one after the other, waits for them, and returns their duration by the device's own clock.
     ///
     /// # Safety
-    /// As for [`Device::run`].
+    /// As for [`CudaDevice::run`].
     ///
     /// # Errors
-    /// As for [`Device::run`].
+    /// As for [`CudaDevice::run`].
     unsafe fn time(&self, launches: &[Launch], cache: Cache) -> Result<Duration>;
 }
 
-/// Launches that were prepared; see [`Device::record`].
+/// Recorded launches; see [`CudaDevice::record`].
 pub trait Recording: Send {
-    /// Runs them.
+    /// Runs the launches.
     ///
     /// # Errors
-    /// As for [`Device::run`].
+    /// As for [`CudaDevice::run`].
     fn replay(&self) -> Result<()>;
 }
 
 /// Memory on a device.
 pub struct Buffer {
-    device: Arc<dyn Device>,
+    device: Arc<dyn CudaDevice>,
     address: u64,
     bytes: usize,
 }
 
 impl Buffer {
-    /// Takes memory; what it holds is not defined.
+    /// Allocates memory with undefined contents.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if there is not enough.
-    pub fn new(device: &Arc<dyn Device>, bytes: usize) -> Result<Self> {
+    pub fn new(device: &Arc<dyn CudaDevice>, bytes: usize) -> Result<Self> {
         Ok(Buffer { address: device.allocate(bytes)?, device: device.clone(), bytes })
     }
 
-    /// Takes memory and fills it with zeros.
+    /// Allocates memory and fills it with zeros.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if there is not enough.
-    pub fn zeroed(device: &Arc<dyn Device>, bytes: usize) -> Result<Self> {
+    pub fn zeroed(device: &Arc<dyn CudaDevice>, bytes: usize) -> Result<Self> {
         let buffer = Self::new(device, bytes)?;
         // SAFETY: all of this buffer.
         unsafe { device.zero(buffer.address, bytes)? };
         Ok(buffer)
     }
 
-    /// Takes memory and fills it.
+    /// Allocates memory and fills it with `bytes`.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if there is not enough.
-    pub fn from_bytes(device: &Arc<dyn Device>, bytes: &[u8]) -> Result<Self> {
+    pub fn from_bytes(device: &Arc<dyn CudaDevice>, bytes: &[u8]) -> Result<Self> {
         let buffer = Self::new(device, bytes.len())?;
         buffer.write(0, bytes)?;
         Ok(buffer)
     }
 
-    /// Where it begins.
+    /// The start address.
     pub fn address(&self) -> u64 {
         self.address
     }
 
-    /// True if it is memory of this device.
-    pub(super) fn is_on(&self, device: &Arc<dyn Device>) -> bool {
+    /// True if the memory is on this device.
+    pub(super) fn is_on(&self, device: &Arc<dyn CudaDevice>) -> bool {
         Arc::ptr_eq(&self.device, device)
     }
 
-    /// Its size in bytes.
+    /// The size in bytes.
     pub fn len(&self) -> usize {
         self.bytes
     }
 
-    /// Whether it has no bytes.
+    /// True if it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
     }
@@ -281,7 +284,7 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        // SAFETY: from `allocate`, and gone with this.
+        // SAFETY: from `allocate`; not used after this.
         unsafe { self.device.free(self.address) }
     }
 }

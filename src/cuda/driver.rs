@@ -1,8 +1,8 @@
-//! The NVIDIA driver, found at run time: one binary serves machines with a GPU and without.
+//! The NVIDIA driver, loaded at run time: one binary serves machines with and without a GPU.
 //!
 //! The functions and types are cudarc's. It looks functions up when they are called and panics where one is missing, so
-//! all of them are looked up at the start, where that is an error. Its result codes are a Rust enum, which has no value
-//! for a code that only a driver newer than CUDA 13.4 returns; no call here is known to return one.
+//! all of them are looked up at start, where a missing one is an error. Its result codes are a Rust enum, which has no
+//! value for a code that only a driver newer than CUDA 13.4 returns; no call made here is known to return one.
 
 use crate::{Error, Result, Subject};
 use cudarc::driver::sys::{self, CUdevice, CUdevice_attribute, CUresult};
@@ -10,10 +10,10 @@ use functions::*;
 use std::ffi::{CStr, c_char};
 use std::sync::OnceLock;
 
-/// The oldest driver that will do, as CUDA counts: 12.0.
+/// The oldest supported driver, in CUDA's encoding: 12.0.
 const OLDEST: u32 = 12_000;
 
-/// All that is called of the driver.
+/// All functions of the driver that are called.
 pub(super) mod functions {
     macro_rules! functions {
         ($($name:ident)*) => {
@@ -28,10 +28,10 @@ pub(super) mod functions {
     /// Not in drivers before CUDA 12.4; see [`super::Version::tells_parameters`].
     pub use cudarc::driver::sys::cuFuncGetParamInfo;
 
-    /// Under this name all drivers have it; cudarc's bindings know the one of CUDA 12.8, which older drivers lack.
+    /// All drivers have this function under this name; cudarc binds the version of CUDA 12.8, which older drivers lack.
     ///
     /// # Safety
-    /// Events of the driver's that have passed, and a live number.
+    /// `milliseconds` must be valid for writing; `start` and `end` must be events of the driver that have passed.
     #[allow(non_snake_case)]
     pub unsafe fn cuEventElapsedTime(milliseconds: *mut f32, start: CUevent, end: CUevent) -> CUresult {
         type Function = unsafe extern "C" fn(*mut f32, CUevent, CUevent) -> CUresult;
@@ -59,7 +59,7 @@ pub(super) mod functions {
     }
 }
 
-/// Which CUDA a driver speaks; 12040 is 12.4.
+/// The CUDA version of a driver; 12040 is 12.4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(u32);
 
@@ -69,8 +69,8 @@ impl Version {
         self >= Version(12_040)
     }
 
-    /// True if graphs have edges along which a launch begins before the one before it ends. Streams have known such
-    /// launches since CUDA 11.8.
+    /// True if graphs have programmatic edges, along which a launch begins before the previous one ends. In streams
+    /// such launches exist since CUDA 11.8.
     pub(super) fn has_programmatic_edges(self) -> bool {
         self >= Version(12_030)
     }
@@ -85,17 +85,17 @@ impl std::fmt::Display for Version {
 /// A GPU as the driver describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Card {
-    /// The driver's number.
+    /// The driver's handle.
     pub(super) device: CUdevice,
     /// Such as "NVIDIA H100 80GB HBM3".
     pub name: String,
-    /// What kernels are planned for.
+    /// The properties that kernels are planned for.
     pub limits: super::Limits,
     /// Bytes of memory.
     pub memory: usize,
 }
 
-/// The version of the machine's driver, which is started.
+/// Starts the machine's driver and returns its version.
 ///
 /// # Errors
 /// [`Error::Device`]: none, too old, or broken, or without a GPU.
@@ -111,7 +111,7 @@ fn load() -> Result<Version, String> {
     }
     // SAFETY: a function is only looked up.
     let lacks = |name: &&&str| unsafe { sys::culib().get::<unsafe extern "C" fn()>(**name) }.is_err();
-    // Before all else: an old driver lacks functions, and its age is the better message.
+    // Checked first: an old driver lacks functions, and its age is the better message.
     if lacks(&&"cuDriverGetVersion") {
         return Err("libcuda is not NVIDIA's driver; reinstall the driver, or use --device cpu".into());
     }
@@ -128,7 +128,7 @@ fn load() -> Result<Version, String> {
     if let Some(missing) = NAMES.iter().find(lacks) {
         return Err(format!("the NVIDIA driver (CUDA {version}) lacks {missing}; reinstall it, or use --device cpu"));
     }
-    // SAFETY: no pointers. A toolkit's stub may have refused already.
+    // SAFETY: no pointers are passed. A toolkit's stub may have refused already.
     let code = if known as u32 == 0 { unsafe { cuInit(0) } } else { known };
     let advice = match code as u32 {
         0 => return Ok(version),
@@ -145,7 +145,7 @@ fn load() -> Result<Version, String> {
     Err(format!("the NVIDIA driver does not start: {}; {advice}, or use --device cpu", word(code)))
 }
 
-/// The GPUs of the driver, which has started, in its order.
+/// The GPUs of the driver, in its order. The driver has been started.
 ///
 /// # Errors
 /// [`Error::Device`] with the driver's word.
@@ -180,12 +180,12 @@ pub(super) fn cards() -> Result<Vec<Card>> {
     (0..count).map(card).collect()
 }
 
-/// Nothing, or an error with the driver's word for `code`.
+/// Turns a result code into `Ok` or an error with the driver's description.
 pub(super) fn check(doing: &str, code: CUresult) -> Result<()> {
     let problem = || format!("GPU, {doing}: {}", word(code));
     match code as u32 {
         0 => Ok(()),
-        // Illegal addresses, asserts, illegal instructions and their kin leave the process without a GPU.
+        // Illegal addresses, asserts, illegal instructions and similar errors leave the process without a GPU.
         700 | 702 | 709..=720 => Err(Error::device_lost(problem())
             .advise("a kernel failed and the GPU is lost to this process: start it again and report this")),
         2 => Err(Error::out_of_memory(problem())),
@@ -197,7 +197,7 @@ pub(super) fn check(doing: &str, code: CUresult) -> Result<()> {
 pub(super) fn word(code: CUresult) -> String {
     let ask = |function: unsafe fn(CUresult, *mut *const c_char) -> CUresult| {
         let mut text = std::ptr::null();
-        // SAFETY: what is returned is a constant string, or none is.
+        // SAFETY: the returned text, if any, is a constant string.
         unsafe { (function(code, &mut text) as u32 == 0 && !text.is_null()).then(|| CStr::from_ptr(text)) }
     };
     match (ask(cuGetErrorName), ask(cuGetErrorString)) {

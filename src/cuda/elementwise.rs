@@ -36,7 +36,8 @@ impl ElementParams {
         Launch::new(kernel, [(self.length as usize).div_ceil(width * THREADS), 1, 1], THREADS, 0, self)
     }
 
-    /// For pairs of values and gates, `result` being GEGLU's: by vectors or by elements, as its channels allow.
+    /// For pairs of values and gates, with `result` the shape of GEGLU's result: by the vector or the scalar kernel, as
+    /// the channels allow.
     fn pairs(mut self, result: Shape, vector: &'static str, element: &'static str) -> Launch {
         (self.length, self.channels) = (result.len() as u64, result.c as i32);
         let (kernel, width) = if result.c.is_multiple_of(VECTOR) { (vector, VECTOR) } else { (element, 1) };
@@ -117,7 +118,7 @@ crate::params! {
 }
 
 impl RowParams {
-    /// What reads nothing yet.
+    /// The parameters for a kernel that reads nothing yet.
     fn new(out: TensorId, tokens: usize, site: &Site) -> Self {
         let shape = site.shape(out);
         RowParams {
@@ -133,7 +134,7 @@ impl RowParams {
         }
     }
 
-    /// By vectors or by elements, as the channels allow.
+    /// Launches the vector or the scalar kernel, as the channels allow.
     fn launch(&self, vector: &'static str, element: &'static str) -> Launch {
         let channels = self.channels as usize;
         let (kernel, columns) =

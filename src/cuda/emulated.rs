@@ -1,13 +1,13 @@
-//! The emulator as a device: every launch of the engine, on the CPU, under a hostile schedule.
+//! The emulator as a device: runs every launch of the engine on the CPU, under a hostile schedule.
 
-use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
+use super::device::{Cache, CudaDevice, Launch, Limits, Recording, TensorTiles};
 use crate::{Error, Result};
 use respodiff_emulated_kernels::{List, Memory, Schedule, TensorMap};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// Runs kernels on the CPU; pretends to be a GPU of given limits.
+/// Runs kernels on the CPU as if on a GPU of given limits.
 pub struct Emulated {
     limits: Limits,
     schedule: Schedule,
@@ -15,17 +15,17 @@ pub struct Emulated {
 }
 
 impl Emulated {
-    /// The schedule for whole networks: fast, and still hostile in bounds and poison.
+    /// The schedule for whole networks: fast, but still with bounds checks and poison.
     pub const QUICK: Schedule = Schedule::QUICK;
 
     /// A device of `limits` whose launches all run under `schedule`.
     #[expect(clippy::new_ret_no_self, reason = "devices are used behind the trait alone")]
-    pub fn new(limits: Limits, schedule: Schedule) -> Arc<dyn Device> {
+    pub fn new(limits: Limits, schedule: Schedule) -> Arc<dyn CudaDevice> {
         Arc::new(Emulated { limits, schedule, memory: Mutex::default() })
     }
 }
 
-impl Device for Emulated {
+impl CudaDevice for Emulated {
     fn name(&self) -> String {
         "emulated".into()
     }
@@ -55,7 +55,7 @@ impl Device for Emulated {
     }
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
-        // SAFETY: the caller's promise; emulated memory is the host's.
+        // SAFETY: the caller's promise; emulated memory is the host's memory.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The structure of `kernels/epilogue.cuh`: what follows a matrix product.
+//! The structure of `kernels/epilogue.cuh`, the epilogue of a matrix product.
 
 use super::folded::as_packed;
 use super::site::{Element, Site};
@@ -27,7 +27,7 @@ crate::params! {
     }
 }
 
-/// The RespoDiff shift of `x` and its result, if there is one: the convolution that makes `x` writes both.
+/// The RespoDiff shift of `x` and the shifted result, if there is one: the convolution that computes `x` writes both.
 fn shift_of(graph: &Graph, x: TensorId) -> Option<(TensorId, TensorId)> {
     graph.readers(x).find_map(|node| match node.op {
         Op::Shift { x: shifted, shift } if shifted == x => Some((shift, node.output)),
@@ -40,7 +40,7 @@ pub(super) fn is_shifted(graph: &Graph, x: TensorId) -> bool {
     shift_of(graph, x).is_some()
 }
 
-/// True if a convolution makes `x`: its kernel then also writes the shifted `x`.
+/// True if a convolution computes `x`: its kernel then also writes the shifted `x`.
 pub(super) fn makes(graph: &Graph, x: TensorId) -> bool {
     graph.maker(x).is_some_and(|node| matches!(node.op, Op::Conv(_)))
 }

@@ -1,41 +1,38 @@
 //! A GPU as a device, through the NVIDIA driver.
 //!
-//! All work goes down one stream, in the order in which it was given. A recording is captured on a stream of its own and
-//! becomes a CUDA graph, so that nothing another thread submits meanwhile can end up in it.
+//! All work is submitted to one stream, in the order in which it was given.
 
+mod graph;
 mod kernels;
+mod staging;
 
 use super::compiled::{FAMILIES, Family, RESOURCES};
-use super::device::{Cache, Device, Launch, Limits, Recording, TensorTiles};
+use super::device::{Cache, CudaDevice, Launch, Limits, Recording, TensorTiles};
 use super::driver::{self, Card, Version, check, functions::*};
 use crate::{Error, Result, Subject};
 use cudarc::driver::sys::{
-    CUcontext, CUevent, CUgraphExec, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig,
-    CUresult, CUstream, CUstream_flags, CUstreamCaptureMode, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill,
-    CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
+    CUcontext, CUevent, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUresult,
+    CUstream, CUstream_flags, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave,
+    CUtensorMapL2promotion, CUtensorMapSwizzle,
 };
+use graph::Graph;
 use kernels::{Kernel, Loaded, MAX_PARAMS};
-use rayon::prelude::*;
-use std::collections::VecDeque;
+use staging::Staging;
 use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// Bytes of one of the pinned buffers through which uploads go.
-const STAGE: usize = 8 << 20;
-/// Bytes that one thread copies there at a time.
-const PIECE: usize = 256 << 10;
-/// What is overwritten to empty the L2 cache: more than any has.
+/// Bytes that are overwritten to empty the L2 cache: more than any L2 cache has.
 const FLUSH: usize = 256 << 20;
 /// Nothing waits for the legacy default stream.
 const NON_BLOCKING: u32 = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
 
-/// The first GPU that the kernels run on; `CUDA_VISIBLE_DEVICES` decides which ones there are.
+/// Opens the first GPU that the kernels run on; `CUDA_VISIBLE_DEVICES` decides which GPUs there are.
 ///
 /// # Errors
 /// [`Error::Device`]: this build holds no kernels, the driver is missing or too old, or no GPU is new enough.
-pub fn open(ordinal: Option<usize>) -> Result<Arc<dyn Device>> {
+pub fn open(ordinal: Option<usize>) -> Result<Arc<dyn CudaDevice>> {
     if FAMILIES.is_empty() {
         return Err(Error::unsupported(Subject::Device, "this build has no CUDA kernels")
             .advise("install nvcc (README, \"On a GPU\") and build again, or choose the CPU"));
@@ -55,7 +52,7 @@ pub fn open(ordinal: Option<usize>) -> Result<Arc<dyn Device>> {
     Ok(Arc::new(Gpu::new(version, card.clone(), FAMILIES)?))
 }
 
-/// The driver's version and its GPUs, whether the kernels run on them or not.
+/// The driver's version and its GPUs, including those that the kernels do not run on.
 ///
 /// # Errors
 /// [`Error::Device`]: no driver, or one that is too old or broken.
@@ -64,19 +61,19 @@ pub fn cards() -> Result<(Version, Vec<Card>)> {
 }
 
 impl Card {
-    /// Whether the kernels run on it.
+    /// True if the kernels run on it.
     pub fn usable(&self) -> bool {
         self.limits.capability >= 80
     }
 
-    /// Which of the compiled forms it runs.
+    /// The form of compiled code that it runs, in words.
     pub fn code(&self) -> String {
         code(self.limits.capability, RESOURCES.iter().map(|kernel| kernel.architecture))
     }
 }
 
 /// The newest of the compiled architectures that a GPU of `capability` runs: one of its generation that is not newer.
-/// Code of an architecture that ends in `a` runs on that alone.
+/// Code of an architecture that ends in `a` runs on that architecture alone.
 fn code(capability: u32, architectures: impl Iterator<Item = &'static str>) -> String {
     if capability < 80 {
         return "none: compute capability 8.0 is needed".into();
@@ -85,7 +82,7 @@ fn code(capability: u32, architectures: impl Iterator<Item = &'static str>) -> S
         Some(only) => only.parse() == Ok(capability),
         None => architecture.parse().is_ok_and(|of: u32| of / 10 == capability / 10 && of <= capability),
     };
-    // All are of one generation here, so that the order of texts is that of numbers.
+    // All are of one generation here, so the order of texts is that of numbers.
     match architectures.filter(|architecture| runs(architecture)).max() {
         Some(architecture) => format!("sm_{architecture} machine code"),
         None => "PTX, which the driver compiles when a kernel is first used, and keeps".into(),
@@ -107,12 +104,11 @@ struct Gpu {
     free_at_first: usize,
     stream: CUstream,
     loaded: Mutex<Loaded>,
-    /// Pinned buffers for uploads. The first is the one that was used longest ago.
-    staging: Mutex<VecDeque<Stage>>,
+    staging: Staging,
     timer: Mutex<Option<Timer>>,
 }
 
-/// An event of the driver's. Whoever drops it has the context.
+/// An event of the driver. It must be dropped while the context is current.
 struct Event(CUevent);
 
 impl Event {
@@ -126,33 +122,24 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: from `new`, and gone with this. An error has nobody to go to.
+        // SAFETY: from `new`; not used after this. An error could not be reported.
         unsafe { cuEventDestroy_v2(self.0) };
     }
 }
 
-/// A pinned buffer, and an event that says when its last copy to the device is done.
-struct Stage {
-    buffer: *mut c_void,
-    copied: Event,
-}
-
-/// Events around the launches that are timed, and the memory that is overwritten before.
+/// Events around the timed launches, and the memory that is overwritten before them.
 struct Timer {
     start: Event,
     end: Event,
     flush: u64,
 }
 
-// SAFETY: the driver's handles may be used from every thread that has made the context its own, which `bind` does; what
-// changes is behind locks.
+// SAFETY: the driver's handles may be used from every thread in which the context is current, which `bind` ensures; all
+// that changes is behind locks.
 unsafe impl Send for Gpu {}
 // SAFETY: likewise.
 unsafe impl Sync for Gpu {}
-// SAFETY: handles, see above, and memory that whoever holds the stage has for itself.
-unsafe impl Send for Stage {}
-
-/// A lock whose data no panic can leave half changed.
+/// Locks data that no panic can leave half changed.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
@@ -160,7 +147,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Gpu {
     fn new(version: Version, card: Card, families: &'static [Family]) -> Result<Self> {
         let mut context = null_mut();
-        // SAFETY (of all calls here): arguments are live locals, and handles that the driver gave.
+        // SAFETY (of all calls here): arguments are live locals, and handles from the driver.
         let code = unsafe { cuDevicePrimaryCtxRetain(&mut context, card.device) };
         let held = [
             (CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE, "is held by another process"),
@@ -172,7 +159,7 @@ impl Gpu {
                 .advise("end that, choose another GPU with CUDA_VISIBLE_DEVICES, or choose the CPU"));
         }
         check(&format!("starting {card}"), code)?;
-        // From here on `drop` gives back what there is.
+        // From here on `drop` releases what has been acquired.
         let mut gpu = Gpu {
             version,
             card,
@@ -180,29 +167,17 @@ impl Gpu {
             free_at_first: 0,
             stream: null_mut(),
             loaded: Mutex::new(Loaded::new(families)),
-            staging: Mutex::default(),
+            staging: Staging::default(),
             timer: Mutex::new(None),
         };
         gpu.bind()?;
         check("making a stream", unsafe { cuStreamCreate(&mut gpu.stream, NON_BLOCKING) })?;
-        // While one is copied to the device the other is filled.
-        for _ in 0..2 {
-            let stage = gpu.stage()?;
-            lock(&gpu.staging).push_back(stage);
-        }
+        gpu.staging.fill()?;
         gpu.free_at_first = gpu.free_bytes().unwrap_or(0);
         Ok(gpu)
     }
 
-    /// A new buffer for uploads.
-    fn stage(&self) -> Result<Stage> {
-        let (mut buffer, copied) = (null_mut(), Event::new()?);
-        // SAFETY: a live local.
-        check("pinning memory for uploads", unsafe { cuMemAllocHost_v2(&mut buffer, STAGE) })?;
-        Ok(Stage { buffer, copied })
-    }
-
-    /// Makes the GPU this thread's.
+    /// Makes the GPU's context current in this thread.
     fn bind(&self) -> Result<()> {
         // SAFETY: the context lives as long as `self`.
         check("choosing it", unsafe { cuCtxSetCurrent(self.context) })
@@ -214,25 +189,26 @@ impl Gpu {
         check(doing, unsafe { cuStreamSynchronize(self.stream) })
     }
 
-    /// The kernels of launches, loaded.
+    /// Loads the kernels of launches.
     fn kernels(&self, launches: &[Launch]) -> Result<Vec<Kernel>> {
         let mut loaded = lock(&self.loaded);
         launches.iter().map(|launch| loaded.kernel_of(launch, &self.card, self.version)).collect()
     }
 
-    /// Whether a launch may begin before the one before it in its list ends. Its kernel must wait by itself, and only
-    /// the machine code for 9.0 does: `build.rs` makes that for newer cards out of PTX for 8.0, which cannot say it.
+    /// True if a launch may begin before the previous one in its list ends. Its kernel must wait by itself, and only
+    /// the machine code for 9.0 does: `build.rs` compiles the code for newer cards from PTX for 8.0, which has no such
+    /// instruction.
     fn launches_overlap(&self) -> bool {
         self.card.limits.capability == 90 && self.version.has_programmatic_edges()
     }
 
-    /// Puts launches of `kernels` into a stream. On a stream in capture a launch that may begin early becomes a node
-    /// behind a programmatic edge.
+    /// Submits launches of `kernels` to a stream. On a stream in capture, a launch that may begin early becomes a node
+    /// with a programmatic edge.
     ///
     /// # Safety
-    /// As for [`Device::run`].
+    /// As for [`CudaDevice::run`].
     unsafe fn submit(&self, kernels: &[Kernel], launches: &[Launch], stream: CUstream) -> Result<()> {
-        /// Structures may ask for 128-byte alignment (tensor maps).
+        /// Parameter structures may require 128-byte alignment (tensor maps).
         #[repr(align(128))]
         struct Params([u8; MAX_PARAMS]);
         let mut params = Params([0; MAX_PARAMS]);
@@ -258,7 +234,7 @@ impl Gpu {
                 attrs: &mut early,
                 numAttrs: (overlap && i > 0).into(),
             };
-            // SAFETY: the driver copies the one structure before it returns; the rest is the caller's promise.
+            // SAFETY: the driver copies the structure before it returns; the rest is the caller's promise.
             let code = unsafe { cuLaunchKernelEx(&config, kernel.function, arguments.as_mut_ptr(), null_mut()) };
             if code as u32 != 0 {
                 let doing = format!("launching `{name}` (grid {grid:?}, {block} threads, {shared} bytes shared)");
@@ -268,40 +244,13 @@ impl Gpu {
         Ok(())
     }
 
-    /// What a stream's capture of the launches gives.
-    ///
-    /// # Safety
-    /// As for [`Device::record`].
-    unsafe fn capture(&self, launches: &[Launch], stream: CUstream) -> Result<CUgraphExec> {
-        // Loading a module may have to wait for the device, which a capture forbids.
-        let kernels = self.kernels(launches)?;
-        let (mut graph, mut executable) = (null_mut(), null_mut());
-        // SAFETY: handles of the driver, live locals, and the caller's promise about the launches.
-        unsafe {
-            // Other threads may go on allocating.
-            let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-            check("beginning a capture", cuStreamBeginCapture_v2(stream, mode))?;
-            let submitted = self.submit(&kernels, launches, stream);
-            // Whatever happened, or the stream stays in capture.
-            let ended = cuStreamEndCapture(stream, &mut graph);
-            let made = submitted
-                .and_then(|()| check("ending a capture", ended))
-                .and_then(|()| check("making a graph", cuGraphInstantiateWithFlags(&mut executable, graph, 0)));
-            if !graph.is_null() {
-                cuGraphDestroy(graph);
-            }
-            made?;
-        }
-        Ok(executable)
-    }
-
-    /// Made at the first timing.
+    /// Makes the timer, at the first timing.
     fn timer(&self) -> Result<Timer> {
         Ok(Timer { start: Event::new()?, end: Event::new()?, flush: self.allocate(FLUSH)? })
     }
 }
 
-impl Device for Gpu {
+impl CudaDevice for Gpu {
     fn name(&self) -> String {
         self.card.name.clone()
     }
@@ -319,14 +268,14 @@ impl Device for Gpu {
     }
 
     fn used_bytes(&self) -> Option<usize> {
-        // Memory that other processes take or give back meanwhile is counted as well.
+        // Memory that other processes allocate or free meanwhile is counted as well.
         Some(self.free_at_first.saturating_sub(self.free_bytes()?))
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
         self.bind()?;
         let mut address = 0;
-        // SAFETY: live locals. The driver refuses a size of nothing.
+        // SAFETY: live locals. The driver refuses a size of zero.
         let code = unsafe { cuMemAlloc_v2(&mut address, bytes.max(1)) };
         if code as u32 == CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32 {
             let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
@@ -343,38 +292,20 @@ impl Device for Gpu {
     }
 
     unsafe fn free(&self, address: u64) {
-        // SAFETY: the caller's promise. The driver waits for work that may still use it; an error has nobody to go to.
+        // SAFETY: the caller's promise. The driver waits for work that may still use the memory; an error could not be
+        // reported.
         let _ = self.bind().map(|()| unsafe { cuMemFree_v2(address) });
     }
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()> {
         self.bind()?;
-        for (i, chunk) in bytes.chunks(STAGE).enumerate() {
-            // The lock is not held while other threads help: one of them may turn to an upload of its own meanwhile.
-            let oldest = lock(&self.staging).pop_front();
-            let stage = oldest.map_or_else(|| self.stage(), Ok)?;
-            // SAFETY: the buffer is free once its event has passed; the target is the caller's promise.
-            let uploaded = unsafe {
-                check("an upload", cuEventSynchronize(stage.copied.0)).and_then(|()| {
-                    // A file's pages are mapped as they are read, which takes one thread longer than the copy to the
-                    // device.
-                    let pinned = std::slice::from_raw_parts_mut(stage.buffer.cast::<u8>(), chunk.len());
-                    let pieces = pinned.par_chunks_mut(PIECE).zip(chunk.par_chunks(PIECE));
-                    pieces.for_each(|(to, from)| to.copy_from_slice(from));
-                    let target = address + (i * STAGE) as u64;
-                    check("an upload", cuMemcpyHtoDAsync_v2(target, stage.buffer, chunk.len(), self.stream))?;
-                    check("an upload", cuEventRecord(stage.copied.0, self.stream))
-                })
-            };
-            lock(&self.staging).push_back(stage);
-            uploaded?;
-        }
-        Ok(())
+        // SAFETY: the caller's promise.
+        unsafe { self.staging.upload(address, bytes, self.stream) }
     }
 
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()> {
         self.bind()?;
-        // SAFETY: the caller's promise; `wait` lets nobody see half a copy.
+        // SAFETY: the caller's promise; `wait` ensures that nobody sees half a copy.
         let code = unsafe { cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), address, bytes.len(), self.stream) };
         check("a download", code)?;
         self.wait("work before a download")
@@ -382,7 +313,7 @@ impl Device for Gpu {
 
     unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()> {
         self.bind()?;
-        // The driver refuses a size of nothing.
+        // The driver refuses a size of zero.
         if bytes == 0 {
             return Ok(());
         }
@@ -411,7 +342,7 @@ impl Device for Gpu {
         .ok_or_else(|| Error::unsupported(Subject::Device, format!("TMA has no tensors like {tiles:?}")))?;
         let mut map = CUtensorMap { opaque: [0; 16] };
         let steps = [1; 5];
-        // SAFETY: live locals of the lengths that the rank promises; the address is looked at, not read.
+        // SAFETY: live locals of the lengths that the rank promises; the address is not dereferenced.
         let code = unsafe {
             cuTensorMapEncodeTiled(
                 &mut map,
@@ -440,19 +371,8 @@ impl Device for Gpu {
 
     unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> Result<Box<dyn Recording>> {
         self.bind()?;
-        let mut stream = null_mut();
-        // SAFETY: handles of the driver, and the caller's promise.
-        let executable = unsafe {
-            check("making a stream", cuStreamCreate(&mut stream, NON_BLOCKING))?;
-            let executable = self.capture(launches, stream);
-            cuStreamDestroy_v2(stream);
-            executable?
-        };
-        let graph = Graph { gpu: self, executable };
-        // SAFETY: as above. Without this the first replay would pay for it.
-        let code = unsafe { cuGraphUpload(executable, graph.gpu.stream) };
-        check("uploading a graph", code)?;
-        Ok(Box::new(graph))
+        // SAFETY: the caller's promise.
+        Ok(Box::new(unsafe { Graph::record(self, launches)? }))
     }
 
     unsafe fn time(&self, launches: &[Launch], cache: Cache) -> Result<Duration> {
@@ -465,9 +385,9 @@ impl Device for Gpu {
         let Timer { start: Event(start), end: Event(end), flush } = *slot.insert(timer);
         let kernels = self.kernels(launches)?;
         let mut milliseconds = 0.0;
-        // SAFETY: handles of the driver, memory of the timer's, and the caller's promise.
+        // SAFETY: handles of the driver, memory of the timer, and the caller's promise.
         unsafe {
-            // While this runs, what follows is queued, so that the launches do not wait for the CPU.
+            // While this runs, the rest is queued, so the launches do not wait for the CPU.
             check("emptying the cache", cuMemsetD8Async(flush, 0, FLUSH, self.stream))?;
             if cache == Cache::Warm {
                 self.submit(&kernels, launches, self.stream)?;
@@ -484,7 +404,7 @@ impl Device for Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        // SAFETY: what the driver gave, given back once, in the reverse order. Errors have nobody to go to.
+        // SAFETY: everything came from the driver and is released once, in reverse order. Errors could not be reported.
         unsafe {
             if cuCtxSetCurrent(self.context) as u32 == 0 {
                 if !self.stream.is_null() {
@@ -493,9 +413,7 @@ impl Drop for Gpu {
                 if let Some(timer) = lock(&self.timer).take() {
                     cuMemFree_v2(timer.flush);
                 }
-                for stage in lock(&self.staging).drain(..) {
-                    cuMemFreeHost(stage.buffer);
-                }
+                self.staging.free();
                 lock(&self.loaded).unload();
                 if !self.stream.is_null() {
                     cuStreamDestroy_v2(self.stream);
@@ -503,30 +421,6 @@ impl Drop for Gpu {
             }
             cuDevicePrimaryCtxRelease_v2(self.card.device);
         }
-    }
-}
-
-/// A captured list of launches.
-struct Graph {
-    gpu: Arc<Gpu>,
-    executable: CUgraphExec,
-}
-
-// SAFETY: as for `Gpu`.
-unsafe impl Send for Graph {}
-
-impl Recording for Graph {
-    fn replay(&self) -> Result<()> {
-        self.gpu.bind()?;
-        // SAFETY: the graph is whole; what its launches touch was promised when it was recorded.
-        check("launching a graph", unsafe { cuGraphLaunch(self.executable, self.gpu.stream) })
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // SAFETY: made by the driver, given back once; it lets running launches end.
-        let _ = self.gpu.bind().map(|()| unsafe { cuGraphExecDestroy(self.executable) });
     }
 }
 

@@ -1,9 +1,10 @@
 //! The CUDA executor: plans as lists of launches of the kernels in `kernels/`, on a GPU or on the emulator.
 //!
-//! One file an op family, of the same name as its kernels. fp16 storage, fp32 accumulation, NHWC.
+//! There is one file per operation family, with the same name as its kernels. Storage is fp16, accumulation fp32,
+//! layout NHWC.
 //!
-//! Sums never depend on the batch: whatever decides the order in which numbers are added (splits of a depth, tiles of
-//! keys, stretches of pixels) is a function of one image's shape. So an image is the same bits alone or among others.
+//! Sums never depend on the batch: everything that decides the order of summation (splits of a depth, tiles of keys,
+//! stretches of pixels) is a function of one image's shape. So an image gives the same bits alone and in a batch.
 
 mod attention;
 mod attention_gradient;
@@ -12,6 +13,7 @@ mod attention_hopper;
 pub mod compiled;
 mod conv;
 mod conv_hopper;
+mod cut;
 mod device;
 mod driver;
 mod elementwise;
@@ -20,8 +22,9 @@ mod emulated;
 mod epilogue;
 mod folded;
 mod gpu;
+mod group_norm;
+mod layer_norm;
 mod moments;
-mod norm;
 mod params;
 mod program;
 mod sampler;
@@ -29,17 +32,17 @@ mod site;
 mod tiles;
 mod weights;
 
-pub use device::{Buffer, Cache, Device, Launch, Limits, Recording, TensorTiles};
+pub use device::{Buffer, Cache, CudaDevice, Launch, Limits, Recording, TensorTiles};
 pub use driver::{Card, Version};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;
 pub use gpu::{cards, open};
 #[cfg(feature = "emulated")]
-pub use params::layouts;
+pub use params::{layouts, tiles};
 pub use program::{Lowered, lowered};
 pub use sampler::{DeviceSampler, SampledImage};
 pub use site::Element;
-pub use weights::Weights;
+pub use weights::CudaWeights;
 
 use crate::graph::{Graph, Node, Op, TensorId};
 use crate::plan::{Plan, Storage};
@@ -82,28 +85,28 @@ impl Storage for Limits {
     }
 }
 
-/// fp16's greatest number.
+/// The greatest finite fp16 number.
 const HALF_MAX: f32 = 65504.0;
 
 /// A plan on a device with its arena and weights: writes inputs, runs, reads outputs.
-pub struct Executor {
+pub struct CudaExecutor {
     plan: Arc<Plan>,
-    /// The launches point into it.
-    weights: Arc<Weights>,
-    device: Arc<dyn Device>,
+    /// Kept alive because the launches point into it.
+    weights: Arc<CudaWeights>,
+    device: Arc<dyn CudaDevice>,
     arena: Buffer,
     program: Program,
-    /// Of the step and of the backward nodes; each made at its first run.
+    /// The recorded launches of the step and of the backward nodes; each is made at its first run.
     recordings: [Option<Box<dyn Recording>>; 2],
 }
 
-impl Executor {
+impl CudaExecutor {
     /// Allocates the arena and prepares the launches.
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory is short, an operation has no kernel, the plan was not made with the
     /// device's [`Limits`] as storage, or the weights are another network's or on another device.
-    pub fn new(device: &Arc<dyn Device>, plan: Arc<Plan>, weights: Arc<Weights>) -> Result<Self> {
+    pub fn new(device: &Arc<dyn CudaDevice>, plan: Arc<Plan>, weights: Arc<CudaWeights>) -> Result<Self> {
         plan.check(&device.limits(), weights.specs())?;
         if !weights.is_on(device) {
             return Err(Error::mismatch(Subject::Device, format!("the weights are not on {}", device.name()))
@@ -111,7 +114,7 @@ impl Executor {
         }
         let arena = Buffer::zeroed(device, plan.arena_bytes())?;
         let program = bound(device, &weights, &arena, |bindings| Program::new(&plan, bindings))?;
-        Ok(Executor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
+        Ok(CudaExecutor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
     }
 
     /// The plan.
@@ -120,27 +123,26 @@ impl Executor {
     }
 
     /// The device.
-    pub fn device(&self) -> &Arc<dyn Device> {
+    pub fn device(&self) -> &Arc<dyn CudaDevice> {
         &self.device
     }
 
-    /// Where the named input lies.
+    /// The address of the named input.
     pub fn input_address(&self, name: &str) -> u64 {
         self.arena.address() + self.plan.offset(self.plan.graph().input(name)) as u64
     }
 
-    /// Where the named output lies.
+    /// The address of the named output.
     pub fn output_address(&self, name: &str) -> u64 {
         self.arena.address() + self.plan.offset(self.plan.graph().output(name)) as u64
     }
 
-    /// The launches of a step, for recordings that hold more than that.
+    /// The launches of a step, for recordings that contain more than a step.
     pub fn step_launches(&self) -> &[Launch] {
         &self.program.step
     }
 
-    /// Writes the named input, NHWC. It keeps its value from run to run. What fp16 cannot hold becomes its greatest
-    /// number.
+    /// Writes the named input, NHWC. It keeps its value from run to run. Numbers beyond fp16's range saturate.
     ///
     /// # Errors
     /// [`Error::Usage`] for an index beyond what it chooses from, [`Error::Device`] with the driver's word.
@@ -157,12 +159,12 @@ impl Executor {
         }
     }
 
-    /// Writes the named input with an output of the last run of another executor, which is as large. On one device
-    /// numbers stay there.
+    /// Writes an output of another executor's last run, which must have the same size, into the named input. If both
+    /// are on one device, the numbers stay there.
     ///
     /// # Errors
-    /// As for [`Executor::write`].
-    pub fn copy(&mut self, input: &str, from: &Executor, output: &str) -> Result<()> {
+    /// As for [`CudaExecutor::write`].
+    pub fn copy(&mut self, input: &str, from: &CudaExecutor, output: &str) -> Result<()> {
         let (to, of) = (self.plan.graph(), from.plan.graph());
         let (input_id, output_id) = (to.input(input), of.output(output));
         let (length, element) = (to.shape(input_id).len(), Element::of(to, input_id));
@@ -171,7 +173,7 @@ impl Executor {
         if !as_they_are || to.choices(input_id).is_some() {
             return self.write(input, &from.read(output)?);
         }
-        // SAFETY: both lie on this device, in the arenas of executors that are borrowed.
+        // SAFETY: both are on this device, in the arenas of executors that are borrowed.
         unsafe { self.device.copy(self.input_address(input), from.output_address(output), length * element.bytes()) }
     }
 
@@ -190,7 +192,7 @@ impl Executor {
         })
     }
 
-    /// Runs what depends on constant inputs alone; needed once after they change.
+    /// Runs the nodes that depend on constant inputs alone; needed once after these change.
     ///
     /// # Errors
     /// [`crate::Error::Device`] with the driver's word, or the emulator's about a faulty kernel.
@@ -202,20 +204,20 @@ impl Executor {
     /// Runs one step.
     ///
     /// # Errors
-    /// As for [`Executor::prologue`].
+    /// As for [`CudaExecutor::prologue`].
     pub fn step(&mut self) -> Result<()> {
         replay(&self.device, &self.program.step, &mut self.recordings[0])
     }
 
-    /// Runs the reverse half, from the last step's activations and the seed in the input `d.<output>`.
+    /// Runs the backward pass, from the last step's activations and the seed in the input `d.<output>`.
     ///
     /// # Errors
-    /// As for [`Executor::prologue`].
+    /// As for [`CudaExecutor::prologue`].
     pub fn backward(&mut self) -> Result<()> {
         replay(&self.device, &self.program.backward, &mut self.recordings[1])
     }
 
-    /// Waits until all work given before is done.
+    /// Waits until all work submitted before is done.
     ///
     /// # Errors
     /// [`crate::Error::Device`] with the driver's word about that work.
@@ -223,11 +225,11 @@ impl Executor {
         self.arena.read(0, &mut [0])
     }
 
-    /// Runs all nodes one by one, each with the cache as asked, and tells of every node that has launches of its own and
-    /// for which `wanted` is true what it launched and how long that took.
+    /// Runs all nodes one by one, each with the cache as asked. For every node that has launches of its own and for
+    /// which `wanted` is true, `tell` receives its launches and their duration.
     ///
     /// # Errors
-    /// As for [`Executor::prologue`].
+    /// As for [`CudaExecutor::prologue`].
     pub fn timed(
         &mut self,
         cache: Cache,
@@ -250,10 +252,10 @@ impl Executor {
     }
 }
 
-/// Calls `lower` with what an executor holds on its device.
+/// Calls `lower` with the bindings of an executor on its device.
 fn bound<T>(
-    device: &Arc<dyn Device>,
-    weights: &Weights,
+    device: &Arc<dyn CudaDevice>,
+    weights: &CudaWeights,
     arena: &Buffer,
     lower: impl FnOnce(&Bindings) -> Result<T>,
 ) -> Result<T> {
@@ -265,11 +267,11 @@ fn bound<T>(
     })
 }
 
-/// Runs launches of an executor, which are recorded the first time.
-fn replay(device: &Arc<dyn Device>, launches: &[Launch], recording: &mut Option<Box<dyn Recording>>) -> Result<()> {
+/// Runs launches of an executor, recording them the first time.
+fn replay(device: &Arc<dyn CudaDevice>, launches: &[Launch], recording: &mut Option<Box<dyn Recording>>) -> Result<()> {
     let made = match recording.take() {
         Some(recording) => recording,
-        // SAFETY: as in `Executor::prologue`.
+        // SAFETY: as in `CudaExecutor::prologue`.
         None => unsafe { device.clone().record(launches)? },
     };
     recording.insert(made).replay()

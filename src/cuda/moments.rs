@@ -1,26 +1,22 @@
-//! How group norms are cut into blocks, and the moments of results that matrix products leave for the norms that read them.
+//! Moments (mean and sum of squared deviations) of results, which matrix products leave for the norms that read them.
 
+use super::cut::{Cut, PAIR, gcd};
 use super::device::Limits;
 use super::folded;
-use crate::graph::{Graph, GroupNorm, Op, Shape, TensorId};
+use crate::graph::{Graph, Op, Shape, TensorId};
 use half::f16;
 
-/// Threads of a group norm's block.
-pub(super) const THREADS: usize = 256;
-/// Channels of a vector load.
-pub(super) const VECTOR: usize = 8;
-/// Bytes of the mean and the squared deviations of a unit.
-pub(super) const PAIR: usize = 2 * size_of::<f32>();
 /// Pixels of a unit for group norms: those of a warpgroup in `kernels/conv_hopper.cu`.
 pub(super) const PIXELS: usize = 64;
-/// Channels of a unit for layer norms, the first that divides the row, and the most units of a row: four loads of each of
-/// the four lanes that share it. A tile whose columns are a multiple of 80 has the former units, another the latter.
+/// Channels of a unit for layer norms, of which the first that divides the row is taken, and the most units of a row:
+/// four loads for each of the four lanes that share it. A tile whose columns are a multiple of 80 has units of 80
+/// channels, any other tile units of 64.
 const ROW_CHANNELS: [usize; 2] = [80, 64];
 const ROW_UNITS: usize = 16;
 
-/// The moments of an activation, which lie behind it: of every unit, some channels of some pixels that neither the batch
-/// nor a tile changes. For group norms they are `[images][units of channels][units of pixels]`, for layer norms
-/// `[pixels of all images][units of channels]`.
+/// The layout of an activation's moments, which are stored behind it: one pair per unit of some channels of some
+/// pixels, whose extent depends neither on the batch nor on a tile. For group norms it is `[images][units of
+/// channels][units of pixels]`, for layer norms `[pixels of all images][units of channels]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Moments {
     /// Channels of a unit.
@@ -30,12 +26,12 @@ pub(super) struct Moments {
 }
 
 impl Moments {
-    /// Where they begin, from the activation's first byte on.
+    /// Their offset from the activation's first byte.
     pub fn offset(shape: Shape) -> usize {
         (shape.len() * size_of::<f16>()).next_multiple_of(PAIR)
     }
 
-    /// Units of an image that have the same channels.
+    /// The number of units of an image that have the same channels.
     pub fn pixel_units(&self, shape: Shape) -> usize {
         shape.tokens() / self.pixels
     }
@@ -46,9 +42,9 @@ impl Moments {
     }
 }
 
-/// The moments that the norms which read an activation want: a layer norm without a launch those of rows, group norms, and
-/// gradients of those that take an image in several stretches, those of units of which each group has a whole number;
-/// `None` if these would be odd or smaller than four channels.
+/// The moments that the norms which read an activation want. A layer norm without a launch wants those of rows. Group
+/// norms, and gradients of group norms that take an image in several stretches, want those of units that divide every
+/// group; `None` if such a unit is odd or has fewer than four channels.
 pub(super) fn wanted(graph: &Graph, id: TensorId, limits: Limits) -> Option<Moments> {
     if folded::leaves_moments(graph, id, limits) {
         return of_rows(graph.shape(id).c);
@@ -72,135 +68,32 @@ pub(super) fn wanted(graph: &Graph, id: TensorId, limits: Limits) -> Option<Mome
     (unit >= 4 && unit.is_multiple_of(2)).then_some(Moments { channels: unit, pixels: PIXELS })
 }
 
-/// The moments of a row of so many channels; `None` if no unit divides it, or too many do.
+/// The moments of a row of `row` channels; `None` if no unit divides it, or if there would be too many.
 pub(super) fn of_rows(row: usize) -> Option<Moments> {
     let channels = ROW_CHANNELS.into_iter().find(|&channels| row.is_multiple_of(channels))?;
     (row / channels <= ROW_UNITS).then_some(Moments { channels, pixels: 1 })
 }
 
-/// How one image's group norm is cut into blocks. The image's shape alone decides it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Cut {
-    /// Channels of a thread.
-    pub width: usize,
-    /// Channels of a block: whole groups.
-    pub slab: usize,
-    /// Pixels of a block.
-    pub stretch: usize,
-    pub slabs: usize,
-    pub stretches: usize,
-}
-
-impl Cut {
-    /// For channels of the sources, in order.
-    pub fn new(sources: &[usize], per_group: usize, pixels: usize) -> Self {
-        // A slab fills sectors of 32 bytes and has at least 128 bytes of a pixel. A stretch gives every thread eight
-        // vectors, two rounds of loads, which is 20 blocks for the smallest image that is cut at all and hundreds for most;
-        // and there are no more than 256, all of which every block of the second kernel reads.
-        const SECTOR: usize = 16;
-        const SLAB: usize = 64;
-        const STRETCH: usize = 8 * THREADS;
-        const UNCUT: usize = 4 * STRETCH;
-        const STRETCHES: usize = 256;
-        let channels: usize = sources.iter().sum();
-        let width = if sources.iter().all(|c| c.is_multiple_of(VECTOR)) { VECTOR } else { 1 };
-        let unit = per_group / gcd(per_group, SECTOR) * SECTOR;
-        let slab = (unit * SLAB.div_ceil(unit)).min(channels);
-        let columns = pixels * (slab / width);
-        let wanted = if columns <= UNCUT { 1 } else { (columns / STRETCH).min(STRETCHES) };
-        let stretch = pixels.div_ceil(wanted);
-        Cut { width, slab, stretch, slabs: channels.div_ceil(slab), stretches: pixels.div_ceil(stretch) }
-    }
-
-    pub fn of(norm: &GroupNorm, shape: impl Fn(TensorId) -> Shape) -> Self {
-        let sources: Vec<usize> = norm.sources.iter().map(|t| shape(t).c).collect();
-        let per_group = sources.iter().sum::<usize>() / norm.groups;
-        Cut::new(&sources, per_group, shape(norm.sources.x).tokens())
-    }
-
-    /// With stretches so short that a thread has two vectors, for a kernel to which they mean nothing.
-    pub fn finer(self, pixels: usize) -> Self {
-        let stretch = (2 * THREADS * self.width).div_ceil(self.slab).min(pixels);
-        Cut { stretch, stretches: pixels.div_ceil(stretch), ..self }
-    }
-
-    /// Bytes of shared memory: a pair of numbers for each group of a slab, and one for each channel of a slab in each
-    /// lane. A block has as many lanes as a slab's columns fit into its threads. The last slab may be narrower and have
-    /// more lanes, and with them more channels in all than a full slab; but never more than all threads hold, unless it
-    /// has one lane.
-    pub fn shared(&self, per_group: usize) -> (usize, usize) {
-        (self.slab / per_group * PAIR, (THREADS * self.width).max(self.slab) * PAIR)
-    }
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
-#[cfg(test)]
+#[cfg(all(test, feature = "emulated"))]
 mod tests {
+    use super::super::{CudaExecutor, CudaWeights, Emulated, Limits, conv};
     use super::*;
-    #[cfg(feature = "emulated")]
-    use {
-        super::super::{Emulated, Executor, Limits, Weights, conv},
-        crate::graph::{Activation, ConvOptions, Extent, GraphBuilder, Sources},
-        crate::plan::Plan,
-        crate::weights::Tensors,
-        respodiff_emulated_kernels::Schedule,
-        std::sync::Arc,
-    };
+    use crate::graph::{Activation, ConvOptions, Extent, GraphBuilder, Sources};
+    use crate::plan::Plan;
+    use crate::weights::Tensors;
+    use respodiff_emulated_kernels::Schedule;
+    use std::sync::Arc;
 
-    /// No slab of any norm stores more pairs than its launch has memory for, by the kernel's own count of lanes.
-    #[test]
-    fn shared_memory_holds_every_slab() {
-        for groups in 1..=64 {
-            for per_group in 1..=160 {
-                let channels = groups * per_group;
-                let cut = Cut::new(&[channels], per_group, 4096);
-                for slab in 0..cut.slabs {
-                    let channels = cut.slab.min(channels - slab * cut.slab);
-                    let lanes = (THREADS / (channels / cut.width)).max(1);
-                    let (_, sums) = cut.shared(per_group);
-                    assert!(lanes * channels * PAIR <= sums, "{groups} groups of {per_group}: slab {slab} of {cut:?}");
-                }
-            }
-        }
-    }
-
-    /// Every group norm of SD 1.5 and SDXL at their sizes: whole groups and sectors, everything covered, blocks enough
-    /// for a GPU where an image is cut, and stretches few enough for every block to read them.
-    #[test]
-    fn cuts_of_real_layers() {
-        let unet = [320, 640, 960, 1280, 1920, 2560].map(|c| (c, [8, 16, 32, 64, 128]));
-        let vae = [128, 256, 512].map(|c| (c, [64, 128, 256, 512, 1024]));
-        for (channels, sides) in unet.into_iter().chain(vae) {
-            for side in sides {
-                let (per_group, pixels) = (channels / 32, side * side);
-                let cut = Cut::new(&[channels], per_group, pixels);
-                let label = format!("{side}x{side}x{channels}: {cut:?}");
-                assert!(
-                    cut.width == VECTOR && cut.slab.is_multiple_of(per_group) && cut.slab.is_multiple_of(16),
-                    "{label}"
-                );
-                assert!(cut.slab >= 64 && cut.slabs * cut.slab >= channels, "{label}");
-                assert!((cut.slabs - 1) * cut.slab < channels && (cut.stretches - 1) * cut.stretch < pixels, "{label}");
-                assert!(cut.stretches * cut.stretch >= pixels && cut.stretches <= 256, "{label}");
-                assert!(cut.stretches == 1 || cut.stretches * cut.slabs >= 20, "{label}");
-            }
-        }
-    }
-
-    /// What a convolution is of, in the tests below: of pixels by themselves, with neighbours, or doubled first.
-    #[cfg(feature = "emulated")]
+    /// What a convolution reads, in the tests below: each pixel by itself, pixels with their neighbours, or an
+    /// upsampled source.
     #[derive(Clone, Copy, Debug)]
     enum Reads {
         Pixels,
         Neighbours,
-        Doubled,
+        Upsampled,
     }
 
-    /// Two convolutions and the norm of their results side by side.
-    #[cfg(feature = "emulated")]
+    /// Two convolutions, and the norm of their concatenated results.
     #[derive(Clone, Copy, Debug)]
     struct Case {
         reads: Reads,
@@ -211,16 +104,15 @@ mod tests {
         groups: usize,
     }
 
-    #[cfg(feature = "emulated")]
     impl Case {
         fn graph(&self) -> Graph {
             let Case { reads, images, size: (h, w), channels, groups } = *self;
             let mut g = GraphBuilder::new();
-            // A product of less depth is faster by mma.sync.
+            // A product of less depth would be faster with mma.sync.
             let (size, inputs, options) = match reads {
                 Reads::Pixels => ((h, w), 384, ConvOptions::default()),
                 Reads::Neighbours => ((h, w), 192, ConvOptions::conv3x3()),
-                Reads::Doubled => {
+                Reads::Upsampled => {
                     let resize = Some(Extent { h, w });
                     ((h / 2, w / 2), 128, ConvOptions { resize, ..ConvOptions::conv3x3() })
                 }
@@ -238,7 +130,7 @@ mod tests {
             g.finish()
         }
 
-        /// The norm of two results by kernels that compute statistics.
+        /// The norm of two results by the kernels that compute statistics.
         fn usual_norm(&self, limits: Limits, sources: [&[f32]; 2]) -> Vec<f32> {
             let device = Emulated::new(limits, Schedule::QUICK);
             let mut g = GraphBuilder::new();
@@ -247,23 +139,23 @@ mod tests {
             let norm = g.group_norm("norm", Sources { x, skip: Some(skip) }, self.groups, 1e-5, false, None);
             g.output("norm", norm);
             let plan = Arc::new(Plan::new(g.finish(), &[], &limits));
-            let weights = Weights::load(&device, plan.graph().weights(), &Tensors::random()).unwrap();
-            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            let weights = CudaWeights::load(&device, plan.graph().weights(), &Tensors::random()).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan, weights).unwrap();
             executor.write("x", sources[0]).unwrap();
             executor.write("skip", sources[1]).unwrap();
             executor.step().unwrap();
             executor.read("norm").unwrap()
         }
 
-        /// The kernels, the two results, their moments and the norm.
+        /// The kernels, the two results, their moments, and the norm.
         fn run(&self, limits: Limits, schedule: Schedule) -> (Vec<&'static str>, [Vec<f32>; 5]) {
             let device = Emulated::new(limits, schedule);
             let plan = Arc::new(Plan::new(self.graph(), &[], &limits));
             let graph = plan.graph();
-            let weights = Weights::load(&device, graph.weights(), &Tensors::random()).unwrap();
-            let mut executor = Executor::new(&device, plan.clone(), weights).unwrap();
+            let weights = CudaWeights::load(&device, graph.weights(), &Tensors::random()).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan.clone(), weights).unwrap();
             let len = graph.shape(graph.input("source")).len() / self.images;
-            // All images are the same numbers in another order, far from 0.
+            // All images have the same numbers in another order, far from 0.
             let number = |i: usize| ((i % len * 7919 + i / len * 31) % 2003) as f32 / 1001.5 + 2.0;
             executor.write("source", &(0..self.images * len).map(number).collect::<Vec<_>>()).unwrap();
             executor.step().unwrap_or_else(|fault| panic!("{self:?}, {schedule:?}: {fault}"));
@@ -280,33 +172,30 @@ mod tests {
         }
     }
 
-    /// Mean and squared deviations of so many numbers each, put together.
-    #[cfg(feature = "emulated")]
+    /// Merges the mean and squared deviations of parts of `each` numbers.
     fn merged(parts: impl Iterator<Item = (f64, f64)> + Clone, each: f64) -> (f64, f64) {
         let mean = parts.clone().map(|(mean, _)| mean).sum::<f64>() / parts.clone().count() as f64;
         (mean, parts.map(|(part, squares)| squares + each * (part - mean).powi(2)).sum())
     }
 
-    #[cfg(feature = "emulated")]
     const CASES: [Case; 7] = [
         // A group of 20 has 16 channels of the first source and 4 of the second.
         Case { reads: Reads::Pixels, images: 2, size: (24, 56), channels: [96, 64], groups: 8 },
         Case { reads: Reads::Neighbours, images: 1, size: (24, 48), channels: [160, 80], groups: 24 },
-        Case { reads: Reads::Doubled, images: 1, size: (64, 32), channels: [160, 160], groups: 32 },
+        Case { reads: Reads::Upsampled, images: 1, size: (64, 32), channels: [160, 160], groups: 32 },
         // So many units that they are merged first, with a part that is not full.
         Case { reads: Reads::Pixels, images: 1, size: (132, 128), channels: [80, 80], groups: 20 },
         Case { reads: Reads::Pixels, images: 2, size: (8, 200), channels: [320, 80], groups: 20 },
-        // One stretch, of which only the last kernel is left; a half of a tile is a whole image.
+        // One stretch, where only the last kernel remains; a half of a tile is a whole image.
         Case { reads: Reads::Neighbours, images: 3, size: (8, 8), channels: [320, 160], groups: 16 },
         Case { reads: Reads::Neighbours, images: 2, size: (16, 16), channels: [160, 160], groups: 16 },
     ];
 
-    /// Moments are those of the numbers that were stored, in float64; and the norm made with them is right.
-    #[cfg(feature = "emulated")]
+    /// The moments equal those of the stored numbers in float64, and the norm computed with them is right.
     #[test]
     fn products_leave_the_moments_of_their_results() {
         for (number, case) in CASES.into_iter().enumerate() {
-            // Few multiprocessors, so that blocks make several tiles.
+            // Few multiprocessors, so that blocks compute several tiles.
             let limits = Limits { multiprocessors: 3, ..Limits::H100 };
             let schedules = Schedule::hostile(number as u64);
             let schedules = if number < 2 { &schedules[..] } else { &schedules[..1] };
@@ -330,13 +219,14 @@ mod tests {
                             numbers[at..at + unit].iter().map(|&x| (f64::from(x), 0.0))
                         });
                         let right = merged(all, 1.0);
-                        // A chain of 80 sums and three more, in fp32, about a number that is no further off than ten
-                        // deviations; the deviations are a tenth of the mean and more.
+                        // A chain of 80 sums and three more, in fp32, about a number that is at most ten deviations
+                        // away; the deviations are at least a tenth of the mean.
                         assert!((mean - right.0).abs() <= 1e-5 * right.0.abs().max(1.0), "{case:?}: {mean}, {right:?}");
                         assert!((squares - right.1).abs() <= 1e-3 * right.1, "{case:?}: {squares}, {right:?}");
                     }
                 }
-                // The same norm by its own statistics; both sums are off by less than fp16 can tell, but for a last bit.
+                // The same norm by its own statistics; the errors of both are below fp16's resolution, except for a
+                // last bit.
                 let usual = case.usual_norm(limits, [&x, &skip]);
                 let off = |(&y, &right): (&f32, &f32)| (y - right).abs() <= 1e-3 * right.abs().max(0.06);
                 assert!(norm.iter().zip(&usual).all(off), "{case:?}, {schedule:?}");

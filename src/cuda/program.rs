@@ -1,8 +1,9 @@
-//! A plan as lists of kernel launches: what each node becomes.
+//! Lowers a plan to lists of kernel launches.
 
 use super::device::{Launch, Limits, TensorTiles};
 use super::site::{Bindings, Site};
-use super::{attention, attention_gradient, attention_hopper, conv, elementwise, epilogue, folded, norm};
+use super::{attention, attention_gradient, attention_hopper, conv, elementwise, epilogue, folded};
+use super::{group_norm, layer_norm};
 use crate::graph::{Graph, Node, Op};
 use crate::plan::Plan;
 use crate::{Error, Result, Subject};
@@ -31,7 +32,7 @@ impl Program {
         })
     }
 
-    /// A function that turns a node with its workspace into launches.
+    /// A function that lowers a node, given its workspace, to launches.
     pub fn lowering(plan: &Plan, bindings: &Bindings) -> impl Fn(&Node, (usize, usize)) -> Result<Vec<Launch>> {
         move |node, workspace| {
             let mut launches = Vec::new();
@@ -47,14 +48,15 @@ pub struct Lowered {
     pub node: Node,
     /// Its launches; their addresses mean nothing.
     pub launches: Vec<Launch>,
-    /// True if it runs only when a constant input has changed.
+    /// True if it runs only after a constant input has changed.
     pub in_prologue: bool,
-    /// Why a convolution or an attention gets none of the kernels of 9.0, if that is the card's, or a layer norm no launch.
+    /// On a card of 9.0, the reason why a convolution or an attention gets none of the kernels of 9.0, or why a layer
+    /// norm gets no launch.
     pub reason: Option<&'static str>,
 }
 
-/// The launches of each node of a network with these constant inputs on a card of these limits, without the card: addresses
-/// are 0, and tensor maps empty.
+/// The launches of each node of a network, with these constant inputs, on a card of these limits. No card is needed:
+/// addresses are 0, and tensor maps are empty.
 ///
 /// # Errors
 /// [`Error::Device`] for an operation that has no kernel.
@@ -83,20 +85,20 @@ pub fn lowered(graph: &Graph, constants: &[&str], limits: Limits) -> Result<Vec<
 fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
     let out = node.output;
     match node.op {
-        // More depth of the convolution that adds it.
+        // The convolution that adds the result computes it as more depth.
         Op::Conv(_) if conv::is_added(site.graph(), out, site.limits) => {}
         Op::Conv(ref op) => launches.push(conv::conv(op, out, site)?),
-        // Computed by the products that read it.
+        // The products that read the result compute it.
         Op::LayerNorm { .. } if folded::has_no_launch(site.graph(), out, site.limits) => {}
-        // Written along with what is shifted.
+        // The kernel that writes the unshifted activation also writes the shifted one.
         Op::Shift { x, .. } if epilogue::makes(site.graph(), x) => {}
-        Op::GroupNorm(ref norm) => norm::group_norm(norm, out, site, launches),
+        Op::GroupNorm(ref norm) => group_norm::group_norm(norm, out, site, launches),
         Op::LayerNorm { x, weight, bias, eps } => {
-            launches.push(norm::layer_norm(x, (weight, bias), eps, out, site));
+            launches.push(layer_norm::layer_norm(x, (weight, bias), eps, out, site));
         }
-        Op::GroupNormGradient { ref of, d } => norm::group_norm_gradient(of, d, out, site, launches),
+        Op::GroupNormGradient { ref of, d } => group_norm::group_norm_gradient(of, d, out, site, launches),
         Op::LayerNormGradient { x, weight, eps, d } => {
-            launches.push(norm::layer_norm_gradient(x, weight, eps, d, out, site));
+            launches.push(layer_norm::layer_norm_gradient(x, weight, eps, d, out, site));
         }
         Op::Embed { ids, tokens, positions } => {
             launches.push(elementwise::embed(ids, tokens, positions, out, site));
@@ -126,13 +128,13 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
     Ok(())
 }
 
-/// Bytes of scratch memory that a node's kernels want.
+/// Bytes of scratch memory that a node's kernels need.
 pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
     match node.op {
         Op::Conv(ref op) => conv::workspace(graph, op, node.output, limits),
-        Op::GroupNorm(ref norm) => norm::workspace(graph, norm),
+        Op::GroupNorm(ref norm) => group_norm::workspace(graph, norm),
         Op::AttentionGradient { ref of, fused, .. } => attention_gradient::workspace(graph, of, fused),
-        Op::GroupNormGradient { ref of, .. } => 2 * norm::workspace(graph, of),
+        Op::GroupNormGradient { ref of, .. } => 2 * group_norm::workspace(graph, of),
         _ => 0,
     }
 }
@@ -145,14 +147,14 @@ mod tests {
     #[cfg(feature = "emulated")]
     use std::collections::HashSet;
 
-    /// Registers of a multiprocessor, of every GPU since 8.0.
+    /// Registers per multiprocessor, the same on every GPU since 8.0.
     const REGISTERS: u32 = 65536;
 
-    /// Every node of every network, forward and gradient, has a kernel on every kind of card. The kernel was compiled,
-    /// by nvcc or for the emulator, and the card's shared memory and registers have room for a block of it.
+    /// Every node of every network, forward and gradient, has a kernel on every kind of card. That kernel was compiled,
+    /// by nvcc or for the emulator, and a block of it fits into the card's shared memory and registers.
     #[test]
     fn every_network_runs_on_every_card() {
-        // Where nvcc was not there, its kernels are those for the emulator.
+        // Without nvcc, only the kernels for the emulator exist.
         #[cfg(feature = "emulated")]
         let emulated: HashSet<_> =
             respodiff_emulated_kernels::kernels().into_iter().map(|kernel| kernel.name).collect();

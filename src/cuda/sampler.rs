@@ -1,16 +1,17 @@
 //! Launches of `kernels/sampler.cu`: a sampler that runs on the device.
 //!
 //! ```text
-//! once a session     sampler = DeviceSampler::new(device, latents' shape, capacity)
-//!                    recording = prepare(..), the UNet's step, guide_and_step(..)
-//! once a request     begin(steps, images, drawn); run draw(..), or write_latents(..)
-//! every step         write_noise(..) if the step needs it and the host draws it; replay the recording
-//! afterwards         fault(); for each image: latents_for_vae(..), the VAE's step, to_rgb8(..); picture_fault()
+//! once per session    sampler = DeviceSampler::new(device, latents' shape, capacity)
+//!                     recording = prepare(..), the UNet's step, guide_and_step(..)
+//! once per request    begin(steps, images, drawn); run draw(..), or write_latents(..)
+//! every step          write_noise(..) if the step needs it and the host draws it; replay the recording
+//! afterwards          fault(); for each image: latents_for_vae(..), the VAE's step, to_rgb8(..); picture_fault()
 //! ```
 //!
-//! All that differs between steps and requests is read from device memory, so a recording serves every request of a session.
+//! All that differs between steps and requests is read from device memory, so one recording serves every request of a
+//! session.
 
-use super::device::{Buffer, Device, Launch};
+use super::device::{Buffer, CudaDevice, Launch};
 use crate::Result;
 use crate::diffusion::scheduler::{HISTORY, Step};
 use crate::graph::Shape;
@@ -18,7 +19,7 @@ use bytemuck::{NoUninit, Zeroable};
 use std::sync::Arc;
 
 const THREADS: usize = 256;
-/// Parts of the memory begin at multiples of this many bytes.
+/// Alignment in bytes of the parts of the memory.
 const ALIGN: usize = 256;
 
 crate::params! {
@@ -143,7 +144,7 @@ crate::params! {
     }
 }
 
-/// What the sampler's memory holds, in its order.
+/// The parts of the sampler's memory, in order.
 #[derive(Clone, Copy)]
 enum Part {
     Run,
@@ -155,7 +156,7 @@ enum Part {
     Steps,
 }
 
-/// Where a part begins.
+/// The offset of a part.
 fn offset(shape: Shape, part: Part) -> usize {
     let array = (shape.len() * size_of::<f32>()).next_multiple_of(ALIGN);
     let latents = ALIGN + (shape.n * size_of::<SampledImage>()).next_multiple_of(ALIGN);
@@ -170,8 +171,8 @@ fn offset(shape: Shape, part: Part) -> usize {
     }
 }
 
-/// A batch's latents with all that sampling them takes, in one piece of device memory: the steps' coefficients, what the
-/// sampler keeps from step to step, and the counter that the kernels advance.
+/// The latents of a batch with everything that sampling them needs, in one allocation of device memory: the steps'
+/// coefficients, the state that the sampler keeps between steps, and the step counter that the kernels advance.
 pub struct DeviceSampler {
     buffer: Buffer,
     shape: Shape,
@@ -183,11 +184,11 @@ impl DeviceSampler {
     ///
     /// # Errors
     /// [`crate::Error::Device`] when memory is short.
-    pub fn new(device: &Arc<dyn Device>, shape: Shape, capacity: usize) -> Result<Self> {
+    pub fn new(device: &Arc<dyn CudaDevice>, shape: Shape, capacity: usize) -> Result<Self> {
         Ok(DeviceSampler { buffer: Buffer::new(device, Self::bytes(shape, capacity))?, shape, capacity })
     }
 
-    /// Device memory of a sampler.
+    /// Bytes of a sampler's device memory.
     pub fn bytes(shape: Shape, capacity: usize) -> usize {
         offset(shape, Part::Steps) + capacity * size_of::<DeviceStep>()
     }
@@ -247,7 +248,7 @@ impl DeviceSampler {
         Ok(latents)
     }
 
-    /// Which step, counted from 0, was the first to give latents that are not finite.
+    /// The first step, counted from 0, that gave latents that are not finite.
     ///
     /// # Errors
     /// [`crate::Error::Device`]: the driver's word, also about work given before.
@@ -257,7 +258,7 @@ impl DeviceSampler {
         Ok(steps.iter().position(|step| step.faults > 0))
     }
 
-    /// Whether [`DeviceSampler::to_rgb8`] has met a number that is not finite since the request began.
+    /// True if [`DeviceSampler::to_rgb8`] has met a number that is not finite since the request began.
     ///
     /// # Errors
     /// [`crate::Error::Device`]: the driver's word, also about work given before.
@@ -279,8 +280,8 @@ impl DeviceSampler {
         launch("noise", self.shape.len(), &params)
     }
 
-    /// Writes the UNet's inputs for the next step: `sample`, fp16 `[images, h, w, c]`, and `timestep`, f32 `[images]`, where
-    /// `images` is the batch, or twice the batch when `guided`.
+    /// Writes the UNet's inputs for the next step: `sample`, fp16 `[images, h, w, c]`, and `timestep`, f32 `[images]`,
+    /// where `images` is the batch, or twice the batch when `guided`.
     pub fn prepare(&self, sample: u64, timestep: u64, guided: bool) -> Launch {
         let copies = if guided { 2 } else { 1 };
         let params = PrepareParams {
@@ -297,7 +298,7 @@ impl DeviceSampler {
         launch("prepare", self.shape.len().max(params.rows as usize), &params)
     }
 
-    /// Takes the step whose inputs `prepare` wrote, given the UNet's output, f32: as many images as `prepare`'s, the
+    /// Takes the step whose inputs `prepare` wrote, from the UNet's output, f32: as many images as in `prepare`, the
     /// unconditional ones first.
     pub fn guide_and_step(&self, out: u64, guided: bool) -> Launch {
         let params = GuideAndStepParams {
@@ -323,8 +324,8 @@ impl DeviceSampler {
         launch("latents_for_vae", length, &params)
     }
 
-    /// Turns `length` numbers of the VAE's output, f32 `[h, w, 3]`, into bytes, as [`crate::Picture::from_hwc`] does. `x` and
-    /// `out` lie at multiples of 16 bytes.
+    /// Converts `length` numbers of the VAE's output, f32 `[h, w, 3]`, to bytes in the same way as
+    /// [`crate::Picture::from_hwc`]. `x` and `out` must be multiples of 16.
     pub fn to_rgb8(&self, x: u64, length: usize, out: u64) -> Launch {
         let params = ToRgb8Params { run: self.address(Part::Run), x, out, length: length as i64 };
         launch("to_rgb8", length.div_ceil(4), &params)

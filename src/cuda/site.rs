@@ -1,4 +1,4 @@
-//! The surroundings of a node from which its launches are made: where things lie, and how activations are stored.
+//! The context in which a node is lowered to launches: addresses, and the storage format of activations.
 
 use super::device::{Limits, TensorTiles};
 use super::moments::Moments;
@@ -7,18 +7,18 @@ use crate::Result;
 use crate::graph::{Graph, Node, Op, Shape, TensorId, View, WeightId};
 use crate::plan::Plan;
 
-/// How an activation is stored.
+/// The storage format of an activation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
-    /// Activations between layers.
+    /// For activations between layers.
     F16,
-    /// Indices and timesteps, which are exact, and what a network ends in.
+    /// For indices and timesteps, which must be exact, and for the result of a network's last product.
     F32,
 }
 
 impl Element {
-    /// How `graph` stores an activation: fp16, but for numbers that are no activations (token ids, indices, timesteps) and
-    /// for results of a last matrix product, whose rounding guidance would multiply.
+    /// How `graph` stores an activation: fp16, except for numbers that are no activations (token ids, indices,
+    /// timesteps) and for the result of a network's last matrix product, whose fp16 rounding guidance would amplify.
     pub fn of(graph: &Graph, id: TensorId) -> Self {
         let exact = |node: &Node| match node.op {
             Op::Embed { ids, .. } => ids == id,
@@ -43,27 +43,27 @@ impl Element {
     }
 }
 
-/// A plan's memory on a device.
+/// The memory of a plan on a device.
 pub(super) struct Bindings<'a> {
     /// The device's.
     pub limits: Limits,
-    /// Where each weight begins, by its number in the network.
+    /// The address of each weight, by its number in the network.
     pub weights: &'a [u64],
-    /// Where the arena begins.
+    /// The address of the arena.
     pub arena: u64,
-    /// The device's [`super::Device::tensor_map`].
+    /// The device's [`super::CudaDevice::tensor_map`].
     pub tensor_map: &'a dyn Fn(&TensorTiles) -> Result<[u64; 16]>,
 }
 
 /// Counters that a launch may use: one for each tile whose depth is split over blocks.
 pub(super) const COUNTERS: usize = 1 << 16;
 
-/// A node's surroundings.
+/// A node with its context.
 pub(super) struct Site<'a> {
     pub limits: Limits,
     pub bindings: &'a Bindings<'a>,
     pub plan: &'a Plan,
-    /// Offset and bytes of the node's scratch memory.
+    /// Offset and size in bytes of the node's scratch memory.
     pub workspace: (usize, usize),
 }
 
@@ -76,22 +76,22 @@ impl Site<'_> {
         self.graph().shape(id)
     }
 
-    /// Where an activation lies.
+    /// The address of an activation.
     pub fn address(&self, id: TensorId) -> u64 {
         self.bindings.arena + self.plan.offset(id) as u64
     }
 
-    /// Where an activation lies that may be missing: 0 then.
+    /// The address of an activation that may be missing: 0 then.
     pub fn optional(&self, id: Option<TensorId>) -> u64 {
         id.map_or(0, |id| self.address(id))
     }
 
-    /// Where the moments of an activation lie, if it has any.
+    /// The address of the moments of an activation that has any.
     pub fn moments(&self, id: TensorId) -> u64 {
         self.address(id) + Moments::offset(self.shape(id)) as u64
     }
 
-    /// Where a view's first channel lies, of halves.
+    /// The address of the first channel of a view, whose channels are halves.
     pub fn view(&self, view: View) -> u64 {
         self.address(view.tensor) + (view.offset * size_of::<half::f16>()) as u64
     }
@@ -104,17 +104,17 @@ impl Site<'_> {
         self.bindings.weights[id.0]
     }
 
-    /// Where the second part of a weight begins, if it has one.
+    /// The address of the second part of a weight that has one.
     pub fn behind(&self, id: WeightId) -> u64 {
         self.weight(id) + weights::behind(self.graph().weight(id)) as u64
     }
 
-    /// Counters of blocks, [`COUNTERS`] words: 0 between launches.
+    /// The address of the split counters, [`COUNTERS`] words, which are 0 between launches.
     pub fn counters(&self) -> u64 {
         self.bindings.arena + self.plan.reserved() as u64
     }
 
-    /// The node's scratch memory: as many bytes as its family's `workspace` said.
+    /// The address of the node's scratch memory, of the size that its family's `workspace` returned.
     pub fn workspace(&self) -> u64 {
         self.bindings.arena + self.workspace.0 as u64
     }

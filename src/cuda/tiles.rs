@@ -1,46 +1,51 @@
-//! Which tile a matrix product is cut into, and into how many parts its depth: a pure function of its shape and of the
-//! device's limits. Every candidate is either rejected with a reason or estimated; the fastest is taken.
+//! The choice of a tile for a matrix product, and of the number of parts that its depth is split into: a pure function
+//! of its shape and of the device's limits. Every candidate is either rejected with a reason or estimated; the fastest
+//! is taken.
 
 use super::device::Limits;
 
 /// Depth of a stage.
 pub(super) const STEP: usize = 64;
-/// Threads of a block.
-pub(super) const THREADS: usize = 256;
-/// Most parts of a depth.
+/// Threads of a block of `kernels/conv.cu`.
+const THREADS: usize = 256;
+/// Threads of a block of `kernels/conv_hopper.cu`: two consumer warpgroups, and one for the producer thread.
+const WGMMA_THREADS: usize = 384;
+/// The most parts that a depth is split into.
 const MAX_SPLITS: usize = 16;
-/// Fewest stages of a part: filling the pipeline takes as long as two.
+/// The fewest stages of a part: filling the pipeline takes as long as two.
 const MIN_STEPS: usize = 4;
-/// Most bytes of sums that the parts of a guided pair's depth leave behind: they should stay in L2.
+/// The most bytes of partial sums for a guided pair's images: they should stay in L2.
 const MAX_PARTIAL: usize = 16 << 20;
 
-/// The instruction that multiplies. The two round at different places, so that one image's shape alone must choose.
+/// The instruction that multiplies. The two round at different places, so one image's shape alone must choose between
+/// them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Instruction {
-    /// Of warps, on every GPU: `kernels/conv.cu`.
+    /// By warps, on every GPU: `kernels/conv.cu`.
     MmaSync,
-    /// Of warpgroups, on 9.0 alone: `kernels/conv_hopper.cu`.
+    /// By warpgroups, on 9.0 alone: `kernels/conv_hopper.cu`.
     Wgmma,
 }
 
-/// A kernel that makes tiles of `rows` by `columns`.
+/// A kernel that computes tiles of `rows` by `columns`.
 #[derive(Debug, PartialEq)]
-pub(super) struct Tile {
+pub(super) struct GemmTile {
     pub kernel: &'static str,
     pub instruction: Instruction,
     pub rows: usize,
     pub columns: usize,
-    /// True if columns are values and gates in turns, and false if not; mma.sync's kernels do both.
+    /// True if columns alternate between values and gates, false if not; `None` for mma.sync's kernels, which do both.
     pub gated: Option<bool>,
-    /// Warps one below the other; eight in all. A wgmma tile has two warpgroups one below the other.
+    /// The number of warps along the rows, of eight in all. The two warpgroups of a wgmma tile are stacked along the
+    /// rows.
     pub warps_down: usize,
     /// Stages in shared memory.
     pub stages: usize,
-    /// Blocks for whose registers a multiprocessor has room.
+    /// Blocks for which a multiprocessor has registers.
     pub resident: usize,
-    /// Whether it reads 16 bytes at a time, so that a pixel of each source has to be a whole number of them.
+    /// True if it reads 16 bytes at a time, so that a pixel of each source must be a whole number of them.
     pub vector: bool,
-    /// Whether the two warpgroups of a wgmma tile have tiles of their own in turns, so that one stores while the other
+    /// True if the two warpgroups of a wgmma kernel have tiles of their own in turn, so that one stores while the other
     /// multiplies.
     pub pingpong: bool,
 }
@@ -52,18 +57,29 @@ const fn mma(
     stages: usize,
     resident: usize,
     vector: bool,
-) -> Tile {
+) -> GemmTile {
     let (instruction, gated, pingpong) = (Instruction::MmaSync, None, false);
-    Tile { kernel, instruction, rows, columns, gated, warps_down, stages, resident, vector, pingpong }
+    GemmTile { kernel, instruction, rows, columns, gated, warps_down, stages, resident, vector, pingpong }
 }
 
-const fn wgmma(kernel: &'static str, columns: usize, stages: usize, gated: bool, pingpong: bool) -> Tile {
+const fn wgmma(kernel: &'static str, columns: usize, stages: usize, gated: bool, pingpong: bool) -> GemmTile {
     let (instruction, gated) = (Instruction::Wgmma, Some(gated));
-    Tile { kernel, instruction, rows: 128, columns, gated, warps_down: 8, stages, resident: 1, vector: true, pingpong }
+    GemmTile {
+        kernel,
+        instruction,
+        rows: 128,
+        columns,
+        gated,
+        warps_down: 8,
+        stages,
+        resident: 1,
+        vector: true,
+        pingpong,
+    }
 }
 
 /// The candidates. Channels are multiples of 160 in Stable Diffusion's UNets and of 128 in its VAEs.
-pub(super) const TILES: [Tile; 22] = [
+pub(super) const TILES: [GemmTile; 22] = [
     mma("conv_128x256", [128, 256], 2, 3, 1, true),
     mma("conv_256x128", [256, 128], 4, 3, 1, true),
     mma("conv_128x160", [128, 160], 2, 4, 1, true),
@@ -88,32 +104,33 @@ pub(super) const TILES: [Tile; 22] = [
     wgmma("conv_hopper_160_gated_pingpong", 160, 5, true, true),
 ];
 
-/// A matrix product, or as many of the same shape as there are phases.
+/// A matrix product, or `phases` of them of the same shape.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Product {
-    /// Four for a doubled source: the results of even and odd rows and columns. Else one.
+    /// Four for an upsampled source: the results of even and odd rows and columns. Otherwise one.
     pub phases: usize,
     pub rows: usize,
     pub columns: usize,
-    /// Taps by channels, these filled up to whole chunks.
+    /// Taps times channels, which are padded to whole chunks.
     pub depth: usize,
-    /// Channels of a product of the same rows and columns that is added to it, multiples of [`STEP`]; wgmma's kernels can.
+    /// Channels of another product of the same rows and columns that is added to this one, a multiple of [`STEP`]; only
+    /// wgmma's kernels support it.
     pub added: usize,
-    /// Whether a pixel of each source is a whole number of 16 bytes.
+    /// True if a pixel of each source is a whole number of 16 bytes.
     pub vector: bool,
     /// True if the columns are values and gates.
     pub gated: bool,
-    /// Columns that no tile of wgmma's may part, because moments are taken of them together.
+    /// Adjacent columns that no tile of wgmma's may separate, because moments are taken over them.
     pub unit: usize,
-    /// Whether an activation other than the gate's follows, or RespoDiff's shift.
+    /// True if an activation other than the gate's follows, or RespoDiff's shift.
     pub followed: bool,
-    /// Whether a layer norm before it or behind it has no launch, which only wgmma's kernels can do without.
+    /// True if a layer norm before or after the product has no launch, which requires wgmma's kernels.
     pub normalised: bool,
-    /// How TMA would fetch the rows, if wgmma's kernels can do this product.
+    /// The area from which TMA would fetch the rows, if wgmma's kernels support this product.
     pub area: Option<Area>,
 }
 
-/// The images that TMA fetches tiles of: their size, and how pixels are read.
+/// The images from which TMA fetches tiles: their size, and how pixels are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Area {
     pub height: usize,
@@ -124,13 +141,13 @@ pub(super) struct Area {
 /// How pixels are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pixels {
-    /// Each by itself: all images' are one row.
+    /// Each pixel by itself: the pixels of all images are one row.
     Apart,
     /// With their neighbours.
     Near,
 }
 
-/// A rectangle of 128 pixels: powers of two, of width, height and images.
+/// A rectangle of 128 pixels, in powers of two of width, height and images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Rectangle {
     pub log_width: u32,
@@ -145,7 +162,7 @@ impl Rectangle {
         [width, height, Self::PIXELS / width / height]
     }
 
-    /// How many cover so many images: across and down one, and images.
+    /// The number of rectangles that cover so many images: across one image, down one image, and over images.
     pub fn count(self, area: Area, images: usize) -> [usize; 3] {
         let [width, height, deep] = self.size();
         [area.width.div_ceil(width), area.height.div_ceil(height), images.div_ceil(deep)]
@@ -153,7 +170,7 @@ impl Rectangle {
 }
 
 impl Area {
-    /// Width, height and images as TMA sees so many images.
+    /// The area and the number of images as TMA sees `images` images.
     pub fn seen(self, images: usize) -> (Area, usize) {
         match self.pixels {
             Pixels::Apart => (Area { height: 1, width: self.height * self.width * images, ..self }, 1),
@@ -161,7 +178,7 @@ impl Area {
         }
     }
 
-    /// The rectangle of which the fewest cover a guided pair of images; the widest of several.
+    /// The rectangle that covers a guided pair of images with the fewest copies; the widest of several.
     pub fn rectangle(self) -> Rectangle {
         if self.pixels == Pixels::Apart {
             return Rectangle { log_width: 7, log_height: 0 };
@@ -171,7 +188,7 @@ impl Area {
         all.min_by_key(|rectangle| rectangle.count(self, 2).iter().product::<usize>()).expect("there are some")
     }
 
-    /// True if every warpgroup's half of a rectangle that has pixels of an image has 64 of the same image.
+    /// True if each warpgroup's half of a rectangle with pixels of an image has 64 pixels of that image.
     pub fn is_whole_units(self) -> bool {
         let Rectangle { log_width, log_height } = self.rectangle();
         match self.pixels {
@@ -184,7 +201,7 @@ impl Area {
         }
     }
 
-    /// Rectangles that cover so many rows of a product.
+    /// The number of rectangles that cover `rows` rows of a product.
     fn rectangles(self, rows: usize) -> usize {
         let (seen, images) = self.seen(rows / (self.height * self.width));
         self.rectangle().count(seen, images).iter().product()
@@ -192,12 +209,12 @@ impl Area {
 }
 
 impl Product {
-    /// Stages of the depth.
+    /// Stages of the whole depth.
     pub fn steps(&self) -> usize {
         self.depth.div_ceil(STEP) + self.added / STEP
     }
 
-    /// Whether `splits` parts are long enough, none is empty, and their sums are few enough.
+    /// True if the parts of `splits` are long enough, none is empty, and their partial sums fit into [`MAX_PARTIAL`].
     fn may_split(&self, splits: usize) -> bool {
         let steps = self.steps().div_ceil(splits);
         let bytes = splits * self.phases * self.rows * self.columns * size_of::<f32>();
@@ -205,18 +222,18 @@ impl Product {
     }
 }
 
-/// How a product is computed.
+/// The way in which a product is computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Choice {
-    pub tile: &'static Tile,
-    /// Parts of the depth.
+    pub tile: &'static GemmTile,
+    /// The number of parts of the depth.
     pub splits: usize,
-    /// Stages of each.
+    /// Stages in each part.
     pub steps: usize,
 }
 
-/// The best way to compute a product of `images` times `one`'s rows. The number of splits and the instruction decide how sums
-/// are rounded, so they are a guided pair's, however many images there are.
+/// The fastest way to compute a product of `images` times the rows of `one`. The number of splits and the instruction
+/// decide how sums are rounded, so these are chosen for a guided pair, whatever the number of images.
 pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
     let fastest = |product: Product, may: &dyn Fn(usize, Instruction) -> bool| {
         let mut best = None;
@@ -230,7 +247,7 @@ pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
                 }
             }
         }
-        // The 16x64 tiles are never rejected but for the other kind of sources.
+        // The 16x64 tiles are rejected only for the other kind of source.
         best.expect("a tile for every product").1
     };
     let two = Product { rows: 2 * one.rows, ..one };
@@ -239,9 +256,17 @@ pub(super) fn choose(one: Product, images: usize, limits: Limits) -> Choice {
     fastest(Product { rows: images * one.rows, ..one }, &as_pair)
 }
 
-impl Tile {
-    /// Bytes of shared memory: the stages, and for wgmma's kernels behind them the results, 256 bytes of barriers, and
-    /// two tiles' operands of the epilogue, eight bytes for each column and row.
+impl GemmTile {
+    /// Threads of a block.
+    pub fn threads(&self) -> usize {
+        match self.instruction {
+            Instruction::MmaSync => THREADS,
+            Instruction::Wgmma => WGMMA_THREADS,
+        }
+    }
+
+    /// Bytes of shared memory: the stages. wgmma's kernels add the results, 256 bytes of barriers, and the epilogue's
+    /// operands of two tiles, eight bytes for each column and row.
     pub fn shared(&self) -> usize {
         let stages = self.stages * (self.rows + self.columns) * STEP * 2;
         let results = if self.gated == Some(true) { self.columns / 2 } else { self.columns };
@@ -249,7 +274,7 @@ impl Tile {
         stages + if self.instruction == Instruction::Wgmma { behind } else { 0 }
     }
 
-    /// Tiles that cover a product, of all phases.
+    /// The number of tiles that cover a product, in all phases.
     pub fn count(&self, product: &Product) -> usize {
         let down = match (self.instruction, product.area) {
             (Instruction::Wgmma, Some(area)) => area.rectangles(product.rows),
@@ -258,12 +283,12 @@ impl Tile {
         product.phases * down * product.columns.div_ceil(self.columns)
     }
 
-    /// Bytes of the sums that `splits` parts leave behind; the kernels know their order.
+    /// Bytes of the partial sums of `splits` parts; the kernels know their order.
     pub fn partial_bytes(&self, product: &Product, splits: usize) -> usize {
         if splits == 1 { 0 } else { splits * self.count(product) * self.rows * self.columns * size_of::<f32>() }
     }
 
-    /// Why a product cannot, or should not, be cut into tiles like this.
+    /// The reason why a product cannot, or should not, be cut into tiles of this kind.
     fn rejected(&self, product: &Product, limits: Limits) -> Option<&'static str> {
         let smallest = self.rows == 16;
         if self.instruction == Instruction::Wgmma && limits.capability != 90 {
@@ -293,7 +318,7 @@ impl Tile {
         }
     }
 
-    /// Cycles for a product whose depth is in `splits` parts.
+    /// Estimated cycles for a product whose depth is split into `splits` parts.
     fn estimate(&self, product: &Product, splits: usize, limits: Limits) -> f64 {
         match self.instruction {
             Instruction::MmaSync => self.estimate_mma(product, splits, limits),
@@ -301,13 +326,13 @@ impl Tile {
         }
     }
 
-    /// A multiprocessor is bound by its tensor cores, by shared memory (128 bytes a cycle) or by what reaches it from L2; and a
-    /// lone block by how long a stage takes to come. To this come filling the pipeline and storing the tile, and what splits
-    /// take.
+    /// A multiprocessor is bound by its tensor cores, by shared memory (128 bytes per cycle) or by the bandwidth from
+    /// L2; a lone block is bound by the latency of a stage. Filling the pipeline, storing the tile and adding splits
+    /// come on top.
     fn estimate_mma(&self, product: &Product, splits: usize, limits: Limits) -> f64 {
         /// Cycles from a request to its data under load.
         const LATENCY: f64 = 1000.0;
-        /// Bytes a cycle from L2 for each multiprocessor.
+        /// Bytes per cycle from L2 for each multiprocessor.
         const L2: f64 = 40.0;
         let (rows, columns, warps) = (self.rows as f64, self.columns as f64, (THREADS / 32) as f64);
         let multiply = rows * columns * STEP as f64 / multiply_adds(limits);
@@ -321,28 +346,28 @@ impl Tile {
         let multiprocessors = limits.multiprocessors as usize;
         let steps = product.steps().div_ceil(splits) as f64;
         let blocks = (self.count(product) * splits).div_ceil(multiprocessors);
-        // A kilobyte of each block's shared memory is the driver's.
+        // The driver takes a kilobyte of each block's shared memory.
         let resident = ((limits.shared as usize + 1024) / (self.shared() + 1024)).min(self.resident).max(1);
         let rounds = blocks.div_ceil(resident) as f64;
         (blocks as f64 * steps * busy).max(rounds * steps * alone) + rounds * store + self.adding(splits, L2)
     }
 
-    /// Cycles that the last block of a tile takes to read what the others left, at so many bytes a cycle.
+    /// Cycles that the last block of a tile takes to read the other blocks' partial sums, at `l2` bytes per cycle.
     fn adding(&self, splits: usize, l2: f64) -> f64 {
-        /// Leaving the sums and counting.
+        /// Writing the partial sums and incrementing the counter.
         const MEETING: f64 = 1500.0;
         let bytes = splits * self.rows * self.columns * size_of::<f32>();
         if splits == 1 { 0.0 } else { MEETING + bytes as f64 / l2 }
     }
 
-    /// Blocks are persistent, one on each multiprocessor, bound by the tensor cores or by what reaches them from L2: of a step
-    /// of 128x160 a prototype took 75 to 94 % for the tensor cores, of 128x128 60 to 70, of 128x80 44 on an H100. Storing a
-    /// tile is not hidden.
+    /// Blocks are persistent, one on each multiprocessor, and bound by the tensor cores or by the bandwidth from L2. On
+    /// an H100 a prototype spent 75 to 94 % of a 128x160 step on the tensor cores, 60 to 70 % of a 128x128 step, and 44
+    /// % of a 128x80 one. Storing a tile is not hidden.
     fn estimate_wgmma(&self, product: &Product, splits: usize, limits: Limits) -> f64 {
-        /// Multiply-adds a cycle, and bytes a cycle from L2 where neighbours read the same.
+        /// Multiply-adds per cycle, and bytes per cycle from L2 where neighbouring blocks read the same data.
         const MULTIPLY_ADDS: f64 = 2048.0;
         const L2: f64 = 58.0;
-        /// Cycles of filling the ring and of storing a tile.
+        /// Cycles for filling the ring and storing a tile.
         const FILL: f64 = 2500.0;
         let (rows, columns) = (self.rows as f64, self.columns as f64);
         let multiply = rows * columns * STEP as f64 / MULTIPLY_ADDS / 0.94;
@@ -359,9 +384,9 @@ impl Tile {
     }
 }
 
-/// fp16 multiply-adds with fp32 sums that mma.sync gets out of a multiprocessor in a cycle. GeForce cards have a
-/// quarter of an A100's (71, 165 and 210 TFLOP/s on an RTX 3090, 4090 and 5090, by NVIDIA's architecture papers); an
-/// H100's share of what wgmma gets was measured.
+/// fp16 multiply-adds with fp32 accumulation that a multiprocessor executes per cycle with mma.sync. GeForce cards have
+/// a quarter of an A100's rate (71, 165 and 210 TFLOP/s on an RTX 3090, 4090 and 5090, by NVIDIA's architecture
+/// papers); the fraction of wgmma's rate that an H100 reaches was measured.
 fn multiply_adds(limits: Limits) -> f64 {
     match limits.capability {
         86 | 89 | 120.. => 256.0,

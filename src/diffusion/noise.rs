@@ -38,7 +38,7 @@ impl FromStr for Rng {
     fn from_str(name: &str) -> Result<Self> {
         let known = Rng::ALL.into_iter().find(|rng| rng.name().eq_ignore_ascii_case(name.trim()));
         known.ok_or_else(|| {
-            Error::invalid("rng", format!("unknown noise generator {name:?}: choose torch-cpu or torch-cuda"))
+            Error::invalid("rng", format!("unknown noise generator {name:?}")).advise("choose torch-cpu or torch-cuda")
         })
     }
 }

@@ -241,8 +241,9 @@ impl Engine {
     fn plans(&self, options: SessionOptions) -> Result<Plans> {
         let Parts { device, vae, .. } = &*self.0;
         let [_, _, h, w] = self.latent_shape(options);
-        let vae = device.plan(vae_decoder(&vae.config, 1, Extent { h, w }), &[]);
-        Ok(Plans { unet: self.unet_plan(options)?, vae })
+        // This checks the sizes.
+        let unet = self.unet_plan(options)?;
+        Ok(Plans { unet, vae: device.plan(vae_decoder(&vae.config, 1, Extent { h, w }), &[]) })
     }
 
     fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {

@@ -1,7 +1,7 @@
 //! Runs on the kernels: the latents stay on the device, and one recording serves every step of every request.
 
 use super::run::{Denoiser, Networks, Noise, Run, picture_shape};
-use crate::cuda::{Buffer, DeviceSampler, Executor, Recording, SampledImage};
+use crate::cuda::{Buffer, CudaExecutor, DeviceSampler, Recording, SampledImage};
 use crate::diffusion::noise::Rng;
 use crate::graph::Shape;
 use crate::image::Picture;
@@ -13,7 +13,7 @@ const CAPACITY: usize = 4096;
 
 /// The UNet and its sampler on the kernels.
 pub(super) struct CudaDenoiser {
-    unet: Executor,
+    unet: CudaExecutor,
     sampler: DeviceSampler,
     /// Preparing the UNet's inputs, the UNet, guidance and the sampler's step; made at the first run.
     step: Option<Box<dyn Recording>>,
@@ -22,7 +22,7 @@ pub(super) struct CudaDenoiser {
 impl CudaDenoiser {
     /// # Errors
     /// [`Error::Device`] when memory is short.
-    pub fn new(unet: Executor, batch: usize) -> Result<Self> {
+    pub fn new(unet: CudaExecutor, batch: usize) -> Result<Self> {
         let sampler = DeviceSampler::new(unet.device(), latents_shape(unet.plan(), batch), CAPACITY)?;
         Ok(CudaDenoiser { unet, sampler, step: None })
     }
@@ -111,7 +111,7 @@ impl Denoiser for CudaDenoiser {
 /// The UNet and the VAE on the kernels.
 pub(super) struct OnCuda {
     denoiser: CudaDenoiser,
-    vae: Executor,
+    vae: CudaExecutor,
     /// One picture's bytes.
     rgb: Buffer,
 }
@@ -119,7 +119,7 @@ pub(super) struct OnCuda {
 impl OnCuda {
     /// # Errors
     /// [`Error::Device`] when memory is short.
-    pub fn new(denoiser: CudaDenoiser, vae: Executor) -> Result<Self> {
+    pub fn new(denoiser: CudaDenoiser, vae: CudaExecutor) -> Result<Self> {
         let rgb = Buffer::new(vae.device(), picture_shape(vae.plan()).len())?;
         Ok(OnCuda { denoiser, vae, rgb })
     }

@@ -196,8 +196,8 @@ fn refusals_say_what_to_do() {
     for (status, words) in [
         (401, ["licence", "HF_TOKEN"]),
         (403, ["licence", "HF_TOKEN"]),
-        (404, ["spelling", "--model DIR"]),
-        (503, ["503", "--model DIR"]),
+        (404, ["spelling", "local folder"]),
+        (503, ["503", "local folder"]),
     ] {
         server.set(|state| state.status = status);
         let message = server.failure("owner/name");
@@ -207,10 +207,10 @@ fn refusals_say_what_to_do() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let nowhere = HubConfig { endpoint: format!("http://127.0.0.1:{port}"), ..server.config() };
     let message = resolve("owner/name", &nowhere, &mut |_| ()).unwrap_err().to_string();
-    assert!(message.contains("network") && message.contains("--model DIR"), "{message}");
+    assert!(message.contains("network") && message.contains("local folder"), "{message}");
     let offline = HubConfig { offline: true, ..server.config() };
     let message = resolve("owner/name", &offline, &mut |_| ()).unwrap_err().to_string();
-    assert!(message.contains("HF_HUB_OFFLINE") && message.contains("--model DIR"), "{message}");
+    assert!(message.contains("HF_HUB_OFFLINE") && message.contains("local folder"), "{message}");
 }
 
 #[test]
@@ -221,7 +221,7 @@ fn models_that_are_none_are_refused_before_the_download() {
         let server = Server::new(&FILES);
         server.set(|state| state.files.retain(|path, _| !path.contains(missing)));
         let message = server.failure("owner/name");
-        assert!(message.contains(word) && message.contains("--model PATH"), "{message}");
+        assert!(message.contains(word) && message.contains("local folder"), "{message}");
         assert_eq!(server.take_requests().len(), 1);
     }
 }

@@ -1,9 +1,9 @@
-//! `kernels/attention.cu`.
+//! `kernels/attention.cu` and `kernels/attention_hopper*.cu`.
 
 use super::*;
 use respodiff::graph::View;
 
-/// One attention over fp16 tensors of given channels, each view from an offset.
+/// An attention over fp16 tensors, each view beginning at an offset.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
     pub images: usize,
@@ -16,14 +16,14 @@ pub struct Case {
     pub from: From,
 }
 
-/// Where queries, keys and values are.
+/// The tensors of queries, keys and values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum From {
-    /// In one tensor, and as many keys as queries.
+    /// All in one tensor, with as many keys as queries.
     Fused,
-    /// Keys and values in one of the text's.
+    /// Keys and values in one tensor of the text.
     Text,
-    /// Each in its own, behind as many channels that belong to nobody.
+    /// Each in its own tensor, behind so many unused channels or multiples of them.
     Apart(usize),
 }
 
@@ -40,7 +40,7 @@ impl Case {
         }
     }
 
-    /// The view of which tensor, from which channel: queries, keys, values.
+    /// The tensor and the first channel of each view: queries, keys, values.
     pub fn views(&self) -> [(usize, usize); 3] {
         let c = self.heads * self.head_dim;
         match self.from {
@@ -92,7 +92,7 @@ impl Case {
         out
     }
 
-    /// Inputs in -1..1, the queries times `size`.
+    /// Inputs in -1..1, with the queries times `size`.
     pub fn inputs(&self, size: f64) -> Vec<Numbers> {
         let mut inputs: Vec<Numbers> =
             self.shapes().iter().enumerate().map(|(i, shape)| random(shape.len(), 5 + i as u64)).collect();
@@ -116,8 +116,8 @@ impl Case {
         if self.head_dim > 160 {
             check(Limits::RTX_4090, inputs.clone());
         }
-        // An H100 has kernels of its own for the widths of Stable Diffusion's heads. Of one multiprocessor it has a block do
-        // all queries of a head, which must not show.
+        // An H100 has kernels of its own for the head widths of Stable Diffusion. With a single multiprocessor, one
+        // block processes all queries of a head; this must not change the result.
         let mut outputs = vec![check(Limits::A100, inputs.clone())];
         if [40, 64, 80, 160, 512].contains(&self.head_dim) && !self.causal {
             let small = check(Limits { multiprocessors: 1, ..Limits::H100 }, inputs.clone());
@@ -157,7 +157,7 @@ fn cross_attention_with_77_keys() {
     }
 }
 
-/// As many heads as fill a GPU with tiles of 128 queries, of which half are there.
+/// As many heads as fill a GPU with tiles of 128 queries, half of which exist.
 #[test]
 fn large_tiles() {
     for (keys, head_dim, causal) in [(77, 40, false), (67, 64, false), (65, 64, true), (131, 80, false)] {
@@ -165,7 +165,7 @@ fn large_tiles() {
     }
 }
 
-/// On an H100 stages that come round again, tiles of 192 or 128 queries, and scores that raise a reference in later stages.
+/// On an H100: rings that wrap around, tiles of 192 or 128 queries, and scores that raise a reference in later stages.
 #[test]
 fn long_rows() {
     for (images, queries, keys, heads, head_dim) in [
@@ -177,11 +177,11 @@ fn long_rows() {
     ] {
         Case { images, queries, keys, heads, head_dim, ..CASE }.check(30.0);
     }
-    // Queries that pass by keys that stay, to the last key of the only stage.
+    // Held keys: tiles of queries pass them, up to the last key of the only stage.
     for (keys, head_dim) in [(80, 40), (17, 64), (1, 80), (79, 160)] {
         Case { queries: (1, 401), keys, head_dim, ..CASE }.check(8.0);
     }
-    // Views whose pixels are a whole number of heads, which begin anywhere in them.
+    // Views whose pixels are a whole number of heads, and which begin at any of them.
     for head_dim in [40, 80, 160] {
         Case { queries: (3, 3), keys: 133, heads: 2, head_dim, from: From::Apart(head_dim), ..CASE }.check(2.0);
     }
@@ -203,7 +203,7 @@ fn one_wide_head() {
 
 #[test]
 fn heads_that_begin_anywhere() {
-    // Heads of no whole 16 bytes, then offsets and widths that are none.
+    // Heads that are not whole 16 bytes, then offsets and widths that are not.
     for (head_dim, from) in [
         (4, From::Fused),
         (12, From::Text),
@@ -225,7 +225,7 @@ fn scores_of_ten_thousands() {
     for head_dim in [40, 80, 512] {
         Case { queries: (5, 19), head_dim, from: From::Fused, ..CASE }.check(30000.0);
     }
-    // Scores that are multiples of 8 up to 16384, which fp16 holds: the loops round weights and results only.
+    // Scores that are multiples of 8 up to 16384, which fp16 can represent: the loops round only weights and results.
     let case = Case { queries: (7, 11), heads: 2, head_dim: 64, from: From::Fused, ..CASE };
     let mut inputs = case.inputs(1.0);
     for token in inputs[0].chunks_exact_mut(3 * 128) {
@@ -235,7 +235,7 @@ fn scores_of_ten_thousands() {
     case.check_with("scores in steps of 8", inputs);
 }
 
-/// fp16 numbers as large as they get come out as they went in.
+/// The greatest fp16 numbers come out as they went in.
 #[test]
 fn largest_values_stay_finite() {
     let case = Case { keys: 77, head_dim: 40, from: From::Apart(8), ..CASE };
@@ -244,7 +244,7 @@ fn largest_values_stay_finite() {
     case.check_with("values of 65504", inputs);
 }
 
-/// The sizes of SD 1.5's and SDXL's blocks, in channels, with fewer tokens.
+/// The sizes of SD 1.5's and SDXL's blocks in channels, with fewer tokens.
 #[test]
 fn an_image_alone_and_among_others() {
     for (queries, heads, head_dim, from) in [

@@ -1,11 +1,11 @@
-//! `kernels/attention_gradient.cu`.
+//! `kernels/attention_gradient.cu` and `kernels/attention_gradient_hopper.cu`.
 
 use super::attention::{CASE, Case, From};
 use super::*;
 
 impl Case {
-    /// The gradient by the first input: queries, keys and values of one tensor, or queries alone. The softmax, both products'
-    /// gradients and the results are rounded.
+    /// The gradient by the first input: by queries, keys and values of one tensor, or by queries alone. The softmax,
+    /// both products' gradients and the results are rounded.
     fn plain_gradient(&self, inputs: &[Numbers], round: Round) -> Numbers {
         let (queries, keys, c) = (self.queries.0 * self.queries.1, self.keys(), self.heads * self.head_dim);
         let scale = (self.head_dim as f32).powf(-0.5) as f64;
@@ -44,7 +44,7 @@ impl Case {
         out.into_iter().map(round).collect()
     }
 
-    /// Queries times `size`, and the seed times `seed`.
+    /// Checks with the queries times `size` and the seed times `seed`.
     fn check_gradient(&self, size: f64, seed: f64) {
         let mut inputs = self.inputs(size);
         let numbers = random(self.images * self.queries.0 * self.queries.1 * self.heads * self.head_dim, 91);
@@ -58,7 +58,7 @@ impl Case {
         let label = format!("{what}: {self:?}");
         let check =
             |limits| check_gradient(limits, &label, &self.shapes(), inputs.clone(), |g, x| self.build(g, x), plain);
-        // An H100 has kernels of its own for the widths of UNets' heads.
+        // An H100 has kernels of its own for the head widths of UNets.
         let hopper = [40, 64, 80, 160].contains(&self.head_dim);
         [Limits::A100].into_iter().chain(hopper.then_some(Limits::H100)).map(check).collect()
     }
@@ -88,7 +88,7 @@ fn cross_attention_with_77_keys() {
     }
 }
 
-/// On an H100 stages that come round again, tiles of 128 rows, and greatest scores in any stage.
+/// On an H100: rings that wrap around, tiles of 128 rows, and greatest scores in any stage.
 #[test]
 fn long_rows() {
     for (queries, keys, heads, head_dim, from) in [
@@ -116,7 +116,7 @@ fn heads_that_begin_anywhere() {
     }
 }
 
-/// Weights of a thousandth, gradients at both ends of fp16, and weights that are 0 or 1.
+/// Weights of a thousandth, gradients at both ends of fp16's range, and weights that are 0 or 1.
 #[test]
 fn ranges() {
     let case = Case { queries: (23, 45), head_dim: 8, from: From::Fused, ..CASE };

@@ -1,12 +1,12 @@
-//! `kernels/conv.cu`.
+//! `kernels/conv.cu` and `kernels/conv_hopper.cu`.
 
 use super::*;
 use respodiff::graph::{Activation, ConvOptions, Extent, Sources, View};
 
-/// Channels of other layers that stand before those that are added for each image: no whole 16 bytes.
+/// Channels of other layers in front of those that are added per image: not a whole number of 16 bytes.
 const OTHERS: usize = 10;
 
-/// A convolution and the size it is tried at.
+/// A convolution and the size on which it is tried.
 #[derive(Clone, Debug)]
 struct Case {
     images: usize,
@@ -16,7 +16,7 @@ struct Case {
     outputs: usize,
     per_image: bool,
     residual: bool,
-    /// Whether something reads the result, which is then fp16.
+    /// True if something reads the result, which is then fp16.
     read: bool,
     options: ConvOptions,
 }
@@ -59,7 +59,7 @@ impl Case {
         Shape::new(self.images, span(h), span(w), if self.gated() { self.outputs / 2 } else { self.outputs })
     }
 
-    /// The inputs' shapes: first source, second, per image, residual.
+    /// The inputs' shapes: first source, second source, per-image row, residual.
     fn shapes(&self) -> Vec<Shape> {
         let (n, (h, w), out) = (self.images, self.size, self.shape());
         let mut shapes = vec![Shape::new(n, h, w, self.channels)];
@@ -135,7 +135,7 @@ impl Case {
         result
     }
 
-    /// The definition's gradient by the first source, for stride 1: every output hands its part to what it read.
+    /// The definition's gradient by the first source, for stride 1: every output passes its part to what it read.
     fn plain_gradient(&self, given: &Given, round: Round) -> Numbers {
         let (o, out, (h, w)) = (&self.options, self.shape(), self.size);
         let (seen_h, seen_w) = self.seen();
@@ -166,8 +166,8 @@ impl Case {
         result.into_iter().map(round).collect()
     }
 
-    /// On a device with few multiprocessors, whose tiles are large, and on one with so many that depths are split; and on
-    /// 9.0, where stages of 64 channels have kernels of their own.
+    /// Checks on a device with few multiprocessors, whose tiles are large, and on one with so many that depths are
+    /// split; and on 9.0, where stages of 64 channels have kernels of their own.
     fn check(&self) {
         let shapes = self.shapes();
         let hopper = (self.channels.is_multiple_of(64) && self.skip.is_multiple_of(64)).then_some(Limits::H100);
@@ -192,7 +192,7 @@ fn linear_layers() {
         Case::linear(tokens, channels, outputs).check();
     }
     Case::linear(77, 768, 64).with(|c| c.options.bias = false).check();
-    // Neither channels nor columns a multiple of eight; one number in, one out.
+    // Neither channels nor columns are a multiple of eight; then one number in, one out.
     Case::linear(5, 7, 3).check();
     Case::linear(1, 1, 1).with(|c| c.images = 1).check();
     Case::linear(33, 100, 37).with(|c| (c.residual, c.images) = (true, 3)).check();
@@ -206,11 +206,12 @@ fn convolutions() {
     Case::conv3x3((9, 6), 4, 64).check();
     Case::conv3x3((9, 6), 64, 4).with(|c| c.read = false).check();
     Case::conv3x3((10, 14), 16, 3).with(|c| (c.read, c.images) = (false, 1)).check();
-    // One pixel: all taps but one in the padding.
+    // One pixel: all taps except one are in the padding.
     Case::conv3x3((1, 1), 24, 16).check();
 }
 
-/// Shapes that 9.0's kernels take at any size: several rectangles, of one image and of several, two sources, gates.
+/// Shapes that the kernels of 9.0 support at any size: several rectangles, of one image and of several, two sources,
+/// gates.
 #[test]
 fn tiles_of_warpgroups() {
     Case::conv3x3((8, 8), 64, 160).with(|c| (c.skip, c.residual, c.images) = (64, true, 3)).check();
@@ -219,7 +220,7 @@ fn tiles_of_warpgroups() {
     Case::linear(150, 128, 320).with(|c| (c.per_image, c.residual) = (true, true)).check();
     Case::linear(130, 64, 320).with(|c| c.options.activation = Activation::Geglu).check();
     Case::linear(67, 640, 96).check();
-    // A doubled source, whose taps are summed before they are rounded.
+    // An upsampled source, whose taps are summed before they are rounded.
     Case::conv3x3((5, 7), 64, 96).with(|c| c.options.resize = to(10, 14)).check();
     Case::conv3x3((9, 19), 128, 200).with(|c| (c.images, c.options.resize) = (3, to(18, 38))).check();
 }
@@ -240,19 +241,19 @@ fn resized_sources() {
     }
 }
 
-/// Sources that are doubled exactly, as four products: of no whole chunks, with all that can follow, of two sources, and of
-/// a depth that is split.
+/// Sources that are upsampled by exactly two, as four products: with channels that are not whole chunks, with the whole
+/// epilogue, with two sources, and with a split depth.
 #[test]
-fn doubled_sources() {
-    let doubled = |(h, w), channels, outputs| {
+fn upsampled_sources() {
+    let upsampled = |(h, w), channels, outputs| {
         Case::conv3x3((h, w), channels, outputs).with(|c| c.options.resize = to(2 * h, 2 * w))
     };
-    doubled((1, 1), 8, 8).check();
-    doubled((4, 3), 7, 5).check();
-    doubled((3, 5), 24, 88).with(|c| (c.per_image, c.residual, c.images) = (true, true, 3)).check();
-    doubled((5, 2), 16, 24).with(|c| c.skip = 40).check();
-    doubled((3, 3), 12, 10).with(|c| (c.skip, c.residual) = (5, true)).check();
-    doubled((2, 3), 320, 72).with(|c| (c.images, c.options.activation) = (1, Activation::Silu)).check();
+    upsampled((1, 1), 8, 8).check();
+    upsampled((4, 3), 7, 5).check();
+    upsampled((3, 5), 24, 88).with(|c| (c.per_image, c.residual, c.images) = (true, true, 3)).check();
+    upsampled((5, 2), 16, 24).with(|c| c.skip = 40).check();
+    upsampled((3, 3), 12, 10).with(|c| (c.skip, c.residual) = (5, true)).check();
+    upsampled((2, 3), 320, 72).with(|c| (c.images, c.options.activation) = (1, Activation::Silu)).check();
 }
 
 #[test]
@@ -288,7 +289,7 @@ fn gated_layers() {
         .check();
 }
 
-/// The data gradient: of the first source alone, on the way up a UNet; through a resize, to the smaller size.
+/// The data gradient: by the first source alone, as in a UNet's decoder; and through a resize, to the smaller size.
 #[test]
 fn gradients() {
     let conv3x3 = |size, channels, outputs| Case::conv3x3(size, channels, outputs);
@@ -319,7 +320,7 @@ fn gradients() {
     }
 }
 
-/// What fp16 cannot hold becomes its greatest number, in fp16 results.
+/// In fp16 results, numbers beyond fp16's range saturate.
 #[test]
 fn saturation() {
     let case = Case::linear(4, 64, 16).with(|c| c.options.gain = 1e6);
@@ -331,7 +332,7 @@ fn saturation() {
     );
 }
 
-/// The bottleneck: a convolution whose result goes on as it is, and with every conditional image's shift added.
+/// The bottleneck: a convolution whose result is used as it is, and with the shift of every conditional image added.
 #[test]
 fn bottleneck() {
     for (channels, images, shifted) in [(64, 2, 1), (320, 4, 2), (20, 3, 3)] {
@@ -364,7 +365,7 @@ fn bottleneck() {
     }
 }
 
-/// An image is the same bits alone and among others.
+/// An image gives the same bits alone and in a batch.
 #[test]
 fn batch_invariance() {
     let cases = [
@@ -385,9 +386,9 @@ fn batch_invariance() {
             let (folder, _) = weights(&graph);
             let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
             let device = Emulated::new(Limits::A100, Schedule::QUICK);
-            let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
+            let weights = CudaWeights::load(&device, graph.weights(), &tensors).unwrap();
             let plan = Arc::new(Plan::new(graph, &[], &device.limits()));
-            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan, weights).unwrap();
             // Image i is the same in every batch.
             let numbers = random(5 * case.shapes()[0].len() / images, 3);
             let numbers: Vec<f32> = numbers.iter().map(|&x| x as f32).collect();

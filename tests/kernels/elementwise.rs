@@ -17,7 +17,7 @@ fn activate() {
     }
 }
 
-/// Numbers in -4..4, where activations bend.
+/// Numbers in -4..4, where activations are curved.
 fn wide(len: usize, seed: u64) -> Numbers {
     random(len, seed).iter().map(|x| 4.0 * x).collect()
 }
@@ -76,7 +76,8 @@ fn geglu_and_its_gradient() {
     }
 }
 
-/// A linear layer of one function of x, whose residual is another: x has two readers, whose gradients are added.
+/// A linear layer of one function of x, with another function of x as its residual: x has two readers, whose gradients
+/// are added.
 #[test]
 fn two_readers() {
     for (rows, c) in [(5, 24), (3, 7)] {
@@ -163,7 +164,7 @@ fn select_token() {
     }
 }
 
-/// The angles are hundreds of radians: the rounding of the result to fp16 is all the error there may be.
+/// Angles are hundreds of radians: the only allowed error is the rounding of the result to fp16.
 #[test]
 fn sinusoid() {
     for (n, k, dim, flip, freq_shift) in [(2, 1, 320, true, 0.0), (3, 6, 256, true, 0.0), (1, 1, 6, false, 1.0)] {

@@ -1,10 +1,11 @@
-//! The structures that kernels take are written twice, in C++ and in Rust, and handed over as bytes: both must lay them
-//! out alike. A GPU would read whatever lies there.
+//! The parameter structures of kernels are declared twice, in C++ and in Rust, and passed as bytes, so both languages
+//! must lay them out alike. A GPU would read whatever is there.
 
 use super::conformance;
 use respodiff_emulated_kernels::{Layout, kernels, layouts};
+use std::collections::BTreeMap;
 
-/// Whether fields lie one after the other and leave no byte between them nor behind.
+/// True if the fields follow one another without gaps and fill the structure.
 fn is_covered(layout: &Layout) -> bool {
     let end = layout.fields.iter().try_fold(0, |at, field| (field.offset == at).then_some(at + field.bytes));
     end == Some(layout.bytes)
@@ -33,4 +34,22 @@ fn every_kernel_takes_a_structure_that_is_compared() {
     for kernel in kernels {
         assert!(kernel.structure.is_some(), "{} takes a structure without a LAYOUT beside it", kernel.name);
     }
+}
+
+/// The host chooses tiles by tables of its own: a launch with less shared memory than the kernel's would be out of
+/// bounds, and one with more would be estimated and run worse than it could.
+#[test]
+fn both_languages_agree_on_every_tile() {
+    let exported = kernels().into_iter().filter_map(|kernel| Some((kernel.name, kernel.occupancy?)));
+    let mut theirs: BTreeMap<_, _> = exported.collect();
+    for (kernel, threads, shared, resident) in respodiff::cuda::tiles() {
+        let tile = theirs.remove(kernel).unwrap_or_else(|| panic!("{kernel} is not exported with a tile"));
+        assert_eq!(
+            (threads, shared),
+            (tile.threads as usize, tile.shared as usize),
+            "{kernel}: threads, shared memory"
+        );
+        assert!(resident.is_none_or(|blocks| blocks == tile.resident as usize), "{kernel}: {resident:?} of {tile:?}");
+    }
+    assert!(theirs.is_empty(), "in no table of src/cuda: {theirs:?}");
 }

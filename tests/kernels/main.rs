@@ -1,7 +1,8 @@
-//! Every kernel, through the launches the engine makes of a graph, against plain f64 loops: on the emulator under hostile
-//! schedules, or with RESPODIFF_TEST_DEVICE=cuda on a GPU.
+//! Tests every kernel, through the launches that the engine makes of a graph, against plain f64 loops: on the emulator
+//! under hostile schedules, or with RESPODIFF_TEST_DEVICE=cuda on a GPU.
 //!
-//! Tolerances are a rule: twice the error of the same loops with every intermediate result rounded to fp16, and floors.
+//! Tolerances follow a rule: twice the error of the same loops with every intermediate result rounded to fp16, and
+//! floors.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -11,13 +12,14 @@ mod attention_gradient;
 mod conformance;
 mod conv;
 mod elementwise;
+mod group_norm;
+mod layer_norm;
 mod layouts;
-mod norm;
 mod sampler;
 mod sources;
 
 use half::f16;
-use respodiff::cuda::{Device, Element, Emulated, Executor, Limits, Weights};
+use respodiff::cuda::{CudaDevice, CudaExecutor, CudaWeights, Element, Emulated, Limits};
 use respodiff::graph::{Graph, GraphBuilder, Keep, Shape, TensorId, WeightKind};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -27,10 +29,10 @@ use std::sync::Arc;
 
 pub type Numbers = Vec<f64>;
 
-/// What a plain loop does with its intermediate results: nothing, or rounding to fp16.
+/// The treatment of intermediate results in a plain loop: none, or rounding to fp16.
 pub type Round = fn(f64) -> f64;
 
-/// The nearest fp16 number, at most its greatest.
+/// The nearest fp16 number, saturating.
 pub fn to_half(x: f64) -> f64 {
     f16::from_f64(x.clamp(-65504.0, 65504.0)).to_f64()
 }
@@ -47,8 +49,8 @@ pub fn random(len: usize, seed: u64) -> Numbers {
     (0..len).map(|_| next()).collect()
 }
 
-/// The devices a kernel is tested on, of given limits where they are not real.
-pub fn devices(limits: Limits) -> Vec<(String, Arc<dyn Device>)> {
+/// The devices on which a kernel is tested; emulated ones have the given limits.
+pub fn devices(limits: Limits) -> Vec<(String, Arc<dyn CudaDevice>)> {
     if let Some(gpu) = support::gpu() {
         return vec![(gpu.name(), gpu)];
     }
@@ -56,7 +58,7 @@ pub fn devices(limits: Limits) -> Vec<(String, Arc<dyn Device>)> {
     Schedule::hostile(7).map(emulated).into()
 }
 
-/// A graph's weights: fp16 numbers, of a size that keeps sums near 1.
+/// A graph's weights: fp16 numbers, scaled to keep sums near 1.
 fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
     let folder = tempfile::tempdir().unwrap();
     let mut by_name = HashMap::new();
@@ -74,7 +76,7 @@ fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
                 WeightKind::Vector => vec![outputs],
             };
             let bytes: Vec<u8> = numbers.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect();
-            // A gradient reads its layer's weight once more.
+            // A gradient reads its layer's weight a second time.
             if by_name.insert(name.clone(), numbers).is_none() {
                 tensors.push((name.clone(), shape, bytes));
             }
@@ -93,8 +95,8 @@ fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
 /// The result of a plain loop.
 pub struct Truth {
     pub numbers: Numbers,
-    /// How far the kernels' f32 may be off however small the numbers are: where all of a result cancels, the roundings
-    /// of what cancelled are left.
+    /// The allowed error of the kernels' f32, however small the numbers are: where all of a result cancels, the
+    /// roundings of the cancelled terms remain.
     pub floor: f64,
 }
 
@@ -104,7 +106,7 @@ impl From<Numbers> for Truth {
     }
 }
 
-/// What a plain loop computes from: the inputs in the order of their shapes, and the weights by name.
+/// The operands of a plain loop: the inputs in the order of their shapes, and the weights by name.
 pub struct Given {
     pub inputs: Vec<Numbers>,
     pub weights: HashMap<String, Numbers>,
@@ -122,7 +124,7 @@ pub fn check(
     check_with(Limits::A100, label, shapes, inputs, build, plain);
 }
 
-/// The same on devices of given limits, with given inputs, which fp16 can hold. Returns the output.
+/// The same on devices of given limits, with given inputs that fp16 can represent. Returns the output.
 pub fn check_with(
     limits: Limits,
     label: &str,
@@ -134,7 +136,7 @@ pub fn check_with(
     compare(limits, label, &graph_of(shapes, build), inputs, false, plain)
 }
 
-/// The same of the gradient by the first input, on devices of given limits; the last of `inputs` is the seed, the
+/// The same for the gradient by the first input, on devices of given limits; the last of `inputs` is the seed, the
 /// gradient by the output.
 pub fn check_gradient<T: Into<Truth>>(
     limits: Limits,
@@ -170,10 +172,10 @@ fn compare<T: Into<Truth>>(
     let (folder, by_name) = weights(graph);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
     let mut given = Given { inputs, weights: by_name };
-    let result = |label: &str, device: &Arc<dyn Device>, given: &Given| {
+    let result = |label: &str, device: &Arc<dyn CudaDevice>, given: &Given| {
         let plan = Arc::new(Plan::new(graph.clone(), &[], &device.limits()));
-        let weights = Weights::load(device, graph.weights(), &tensors).unwrap();
-        let mut executor = Executor::new(device, plan, weights).unwrap();
+        let weights = CudaWeights::load(device, graph.weights(), &tensors).unwrap();
+        let mut executor = CudaExecutor::new(device, plan, weights).unwrap();
         for (name, values) in names.iter().zip(&given.inputs) {
             let values: Vec<f32> = values.iter().map(|&x| x as f32).collect();
             executor.write(name, &values).unwrap();
@@ -196,8 +198,8 @@ fn compare<T: Into<Truth>>(
             "{label}: bits depend on the schedule"
         );
     }
-    // One NaN must reach all that is computed from it, and no other image. In its own it may reach further: attention
-    // multiplies what a query does not see by 0.
+    // One NaN must reach everything that is computed from it, and no other image. Within its own image it may reach
+    // further: attention multiplies what a query does not see by 0.
     let images = graph.shape(graph.output("out")).n;
     for (i, name) in names.iter().enumerate().filter(|(_, name)| Element::of(graph, graph.input(name)) == Element::F16)
     {
@@ -218,15 +220,15 @@ fn compare<T: Into<Truth>>(
     first.expect("a device")
 }
 
-/// Every number within twice the worst error of the naive fp16 loop and one rounding of the greatest result, or within
-/// the truth's floor. NaN where that is the truth, and there alone.
+/// Checks that every number is within twice the worst error of the naive fp16 loop plus one rounding of the greatest
+/// result, or within the truth's floor; and that numbers are NaN exactly where the truth is.
 pub fn within(label: &str, ours: &[f32], truth: &Truth, naive: &[f64]) {
     let Truth { numbers: truth, floor } = truth;
     assert_eq!(ours.len(), truth.len(), "{label}");
     let scale = truth.iter().fold(0.0f64, |m, x| m.max(x.abs()));
     let worst_naive = naive.iter().zip(truth).fold(0.0f64, |m, (n, t)| m.max((n - t).abs()));
     let limit = (2.0 * worst_naive + scale * 2f64.powi(-11)).max(*floor);
-    // NaN is the worst of all.
+    // NaN counts as the greatest error.
     let error = |i: usize| match (ours[i].is_nan(), truth[i].is_nan()) {
         (true, true) => 0.0,
         (false, true) => f64::INFINITY,
@@ -242,7 +244,7 @@ pub fn within(label: &str, ours: &[f32], truth: &Truth, naive: &[f64]) {
     );
 }
 
-/// The function of an [`Activation`], but for GEGLU.
+/// The function of an [`Activation`], except GEGLU.
 pub fn activated(x: f64, activation: respodiff::graph::Activation) -> f64 {
     use respodiff::graph::Activation::*;
     match activation {
@@ -250,7 +252,7 @@ pub fn activated(x: f64, activation: respodiff::graph::Activation) -> f64 {
         Silu => x / (1.0 + (-x).exp()),
         QuickGelu => x / (1.0 + (-1.702 * x).exp()),
         Gelu => {
-            // erf by its Taylor series: exact to f64 for arguments of a few units.
+            // erf by its Taylor series: exact in f64 for arguments of a few units.
             let z = x / 2f64.sqrt();
             let (mut term, mut sum) = (z, z);
             for n in 1..100 {
@@ -262,7 +264,7 @@ pub fn activated(x: f64, activation: respodiff::graph::Activation) -> f64 {
     }
 }
 
-/// Its derivative.
+/// The derivative of [`activated`].
 pub fn slope(x: f64, activation: respodiff::graph::Activation) -> f64 {
     use respodiff::graph::Activation::*;
     let gated = |a: f64| {

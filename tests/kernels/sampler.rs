@@ -1,14 +1,22 @@
-//! `kernels/sampler.cu`, against the sampler, the noise and the pictures of the CPU.
+//! `kernels/sampler.cu`, against the CPU's sampler, noise and pictures.
 
 use super::*;
 use respodiff::Picture;
-use respodiff::cuda::{Buffer, DeviceSampler, Launch, StepNoise};
+use respodiff::cuda::{Buffer, DeviceSampler, Launch, SampledImage};
 use respodiff::diffusion::noise::{NormalGenerator, Rng};
 use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 
-/// An odd size, of more threads than a block has.
+/// An odd size, with more threads than a block has.
 const LATENTS: Shape = Shape { n: 3, h: 9, w: 5, c: 4 };
 const SEED: u64 = u64::MAX - 1;
+/// Guidance scales of the images.
+const GUIDANCE: [f32; LATENTS.n] = [7.5, 1.0, 0.25];
+
+/// The images of a request, of which so many draws were made before the first step.
+fn images(drawn: u32) -> Vec<SampledImage> {
+    let image = |i: usize| SampledImage { seed: SEED.wrapping_add(i as u64), guidance: GUIDANCE[i], drawn };
+    (0..LATENTS.n).map(image).collect()
+}
 
 fn config(fields: &str) -> SchedulerConfig {
     let text = format!(
@@ -18,8 +26,8 @@ fn config(fields: &str) -> SchedulerConfig {
     SchedulerConfig::parse(&text, "scheduler_config.json").unwrap()
 }
 
-fn run(device: &Arc<dyn Device>, launch: Launch) {
-    // SAFETY: the callers' buffers are alive and as long as the launches say.
+fn run(device: &Arc<dyn CudaDevice>, launch: Launch) {
+    // SAFETY: the callers' buffers are alive and as long as the launches require.
     unsafe { device.run(&[launch]) }.unwrap();
 }
 
@@ -39,7 +47,7 @@ fn generators(rng: Rng) -> Vec<NormalGenerator> {
     (0..LATENTS.n as u64).map(|i| NormalGenerator::new(rng, SEED.wrapping_add(i))).collect()
 }
 
-/// One draw of every image, NCHW turned to NHWC.
+/// One draw for every image, converted from NCHW to NHWC.
 fn draw(generators: &mut [NormalGenerator]) -> Vec<f32> {
     let (pixels, channels) = (LATENTS.tokens(), LATENTS.c);
     let mut nchw = vec![0f32; pixels * channels];
@@ -50,9 +58,9 @@ fn draw(generators: &mut [NormalGenerator]) -> Vec<f32> {
     images.collect()
 }
 
-/// A session: a sampler with the buffers of the UNet that it would feed.
+/// A session: a sampler with the buffers of the UNet that it would serve.
 struct Session {
-    device: Arc<dyn Device>,
+    device: Arc<dyn CudaDevice>,
     sampler: DeviceSampler,
     guided: bool,
     sample: Buffer,
@@ -62,7 +70,7 @@ struct Session {
 }
 
 impl Session {
-    fn new(device: &Arc<dyn Device>, guided: bool) -> Self {
+    fn new(device: &Arc<dyn CudaDevice>, guided: bool) -> Self {
         let rows = if guided { 2 } else { 1 };
         let sampler = DeviceSampler::new(device, LATENTS, 20).unwrap();
         let sample = Buffer::new(device, rows * LATENTS.len() * 2).unwrap();
@@ -80,23 +88,18 @@ impl Session {
         Session { device: device.clone(), sampler, guided, sample, timestep, out, recordings }
     }
 
-    /// Samples with a "model" that is a random multiple of its input plus random numbers, next to the CPU's sampler, which
-    /// is given the same outputs. Both do the same f32 arithmetic in the same order: their numbers are equal. Of noise
-    /// drawn on the device that holds but for one number in 10^8, whose f64 is about half-way between two f32.
+    /// Samples with a "model" that is a random multiple of its input plus random numbers, next to the CPU's sampler,
+    /// which gets the same outputs. Both do the same f32 arithmetic in the same order, so their numbers are equal. For
+    /// noise drawn on the device this holds except for one number in 10^8, whose f64 is almost halfway between two f32.
     fn check(&self, label: &str, schedule: &Schedule, rng: Rng) {
-        let guidance = 7.5;
         let rows = if self.guided { 2 } else { 1 };
         let mut generators = generators(rng);
-        let noise = match rng {
-            Rng::TorchCpu => StepNoise::Written,
-            Rng::TorchCuda => StepNoise::Drawn { seed: SEED, drawn: 1 },
-        };
-        self.sampler.begin(&schedule.steps, guidance, noise).unwrap();
+        self.sampler.begin(&schedule.steps, &images(1), rng == Rng::TorchCuda).unwrap();
         let mut x = draw(&mut generators);
         x.iter_mut().for_each(|x| *x *= schedule.init_noise_sigma);
         match rng {
             Rng::TorchCpu => self.sampler.write_latents(&x).unwrap(),
-            Rng::TorchCuda => run(&self.device, self.sampler.draw(SEED, schedule.init_noise_sigma)),
+            Rng::TorchCuda => run(&self.device, self.sampler.draw(schedule.init_noise_sigma)),
         }
         let mut state = SamplerState::new(x.len());
         for (i, step) in schedule.steps.iter().enumerate() {
@@ -113,7 +116,12 @@ impl Session {
                 input.iter().zip(&shift).map(|(x, s)| (factor[0] * x.to_f64() + factor[1] + s) as f32).collect();
             self.out.write(0, bytemuck::cast_slice(&out)).unwrap();
             let prediction: Vec<f32> = match self.guided {
-                true => (0..x.len()).map(|j| out[j] + guidance * (out[x.len() + j] - out[j])).collect(),
+                true => (0..x.len())
+                    .map(|j| match GUIDANCE[j / (x.len() / LATENTS.n)] {
+                        1.0 => out[x.len() + j],
+                        guidance => out[j] + guidance * (out[x.len() + j] - out[j]),
+                    })
+                    .collect(),
                 false => out,
             };
             let noise = if step.needs_noise() { draw(&mut generators) } else { Vec::new() };
@@ -134,7 +142,7 @@ impl Session {
 fn every_sampler_steps_as_on_the_cpu() {
     for (name, device) in devices(Limits::A100) {
         for guided in [true, false] {
-            // In turns on one session: what a sampler leaves behind must not matter to the next.
+            // In turn on one session: the state that one sampler leaves must not matter to the next.
             let session = Session::new(&device, guided);
             for sampler in Sampler::ALL {
                 for fields in [r#""clip_sample": false"#, r#""clip_sample": true, "prediction_type": "v_prediction""#] {
@@ -152,12 +160,13 @@ fn every_sampler_steps_as_on_the_cpu() {
     }
 }
 
-/// Numbers by the CPU's generator, to an error in the last place.
+/// The numbers of the CPU's generator, within an error in the last place.
 #[test]
 fn noise() {
     for (name, device) in devices(Limits::A100) {
         let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
-        run(&device, sampler.draw(SEED, 14.6146));
+        sampler.begin(&[], &images(0), true).unwrap();
+        run(&device, sampler.draw(14.6146));
         let theirs: Vec<f32> = draw(&mut generators(Rng::TorchCuda)).iter().map(|x| x * 14.6146).collect();
         let ours = sampler.read_latents().unwrap();
         for (i, (a, b)) in ours.iter().zip(&theirs).enumerate() {
@@ -172,7 +181,7 @@ fn latents_that_are_not_finite_are_found_in_their_step() {
     for (name, device) in devices(Limits::A100) {
         for bad in [f32::NAN, f32::INFINITY] {
             let session = Session::new(&device, true);
-            session.sampler.begin(&schedule.steps, 2.0, StepNoise::Written).unwrap();
+            session.sampler.begin(&schedule.steps, &images(0), false).unwrap();
             session.sampler.write_latents(&vec![0.5; LATENTS.len()]).unwrap();
             let mut out = vec![0.25f32; 2 * LATENTS.len()];
             for step in 0..5 {
@@ -188,13 +197,13 @@ fn latents_that_are_not_finite_are_found_in_their_step() {
     }
 }
 
-/// Replays past the last step change nothing.
+/// Replays beyond the last step change nothing.
 #[test]
 fn a_finished_sampler_stays() {
     let schedule = Schedule::new(&config(r#""clip_sample": false"#), "Euler".parse().unwrap(), 2).unwrap();
     let (_, device) = devices(Limits::A100).remove(0);
     let session = Session::new(&device, false);
-    session.sampler.begin(&schedule.steps, 1.0, StepNoise::Written).unwrap();
+    session.sampler.begin(&schedule.steps, &images(0), false).unwrap();
     session.sampler.write_latents(&vec![0.5; LATENTS.len()]).unwrap();
     session.out.write(0, bytemuck::cast_slice(&vec![0.25f32; LATENTS.len()])).unwrap();
     let replay = || session.recordings.iter().for_each(|recording| recording.replay().unwrap());
@@ -226,10 +235,10 @@ fn to_rgb8() {
         for (height, width) in [(5, 7), (32, 24), (1, 1)] {
             let length = height * width * 3;
             let mut values: Vec<f32> = random(length, 6).iter().map(|&x| 1.25 * x as f32).collect();
-            // Half-way between bytes, which go to the even one.
+            // Halfway between bytes, which round to the even one.
             values.iter_mut().step_by(5).enumerate().for_each(|(i, x)| *x = (i % 255) as f32 / 127.5 - 254.0 / 255.0);
             let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
-            sampler.begin(&[], 1.0, StepNoise::Written).unwrap();
+            sampler.begin(&[], &images(0), false).unwrap();
             let x = Buffer::from_bytes(&device, bytemuck::cast_slice(&values)).unwrap();
             let out = Buffer::new(&device, length).unwrap();
             run(&device, sampler.to_rgb8(x.address(), length, out.address()));
@@ -238,7 +247,7 @@ fn to_rgb8() {
             assert_eq!(rgb, Picture::from_hwc(&values, height, width).unwrap().rgb, "{name}, {width}x{height}");
             assert!(!sampler.picture_fault().unwrap(), "{name}");
             for bad in [f32::NAN, f32::NEG_INFINITY] {
-                sampler.begin(&[], 1.0, StepNoise::Written).unwrap();
+                sampler.begin(&[], &images(0), false).unwrap();
                 values[length - 1] = bad;
                 x.write(0, bytemuck::cast_slice(&values)).unwrap();
                 run(&device, sampler.to_rgb8(x.address(), length, out.address()));

@@ -1,4 +1,5 @@
-//! What the kernels' sources may not hold: whatever the emulator cannot see, or a host compiler cannot read.
+//! Constructs that the kernels' sources may not contain: those that the emulator cannot see, or that a host compiler
+//! cannot compile.
 
 #[test]
 fn primitives_come_from_ptx_cuh_alone() {

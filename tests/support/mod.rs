@@ -41,8 +41,8 @@ pub fn copy(checkpoint: &str) -> tempfile::TempDir {
 }
 
 /// The GPU, if RESPODIFF_TEST_DEVICE=cuda says that kernels are to be tested there.
-pub fn gpu() -> Option<Arc<dyn cuda::Device>> {
-    static GPU: OnceLock<Arc<dyn cuda::Device>> = OnceLock::new();
+pub fn gpu() -> Option<Arc<dyn cuda::CudaDevice>> {
+    static GPU: OnceLock<Arc<dyn cuda::CudaDevice>> = OnceLock::new();
     let asked = std::env::var("RESPODIFF_TEST_DEVICE").is_ok_and(|device| device == "cuda");
     asked.then(|| GPU.get_or_init(|| cuda::open(None).unwrap_or_else(|problem| panic!("{problem}"))).clone())
 }

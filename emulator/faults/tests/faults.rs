@@ -1,10 +1,10 @@
-//! Plants faults and expects to hear of them; runs the kernels without faults many times and expects to hear nothing.
+//! Plants faults and expects the emulator to report them; runs the correct kernels many times and expects no reports.
 
 use respodiff_emulator_faults::{Fault, Landing, List, Memory, Order, Schedule, TensorMap, launch};
 
 // ---- memory -----------------------------------------------------------------------------------
 
-/// fp16 of a small integer.
+/// The fp16 bits of a small integer.
 fn half(x: i32) -> u16 {
     let magnitude = x.unsigned_abs();
     assert!(magnitude < 2048);
@@ -37,7 +37,7 @@ fn floats(memory: &Memory) -> Vec<f32> {
 
 // ---- kernels ----------------------------------------------------------------------------------
 
-/// What a run came to.
+/// The outcome of a run.
 #[derive(Debug)]
 enum Outcome {
     Right,
@@ -55,11 +55,12 @@ fn outcome(run: Result<(), Fault>, out: &Memory, expected: &[f32]) -> Outcome {
 
 fn start(kernel: &str, grid: u32, block: u32, shared: u32, params: &[u64], schedule: &Schedule) -> Result<(), Fault> {
     let bytes: Vec<u8> = params.iter().flat_map(|word| word.to_le_bytes()).collect();
-    // SAFETY: every caller's parameters are the kernel's, or refused by their size; its faults are caught by the emulator.
+    // SAFETY: every caller's parameters are the kernel's, or are refused by their size; faults are caught by the
+    // emulator.
     unsafe { launch(kernel, [grid, 1, 1], block, shared, &bytes, schedule) }.map(drop)
 }
 
-/// Two 32-bit numbers as one parameter word.
+/// Packs two 32-bit numbers into one parameter word.
 fn pair(low: usize, high: i32) -> u64 {
     low as u64 | (high as u64) << 32
 }
@@ -93,14 +94,14 @@ fn plain(kernel: &str, fault: i32, schedule: &Schedule) -> Outcome {
     outcome(start(kernel, grid, block, shared, &params, schedule), &out, &expected)
 }
 
-/// The words of a structure of tensor maps and others, whose size is a multiple of a map's.
+/// The words of a structure of tensor maps and other words; its size is a multiple of a map's.
 fn structure(maps: &[TensorMap], others: &[u64]) -> Vec<u64> {
     let mut words: Vec<u64> = maps.iter().flat_map(|map| map.0).chain(others.iter().copied()).collect();
     words.resize(words.len().next_multiple_of(size_of::<TensorMap>() / size_of::<u64>()), 0);
     words
 }
 
-/// A[rows][depth] B[columns][depth] transposed.
+/// A[rows][depth] times the transpose of B[columns][depth].
 fn matmul(a: &[i32], b: &[i32], depth: usize) -> Vec<f32> {
     let dot = |a: &[i32], b: &[i32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<i32>() as f32;
     a.chunks(depth).flat_map(|a| b.chunks(depth).map(move |b| dot(a, b))).collect()
@@ -119,7 +120,7 @@ fn product(fault: i32, schedule: &Schedule) -> Outcome {
     outcome(start("product", 1, 256, shared, &params, schedule), &out, &matmul(&a, &b, depth))
 }
 
-/// `layout`: n, swizzle, whether the operands' contiguous dimension is m and n.
+/// `layout` is n, the swizzle, and 1 if the operands' contiguous dimension is m and n.
 fn stored(layout: (usize, i32, i32), fault: i32, schedule: &Schedule) -> Outcome {
     let (n, swizzle, mn_major) = layout;
     let (a, b) = (numbers(64 * 64, 1), numbers(n * 64, 2));
@@ -131,7 +132,7 @@ fn stored(layout: (usize, i32, i32), fault: i32, schedule: &Schedule) -> Outcome
     outcome(start("stored", 1, 128, shared, &params, schedule), &out, &matmul(&a, &b, 64))
 }
 
-/// Three launches of a list, of which the second and the third work on what the first left. The last has the fault.
+/// Three launches of a list; the second and the third each work on what the one before left. The last has the fault.
 fn chain(fault: i32, schedule: &Schedule) -> Outcome {
     let (length, blocks) = (64, 2);
     let memory_of = |numbers: &[f32]| {
@@ -150,7 +151,7 @@ fn chain(fault: i32, schedule: &Schedule) -> Outcome {
         let map = TensorMap::tiled(before.address(), 4, &[32, 1], &[128], &[32, 1], 0).unwrap();
         let params = structure(&[map], &[c.address(), before.address(), out.address(), pair(fault as usize, 0)]);
         let bytes: Vec<u8> = params.iter().flat_map(|word| word.to_le_bytes()).collect();
-        // SAFETY: the kernel's parameters; its faults are caught by the emulator.
+        // SAFETY: the parameters are the kernel's; its faults are caught by the emulator.
         unsafe { list.launch("chain", [blocks, 1, 1], 32, 144, &bytes, schedule) }.map(drop)
     };
     let run = next(&x, &first, 0).and_then(|()| next(&first, &second, 0)).and_then(|()| next(&first, &third, fault));
@@ -171,8 +172,9 @@ fn run(kernel: &str, fault: i32, schedule: &Schedule) -> Outcome {
 
 // ---- the faults -------------------------------------------------------------------------------
 
-/// Kernel, fault, words of the message, and what each schedule of `Schedule::hostile` must make of it: `F` the message,
-/// `w` a wrong result, `.` nothing, `?` anything (it depends on the seed, or on what a compiler makes of the kernel).
+/// The kernel, the fault, words of the message, and the outcome that each schedule of `Schedule::hostile` must have:
+/// `F` the message, `w` a wrong result, `.` nothing, `?` any (it depends on the seed, or on how a compiler translates
+/// the kernel).
 #[rustfmt::skip]
 const FAULTS: &[(&str, i32, &str, &str)] = &[
     ("reduce", 1, "shared-memory race", "????F"),
@@ -307,7 +309,7 @@ fn blocks_wait_for_each_other_only_if_resident() {
 
 // ---- no false alarms --------------------------------------------------------------------------
 
-/// All orders, landings, race detection or not.
+/// All orders and landings, with and without race detection.
 fn schedules(seed: u64) -> impl Iterator<Item = Schedule> {
     let orders = [Order::Ordered, Order::Random, Order::Priority];
     let landings = [Landing::Eager, Landing::Lazy, Landing::Random];
@@ -353,7 +355,7 @@ fn a_block_does_the_same_on_any_number_of_cores() {
         let params = [input.address(), out.address(), pair(1000, 0)];
         let bytes: Vec<u8> = params.iter().flat_map(|word| word.to_le_bytes()).collect();
         let schedule = Schedule { threads, ..Schedule::hostile(5)[3] };
-        // SAFETY: the kernel's parameters.
+        // SAFETY: the parameters are the kernel's.
         let counters = unsafe { launch("reduce", [40, 1, 1], 128, 16, &bytes, &schedule) }.unwrap();
         (counters, floats(&out))
     };
@@ -368,7 +370,7 @@ fn tensor_maps_of_strides_that_no_tensor_has() {
         TensorMap::tiled(memory.address(), 2, &[40, 2, 5], strides, &[64, 1, 8], 3).map_err(|fault| fault.to_string())
     };
     assert!(map(&[80, 160]).is_ok() && map(&[80, 240]).is_ok());
-    // No multiple of 16, no multiple of the stride before, and rows of one another.
+    // Not a multiple of 16, not a multiple of the stride before, and rows that overlap.
     for strides in [[80, 168], [80, 176], [64, 192], [80, 80]] {
         assert!(map(&strides).unwrap_err().contains("strides"), "{strides:?}");
     }

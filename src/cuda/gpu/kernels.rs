@@ -1,4 +1,4 @@
-//! Compiled kernels on a GPU: a family's module is loaded when the first of its kernels is wanted.
+//! Compiled kernels on a GPU: a family's module is loaded when the first of its kernels is needed.
 
 use super::super::compiled::Family;
 use super::super::device::Launch;
@@ -9,34 +9,34 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::ptr::null_mut;
 
-/// Most bytes of a kernel's structure, of every GPU and driver.
+/// The most bytes that a parameter structure may have on every GPU and driver.
 pub(super) const MAX_PARAMS: usize = 4096;
 
-/// Modules by family, and kernels by name. Every call wants the GPU's context.
+/// Loaded modules by family, and kernels by name. Every call needs the GPU's context.
 pub(super) struct Loaded {
     families: &'static [Family],
     modules: HashMap<&'static str, CUmodule>,
     kernels: HashMap<&'static str, Kernel>,
 }
 
-// SAFETY: the driver's handles may be used from every thread that has made the context its own.
+// SAFETY: the driver's handles may be used from every thread in which the context is current.
 unsafe impl Send for Loaded {}
 
 /// A function of a module.
 #[derive(Clone, Copy)]
 pub(super) struct Kernel {
     pub function: CUfunction,
-    /// Bytes of its structure, where the driver tells: from CUDA 12.4 on.
+    /// Bytes of its parameter structure, if the driver tells: from CUDA 12.4 on.
     params: Option<usize>,
 }
 
 impl Loaded {
-    /// Nothing is loaded yet.
+    /// Starts with nothing loaded.
     pub fn new(families: &'static [Family]) -> Self {
         Loaded { families, modules: HashMap::new(), kernels: HashMap::new() }
     }
 
-    /// The kernel of a launch, which takes a structure of the size that the launch gives it.
+    /// The kernel of a launch, which must take a structure of the size that the launch has.
     ///
     /// # Errors
     /// [`Error::Device`] if it is not in this build, cannot be loaded, or takes another structure.
@@ -52,8 +52,8 @@ impl Loaded {
         }
     }
 
-    /// The kernel of that name, which may use all shared memory there is. No call to the driver is expected to fail, so
-    /// that a tool which watches for failures has none to report.
+    /// The kernel of that name, allowed to use all shared memory of the card. No call to the driver is expected to
+    /// fail, so a tool that watches for failures has none to report.
     fn kernel(&mut self, name: &'static str, card: &Card, version: Version) -> Result<Kernel> {
         if let Some(kernel) = self.kernels.get(name) {
             return Ok(*kernel);
@@ -68,12 +68,11 @@ impl Loaded {
         use CUfunction_attribute::*;
         for (attribute, value) in [
             (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, card.limits.shared as i32),
-            // In percent. With one value for all kernels no launch waits until a multiprocessor has divided its memory
-            // between this and L1 in another way. An H100 showed no difference (1.16 us for each launch with and
-            // without).
+            // In percent. With one value for all kernels, no launch waits until a multiprocessor has repartitioned its
+            // memory between shared memory and L1. An H100 showed no difference (1.16 us per launch with and without).
             (CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
         ] {
-            // SAFETY: the function is of a module.
+            // SAFETY: the function belongs to a loaded module.
             let code = unsafe { cuFuncSetAttribute(function, attribute, value) };
             check(&format!("giving `{name}` shared memory"), code)?;
         }
@@ -90,7 +89,7 @@ impl Loaded {
         Ok(kernel)
     }
 
-    /// The module of the family that has the kernel, loaded.
+    /// The module of the family that has the kernel; loads it if necessary.
     fn module(&mut self, kernel: &str, card: &Card, version: Version) -> Result<CUmodule> {
         let Some(family) = self.families.iter().find(|family| family.kernels.contains(&kernel)) else {
             return Err(Error::unsupported(Subject::Device, format!("this build has no kernel `{kernel}`"))
@@ -109,20 +108,20 @@ impl Loaded {
         Ok(module)
     }
 
-    /// Gives all modules back.
+    /// Unloads all modules.
     ///
     /// # Safety
-    /// No launch of their kernels runs any more or comes later.
+    /// No launch of their kernels may be running or come later.
     pub unsafe fn unload(&mut self) {
         self.kernels.clear();
         for (_, module) in self.modules.drain() {
-            // SAFETY: from the driver, given back once; the rest is the caller's promise. An error has nobody to go to.
+            // SAFETY: from the driver, unloaded once; the rest is the caller's promise. An error could not be reported.
             unsafe { cuModuleUnload(module) };
         }
     }
 }
 
-/// Why a family of kernels is not taken.
+/// The error for a family that cannot be loaded.
 fn refused(family: &str, code: CUresult, card: &Card, version: Version) -> Error {
     let advice = match code as u32 {
         // Invalid image, no binary for this GPU, invalid PTX, PTX of an unknown version, invalid source.

@@ -1,32 +1,34 @@
-//! A GPU against `tests/support/driver.c`, a driver that keeps count.
+//! Tests a GPU against `tests/support/driver.c`, a driver that counts its objects.
 
 use super::*;
 use bytemuck::NoUninit;
 use cudarc::driver::sys;
+use rayon::prelude::*;
 use std::process::Command;
 
 const fn family(name: &'static str, fatbin: &'static [u8], kernels: &'static [&'static str]) -> Family {
     Family { name, fatbin, kernels }
 }
 
-/// The driver takes the first; the others are faulty and may not be touched unless a kernel of theirs is wanted.
+/// The driver accepts the first family; the others are faulty and may not be touched unless one of their kernels is
+/// wanted.
 static FAMILIES: &[Family] =
     &[family("test", b"image", &["twice"]), family("odd", b"image", &["lost"]), family("newer", b"other", &["thrice"])];
 const TILES: TensorTiles =
     TensorTiles { address: 1 << 20, sizes: &[64, 100], strides: &[128], tile: &[64, 32], swizzle: 3 };
 
-/// What a process that a test has started should see.
+/// The environment variable with the words that a test's child process is to see.
 const WORDS: &str = "RESPODIFF_TEST_DRIVER_WORDS";
 
-/// Runs a test again for each driver, which is `driver.c` compiled with flags, and gives these runs the words that go
-/// with it. They are processes of their own, since one process has one driver.
+/// Runs a test again for each driver, which is `driver.c` compiled with a flag, and passes the words that belong to it.
+/// Each run is a process of its own, since a process has one driver.
 fn each_driver(test: &str, drivers: &[(&str, &str)]) -> Option<String> {
     if let Ok(words) = std::env::var(WORDS) {
         return Some(words);
     }
     for (flag, words) in drivers {
         let folder = tempfile::tempdir().unwrap();
-        // Under every other name there is a file that no loader takes, so that no real driver is found.
+        // Under all other names there is a file that no loader accepts, so that no real driver is found.
         for name in cudarc::get_lib_name_candidates("cuda") {
             std::fs::write(folder.path().join(name), "").unwrap();
         }
@@ -49,12 +51,12 @@ fn gpu() -> Arc<Gpu> {
     Arc::new(Gpu::new(version, cards[0].clone(), FAMILIES).unwrap())
 }
 
-/// One of the driver's counts.
+/// One of the driver's counters.
 fn count(name: &str) -> i32 {
     unsafe { (*sys::culib().get::<unsafe extern "C" fn() -> i32>(name).unwrap())() }
 }
 
-/// What the driver has handed out and not taken back.
+/// The number of objects that the driver has handed out and not taken back.
 fn live() -> i32 {
     count("live_objects")
 }
@@ -72,7 +74,7 @@ fn twice(buffer: &super::super::Buffer, grid: usize) -> Launch {
     Launch::new("twice", [grid, 1, 1], 32, 200 << 10, &params)
 }
 
-/// Uploads of several stages, launches, and graphs that run when replayed and not before; nothing is left behind.
+/// Uploads of several buffers, launches, and graphs that run when replayed and not before; nothing is left behind.
 #[test]
 fn numbers_go_up_through_and_down() {
     let drivers = [("-O1", "tells"), ("-DVERSION=12000", "")];
@@ -80,7 +82,7 @@ fn numbers_go_up_through_and_down() {
     let gpu = gpu();
     assert_eq!(gpu.limits(), Limits { capability: 90, multiprocessors: 132, shared: 227 << 10 });
     {
-        let device: Arc<dyn Device> = gpu.clone();
+        let device: Arc<dyn CudaDevice> = gpu.clone();
         let numbers: Vec<f32> = (0..5_000_001).map(|i| i as f32).collect();
         let buffer = super::super::Buffer::from_bytes(&device, bytemuck::cast_slice(&numbers)).unwrap();
         let factor = || {
@@ -108,7 +110,8 @@ fn numbers_go_up_through_and_down() {
             let time = unsafe { device.time(&[twice(&buffer, 1)], cache) }.unwrap();
             assert_eq!((time, factor()), (Duration::from_micros(1500), after), "{cache:?}");
         }
-        let expected = (5, 0); // a module, a recording, and two events and memory for timing; no failure on the way
+        // A module, a recording, and two events and memory for timing; no call has failed.
+        let expected = (5, 0);
         assert_eq!((live() - before, count("failed_calls")), expected);
         // A structure of another size than the kernel's, where the driver tells sizes.
         let longer = Launch { params: [0; 32].into(), ..twice(&buffer, 1) };
@@ -116,12 +119,12 @@ fn numbers_go_up_through_and_down() {
             Ok(_) => assert!(words.is_empty()),
             Err(refused) => assert!(refused.to_string().contains("takes 24 bytes of parameters and was given 32")),
         }
-        // A launch that is refused leaves neither a half graph nor a stream in capture.
+        // A launch that is refused leaves neither a partial graph nor a stream in capture.
         let refused = unsafe { device.clone().record(&[twice(&buffer, 1), twice(&buffer, 0)]) }.err().unwrap();
         assert!(refused.to_string().contains("launching `twice` (grid [0, 1, 1]"), "{refused}");
         unsafe { device.clone().record(&[twice(&buffer, 1)]).unwrap() }.replay().unwrap();
         assert_eq!(factor(), 512.0);
-        // A copy on the device of two numbers onto others.
+        // Copies two numbers onto others within the device.
         unsafe { device.copy(buffer.address(), buffer.address() + 8, 8).unwrap() };
         let mut back = [0.0f32; 3];
         buffer.read(0, bytemuck::cast_slice_mut(&mut back)).unwrap();
@@ -131,7 +134,8 @@ fn numbers_go_up_through_and_down() {
     assert_eq!(live(), 0);
 }
 
-/// All launches of a list but the first, run or recorded, where the kernels wait by themselves and graphs can say it.
+/// All launches of a list except the first begin early, run or recorded, where the kernels wait by themselves and
+/// graphs have programmatic edges.
 #[test]
 fn launches_overlap_on_9_0_alone() {
     let drivers = [
@@ -144,7 +148,7 @@ fn launches_overlap_on_9_0_alone() {
     let Some(words) = each_driver("launches_overlap_on_9_0_alone", &drivers) else { return };
     let gpu = gpu();
     {
-        let device: Arc<dyn Device> = gpu.clone();
+        let device: Arc<dyn CudaDevice> = gpu.clone();
         let buffer = super::super::Buffer::zeroed(&device, 64).unwrap();
         let launches: [Launch; 3] = std::array::from_fn(|_| twice(&buffer, 1));
         unsafe { device.run(&launches).unwrap() };
@@ -197,15 +201,15 @@ fn trouble_leaves_nothing_behind() {
     assert_eq!(live(), 0);
 }
 
-/// Threads that upload at once, and help each other meanwhile, each have a pinned buffer of their own.
+/// Threads that upload at the same time, and help each other meanwhile, each have a pinned buffer of their own.
 #[test]
 fn threads_upload_side_by_side() {
     let Some(_) = each_driver("threads_upload_side_by_side", &[("-O1", "")]) else { return };
     let gpu = gpu();
     {
-        let device: Arc<dyn Device> = gpu.clone();
+        let device: Arc<dyn CudaDevice> = gpu.clone();
         let check = |seed: usize| {
-            let bytes: Vec<u8> = (0..2 * STAGE + 12345).map(|i| (i * (2 * seed + 1) / 8) as u8).collect();
+            let bytes: Vec<u8> = (0..2 * staging::BUFFER + 12345).map(|i| (i * (2 * seed + 1) / 8) as u8).collect();
             let buffer = super::super::Buffer::from_bytes(&device, &bytes).unwrap();
             let mut back = vec![0; bytes.len()];
             buffer.read(0, &mut back).unwrap();
@@ -228,7 +232,7 @@ fn a_gpu_that_another_process_holds_is_said_to_be_held() {
     assert_eq!(live(), 0);
 }
 
-/// The machine code that each GPU runs, of all that a build may have.
+/// The machine code that each GPU runs, from all that a build may have.
 #[test]
 fn every_gpu_runs_the_newest_code_that_it_can() {
     let all = ["80", "86", "89", "90a", "100", "120"];

@@ -27,8 +27,8 @@ const VAE: &str = r#"{"_class_name": "AutoencoderKL", "block_out_channels": [128
   "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
   "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]}"#;
 
-/// Name, graph, and the least share of the multiprocessors' time that goes into sums that are wanted, were all tiles
-/// equally fast per multiply-add.
+/// The name, the graph, and the least share of the multiprocessors' time that is spent on wanted sums, if all tiles
+/// were equally fast per multiply-add.
 pub(in crate::cuda) fn networks() -> Vec<(&'static str, Graph, f64)> {
     let path = Path::new("config.json");
     let clip = |text| text_encoder(&ClipConfig::parse(text, path).unwrap(), 2);
@@ -48,7 +48,7 @@ pub(in crate::cuda) fn networks() -> Vec<(&'static str, Graph, f64)> {
     ]
 }
 
-/// The network that training repeats: the way up from the bottleneck, and its gradient.
+/// The network that training repeats: the decoder half, from the bottleneck on, and its gradient.
 pub(in crate::cuda) fn trainings() -> Vec<(&'static str, Graph)> {
     let up = |text, size| {
         let config = UNetConfig::parse(text, Path::new("config.json")).unwrap();
@@ -58,7 +58,7 @@ pub(in crate::cuda) fn trainings() -> Vec<(&'static str, Graph)> {
     vec![("SD 1.5, training", up(SD15, 64)), ("SDXL, training", up(SDXL, 128))]
 }
 
-/// Every layer has a tile that fits; few multiprocessors idle; the sums of split depths stay in L2.
+/// Every layer has a tile that fits, few multiprocessors idle, and the partial sums of split depths stay in L2.
 #[test]
 fn layers_of_real_networks() {
     for limits in [Limits::A100, Limits::H100] {
@@ -71,7 +71,8 @@ fn layers_of_real_networks() {
                 assert_eq!(choice.tile.rejected(&all, limits), None, "{}", node.name);
                 assert!(choice.splits * choice.steps >= all.steps(), "{}", node.name);
                 if all.normalised && all.rows < 256 {
-                    // Small tiles cannot compute the layer norm beside a text's tokens, which saves a launch instead.
+                    // Small tiles cannot compute the layer norm beside a text's tokens; folding it saves a launch
+                    // instead.
                     continue;
                 }
                 let blocks = (choice.tile.count(&all) * choice.splits) as f64;
@@ -87,7 +88,7 @@ fn layers_of_real_networks() {
                     (all.rows, all.columns, all.depth, choice.tile.kernel, choice.splits, (efficiency * 100.0) as u32);
                 *rows.entry(key).or_default() += 1;
             }
-            // Seen with `--nocapture`: how a change of the estimate changes the choices.
+            // Visible with `--nocapture`: how a change of the estimate changes the choices.
             for ((rows, columns, depth, kernel, splits, efficiency), count) in rows {
                 println!("  {count:3} of {rows} x {columns} x {depth}: {kernel}, {splits} splits, {efficiency} %");
             }
@@ -104,7 +105,7 @@ fn layers_of_real_networks() {
     }
 }
 
-/// How a depth is split decides the order of its sums, so a batch must not.
+/// The split of a depth decides the order of summation, so the batch must not decide the split.
 #[test]
 fn splits_do_not_depend_on_the_batch() {
     for (rows, columns, depth) in
@@ -131,7 +132,7 @@ fn splits_do_not_depend_on_the_batch() {
     }
 }
 
-/// The tiles that Stable Diffusion's channels ask for.
+/// The tiles that Stable Diffusion's channels call for.
 #[test]
 fn known_choices() {
     let tile = |rows, columns, depth, vector| {
@@ -188,7 +189,7 @@ fn rejections() {
     assert!(reason(Product { vector: false, ..product }, shared, "conv_64x64").unwrap().contains("16 bytes"));
     assert!(reason(Product { rows: 63, ..product }, shared, "conv_128x160").unwrap().contains("rows"));
     assert!(reason(Product { columns: 64, ..product }, shared, "conv_128x128").unwrap().contains("columns"));
-    // The least that any supported GPU offers still leaves a tile for everything.
+    // With the least shared memory of any supported GPU there is still a tile for everything.
     for (rows, columns, vector) in [(1, 1, false), (1, 1, true), (1 << 20, 4096, true), (1 << 20, 4096, false)] {
         choose(
             Product {

@@ -15,10 +15,8 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
     }
     if setup.steps > distilled {
         let steps = setup.steps;
-        return Err(Error::invalid(
-            "steps",
-            format!("LCM cannot sample in {steps} steps: choose from 1 to {distilled}"),
-        ));
+        return Err(Error::invalid("steps", format!("LCM cannot sample in {steps} steps"))
+            .advise(format!("choose from 1 to {distilled}")));
     }
     // Evenly among the timesteps of the distillation, from the noisiest down.
     let stride = distilled as f64 / setup.steps as f64;

@@ -176,7 +176,8 @@ impl Schedule {
         let (timestep_spacing, sigma_spacing) = config.chosen_spacing(sampler, choice.spacing)?;
         let trained = config.num_train_timesteps()?;
         if steps == 0 || steps > trained {
-            return Err(Error::invalid("steps", format!("cannot sample in {steps} steps: choose from 1 to {trained}")));
+            return Err(Error::invalid("steps", format!("{sampler} cannot sample in {steps} steps"))
+                .advise(format!("choose from 1 to {trained}")));
         }
         let defaults = match sampler {
             Sampler::Lcm => (0.00085, 0.012, BetaSchedule::ScaledLinear),

@@ -94,10 +94,8 @@ impl Table {
     pub fn level(&self, timestep: usize) -> Result<Level> {
         let alpha_cumprod = self.alphas_cumprod.get(timestep).ok_or_else(|| {
             let len = self.alphas_cumprod.len();
-            Error::invalid(
-                "steps",
-                format!("timestep {timestep} lies beyond training's {len}: take fewer steps or another spacing"),
-            )
+            Error::invalid("steps", format!("timestep {timestep} lies beyond training's {len}"))
+                .advise("take fewer steps or another spacing")
         })?;
         Ok(Level::from_cumprod(*alpha_cumprod as f64))
     }

@@ -44,14 +44,14 @@ respodiff::params! {
     }
 }
 
-/// Where a byte of a tile without swizzle lies with it: 16-byte chunks change places within a span of 16 << `swizzle` bytes,
-/// by the number of the 128-byte line.
+/// The offset with a swizzle of a byte at `offset` of a tile without one: 16-byte chunks are permuted within a span of
+/// 16 << `swizzle` bytes, by the number of the 128-byte line.
 fn swizzled(offset: usize, swizzle: u32) -> usize {
     let line = offset / 128;
     offset ^ ((line % (1 << swizzle)) * 16)
 }
 
-/// A tensor of halves, a tile of it and where the tile begins, innermost dimension first.
+/// A tensor of halves, a tile of it, and the tile's origin, innermost dimension first.
 struct Tiling<'a> {
     sizes: &'a [usize],
     tile: &'a [usize],
@@ -64,7 +64,7 @@ impl Tiling<'_> {
         format!("{}d_swizzle{}", self.sizes.len(), [0, 32, 64, 128][self.swizzle as usize])
     }
 
-    /// For each half of the tile where it lies in shared memory, and where in the tensor if it is inside.
+    /// For each half of the tile: its index in shared memory, and its index in the tensor if it is inside.
     fn places(&self) -> Vec<(usize, Option<usize>)> {
         let place = |i: usize| {
             let (mut rest, mut stride, mut at) = (i, 1, Some(0));
@@ -80,7 +80,7 @@ impl Tiling<'_> {
         (0..self.tile.iter().product()).map(place).collect()
     }
 
-    fn prepare(&self, kernel: &'static str, device: &Arc<dyn Device>, tensor: u64, tile: u64) -> Launch {
+    fn prepare(&self, kernel: &'static str, device: &Arc<dyn CudaDevice>, tensor: u64, tile: u64) -> Launch {
         let mut stride = 2;
         let mut strides = Vec::new();
         for &size in &self.sizes[..self.sizes.len() - 1] {
@@ -137,7 +137,7 @@ impl Tiling<'_> {
 #[test]
 pub fn tma() {
     for swizzle in 0..4 {
-        // A tile over the far corner, a span wide. A store that begins at a negative coordinate is an illegal
+        // A tile over the far corner, one span wide. A store that begins at a negative coordinate is an illegal
         // instruction.
         let tile = [[24, 16, 32, 64][swizzle as usize], 16];
         let corner = |x| Tiling { sizes: &[88, 13], tile: &tile, x, swizzle };
@@ -153,7 +153,7 @@ pub fn tma() {
 }
 
 respodiff::params! {
-    /// Where a tile lies, for a descriptor.
+    /// The position of a tile, for a descriptor.
     #[derive(Debug)]
     pub struct Tile {
         swizzle: u32,
@@ -174,29 +174,29 @@ respodiff::params! {
     }
 }
 
-/// K of two steps.
+/// Two steps of K.
 const DEPTH: usize = 32;
 
-/// Shared memory as wgmma's canonical layouts have it.
+/// Shared memory in wgmma's canonical layouts.
 #[derive(Default)]
 struct Shared(Vec<u16>);
 
 impl Shared {
-    /// Adds a matrix of `rows` of K, or, `across`, of K rows of that many columns: the latter two for B alone.
+    /// Adds a matrix of `rows` rows of K or, if `across`, of K rows with that many columns, which only B may be.
     fn add(&mut self, rows: usize, across: bool, swizzle: u32, of: impl Fn(usize, usize) -> f64) -> Tile {
         let start = self.0.len() * 2;
         let span = 16 << swizzle;
-        // From a span of columns, or without swizzle from eight k, to the next.
+        // From a span of columns, or without a swizzle from eight k, to the next.
         let further = if swizzle == 0 { rows / 8 * 128 } else { DEPTH * span };
         let place = |row: usize, k: usize| match (across, swizzle) {
             (false, 0) => row / 8 * 512 + row % 8 * 16 + k / 8 * 128 + k % 8 * 2,
-            // A span holds one step; the next step is another tile.
+            // A span contains one step; the next step is another tile.
             (false, 1) => k / 16 * rows * 32 + row * 32 + k % 16 * 2,
             (false, _) => row * span + k * 2,
             (true, 0) => row / 8 * 128 + row % 8 * 2 + k / 8 * further + k % 8 * 16,
             (true, _) => row / (span / 2) * further + k * span + row % (span / 2) * 2,
         };
-        // Distances in bytes as the descriptor and the kernel want them.
+        // Distances in bytes as the descriptor and the kernel expect them.
         let (leading, stride, step) = match (across, swizzle) {
             (false, 0) => (128, 512, 256),
             (false, 1) => (16, 256, rows * 32),
@@ -207,7 +207,8 @@ impl Shared {
         for (row, k) in (0..rows).flat_map(|row| (0..DEPTH).map(move |k| (row, k))) {
             let at = (start + swizzled(place(row, k), swizzle)) / 2;
             if at >= self.0.len() {
-                // Nothing but the matrix may be read: what is between is NaN. The next tile begins at a whole pattern.
+                // Nothing but the matrix may be read, so the gaps are NaN. The next tile begins at a whole swizzle
+                // pattern.
                 self.0.resize((at + 1).next_multiple_of(512), 0x7e00);
             }
             self.0[at] = f16::from_f64(of(row, k)).to_bits();

@@ -1,17 +1,18 @@
-//! `kernels/conformance*.cu`: every wrapper of `kernels/ptx*.cuh`, against what the PTX manual says, worked out here without
-//! the emulator's help.
+//! `kernels/conformance*.cu`: tests every wrapper of `kernels/ptx*.cuh` against the PTX manual, whose results are
+//! derived here without the emulator's help.
 //!
-//! Most comparisons are bit for bit. Products of integers are exact in whatever order they are summed; those of other
-//! numbers may lose one unit in the last place of the greatest addend with each addend, which is the bound here.
+//! Most comparisons are bit for bit. Products of integers are exact in any order of summation; other products may lose,
+//! for each addend, one unit in the last place of the greatest addend, which is the bound used here.
 //!
-//! With RESPODIFF_TEST_DEVICE=cuda and RESPODIFF_RECORD=FOLDER outputs of a GPU go there. Those in tests/conformance
-//! are held to the same expectations as the emulator's, and the emulator's to them.
+//! With RESPODIFF_TEST_DEVICE=cuda and RESPODIFF_RECORD=FOLDER the outputs of a GPU are written there. The recordings
+//! in tests/conformance are held to the same expectations as the emulator's outputs, and the emulator's outputs to
+//! them.
 
 mod hopper;
 
 use super::{devices, random, support};
 use half::f16;
-use respodiff::cuda::{Buffer, Device, Launch, Limits};
+use respodiff::cuda::{Buffer, CudaDevice, Launch, Limits};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -25,31 +26,36 @@ respodiff::params! {
     }
 }
 
-/// How the structures of these kernels are laid out here.
+/// The layouts of these kernels' structures in Rust.
 pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
     let hopper = [hopper::TmaParams::layout(), hopper::Tile::layout(), hopper::WgmmaParams::layout()];
     [vec![ConformanceParams::layout()], hopper.into()].concat()
 }
 
-/// Launches, and the memory they need besides their output.
+/// Launches, and the memory that they need besides their output.
 type Prepared = (Vec<Launch>, Vec<Buffer>);
 
-/// The outputs of a case, each with the name of the device that made it.
+/// The outputs of a case, each with the name of the device that computed it.
 type Outputs = Vec<(String, Vec<u32>)>;
 
 thread_local! {
-    /// The cases that this thread's tests asked for, if they are to be named and not run.
+    /// The cases that this thread's tests asked for, if they are only to be named and not run.
     static NAMED: RefCell<Option<BTreeSet<String>>> = const { RefCell::new(None) };
 }
 
-/// Where recordings lie.
+/// The folder of the recordings.
 fn recordings() -> PathBuf {
     support::root().join("tests/conformance")
 }
 
-/// The words that a case leaves in memory which held `before`: from every device, and from the GPU that was recorded.
-/// `hopper` is true for wrappers that only sm_90a has.
-fn outputs(case: &str, hopper: bool, before: &[u32], prepare: impl Fn(&Arc<dyn Device>, u64) -> Prepared) -> Outputs {
+/// The words that a case leaves in memory which contained `before`: from every device, and from the GPU that was
+/// recorded. `hopper` is true for wrappers that only sm_90a has.
+fn outputs(
+    case: &str,
+    hopper: bool,
+    before: &[u32],
+    prepare: impl Fn(&Arc<dyn CudaDevice>, u64) -> Prepared,
+) -> Outputs {
     if let Some(new) = NAMED.with_borrow_mut(|names| names.as_mut().map(|names| names.insert(case.into()))) {
         assert!(new, "two cases are named {case}: they would share a recording");
         return Vec::new();
@@ -84,7 +90,7 @@ fn outputs(case: &str, hopper: bool, before: &[u32], prepare: impl Fn(&Arc<dyn D
     outputs
 }
 
-/// The outputs of a kernel that takes [`ConformanceParams`]; `length` words, never written ones poisoned.
+/// The outputs of a kernel that takes [`ConformanceParams`]: `length` words, poisoned where none was written.
 fn words_of(
     case: &str,
     kernel: &'static str,
@@ -100,7 +106,7 @@ fn words_of(
     })
 }
 
-/// One warp, or more, whose output is known bit for bit.
+/// Checks a kernel of one warp or more whose output is known bit for bit.
 fn exactly(kernel: &'static str, hopper: bool, block: usize, shared: usize, input: &[u32], expected: &[u32]) {
     let case = &kernel["conformance_".len()..];
     same(&words_of(case, kernel, hopper, [block, shared], input, expected.len()), expected);
@@ -115,7 +121,8 @@ fn same(outputs: &Outputs, expected: &[u32]) {
     }
 }
 
-/// Floats within bounds of the truth, and as near to each other: the same bits where the bound is 0, whoever made them.
+/// Checks that floats are within bounds of the truth, and as close to each other: the same bits on every device where
+/// the bound is 0.
 fn near(outputs: &Outputs, truth: &[(f64, f64)]) {
     let number = |word: u32| f32::from_bits(word) as f64;
     for (label, words) in outputs {
@@ -123,7 +130,7 @@ fn near(outputs: &Outputs, truth: &[(f64, f64)]) {
         let (first_label, first) = &outputs[0];
         for (i, (&word, &(right, bound))) in words.iter().zip(truth).enumerate() {
             let x = number(word);
-            // NaN is no less than any bound.
+            // NaN fails every comparison with a bound.
             assert!(
                 (x - right).abs() <= bound,
                 "{label}: number {i} is {x} where {right} is right; off by more than {bound:e}"
@@ -145,7 +152,7 @@ fn noise(length: usize, seed: u64) -> Vec<u32> {
     (0..length).map(|_| next()).collect()
 }
 
-/// Numbers for products: integers whose products and sums are exact, or any in -1..1.
+/// Numbers for products: integers whose products and sums are exact, or fractions in -1..1.
 fn numbers(length: usize, seed: u64, exact: bool) -> Vec<f64> {
     let scale = |x: &f64| if exact { (x * 8.0).round() } else { *x };
     random(length, seed).iter().map(scale).collect()
@@ -174,13 +181,13 @@ fn place_of_b(lane: usize, r: usize) -> (usize, usize) {
     (2 * t + 8 * r, g)
 }
 
-/// Row and column of register `r` of D's fragment, 16x8; the registers beyond 4 are of the next 8 columns.
+/// Row and column of register `r` of D's fragment, 16x8; registers from 4 on belong to the next 8 columns.
 fn place_of_d(lane: usize, r: usize) -> (usize, usize) {
     let (g, t) = group(lane);
     (g + 8 * (r / 2 % 2), r / 4 * 8 + 2 * t + r % 2)
 }
 
-/// An element of C + A * B, and how far a sum in fp32 may be off; see above.
+/// An element of C + A * B, and the error bound of a sum in fp32; see above.
 fn product(c: f64, factors: impl Iterator<Item = (f64, f64)>, exact: bool) -> (f64, f64) {
     let (mut sum, mut size, mut addends) = (c, c.abs(), 1);
     for (a, b) in factors {
@@ -191,7 +198,7 @@ fn product(c: f64, factors: impl Iterator<Item = (f64, f64)>, exact: bool) -> (f
     (sum, if exact { 0.0 } else { addends as f64 * 2f64.powi(-23) * size })
 }
 
-/// The order in which the kernels' lanes name rows.
+/// The order in which the kernels' lanes supply row addresses.
 fn shuffled(lane: usize) -> usize {
     (lane * 5 + 3) % 32
 }
@@ -206,7 +213,7 @@ fn shared_addresses() {
 
 #[test]
 fn exp2() {
-    // The manual's bound is 2^-22 of the result; what would be subnormal is 0.
+    // The manual's bound is 2^-22 of the result; subnormal results are 0.
     let mut input: Vec<f32> = random(27, 3).iter().map(|x| (x * 60.0 - 50.0) as f32).collect();
     input.extend([0.0, 1.0, -125.5, -130.0, f32::NEG_INFINITY]);
     let truth =
@@ -335,7 +342,8 @@ fn named_barriers() {
     exactly("conformance_named_barriers", false, 128, 256, &input, &expected);
 }
 
-/// Launches of one list work on what the one before left. Those of 9.0 begin early, and would meet what is older.
+/// The launches of a list each work on what the one before left. Those of 9.0 begin early, and without waiting would
+/// see older data.
 #[test]
 fn griddep() {
     let (input, mut expected) = (noise(32, 11), noise(32, 12));
@@ -350,7 +358,7 @@ fn griddep() {
     same(&outputs, &expected);
 }
 
-/// A recording that no case reads would hold the emulator to nothing.
+/// A recording without a case would not constrain the emulator at all.
 #[test]
 fn every_recording_is_of_a_case() {
     let tests: [fn(); 21] = [

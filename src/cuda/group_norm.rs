@@ -1,15 +1,15 @@
-//! Launches of `kernels/norm.cu`.
+//! Launches of `kernels/group_norm.cu`.
 
 use super::conv;
+use super::cut::{Cut, PAIR, THREADS, VECTOR};
 use super::device::Launch;
-use super::folded::is_norm_folded;
-use super::moments::{Cut, Moments, PAIR, PIXELS, THREADS, VECTOR};
+use super::moments::{Moments, PIXELS};
 use super::site::Site;
-use crate::graph::{Graph, GroupNorm, Shape, TensorId, WeightId};
+use crate::graph::{Graph, GroupNorm, Shape, TensorId};
 use bytemuck::NoUninit;
 
-/// The most units of an image's pixels that every block of the last kernel reads. More of them are merged before, into
-/// [`MERGED`] parts of the image at most.
+/// The most units of an image's pixels that every block of the last kernel reads. More than that are first merged into
+/// at most [`MERGED`] parts of the image.
 const READ_UNITS: usize = 256;
 const MERGED: usize = 64;
 
@@ -40,8 +40,8 @@ crate::params! {
     }
 }
 
-/// Two numbers of each group in each stretch, unless the image is one: mean and squared deviations; for a gradient as many
-/// bytes again for its sums.
+/// Bytes of a pair of numbers for each group in each stretch, unless the image is a single stretch: mean and squared
+/// deviations. A gradient needs the same again for its sums.
 pub(super) fn workspace(graph: &Graph, norm: &GroupNorm) -> usize {
     match Cut::of(norm, |t| graph.shape(t)).stretches {
         1 => 0,
@@ -49,14 +49,15 @@ pub(super) fn workspace(graph: &Graph, norm: &GroupNorm) -> usize {
     }
 }
 
-/// The launches that leave the moments of the norm's groups, what its other kernels and its gradient's read, and how it is
-/// cut. One stretch needs no such launches, and its kernels no moments, but they may have been left by the products.
+/// The launches that compute the moments of the norm's groups, the parameters of its other kernels and of its
+/// gradient's, and its division into blocks. A single stretch needs no such launches and its kernels no moments, but
+/// the products may have left them.
 fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (Vec<Launch>, GroupNormParams, Cut) {
     let x = site.shape(norm.sources.x);
     let shape = Shape { c: norm.sources.iter().map(|t| site.shape(t).c).sum(), ..x };
     let cut = Cut::of(norm, |t| site.shape(t));
     let per_group = shape.c / norm.groups;
-    // As the statistics kernel writes them: units are a group's channels in a stretch.
+    // As the statistics kernel writes them: a unit is a group's channels in a stretch.
     let mut params = GroupNormParams {
         x: site.address(norm.sources.x),
         skip: site.optional(norm.sources.skip),
@@ -106,7 +107,7 @@ fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (Vec<Launc
     (vec![Launch::new("group_norm_merge", grid, THREADS, 0, &units)], params, cut)
 }
 
-/// The moments that the products which made the sources left, if all did.
+/// The moments that the products which computed the sources left, if all of them did.
 fn moments_left(norm: &GroupNorm, site: &Site) -> Option<Vec<Moments>> {
     norm.sources.iter().map(|id| conv::moments(site.graph(), id, site.limits)).collect()
 }
@@ -128,7 +129,7 @@ pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches:
             launches.push(cut.launch(["group_norm_8", "group_norm_1"], images, groups + sums, &params));
             return;
         }
-        // Only the last kernel is left, whose results no cut changes: more blocks fill more multiprocessors.
+        // Only the last kernel remains, whose results no division changes: more blocks fill more multiprocessors.
         cut = cut.finer(params.pixels as usize);
         params.stretch = cut.stretch as i32;
     }
@@ -166,77 +167,4 @@ pub(super) fn group_norm_gradient(
         let apply = ["group_norm_gradient_apply_8", "group_norm_gradient_apply_1"];
         launches.push(cut.launch(apply, images, 2 * groups, &gradient));
     }
-}
-
-crate::params! {
-    pub(super) struct LayerNormParams {
-        x: u64,
-        d: u64,
-        weight: u64,
-        bias: u64,
-        out: u64,
-        rows: i64,
-        channels: i32,
-        warps: i32,
-        eps: f32,
-        padding: i32,
-    }
-}
-
-pub(super) fn layer_norm(
-    x: TensorId,
-    (weight, bias): (WeightId, WeightId),
-    eps: f32,
-    out: TensorId,
-    site: &Site,
-) -> Launch {
-    let affine =
-        [weight, bias].map(|id| if is_norm_folded(site.graph(), weight, site.limits) { 0 } else { site.weight(id) });
-    let addresses = [site.address(x), 0, affine[0], affine[1]];
-    row_launch(addresses, eps, out, ["layer_norm_8", "layer_norm_1"], site)
-}
-
-pub(super) fn layer_norm_gradient(
-    x: TensorId,
-    weight: WeightId,
-    eps: f32,
-    d: TensorId,
-    out: TensorId,
-    site: &Site,
-) -> Launch {
-    let weight = if is_norm_folded(site.graph(), weight, site.limits) { 0 } else { site.weight(weight) };
-    let addresses = [site.address(x), site.address(d), weight, 0];
-    row_launch(addresses, eps, out, ["layer_norm_gradient_8", "layer_norm_gradient_1"], site)
-}
-
-/// The vector or the element kernel with what `[x, d, weight, bias]` point at.
-fn row_launch(
-    [x, d, weight, bias]: [u64; 4],
-    eps: f32,
-    out: TensorId,
-    [vector, element]: [&'static str; 2],
-    site: &Site,
-) -> Launch {
-    /// Columns that a thread keeps, and rows of a block of several.
-    const SLOTS: usize = 5;
-    const ROWS: usize = 4;
-    let shape = site.shape(out);
-    let (kernel, columns) =
-        if shape.c.is_multiple_of(VECTOR) { (vector, shape.c / VECTOR) } else { (element, shape.c) };
-    let warps = columns.div_ceil(32 * SLOTS);
-    let rows = if warps == 1 { ROWS } else { 1 };
-    let params = LayerNormParams {
-        x,
-        d,
-        weight,
-        bias,
-        out: site.address(out),
-        rows: shape.rows() as i64,
-        channels: shape.c as i32,
-        warps: warps as i32,
-        eps,
-        padding: 0,
-    };
-    let shared = if warps == 1 { 0 } else { warps * size_of::<f32>() };
-    Launch::new(kernel, [shape.rows().div_ceil(rows), 1, 1], 32 * warps * rows, shared, &params)
 }

@@ -1,12 +1,12 @@
-//! `kernels/norm.cu`.
+//! `kernels/group_norm.cu`.
 
 use super::*;
-use respodiff::graph::{Activation, ConvOptions, View};
+use respodiff::graph::{Activation, View};
 
-/// Channels of other layers that stand before those that modulate.
+/// Channels of other layers in front of those that modulate.
 const OTHERS: usize = 3;
 
-/// A group norm: shapes of the sources, groups, whether it is modulated and followed by SiLU.
+/// A group norm: shapes of the sources, groups, and true if it is modulated and if it is followed by SiLU.
 struct Case<'a> {
     sources: &'a [Shape],
     groups: usize,
@@ -14,15 +14,15 @@ struct Case<'a> {
     silu: bool,
 }
 
-const EPS: f32 = 1e-5;
+pub const EPS: f32 = 1e-5;
 
 /// The gradient by one group or row: `u - mean(u) - x^ mean(u x^)`, for `x^ = (x - mean(x)) * inverse`.
 ///
-/// The floor: with one number, or two, all three terms cancel. In f32, of a unit roundoff e, a mean is off by as many e
-/// as it has additions in a row; so is `x - mean(x)`, of the size of x, hence x^ by e |x| * inverse, besides a few e of
-/// its own for the inverse; u has a few roundings as well. So u and its mean are off by k e |u|, and the last term, in
-/// which x^ stands twice, by k e |u| (|x^|^2 + 2 |x^| (|x| * inverse + |x^|)).
-fn gradient_of(x: &[f64], u: &[f64], normal: &[f64], inverse: f64, round: Round) -> Truth {
+/// The floor: with one or two numbers all three terms cancel. In f32 with a unit roundoff of e, a mean is off by e times
+/// the number of consecutive additions, and so is the deviation `x - mean(x)`, relative to the size of x. Hence x^ is off
+/// by e |x| * inverse, besides a few e of its own for the inverse, and u has a few roundings as well. So u and its mean
+/// are off by k e |u|, and the last term, in which x^ occurs twice, by k e |u| (|x^|^2 + 2 |x^| (|x| * inverse + |x^|)).
+pub fn gradient_of(x: &[f64], u: &[f64], normal: &[f64], inverse: f64, round: Round) -> Truth {
     let mean_of = |x: &dyn Fn(usize) -> f64| (0..u.len()).map(x).sum::<f64>() / u.len() as f64;
     let (mean_u, mean_product) = (round(mean_of(&|i| u[i])), round(mean_of(&|i| u[i] * normal[i])));
     let numbers = (0..u.len()).map(|i| round(u[i] - mean_u - round(normal[i] * mean_product))).collect();
@@ -199,7 +199,7 @@ fn group_norm_gradient() {
     }
 }
 
-/// Images that are cut into stretches, the last of them shorter than others.
+/// Images that are divided into stretches, the last of them shorter than the others.
 #[test]
 fn group_norm_in_stretches() {
     for &(n, h, w, c, groups) in &[(2, 29, 31, 80, 8), (1, 67, 64, 32, 32), (1, 33, 35, 20, 5)] {
@@ -220,8 +220,8 @@ fn group_norm_of_two_sources() {
     }
 }
 
-/// A mean of 1500 times the deviation, and in one channel a first pixel that is far off: f32 sums of squares about zero
-/// would leave nothing of the variance, a thread having 32 pixels of the first size.
+/// A mean of 1500 times the deviation, and in one channel a first pixel that is far off. With f32 sums of squares about
+/// zero nothing would be left of the variance, since a thread has 32 pixels of the first size.
 #[test]
 fn group_norm_keeps_the_variance_beside_a_large_mean() {
     for (h, w) in [(31, 33), (60, 60)] {
@@ -235,67 +235,16 @@ fn group_norm_keeps_the_variance_beside_a_large_mean() {
             &[shape],
             vec![x],
             |g, x| case.build(g, x),
-            // Every rounding of the mean to fp16 would be as bad as what is looked for here: the truth alone, f32's
-            // own rounding of a mean of 1500 being far below the floor.
+            // Rounding the mean to fp16 in the naive loop would be as bad as the error that is looked for here, so only
+            // the truth is used; f32's own rounding of a mean of 1500 is far below the floor.
             |given, _| case.plain(given, |x| x),
         );
     }
 }
 
+/// The bits of an image's norms and of their gradients must not depend on the images beside it.
 #[test]
-fn layer_norm() {
-    for (n, w, c) in
-        [(2, 5, 320), (1, 3, 1280), (2, 77, 64), (1, 1, 8), (1, 2, 2048), (3, 5, 12), (1, 7, 1), (2, 3, 333)]
-    {
-        let shape = Shape::new(n, 1, w, c);
-        check(
-            &format!("layer norm of {shape}"),
-            &[shape],
-            |g, x| g.layer_norm("norm", x[0], EPS),
-            |given, round| {
-                let rows = given.inputs[0].chunks_exact(c).flat_map(|x| {
-                    let mean = round(x.iter().sum::<f64>() / c as f64);
-                    let variance = round(x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / c as f64);
-                    let normal = move |x: &f64| round((x - mean) / (variance + EPS as f64).sqrt());
-                    let affine = given.weights["norm.weight"].iter().zip(&given.weights["norm.bias"]);
-                    x.iter().zip(affine).map(move |(x, (w, b))| round(normal(x) * w + b))
-                });
-                rows.collect()
-            },
-        );
-    }
-}
-
-#[test]
-fn layer_norm_gradient() {
-    for (n, w, c) in [(2, 5, 320), (1, 3, 1280), (1, 1, 8), (1, 2, 2048), (3, 5, 12), (1, 7, 1), (1, 7, 2), (2, 3, 333)]
-    {
-        let shape = Shape::new(n, 1, w, c);
-        check_gradient(
-            Limits::A100,
-            &format!("layer norm of {shape}"),
-            &[shape],
-            vec![random(shape.len(), 5), random(shape.len(), 6)],
-            |g, x| g.layer_norm("norm", x[0], EPS),
-            |given, round| {
-                let rows = given.inputs[0].chunks_exact(c).zip(given.inputs[1].chunks_exact(c)).map(|(x, d)| {
-                    let mean = round(x.iter().sum::<f64>() / c as f64);
-                    let variance = round(x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / c as f64);
-                    let inverse = 1.0 / (variance + EPS as f64).sqrt();
-                    let normal: Numbers = x.iter().map(|x| round((x - mean) * inverse)).collect();
-                    let u = d.iter().zip(&given.weights["norm.weight"]).map(|(d, w)| round(round(d * w) * inverse));
-                    gradient_of(x, &u.collect::<Numbers>(), &normal, inverse, round)
-                });
-                rows.reduce(|a, b| Truth { numbers: [a.numbers, b.numbers].concat(), floor: a.floor.max(b.floor) })
-                    .expect("a row")
-            },
-        );
-    }
-}
-
-/// The bits of an image must not depend on those beside it, nor those of a gradient.
-#[test]
-fn an_image_alone_and_in_a_batch() {
+fn norms_of_an_image_alone_and_in_a_batch() {
     for (h, w, c, groups) in [(5, 7, 320, 32), (29, 31, 80, 8), (31, 37, 12, 3)] {
         let of = |n: usize, input: &[f64]| {
             let shape = Shape::new(n, h, w, c);
@@ -308,9 +257,9 @@ fn an_image_alone_and_in_a_batch() {
             let (folder, _) = weights(&graph);
             let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
             let (_, device) = devices(Limits::A100).remove(0);
-            let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
+            let weights = CudaWeights::load(&device, graph.weights(), &tensors).unwrap();
             let plan = Arc::new(Plan::new(graph, &[], &device.limits()));
-            let mut executor = Executor::new(&device, plan, weights).unwrap();
+            let mut executor = CudaExecutor::new(&device, plan, weights).unwrap();
             for name in ["x", "d.out"] {
                 executor.write(name, &input.iter().map(|&x| x as f32).collect::<Vec<f32>>()).unwrap();
             }
@@ -324,149 +273,6 @@ fn an_image_alone_and_in_a_batch() {
             for (alone, batch) in of(1, &inputs[image * one..][..one]).iter().zip(&batch) {
                 let same = alone.iter().zip(&batch[image * one..]).all(|(a, b)| a.to_bits() == b.to_bits());
                 assert!(same, "image {image} of {h}x{w}x{c}");
-            }
-        }
-    }
-}
-
-/// A product with a residual, a layer norm of it, and a product of that, as transformers have them: rows, channels of the
-/// source, of the norm and of the result.
-struct Between {
-    size: (usize, usize),
-    channels: [usize; 3],
-    activation: Activation,
-}
-
-/// How the norm between is computed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum By {
-    /// By the products on either side of it, without a launch.
-    Products,
-    /// By a launch that normalises only: scale and shift are in the second product's weights, as whenever TMA can fetch the
-    /// norm's channels; but here it cannot fetch those of the first product's source.
-    Launch,
-    /// By a launch, with scale and shift: something else reads its result.
-    All,
-}
-
-impl Between {
-    /// What was normalised and the result; the residual's numbers are 1 to each side of `mean`.
-    fn run(&self, images: usize, mean: f64, by: By, schedule: Schedule) -> ([Vec<f32>; 2], HashMap<String, Numbers>) {
-        let Between { size: (h, w), channels: [inputs, channels, outputs], activation } = *self;
-        let inputs = inputs + if by == By::Launch { 8 } else { 0 };
-        let mut g = GraphBuilder::new();
-        let [source, residual] =
-            [("source", inputs), ("residual", channels)].map(|(name, c)| g.input(name, Shape::new(images, h, w, c)));
-        let x = g.linear("x", source, channels, ConvOptions { residual: Some(residual), ..Default::default() });
-        let norm = g.layer_norm("norm", x, EPS);
-        let out = g.linear("layer", norm, outputs, ConvOptions { activation, ..Default::default() });
-        // Something reads the results, which makes them fp16.
-        let read = g.activate("read", out, Activation::Silu);
-        for (name, id) in [("x", x), ("out", out), ("read", read)] {
-            g.output(name, id);
-        }
-        if by == By::All {
-            g.output("norm", norm);
-        }
-        let graph = g.finish();
-        // Few multiprocessors, so that blocks make several tiles, and large ones are the fastest of small products too.
-        let limits = Limits { multiprocessors: 3, ..Limits::H100 };
-        let device: Arc<dyn Device> = Emulated::new(limits, schedule);
-        let (folder, by_name) = weights(&graph);
-        let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
-        let weights = Weights::load(&device, graph.weights(), &tensors).unwrap();
-        let mut executor = Executor::new(&device, Arc::new(Plan::new(graph, &[], &limits)), weights).unwrap();
-        // The numbers of an image do not depend on those beside it.
-        let numbers = |c: usize, seed: u64, mean: f64| -> Vec<f32> {
-            let one = |image| random(h * w * c, seed + image as u64);
-            (0..images).flat_map(one).map(|x| (x + mean) as f32).collect()
-        };
-        executor.write("source", &numbers(inputs, 50, 0.0)).unwrap();
-        executor.write("residual", &numbers(channels, 70, mean)).unwrap();
-        executor.step().unwrap_or_else(|fault| panic!("{by:?}, {schedule:?}: {fault}"));
-        let kernels: Vec<_> = executor.step_launches().iter().map(|launch| launch.kernel).collect();
-        let launched = kernels.iter().any(|kernel| kernel.starts_with("layer_norm"));
-        assert_eq!(launched, by != By::Products, "{kernels:?}");
-        let products = kernels.iter().filter(|kernel| kernel.contains("hopper")).count();
-        assert!(by != By::Products || products == 2, "{kernels:?}");
-        (["x", "out"].map(|name| executor.read(name).unwrap()), by_name)
-    }
-
-    /// The root of the mean square of the result's error, given what was normalised.
-    fn error(&self, [x, out]: &[Vec<f32>; 2], weights: &HashMap<String, Numbers>) -> f64 {
-        let [_, channels, outputs] = self.channels;
-        let gated = self.activation == Activation::Geglu;
-        let results = if gated { outputs / 2 } else { outputs };
-        let [scale, shift, matrix, bias] =
-            ["norm.weight", "norm.bias", "layer.weight", "layer.bias"].map(|name| &weights[name]);
-        let errors = x.chunks_exact(channels).zip(out.chunks_exact(results)).flat_map(|(x, out)| {
-            let x: Numbers = x.iter().map(|&x| f64::from(x)).collect();
-            let mean = x.iter().sum::<f64>() / channels as f64;
-            let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / channels as f64;
-            let affine = scale.iter().zip(shift);
-            let normal = x.iter().zip(affine).map(|(x, (w, b))| (x - mean) / (variance + EPS as f64).sqrt() * w + b);
-            let normal: Numbers = normal.collect();
-            let product = |row: usize| {
-                let row_of_matrix = &matrix[row * channels..][..channels];
-                row_of_matrix.iter().zip(&normal).map(|(w, x)| w * x).sum::<f64>() + bias[row]
-            };
-            let right = |channel: usize| match gated {
-                true => product(channel) * activated(product(results + channel), Activation::Gelu),
-                false => activated(product(channel), self.activation),
-            };
-            out.iter().enumerate().map(|(channel, &y)| (f64::from(y) - right(channel)).powi(2)).collect::<Numbers>()
-        });
-        let errors: Numbers = errors.collect();
-        (errors.iter().sum::<f64>() / errors.len() as f64).sqrt()
-    }
-}
-
-/// A layer norm between two products of 9.0 has no launch, and the result is no further off than where it has one: there
-/// the norm's result is rounded to fp16, here the scaled weights are. Also where rows are far from 0.
-#[test]
-fn a_layer_norm_between_products() {
-    if support::gpu().is_some() {
-        return;
-    }
-    let cases = [
-        Between { size: (9, 17), channels: [384, 320, 328], activation: Activation::None },
-        Between { size: (1, 203), channels: [448, 192, 264], activation: Activation::QuickGelu },
-        Between { size: (7, 19), channels: [320, 640, 336], activation: Activation::Geglu },
-        Between { size: (1, 131), channels: [384, 1024, 168], activation: Activation::None },
-        Between { size: (5, 27), channels: [384, 1280, 176], activation: Activation::None },
-        Between { size: (1, 3), channels: [128, 64, 8], activation: Activation::None },
-    ];
-    for case in cases {
-        for mean in [0.0, 20.0] {
-            let error = |by| {
-                let (made, weights) = case.run(2, mean, by, Schedule::QUICK);
-                case.error(&made, &weights)
-            };
-            let [products, launch, all] = [By::Products, By::Launch, By::All].map(error);
-            let label = format!("{:?} to {:?}, mean {mean}", case.size, case.channels);
-            println!("{label}: {products:.2e} by products, {launch:.2e} by a launch, {all:.2e} with scale and shift");
-            assert!(products <= all, "{label}");
-            assert!(launch <= 1.2 * all, "{label}");
-        }
-    }
-}
-
-/// The bits of a norm between products depend on no schedule, nor on the images beside it.
-#[test]
-fn a_layer_norm_between_products_in_a_batch() {
-    if support::gpu().is_some() {
-        return;
-    }
-    for (size, channels, activation) in
-        [((9, 17), [384, 320, 168], Activation::None), ((7, 19), [320, 640, 336], Activation::Geglu)]
-    {
-        let case = Between { size, channels, activation };
-        let (alone, _) = case.run(1, 20.0, By::Products, Schedule::QUICK);
-        for schedule in Schedule::hostile(9) {
-            let (batch, _) = case.run(3, 20.0, By::Products, schedule);
-            for (alone, batch) in alone.iter().zip(&batch) {
-                let same = alone.iter().zip(batch).all(|(a, b)| a.to_bits() == b.to_bits());
-                assert!(same, "{size:?}, {schedule:?}");
             }
         }
     }

@@ -1,44 +1,49 @@
-// Group and layer normalisation. Memory bound.
+// Group normalisation and its gradient. Memory bound.
 //
-// Group norm. A block has a slab of channels (whole groups and, where vectors of eight allow, whole 32-byte sectors: 160
-// bytes of a pixel for most layers) and a stretch of one image's pixels. A thread has a column of W channels, of which it
-// takes every `lanes`-th pixel, four loads of 16 bytes in flight.
-//   group_norm_statistics: one read of the input; mean and squared deviations of each group in the stretch, 8 bytes each.
-//   group_norm_apply: merges the moments of its groups (at most 256 x 8 bytes a group and unit), one read and one write.
-//   group_norm: both in one for images that are one stretch; the second read hits the cache.
-// 3 x 2 bytes an element; should reach 85 % of the memory's bandwidth where the input exceeds the L2 cache.
-// Where the products that made the sources left moments of them (conv_hopper.cu), nothing computes statistics, and 2 x 2
-// bytes an element remain. Of large images these are many: group_norm_merge adds them up to stretches, 8 bytes for each
-// unit of 64 pixels, which is 1/16 to 1/128 of what statistics would read.
+// A block has a slab of channels (whole groups and, where vectors of eight are possible, whole 32-byte sectors: 160
+// bytes of a pixel for most layers) and a stretch of one image's pixels. A thread has a column of W channels and visits
+// every `thread_rows`-th pixel of it, with four loads of 16 bytes in flight.
 //
-// Sums of squares are taken about the column's first pixel. That is one of the n numbers summed, so they are at most n + 1
-// times the squared deviations about the mean, and the subtraction costs log2(n + 1) bits at worst, whatever the mean:
-// nothing to fp32, n being a few hundred. All that comes after is put together in two passes over these few numbers, the
-// mean and then the squared deviations about it, in an order that one image's shape decides.
+// * group_norm_statistics: one read of the input; writes mean and sum of squared deviations of each group in the
+//   stretch, 8 bytes per group.
+// * group_norm_apply: merges the moments of its groups (at most 256 x 8 bytes per group and unit), one read and one
+//   write.
+// * group_norm: both in one kernel, for images that are a single stretch; the second read hits the cache.
 //
-// Layer norm. A row stays in the registers of one warp (of several beyond 1280 channels): one read, one write. Where only
-// matrix products read it, its scale and shift are in their weights; where these are conv_hopper.cu's, and so is what
-// made the input, there is no launch at all.
+// That is 3 x 2 bytes per element; it should reach 85 % of the memory bandwidth where the input exceeds the L2 cache.
+// Where the products that computed the sources left moments of them (epilogue_hopper.cuh), statistics are not computed,
+// and 2 x 2 bytes per element remain. Large images have many such moments: group_norm_merge first merges them into
+// stretches, reading 8 bytes per unit of 64 pixels, which is 1/16 to 1/128 of what the statistics would read.
 //
-// Gradients by the input, of which all statistics are computed once more. With d the gradient by the result, x^ the normalised
-// input and u = d times what the norm (and SiLU) multiplies x by, it is u - mean(u) - x^ mean(u x^), means over a group or row.
-//   group_norm_gradient_sums: after group_norm_statistics; reads x and d; sums of u and u x^ of each group in the stretch.
-//   group_norm_gradient_apply: merges them, reads x and d again, and writes the channels of the first source.
-//   group_norm_gradient: all in one for images that are one stretch.
-//   layer_norm_gradient: a row of x and of d in registers; two reads, one write.
-// 6 x 2 bytes an element for group norms in stretches, 3 x 2 for layer norms.
+// Squares are summed about the column's first pixel. That is one of the n numbers summed, so the sum is at most n + 1
+// times the sum of squared deviations about the mean, and the subtraction costs log2(n + 1) bits at worst, whatever the
+// mean: negligible in fp32, since n is a few hundred. Everything after that is merged in two passes over these few
+// numbers, the mean and then the squared deviations about it, in an order that one image's shape alone decides.
+//
+// Gradients are by the input, and recompute all statistics. With d the gradient by the result, x^ the normalised input
+// and u = d times what the norm (and SiLU) multiplies x by, the gradient is u - mean(u) - x^ mean(u x^), with means
+// over a group.
+//
+// * group_norm_gradient_sums: runs after group_norm_statistics; reads x and d; writes the sums of u and u x^ of each
+//   group in the stretch.
+// * group_norm_gradient_apply: merges them, reads x and d again, and writes the channels of the first source.
+// * group_norm_gradient: all in one kernel, for images that are a single stretch.
+//
+// 6 x 2 bytes per element in stretches.
 #include "numeric.cuh"
 
 struct GroupNormParams {
     const __half* x;
-    const __half* skip;  // channels after those of x, or null
-    const __half* scale_shift;  // of each image [2][channels], `scale_shift_width` apart, or null
+    const __half* skip;  // channels that follow those of x, or null
+    // [images][2][channels], images `scale_shift_width` apart, or null.
+    const __half* scale_shift;
     const float* weight;
     const float* bias;
     __half* out;
-    float2* partials;  // [n][groups][gridDim.x]: what statistics and merge write, mean and squared deviations
-    // What merge and apply read, likewise: [n][units of channels][units of pixels] of the first channels, and of the
-    // others.
+    // [n][groups][gridDim.x]: mean and sum of squared deviations, written by statistics and merge.
+    float2* partials;
+    // Read by merge and apply, likewise pairs: [n][units of channels][units of pixels], of the first channels and of
+    // the rest.
     const float2* moments[2];
     int64_t scale_shift_width;
     int32_t x_channels;
@@ -49,25 +54,27 @@ struct GroupNormParams {
     int32_t stretch;  // pixels of a block
     float eps;
     int32_t silu;
-    int32_t first_moments;  // channels of moments[0]
+    int32_t first_moments;  // channels covered by moments[0]
     int32_t unit_channels[2];
     int32_t unit_pixels;  // the last unit of an image may have fewer
-    int32_t pixel_units;  // of an image
+    int32_t pixel_units;  // per image
     int32_t padding;
 };
-LAYOUT(GroupNormParams, x, skip, scale_shift, weight, bias, out, partials, moments, scale_shift_width, x_channels, channels,
-       per_group, slab, pixels, stretch, eps, silu, first_moments, unit_channels, unit_pixels, pixel_units, padding)
+LAYOUT(GroupNormParams, x, skip, scale_shift, weight, bias, out, partials, moments, scale_shift_width, x_channels,
+       channels, per_group, slab, pixels, stretch, eps, silu, first_moments, unit_channels, unit_pixels, pixel_units,
+       padding)
 
 constexpr int THREADS = 256;
 constexpr int AHEAD = 4;
 
-// Count, mean and squared deviations of numbers.
+// Number, mean and sum of squared deviations of some values.
 struct Moments {
     float count, mean, squares;
 };
 
-// The moments of `count` numbers, whose parts the warp's lanes share: `each` calls its argument with the count, mean and
-// squared deviations of every part of this lane. The mean comes first, then the squared deviations about it: plain sums.
+// The moments of `count` values whose parts are distributed over the lanes of a warp: `each` calls its argument with
+// the count, mean and squared deviations of every part of this lane. The mean comes first, then the squared deviations
+// about it, both as plain sums.
 template <class Each> __device__ __forceinline__ Moments warp_moments(float count, Each each) {
     float mean = 0.0f, squares = 0.0f;
     each([&](float n, float m, float) { mean += n * m; });
@@ -76,17 +83,18 @@ template <class Each> __device__ __forceinline__ Moments warp_moments(float coun
     return {count, mean, warp_sum(squares)};
 }
 
-// A thread's channels of an image's first pixel, and how many are between them and those of the next.
+// A thread's channels in the first pixel of an image, and the distance to those of the next pixel.
 struct Column {
     const __half* first;
     int stride;
 };
 
-// The block's slab and stretch, and the thread's part of it.
+// The block's slab and stretch, and the thread's part of it. The threads of a block are `thread_rows` rows of one
+// thread per column; each row visits its own pixels.
 template <int W> struct Place {
-    int first, channels, columns, lanes, lane;
+    int first, channels, columns, thread_rows, thread_row;
     int begin, end;
-    // Pixels of every lane, and how many lanes have one more.
+    // Pixels of every thread row, and the number of rows that have one more.
     int whole, longer;
     int64_t image;
 
@@ -94,19 +102,19 @@ template <int W> struct Place {
         first = blockIdx.y * p.slab;
         channels = min(p.slab, p.channels - first);
         columns = channels / W;
-        lanes = max(THREADS / columns, 1);
-        lane = threadIdx.x / columns;
+        thread_rows = max(THREADS / columns, 1);
+        thread_row = threadIdx.x / columns;
         begin = blockIdx.x * p.stretch;
         end = min(begin + p.stretch, p.pixels);
-        whole = (end - begin) / lanes;
-        longer = (end - begin) % lanes;
+        whole = (end - begin) / thread_rows;
+        longer = (end - begin) % thread_rows;
         image = blockIdx.z;
     }
 
-    // f(channel in the slab, where the source's column is) for the columns of this thread: one, or several where there are
-    // more than threads.
+    // Calls f(channel in the slab, column of the source) for each column of this thread: one, or several where there
+    // are more columns than threads.
     template <class F> __device__ __forceinline__ void each_column(const GroupNormParams& p, F f) const {
-        if (lane >= lanes) return;
+        if (thread_row >= thread_rows) return;
         for (int column = threadIdx.x % columns; column < columns; column += THREADS) {
             int channel = first + column * W;
             bool skip = channel >= p.x_channels;
@@ -116,50 +124,54 @@ template <int W> struct Place {
         }
     }
 
-    // f(pixel, channels of each of the columns) for the pixels of this thread.
+    // Calls f(pixel, channels of each of the given columns) for each pixel of this thread.
     template <int N, class F> __device__ __forceinline__ void each_pixel(const Column (&from)[N], F f) const {
         constexpr int STEP = AHEAD / N;
-        for (int pixel = begin + lane; pixel < end; pixel += STEP * lanes) {
+        for (int pixel = begin + thread_row; pixel < end; pixel += STEP * thread_rows) {
             Halves<W> ahead[STEP][N];
 #pragma unroll
-            for (int i = 0; i < STEP * N; i++)
-                if (pixel + i / N * lanes < end)
-                    ahead[i / N][i % N] = load_halves<W>(from[i % N].first + int64_t(pixel + i / N * lanes) * from[i % N].stride);
+            for (int i = 0; i < STEP * N; i++) {
+                const Column& column = from[i % N];
+                if (pixel + i / N * thread_rows < end)
+                    ahead[i / N][i % N] =
+                        load_halves<W>(column.first + int64_t(pixel + i / N * thread_rows) * column.stride);
+            }
 #pragma unroll
             for (int i = 0; i < STEP; i++) {
-                if (pixel + i * lanes >= end) break;
+                if (pixel + i * thread_rows >= end) break;
                 float x[N][W];
 #pragma unroll
                 for (int j = 0; j < N; j++) unpack(ahead[i][j], x[j]);
-                f(pixel + i * lanes, x);
+                f(pixel + i * thread_rows, x);
             }
         }
     }
 
-    // How many pixels a lane has.
-    __device__ __forceinline__ int count(int lane) const { return whole + (lane < longer); }
+    // The number of pixels of a thread row.
+    __device__ __forceinline__ int count(int row) const { return whole + (row < longer); }
 
-    // Every lane of the block left a pair of numbers for each channel of a group. Calls f(lane of the block, pair) for those
-    // pairs that this lane of the warp shares in.
+    // `pairs` holds a pair of numbers for each thread row and channel. Calls f(thread row, pair) for this lane's share
+    // of the pairs of a group.
     template <class F>
     __device__ __forceinline__ void each_pair(const float2* pairs, int group, int per_group, F f) const {
-        int channel = threadIdx.x % 32, of = channel / per_group;
-        channel -= of * per_group;
-        while (of < lanes) {
-            f(of, pairs[of * channels + group * per_group + channel]);
+        int channel = threadIdx.x % 32, row = channel / per_group;
+        channel -= row * per_group;
+        while (row < thread_rows) {
+            f(row, pairs[row * channels + group * per_group + channel]);
             channel += 32;
-            for (; channel >= per_group; channel -= per_group) of++;
+            for (; channel >= per_group; channel -= per_group) row++;
         }
     }
 };
 
-// Hands every group's moments in the block's stretch to f(group in the slab, moments), in one thread.
+// Computes every group's moments in the block's stretch. One thread per group calls f(group in the slab, moments).
 template <int W, class F>
 __device__ __forceinline__ void stretch_moments(const GroupNormParams& p, const Place<W>& place, float2* sums, F f) {
     place.each_column(p, [&](int channel, Column from) {
         float pivot[W] = {}, sum[W] = {}, squares[W] = {};
-        int count = place.count(place.lane);
-        if (count > 0) unpack(load_halves<W>(from.first + int64_t(place.begin + place.lane) * from.stride), pivot);
+        int count = place.count(place.thread_row);
+        if (count > 0)
+            unpack(load_halves<W>(from.first + int64_t(place.begin + place.thread_row) * from.stride), pivot);
         place.each_pixel({from}, [&](int, const float(&x)[1][W]) {
 #pragma unroll
             for (int j = 0; j < W; j++) {
@@ -172,14 +184,14 @@ __device__ __forceinline__ void stretch_moments(const GroupNormParams& p, const 
 #pragma unroll
         for (int j = 0; j < W; j++) {
             float mean = sum[j] * inverse;
-            sums[place.lane * place.channels + channel + j] =
+            sums[place.thread_row * place.channels + channel + j] =
                 make_float2(pivot[j] + mean, fmaxf(squares[j] - sum[j] * mean, 0.0f));
         }
     });
     __syncthreads();
     for (int group = threadIdx.x / 32; group < place.channels / p.per_group; group += THREADS / 32) {
         Moments total = warp_moments(float(place.end - place.begin) * p.per_group, [&](auto part) {
-            place.each_pair(sums, group, p.per_group, [&](int lane, float2 s) { part(place.count(lane), s.x, s.y); });
+            place.each_pair(sums, group, p.per_group, [&](int row, float2 s) { part(place.count(row), s.x, s.y); });
         });
         if (threadIdx.x % 32 == 0) f(group, total);
     }
@@ -189,10 +201,11 @@ __device__ __forceinline__ float2 mean_and_inverse(Moments m, float eps) {
     return make_float2(m.mean, rsqrtf(m.squares / m.count + eps));
 }
 
-// The norm of the slab's channels from `channel` on as x * scale + shift, given mean and inverse deviation of its groups.
+// The norm of the slab's channels from `channel` on as x * scale + shift, given mean and inverse deviation of the
+// groups.
 template <int W>
-__device__ __forceinline__ void affine(const GroupNormParams& p, const Place<W>& place, const float2* groups, int channel,
-                                       float (&scale)[W], float (&shift)[W]) {
+__device__ __forceinline__ void affine(const GroupNormParams& p, const Place<W>& place, const float2* groups,
+                                       int channel, float (&scale)[W], float (&shift)[W]) {
     load_floats(p.weight + place.first + channel, scale);
     load_floats(p.bias + place.first + channel, shift);
 #pragma unroll
@@ -210,7 +223,7 @@ __device__ __forceinline__ void affine(const GroupNormParams& p, const Place<W>&
     }
 }
 
-// Writes the block's stretch.
+// Normalises the block's stretch and writes it.
 template <int W>
 __device__ __forceinline__ void apply(const GroupNormParams& p, const Place<W>& place, const float2* groups) {
     place.each_column(p, [&](int channel, Column from) {
@@ -240,14 +253,14 @@ template <int W> __device__ __forceinline__ void statistics_kernel(const GroupNo
     });
 }
 
-// Calls f(count, mean, squared deviations) for those units of a group, in units of pixels from `first` to before `last`, that
-// this lane of the warp shares in.
+// Calls f(count, mean, squared deviations) for this lane's share of a group's units, in units of pixels first..last.
 template <class F>
-__device__ __forceinline__ void each_unit(const GroupNormParams& p, int64_t image, int group, int first, int last, F f) {
+__device__ __forceinline__ void each_unit(const GroupNormParams& p, int64_t image, int group, int first, int last,
+                                          F f) {
     int across = last - first;
 #pragma unroll
     for (int s = 0; s < 2; s++) {
-        // The channels that these moments are of, and those of them that are the group's.
+        // The channels that these moments cover, and those of them that belong to the group.
         int base = s == 0 ? 0 : p.first_moments, width = s == 0 ? p.first_moments : p.channels - p.first_moments;
         int begin = max(group * p.per_group, base), end = min((group + 1) * p.per_group, base + width);
         if (begin >= end) continue;
@@ -262,7 +275,7 @@ __device__ __forceinline__ void each_unit(const GroupNormParams& p, int64_t imag
     }
 }
 
-// A warp a group: the moments of `gridDim.x` parts of an image.
+// One warp per group: merges the moments of an image into `gridDim.x` parts.
 KERNEL __launch_bounds__(THREADS) group_norm_merge(const __grid_constant__ GroupNormParams p) {
     griddep_launch_dependents();
     griddep_wait();
@@ -279,7 +292,7 @@ KERNEL __launch_bounds__(THREADS) group_norm_merge(const __grid_constant__ Group
 }
 EXPORT(group_norm_merge)
 
-// Mean and inverse deviation of the slab's groups.
+// Computes mean and inverse deviation of the slab's groups from moments.
 template <int W>
 __device__ __forceinline__ void merge_moments(const GroupNormParams& p, const Place<W>& place, float2* groups) {
     for (int group = threadIdx.x / 32; group < place.channels / p.per_group; group += THREADS / 32) {
@@ -311,7 +324,7 @@ template <int W> __device__ __forceinline__ void whole_kernel(const GroupNormPar
     apply(p, place, groups);
 }
 
-// Three blocks a multiprocessor keep 48 KB of loads in flight there; images that are one stretch do not fill it.
+// Three blocks per multiprocessor keep 48 KB of loads in flight there; images that are a single stretch do not fill it.
 #define GROUP_NORM(name, body, W, BLOCKS) \
     KERNEL __launch_bounds__(THREADS, BLOCKS) name##_##W(const __grid_constant__ GroupNormParams p) { body<W>(p); } \
     EXPORT(name##_##W)
@@ -325,20 +338,20 @@ GROUP_NORM(group_norm, whole_kernel, 1, 1)
 struct GroupNormGradientParams {
     GroupNormParams norm;  // `out` is the gradient by the first source
     const __half* d;       // [n][pixels][channels]
-    float2* sums;          // [n][groups][stretches]: of u and u x^
+    float2* sums;          // [n][groups][stretches]: sums of u and u x^
 };
 LAYOUT(GroupNormGradientParams, norm, d, sums)
 
-// Where d's column begins that belongs to one of the slab's.
+// The column of d that belongs to a column of the slab.
 template <int W>
 __device__ __forceinline__ Column column_of_d(const GroupNormGradientParams& p, const Place<W>& place, int channel) {
     return {p.d + place.image * p.norm.pixels * p.norm.channels + place.first + channel, p.norm.channels};
 }
 
-// u of W channels of a pixel.
+// Computes u for W channels of a pixel.
 template <int W>
-__device__ __forceinline__ void gradient_by_normal(const GroupNormParams& p, const float (&xd)[2][W], const float (&scale)[W],
-                                                   const float (&shift)[W], float (&u)[W]) {
+__device__ __forceinline__ void gradient_by_normal(const GroupNormParams& p, const float (&xd)[2][W],
+                                                   const float (&scale)[W], const float (&shift)[W], float (&u)[W]) {
 #pragma unroll
     for (int j = 0; j < W; j++) {
         u[j] = xd[1][j] * scale[j];
@@ -346,10 +359,11 @@ __device__ __forceinline__ void gradient_by_normal(const GroupNormParams& p, con
     }
 }
 
-// Hands every group's sums of u and u x^ in the block's stretch to f(group in the slab, sums), in one thread.
+// Computes every group's sums of u and u x^ in the block's stretch. One thread per group calls f(group in the slab,
+// sums).
 template <int W, class F>
-__device__ __forceinline__ void stretch_sums(const GroupNormGradientParams& p, const Place<W>& place, const float2* groups,
-                                             float2* sums, F f) {
+__device__ __forceinline__ void stretch_sums(const GroupNormGradientParams& p, const Place<W>& place,
+                                             const float2* groups, float2* sums, F f) {
     place.each_column(p.norm, [&](int channel, Column from) {
         float scale[W], shift[W], sum[W] = {}, product[W] = {};
         affine(p.norm, place, groups, channel, scale, shift);
@@ -364,7 +378,8 @@ __device__ __forceinline__ void stretch_sums(const GroupNormGradientParams& p, c
             }
         });
 #pragma unroll
-        for (int j = 0; j < W; j++) sums[place.lane * place.channels + channel + j] = make_float2(sum[j], product[j]);
+        for (int j = 0; j < W; j++)
+            sums[place.thread_row * place.channels + channel + j] = make_float2(sum[j], product[j]);
     });
     __syncthreads();
     int per_group = p.norm.per_group;
@@ -376,10 +391,10 @@ __device__ __forceinline__ void stretch_sums(const GroupNormGradientParams& p, c
     }
 }
 
-// Writes the block's stretch, given the sums of the slab's groups over the whole image.
+// Writes the gradient of the block's stretch, given the sums of the slab's groups over the whole image.
 template <int W>
-__device__ __forceinline__ void apply_gradient(const GroupNormGradientParams& p, const Place<W>& place, const float2* groups,
-                                               const float2* totals) {
+__device__ __forceinline__ void apply_gradient(const GroupNormGradientParams& p, const Place<W>& place,
+                                               const float2* groups, const float2* totals) {
     float share = 1.0f / (float(p.norm.pixels) * p.norm.per_group);
     place.each_column(p.norm, [&](int channel, Column from) {
         if (place.first + channel >= p.norm.x_channels) return;
@@ -391,7 +406,8 @@ __device__ __forceinline__ void apply_gradient(const GroupNormGradientParams& p,
             gradient_by_normal(p.norm, xd, scale, shift, u);
 #pragma unroll
             for (int j = 0; j < W; j++) {
-                float2 group = groups[(channel + j) / p.norm.per_group], total = totals[(channel + j) / p.norm.per_group];
+                int index = (channel + j) / p.norm.per_group;
+                float2 group = groups[index], total = totals[index];
                 u[j] -= share * (total.x + (xd[0][j] - group.x) * group.y * total.y);
             }
             store_halves(out + int64_t(pixel) * p.norm.x_channels, u);
@@ -399,7 +415,7 @@ __device__ __forceinline__ void apply_gradient(const GroupNormGradientParams& p,
     });
 }
 
-// Shared memory: moments of the slab's groups, their sums over the image, then columns' sums.
+// Shared memory: moments of the slab's groups, their sums over the image, then the sums of columns.
 template <int W> __device__ __forceinline__ void gradient_sums_kernel(const GroupNormGradientParams& p) {
     griddep_launch_dependents();
     griddep_wait();
@@ -440,14 +456,15 @@ template <int W> __device__ __forceinline__ void gradient_kernel(const GroupNorm
     int slab_groups = p.norm.slab / p.norm.per_group;
     float2* groups = reinterpret_cast<float2*>(dyn_smem());
     float2 *totals = groups + slab_groups, *sums = totals + slab_groups;
-    stretch_moments(p.norm, place, sums, [&](int group, Moments m) { groups[group] = mean_and_inverse(m, p.norm.eps); });
+    stretch_moments(p.norm, place, sums,
+                    [&](int group, Moments m) { groups[group] = mean_and_inverse(m, p.norm.eps); });
     __syncthreads();
     stretch_sums(p, place, groups, sums, [&](int group, float2 total) { totals[group] = total; });
     __syncthreads();
     apply_gradient(p, place, groups, totals);
 }
 
-#define GROUP_NORM_GRADIENT(name, body, W)                                                                                  \
+#define GROUP_NORM_GRADIENT(name, body, W)                                                                             \
     KERNEL __launch_bounds__(THREADS, 2) name##_##W(const __grid_constant__ GroupNormGradientParams p) { body<W>(p); } \
     EXPORT(name##_##W)
 GROUP_NORM_GRADIENT(group_norm_gradient_sums, gradient_sums_kernel, 8)
@@ -456,143 +473,3 @@ GROUP_NORM_GRADIENT(group_norm_gradient_apply, gradient_apply_kernel, 8)
 GROUP_NORM_GRADIENT(group_norm_gradient_apply, gradient_apply_kernel, 1)
 GROUP_NORM_GRADIENT(group_norm_gradient, gradient_kernel, 8)
 GROUP_NORM_GRADIENT(group_norm_gradient, gradient_kernel, 1)
-
-struct LayerNormParams {
-    const __half* x;
-    const __half* d;  // of a gradient
-    const float* weight;  // null if it is folded into the products that read the norm
-    const float* bias;  // of the norm itself, likewise
-    __half* out;
-    int64_t rows;
-    int32_t channels;
-    int32_t warps;  // of a row
-    float eps;
-    int32_t padding;
-};
-LAYOUT(LayerNormParams, x, d, weight, bias, out, rows, channels, warps, eps, padding)
-
-// Columns of a row that one thread keeps.
-constexpr int SLOTS = 5;
-
-// Sums x over the warps of the thread's row.
-__device__ __forceinline__ float row_sum(float x, int warps) {
-    x = warp_sum(x);
-    if (warps == 1) return x;
-    float* by_warp = reinterpret_cast<float*>(dyn_smem());
-    if (threadIdx.x % 32 == 0) by_warp[threadIdx.x / 32] = x;
-    __syncthreads();
-    float sum = 0.0f;
-    for (int warp = 0; warp < warps; warp++) sum += by_warp[threadIdx.x / (32 * warps) * warps + warp];
-    __syncthreads();
-    return sum;
-}
-
-// Tells a generic lambda something at compile time.
-template <bool V> struct Constant {
-    static constexpr bool value = V;
-};
-
-// GRADIENT: p.out is the gradient by x, else the norm of x.
-template <int W, bool GRADIENT> __device__ __forceinline__ void layer_norm_kernel(const LayerNormParams& p) {
-    griddep_launch_dependents();
-    griddep_wait();
-    int threads = 32 * p.warps;
-    int64_t row = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
-    // Threads past the last row stay for the barriers.
-    int columns = row < p.rows ? p.channels / W : 0;
-    int column = threadIdx.x % threads;
-    Halves<W> kept[SLOTS], kept_d[GRADIENT ? SLOTS : 1];
-#pragma unroll
-    for (int i = 0; i < SLOTS; i++) {
-        int64_t at = row * p.channels + (column + i * threads) * W;
-        if (column + i * threads < columns) kept[i] = load_halves<W>(p.x + at);
-        if (GRADIENT && column + i * threads < columns) kept_d[i] = load_halves<W>(p.d + at);
-    }
-    // f(first channel, channels of x) for what this thread keeps.
-    auto each = [&](auto f) {
-#pragma unroll
-        for (int i = 0; i < SLOTS; i++) {
-            if (column + i * threads >= columns) break;
-            float x[W];
-            unpack(kept[i], x);
-            f((column + i * threads) * W, x);
-        }
-    };
-    float sum = 0.0f, squares = 0.0f;
-    each([&](int, float(&x)[W]) {
-#pragma unroll
-        for (int j = 0; j < W; j++) sum += x[j];
-    });
-    float mean = row_sum(sum, p.warps) / p.channels;
-    each([&](int, float(&x)[W]) {
-#pragma unroll
-        for (int j = 0; j < W; j++) squares += (x[j] - mean) * (x[j] - mean);
-    });
-    float inverse = rsqrtf(row_sum(squares, p.warps) / p.channels + p.eps);
-    if constexpr (GRADIENT) {
-        // With and without a scale in two copies: one that asks for each number would spill registers.
-        auto gradient = [&](auto scaled) {
-            // f(first channel, x^, u).
-            auto each_pair = [&](auto f) {
-#pragma unroll
-                for (int i = 0; i < SLOTS; i++) {
-                    if (column + i * threads >= columns) break;
-                    int channel = (column + i * threads) * W;
-                    float x[W], u[W], weight[W];
-                    unpack(kept[i], x);
-                    unpack(kept_d[i], u);
-#pragma unroll
-                    for (int j = 0; j < W; j++) weight[j] = 1.0f;
-                    if constexpr (decltype(scaled)::value) load_floats(p.weight + channel, weight);
-#pragma unroll
-                    for (int j = 0; j < W; j++) {
-                        x[j] = (x[j] - mean) * inverse;
-                        u[j] *= weight[j] * inverse;
-                    }
-                    f(channel, x, u);
-                }
-            };
-            float product = 0.0f;
-            sum = 0.0f;
-            each_pair([&](int, float(&x)[W], float(&u)[W]) {
-#pragma unroll
-                for (int j = 0; j < W; j++) {
-                    sum += u[j];
-                    product += u[j] * x[j];
-                }
-            });
-            float mean_u = row_sum(sum, p.warps) / p.channels, mean_product = row_sum(product, p.warps) / p.channels;
-            each_pair([&](int channel, float(&x)[W], float(&u)[W]) {
-#pragma unroll
-                for (int j = 0; j < W; j++) u[j] -= mean_u + x[j] * mean_product;
-                store_halves(p.out + row * p.channels + channel, u);
-            });
-        };
-        if (p.weight) gradient(Constant<true>());
-        else gradient(Constant<false>());
-    } else {
-        each([&](int channel, float(&x)[W]) {
-#pragma unroll
-            for (int j = 0; j < W; j++) x[j] = (x[j] - mean) * inverse;
-            if (p.weight) {
-                float weight[W], bias[W];
-                load_floats(p.weight + channel, weight);
-                load_floats(p.bias + channel, bias);
-#pragma unroll
-                for (int j = 0; j < W; j++) x[j] = x[j] * weight[j] + bias[j];
-            }
-            store_halves(p.out + row * p.channels + channel, x);
-        });
-    }
-}
-
-// A block is four rows of one warp, or one row of up to 32.
-#define LAYER_NORM(name, W, GRADIENT)                                                             \
-    KERNEL __launch_bounds__(1024) name##_##W(const __grid_constant__ LayerNormParams p) { \
-        layer_norm_kernel<W, GRADIENT>(p);                                                        \
-    }                                                                                             \
-    EXPORT(name##_##W)
-LAYER_NORM(layer_norm, 8, false)
-LAYER_NORM(layer_norm, 1, false)
-LAYER_NORM(layer_norm_gradient, 8, true)
-LAYER_NORM(layer_norm_gradient, 1, true)

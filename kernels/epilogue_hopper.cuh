@@ -1,0 +1,335 @@
+// The epilogue of conv_hopper.cu: from the accumulators of wgmma to the stored result, and the moments that norms read.
+//
+// Three warps of the last warpgroup prefetch the epilogue's operands to shared memory, one or two tiles ahead: two
+// numbers per column and two per row. Without that, everything would wait for memory at the end of a tile, which takes
+// as long as 20 stages.
+//
+// Where group norms read the result, the epilogue computes its moments from the staging buffer: 40 loads of 4 bytes per
+// thread for units of 10 channels, some 400 cycles per tile, in place of a kernel that reads the whole result again.
+//
+// Where a layer norm stands between two pointwise products, it has no kernel. Its scale and shift are in the second
+// product's weights (weights.cu). The first product leaves moments of each row's units of 80 or 64 channels: twice ten
+// loads of 16 bytes per thread. The second product multiplies the rows as they are; each row's mean and deviation come
+// from these moments, at most 128 bytes. Then W' x becomes (W' x - mean S) / deviation + T, in fp32, so that the
+// normalised row is never rounded.
+#pragma once
+#include "conv_hopper.cuh"
+
+namespace conv_hopper {
+
+// The epilogue's operands for a column: S of a folded layer norm, by which the row's mean is multiplied and subtracted,
+// and what is added to the column: T of the layer norm and the bias.
+template <class T> PTX_FN float2 column_operands(const ConvHopperParams& p, const Place& at, int column) {
+    const Epilogue& e = p.after;
+    int part = column / T::OUT, channel = at.column / (T::GATED ? 2 : 1) + column % T::OUT;
+    if (channel >= e.channels) return {};
+    // With GEGLU, the S and T of a value and of its gate are adjacent, whereas the biases of all gates follow those of
+    // all values.
+    float2 folded = e.folded ? e.folded[T::GATED ? 2 * channel + part : channel] : float2{};
+    float bias = e.bias ? e.bias[part * e.channels + channel] : 0.0f;
+    if (p.added_bias) bias += p.added_bias[channel];
+    return {folded.x, fmaf(e.gain, folded.y, e.bias_gain * bias)};
+}
+
+// The epilogue's operands for a row: the mean that a folded layer norm subtracts, and the factor, gain over deviation.
+// They are merged from the moments of the row's units in one pass, eight loads at a time. Squares are taken about the
+// mean of the first unit, which is one of those summed, as in group_norm.cu.
+PTX_FN float2 row_operands(const ConvHopperParams& p, int row) {
+    constexpr int IN_FLIGHT = 8;
+    if (!p.source_moments || row >= p.width) return {0.0f, p.after.gain};
+    const float2* units = p.source_moments + int64_t(row) * p.source_units;
+    float pivot = 0.0f, sum = 0.0f, between = 0.0f, within = 0.0f;
+    for (int first = 0; first < p.source_units; first += IN_FLIGHT) {
+        float2 unit[IN_FLIGHT];
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; i++) unit[i] = first + i < p.source_units ? units[first + i] : float2{};
+        if (first == 0) pivot = unit[0].x;
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; i++) {
+            float off = first + i < p.source_units ? unit[i].x - pivot : 0.0f;
+            sum += off, between = fmaf(off, off, between), within += unit[i].y;
+        }
+    }
+    float count = float(p.source_units), mean = sum / count;
+    // `within` sums over all channels of all units, which make up the row.
+    float variance = within / float(p.blocks[0] * STEP) + fmaxf(between / count - mean * mean, 0.0f);
+    return {pivot + mean, p.after.gain * rsqrtf(variance + p.source_eps)};
+}
+
+// The helper threads: they prefetch what the epilogues of the block's tiles need from memory, one or two tiles ahead.
+template <class T> PTX_FN void prepare_operands(const ConvHopperParams& p, uint32_t shared) {
+    int thread = threadIdx.x - (THREADS - HELPERS), units = p.tiles_down * p.tiles_across * p.splits;
+    if (thread == 0) {
+        tma_prefetch(&p.sources[0]);
+        if (p.blocks[1] > 0) tma_prefetch(&p.sources[1]);
+        if (p.after.residual) tma_prefetch(&p.residual);
+        for (int phase = 0; phase < p.tiles_across / p.tiles_of_columns; phase++) tma_prefetch(&p.out[phase]);
+    }
+    griddep_wait();
+    int slot = 0, parity = 1;
+    for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
+        Place at = place_of<T>(p, unit / p.splits);
+        float2* columns = reinterpret_cast<float2*>(dyn_smem() + T::OPERANDS + slot * T::OPERANDS_BYTES);
+        mbar_wait(shared + T::OPERANDS_EMPTY + 8 * slot, parity);
+        for (int i = thread; i < T::COLUMNS; i += HELPERS) columns[i] = column_operands<T>(p, at, i);
+        for (int i = thread; i < ROWS; i += HELPERS) columns[T::COLUMNS + i] = row_operands(p, at.x + i);
+        mbar_arrive(shared + T::OPERANDS_FULL + 8 * slot);
+        slot ^= 1;
+        if (slot == 0) parity ^= 1;
+    }
+}
+
+// Bias and folded layer norm: sums become (sum - mean S) gain / deviation + T + bias.
+template <class T>
+PTX_FN void add_operands(float (&d)[T::COLUMNS / 2], const float2* columns, const float2 (&rows)[2]) {
+#pragma unroll
+    for (int chunk = 0; chunk < T::COLUMNS / 8; chunk++) {
+        float4 pair = *reinterpret_cast<const float4*>(columns + chunk * 8 + threadIdx.x % 4 * 2);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float* sums = d + chunk * 4 + h * 2;
+            sums[0] = fmaf(fmaf(-rows[h].x, pair.x, sums[0]), rows[h].y, pair.y);
+            sums[1] = fmaf(fmaf(-rows[h].x, pair.z, sums[1]), rows[h].y, pair.w);
+        }
+    }
+}
+
+// Adds the per-image rows for a thread's two pixels, which are eight rows of the tile apart.
+template <class T>
+PTX_FN void add_per_image(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at, int row, int first) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        // In a pointwise product all images are one image to TMA.
+        int image = max(pixel_of(p, at, row + 8 * h), 0) / p.after.pixels;
+        const __half* from = p.after.per_image + int64_t(image) * p.after.per_image_width + first;
+#pragma unroll
+        for (int chunk = 0; chunk < T::CHUNKS; chunk++) {
+            float2 more = {};
+            if (first + chunk * 8 < p.after.channels)
+                more = __half22float2(*reinterpret_cast<const __half2*>(from + chunk * 8));
+            d[chunk * 4 + h * 2] += more.x, d[chunk * 4 + h * 2 + 1] += more.y;
+        }
+    }
+}
+
+// Applies an activation to all of a thread's accumulators.
+template <int SUMS, class F> PTX_FN void apply(float (&d)[SUMS], F activation) {
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) d[i] = activation(d[i]);
+}
+
+template <int SUMS> PTX_FN void activate(float (&d)[SUMS], int activation) {
+    if (activation == SILU || activation == QUICK_GELU) {
+        float slope = activation == SILU ? 1.0f : 1.702f;
+        apply(d, [=](float x) { return x * sigmoid(slope * x); });
+    } else if (activation == GELU) {
+        apply(d, [](float x) { return gelu(x); });
+    }
+}
+
+// Called by the thread that issues TMA stores: waits until its last store has read the staging buffer, then fetches the
+// residual into it.
+template <class T> PTX_FN void prepare_staging(const ConvHopperParams& p, const Place& at, uint32_t shared, int half) {
+    tma_store_wait<0>();
+    if (!p.after.residual) return;
+    int group = threadIdx.x / 128;
+    uint32_t staging = shared + T::STAGING + group * T::HALF_BYTES, full = shared + T::RESIDUAL_FULL + 8 * group;
+    Place corner = half_of(p, at, half);
+    mbar_expect_tx(full, T::HALF_BYTES);
+#pragma unroll
+    for (int box = 0; box < T::BOXES; box++)
+        tma_load_4d(staging + box * 64 * T::SPAN, &p.residual, full, corner.column + box * T::BOX, corner.x, corner.y,
+                    corner.image);
+}
+
+// Stores the second result, with RespoDiff's shift added; it is seldom wanted.
+template <class T>
+PTX_FN void store_shifted(const ConvHopperParams& p, const float (&d)[T::COLUMNS / 2], const Place& at, int row,
+                          int first) {
+    const Epilogue& e = p.after;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        int pixel = pixel_of(p, at, row + 8 * h), unshifted = e.first_shifted * e.pixels;
+        if (pixel < 0) continue;
+        __half* to = e.shifted + int64_t(pixel) * e.channels + first;
+        const __half* shift = e.shift + int64_t(pixel - unshifted) * e.channels + first;
+#pragma unroll
+        for (int chunk = 0; chunk < T::CHUNKS; chunk++) {
+            if (first + chunk * 8 >= e.channels) break;
+            float2 x = make_float2(d[chunk * 4 + h * 2], d[chunk * 4 + h * 2 + 1]);
+            if (pixel >= unshifted) {
+                float2 more = __half22float2(*reinterpret_cast<const __half2*>(shift + chunk * 8));
+                x.x += more.x, x.y += more.y;
+            }
+            *reinterpret_cast<__half2*>(to + chunk * 8) = to_halves(x.x, x.y);
+        }
+    }
+}
+
+PTX_FN float sum_of(const float (&x)[8]) {
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
+
+// The swizzle of a row's 16-byte chunks in the staging buffer: chunk c is at c ^ swizzle.
+template <class T> PTX_FN int swizzle_of(int row) {
+    return T::SPAN == 128 ? row % 8 : T::SPAN == 64 ? row / 2 % 4 : row / 4 % 2;
+}
+
+// Computes moments of the warpgroup's results as they are stored, from the staging buffer. Eight lanes share a unit of
+// channels, and each takes every eighth of the 64 pixels. Squares are taken about the unit's first number, as in
+// group_norm.cu.
+template <class T> PTX_FN void store_moments(const ConvHopperParams& p, const Place& at, int half) {
+    Place corner = half_of(p, at, half);
+    if (corner.x >= p.width || corner.y >= p.height || corner.image >= p.images) return;
+    // The warpgroup's 64 pixels are a rectangle within one image; this is its index among all such rectangles.
+    int log_width = min(p.log_width, 6), log_height = 6 - log_width;
+    int piece = ((corner.image * p.height + corner.y) >> log_height) * (p.width >> log_width);
+    piece += corner.x >> log_width;
+    int image = piece / p.pixel_units, lane = threadIdx.x % 8;
+    uint32_t lanes = 0xffu << threadIdx.x % 32 / 8 * 8;
+    const unsigned char* staging = dyn_smem() + T::STAGING + threadIdx.x / 128 * T::HALF_BYTES;
+    auto pair_at = [&](int row, int channel) {
+        int chunk = channel / 8, in_box = chunk % (T::BOX / 8) ^ swizzle_of<T>(row);
+        int place = chunk / (T::BOX / 8) * 64 * T::SPAN + row * T::SPAN + in_box * 16 + channel % 8 * 2;
+        return __half22float2(*reinterpret_cast<const __half2*>(staging + place));
+    };
+    for (int unit = threadIdx.x % 128 / 8; unit < T::OUT / p.unit_channels; unit += 16) {
+        int first = unit * p.unit_channels;
+        if (at.column + first >= p.after.channels) break;
+        float pivot = pair_at(0, first).x, sum = 0.0f, squares = 0.0f;
+        for (int channel = first; channel < first + p.unit_channels; channel += 2) {
+#pragma unroll
+            for (int row = 0; row < 64; row += 8) {
+                float2 x = pair_at(row + lane, channel);
+                x.x -= pivot, x.y -= pivot;
+                sum += x.x + x.y;
+                squares = fmaf(x.x, x.x, fmaf(x.y, x.y, squares));
+            }
+        }
+#pragma unroll
+        for (int offset = 4; offset > 0; offset /= 2) {
+            sum += __shfl_xor_sync(lanes, sum, offset);
+            squares += __shfl_xor_sync(lanes, squares, offset);
+        }
+        float mean = sum / (64 * p.unit_channels);
+        int64_t place = int64_t(image) * (p.after.channels / p.unit_channels) + (at.column + first) / p.unit_channels;
+        place = place * (p.tiles_across / p.tiles_of_columns) + at.phase;
+        place = place * p.pixel_units + piece % p.pixel_units;
+        if (lane == 0) p.moments[place] = make_float2(pivot + mean, fmaxf(squares - sum * mean, 0.0f));
+    }
+}
+
+// Computes moments of each row's units of channels likewise: a thread has one row and every second unit. A row is read
+// 16 bytes at a time, accumulated in eight independent sums.
+template <class T> PTX_FN void store_row_moments(const ConvHopperParams& p, const Place& at, int half) {
+    constexpr int UNIT = T::COLUMNS % 80 == 0 ? 80 : 64, CHUNKS = UNIT / 8;
+    int row = threadIdx.x % 64, pixel = at.x + half * 64 + row;
+    if (pixel >= p.width) return;
+    const unsigned char* of_row = dyn_smem() + T::STAGING + threadIdx.x / 128 * T::HALF_BYTES + row * T::SPAN;
+    float2* moments = p.moments + int64_t(pixel) * (p.after.channels / UNIT);
+    for (int unit = threadIdx.x % 128 / 64; unit < T::OUT / UNIT; unit += 2) {
+        if (at.column + unit * UNIT >= p.after.channels) break;
+        float sums[8] = {}, squares[8] = {}, x[8];
+        auto read = [&](int i) {
+            int chunk = unit * CHUNKS + i, in_box = chunk % (T::BOX / 8) ^ swizzle_of<T>(row);
+            unpack(*reinterpret_cast<const Half8*>(of_row + chunk / (T::BOX / 8) * 64 * T::SPAN + in_box * 16), x);
+        };
+        // The row is read twice: to hold it would take more registers than a tile of two halves leaves.
+#pragma unroll 2
+        for (int i = 0; i < CHUNKS; i++) {
+            read(i);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sums[j] += x[j];
+        }
+        float mean = sum_of(sums) / UNIT;
+#pragma unroll 2
+        for (int i = 0; i < CHUNKS; i++) {
+            read(i);
+#pragma unroll
+            for (int j = 0; j < 8; j++) squares[j] = fmaf(x[j] - mean, x[j] - mean, squares[j]);
+        }
+        moments[at.column / UNIT + unit] = make_float2(mean, sum_of(squares));
+    }
+}
+
+// Stores a warpgroup's half tile: from fragments through its staging buffer to the result. There is one short loop over
+// the accumulators for each thing that may follow the product: most products skip most of the loops, and what they
+// execute is 5 to 15 KB of code. All in one loop, they were 200 KB of branches, and fetching these instructions took
+// ten times as long as executing them.
+template <class T>
+PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at, int half,
+                       const float2* operands, uint32_t shared, int residual_parity) {
+    const Epilogue& e = p.after;
+    int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    uint32_t staging = shared + T::STAGING + group * T::HALF_BYTES;
+    // The thread's first channel of the result; it holds two adjacent channels of every eight.
+    int first = at.column / (T::GATED ? 2 : 1) + lane % 4 * 2;
+    // The thread's rows are lane / 4 of the warp's 16 rows, and 8 below it.
+    int upper = half * 64 + warp * 16 + lane / 4;
+    const float2 rows[2] = {operands[T::COLUMNS + upper], operands[T::COLUMNS + upper + 8]};
+    add_operands<T>(d, operands, rows);
+    if (!T::GATED && e.per_image) add_per_image<T>(p, d, at, upper, first);
+    if constexpr (T::GATED) {
+#pragma unroll
+        for (int i = 0; i < T::COLUMNS / 4; i++) d[i] *= gelu(d[i + T::COLUMNS / 4]);
+    } else if constexpr (!T::PINGPONG) {
+        activate(d, e.activation);
+    }
+
+    // Wait until the staging buffer is free: the storing thread has waited for its last store and, if there is a
+    // residual, has fetched it into the buffer.
+    if (e.residual)
+        mbar_wait(shared + T::RESIDUAL_FULL + 8 * group, residual_parity);
+    else
+        named_bar_sync(1 + group, 128);
+    // Addresses for ldmatrix and stmatrix: each lane supplies a row of 8 channels, of the upper or lower 8 rows and of
+    // the left or right half of 16 channels. Each register then holds two adjacent channels, of the left or right 8
+    // channels and of the upper or lower row.
+    int row = warp * 16 + lane % 16;
+    auto place_of_chunk = [&](int j) {
+        int chunk = 2 * j + lane / 16, in_box = chunk % (T::BOX / 8);
+        return staging + chunk / (T::BOX / 8) * 64 * T::SPAN + row * T::SPAN + ((in_box ^ swizzle_of<T>(row)) << 4);
+    };
+    if (!T::GATED && e.residual) {
+#pragma unroll
+        for (int j = 0; j < T::OUT / 16; j++) {
+            uint32_t residual[4];
+            ldmatrix_x4(residual, place_of_chunk(j));
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float2 added = __half22float2(pair_of(residual[i]));
+                d[8 * j + 2 * i] += added.x, d[8 * j + 2 * i + 1] += added.y;
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < T::OUT / 2; i++) d[i] *= e.scale;
+    if (!T::GATED && !T::PINGPONG && e.shifted) store_shifted<T>(p, d, at, upper, first);
+#pragma unroll
+    for (int j = 0; j < T::OUT / 16; j++) {
+        uint32_t results[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) results[i] = bits_of(to_halves(d[8 * j + 2 * i], d[8 * j + 2 * i + 1]));
+        stmatrix_x4(place_of_chunk(j), results);
+    }
+    fence_proxy_async();
+    named_bar_sync(1 + group, 128);
+    if (threadIdx.x % 128 == 0) {
+        Place corner = half_of(p, at, half);
+#pragma unroll
+        for (int box = 0; box < T::BOXES; box++)
+            tma_store_4d(&p.out[at.phase], staging + box * 64 * T::SPAN,
+                         corner.column / (T::GATED ? 2 : 1) + box * T::BOX, corner.x, corner.y, corner.image);
+        tma_store_commit();
+    }
+    if (!T::GATED && p.moments) {
+        // Reconverge the warp of the storing thread. The staging buffer may be reused only after all threads have read
+        // it.
+        __syncwarp();
+        if (p.unit_pixels == 1) store_row_moments<T>(p, at, half);
+        else store_moments<T>(p, at, half);
+        named_bar_sync(1 + group, 128);
+    }
+}
+
+}  // namespace conv_hopper
