@@ -1,7 +1,7 @@
 //! Text to image with Stable Diffusion, fast, fair and safe: see the README for what it does and ARCHITECTURE.md for
 //! where things are.
 
-#![warn(missing_docs)]
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod bench;
 #[doc(hidden)]

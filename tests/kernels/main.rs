@@ -25,6 +25,7 @@ use respodiff_emulated_kernels::Schedule;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+/// An activation or a weight in float64.
 pub type Numbers = Vec<f64>;
 
 /// What a plain loop does with its intermediate results: nothing, or rounding to fp16.
@@ -92,6 +93,7 @@ fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
 
 /// The result of a plain loop.
 pub struct Truth {
+    /// What is right.
     pub numbers: Numbers,
     /// How far the kernels' f32 may be off however small the numbers are: where all of a result cancels, the roundings
     /// of what cancelled are left.
@@ -104,9 +106,11 @@ impl From<Numbers> for Truth {
     }
 }
 
-/// What a plain loop computes from: the inputs in the order of their shapes, and the weights by name.
+/// What a plain loop computes from.
 pub struct Given {
+    /// In the order of their shapes.
     pub inputs: Vec<Numbers>,
+    /// By their names in the graph.
     pub weights: HashMap<String, Numbers>,
 }
 
