@@ -1,8 +1,9 @@
-/// Compiles CUDA sources with the host's compiler, instrumenting every load and store. Included by build scripts.
-fn compile(name: &str, sources: impl IntoIterator<Item = std::path::PathBuf>) {
-    let kernels = std::path::absolute("../../kernels").expect("a folder");
+/// Compiles CUDA sources with the host's compiler, instrumenting every load and store; `kernels` is the folder of the
+/// engine's headers. Included by build scripts.
+fn compile(name: &str, kernels: &str, sources: impl IntoIterator<Item = std::path::PathBuf>) {
+    let kernels = std::fs::canonicalize(kernels).expect("a folder");
     let runtime = std::env::var("DEP_RESPODIFF_EMULATOR_INCLUDE").expect("the emulator's build script names it");
-    for path in [kernels.to_str().expect("a name"), &runtime, "../instrumented.rs", "build.rs"] {
+    for path in [kernels.to_str().expect("a name"), &runtime] {
         println!("cargo::rerun-if-changed={path}");
     }
     cc::Build::new()

@@ -34,9 +34,9 @@
 //! | `emulated` | the CUDA kernels on the CPU, slowly, to test them; needs a C++ compiler |
 //! | `unstable` | the modules behind all this: graphs, plans, executors and kernels, without any promise to stay |
 
-#![warn(missing_docs)]
 // A part of these modules serves tests and benches alone, which see them as `unstable`.
 #![cfg_attr(not(feature = "unstable"), allow(dead_code, unused_imports))]
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 #[cfg(all(feature = "cli", not(feature = "unstable")))]
 mod bench;

@@ -317,25 +317,29 @@ impl cuda::CudaDevice for Counting {
     }
 
     unsafe fn free(&self, address: u64) {
-        // SAFETY: the caller's promise, here and below.
+        // SAFETY: the caller's promise.
         unsafe { self.device.free(address) }
     }
 
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> respodiff::Result<()> {
         self.writes.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
         unsafe { self.device.upload(address, bytes) }
     }
 
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> respodiff::Result<()> {
         self.reads.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller's promise.
         unsafe { self.device.download(address, bytes) }
     }
 
     unsafe fn zero(&self, address: u64, bytes: usize) -> respodiff::Result<()> {
+        // SAFETY: the caller's promise.
         unsafe { self.device.zero(address, bytes) }
     }
 
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> respodiff::Result<()> {
+        // SAFETY: the caller's promise.
         unsafe { self.device.copy(to, from, bytes) }
     }
 
@@ -344,14 +348,17 @@ impl cuda::CudaDevice for Counting {
     }
 
     unsafe fn run(&self, launches: &[Launch]) -> respodiff::Result<()> {
+        // SAFETY: the caller's promise.
         unsafe { self.device.run(launches) }
     }
 
     unsafe fn record(self: Arc<Self>, launches: &[Launch]) -> respodiff::Result<Box<dyn Recording>> {
+        // SAFETY: the caller's promise.
         unsafe { self.device.clone().record(launches) }
     }
 
     unsafe fn time(&self, launches: &[Launch], cache: Cache) -> respodiff::Result<Duration> {
+        // SAFETY: the caller's promise.
         unsafe { self.device.time(launches, cache) }
     }
 }

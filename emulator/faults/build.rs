@@ -4,5 +4,5 @@ include!("../instrumented.rs");
 
 fn main() {
     println!("cargo::rerun-if-changed=faults.cu");
-    compile("faulty_kernels", ["faults.cu".into()]);
+    compile("faulty_kernels", "../../kernels", ["faults.cu".into()]);
 }

@@ -5,6 +5,7 @@
 
 use crate::{Error, Result};
 use half::{bf16, f16};
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fs::File;
 use std::io::{BufReader, Read};
@@ -44,7 +45,9 @@ pub fn tensors(path: &Path) -> Result<Vec<Tensor>> {
         Error::damaged(path, format!("not a zip file as torch.save writes them since PyTorch 1.6 ({e})"))
             .advise("save it anew")
     })?;
-    let pickle = archive.file_names().find(|name| name.ends_with("/data.pkl")).map(str::to_string);
+    // Names that cannot be decoded are none of torch's.
+    let is_pickle = |name: &Cow<str>| name.ends_with("/data.pkl");
+    let pickle = archive.file_names().flatten().find(is_pickle).map(Cow::into_owned);
     let bad = |problem: String| Error::damaged(path, problem);
     let Some(pickle) = pickle else { return Err(bad("holds no data.pkl; this is no torch.save file".into())) };
     let folder = pickle.trim_end_matches("data.pkl").to_string();

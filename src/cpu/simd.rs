@@ -141,32 +141,33 @@ mod x86 {
     use std::arch::x86_64::*;
 
     macro_rules! lanes {
-        (
-            $register:ty, $count:expr, $rows:expr,
-            $load:ident, $load_half:expr, $store:ident, $splat:ident, $fma:ident
-        ) => {
-            // SAFETY (of all bodies): guaranteed by the caller, as stated at the trait.
+        ($register:ty, $count:expr, $rows:expr, $load:ident, $load_half:expr, $store:ident, $splat:ident, $fma:ident) => {
             impl Lanes for $register {
                 const COUNT: usize = $count;
                 const ROWS: usize = $rows;
                 #[inline(always)]
                 unsafe fn load(from: *const f32) -> Self {
+                    // SAFETY: the caller's promises, stated at the trait.
                     unsafe { $load(from) }
                 }
                 #[inline(always)]
                 unsafe fn load_half(from: *const f16) -> Self {
+                    // SAFETY: the caller's promises, stated at the trait.
                     unsafe { $load_half(from.cast()) }
                 }
                 #[inline(always)]
                 unsafe fn store(self, to: *mut f32) {
+                    // SAFETY: the caller's promises, stated at the trait.
                     unsafe { $store(to, self) }
                 }
                 #[inline(always)]
                 unsafe fn splat(x: f32) -> Self {
+                    // SAFETY: the caller's promises, stated at the trait.
                     unsafe { $splat(x) }
                 }
                 #[inline(always)]
                 unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+                    // SAFETY: the caller's promises, stated at the trait.
                     unsafe { $fma(self, b, c) }
                 }
             }

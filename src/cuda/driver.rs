@@ -152,22 +152,26 @@ fn load() -> Result<Version, String> {
 pub(super) fn cards() -> Result<Vec<Card>> {
     use CUdevice_attribute::*;
     let mut count = 0;
-    // SAFETY (of all calls): the arguments are live locals.
+    // SAFETY: a live local.
     check("counting GPUs", unsafe { cuDeviceGetCount(&mut count) })?;
     let card = |ordinal| {
         let doing = "asking a GPU what it is";
         let mut device = 0;
+        // SAFETY: a live local.
         check(doing, unsafe { cuDeviceGet(&mut device, ordinal) })?;
         let attribute = |which| {
             let mut value = 0;
+            // SAFETY: a live local, and a device that the driver gave.
             check(doing, unsafe { cuDeviceGetAttribute(&mut value, which, device) })?;
             Ok(value as u32)
         };
         let mut name = [0 as c_char; 256];
+        // SAFETY: likewise; the name has room for one byte more than the length says.
         check(doing, unsafe { cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device) })?;
         // SAFETY: the last byte is still zero.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
         let mut memory = 0;
+        // SAFETY: a live local, and a device that the driver gave.
         check(doing, unsafe { cuDeviceTotalMem_v2(&mut memory, device) })?;
         let limits = super::Limits {
             capability: 10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?

@@ -147,7 +147,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Gpu {
     fn new(version: Version, card: Card, families: &'static [Family]) -> Result<Self> {
         let mut context = null_mut();
-        // SAFETY (of all calls here): arguments are live locals, and handles from the driver.
+        // SAFETY: a live local, and a device that the driver gave.
         let code = unsafe { cuDevicePrimaryCtxRetain(&mut context, card.device) };
         let held = [
             (CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE, "is held by another process"),
@@ -171,6 +171,7 @@ impl Gpu {
             timer: Mutex::new(None),
         };
         gpu.bind()?;
+        // SAFETY: a live local.
         check("making a stream", unsafe { cuStreamCreate(&mut gpu.stream, NON_BLOCKING) })?;
         gpu.staging.fill()?;
         gpu.free_at_first = gpu.free_bytes().unwrap_or(0);

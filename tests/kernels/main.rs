@@ -27,6 +27,7 @@ use respodiff_emulated_kernels::Schedule;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+/// An activation or a weight in float64.
 pub type Numbers = Vec<f64>;
 
 /// The treatment of intermediate results in a plain loop: none, or rounding to fp16.
@@ -94,6 +95,7 @@ fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
 
 /// The result of a plain loop.
 pub struct Truth {
+    /// What is right.
     pub numbers: Numbers,
     /// The allowed error of the kernels' f32, however small the numbers are: where all of a result cancels, the
     /// roundings of the cancelled terms remain.
@@ -108,7 +110,9 @@ impl From<Numbers> for Truth {
 
 /// The operands of a plain loop: the inputs in the order of their shapes, and the weights by name.
 pub struct Given {
+    /// In the order of their shapes.
     pub inputs: Vec<Numbers>,
+    /// By their names in the graph.
     pub weights: HashMap<String, Numbers>,
 }
 

@@ -1,5 +1,7 @@
 //! Tests a GPU against `tests/support/driver.c`, a driver that counts its objects.
 
+#![expect(clippy::undocumented_unsafe_blocks, reason = "the buffers live until the launches that name them have run")]
+
 use super::*;
 use bytemuck::NoUninit;
 use cudarc::driver::sys;

@@ -134,6 +134,9 @@ pub(super) enum FinalSigma {
 
 impl SchedulerConfig {
     /// Reads the file at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read; those of [`SchedulerConfig::parse`].
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
@@ -141,6 +144,9 @@ impl SchedulerConfig {
     }
 
     /// Parses the text of the file at `path`, which is there for messages alone.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] for text that is no such file, and for settings that no sampler here honours.
     pub fn parse(text: &str, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let mut fields: Map<String, Value> = crate::json::parse(text, path)?;
@@ -194,6 +200,9 @@ impl SchedulerConfig {
     }
 
     /// The sampler that the checkpoint names.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it names none, or one that is not among [`Sampler::ALL`].
     pub fn sampler(&self) -> Result<Sampler> {
         let known = list(&Sampler::ALL.map(Sampler::diffusers_name));
         let Some(name) = self.class_name.as_deref() else {
