@@ -1,5 +1,5 @@
-//! respodiff's demo: a tiny checkpoint in Stable Diffusion's layout, the CLIP that judges its pictures, and concepts that
-//! were trained on it. The README says how they were made and measured. Files are named by their paths.
+//! respodiff's demo: a tiny checkpoint in Stable Diffusion's layout, the CLIP that judges its pictures, and concepts
+//! that were trained on it. The README says how they were made and measured. Files are named by their paths.
 
 macro_rules! files {
     ($folder:literal, $($name:literal),* $(,)?) => {

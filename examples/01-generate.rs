@@ -1,4 +1,5 @@
-//! A picture of a prompt, with the demo checkpoint or one of your own: `cargo run --release --example 01-generate [MODEL]`.
+//! A picture of a prompt, with the demo checkpoint or one of your own: `cargo run --release --example 01-generate
+//! [MODEL]`.
 
 use respodiff::{Device, Engine, Image, Request, Source};
 use std::ops::ControlFlow;

@@ -1,4 +1,5 @@
-//! Two concepts in one batch, a woman for one image and a man for the other: `cargo run --release --example 02-concept`.
+//! Two concepts in one batch, a woman for one image and a man for the other: `cargo run --release --example
+//! 02-concept`.
 
 use respodiff::{Concept, Device, Engine, Image, Request, Source};
 use std::ops::ControlFlow;

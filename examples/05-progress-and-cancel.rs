@@ -1,4 +1,5 @@
-//! Progress is reported, and a run is cancelled from another thread: `cargo run --release --example 05-progress-and-cancel`.
+//! Progress is reported, and a run is cancelled from another thread: `cargo run --release --example
+//! 05-progress-and-cancel`.
 
 use respodiff::{Device, Engine, ErrorKind, Image, Progress, Request, Source};
 use std::ops::ControlFlow;

@@ -99,8 +99,8 @@ pub fn networks(source: &Source, batch: usize) -> Result<Vec<(&'static str, Grap
     Ok(networks)
 }
 
-/// What a checkpoint's training repeats for every loss, on `batch` images: the UNet's way up from the bottleneck, and the
-/// gradient back to it.
+/// What a checkpoint's training repeats for every loss, on `batch` images: the UNet's way up from the bottleneck, and
+/// the gradient back to it.
 ///
 /// # Errors
 /// What the config has wrong, or that there is none.
@@ -311,12 +311,30 @@ pub struct Row {
     /// Median seconds of one: on a GPU with a cold L2 cache, on a CPU with the caches as the operation before left
     /// them.
     pub seconds: f64,
+    /// Least seconds of one, likewise.
+    pub least: f64,
+    /// Seconds that nine of ten take no more than, likewise.
+    pub p90: f64,
     /// On a GPU, median seconds of one that ran just before.
     pub warm: Option<f64>,
     /// Floating-point operations of one's matrix products.
     pub flops: f64,
     /// Bytes one must move.
     pub bytes: f64,
+}
+
+impl Peaks {
+    /// The same, raised to the rates of operations that did better than the products and copies that were measured, so
+    /// that nothing is above the best.
+    #[must_use]
+    pub fn with(self, table: &Table) -> Self {
+        let best = |rate: fn(&Row) -> f64, peak: f64| table.rows.iter().map(rate).fold(peak, f64::max);
+        Peaks {
+            flops: best(|row| row.flops / row.seconds, self.flops),
+            bytes: best(|row| row.bytes / row.seconds, self.bytes),
+            ..self
+        }
+    }
 }
 
 impl Row {
@@ -354,7 +372,7 @@ pub fn kernels(launches: &[Launch]) -> String {
 /// Times the operations of a network for which `wanted` is true, each as the median of `runs` passes over all alike.
 ///
 /// # Errors
-/// [`crate::Error::Device`]: the driver's word, memory, or an operation without a kernel.
+/// [`crate::ErrorKind::DeviceLost`]: the driver's word, memory, or an operation without a kernel.
 pub fn measure(
     device: &Device,
     network: &str,
@@ -388,18 +406,31 @@ pub fn measure(
             let case = Case::of(&graph, node);
             let place = *places.entry(case.clone()).or_insert_with(|| {
                 let (label, flops, bytes) = (case.to_string(), case.flops(), bytes(device, &graph, node));
-                let row =
-                    Row { case, label, count: 0, kernels: kernels(launches), seconds: 0.0, warm: None, flops, bytes };
+                let row = Row {
+                    case,
+                    label,
+                    count: 0,
+                    kernels: kernels(launches),
+                    seconds: 0.0,
+                    least: 0.0,
+                    p90: 0.0,
+                    warm: None,
+                    flops,
+                    bytes,
+                };
                 rows.push((row, Default::default()));
                 rows.len() - 1
             });
             rows[place].1[*cache as usize].push(time);
         })?;
     }
-    let finish = |(mut row, [cold, warm]): (Row, [Vec<Duration>; 2])| {
+    let finish = |(mut row, [mut cold, mut warm]): (Row, [Vec<Duration>; 2])| {
+        cold.sort();
+        warm.sort();
         row.count = cold.len() / runs.max(1);
-        row.seconds = median(cold).unwrap_or(0.0);
-        row.warm = median(warm);
+        let at = |share: f64| quantile(&cold, share).unwrap_or(0.0);
+        (row.least, row.seconds, row.p90) = (at(0.0), at(0.5), at(0.9));
+        row.warm = quantile(&warm, 0.5);
         row
     };
     let mut rows: Vec<Row> = rows.into_iter().map(finish).collect();
@@ -419,10 +450,10 @@ pub fn measure(
     Ok(Table { network: network.into(), rows, step: start.elapsed().as_secs_f64() / runs.max(1) as f64 })
 }
 
-/// Seconds, if there are any.
-fn median(mut times: Vec<Duration>) -> Option<f64> {
-    times.sort();
-    times.get(times.len() / 2).map(Duration::as_secs_f64)
+/// Seconds at a share of sorted times, 0.5 for the median, if there are any.
+fn quantile(times: &[Duration], share: f64) -> Option<f64> {
+    let last = times.len().saturating_sub(1);
+    times.get(((times.len() as f64 * share) as usize).min(last)).map(Duration::as_secs_f64)
 }
 
 /// Measures what the device can do at best: matrix products and copies of growing size, until one takes a while, and
@@ -502,8 +533,8 @@ mod tests {
         }
     }
 
-    /// A convolution's gradient by data costs its share of the convolution, exactly; attention's needs one product more than
-    /// its result by queries alone, three more by keys and values too.
+    /// A convolution's gradient by data costs its share of the convolution, exactly; attention's needs one product more
+    /// than its result by queries alone, three more by keys and values too.
     #[test]
     fn a_gradient_costs_what_its_products_do() {
         let (_, graph) = training(&SD15, 1).unwrap();

@@ -72,7 +72,7 @@ impl Device {
     /// Reads and packs a network's weights.
     ///
     /// # Errors
-    /// What the files have wrong, or [`Error::Device`] when device memory is short.
+    /// What the files have wrong, or [`crate::ErrorKind::OutOfMemory`] when device memory is short.
     pub fn weights(&self, specs: &[WeightSpec], tensors: &Tensors) -> Result<Weights> {
         self.weights_beside(specs, tensors, &[], MatrixPrecision::Fp32)
     }
@@ -81,7 +81,7 @@ impl Device {
     /// checkpoint hold from them.
     ///
     /// # Errors
-    /// As [`Device::weights`], and [`Error::Usage`] for a precision that the device has not.
+    /// As [`Device::weights`], and [`crate::ErrorKind::Invalid`] for a precision that the device has not.
     pub fn weights_beside(
         &self,
         specs: &[WeightSpec],
@@ -108,8 +108,8 @@ impl Device {
     /// Allocates what a plan of this device needs and readies it to run.
     ///
     /// # Errors
-    /// [`Error::Device`] when memory is short, an operation has no kernel, or plan or weights are another device's or
-    /// network's.
+    /// [`crate::ErrorKind::OutOfMemory`] when memory is short, an operation has no kernel, or plan or weights are
+    /// another device's or network's.
     pub fn executor(&self, plan: Plan, weights: &Weights) -> Result<Executor> {
         let plan = Arc::new(plan);
         match (&self.0, weights) {
@@ -190,8 +190,8 @@ impl Executor {
     /// Writes the named input, which keeps its value from run to run.
     ///
     /// # Errors
-    /// [`Error::Usage`] for an index (a token id) beyond what it chooses from, [`Error::Device`] with the driver's
-    /// word.
+    /// [`crate::ErrorKind::Invalid`] for an index (a token id) beyond what it chooses from,
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     ///
     /// # Panics
     /// If the graph has no such input, or one of another length.
@@ -205,7 +205,7 @@ impl Executor {
     /// Writes the named input with an output of the last run of another executor on the same device.
     ///
     /// # Errors
-    /// [`Error::Device`] with the driver's word.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     ///
     /// # Panics
     /// If one graph has no such input, or the other no such output of its length.
@@ -220,7 +220,7 @@ impl Executor {
     /// The named output of the last run.
     ///
     /// # Errors
-    /// [`Error::Device`]: the driver's word, also about the run.
+    /// [`crate::ErrorKind::DeviceLost`]: the driver's word, also about the run.
     ///
     /// # Panics
     /// If the graph has no such output.
@@ -234,7 +234,7 @@ impl Executor {
     /// Runs what depends on constant inputs alone; needed once after they change.
     ///
     /// # Errors
-    /// [`Error::Device`] with the driver's word, or the emulator's about a faulty kernel.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word, or the emulator's about a faulty kernel.
     pub fn prologue(&mut self) -> Result<()> {
         match self {
             Executor::Cpu(executor) => {
@@ -276,7 +276,7 @@ impl Executor {
     /// Waits until all work given before is done, so that a clock read afterwards has timed it.
     ///
     /// # Errors
-    /// [`Error::Device`] with the driver's word about that work.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word about that work.
     pub fn wait(&self) -> Result<()> {
         match self {
             Executor::Cpu(_) => Ok(()),

@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Links that are followed to one file, as Linux does.
 const MAX_LINKS: usize = 40;
 
-/// Writes a file. A reader of the path finds the old file or the new one, even after a power cut: the bytes go to a draft
-/// beside it, which is renamed. Symbolic links stay and lead to the new file, whose permissions are the old one's.
-/// Devices, pipes and sockets are written to and stay what they are.
+/// Writes a file. A reader of the path finds the old file or the new one, even after a power cut: the bytes go to a
+/// draft beside it, which is renamed. Symbolic links stay and lead to the new file, whose permissions are the old
+/// one's. Devices, pipes and sockets are written to and stay what they are.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Io`] or [`crate::ErrorKind::NotFound`]; the draft is removed.

@@ -36,7 +36,8 @@ impl Picture {
     /// Rounds as diffusers' `VaeImageProcessor` does: `(x / 2 + 0.5) * 255` in f32, halves to even.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] if a value is NaN or infinite; [`Error::Usage`] if the sizes do not agree.
+    /// [`crate::ErrorKind::NonFinite`] if a value is NaN or infinite; [`crate::ErrorKind::Invalid`] if the sizes do not
+    /// agree.
     pub fn from_chw(values: &[f32], height: usize, width: usize) -> Result<Self> {
         let plane = height.saturating_mul(width);
         Self::from_values(values, height, width, |index| index % 3 * plane + index / 3)
@@ -74,8 +75,8 @@ impl Picture {
     /// Encodes as PNG. Each `(keyword, text)` becomes a `tEXt` chunk when it is Latin-1, else an `iTXt` chunk.
     ///
     /// # Errors
-    /// [`Error::Usage`] if `rgb` does not match the size, a keyword is not 1 to 79 Latin-1 characters, or a text holds
-    /// U+0000.
+    /// [`crate::ErrorKind::Invalid`] if `rgb` does not match the size, a keyword is not 1 to 79 Latin-1 characters, or
+    /// a text holds U+0000.
     pub fn to_png(&self, metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
         let refused =
             |error: png::EncodingError| Error::invalid("rgb", format!("cannot encode the picture as PNG: {error}"));
@@ -104,11 +105,11 @@ impl Picture {
         Ok(bytes)
     }
 
-    /// Writes [`Picture::to_png`] to `path`, replacing a file there. The file appears whole or not at all: it is written
-    /// beside `path` and then renamed.
+    /// Writes [`Picture::to_png`] to `path`, replacing a file there. The file appears whole or not at all: it is
+    /// written beside `path` and then renamed.
     ///
     /// # Errors
-    /// [`Error::Io`] if the folder cannot be written; those of [`Picture::to_png`].
+    /// [`crate::ErrorKind::Io`] if the folder cannot be written; those of [`Picture::to_png`].
     pub fn save_png(&self, path: &Path, metadata: &[(&str, &str)]) -> Result<()> {
         crate::files::write(path, &self.to_png(metadata)?)
     }
@@ -117,7 +118,7 @@ impl Picture {
 /// The text chunks of a PNG file as `(keyword, text)`: `tEXt`, `zTXt` and `iTXt`, those after the pixels included.
 ///
 /// # Errors
-/// [`Error::Io`] if the file cannot be read, [`Error::Checkpoint`] if it is no whole PNG.
+/// [`crate::ErrorKind::Io`] if the file cannot be read, [`crate::ErrorKind::Damaged`] if it is no whole PNG.
 pub fn read_png_text(path: &Path) -> Result<Vec<(String, String)>> {
     let file = File::open(path).map_err(Error::io("read", path))?;
     let damaged = |error: png::DecodingError| match error {
@@ -248,7 +249,7 @@ impl GenerationInfo {
     /// All fields as one JSON object, which reads back as an equal `GenerationInfo`.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] if the guidance is not a number, which JSON cannot say.
+    /// [`crate::ErrorKind::NonFinite`] if the guidance is not a number, which JSON cannot say.
     pub fn json(&self) -> Result<String> {
         if !self.guidance.is_finite() {
             return Err(Error::non_finite(format!("a guidance scale of {} cannot be recorded", self.guidance)));

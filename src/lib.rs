@@ -1,6 +1,6 @@
 //! Text to image with Stable Diffusion 1.x, 2.x and SDXL, fast, fair and safe, with no ML framework: on the CPU, and on
-//! NVIDIA GPUs with kernels of its own. It implements RespoDiff (arXiv 2509.15257): concepts that are added at the UNet's
-//! bottleneck, and their training.
+//! NVIDIA GPUs with kernels of its own. It implements RespoDiff (arXiv 2509.15257): concepts that are added at the
+//! UNet's bottleneck, and their training.
 //!
 //! An [`Engine`] is a checkpoint on a [`Device`]. It makes [`Session`]s, each for pictures of one size and batch, which
 //! answer [`Request`]s: lists of [`Image`]s with a prompt, seed, guidance scale and [`Concept`]s each.

@@ -431,7 +431,7 @@ fn sdxl_balanced_and_cropped() {
 #[test]
 fn interrupted_runs_leave_nothing_half_done() {
     use std::time::Duration;
-    for (signal, code) in [("-INT", Some(130)), ("-KILL", None)] {
+    for (signal, code) in [("-INT", Some(130)), ("-TERM", Some(130)), ("-KILL", None)] {
         let folder = tempfile::tempdir().unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
             .args(["sample", "a cook", "--steps", "900", "--batch", "16", "--out", "x.png"])
@@ -603,4 +603,143 @@ fn bench_times_the_operations_that_the_filter_names() {
         &["bench", "--model", "demo", "--device", "cpu", "--runs", "1", "--filter", "nonsense"],
     );
     assert_eq!(nothing.status.code(), Some(2));
+}
+
+/// The bytes with which files of each format begin.
+const MAGIC: [(&str, &[u8]); 4] =
+    [("png", b"\x89PNG"), ("jpg", b"\xff\xd8\xff"), ("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF")];
+
+#[test]
+fn names_choose_formats_folders_and_templates() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |out: &str, more: &[&str]| {
+        let args = ["sample", "-p", "a cook", "-s", "1", "--seed", "3", "--quiet", "-o", out];
+        respodiff(folder.path(), &[&args[..], more].concat())
+    };
+    for (extension, magic) in MAGIC {
+        let name = format!("x.{extension}");
+        let output = run(&name, &[]);
+        assert!(output.status.success() && output.stderr.is_empty(), "{}", text(&output.stderr));
+        let bytes = std::fs::read(folder.path().join(&name)).unwrap();
+        assert!(bytes.starts_with(magic), "{name}");
+        if extension != "png" {
+            // The parameters as EXIF, in UTF-16.
+            let prompt: Vec<u8> = "a cook".encode_utf16().flat_map(u16::to_be_bytes).collect();
+            assert!(bytes.windows(prompt.len()).any(|window| window == prompt), "{name}");
+        }
+    }
+    let output = run("-", &[]);
+    assert!(output.stdout.starts_with(b"\x89PNG"));
+    assert_eq!(output.stdout, std::fs::read(folder.path().join("x.png")).unwrap());
+    assert!(run("new/inner/", &["--batch", "2"]).status.success());
+    assert_eq!(files(&folder.path().join("new/inner")), ["a-cook-3-0.png", "a-cook-3-1.png"]);
+    assert!(run("{prompt}_{seed}_{i}.webp", &["--batch", "2"]).status.success());
+    assert!(run("{width}x{height}.png", &["-W", "72", "-H", "64"]).status.success());
+    let names = files(folder.path());
+    for name in ["a-cook_3_0.webp", "a-cook_4_1.webp", "72x64.png"] {
+        assert!(names.iter().any(|found| found == name), "{name} is not among {names:?}");
+    }
+    for (out, more, word) in [
+        ("x.gif", &[][..], ".webp"),
+        ("{colour}.png", &[], "{seed}"),
+        ("{width}.png", &[], "--width"),
+        ("-", &["--batch", "2"], "stdout"),
+    ] {
+        let output = run(out, more);
+        assert_eq!(output.status.code(), Some(2), "{out}");
+        assert!(text(&output.stderr).contains(word), "{}", text(&output.stderr));
+    }
+    assert_eq!(files(folder.path()), names);
+}
+
+#[test]
+fn prompts_from_a_file_are_mixed_in_batches() {
+    let folder = tempfile::tempdir().unwrap();
+    let lines =
+        "a cook\n\n{\"prompt\": \"a nurse\", \"seed\": 9, \"guidance\": 2, \"negative_prompt\": \"a hat\"}\na cook\n";
+    std::fs::write(folder.path().join("prompts.txt"), lines).unwrap();
+    let base = ["--steps", "2", "--seed", "5", "--quiet"];
+    let all = ["sample", "--prompts", "prompts.txt", "--batch", "2", "--out", "{i}.png"];
+    let output = respodiff(folder.path(), &[&all[..], &base].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let alone = |args: &[&str]| {
+        let output = respodiff(folder.path(), &[&["sample"], args, &["--steps", "2", "--quiet", "-o", "-"]].concat());
+        output.stdout
+    };
+    let picture = |i: usize| std::fs::read(folder.path().join(format!("{i}.png"))).unwrap();
+    assert_eq!(picture(0), alone(&["a cook", "--seed", "5"]));
+    assert_eq!(picture(1), alone(&["a nurse", "--seed", "9", "--cfg-scale", "2", "-n", "a hat"]));
+    assert_eq!(picture(2), alone(&["a cook", "--seed", "7"]));
+    std::fs::write(folder.path().join("prompts.txt"), "{\"prompt\": 3}").unwrap();
+    let output = respodiff(folder.path(), &all);
+    assert!(text(&output.stderr).contains("line 1"), "{}", text(&output.stderr));
+    // Prompts and seeds as people write them.
+    assert!(respodiff(folder.path(), &["sample", "--prompt=-1 cook", "--seed", "-1", "--steps", "1"]).status.success());
+    let output = respodiff(folder.path(), &["sample", "a cook", "--prompt", "a nurse"]);
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn pictures_are_made_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = ["sample", "a doctor", "--steps", "2", "--seed", "4", "--batch", "2", "--balance", "woman,man"];
+    let output = respodiff(folder.path(), &[&make[..], &["-o", "x.png", "-q"]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let output = respodiff(folder.path(), &["rerun", "x-1.png"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("the same bytes"), "{}", text(&output.stderr));
+    let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+    assert_eq!(read("x-1.png"), read("x-1-again.png"));
+    // Its record names model and concepts by hashes.
+    let tags = respodiff::image::read_png_text(&folder.path().join("x-1.png")).unwrap();
+    let info: serde_json::Value =
+        serde_json::from_str(&tags.iter().find(|(k, _)| k == "respodiff").unwrap().1).unwrap();
+    assert_eq!(info["model_sha256"].as_str().unwrap().len(), 64);
+    assert!(info["model_fingerprint"].is_string() && info["concepts"][0]["fingerprint"].is_string(), "{info}");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/checkpoints/sd1");
+    let output = respodiff(folder.path(), &["rerun", "x-1.png", "--model", golden.to_str().unwrap()]);
+    assert!(text(&output.stderr).contains("SHA-256"), "{}", text(&output.stderr));
+    let output = respodiff(folder.path(), &["sample", "x", "--concept", "nobody"]);
+    assert!(text(&output.stderr).contains("woman"), "{}", text(&output.stderr));
+}
+
+#[test]
+fn reports_are_json() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = |args: &[&str]| -> serde_json::Value {
+        let output = respodiff(folder.path(), args);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|problem| panic!("{problem}: {}", text(&output.stdout)))
+    };
+    let info = json(&["info", "--json"]);
+    assert_eq!((&info["scheduler"], &info["prediction"]), (&"PNDMScheduler".into(), &"epsilon".into()), "{info}");
+    assert!(info["components"].as_array().unwrap().len() == 3 && info["fingerprint"].is_string(), "{info}");
+    let concepts = json(&["concept", "show", "woman", "man", "--json"]);
+    assert_eq!(concepts[1]["concept"], "a man");
+    let report =
+        json(&["train", "--target", "a woman", "--iterations", "2", "--sheet", "0", "--out", "w.st", "--json", "-q"]);
+    assert_eq!((&report["iterations"], &report["concept"]), (&2.into(), &"w.st".into()), "{report}");
+    let bench = ["bench", "--model", "demo", "--device", "cpu", "--runs", "1", "--filter", "vae", "--json", "b.json"];
+    assert!(respodiff(folder.path(), &bench).status.success());
+    let output = respodiff(folder.path(), &[&bench[..9], &["--compare", "b.json"]].concat());
+    let table = text(&output.stdout);
+    assert!(table.contains("of the earlier run's step") && table.contains("of its time"), "{table}");
+    for line in table.lines() {
+        assert!(line.chars().count() <= 120, "{line}");
+        let best = line.rsplit(' ').next().and_then(|number| number.parse::<f64>().ok());
+        assert!(best.is_none_or(|percent| percent <= 100.0), "{line}");
+    }
+}
+
+#[test]
+fn shells_and_manuals_are_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = |args: &[&str]| text(&respodiff(folder.path(), args).stdout);
+    assert!(said(&["completions", "bash"]).contains("complete -F _respodiff"));
+    assert!(said(&["man"]).starts_with(".ie") || said(&["man"]).contains(".TH respodiff"));
+    for args in [["probe", "grad"], ["probe", "scheduler"]] {
+        let rest = ["--inputs", "x", "--output", "y", "--precision", "int8"];
+        let output = respodiff(folder.path(), &[&args[..], &rest].concat());
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", text(&output.stderr));
+    }
 }

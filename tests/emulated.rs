@@ -22,8 +22,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use support::{golden, kernels, relative_l2, root};
 
-/// What is promised of a UNet call. Whole samplings stay within it where fp16 can: PyTorch's own latents of the demo are 4e-3
-/// off in fp16 after 25 steps; after 6, whose steps are too coarse for PNDM, they are 7e-3 to 5e-2 off.
+/// What is promised of a UNet call. Whole samplings stay within it where fp16 can: PyTorch's own latents of the demo
+/// are 4e-3 off in fp16 after 25 steps; after 6, whose steps are too coarse for PNDM, they are 7e-3 to 5e-2 off.
 const TOLERANCE: f64 = 1e-2;
 
 fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Output {
@@ -145,8 +145,8 @@ fn what_cannot_be_is_refused() {
     assert!(go(fine, next).is_ok());
 }
 
-/// A decoder whose stream leaves fp16's range, as SDXL's does: the first convolution's result `factor` times as large. What
-/// reads the stream are norms, so the picture stays nearly what it was.
+/// A decoder whose stream leaves fp16's range, as SDXL's does: the first convolution's result `factor` times as large.
+/// What reads the stream are norms, so the picture stays nearly what it was.
 #[test]
 fn a_vae_beyond_fp16_decodes() {
     let case = support::cases("vae_sd1_", 1).remove(0);
@@ -211,9 +211,9 @@ fn enlarged(network: &str, prefix: &str, factor: f32) -> tempfile::TempDir {
     folder
 }
 
-/// Two iterations of a training: rollout, targets, both losses and both steps. Losses are mean squares of differences of
-/// predictions, which fp16 leaves off by about 2e-3 of their size, 1. Adam's first steps are the gradients' signs: where one
-/// number in 400 has the wrong one, a module is off by a tenth.
+/// Two iterations of a training: rollout, targets, both losses and both steps. Losses are mean squares of differences
+/// of predictions, which fp16 leaves off by about 2e-3 of their size, 1. Adam's first steps are the gradients' signs:
+/// where one number in 400 has the wrong one, a module is off by a tenth.
 #[test]
 fn the_demo_trains_as_on_the_cpu() {
     let run = |device: &Device| {
@@ -247,8 +247,8 @@ fn the_demo_trains_as_on_the_cpu() {
     }
 }
 
-/// The host takes no part in a rollout of constants: however many steps one takes, an iteration reads from the device as
-/// often, and writes as often. The memory is what was planned.
+/// The host takes no part in a rollout of constants: however many steps one takes, an iteration reads from the device
+/// as often, and writes as often. The memory is what was planned.
 #[test]
 fn rollouts_wait_for_nothing_but_their_end() {
     let device = Emulated::new(Limits::A100, Emulated::QUICK);
@@ -363,8 +363,8 @@ impl cuda::CudaDevice for Counting {
     }
 }
 
-/// Networks whose layers are as 9.0's kernels want them, which those of the recorded checkpoints are not: a UNet with heads of 64,
-/// two sources, doubled ones and a shifted bottleneck, and a VAE's decoder, with random weights.
+/// Networks whose layers are as 9.0's kernels want them, which those of the recorded checkpoints are not: a UNet with
+/// heads of 64, two sources, doubled ones and a shifted bottleneck, and a VAE's decoder, with random weights.
 #[test]
 fn networks_of_whole_stages_on_an_h100() {
     let unet_config = r#"{"_class_name": "UNet2DConditionModel", "sample_size": 16, "cross_attention_dim": 64,

@@ -23,7 +23,8 @@ fn check(
     check_around(0.0, label, build, x_shape, other, plain);
 }
 
-/// The same for an `x` with that mean. What scales and shifts `x` rounds in proportion to it, and its deviation is 1 / sqrt(3).
+/// The same for an `x` with that mean. What scales and shifts `x` rounds in proportion to it, and its deviation is 1 /
+/// sqrt(3).
 fn check_around(
     mean: f64,
     label: &str,
@@ -248,7 +249,8 @@ fn norms() {
             |x, m, w| group_norm(x, shape, groups, (&w["n.weight"], &w["n.bias"]), Some(m), true),
         );
     }
-    // A variance that is taken from squares leaves the norm 1e-3 off here. More than two numbers a group: of two, nearly all cancels.
+    // A variance that is taken from squares leaves the norm 1e-3 off here. More than two numbers a group: of two,
+    // nearly all cancels.
     for (shape, groups) in [(Shape::new(2, 3, 5, 12), 3), (Shape::new(1, 9, 9, 6), 2)] {
         check_around(
             100.0,

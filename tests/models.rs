@@ -1,5 +1,5 @@
-//! Every network against what transformers and diffusers recorded (`tests/golden`), from the same fp16 weights: on the CPU in
-//! fp32, and on the emulated kernels in fp16.
+//! Every network against what transformers and diffusers recorded (`tests/golden`), from the same fp16 weights: on the
+//! CPU in fp32, and on the emulated kernels in fp16.
 
 mod support;
 
@@ -17,8 +17,8 @@ use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2, run, run_all
 const TOLERANCE: f64 = 2e-5;
 /// Of the kernels on one call, and not more than twice the worst of PyTorch in fp16.
 const HALF_TOLERANCE: f64 = 1e-2;
-/// Of the kernels over all calls of a kind: the geometric mean of their errors as shares of PyTorch's. One call of a tiny
-/// network in fp16 is luck, forty are not.
+/// Of the kernels over all calls of a kind: the geometric mean of their errors as shares of PyTorch's. One call of a
+/// tiny network in fp16 is luck, forty are not.
 const HALF_MEAN: f64 = 1.25;
 
 /// Where a network is run.

@@ -1,5 +1,5 @@
-//! The modules of the crate stand one above the other: each names only those below it, so that a reader can take them in
-//! this order, and none needs another to be understood first.
+//! The modules of the crate stand one above the other: each names only those below it, so that a reader can take them
+//! in this order, and none needs another to be understood first.
 
 use std::path::{Path, PathBuf};
 

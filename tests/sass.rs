@@ -1,5 +1,5 @@
-//! The kernels' machine code: are the instructions there that make them fast? Looks where the build found nvcc, and cuobjdump
-//! beside it; otherwise there is nothing to look at.
+//! The kernels' machine code: are the instructions there that make them fast? Looks where the build found nvcc, and
+//! cuobjdump beside it; otherwise there is nothing to look at.
 
 use respodiff::cuda::compiled::FAMILIES;
 use std::path::Path;

@@ -1,5 +1,6 @@
-//! Single-file checkpoints against what diffusers' `from_single_file` made of the same files (`tests/golden/single.py`): files
-//! with all tensors of the released ones by name, but narrow, and with numbers that follow from the names.
+//! Single-file checkpoints against what diffusers' `from_single_file` made of the same files
+//! (`tests/golden/single.py`): files with all tensors of the released ones by name, but narrow, and with numbers that
+//! follow from the names.
 
 mod support;
 

@@ -13,8 +13,8 @@ use respodiff::weights::{Source, Tensors};
 use respodiff::{Device, Size};
 use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2};
 
-/// fp32 against float64: ours is up to 7e-5 off, PyTorch's own fp32 up to 4e-5. Smaller bottlenecks, whose norms are over a
-/// few numbers, lose another digit in both.
+/// fp32 against float64: ours is up to 7e-5 off, PyTorch's own fp32 up to 4e-5. Smaller bottlenecks, whose norms are
+/// over a few numbers, lose another digit in both.
 const TOLERANCE: f64 = 1e-4;
 
 fn source(case: &Case) -> Source {
@@ -89,10 +89,10 @@ fn gradients_of_both_losses() {
     }
 }
 
-/// In fp16. The way back through so many norms magnifies a rounding a thousandfold (see [`TOLERANCE`]), which from fp16's
-/// 5e-4 leaves a few hundredths: so it does of PyTorch's. A gradient is at most as far off as twice the worst of PyTorch's nine
-/// nearby calls; all together, as the geometric mean of shares of PyTorch's medians, at most a quarter more. A loss is a square,
-/// so it is off by twice what is promised of a UNet call, 1e-2.
+/// In fp16. The way back through so many norms magnifies a rounding a thousandfold (see [`TOLERANCE`]), which from
+/// fp16's 5e-4 leaves a few hundredths: so it does of PyTorch's. A gradient is at most as far off as twice the worst of
+/// PyTorch's nine nearby calls; all together, as the geometric mean of shares of PyTorch's medians, at most a quarter
+/// more. A loss is a square, so it is off by twice what is promised of a UNet call, 1e-2.
 #[cfg(feature = "emulated")]
 #[test]
 fn gradients_on_the_kernels() {
@@ -202,8 +202,8 @@ fn trainers_do_what_the_paper_says() {
     }
 }
 
-/// SDXL at 1024x1024, batch 1: computing activations once more spares most of them, and in fp16 a GPU of 24 GB has room for
-/// everything, kept or not.
+/// SDXL at 1024x1024, batch 1: computing activations once more spares most of them, and in fp16 a GPU of 24 GB has room
+/// for everything, kept or not.
 #[test]
 fn memory_plans_of_sdxl() {
     let source = SDXL;

@@ -1,7 +1,7 @@
 //! Compiles every kernel of the engine for the emulator.
 //!
-//! `kernels` and `instrumented.rs` here are symbolic links. A published package holds the files instead, since it cannot
-//! reach beyond its own folder.
+//! `kernels` and `instrumented.rs` here are symbolic links. A published package holds the files instead, since it
+//! cannot reach beyond its own folder.
 
 include!("instrumented.rs");
 

@@ -9,7 +9,7 @@ use crate::graph::Graph;
 use crate::weights::Source;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -26,7 +26,7 @@ pub(super) struct Args {
     #[arg(long)]
     training: bool,
     /// Measure nothing: the kernels that each operation gets on this card, which need not be there
-    #[arg(long, value_enum, value_name = "CARD", conflicts_with_all = ["runs", "json", "device"])]
+    #[arg(long, value_enum, value_name = "CARD", conflicts_with_all = ["runs", "json", "compare", "device"])]
     plans: Option<Card>,
     /// Passes over each network [default: 20 on a GPU, 3 elsewhere]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
@@ -34,6 +34,9 @@ pub(super) struct Args {
     /// Also write the numbers here
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Compare with what an earlier run wrote by --json: the whole, and the operations that changed most
+    #[arg(long, value_name = "FILE")]
+    compare: Option<PathBuf>,
     /// Where to compute
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
@@ -91,6 +94,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if let Some(file) = &args.json {
         check_writable(file)?;
     }
+    let earlier = args.compare.as_deref().map(Earlier::read).transpose()?;
     let source = match args.model.as_str() {
         "sd15" => SD15,
         "sdxl" => SDXL,
@@ -115,7 +119,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         _ => 3,
     };
     let runs = args.runs.map_or(usual, usize::from);
-    let peaks = peaks(&device)?;
+    let mut peaks = peaks(&device)?;
     say(&format!("device  {}", device.name()));
     say(&format!(
         "best    {:.3} TFLOP/s in matrix products, {:.1} GB/s in copies, {:.2} us a launch in a step",
@@ -128,7 +132,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let wanted = |case: &Case| wanted(network, &case.to_string());
         let table = measure(&device, network, graph, args.precision.of_matrices(), runs, wanted)?;
         if !table.rows.is_empty() {
+            peaks = peaks.with(&table);
             print(&table, &peaks);
+            if let Some(earlier) = &earlier {
+                earlier.print(&table);
+            }
             tables.push(table);
             if let Some(file) = &args.json {
                 // After every network, so that little is lost when time runs out.
@@ -143,10 +151,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     if tables.is_empty() {
         let filter = args.filter.as_deref().unwrap_or_default();
-        return Err(Error::invalid(
-            "filter",
-            format!("--filter {filter}: no operation of {} has this in its line", args.model),
-        ));
+        return Err(Error::invalid("filter", format!("no operation of {} has `{filter}` in its line", args.model))
+            .advise("leave it out to see all of them"));
     }
     if let Some(file) = &args.json {
         say(&file.display().to_string());
@@ -157,8 +163,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
 fn print(table: &Table, peaks: &Peaks) {
     say("");
     say(&format!(
-        "{:44} {:>5} {:>10} {:>9} {:>9} {:>8} {:>7} {:>7}  kernels and their grids",
-        table.network, "count", "median us", "warm us", "total ms", "TFLOP/s", "GB/s", "% best"
+        "{:44} {:>5} {:>9} {:>9} {:>9} {:>9} {:>8} {:>7} {:>6}",
+        table.network, "count", "min us", "median us", "p90 us", "warm us", "TFLOP/s", "GB/s", "% best"
     ));
     for row in &table.rows {
         let rate = |work: f64, unit: f64, digits: usize| match work > 0.0 {
@@ -166,18 +172,79 @@ fn print(table: &Table, peaks: &Peaks) {
             false => "-".into(),
         };
         say(&format!(
-            "{:44} {:>5} {:>10.1} {:>9} {:>9.3} {:>8} {:>7} {:>7.1}  {}",
+            "{:44} {:>5} {:>9.1} {:>9.1} {:>9.1} {:>9} {:>8} {:>7} {:>6.1}",
             row.label,
             row.count,
+            row.least * 1e6,
             row.seconds * 1e6,
+            row.p90 * 1e6,
             row.warm.map_or("-".into(), |seconds| format!("{:.1}", seconds * 1e6)),
-            row.seconds * row.count as f64 * 1e3,
             rate(row.flops, 1e12, 2),
             rate(row.bytes, 1e9, 1),
-            100.0 * row.of_bound(peaks),
-            row.kernels
+            100.0 * row.of_bound(peaks)
         ));
     }
     let (total, step) = (table.total() * 1e3, table.step * 1e3);
     say(&format!("{:44} {total:.3} ms one by one, {step:.3} ms a step in one piece", "in all"));
+}
+
+/// Medians of an earlier run, in seconds.
+struct Earlier {
+    /// By network and operation.
+    operations: BTreeMap<(String, String), f64>,
+    /// Of a step in one piece, by network.
+    steps: BTreeMap<String, f64>,
+}
+
+/// Operations that are told of, of those that changed most.
+const WORST: usize = 5;
+
+impl Earlier {
+    fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let all: Report = serde_json::from_str(&text).map_err(|problem| {
+            Error::damaged(path, format!("not a report of bench: {problem}")).advise("give a file that --json wrote")
+        })?;
+        let mut earlier = Earlier { operations: BTreeMap::new(), steps: BTreeMap::new() };
+        for Network { network, rows, step } in all.networks {
+            earlier.steps.insert(network.clone(), step);
+            earlier.operations.extend(rows.into_iter().map(|row| ((network.clone(), row.label), row.seconds)));
+        }
+        Ok(earlier)
+    }
+
+    /// Tells how long a network takes beside the earlier run.
+    fn print(&self, table: &Table) {
+        if let Some(step) = self.steps.get(&table.network) {
+            say(&format!("{:44} {:.3} of the earlier run's step", "compared", table.step / step));
+        }
+        let ratio = |label: &String, seconds: f64| {
+            let before = self.operations.get(&(table.network.clone(), label.clone()))?;
+            Some((label.clone(), seconds / before))
+        };
+        let mut ratios: Vec<_> = table.rows.iter().filter_map(|row| ratio(&row.label, row.seconds)).collect();
+        ratios.sort_by(|a, b| b.1.ln().abs().total_cmp(&a.1.ln().abs()));
+        for (label, ratio) in ratios.into_iter().take(WORST) {
+            say(&format!("  {label:42} {ratio:.3} of its time"));
+        }
+    }
+}
+
+/// What [`Earlier`] reads of a report.
+#[derive(serde::Deserialize)]
+struct Report {
+    networks: Vec<Network>,
+}
+
+#[derive(serde::Deserialize)]
+struct Network {
+    network: String,
+    rows: Vec<Operation>,
+    step: f64,
+}
+
+#[derive(serde::Deserialize)]
+struct Operation {
+    label: String,
+    seconds: f64,
 }

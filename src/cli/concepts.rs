@@ -1,7 +1,7 @@
 //! The flags that choose concepts, and `respodiff concept`.
 
 use super::{model, say, warn};
-use crate::concept::{Concept, Form, Group, NumberFormat, assign, import};
+use crate::concept::{Concept, Form, Group, Module, NumberFormat, assign, import};
 use crate::engine::{Engine, read_config};
 use crate::files::check_writable;
 use crate::models::UNetConfig;
@@ -12,8 +12,8 @@ use std::sync::Arc;
 /// Which concepts the images get.
 #[derive(clap::Args)]
 pub(super) struct Flags {
-    /// Shift every image by this concept, a file or the name of one of the demo's (woman, man, asian, black, white); repeat to
-    /// compose
+    /// Shift every image by this concept, a file or the name of one of the demo's (woman, man, asian, black, white);
+    /// repeat to compose
     #[arg(long = "concept", value_name = "FILE[:WEIGHT]")]
     concepts: Vec<String>,
     /// Give each image one of these concepts, by exact quotas; repeat to cross groups
@@ -242,14 +242,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
 fn summary(path: &Path) -> Result<serde_json::Value> {
     let concept = read(path)?;
     let (metadata, shape) = (&concept.metadata, concept.shape());
-    let norm =
-        |module: &crate::concept::Module| module.parameters.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    let norm = |module: &Module| module.parameters.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
     Ok(serde_json::json!({
         "file": path.display().to_string(), "concept": metadata.concept, "kind": metadata.kind.name(),
         "neutral": metadata.neutral, "base_model": metadata.base_model, "base_fingerprint": metadata.fingerprint,
         "fingerprint": concept.fingerprint(), "form": format!("{:?}", concept.ram.form()).to_lowercase(),
-        "bottleneck": [shape.c, shape.h, shape.w], "ram_norm": norm(&concept.ram), "sam_norm": concept.sam.as_ref().map(norm),
-        "iterations": metadata.iterations, "losses": metadata.losses, "recipe": metadata.recipe, "other": metadata.other,
+        "bottleneck": [shape.c, shape.h, shape.w],
+        "ram_norm": norm(&concept.ram), "sam_norm": concept.sam.as_ref().map(norm),
+        "iterations": metadata.iterations, "losses": metadata.losses,
+        "recipe": metadata.recipe, "other": metadata.other,
     }))
 }
 

@@ -7,6 +7,7 @@ use crate::graph::{Extent, Graph};
 use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder};
 use crate::weights::Source;
 use crate::{Device, Result};
+use serde_json::{Value, json};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -19,20 +20,23 @@ pub(super) struct Args {
     /// Where it would run
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
+    /// As one JSON object
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let source = model::source(args.model.as_deref())?;
     let device = args.device.open()?;
-    say(&format!("model      {}", source.name()));
-    say(&format!("device     {}", device.name()));
     let batch = args.batch as usize;
+    let mut report = json!({"model": source.name(), "device": device.name(), "batch": batch});
+    let mut components = Vec::new();
     let mut tokens = 77;
     for encoder in ["text_encoder", "text_encoder_2"] {
         if source.has(&format!("{encoder}/config.json")) {
             let config = read_config(&source, encoder, ClipConfig::parse)?;
-            tokens = config.max_position_embeddings;
-            report(&device, &source, encoder, text_encoder(&config, 2))?;
+            tokens = config.tokens;
+            components.push(component(&device, &source, encoder, text_encoder(&config, 2))?);
         }
     }
     let (mut h, mut w) = (64, 64);
@@ -40,18 +44,43 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let config = read_config(&source, "unet", UNetConfig::parse)?;
         (h, w) = config.sample_size.unwrap_or((h, w));
         let input = UNetInput { rows: 2 * batch, h, w, tokens, shifted: 0 };
-        report(&device, &source, "unet", unet(&config, input))?;
+        components.push(component(&device, &source, "unet", unet(&config, input))?);
+        report["family"] = family(&config).into();
+        report["fingerprint"] = source.tensors("unet")?.fingerprint()?.into();
     }
     if source.has("vae/config.json") {
         let config = read_config(&source, "vae", VaeConfig::parse)?;
-        say(&format!("picture    {}x{} in a batch of {batch}, guided", w * config.scale(), h * config.scale()));
-        report(&device, &source, "vae", vae_decoder(&config, 1, Extent { h, w }))?;
+        report["width"] = (w * config.scale()).into();
+        report["height"] = (h * config.scale()).into();
+        components.push(component(&device, &source, "vae", vae_decoder(&config, 1, Extent { h, w }))?);
+    }
+    let scheduler = "scheduler/scheduler_config.json";
+    if source.has(scheduler) {
+        let config: Value = crate::json::parse(&source.read_text(scheduler)?, &source.path(scheduler))?;
+        report["scheduler"] = config["_class_name"].clone();
+        report["prediction"] = config["prediction_type"].as_str().unwrap_or("epsilon").into();
+    }
+    report["components"] = components.into();
+    match args.json {
+        true => say(&format!("{report:#}")),
+        false => print(&report),
     }
     Ok(())
 }
 
-fn report(device: &Device, source: &Source, component: &str, graph: Graph) -> Result<()> {
-    let tensors = source.tensors(component)?;
+/// The family that a UNet's shape shows.
+fn family(unet: &UNetConfig) -> &'static str {
+    match (unet.text_time.is_some(), unet.cross_attention_dim) {
+        (true, _) => "SDXL",
+        (false, 768) => "Stable Diffusion 1.x",
+        (false, 1024) => "Stable Diffusion 2.x",
+        (false, _) => "Stable Diffusion 1.x or 2.x, of another width",
+    }
+}
+
+/// A component's size on a device.
+fn component(device: &Device, source: &Source, name: &str, graph: Graph) -> Result<Value> {
+    let tensors = source.tensors(name)?;
     let parameters = graph.parameters();
     let plan = device.plan(graph, UNET_CONSTANTS);
     let (number, format) = match &device.0 {
@@ -59,16 +88,38 @@ fn report(device: &Device, source: &Source, component: &str, graph: Graph) -> Re
         Backend::Cuda(_) => (2, "fp16"),
     };
     let files: Vec<String> =
-        tensors.files().filter_map(|f| Some(f.file_name()?.to_string_lossy().into_owned())).collect();
-    let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
-    say(&format!(
-        "{component:14} {:>8.2} M parameters, {:>8.1} MiB of weights and {:>8.1} MiB of activations in {format}, {} + {} nodes, {}",
-        parameters as f64 / 1e6,
-        mib(parameters * number),
-        mib(plan.arena_bytes()),
-        plan.prologue().count(),
-        plan.step().count(),
-        files.join(" ")
-    ));
-    Ok(())
+        tensors.files().filter_map(|file| Some(file.file_name()?.to_string_lossy().into_owned())).collect();
+    Ok(json!({
+        "component": name, "parameters": parameters, "weight_bytes": parameters * number, "format": format,
+        "activation_bytes": plan.arena_bytes(), "files": files,
+        "prologue_nodes": plan.prologue().count(), "nodes": plan.step().count(),
+    }))
+}
+
+fn print(report: &Value) {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_string);
+    let keys = [("model", "model"), ("family", "family"), ("prediction", "prediction"), ("scheduler", "scheduler")];
+    for (key, name) in keys.into_iter().chain([("fingerprint", "weights"), ("device", "device")]) {
+        if !report[key].is_null() {
+            say(&format!("{name:11}{}", text(&report[key])));
+        }
+    }
+    if !report["width"].is_null() {
+        let [width, height, batch] = ["width", "height", "batch"].map(|key| text(&report[key]));
+        say(&format!("picture    {width}x{height} in a batch of {batch}, guided"));
+    }
+    for part in report["components"].as_array().into_iter().flatten() {
+        let mib = |key: &str| part[key].as_f64().unwrap_or(0.0) / f64::from(1 << 20);
+        let files: Vec<&str> = part["files"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        say(&format!(
+            "{:14} {:>8.2} M parameters, {:>8.1} MiB of weights and {:>8.1} MiB of activations in {}, {} nodes, {}",
+            text(&part["component"]),
+            part["parameters"].as_f64().unwrap_or(0.0) / 1e6,
+            mib("weight_bytes"),
+            mib("activation_bytes"),
+            text(&part["format"]),
+            part["nodes"],
+            files.join(" ")
+        ));
+    }
 }

@@ -83,8 +83,8 @@ pub(super) fn pictures(out: Option<&Path>, pictures: &[Named], seed: u64, size: 
     Ok(Pictures::Files(names))
 }
 
-/// The pattern's names: `{prompt}`, `{seed}`, `{i}`, `{width}` and `{height}` are replaced, and names that would be the same
-/// get `-0`, `-1`, ...
+/// The pattern's names: `{prompt}`, `{seed}`, `{i}`, `{width}` and `{height}` are replaced, and names that would be the
+/// same get `-0`, `-1`, ...
 fn named(pattern: &Path, pictures: &[Named], size: Option<Size>) -> Result<Vec<PathBuf>> {
     let file = pattern.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let fill = |i: usize, picture: &Named| -> Result<PathBuf> {
@@ -173,8 +173,9 @@ fn encode(picture: &Picture, format: Format, info: &GenerationInfo) -> Result<Ve
     Ok(bytes)
 }
 
-/// EXIF with a text as its user comment, where the A1111 web UI reads parameters in JPEG and WebP: a TIFF header, a first
-/// directory with the offset of the EXIF directory, and in that the comment in big-endian UTF-16 (CIPA DC-008, 4.6.5).
+/// EXIF with a text as its user comment, where the A1111 web UI reads parameters in JPEG and WebP: a TIFF header, a
+/// first directory with the offset of the EXIF directory, and in that the comment in big-endian UTF-16 (CIPA DC-008,
+/// 4.6.5).
 fn exif(comment: &str) -> Vec<u8> {
     let text: Vec<u8> = b"UNICODE\0".iter().copied().chain(comment.encode_utf16().flat_map(u16::to_be_bytes)).collect();
     let directory = |tag: u16, kind: u16, count: u32, value: u32| {

@@ -79,8 +79,8 @@ pub(super) struct Args {
     /// Write the final latents to this file
     #[arg(long)]
     save_latents: Option<PathBuf>,
-    /// A .png, .jpg or .webp file, a template such as {seed}-{i}.png, a folder (made if it ends in a slash), or - for stdout;
-    /// several images add -0, -1, ... [default: the prompt and seed, in this folder]
+    /// A .png, .jpg or .webp file, a template such as {seed}-{i}.png, a folder (made if it ends in a slash), or - for
+    /// stdout; several images add -0, -1, ... [default: the prompt and seed, in this folder]
     #[arg(short, long, allow_hyphen_values = true)]
     out: Option<PathBuf>,
     /// Print one JSON object instead of file names: files and seeds, times, memory
@@ -323,7 +323,8 @@ struct Planned<'a> {
     seed: u64,
 }
 
-/// The images of a run, those of one prompt after the other. Seeds count on from prompt to prompt, but where one has its own.
+/// The images of a run, those of one prompt after the other. Seeds count on from prompt to prompt, but where one has
+/// its own.
 fn plan(items: &[Item], each: usize, base: u64) -> Result<Vec<Planned<'_>>> {
     let total = items.len().saturating_mul(each);
     if total > MAX_IMAGES {

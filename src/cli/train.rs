@@ -1,13 +1,15 @@
 //! `respodiff train`.
 
-use super::progress::Progress;
+use super::progress::{self, Progress};
 use super::{Place, interrupt_flag, model, say, warn};
-use crate::concept::{Form, Kind};
+use crate::concept::{Concept, Form, Kind};
 use crate::engine::{Engine, Image, Request, Size};
 use crate::files::check_writable;
 use crate::image::Picture;
 use crate::train::{Recipe, Task, Trainer, Variant, loss_plot, sheet};
+use crate::weights::Source;
 use crate::{Device, Error, ErrorKind, Result};
+use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,6 +76,9 @@ pub(super) struct Args {
     /// Go on from OUT's .checkpoint, if there is one
     #[arg(long)]
     resume: bool,
+    /// Print one JSON object instead of file names: the files, losses and times
+    #[arg(long)]
+    json: bool,
 }
 
 impl Args {
@@ -125,7 +130,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut trainer = Trainer::new(&engine, task.clone(), recipe.clone(), args.seed, size)?;
     // Text encoders and VAE have done their part until there are pictures to draw.
     drop(engine);
-    super::complain("memory", &trainer.memory().to_string());
+    if !progress::is_quiet() {
+        super::complain("memory", &trainer.memory().to_string());
+    }
     if args.resume && checkpoint.exists() {
         trainer.resume(&checkpoint)?;
     }
@@ -133,7 +140,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let from = trainer.history().len();
     let result = train(&mut trainer, recipe.iterations, &checkpoint);
     let done = trainer.history().len();
-    if done > from {
+    let seconds = began.elapsed().as_secs_f64();
+    if done > from && !progress::is_quiet() {
         report_time(&trainer, done - from, began.elapsed());
     }
     match result {
@@ -148,21 +156,34 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
     let concept = trainer.concept();
     concept.save(&args.out)?;
-    say(&args.out.display().to_string());
+    let mut report = json!({
+        "concept": args.out.display().to_string(), "fingerprint": concept.fingerprint(), "iterations": done,
+        "seconds": seconds, "losses": concept.metadata.losses, "warnings": trainer.warnings(),
+    });
     // Done: what is left is to show it, and another training may begin.
     let _ = std::fs::remove_file(&checkpoint);
     trainer.warnings().iter().for_each(|w| warn(w));
     let plot = beside("losses.png");
     loss_plot(trainer.history(), &task.concept).save_png(&plot, &[])?;
-    say(&plot.display().to_string());
-
-    if args.sheet == 0 {
-        return Ok(());
-    }
+    report["plot"] = plot.display().to_string().into();
     drop(trainer);
+    if args.sheet > 0 {
+        let path = beside("sheet.png");
+        draw(args, &source, device, &task, concept, size)?.save_png(&path, &[])?;
+        report["sheet"] = path.display().to_string().into();
+    }
+    match args.json {
+        true => say(&format!("{report:#}")),
+        false => ["concept", "plot", "sheet"].iter().filter_map(|key| report[*key].as_str()).for_each(say),
+    }
+    Ok(())
+}
+
+/// Pictures of the neutral prompt, without the concept in the first row and with it in the second.
+fn draw(args: &Args, source: &Source, device: Device, task: &Task, concept: Concept, size: Size) -> Result<Picture> {
     // Sampling with networks for concepts is the CPU's.
     let device = if concept.ram.form() == Form::Constant { device } else { Device::cpu() };
-    let engine = Engine::open(&source, &device)?;
+    let engine = Engine::open(source, device)?;
     let mut session = engine.session(engine.options().size(size).concepts(true))?;
     let concept = Arc::new(concept);
     let mut row = |concepts: Vec<_>| -> Result<Vec<Picture>> {
@@ -174,11 +195,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         };
         (0..args.sheet).map(picture).collect()
     };
-    let rows = [row(vec![])?, row(vec![(concept, 1.0)])?];
-    let path = beside("sheet.png");
-    sheet(&rows).save_png(&path, &[])?;
-    say(&path.display().to_string());
-    Ok(())
+    Ok(sheet(&[row(vec![])?, row(vec![(concept, 1.0)])?]))
 }
 
 /// Trains to the end, writing checkpoints between rollouts.

@@ -18,7 +18,8 @@ impl Group {
     /// Even shares, or those given, which are normalised.
     ///
     /// # Errors
-    /// [`Error::Usage`] for fewer than two members, another number of shares, or shares that are no proportions.
+    /// [`crate::ErrorKind::Invalid`] for fewer than two members, another number of shares, or shares that are no
+    /// proportions.
     pub fn new(members: Vec<Arc<Concept>>, shares: Option<Vec<f64>>) -> Result<Self> {
         if members.len() < 2 {
             return Err(Error::invalid("balance", "a group of one concept").advise("give two concepts or more"));

@@ -106,7 +106,7 @@ impl Concept {
     /// a place in the picture stays there; networks are the same at every size.
     ///
     /// # Errors
-    /// [`Error::Usage`] if the channels differ: the concept is for another model.
+    /// [`crate::ErrorKind::Invalid`] if the channels differ: the concept is for another model.
     pub fn modules(&self, shape: Shape) -> Result<Vec<Module>> {
         if shape.c != self.shape().c {
             return Err(Error::mismatch(
@@ -142,7 +142,7 @@ impl Concept {
     /// Reads a concept file.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read, [`Error::Checkpoint`] if it is damaged or no concept.
+    /// [`crate::ErrorKind::Io`] if it cannot be read, [`crate::ErrorKind::Damaged`] if it is damaged or no concept.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
@@ -299,7 +299,7 @@ impl Concept {
     /// Writes the file in fp32, whole or not at all.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`crate::ErrorKind::Io`].
     pub fn save(&self, path: impl AsRef<Path>) -> Result<()> {
         self.save_as(path, NumberFormat::F32)
     }
@@ -307,7 +307,7 @@ impl Concept {
     /// The same in a chosen precision.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Usage`] if a number is beyond fp16's 65504.
+    /// [`crate::ErrorKind::Io`], [`crate::ErrorKind::Invalid`] if a number is beyond fp16's 65504.
     pub fn save_as(&self, path: impl AsRef<Path>, format: NumberFormat) -> Result<()> {
         let mut values = [Some(&self.ram), self.sam.as_ref()].into_iter().flatten().flat_map(|m| &m.parameters);
         if format == NumberFormat::F16 && values.any(|x| !f16::from_f32(*x).is_finite()) {
@@ -321,7 +321,7 @@ impl Concept {
     /// `sum of weight * concept` as one concept.
     ///
     /// # Errors
-    /// [`Error::Usage`] if there is none, they differ in channels, or one is a network.
+    /// [`crate::ErrorKind::Invalid`] if there is none, they differ in channels, or one is a network.
     pub fn merge(parts: &[(Concept, f32)]) -> Result<Concept> {
         let Some((first, _)) = parts.first() else {
             return Err(Error::invalid("concepts", "nothing to merge").advise("give concept files"));

@@ -37,8 +37,8 @@ pub struct Tensor {
 /// All tensors of a file that `torch.save` wrote (the zip format, PyTorch 1.6 and later).
 ///
 /// # Errors
-/// [`Error::Io`], or [`Error::Checkpoint`] if the file is damaged, of the older format, or asks for anything else than
-/// tensors.
+/// [`crate::ErrorKind::Io`], or [`crate::ErrorKind::Damaged`] if the file is damaged, of the older format, or asks for
+/// anything else than tensors.
 pub fn tensors(path: &Path) -> Result<Vec<Tensor>> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|e| {
@@ -195,7 +195,8 @@ struct Machine<'a> {
 }
 
 impl Drop for Machine<'_> {
-    /// Takes everything apart piece by piece: dropped from outside, a nest would go as deep into the stack as it is nested.
+    /// Takes everything apart piece by piece: dropped from outside, a nest would go as deep into the stack as it is
+    /// nested.
     fn drop(&mut self) {
         self.stack.clear();
         self.memo.clear();

@@ -89,8 +89,8 @@ impl CpuExecutor {
     /// Allocates the arena, zeroed.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if the plan was not made with [`Fp32`], the weights are another network's, or memory is
-    /// short.
+    /// [`crate::ErrorKind::Mismatch`] if the plan was not made with [`Fp32`], the weights are another network's, or
+    /// memory is short.
     pub fn new(plan: Arc<Plan>, weights: Arc<CpuWeights>) -> Result<Self> {
         plan.check(&Fp32, weights.specs())?;
         let arena = Arena::new(plan.arena_bytes())?;
@@ -110,7 +110,7 @@ impl CpuExecutor {
     /// Writes the named input, NHWC. It keeps its value from run to run.
     ///
     /// # Errors
-    /// [`crate::Error::Usage`] for an index beyond what it chooses from.
+    /// [`crate::ErrorKind::Invalid`] for an index beyond what it chooses from.
     ///
     /// # Panics
     /// If the graph has no such input, or one of another length.

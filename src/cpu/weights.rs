@@ -82,8 +82,8 @@ impl CpuWeights {
     /// hold already are shared with them, and no tensor is ever held in two forms.
     ///
     /// # Errors
-    /// Those of [`Tensors::stored`], [`crate::Error::Checkpoint`] for a number that is not finite, or
-    /// [`crate::Error::Device`] when memory is short.
+    /// Those of [`Tensors::stored`], [`crate::ErrorKind::Damaged`] for a number that is not finite, or
+    /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
     pub fn load(
         specs: &[WeightSpec],
         tensors: &Tensors,

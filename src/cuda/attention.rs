@@ -129,7 +129,7 @@ pub(super) fn is_aligned(attention: &Attention, shape: impl Fn(TensorId) -> Shap
 }
 
 /// # Errors
-/// [`Error::Device`] for heads wider than any kernel's, or if TMA does not take the tensors.
+/// [`crate::ErrorKind::Unsupported`] for heads wider than any kernel's, or if TMA does not take the tensors.
 pub(super) fn attention(attention: &Attention, out: TensorId, site: &Site) -> Result<Launch> {
     if let Some(tile) = attention_hopper::choose(attention, |t| site.shape(t), site.limits) {
         return attention_hopper::launch(attention, out, site, tile);

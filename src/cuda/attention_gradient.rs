@@ -84,7 +84,8 @@ pub(super) fn workspace(graph: &Graph, of: &Attention, fused: bool) -> usize {
 }
 
 /// # Errors
-/// [`Error::Device`] for heads wider than any kernel's, for causal attention, or if TMA does not take the tensors.
+/// [`crate::ErrorKind::Unsupported`] for heads wider than any kernel's, for causal attention, or if TMA does not take
+/// the tensors.
 pub(super) fn attention_gradient(
     of: &Attention,
     fused: bool,

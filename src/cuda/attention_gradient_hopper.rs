@@ -82,7 +82,7 @@ pub(super) fn choose(
 /// places in `out` that they have in the one tensor which holds them.
 ///
 /// # Errors
-/// [`crate::Error::Device`] if TMA does not take the tensors.
+/// [`crate::ErrorKind::Unsupported`] if TMA does not take the tensors.
 pub(super) fn attention_gradient(
     of: &Attention,
     fused: bool,

@@ -138,7 +138,7 @@ pub(super) fn reason(attention: &Attention, shape: impl Fn(TensorId) -> Shape, l
 /// The tensor map of a view's heads, in tiles of `rows` tokens and one span of a head's channels.
 ///
 /// # Errors
-/// [`crate::Error::Device`] if TMA does not take the tensor.
+/// [`crate::ErrorKind::Unsupported`] if TMA does not take the tensor.
 pub(super) fn head_tiles(view: View, heads: usize, head_dim: usize, rows: usize, site: &Site) -> Result<[u64; 16]> {
     let Shape { n: images, c: width, .. } = site.shape(view.tensor);
     let tokens = site.shape(view.tensor).tokens();
@@ -163,7 +163,7 @@ pub(super) fn choose(
 }
 
 /// # Errors
-/// [`crate::Error::Device`] if TMA does not take the tensors.
+/// [`crate::ErrorKind::Unsupported`] if TMA does not take the tensors.
 pub(super) fn launch(attention: &Attention, out: TensorId, site: &Site, tile: &AttentionHopperTile) -> Result<Launch> {
     let Attention { q, k, v, heads, head_dim, scale, .. } = *attention;
     let (queries, keys) = (site.shape(out).tokens(), site.shape(k.tensor).tokens());

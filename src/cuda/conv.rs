@@ -143,7 +143,7 @@ pub(super) fn weight_address(conv: &Conv, site: &Site, product: &Product) -> u64
 }
 
 /// # Errors
-/// [`Error::Device`] for more split sums than there are counters, or if TMA does not take the tensors.
+/// [`crate::ErrorKind::Unsupported`] for more split sums than there are counters, or if TMA does not take the tensors.
 pub(super) fn conv(conv: &Conv, out: TensorId, site: &Site) -> Result<Launch> {
     let (input, output) = (site.shape(conv.sources.x), site.shape(out));
     let (product, choice) = plan(site.graph(), conv, out, site.limits);

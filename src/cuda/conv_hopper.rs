@@ -105,7 +105,7 @@ pub(super) fn added<'a>(graph: &'a Graph, conv: &Conv, out: TensorId) -> Option<
 }
 
 /// # Errors
-/// [`Error::Device`] if TMA does not take the tensors.
+/// [`crate::ErrorKind::Unsupported`] if TMA does not take the tensors.
 pub(super) fn launch(
     conv: &Conv,
     out: TensorId,

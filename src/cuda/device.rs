@@ -106,7 +106,7 @@ pub trait CudaDevice: Send + Sync {
     /// Allocates memory.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if there is not enough.
+    /// [`crate::ErrorKind::OutOfMemory`] if there is not enough.
     fn allocate(&self, bytes: usize) -> Result<u64>;
 
     /// Frees memory.
@@ -121,7 +121,7 @@ pub trait CudaDevice: Send + Sync {
     /// The memory at `address` is as long and belongs to the caller.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     unsafe fn upload(&self, address: u64, bytes: &[u8]) -> Result<()>;
 
     /// Copies from the device, after all work submitted before.
@@ -130,7 +130,7 @@ pub trait CudaDevice: Send + Sync {
     /// As for [`CudaDevice::upload`].
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word, also about work given before.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word, also about work given before.
     unsafe fn download(&self, address: u64, bytes: &mut [u8]) -> Result<()>;
 
     /// Fills memory with zeros.
@@ -139,7 +139,7 @@ pub trait CudaDevice: Send + Sync {
     /// As for [`CudaDevice::upload`].
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()>;
 
     /// Copies within the device.
@@ -148,14 +148,14 @@ pub trait CudaDevice: Send + Sync {
     /// The memory at both addresses is as long, belongs to the caller and does not overlap.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()>;
 
     /// Encodes the `CUtensorMap` of a tensor, for a kernel's parameter structure. Structures align it to 128 bytes, as
     /// CUDA 13 declares it; CUDA 12 aligns to 64. Elements outside the tensor are loaded as zero.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if TMA has no such tensors or tiles.
+    /// [`crate::ErrorKind::Unsupported`] if TMA has no such tensors or tiles.
     fn tensor_map(&self, tiles: &TensorTiles) -> Result<[u64; 16]>;
 
     /// Runs kernels one after the other. Each except the first may begin while earlier ones still run, and waits for
@@ -167,7 +167,7 @@ pub trait CudaDevice: Send + Sync {
     /// The structures' pointers are valid for what the kernels do with them.
     ///
     /// # Errors
-    /// [`crate::Error::Device`]: an unknown kernel, or a fault.
+    /// [`crate::ErrorKind::Unsupported`]: an unknown kernel, or a fault.
     unsafe fn run(&self, launches: &[Launch]) -> Result<()>;
 
     /// Prepares launches so that they can be run many times at little cost.
@@ -209,7 +209,7 @@ impl Buffer {
     /// Allocates memory with undefined contents.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if there is not enough.
+    /// [`crate::ErrorKind::OutOfMemory`] if there is not enough.
     pub fn new(device: &Arc<dyn CudaDevice>, bytes: usize) -> Result<Self> {
         Ok(Buffer { address: device.allocate(bytes)?, device: device.clone(), bytes })
     }
@@ -217,7 +217,7 @@ impl Buffer {
     /// Allocates memory and fills it with zeros.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if there is not enough.
+    /// [`crate::ErrorKind::OutOfMemory`] if there is not enough.
     pub fn zeroed(device: &Arc<dyn CudaDevice>, bytes: usize) -> Result<Self> {
         let buffer = Self::new(device, bytes)?;
         // SAFETY: all of this buffer.
@@ -228,7 +228,7 @@ impl Buffer {
     /// Allocates memory and fills it with `bytes`.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if there is not enough.
+    /// [`crate::ErrorKind::OutOfMemory`] if there is not enough.
     pub fn from_bytes(device: &Arc<dyn CudaDevice>, bytes: &[u8]) -> Result<Self> {
         let buffer = Self::new(device, bytes.len())?;
         buffer.write(0, bytes)?;
@@ -258,7 +258,7 @@ impl Buffer {
     /// Copies `bytes` to `offset`.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     ///
     /// # Panics
     /// If they do not fit.
@@ -271,7 +271,7 @@ impl Buffer {
     /// Copies from `offset`.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word, also about work given before.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word, also about work given before.
     ///
     /// # Panics
     /// If there are not as many.

@@ -98,7 +98,7 @@ pub struct Card {
 /// Starts the machine's driver and returns its version.
 ///
 /// # Errors
-/// [`Error::Device`]: none, too old, or broken, or without a GPU.
+/// [`crate::ErrorKind::NotFound`]: none, too old, or broken, or without a GPU.
 pub(super) fn start() -> Result<Version> {
     static VERSION: OnceLock<Result<Version, String>> = OnceLock::new();
     VERSION.get_or_init(load).clone().map_err(|problem| Error::not_found(Subject::Device, problem))
@@ -148,7 +148,7 @@ fn load() -> Result<Version, String> {
 /// The GPUs of the driver, in its order. The driver has been started.
 ///
 /// # Errors
-/// [`Error::Device`] with the driver's word.
+/// [`crate::ErrorKind::DeviceLost`] with the driver's word.
 pub(super) fn cards() -> Result<Vec<Card>> {
     use CUdevice_attribute::*;
     let mut count = 0;

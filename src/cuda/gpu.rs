@@ -31,7 +31,8 @@ const NON_BLOCKING: u32 = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
 /// Opens the first GPU that the kernels run on; `CUDA_VISIBLE_DEVICES` decides which GPUs there are.
 ///
 /// # Errors
-/// [`Error::Device`]: this build holds no kernels, the driver is missing or too old, or no GPU is new enough.
+/// [`crate::ErrorKind::Unsupported`]: this build holds no kernels, the driver is missing or too old, or no GPU is new
+/// enough.
 pub fn open(ordinal: Option<usize>) -> Result<Arc<dyn CudaDevice>> {
     if FAMILIES.is_empty() {
         return Err(Error::unsupported(Subject::Device, "this build has no CUDA kernels")
@@ -55,7 +56,7 @@ pub fn open(ordinal: Option<usize>) -> Result<Arc<dyn CudaDevice>> {
 /// The driver's version and its GPUs, including those that the kernels do not run on.
 ///
 /// # Errors
-/// [`Error::Device`]: no driver, or one that is too old or broken.
+/// [`crate::ErrorKind::NotFound`]: no driver, or one that is too old or broken.
 pub fn cards() -> Result<(Version, Vec<Card>)> {
     Ok((driver::start()?, driver::cards()?))
 }

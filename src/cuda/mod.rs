@@ -104,8 +104,8 @@ impl CudaExecutor {
     /// Allocates the arena and prepares the launches.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] when memory is short, an operation has no kernel, the plan was not made with the
-    /// device's [`Limits`] as storage, or the weights are another network's or on another device.
+    /// [`crate::ErrorKind::OutOfMemory`] when memory is short, an operation has no kernel, the plan was not made with
+    /// the device's [`Limits`] as storage, or the weights are another network's or on another device.
     pub fn new(device: &Arc<dyn CudaDevice>, plan: Arc<Plan>, weights: Arc<CudaWeights>) -> Result<Self> {
         plan.check(&device.limits(), weights.specs())?;
         if !weights.is_on(device) {
@@ -145,7 +145,8 @@ impl CudaExecutor {
     /// Writes the named input, NHWC. It keeps its value from run to run. Numbers beyond fp16's range saturate.
     ///
     /// # Errors
-    /// [`Error::Usage`] for an index beyond what it chooses from, [`Error::Device`] with the driver's word.
+    /// [`crate::ErrorKind::Invalid`] for an index beyond what it chooses from, [`crate::ErrorKind::DeviceLost`] with
+    /// the driver's word.
     pub fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let graph = self.plan.graph();
         graph.check_values(name, values)?;
@@ -180,7 +181,7 @@ impl CudaExecutor {
     /// Reads the named output of the last run, NHWC.
     ///
     /// # Errors
-    /// [`crate::Error::Device`]: the driver's word, also about the run.
+    /// [`crate::ErrorKind::DeviceLost`]: the driver's word, also about the run.
     pub fn read(&self, name: &str) -> Result<Vec<f32>> {
         let graph = self.plan.graph();
         let id = graph.output(name);
@@ -195,7 +196,7 @@ impl CudaExecutor {
     /// Runs the nodes that depend on constant inputs alone; needed once after these change.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word, or the emulator's about a faulty kernel.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word, or the emulator's about a faulty kernel.
     pub fn prologue(&mut self) -> Result<()> {
         // SAFETY: the launches read and write the arena and read the weights, both of which live as long as `self`.
         unsafe { self.device.run(&self.program.prologue) }
@@ -220,7 +221,7 @@ impl CudaExecutor {
     /// Waits until all work submitted before is done.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word about that work.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word about that work.
     pub fn wait(&self) -> Result<()> {
         self.arena.read(0, &mut [0])
     }

@@ -17,7 +17,7 @@ pub(super) struct Program {
 
 impl Program {
     /// # Errors
-    /// [`Error::Device`] for an operation that has no kernel.
+    /// [`crate::ErrorKind::Unsupported`] for an operation that has no kernel.
     pub fn new(plan: &Plan, bindings: &Bindings) -> Result<Self> {
         let lower = Self::lowering(plan, bindings);
         let all = |nodes: &mut dyn Iterator<Item = (&Node, (usize, usize))>| {
@@ -59,7 +59,7 @@ pub struct Lowered {
 /// addresses are 0, and tensor maps are empty.
 ///
 /// # Errors
-/// [`Error::Device`] for an operation that has no kernel.
+/// [`crate::ErrorKind::Unsupported`] for an operation that has no kernel.
 pub fn lowered(graph: &Graph, constants: &[&str], limits: Limits) -> Result<Vec<Lowered>> {
     let plan = Plan::new(graph.clone(), constants, &limits);
     let weights = vec![0; graph.weights().len()];

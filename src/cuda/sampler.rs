@@ -85,7 +85,8 @@ crate::params! {
     pub struct SampledImage {
         /// Seed of its noise.
         pub seed: u64,
-        /// The prediction is `u + guidance * (c - u)` of the unconditional one u and the conditional one c; c itself at 1.
+        /// The prediction is `u + guidance * (c - u)` of the unconditional one u and the conditional one c; c itself at
+        /// 1.
         pub guidance: f32,
         /// Draws of the seed that were made before the first step: 1 for latents by [`DeviceSampler::draw`], else 0.
         pub drawn: u32,
@@ -183,7 +184,7 @@ impl DeviceSampler {
     /// For latents of `shape` (`[batch, h, w, c]`) and schedules of up to `capacity` steps.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] when memory is short.
+    /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
     pub fn new(device: &Arc<dyn CudaDevice>, shape: Shape, capacity: usize) -> Result<Self> {
         Ok(DeviceSampler { buffer: Buffer::new(device, Self::bytes(shape, capacity))?, shape, capacity })
     }
@@ -193,9 +194,9 @@ impl DeviceSampler {
         offset(shape, Part::Steps) + capacity * size_of::<DeviceStep>()
     }
 
-    /// Begins a request: the next `prepare` is that of the first of `steps`. With `drawn` the noise of steps is drawn on
-    /// the device, as [`crate::diffusion::noise::Rng::TorchCuda`] does; else [`DeviceSampler::write_noise`] goes before
-    /// every step that needs it.
+    /// Begins a request: the next `prepare` is that of the first of `steps`. With `drawn` the noise of steps is drawn
+    /// on the device, as [`crate::diffusion::noise::Rng::TorchCuda`] does; else [`DeviceSampler::write_noise`] goes
+    /// before every step that needs it.
     ///
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
@@ -220,7 +221,7 @@ impl DeviceSampler {
     /// Writes the latents, NHWC.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     pub fn write_latents(&self, latents: &[f32]) -> Result<()> {
         self.write(Part::Latents, latents)
     }
@@ -228,7 +229,7 @@ impl DeviceSampler {
     /// Writes the noise of the next step, NHWC.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] with the driver's word.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     pub fn write_noise(&self, noise: &[f32]) -> Result<()> {
         self.write(Part::Noise, noise)
     }
@@ -241,7 +242,7 @@ impl DeviceSampler {
     /// Reads the latents, NHWC.
     ///
     /// # Errors
-    /// [`crate::Error::Device`]: the driver's word, also about work given before.
+    /// [`crate::ErrorKind::DeviceLost`]: the driver's word, also about work given before.
     pub fn read_latents(&self) -> Result<Vec<f32>> {
         let mut latents = vec![0f32; self.shape.len()];
         self.buffer.read(offset(self.shape, Part::Latents), bytemuck::cast_slice_mut(&mut latents))?;
@@ -251,7 +252,7 @@ impl DeviceSampler {
     /// The first step, counted from 0, that gave latents that are not finite.
     ///
     /// # Errors
-    /// [`crate::Error::Device`]: the driver's word, also about work given before.
+    /// [`crate::ErrorKind::DeviceLost`]: the driver's word, also about work given before.
     pub fn fault(&self) -> Result<Option<usize>> {
         let mut steps = vec![DeviceStep::zeroed(); self.run()?.steps as usize];
         self.buffer.read(offset(self.shape, Part::Steps), bytemuck::cast_slice_mut(&mut steps))?;
@@ -261,7 +262,7 @@ impl DeviceSampler {
     /// True if [`DeviceSampler::to_rgb8`] has met a number that is not finite since the request began.
     ///
     /// # Errors
-    /// [`crate::Error::Device`]: the driver's word, also about work given before.
+    /// [`crate::ErrorKind::DeviceLost`]: the driver's word, also about work given before.
     pub fn picture_fault(&self) -> Result<bool> {
         Ok(self.run()?.picture_faults > 0)
     }

@@ -35,8 +35,8 @@ impl CudaWeights {
     /// Uploads and packs all of `specs`. The device holds them once, and [`STAGE`] bytes more while this runs.
     ///
     /// # Errors
-    /// Those of [`Tensors::stored`], [`Error::Checkpoint`] for NaN and infinity, or [`Error::Device`] when memory is
-    /// short.
+    /// Those of [`Tensors::stored`], [`crate::ErrorKind::Damaged`] for NaN and infinity, or
+    /// [`crate::ErrorKind::DeviceLost`] when memory is short.
     pub fn load(device: &Arc<dyn CudaDevice>, specs: &[WeightSpec], tensors: &Tensors) -> Result<Arc<Self>> {
         Self::load_beside(device, specs, tensors, &[])
     }

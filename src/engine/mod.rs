@@ -122,8 +122,8 @@ impl Engine {
         self.0.source.tensors("unet")?.fingerprint()
     }
 
-    /// SHA-256 of the file or files that hold the UNet's weights, in hexadecimal: of a single file, A1111's model hash is
-    /// its first ten digits. `None` where weights are made up. It reads all of them, a second or two per 2 GB.
+    /// SHA-256 of the file or files that hold the UNet's weights, in hexadecimal: of a single file, A1111's model hash
+    /// is its first ten digits. `None` where weights are made up. It reads all of them, a second or two per 2 GB.
     ///
     /// # Errors
     /// Those of opening the files.
@@ -183,7 +183,8 @@ impl Engine {
     /// The steps a sampler would take.
     ///
     /// # Errors
-    /// [`Error::Usage`] for what the sampler cannot do, [`Error::Checkpoint`] for a config it cannot honour.
+    /// [`crate::ErrorKind::Invalid`] for what the sampler cannot do, [`crate::ErrorKind::Damaged`] for a config it
+    /// cannot honour.
     pub fn schedule(&self, choice: SamplerChoice, steps: usize) -> Result<Schedule> {
         Schedule::new(&self.0.scheduler, choice, steps)
     }
@@ -214,7 +215,7 @@ impl Engine {
     /// Memory of a session, without making it.
     ///
     /// # Errors
-    /// [`Error::Usage`] for sizes that are not possible.
+    /// [`crate::ErrorKind::Invalid`] for sizes that are not possible.
     pub fn memory(&self, options: SessionOptions) -> Result<MemoryPlan> {
         Ok(self.memory_of(&self.plans(options)?, options.batch))
     }
@@ -273,7 +274,8 @@ impl Engine {
     /// Plans and allocates the UNet with its sampler alone.
     ///
     /// # Errors
-    /// [`Error::Usage`] for sizes that are not possible, [`Error::Device`] when memory is short.
+    /// [`crate::ErrorKind::Invalid`] for sizes that are not possible, [`crate::ErrorKind::OutOfMemory`] when memory is
+    /// short.
     pub(crate) fn denoiser(&self, options: SessionOptions) -> Result<Box<dyn Denoiser>> {
         let Parts { device, unet: network, .. } = &*self.0;
         Ok(match device.executor(self.unet_plan(options)?, &network.weights)? {
@@ -285,7 +287,7 @@ impl Engine {
     /// Memory of [`Engine::denoiser`] beside the weights.
     ///
     /// # Errors
-    /// [`Error::Usage`] for sizes that are not possible.
+    /// [`crate::ErrorKind::Invalid`] for sizes that are not possible.
     pub(crate) fn denoiser_bytes(&self, options: SessionOptions) -> Result<usize> {
         let unet = self.unet_plan(options)?;
         Ok(unet.arena_bytes() + self.own_bytes(&unet, options.batch, 0))
@@ -294,7 +296,7 @@ impl Engine {
     /// Plans and allocates everything for one size and batch.
     ///
     /// # Errors
-    /// [`Error::Usage`] for sizes that are not possible or do not fit into the device's free memory.
+    /// [`crate::ErrorKind::Invalid`] for sizes that are not possible or do not fit into the device's free memory.
     pub fn session(&self, options: SessionOptions) -> Result<Session> {
         let plans = self.plans(options)?;
         let SessionOptions { size, batch, .. } = options;
@@ -348,8 +350,9 @@ fn check_latents(source: &Source, unet: &UNetConfig, vae: &VaeConfig) -> Result<
     Err(Error::unsupported(source.path("unet/config.json"), problem))
 }
 
-/// The scheduler's config, with what diffusers' StableDiffusionPipeline forces on checkpoints from before these fields, and
-/// its StableDiffusionXLPipeline does not: an offset of one step, and no clipping of latents as if they were pixels.
+/// The scheduler's config, with what diffusers' StableDiffusionPipeline forces on checkpoints from before these fields,
+/// and its StableDiffusionXLPipeline does not: an offset of one step, and no clipping of latents as if they were
+/// pixels.
 fn read_scheduler(source: &Source, xl: bool) -> Result<SchedulerConfig> {
     let file = "scheduler/scheduler_config.json";
     let path = source.path(file);

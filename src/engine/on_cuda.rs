@@ -21,7 +21,7 @@ pub(super) struct CudaDenoiser {
 
 impl CudaDenoiser {
     /// # Errors
-    /// [`Error::Device`] when memory is short.
+    /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
     pub fn new(unet: CudaExecutor, batch: usize) -> Result<Self> {
         let sampler = DeviceSampler::new(unet.device(), latents_shape(unet.plan(), batch), CAPACITY)?;
         Ok(CudaDenoiser { unet, sampler, step: None })
@@ -118,7 +118,7 @@ pub(super) struct OnCuda {
 
 impl OnCuda {
     /// # Errors
-    /// [`Error::Device`] when memory is short.
+    /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
     pub fn new(denoiser: CudaDenoiser, vae: CudaExecutor) -> Result<Self> {
         let rgb = Buffer::new(vae.device(), picture_shape(vae.plan()).len())?;
         Ok(OnCuda { denoiser, vae, rgb })

@@ -61,8 +61,8 @@ impl From<&Device> for EngineOptions {
     }
 }
 
-/// The shape of the requests that a [`crate::Session`] serves. [`crate::Engine::options`] gives it with the size that the
-/// checkpoint was trained for.
+/// The shape of the requests that a [`crate::Session`] serves. [`crate::Engine::options`] gives it with the size that
+/// the checkpoint was trained for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 #[must_use]

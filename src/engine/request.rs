@@ -70,7 +70,8 @@ pub struct Image {
     pub negative: Option<Prompt>,
     /// Seed of the noise, as in diffusers: the same seed makes the same picture in every batch.
     pub seed: u64,
-    /// Guidance scale; [`crate::Engine::default_guidance`] by default. At 1 or less there is no guidance, as in diffusers.
+    /// Guidance scale; [`crate::Engine::default_guidance`] by default. At 1 or less there is no guidance, as in
+    /// diffusers.
     pub guidance: Option<f32>,
     /// Concepts and their weights, which add up.
     pub concepts: Vec<(Arc<Concept>, f32)>,

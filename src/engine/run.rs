@@ -15,8 +15,8 @@ pub(crate) trait Denoiser: Send {
     /// Writes the inputs that condition the rows, the unconditional rows first, and runs what depends on them alone.
     fn condition(&mut self, inputs: &[(&'static str, Vec<f32>)]) -> Result<()>;
 
-    /// Takes the steps. `check` is called with the number of steps done, before each and after the last, and may end the
-    /// run. Gives the latents, `[batch, h, w, c]`.
+    /// Takes the steps. `check` is called with the number of steps done, before each and after the last, and may end
+    /// the run. Gives the latents, `[batch, h, w, c]`.
     fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>>;
 }
 

@@ -46,8 +46,8 @@ impl Session {
         self.options
     }
 
-    /// Makes the pictures of a request with as many images as [`SessionOptions::batch`]. `progress` is told of every step
-    /// and may end the run. A broken run while pictures are decoded gives those that are there.
+    /// Makes the pictures of a request with as many images as [`SessionOptions::batch`]. `progress` is told of every
+    /// step and may end the run. A broken run while pictures are decoded gives those that are there.
     ///
     /// A picture is the same to the last bit whatever else is in its batch.
     ///
@@ -143,8 +143,8 @@ impl Session {
         Ok(RunImage { seed: image.seed, guidance: guidance.max(1.0), latents })
     }
 
-    /// Writes what the UNet reads of the prompts and sizes (the unconditional rows first), and runs what depends on them
-    /// alone, unless the last request's are the same encodings.
+    /// Writes what the UNet reads of the prompts and sizes (the unconditional rows first), and runs what depends on
+    /// them alone, unless the last request's are the same encodings.
     fn condition(&mut self, request: &Request) -> Result<()> {
         let text = &self.engine.0.text;
         let mut texts = HashMap::new();

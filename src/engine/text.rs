@@ -1,5 +1,5 @@
-//! From prompts to what the UNet reads of them: one text encoder's states in Stable Diffusion 1.x and 2.x, in SDXL those of
-//! two side by side, with a pooled prompt and the picture's sizes.
+//! From prompts to what the UNet reads of them: one text encoder's states in Stable Diffusion 1.x and 2.x, in SDXL
+//! those of two side by side, with a pooled prompt and the picture's sizes.
 
 use super::read_config;
 use crate::device::{Device, Executor, Weights};
@@ -222,8 +222,8 @@ impl std::fmt::Debug for Conditioning {
     }
 }
 
-/// SDXL's size conditioning (arXiv 2307.01952, section 2.2) of a picture of `target` pixels, as if cut at `crop` from one that
-/// was of `original` pixels before it was resized; all are width and height, or left and top.
+/// SDXL's size conditioning (arXiv 2307.01952, section 2.2) of a picture of `target` pixels, as if cut at `crop` from
+/// one that was of `original` pixels before it was resized; all are width and height, or left and top.
 pub(super) fn time_ids(original: (usize, usize), crop: (usize, usize), target: (usize, usize)) -> [f32; 6] {
     [original.1, original.0, crop.1, crop.0, target.1, target.0].map(|pixels| pixels as f32)
 }

@@ -98,7 +98,7 @@ impl Clip {
     /// Normalised embeddings of pictures.
     ///
     /// # Errors
-    /// [`Error::Device`] with the device's word.
+    /// [`crate::ErrorKind::DeviceLost`] with the device's word.
     pub fn images(&mut self, images: &[Picture]) -> Result<Vec<Vec<f32>>> {
         let size = self.vision.image_size;
         let one = 3 * size * size;

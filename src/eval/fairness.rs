@@ -110,7 +110,7 @@ impl Fairness {
     /// others too.
     ///
     /// # Errors
-    /// [`Error::Usage`] if a folder holds a run of other settings, [`Error::Io`].
+    /// [`crate::ErrorKind::Invalid`] if a folder holds a run of other settings, [`crate::ErrorKind::Io`].
     pub fn open(folder: &Path, settings: Settings, groups: &[Group], plain: Option<&Path>) -> Result<Self> {
         let plain = plain.map(|other| settings.columns(other).map(|columns| (other, columns))).transpose()?;
         let images = folder.join("images");
@@ -180,7 +180,7 @@ impl Fairness {
     /// Makes and judges what is left. `progress` is told how many pictures are done and may end the run.
     ///
     /// # Errors
-    /// [`Error::Cancelled`] when `progress` breaks; everything done so far is kept.
+    /// [`crate::ErrorKind::Cancelled`] when `progress` breaks; everything done so far is kept.
     pub fn run(
         &mut self,
         engine: &Engine,

@@ -47,7 +47,7 @@ impl Report {
     /// Reads a folder's records.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if they are damaged, [`Error::Usage`] if there are none.
+    /// [`crate::ErrorKind::Damaged`] if they are damaged, [`crate::ErrorKind::Invalid`] if there are none.
     pub fn read(folder: &Path) -> Result<Self> {
         let (settings, records) = (read_settings(folder)?, read_records(folder)?);
         if records.is_empty() {
@@ -77,7 +77,7 @@ impl Report {
     /// Writes `report.json`, `report.csv` and `report.html` into the folder.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`crate::ErrorKind::Io`].
     pub fn write(&self, folder: &Path) -> Result<Vec<PathBuf>> {
         let json = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
         let files = [("report.json", json), ("report.csv", self.csv()), ("report.html", self.html(folder))];
@@ -233,7 +233,7 @@ fn summary(
 /// Puts the records of a sharded run together.
 ///
 /// # Errors
-/// [`Error::Usage`] if the folders hold runs of different settings, [`Error::Io`].
+/// [`crate::ErrorKind::Invalid`] if the folders hold runs of different settings, [`crate::ErrorKind::Io`].
 pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
     let Some(first) = folders.first() else {
         return Err(Error::invalid("folders", "nothing to merge").advise("give folders of evaluations"));

@@ -572,7 +572,7 @@ impl Graph {
     /// Checks that `values` may be written to the named input, since kernels use indices without checking them.
     ///
     /// # Errors
-    /// [`Error::Usage`] for the first index that is not whole or not among the rows that there are.
+    /// [`crate::ErrorKind::Invalid`] for the first index that is not whole or not among the rows that there are.
     ///
     /// # Panics
     /// If the graph has no such input, or one of another length.

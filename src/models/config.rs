@@ -137,7 +137,7 @@ impl ClipConfig {
     /// Reads a text encoder's `config.json`; `path` is for messages.
     ///
     /// # Errors
-    /// [`crate::Error::Checkpoint`] for a field that is missing, malformed or not supported.
+    /// [`crate::ErrorKind::Damaged`] for a field that is missing, malformed or not supported.
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
         let mut r = Reader::new(text, path)?;
         let classes = [("CLIPTextModel", false), ("CLIPTextModelWithProjection", true)];
@@ -183,7 +183,7 @@ pub struct ClipVisionConfig {
 /// A `CLIPModel`'s `config.json`: both towers.
 ///
 /// # Errors
-/// [`crate::Error::Checkpoint`] for a field that is missing, malformed or not supported.
+/// [`crate::ErrorKind::Damaged`] for a field that is missing, malformed or not supported.
 pub fn parse_clip_model(text: &str, path: &Path) -> Result<(ClipConfig, ClipVisionConfig)> {
     let mut all: Value = crate::json::parse(text, path)?;
     if all["vision_config"].is_null() || all["text_config"].is_null() {
@@ -279,7 +279,7 @@ impl UNetConfig {
     /// Reads a UNet's `config.json`; `path` is for messages.
     ///
     /// # Errors
-    /// [`crate::Error::Checkpoint`] for a field that is missing, malformed or not supported.
+    /// [`crate::ErrorKind::Damaged`] for a field that is missing, malformed or not supported.
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
         let mut r = Reader::new(text, path)?;
         r.only("_class_name", &["UNet2DConditionModel".into()])?;
@@ -476,7 +476,7 @@ impl VaeConfig {
     /// Reads a VAE's `config.json`; `path` is for messages.
     ///
     /// # Errors
-    /// [`crate::Error::Checkpoint`] for a field that is missing, malformed or not supported.
+    /// [`crate::ErrorKind::Damaged`] for a field that is missing, malformed or not supported.
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
         let mut r = Reader::new(text, path)?;
         r.only("_class_name", &["AutoencoderKL".into()])?;

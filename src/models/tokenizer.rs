@@ -84,7 +84,8 @@ impl Tokenizer {
     /// `added_tokens.json`, where these exist.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] names the file that is missing or malformed; [`Error::Io`] one that cannot be read.
+    /// [`crate::ErrorKind::Damaged`] names the file that is missing or malformed; [`crate::ErrorKind::Io`] one that
+    /// cannot be read.
     pub fn load(dir: &Path) -> Result<Self> {
         let read = |name: &str| match fs::read(dir.join(name)) {
             Ok(bytes) => Ok(Some(bytes)),
@@ -114,7 +115,7 @@ impl Tokenizer {
     /// Builds from the bytes of the same files, for a tokenizer that is compiled into the program.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] names the malformed file.
+    /// [`crate::ErrorKind::Damaged`] names the malformed file.
     pub fn from_bytes(
         vocab: &[u8],
         merges: &[u8],
@@ -126,8 +127,8 @@ impl Tokenizer {
         parts.build(Path::new(""), config, special_tokens_map)
     }
 
-    /// The tokenizer of every CLIP text encoder but that of a tiny one, from the vocabulary that is compiled in; encoders
-    /// differ in the token that fills up a prompt.
+    /// The tokenizer of every CLIP text encoder but that of a tiny one, from the vocabulary that is compiled in;
+    /// encoders differ in the token that fills up a prompt.
     ///
     /// # Errors
     /// None, unless `pad` is no token.
@@ -153,7 +154,7 @@ impl Tokenizer {
     /// transformers.
     ///
     /// # Errors
-    /// [`Error::Usage`] if the text cannot be taken apart; no text that does so is known.
+    /// [`crate::ErrorKind::Invalid`] if the text cannot be taken apart; no text that does so is known.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
         let prompt = &*self.expand(prompt);
         let encoding = self
@@ -221,8 +222,8 @@ impl Tokenizer {
     }
 }
 
-/// CLIP's tokens in the order of their ids: the bytes (as GPT-2 writes them: printable ones as themselves, the others as
-/// characters from 256 on), the same at a word's end, what each merge makes, start and end of text.
+/// CLIP's tokens in the order of their ids: the bytes (as GPT-2 writes them: printable ones as themselves, the others
+/// as characters from 256 on), the same at a word's end, what each merge makes, start and end of text.
 fn clip_vocabulary(merges: &str) -> impl Iterator<Item = String> {
     let printable = |byte: &char| matches!(byte, '!'..='~' | '¡'..='¬' | '®'..='ÿ');
     let bytes = ('\0'..='ÿ').filter(printable).chain(('\u{100}'..).take(256 - 188));

@@ -107,7 +107,8 @@ impl Plan {
     /// Checks that an executor with this storage can run the plan with weights that were loaded for `specs`.
     ///
     /// # Errors
-    /// [`Error::Device`]: offsets and sizes are those of another storage, or the weights another network's.
+    /// [`crate::ErrorKind::Mismatch`]: offsets and sizes are those of another storage, or the weights another
+    /// network's.
     pub fn check(&self, storage: &dyn Storage, specs: &[WeightSpec]) -> Result<()> {
         let name = storage.name();
         if self.storage != name {

@@ -13,7 +13,7 @@ impl Trainer {
     /// Writes a checkpoint, whole or not at all.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`crate::ErrorKind::Io`].
     pub fn save(&self, path: &Path) -> Result<()> {
         let State { ram, sam, adam, history, rollouts } = &self.state;
         let mut tensors: Vec<(&str, &[f32])> =
@@ -41,8 +41,8 @@ impl Trainer {
     /// Goes on from a checkpoint of the same training.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if the file is damaged, or of another training: other prompts, recipe, seed, size or
-    /// model. More iterations are no other training.
+    /// [`crate::ErrorKind::Damaged`] if the file is damaged, or of another training: other prompts, recipe, seed, size
+    /// or model. More iterations are no other training.
     pub fn resume(&mut self, path: &Path) -> Result<()> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         let damaged = |what: &str| {

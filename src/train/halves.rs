@@ -23,8 +23,8 @@ pub struct Halves {
 /// Bytes of memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HalvesMemory {
-    /// Weights that the whole UNet does not have in the same form: those read backwards, and those of layers that are taken
-    /// apart for their gradients.
+    /// Weights that the whole UNet does not have in the same form: those read backwards, and those of layers that are
+    /// taken apart for their gradients.
     pub weights: usize,
     /// Arenas, and what a sampler keeps.
     pub activations: usize,
@@ -39,11 +39,11 @@ impl std::ops::Add for HalvesMemory {
 }
 
 impl Halves {
-    /// Plans and allocates on a device, taking weights from `beside` where it holds them. With `gradient` the way up can be
-    /// run backwards, from what it says is kept.
+    /// Plans and allocates on a device, taking weights from `beside` where it holds them. With `gradient` the way up
+    /// can be run backwards, from what it says is kept.
     ///
     /// # Errors
-    /// What the weights have wrong, and [`crate::Error::Device`] when the device's memory is short.
+    /// What the weights have wrong, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
     pub fn new(
         device: &Device,
         config: &UNetConfig,
@@ -87,7 +87,7 @@ impl Halves {
     /// What the rows are conditioned on: `encoder_hidden_states`, and for SDXL `text_embeds` and `time_ids`.
     ///
     /// # Errors
-    /// [`crate::Error::Device`], as of all that follow: the driver's word, or the emulator's.
+    /// [`crate::ErrorKind::DeviceLost`], as of all that follow: the driver's word, or the emulator's.
     ///
     /// # Panics
     /// If an input is missing or of another length.
@@ -144,9 +144,9 @@ impl Halves {
 
     /// The gradient of `sum(seed * prediction)` by the bottleneck the last way up started from.
     ///
-    /// Gradients are linear in the seed. Of a mean over all pixels it is smaller than fp16 can hold, so it goes there times the
-    /// power of two that makes its largest number about 1, and the result is divided by that in fp32: exactly, and on the
-    /// CPU without a trace.
+    /// Gradients are linear in the seed. Of a mean over all pixels it is smaller than fp16 can hold, so it goes there
+    /// times the power of two that makes its largest number about 1, and the result is divided by that in fp32:
+    /// exactly, and on the CPU without a trace.
     ///
     /// # Errors
     /// As of [`Halves::condition`].

@@ -29,7 +29,7 @@ impl<'a> Objective<'a> {
     /// The prediction from the bottleneck with what `modules` add.
     ///
     /// # Errors
-    /// [`crate::Error::Device`]: the driver's word, or the emulator's.
+    /// [`crate::ErrorKind::DeviceLost`]: the driver's word, or the emulator's.
     pub fn predict(&mut self, modules: &[&Module]) -> Result<Vec<f32>> {
         self.0.ascend(modules, 0)
     }

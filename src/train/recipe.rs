@@ -89,10 +89,10 @@ impl Recipe {
 
     /// Ours: from zero, at the latents' own timestep, several latents a rollout, several images a step.
     ///
-    /// The rates and lengths are what the demo's concepts were trained by, but for a number each of two races (README). As in
-    /// the paper, races take a higher rate than the rest; they end earlier, since what they add grows with every step. SAM's
-    /// share of RAM's rate trades the picture's meaning against the concept. Networks diverge at the rates of constants, and
-    /// take a tenth.
+    /// The rates and lengths are what the demo's concepts were trained by, but for a number each of two races (README).
+    /// As in the paper, races take a higher rate than the rest; they end earlier, since what they add grows with every
+    /// step. SAM's share of RAM's rate trades the picture's meaning against the concept. Networks diverge at the rates
+    /// of constants, and take a tenth.
     pub fn default_for(kind: Kind, concept: &str, variant: Variant) -> Self {
         let (iterations, lr_ram, lr_sam, latents_per_rollout) = match kind == Kind::Fair && names_race(concept) {
             true => (640, 3e-2, 1e-2, 8),
@@ -143,7 +143,8 @@ impl Recipe {
     /// `default`, `official`, or a TOML file whose fields stand over the default's; of a variant, if one is asked for.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be read, [`Error::Checkpoint`] for fields that are unknown or of no use.
+    /// [`crate::ErrorKind::Io`] if the file cannot be read, [`crate::ErrorKind::Damaged`] for fields that are unknown
+    /// or of no use.
     pub fn named(name: &str, kind: Kind, concept: &str, variant: Option<Variant>) -> Result<Self> {
         match name {
             "default" => return Ok(Self::default_for(kind, concept, variant.unwrap_or_default())),
@@ -176,7 +177,7 @@ impl Recipe {
     /// Whether it can be trained.
     ///
     /// # Errors
-    /// [`Error::Usage`] naming the field.
+    /// [`crate::ErrorKind::Invalid`] naming the field.
     pub fn check(&self) -> Result<()> {
         let positive = |x: f64| x.is_finite() && x > 0.0;
         for (name, fine, range) in [

@@ -47,7 +47,7 @@ impl Rollout {
     /// target leads, each once per image of the batch.
     ///
     /// # Errors
-    /// What the weights have wrong, and [`crate::Error::Device`] when the device's memory is short.
+    /// What the weights have wrong, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
     pub fn new(
         engine: &Engine,
         options: SessionOptions,
@@ -84,7 +84,7 @@ impl Rollout {
     /// What [`Rollout::new`] would allocate beside a UNet's weights.
     ///
     /// # Errors
-    /// [`crate::Error::Usage`] for sizes that are not possible.
+    /// [`crate::ErrorKind::Invalid`] for sizes that are not possible.
     pub fn memory(engine: &Engine, options: SessionOptions, form: Form) -> Result<HalvesMemory> {
         Ok(match form {
             Form::Constant => HalvesMemory { weights: 0, activations: engine.denoiser_bytes(options)? },
@@ -122,8 +122,8 @@ impl Rollout {
     /// steps that were taken.
     ///
     /// # Errors
-    /// [`crate::Error::NonFinite`] when the latents leave the range of numbers, and [`crate::Error::Device`] with the
-    /// driver's word.
+    /// [`crate::ErrorKind::NonFinite`] when the latents leave the range of numbers, and
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     pub fn advance(&mut self, modules: &[&Module]) -> Result<usize> {
         let level = self.levels.pop_front().unwrap_or_default();
         let steps = self.schedule.steps[self.step..level].to_vec();
@@ -154,8 +154,8 @@ impl Rollout {
         self.run(&targeting, &[Step::to_output(timestep)], guidance, &[])
     }
 
-    /// Where steps lead from the present latents. DDIM keeps nothing from step to step, so each piece of a rollout is a run
-    /// of its own.
+    /// Where steps lead from the present latents. DDIM keeps nothing from step to step, so each piece of a rollout is a
+    /// run of its own.
     fn run(
         &mut self,
         conditioning: &UNetInputs,
@@ -206,8 +206,8 @@ mod tests {
     use crate::weights::Source;
     use crate::{Device, Size};
 
-    /// A batch's latents after a rollout in pieces that end at `levels`, and their target. It runs on what modules of `form`
-    /// run on, but what they add are constants.
+    /// A batch's latents after a rollout in pieces that end at `levels`, and their target. It runs on what modules of
+    /// `form` run on, but what they add are constants.
     fn rolled(device: &Device, form: Form, levels: &[usize]) -> [Vec<f32>; 2] {
         let checkpoint = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/checkpoints/sd1");
         let engine = Engine::open(&Source::folder(checkpoint).unwrap(), device).unwrap();

@@ -113,7 +113,7 @@ impl Trainer {
     /// Plans and allocates a training at a picture size.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a recipe or size that cannot be, and what the weights have wrong.
+    /// [`crate::ErrorKind::Invalid`] for a recipe or size that cannot be, and what the weights have wrong.
     pub fn new(engine: &Engine, task: Task, recipe: Recipe, seed: u64, size: Size) -> Result<Self> {
         recipe.check()?;
         let options = SessionOptions::new(size).batch(recipe.batch).concepts(true);
@@ -217,7 +217,7 @@ impl Trainer {
     /// One step of RAM and of SAM.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] if a loss or module is no number any more; the modules stay as they were before.
+    /// [`crate::ErrorKind::NonFinite`] if a loss or module is no number any more; the modules stay as they were before.
     pub fn iterate(&mut self) -> Result<Losses> {
         let start = Instant::now();
         let not_finite = |error: Error| match error.kind() {

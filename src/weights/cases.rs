@@ -37,7 +37,8 @@ struct File {
 /// A weight with its tensors in files, and its numbers in fp32.
 pub(crate) struct Case {
     pub spec: WeightSpec,
-    /// Scale and shift of the layer norm whose result the matrix multiplies. Only the kernels' weights are folded with it.
+    /// Scale and shift of the layer norm whose result the matrix multiplies. Only the kernels' weights are folded with
+    /// it.
     #[cfg_attr(not(feature = "emulated"), expect(dead_code))]
     pub norm: Option<Box<Case>>,
     files: Vec<File>,

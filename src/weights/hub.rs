@@ -42,9 +42,9 @@ pub struct HubConfig {
 
 impl HubConfig {
     /// From variables of the environment, which `variable` gives by name, and the files that they lead to, as
-    /// `huggingface_hub` reads them. The cache: `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`. The
-    /// login: `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, the file at `HF_TOKEN_PATH`, or `token` in `HF_HOME`, where `hf auth
-    /// login` puts it; not with `HF_HUB_DISABLE_IMPLICIT_TOKEN`. Then `HF_ENDPOINT`; `HF_HUB_OFFLINE` and
+    /// `huggingface_hub` reads them. The cache: `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`.
+    /// The login: `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, the file at `HF_TOKEN_PATH`, or `token` in `HF_HOME`, where `hf
+    /// auth login` puts it; not with `HF_HUB_DISABLE_IMPLICIT_TOKEN`. Then `HF_ENDPOINT`; `HF_HUB_OFFLINE` and
     /// `TRANSFORMERS_OFFLINE`. An empty variable counts as unset; `~`, `$NAME` and `${NAME}` in paths are replaced.
     ///
     /// # Errors
@@ -82,8 +82,8 @@ impl HubConfig {
     }
 }
 
-/// A path in which `~`, `$NAME` and `${NAME}` are replaced, as by Python's `os.path.expanduser` and `expandvars`: names that
-/// are not set stay.
+/// A path in which `~`, `$NAME` and `${NAME}` are replaced, as by Python's `os.path.expanduser` and `expandvars`: names
+/// that are not set stay.
 fn expanded(value: &str, variable: &dyn Fn(&str) -> Option<String>, home: Option<PathBuf>) -> PathBuf {
     let mut out = String::new();
     let mut rest = value;
@@ -111,8 +111,9 @@ fn expanded(value: &str, variable: &dyn Fn(&str) -> Option<String>, home: Option
 /// cache, without asking the server for a newer commit, or else downloaded. `progress` is told of every piece.
 ///
 /// # Errors
-/// [`Error::Usage`] for a malformed id; [`Error::Download`] when the server is out of reach, refuses, has no such model
-/// or sends something else than it announced; [`Error::Io`] when the cache cannot be written.
+/// [`crate::ErrorKind::Invalid`] for a malformed id; [`crate::ErrorKind::Network`] when the server is out of reach,
+/// refuses, has no such model or sends something else than it announced; [`crate::ErrorKind::Io`] when the cache cannot
+/// be written.
 pub fn resolve(id: &str, config: &HubConfig, progress: &mut dyn FnMut(Downloaded)) -> Result<PathBuf> {
     let id = ModelId::parse(id)?;
     let repo = config.cache.join(format!("models--{}", id.name.replace('/', "--")));

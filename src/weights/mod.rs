@@ -46,7 +46,7 @@ impl Source {
     /// A folder that holds a `model_index.json` or at least one component.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if it does not look like a checkpoint.
+    /// [`crate::ErrorKind::Damaged`] if it does not look like a checkpoint.
     pub fn folder(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let parts =
@@ -64,7 +64,7 @@ impl Source {
     /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL; see [`SingleFile`].
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if it is anything else, [`Error::Io`] if it cannot be opened.
+    /// [`crate::ErrorKind::Damaged`] if it is anything else, [`crate::ErrorKind::Io`] if it cannot be opened.
     pub fn file(path: impl AsRef<Path>) -> Result<Self> {
         SingleFile::open(path.as_ref()).map(|file| Source::Single(Arc::new(file)))
     }
@@ -123,7 +123,7 @@ impl Source {
     /// A file's bytes.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read.
+    /// [`crate::ErrorKind::Io`] if it cannot be read.
     pub fn read(&self, relative: &str) -> Result<Vec<u8>> {
         let path = self.path(relative);
         match self {
@@ -139,7 +139,7 @@ impl Source {
     /// A text file.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read, [`Error::Checkpoint`] if it is not UTF-8.
+    /// [`crate::ErrorKind::Io`] if it cannot be read, [`crate::ErrorKind::Damaged`] if it is not UTF-8.
     pub fn read_text(&self, relative: &str) -> Result<String> {
         String::from_utf8(self.read(relative)?)
             .map_err(|_| Error::damaged(self.path(relative), "not UTF-8 text").advise("download the file again"))
@@ -148,7 +148,7 @@ impl Source {
     /// The tokenizer in a component's folder, "" for the checkpoint's own.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] about missing or malformed files.
+    /// [`crate::ErrorKind::Damaged`] about missing or malformed files.
     pub fn tokenizer(&self, component: &str) -> Result<Tokenizer> {
         match self {
             Source::Folder(folder) => Tokenizer::load(&folder.join(component)),
@@ -169,7 +169,7 @@ impl Source {
     /// The weights of a component, "" for a model without components.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if there are none, or their files are damaged.
+    /// [`crate::ErrorKind::Damaged`] if there are none, or their files are damaged.
     pub fn tensors(&self, component: &str) -> Result<Tensors> {
         match self {
             Source::Single(file) => file.tensors(component),

@@ -1,5 +1,5 @@
-//! Single-file checkpoints: one safetensors file with all weights under the names of the original code (CompVis', Stability
-//! AI's, OpenCLIP's), and no configurations.
+//! Single-file checkpoints: one safetensors file with all weights under the names of the original code (CompVis',
+//! Stability AI's, OpenCLIP's), and no configurations.
 
 mod configs;
 mod names;
@@ -22,7 +22,8 @@ use std::path::{Path, PathBuf};
 const UNET: &str = "model.diffusion_model.";
 const VAE: &str = "first_stage_model.";
 
-/// Text encoders: the component, its prefix in 1.x and 2.x or in Stability AI's later code, and whether it is OpenCLIP's.
+/// Text encoders: the component, its prefix in 1.x and 2.x or in Stability AI's later code, and whether it is
+/// OpenCLIP's.
 const TOWERS: [(&str, &str, bool); 5] = [
     ("text_encoder", "cond_stage_model.transformer.", false),
     ("text_encoder", "cond_stage_model.model.", true),
@@ -37,12 +38,13 @@ const PICKLES: [&[u8; 4]; 2] = [b"PK\x03\x04", b"\x80\x02\x8a\x0a"];
 /// Stable Diffusion 2.x reads what the last but one of OpenCLIP-H's 24 layers gives.
 const OPEN_CLIP_H_LAYERS: usize = 23;
 
-/// A checkpoint of Stable Diffusion 1.x, 2.x or SDXL in the original layout, which presents itself as the diffusers folder of
-/// the same model: names, shapes, configurations, tokenizers.
+/// A checkpoint of Stable Diffusion 1.x, 2.x or SDXL in the original layout, which presents itself as the diffusers
+/// folder of the same model: names, shapes, configurations, tokenizers.
 ///
-/// Networks are recognised from their tensors. What these do not show is taken to be what it is in all checkpoints known:
-/// 8 attention heads in 1.x, heads of 64 channels in 2.x, SDXL and text encoders; norms of 32 groups; the scaling factor of
-/// the VAE and the scheduler of each family's first release; CLIP's vocabulary. Epsilon or v: see `prediction.rs`.
+/// Networks are recognised from their tensors. What these do not show is taken to be what it is in all checkpoints
+/// known: 8 attention heads in 1.x, heads of 64 channels in 2.x, SDXL and text encoders; norms of 32 groups; the
+/// scaling factor of the VAE and the scheduler of each family's first release; CLIP's vocabulary. Epsilon or v: see
+/// `prediction.rs`.
 pub struct SingleFile {
     path: PathBuf,
     /// By component.

@@ -157,7 +157,7 @@ impl<'a> Stored<'a> {
     /// Looks for the first number that is NaN or infinite in fp32; for whoever was told that there is one.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] which names it and its place, counted as in the file.
+    /// [`crate::ErrorKind::Damaged`] which names it and its place, counted as in the file.
     pub fn check_finite(&self) -> Result<()> {
         let mut numbers = vec![0.0; CHUNK];
         for start in (0..self.len()).step_by(CHUNK) {

@@ -199,7 +199,7 @@ impl Tensors {
     /// The same files under other names: `rename` says as which tensors one is listed.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if two tensors get one name.
+    /// [`crate::ErrorKind::Damaged`] if two tensors get one name.
     pub(super) fn renamed(&self, rename: impl Fn(&str) -> Vec<(String, Part)>) -> Result<Self> {
         let mut tensors = Tensors { files: self.files.clone(), ..Self::none() };
         // In the order of their names: of several problems the same one is told every time.
@@ -234,7 +234,7 @@ impl Tensors {
     /// A tensor's shape.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if there is none.
+    /// [`crate::ErrorKind::Damaged`] if there is none.
     pub(super) fn shape(&self, name: &str) -> Result<&[usize]> {
         self.entry(name).map(|entry| entry.shape.as_slice())
     }
@@ -273,7 +273,7 @@ impl Tensors {
     /// The tensors of a weight as they lie in their files, in the order of its names. All is checked but the numbers.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if one is missing, or has another shape or number format.
+    /// [`crate::ErrorKind::Damaged`] if one is missing, or has another shape or number format.
     pub fn stored<'a>(&'a self, spec: &'a WeightSpec) -> Result<Vec<Stored<'a>>> {
         let named = spec.names.iter().zip(&spec.outputs);
         if self.random {
@@ -344,7 +344,7 @@ impl Tensors {
     /// The tensor in fp32, row-major, whose shape must be one of `shapes`.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if it is missing, has another shape or number format, or holds NaN or infinity.
+    /// [`crate::ErrorKind::Damaged`] if it is missing, has another shape or number format, or holds NaN or infinity.
     pub fn read(&self, name: &str, shapes: &[&[usize]]) -> Result<Vec<f32>> {
         self.find(name, shapes)?.read()
     }

@@ -18,10 +18,11 @@ pub const EPS: f32 = 1e-5;
 
 /// The gradient by one group or row: `u - mean(u) - x^ mean(u x^)`, for `x^ = (x - mean(x)) * inverse`.
 ///
-/// The floor: with one or two numbers all three terms cancel. In f32 with a unit roundoff of e, a mean is off by e times
-/// the number of consecutive additions, and so is the deviation `x - mean(x)`, relative to the size of x. Hence x^ is off
-/// by e |x| * inverse, besides a few e of its own for the inverse, and u has a few roundings as well. So u and its mean
-/// are off by k e |u|, and the last term, in which x^ occurs twice, by k e |u| (|x^|^2 + 2 |x^| (|x| * inverse + |x^|)).
+/// The floor: with one or two numbers all three terms cancel. In f32 with a unit roundoff of e, a mean is off by e
+/// times the number of consecutive additions, and so is the deviation `x - mean(x)`, relative to the size of x. Hence
+/// x^ is off by e |x| * inverse, besides a few e of its own for the inverse, and u has a few roundings as well. So u
+/// and its mean are off by k e |u|, and the last term, in which x^ occurs twice, by k e |u| (|x^|^2 + 2 |x^| (|x| *
+/// inverse + |x^|)).
 pub fn gradient_of(x: &[f64], u: &[f64], normal: &[f64], inverse: f64, round: Round) -> Truth {
     let mean_of = |x: &dyn Fn(usize) -> f64| (0..u.len()).map(x).sum::<f64>() / u.len() as f64;
     let (mean_u, mean_product) = (round(mean_of(&|i| u[i])), round(mean_of(&|i| u[i] * normal[i])));

@@ -39,7 +39,7 @@ impl Loaded {
     /// The kernel of a launch, which must take a structure of the size that the launch has.
     ///
     /// # Errors
-    /// [`Error::Device`] if it is not in this build, cannot be loaded, or takes another structure.
+    /// [`crate::ErrorKind::Unsupported`] if it is not in this build, cannot be loaded, or takes another structure.
     pub fn kernel_of(&mut self, launch: &Launch, card: &Card, version: Version) -> Result<Kernel> {
         let kernel = self.kernel(launch.kernel, card, version)?;
         let given = launch.params.len();

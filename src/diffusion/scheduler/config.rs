@@ -19,8 +19,8 @@ const OTHER_MODELS: [&str; 6] =
 ///
 /// A field is `None` where the file has none (or null): what that means differs from sampler to sampler, so that the
 /// default is with the sampler. As in diffusers' `from_config`, fields of one sampler may stand in the config of
-/// another, which leaves them alone, and so may notes and fields of samplers that are not here. A field that says how the
-/// model was trained is honoured or refused by all.
+/// another, which leaves them alone, and so may notes and fields of samplers that are not here. A field that says how
+/// the model was trained is honoured or refused by all.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct SchedulerConfig {
@@ -136,7 +136,7 @@ impl SchedulerConfig {
     /// Reads the file at `path`.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read; those of [`SchedulerConfig::parse`].
+    /// [`crate::ErrorKind::Io`] if it cannot be read; those of [`SchedulerConfig::parse`].
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
@@ -146,7 +146,7 @@ impl SchedulerConfig {
     /// Parses the text of the file at `path`, which is there for messages alone.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] for text that is no such file, and for settings that no sampler here honours.
+    /// [`crate::ErrorKind::Damaged`] for text that is no such file, and for settings that no sampler here honours.
     pub fn parse(text: &str, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let mut fields: Map<String, Value> = crate::json::parse(text, path)?;
@@ -202,7 +202,7 @@ impl SchedulerConfig {
     /// The sampler that the checkpoint names.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if it names none, or one that is not among [`Sampler::ALL`].
+    /// [`crate::ErrorKind::Damaged`] if it names none, or one that is not among [`Sampler::ALL`].
     pub fn sampler(&self) -> Result<Sampler> {
         let known = list(&Sampler::ALL.map(Sampler::diffusers_name));
         let Some(name) = self.class_name.as_deref() else {

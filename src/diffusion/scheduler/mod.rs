@@ -173,8 +173,8 @@ impl Schedule {
     /// the rest, as `from_config` has it in diffusers.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a number of steps, or a choice, that the sampler does not have; [`Error::Checkpoint`] for
-    /// settings of the checkpoint with which it cannot sample.
+    /// [`crate::ErrorKind::Invalid`] for a number of steps, or a choice, that the sampler does not have;
+    /// [`crate::ErrorKind::Damaged`] for settings of the checkpoint with which it cannot sample.
     pub fn new(config: &SchedulerConfig, choice: SamplerChoice, steps: usize) -> Result<Self> {
         let sampler = config.chosen_sampler(choice)?;
         let (timestep_spacing, sigma_spacing) = config.chosen_spacing(sampler, choice.spacing)?;

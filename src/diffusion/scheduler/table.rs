@@ -67,7 +67,8 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// The table of `config`, `trained` levels long, with the defaults of a class that has `(beta_start, beta_end, beta_schedule)`.
+    /// The table of `config`, `trained` levels long, with the defaults of a class that has `(beta_start, beta_end,
+    /// beta_schedule)`.
     ///
     /// `floor` lifts a last level without signal (`rescale_betas_zero_snr`) to one whose sigma is finite.
     pub fn new(

@@ -20,8 +20,8 @@ const CONFIGS: [&str; 3] = ["scheduler", "tokenizer", "tokenizer_2"];
 /// Variants of the weights, the preferred one first: half precision is half the download.
 const VARIANTS: [&str; 3] = [".fp16", "", ".bf16"];
 
-/// True if a snapshot has weights and configurations for each of our components that its `model_index.json` names. Other tools leave
-/// snapshots of single files, of other formats, or interrupted ones.
+/// True if a snapshot has weights and configurations for each of our components that its `model_index.json` names.
+/// Other tools leave snapshots of single files, of other formats, or interrupted ones.
 pub(super) fn is_complete(snapshot: &Path) -> bool {
     let index = fs::read(snapshot.join("model_index.json")).ok();
     let index: Option<serde_json::Value> = index.and_then(|bytes| serde_json::from_slice(&bytes).ok());

@@ -1,5 +1,5 @@
-//! What a single file leaves unsaid: the configurations of its networks, from their tensors' shapes and, where these cannot
-//! tell, from what all checkpoints of a family have in common.
+//! What a single file leaves unsaid: the configurations of its networks, from their tensors' shapes and, where these
+//! cannot tell, from what all checkpoints of a family have in common.
 
 use super::super::tensors::Tensors;
 use super::prediction::Prediction;
@@ -93,7 +93,8 @@ impl Family {
         }))
     }
 
-    /// As the family's first release has it. `zero_snr` is arXiv 2305.08891's schedule, which must begin at the last step.
+    /// As the family's first release has it. `zero_snr` is arXiv 2305.08891's schedule, which must begin at the last
+    /// step.
     pub(super) fn scheduler(self, prediction: Prediction, zero_snr: bool) -> Value {
         let mut config = json!({
             "beta_start": 0.00085,

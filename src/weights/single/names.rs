@@ -9,8 +9,8 @@ pub(super) fn unet(original: &Tensors) -> Result<Tensors> {
     original.renamed(|name| vec![(blocks.rename(name).unwrap_or_else(|| name.into()), Part::Whole)])
 }
 
-/// The level and layer that each block stands for. The original counts the blocks of the way down in one row, each level's
-/// downsampler after its layers, and those of the way up in another, upsamplers within a level's last.
+/// The level and layer that each block stands for. The original counts the blocks of the way down in one row, each
+/// level's downsampler after its layers, and those of the way up in another, upsamplers within a level's last.
 struct Blocks {
     down: Vec<(usize, usize)>,
     up: Vec<(usize, usize)>,
