@@ -57,8 +57,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
             })
             .collect();
         let report = json!({
-            "version": env!("CARGO_PKG_VERSION"), "kernels": families, "architectures": architectures, "emulator": emulator,
-            "driver": driver_version, "gpus": cards, "auto": chosen.name(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "kernels": families, "architectures": architectures, "emulator": emulator, "driver": driver_version,
+            "gpus": cards, "auto": chosen.name(),
             "cpu": {"instructions": isa, "threads": threads, "free_memory": free},
             "cache": cache, "advice": advice,
         });

@@ -62,8 +62,11 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
-    /// Print the manual page, in troff
-    Man,
+    /// Print the manual page of the program or of one of its commands, in troff
+    Man {
+        /// The command, such as `sample` or `concept show` [default: the program]
+        command: Vec<String>,
+    },
 }
 
 /// Where to compute.
@@ -185,12 +188,7 @@ pub fn main() -> ExitCode {
             say(String::from_utf8_lossy(&script).trim_end());
             Ok(())
         }
-        Command::Man => {
-            let mut page = Vec::new();
-            let rendered =
-                clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(Error::io("write", "the page"));
-            rendered.map(|()| say(String::from_utf8_lossy(&page).trim_end()))
-        }
+        Command::Man { command } => man(&command).map(|page| say(page.trim_end())),
     };
     match result {
         Ok(()) => match UNPRINTED.get() {
@@ -208,6 +206,27 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// The manual page of a command, by the names that lead to it.
+fn man(names: &[String]) -> Result<String> {
+    let mut program = Cli::command().disable_help_subcommand(true);
+    // Gives commands the names that their pages have, such as respodiff-sample.
+    program.build();
+    let mut command = &program;
+    for name in names {
+        command = command.find_subcommand(name).ok_or_else(|| {
+            let known: Vec<&str> = command.get_subcommands().map(clap::Command::get_name).collect();
+            let advice = match known.is_empty() {
+                true => "leave it out".into(),
+                false => format!("name one of {}", known.join(", ")),
+            };
+            Error::invalid("command", format!("there is no command `{name}` here")).advise(advice)
+        })?;
+    }
+    let mut page = Vec::new();
+    clap_mangen::Man::new(command.clone()).render(&mut page).map_err(Error::io("write", "the page"))?;
+    Ok(String::from_utf8_lossy(&page).into_owned())
+}
+
 /// The exit code of a failure: 2 for values that can never work, 130 for an interrupt as shells have it, else 1.
 fn exit_code(kind: ErrorKind) -> u8 {
     match kind {
@@ -222,6 +241,7 @@ fn message(error: &Error) -> String {
     let Subject::Field(field) = error.subject() else { return error.to_string() };
     let flag = match *field {
         "prompt" => "the prompt".into(),
+        "command" => "man".into(),
         "model" => "--model".into(),
         "sampler" => "--scheduler".into(),
         "concepts" => "--concept".into(),
@@ -266,6 +286,13 @@ fn complain(kind: &str, text: &str) {
 fn note(line: &str) {
     use std::io::Write;
     let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Prints a line to stderr that a user who asked for quiet does not want: times, memory, tips.
+fn tell(line: &str) {
+    if !progress::is_quiet() {
+        note(line);
+    }
 }
 
 /// The first line that could not be printed.

@@ -1,7 +1,7 @@
 //! `respodiff probe`: components alone, to hold the engine against another implementation.
 
 use super::files::{TensorFile, write};
-use super::{Place, Precision, model, say, warn};
+use super::{Place, Precision, model, say, tell, warn};
 use crate::concept::{Form, Module};
 use crate::device::{Device, Executor};
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
@@ -104,7 +104,7 @@ fn executor(args: &Args, source: &Source, component: &str, graph: Graph) -> Resu
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     let (held, arena) = (mib(weights.bytes()), mib(plan.arena_bytes()));
     let told = format!("{held:.1} MiB of weights in {:.2} s, {arena:.1} MiB of activations", loading.as_secs_f64());
-    super::complain(component, &told);
+    tell(&format!("{component}: {told}"));
     device.executor(plan, &weights)
 }
 
@@ -118,8 +118,7 @@ fn call(executor: &mut Executor) -> Result<()> {
         executor.wait()?;
         Ok(start.elapsed().as_secs_f64())
     };
-    let told = format!("{:.4} s, again {:.4} s", timed()?, timed()?);
-    super::complain("call", &told);
+    tell(&format!("call: {:.4} s, again {:.4} s", timed()?, timed()?));
     Ok(())
 }
 

@@ -1,9 +1,9 @@
 //! `respodiff sample`.
 
 use super::out::{self, Named, Pictures};
-use super::progress::{self, Progress as Shown};
+use super::progress::Progress as Shown;
 use super::prompts::{self, Item};
-use super::{Place, Precision, concepts, files, interrupt_flag, model, note, random_seed, say, warn};
+use super::{Place, Precision, concepts, files, interrupt_flag, model, random_seed, say, tell, warn};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Conditioning, Engine, EngineOptions, Image, Progress, Prompt, Request, Size, Start};
@@ -38,10 +38,10 @@ pub(super) struct Args {
     #[arg(short, long, allow_hyphen_values = true)]
     negative_prompt: Option<String>,
     /// Sampling steps
-    #[arg(short, long, default_value_t = 50)]
+    #[arg(long, default_value_t = 50)]
     steps: usize,
     /// Guidance scale; 1 or less turns guidance off and halves the work [default: 7.5; 5 with SDXL]
-    #[arg(long, alias = "cfg-scale", visible_alias = "cfg-scale", allow_negative_numbers = true)]
+    #[arg(long, visible_alias = "cfg-scale", allow_negative_numbers = true)]
     guidance: Option<f32>,
     /// Sampler by diffusers' or k-diffusion's name, such as "DDIM" or "DPM++ 2M Karras" [default: the checkpoint's]
     #[arg(long, visible_alias = "sampler")]
@@ -50,7 +50,7 @@ pub(super) struct Args {
     #[arg(long)]
     spacing: Option<String>,
     /// Seed of the first image, from which the others count on [default, and -1: random]
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(short, long, allow_negative_numbers = true)]
     seed: Option<Seed>,
     /// Whose random numbers a seed means: torch-cpu or torch-cuda
     #[arg(long, default_value = "torch-cpu")]
@@ -110,6 +110,9 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let names: Vec<Named> = plan.iter().map(|p| Named { prompt: &p.item.prompt, seed: p.seed }).collect();
     let size = args.width.zip(args.height).map(|(width, height)| Size::new(width, height));
     let files = out::pictures(args.out.as_deref(), &names, base, size)?;
+    if args.json && matches!(files, Pictures::Stdout) {
+        return Err(Error::invalid("json", "stdout is the picture's already").advise("name a file with --out"));
+    }
     if let Some(path) = &args.save_latents {
         check_writable(path)?;
     }
@@ -190,7 +193,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
 
     let cancelled = interrupt_flag();
     let (batch, steps) = (options.batch, schedule.steps.len());
-    let shown = Shown::new("sampling", (images.div_ceil(batch) * steps) as u64, "steps");
+    // The decoding of a picture counts as one step.
+    let shown = Shown::new("sampling", (images.div_ceil(batch) * steps + images) as u64, "steps");
     let one: usize = shape[1..].iter().product();
     let mut final_latents = Vec::with_capacity(images * one);
     let sampling = Instant::now();
@@ -222,11 +226,11 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             none => none.insert(engine.session(options)?),
         };
         let output = session.generate(&request, &mut |progress| {
-            let before = (start / batch * steps) as u64;
+            let before = start / batch * steps + start;
             match progress {
-                Progress::Step { done, .. } => shown.set(before + done as u64, ""),
+                Progress::Step { done, .. } => shown.set((before + done) as u64, ""),
                 Progress::Decoded { done, .. } => {
-                    shown.set(before + steps as u64, &format!("decoded {}/{images}", start + done));
+                    shown.set((before + steps + done) as u64, &format!("decoded {}/{images}", start + done));
                 }
             }
             if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -258,16 +262,14 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         files::write(path, &[("latents", shape, final_latents)])?;
     }
     let taken = engine.used_memory();
-    if !progress::is_quiet() {
-        let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
-        note(&format!(
-            "loaded in {loading:.2} s; {made} image{}, {each:.2} s each; {:.2} GiB of memory planned{}",
-            if made == 1 { "" } else { "s" },
-            gib(memory.total()),
-            taken.map_or(String::new(), |taken| format!(", {:.2} taken by the device's count", gib(taken)))
-        ));
-        tip(args, &engine, each);
-    }
+    let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+    tell(&format!(
+        "loaded in {loading:.2} s; {made} image{}, {each:.2} s each; {:.2} GiB of memory planned{}",
+        if made == 1 { "" } else { "s" },
+        gib(memory.total()),
+        taken.map_or(String::new(), |taken| format!(", {:.2} taken by the device's count", gib(taken)))
+    ));
+    tip(args, &engine, each);
     if args.json {
         let file = |i: usize| match &files {
             Pictures::Files(files) => json!(files[i].display().to_string()),
@@ -369,7 +371,7 @@ fn tip(args: &Args, engine: &Engine, seconds: f64) {
         true => ", or --precision int8 where the processor has AMX or AVX-512 VNNI",
         false => "",
     };
-    note(&format!(
+    tell(&format!(
         "tip: fewer --steps (20 with --sampler \"DPM++ 2M Karras\"), a smaller picture{faster}, or a GPU is faster"
     ));
 }

@@ -1,7 +1,7 @@
 //! `respodiff train`.
 
-use super::progress::{self, Progress};
-use super::{Place, interrupt_flag, model, say, warn};
+use super::progress::Progress;
+use super::{Place, interrupt_flag, model, say, tell, warn};
 use crate::concept::{Concept, Form, Kind};
 use crate::engine::{Engine, Image, Request, Size};
 use crate::files::check_writable;
@@ -130,9 +130,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut trainer = Trainer::new(&engine, task.clone(), recipe.clone(), args.seed, size)?;
     // Text encoders and VAE have done their part until there are pictures to draw.
     drop(engine);
-    if !progress::is_quiet() {
-        super::complain("memory", &trainer.memory().to_string());
-    }
+    tell(&format!("memory: {}", trainer.memory()));
     if args.resume && checkpoint.exists() {
         trainer.resume(&checkpoint)?;
     }
@@ -141,7 +139,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let result = train(&mut trainer, recipe.iterations, &checkpoint);
     let done = trainer.history().len();
     let seconds = began.elapsed().as_secs_f64();
-    if done > from && !progress::is_quiet() {
+    if done > from {
         report_time(&trainer, done - from, began.elapsed());
     }
     match result {
@@ -236,15 +234,13 @@ fn train(trainer: &mut Trainer, iterations: u64, checkpoint: &Path) -> Result<()
 fn report_time(trainer: &Trainer, iterations: usize, elapsed: Duration) {
     let times = &trainer.times;
     let each = |d: Duration| 1e3 * d.as_secs_f64() / iterations as f64;
-    super::complain(
-        "trained",
-        &format!(
-            "{iterations} iterations at {:.2}/s: {:.1} ms rollout, {:.1} ms target, {:.1} ms L_resp, {:.1} ms L_sem",
-            iterations as f64 / elapsed.as_secs_f64(),
-            each(times.rollout),
-            each(times.target),
-            each(times.predictions),
-            each(times.backward)
-        ),
-    );
+    tell(&format!(
+        "trained: {iterations} iterations at {:.2}/s: {:.1} ms rollout, {:.1} ms target, {:.1} ms L_resp, \
+         {:.1} ms L_sem",
+        iterations as f64 / elapsed.as_secs_f64(),
+        each(times.rollout),
+        each(times.target),
+        each(times.predictions),
+        each(times.backward)
+    ));
 }
