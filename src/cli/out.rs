@@ -138,9 +138,14 @@ pub(super) fn save(picture: &Picture, path: &Path, info: &GenerationInfo) -> Res
     files::write(path, &encode(picture, Format::of(path)?, info)?)
 }
 
+/// A PNG file's bytes.
+pub(super) fn png(picture: &Picture, info: &GenerationInfo) -> Result<Vec<u8>> {
+    encode(picture, Format::Png, info)
+}
+
 /// Writes a picture to stdout, as PNG.
 pub(super) fn print(picture: &Picture, info: &GenerationInfo) -> Result<()> {
-    let bytes = encode(picture, Format::Png, info)?;
+    let bytes = png(picture, info)?;
     let mut out = std::io::stdout().lock();
     out.write_all(&bytes).and_then(|()| out.flush()).map_err(Error::io("write", "stdout"))
 }

@@ -1,24 +1,27 @@
 //! `respodiff rerun`: a picture made again from what its PNG file says.
 
-use super::{Place, concepts, model, note, out, warn};
+use super::progress::Progress as Shown;
+use super::{Place, concepts, interrupt_flag, model, out, say, tell, warn};
 use crate::cpu::MatrixPrecision;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
-use crate::engine::{Engine, EngineOptions, Image, Request, SessionOptions, Size};
+use crate::engine::{Engine, EngineOptions, Image, Progress, Request, SessionOptions, Size};
 use crate::files::check_writable;
 use crate::image::{GenerationInfo, JSON_KEYWORD, read_png_text};
+use crate::weights::Source;
 use crate::{Error, Result, Subject};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// A PNG file by `respodiff sample`
     picture: PathBuf,
-    /// The checkpoint that it was made by, where its name alone does not tell where that is
+    /// The checkpoint that made it [default: the one that its record names]
     #[arg(long)]
     model: Option<String>,
-    /// The file to write [default: the picture's name with -again]
+    /// The file to write, .png, .jpg or .webp [default: the picture's name with -again]
     #[arg(short, long)]
     out: Option<PathBuf>,
     /// Where to compute; on another device than the picture's, numbers round differently
@@ -28,7 +31,8 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let path = &args.picture;
-    let info = read(path)?;
+    let before = std::fs::read(path).map_err(Error::io("read", path))?;
+    let mut info = read(path)?;
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let again = args.out.clone().unwrap_or_else(|| path.with_file_name(format!("{stem}-again.png")));
     check_writable(&again)?;
@@ -43,26 +47,50 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
         image = image.concept(Arc::new(concept), used.weight);
     }
-    let mut sampler: SamplerChoice = info.sampler.parse()?;
-    sampler.spacing = Spacing::ALL.into_iter().find(|spacing| spacing.a1111_name() == info.spacing);
     let request = Request::from(image)
         .steps(info.steps)
-        .sampler(sampler)
+        .sampler(sampler(&engine, &info)?)
         .rng(info.rng.parse()?)
         .conditioned_on_size(info.original_size, info.crop.unwrap_or((0, 0)));
     let options = SessionOptions::new(Size::new(info.width as usize, info.height as usize))
         .guided(info.guidance > 1.0)
         .concepts(!info.concepts.is_empty());
-    let output = engine.session(options)?.generate(&request, &mut |_| ControlFlow::Continue(()))?;
+    let cancelled = interrupt_flag();
+    let shown = Shown::new("sampling", info.steps as u64, "steps");
+    let output = engine.session(options)?.generate(&request, &mut |progress| {
+        if let Progress::Step { done, total } = progress {
+            shown.set_total(total as u64);
+            shown.set(done as u64, "");
+        }
+        if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    shown.finish();
+    let output = output?;
     let picture = output.pictures.first().ok_or_else(|| Error::internal("a run without a picture"))?;
+    (info.version, info.device) = (env!("CARGO_PKG_VERSION").into(), Some(engine.device().name()));
     out::save(picture, &again, &info)?;
-    super::say(&again.display().to_string());
-    let bytes = |path: &Path| std::fs::read(path).map_err(Error::io("read", path));
-    match bytes(path)? == bytes(&again)? {
-        true => note("the same bytes"),
+    say(&again.display().to_string());
+    match out::png(picture, &info)? == before {
+        true => tell("the same bytes"),
         false => warn("the picture differs; the device, this version or the picture's own file have changed"),
     }
     Ok(())
+}
+
+/// The picture's sampler, whose spacing is found by its name in the record. Two spacings share the name "Automatic":
+/// none, as LCM has it, and leading.
+fn sampler(engine: &Engine, info: &GenerationInfo) -> Result<SamplerChoice> {
+    let own: SamplerChoice = info.sampler.parse()?;
+    let spacings = [None].into_iter().chain(Spacing::ALL.map(Some));
+    let mut choices = spacings.map(|spacing| SamplerChoice { spacing, ..own });
+    let is_the_record = |choice: &SamplerChoice| {
+        let schedule = engine.schedule(*choice, info.steps);
+        schedule.is_ok_and(|s| s.spacing.map_or("Automatic", Spacing::a1111_name) == info.spacing)
+    };
+    choices.find(is_the_record).ok_or_else(|| {
+        let problem = format!("does not space {} as the picture's record says: {}", info.sampler, info.spacing);
+        Error::mismatch(Subject::Model(engine.name()), problem).advise("give the picture's checkpoint")
+    })
 }
 
 /// The record in a picture.
@@ -92,11 +120,15 @@ fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
             return Err(Error::unsupported(args.picture.as_path(), format!("its precision `{other}` is not known")));
         }
     };
-    let demo = args.model.is_none() && info.model == crate::Source::demo().name();
-    let source = match (&args.model, demo) {
-        (Some(model), _) => model::source(Some(model))?,
-        (None, true) => model::source(None)?,
-        (None, false) => model::source(Some(&info.model))?,
+    let source = match &args.model {
+        Some(model) => model::source(Some(model))?,
+        None if info.model == Source::demo().name() => Source::demo(),
+        // A file or folder here, or a model id.
+        None if Path::new(&info.model).exists() || info.model.contains('/') => model::source(Some(&info.model))?,
+        None => {
+            return Err(Error::not_found(Subject::Model(info.model.clone()), "no checkpoint of this name is here")
+                .advise("say with --model where it is"));
+        }
     };
     let device = args.device.open()?;
     let name = device.name();
