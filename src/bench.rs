@@ -212,6 +212,19 @@ impl Case {
         }
     }
 
+    /// The kind of operation, whatever its shape.
+    pub fn family(&self) -> &'static str {
+        match *self {
+            Case::Conv { kernel: 1, .. } => "linear layers",
+            Case::Conv { .. } => "convolutions",
+            Case::Attention { products: 2, .. } => "attention",
+            Case::Attention { .. } => "attention gradients",
+            Case::GroupNorm { .. } => "group norms",
+            Case::LayerNorm { .. } => "layer norms",
+            Case::Other { .. } => "others",
+        }
+    }
+
     /// Floating-point operations of its matrix products.
     pub fn flops(&self) -> f64 {
         match *self {

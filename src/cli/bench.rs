@@ -1,6 +1,6 @@
 //! `respodiff bench`.
 
-use super::{Place, Precision, model, say};
+use super::{Place, Precision, model, say, warn};
 use crate::bench::{Case, Peaks, SD15, SDXL, Table, kernels, measure, networks, peaks, training};
 use crate::cuda::{Limits, Lowered, lowered};
 use crate::engine::UNET_CONSTANTS;
@@ -34,7 +34,7 @@ pub(super) struct Args {
     /// Also write the numbers here
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Compare with what an earlier run wrote by --json: the whole, and the operations that changed most
+    /// Compare with what an earlier run wrote by --json: each network, family of operations, and what lost most time
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
     /// Where to compute
@@ -94,7 +94,6 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if let Some(file) = &args.json {
         check_writable(file)?;
     }
-    let earlier = args.compare.as_deref().map(Earlier::read).transpose()?;
     let source = match args.model.as_str() {
         "sd15" => SD15,
         "sdxl" => SDXL,
@@ -119,6 +118,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         _ => 3,
     };
     let runs = args.runs.map_or(usual, usize::from);
+    let earlier = args.compare.as_deref().map(|file| Earlier::read(file, &device.name(), args)).transpose()?;
     let mut peaks = peaks(&device)?;
     say(&format!("device  {}", device.name()));
     say(&format!(
@@ -196,15 +196,30 @@ struct Earlier {
     steps: BTreeMap<String, f64>,
 }
 
-/// Operations that are told of, of those that changed most.
+/// Operations that are told of, of those that lost most.
 const WORST: usize = 5;
 
 impl Earlier {
-    fn read(path: &Path) -> Result<Self> {
+    /// Reads a report, and warns where the run that is to be compared is of something else.
+    fn read(path: &Path, device: &str, args: &Args) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let all: Report = serde_json::from_str(&text).map_err(|problem| {
             Error::damaged(path, format!("not a report of bench: {problem}")).advise("give a file that --json wrote")
         })?;
+        let precision = args.precision.told();
+        for (what, before, now) in [
+            ("the device", Some(all.device.as_str()), Some(device)),
+            ("the model", Some(all.model.as_str()), Some(args.model.as_str())),
+            ("the precision", all.precision.as_deref(), precision.as_deref()),
+        ] {
+            if before != now {
+                let [before, now] = [before, now].map(|value| value.unwrap_or("full"));
+                warn(&format!("{what} of {} is {before}, and of this run {now}", path.display()));
+            }
+        }
+        if all.batch != args.batch {
+            warn(&format!("{} is of a batch of {}, and this run of {}", path.display(), all.batch, args.batch));
+        }
         let mut earlier = Earlier { operations: BTreeMap::new(), steps: BTreeMap::new() };
         for Network { network, rows, step } in all.networks {
             earlier.steps.insert(network.clone(), step);
@@ -213,26 +228,45 @@ impl Earlier {
         Ok(earlier)
     }
 
-    /// Tells how long a network takes beside the earlier run.
+    /// Tells how long a network takes beside the earlier run: its step, each family of operations, and the operations
+    /// that lost most time.
     fn print(&self, table: &Table) {
-        if let Some(step) = self.steps.get(&table.network) {
-            say(&format!("{:44} {:.3} of the earlier run's step", "compared", table.step / step));
-        }
-        let ratio = |label: &String, seconds: f64| {
-            let before = self.operations.get(&(table.network.clone(), label.clone()))?;
-            Some((label.clone(), seconds / before))
+        say("");
+        let title = format!("{} beside the earlier run", table.network);
+        say(&format!("{title:44} {:>10} {:>10} {:>7}", "before ms", "now ms", "ratio"));
+        let line = |name: &str, before: f64, now: f64| {
+            say(&format!("{name:44} {:>10.3} {:>10.3} {:>7.3}", 1e3 * before, 1e3 * now, now / before));
         };
-        let mut ratios: Vec<_> = table.rows.iter().filter_map(|row| ratio(&row.label, row.seconds)).collect();
-        ratios.sort_by(|a, b| b.1.ln().abs().total_cmp(&a.1.ln().abs()));
-        for (label, ratio) in ratios.into_iter().take(WORST) {
-            say(&format!("  {label:42} {ratio:.3} of its time"));
+        if let Some(&step) = self.steps.get(&table.network) {
+            line("a step in one piece", step, table.step);
         }
+        let mut families: BTreeMap<&str, [f64; 2]> = BTreeMap::new();
+        let mut operations = Vec::new();
+        for row in &table.rows {
+            let before = self.operations.get(&(table.network.clone(), row.label.clone()));
+            if let Some(&before) = before.filter(|&&before| before > 0.0) {
+                let [before, now] = [before, row.seconds].map(|seconds| seconds * row.count as f64);
+                let sums = families.entry(row.case.family()).or_default();
+                *sums = [sums[0] + before, sums[1] + now];
+                operations.push((row.label.as_str(), before, now));
+            }
+        }
+        let mut families: Vec<_> = families.into_iter().collect();
+        families.sort_by(|(_, a), (_, b)| b[1].total_cmp(&a[1]));
+        families.iter().for_each(|(family, [before, now])| line(&format!("all {family}"), *before, *now));
+        operations.retain(|(_, before, now)| now > before);
+        operations.sort_by(|(_, a, b), (_, c, d)| (d - c).total_cmp(&(b - a)));
+        operations.iter().take(WORST).for_each(|(label, before, now)| line(label, *before, *now));
     }
 }
 
 /// What [`Earlier`] reads of a report.
 #[derive(serde::Deserialize)]
 struct Report {
+    device: String,
+    model: String,
+    batch: u16,
+    precision: Option<String>,
     networks: Vec<Network>,
 }
 
