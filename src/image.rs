@@ -220,7 +220,10 @@ impl GenerationInfo {
         let version = format!("respodiff {}", self.version);
         // A1111 tells models apart by the first ten digits.
         let hash = self.model_sha256.as_ref().map(|hash| hash.chars().take(10).collect::<String>());
-        let concepts: Vec<String> = self.concepts.iter().map(|c| format!("{}:{}", c.name, c.weight)).collect();
+        let each = |text: fn(&UsedConcept) -> String| {
+            let texts: Vec<String> = self.concepts.iter().map(text).collect();
+            Some(texts.join(", ")).filter(|all| !all.is_empty())
+        };
         let fields = [
             ("Steps", Some(self.steps.to_string())),
             ("Sampler", Some(self.sampler.clone())),
@@ -232,9 +235,12 @@ impl GenerationInfo {
             ("Crop", self.crop.map(|(left, top)| format!("{left},{top}"))),
             ("Model hash", hash),
             ("Model", Some(self.model.clone())),
+            ("Model fingerprint", self.model_fingerprint.clone()),
             ("RNG", Some(self.rng.clone())),
             ("Precision", self.precision.clone()),
-            ("Concepts", Some(concepts.join(", ")).filter(|c| !c.is_empty())),
+            ("Concepts", each(|used| format!("{}:{}", used.name, used.weight))),
+            // As A1111 writes "Lora hashes".
+            ("Concept hashes", each(|used| format!("{}: {}", used.name, used.fingerprint))),
             ("Version", Some(version)),
         ];
         let fields: Vec<String> =

@@ -3,7 +3,7 @@
 use std::fs;
 
 use respodiff::ErrorKind;
-use respodiff::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Picture, read_png_text};
+use respodiff::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Picture, UsedConcept, read_png_text};
 
 fn info() -> GenerationInfo {
     GenerationInfo {
@@ -134,14 +134,24 @@ fn parameters_are_those_of_a1111() {
         guidance: 7.5,
         model: "a: \"b\", caf\u{e9}".to_string(),
         model_sha256: None,
+        model_fingerprint: Some("0a1b".to_string()),
         precision: Some("int8".to_string()),
+        concepts: [("a woman", 0.5, "2c3d"), ("a cook", 1.0, "4e5f")]
+            .map(|(name, weight, fingerprint)| UsedConcept {
+                name: name.to_string(),
+                weight,
+                fingerprint: fingerprint.to_string(),
+                file: "file".to_string(),
+            })
+            .to_vec(),
         ..info()
     };
     assert_eq!(
         odd.parameters(),
         "a cat, a hat\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, \
-         Seed: 18446744073709551615, Size: 768x512, Original size: 1024x768, Crop: \"8,0\", Model: \"a: \\\"b\\\", caf\u{e9}\", RNG: torch-cuda, \
-         Precision: int8, Version: respodiff 0.1.0"
+         Seed: 18446744073709551615, Size: 768x512, Original size: 1024x768, Crop: \"8,0\", \
+         Model: \"a: \\\"b\\\", caf\u{e9}\", Model fingerprint: 0a1b, RNG: torch-cuda, Precision: int8, \
+         Concepts: \"a woman:0.5, a cook:1\", Concept hashes: \"a woman: 2c3d, a cook: 4e5f\", Version: respodiff 0.1.0"
     );
 }
 
