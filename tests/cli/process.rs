@@ -1,0 +1,107 @@
+//! Signals, pipes that close, full disks, and progress where there is no terminal.
+
+use super::{files, text};
+use std::path::Path;
+use std::process::Command;
+
+#[cfg(unix)]
+#[test]
+fn interrupted_runs_leave_nothing_half_done() {
+    use std::time::Duration;
+    for (signal, code) in [("-INT", Some(130)), ("-TERM", Some(130)), ("-KILL", None)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
+            .args(["sample", "a cook", "--steps", "900", "--batch", "16", "--out", "x.png"])
+            .current_dir(folder.path())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(700));
+        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+        let status = child.wait().unwrap();
+        assert_eq!(status.code(), code, "{signal}");
+        let mut error = String::new();
+        std::io::Read::read_to_string(&mut child.stderr.take().unwrap(), &mut error).unwrap();
+        assert!(code.is_none() || error.contains("interrupted: stopped after"), "{error}");
+        assert!(files(folder.path()).is_empty(), "{signal} left {:?}", files(folder.path()));
+    }
+}
+
+/// Whole batches that were made before are kept, and the manifest lists them.
+#[cfg(unix)]
+#[test]
+fn interrupted_runs_keep_what_they_saved() {
+    use std::io::BufRead;
+    let folder = tempfile::tempdir().unwrap();
+    let concept = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/concepts/man.safetensors");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
+        .args(["sample", "a cook", "--steps", "40", "--images", "500", "--out", "x.png", "--concept"])
+        .arg(concept)
+        .current_dir(folder.path())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut lines = lines.map(|line| line.unwrap());
+    assert_eq!(lines.next().as_deref(), Some("x-0.png"));
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let printed = 1 + lines.filter(|line| line.ends_with(".png")).count();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert!(
+        text(&output.stderr).contains(&format!("{printed} of 500 pictures were saved")),
+        "{}",
+        text(&output.stderr)
+    );
+    let manifest: Vec<serde_json::Value> =
+        serde_json::from_slice(&std::fs::read(folder.path().join("x-0.json")).unwrap()).unwrap();
+    assert_eq!((manifest.len(), files(folder.path()).len()), (printed, printed + 1));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
+        .arg("info")
+        .current_dir(folder.path())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && !text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
+}
+
+/// A report that a full disk has swallowed is no success.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_cannot_be_printed_is_an_error() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_respodiff"));
+    let output = command.args(["doctor", "--json"]).stdout(full).output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.starts_with("error: cannot print: ") && said.lines().count() == 1, "{said}");
+}
+
+/// In a container or a log, where stderr is no terminal, a line tells now and then how far it is. PNDM makes a step
+/// more than was asked for, and each picture's decoding counts as one.
+#[test]
+fn progress_is_told_where_there_is_no_terminal() {
+    use std::io::BufRead;
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
+        .args(["sample", "a cook", "--sampler", "PNDM", "--steps", "900", "--batch", "16", "--out", "x.png"])
+        .current_dir(folder.path())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    std::io::BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(line.starts_with("sampling ") && line.contains("/917 steps, ") && line.contains(" it/s, "), "{line}");
+}

@@ -1,0 +1,48 @@
+//! What cannot work is refused in one line, with an exit code, before anything is written.
+
+use super::{files, respodiff, text};
+
+#[test]
+fn refuses_in_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    for (args, code, word) in [
+        (&["sample", "x", "--width", "63"][..], 2, "64"),
+        (&["sample", "x", "--steps", "0"], 2, "steps"),
+        (&["sample", "x", "--threads", "0"], 2, "threads"),
+        (&["sample", "x", "--batch", "0"], 2, "batch"),
+        (&["sample", "x", "--batch", "0", "--images", "3"], 2, "batch"),
+        (&["sample", "x", "--batch", "18446744073709551615"], 2, "18446744073709551615"),
+        (&["sample", "x", "--images", "0"], 2, "images"),
+        (&["sample", "x", "--scheduler", "nonsense"], 2, "DDIM"),
+        (&["sample", "x", "--spacing", "nonsense"], 2, "karras"),
+        (&["sample", "x", "--guidance", "NaN"], 2, "guidance"),
+        (&["sample", "x", "--rng", "dice"], 2, "torch-cpu"),
+        (&["sample", "x", "--device", "cuda"], 1, "CPU"),
+        (&["sample", "x", "--out", "no/such/folder/x.png"], 1, "no/such/folder"),
+        (&["sample", "x", "--save-latents", "no/such/folder/l.st"], 1, "no/such/folder"),
+        (&["sample", "x", "--save-latents", "."], 1, "directory"),
+        (&["sample", "x", "--model", "./nowhere"], 2, "nowhere"),
+        (&["sample", "x", "--latents", "missing.st"], 1, "missing.st"),
+        (&["sample", "x", "--original-size", "512x512"], 2, "SDXL"),
+        (&["sample", "x", "--original-size", "512"], 2, "whole numbers"),
+        (&["sample", "x", "--crop", "1x2"], 2, "whole numbers"),
+        (&["sample"], 2, "PROMPT"),
+        (&["probe", "unet", "--inputs", "missing.st", "--output", "o.st"], 1, "missing.st"),
+        (&["probe", "grad", "--inputs", "x", "--output", "y", "--precision", "int8"], 2, "--precision"),
+        (&["probe", "scheduler", "--inputs", "x", "--output", "y", "--precision", "int8"], 2, "--precision"),
+        (&["info", "--model", "./nowhere"], 2, "nowhere"),
+        (&["train", "--out", "c.safetensors"], 2, "--target"),
+        (&["train", "--avoid", "violence", "--out", "c.safetensors"], 2, "--neutral"),
+        (&["train", "--target", "x", "--out", "no/such/folder/c"], 1, "no/such/folder"),
+        (&["train", "--target", "x", "--out", "c", "--recipe", "nonsense"], 2, "official"),
+        (&["train", "--target", "x", "--out", "c", "--batch", "0"], 2, "batch"),
+        (&["train", "--target", "x", "--out", "c", "--lr-ram", "NaN"], 2, "--lr-ram"),
+        (&["train", "--target", "x", "--out", "c", "--variant", "gan"], 2, "ram-only"),
+    ] {
+        let output = respodiff(folder.path(), args);
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
+        assert!(error.contains(word) && !error.contains("panicked"), "{args:?}: {error}");
+        assert!(files(folder.path()).is_empty(), "{args:?} left {:?}", files(folder.path()));
+    }
+}

@@ -1,0 +1,70 @@
+//! `respodiff rerun`.
+
+use super::{respodiff, text};
+use std::path::Path;
+
+#[test]
+fn pictures_are_made_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = ["sample", "a doctor", "--steps", "2", "--seed", "4", "--batch", "2", "--balance", "woman,man"];
+    let output = respodiff(folder.path(), &[&make[..], &["-o", "x.png", "-q"]].concat());
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let output = respodiff(folder.path(), &["rerun", "x-1.png"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("the same bytes"), "{}", text(&output.stderr));
+    let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+    assert_eq!(read("x-1.png"), read("x-1-again.png"));
+    // Its record names model and concepts by hashes.
+    let tags = respodiff::image::read_png_text(&folder.path().join("x-1.png")).unwrap();
+    let info: serde_json::Value =
+        serde_json::from_str(&tags.iter().find(|(k, _)| k == "respodiff").unwrap().1).unwrap();
+    assert_eq!(info["model_sha256"].as_str().unwrap().len(), 64);
+    assert!(info["model_fingerprint"].is_string() && info["concepts"][0]["fingerprint"].is_string(), "{info}");
+    let parameters = &tags.iter().find(|(k, _)| k == "parameters").unwrap().1;
+    for field in ["Model hash: ", "Model fingerprint: ", "Concept hashes: "] {
+        assert!(parameters.contains(field), "{field} is not in {parameters}");
+    }
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/checkpoints/sd1");
+    let output = respodiff(folder.path(), &["rerun", "x-1.png", "--model", golden.to_str().unwrap()]);
+    assert!(text(&output.stderr).contains("SHA-256"), "{}", text(&output.stderr));
+    let output = respodiff(folder.path(), &["sample", "x", "--concept", "nobody"]);
+    assert!(text(&output.stderr).contains("woman"), "{}", text(&output.stderr));
+}
+
+/// Whatever sampler and spacing, those included that the record calls by the same name.
+#[test]
+fn every_sampler_is_found_in_the_record() {
+    let folder = tempfile::tempdir().unwrap();
+    for sampler in ["DDIM", "PNDM", "Euler", "Euler a", "DPM++ 2M", "UniPC", "LCM"] {
+        for spacing in [None, Some("leading"), Some("trailing"), Some("linspace"), Some("karras"), Some("exponential")]
+        {
+            let mut args = vec!["sample", "a cook", "--steps", "2", "--sampler", sampler, "-q", "-o", "x.png"];
+            args.extend(spacing.iter().flat_map(|spacing| ["--spacing", spacing]));
+            if !respodiff(folder.path(), &args).status.success() {
+                assert!(spacing.is_some(), "{sampler} is refused");
+                continue;
+            }
+            let output = respodiff(folder.path(), &["rerun", "x.png"]);
+            assert!(text(&output.stderr).contains("the same bytes"), "{sampler} {spacing:?}: {}", text(&output.stderr));
+        }
+    }
+}
+
+#[test]
+fn checkpoints_are_found_and_other_formats_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/checkpoints/sd1");
+    let golden = golden.to_str().unwrap();
+    let make = ["sample", "a cat", "--model", golden, "--steps", "1", "-W", "64", "-H", "64", "-q", "-o", "x.png"];
+    assert!(respodiff(folder.path(), &make).status.success());
+    // The record has the folder's name, which says nothing elsewhere.
+    let output = respodiff(folder.path(), &["rerun", "x.png"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("--model"), "{}", text(&output.stderr));
+    // The picture is the same, though the file is not.
+    let output = respodiff(folder.path(), &["rerun", "x.png", "--model", golden, "-o", "y.jpg"]);
+    assert!(text(&output.stderr).contains("the same bytes"), "{}", text(&output.stderr));
+    assert!(std::fs::read(folder.path().join("y.jpg")).unwrap().starts_with(b"\xff\xd8\xff"));
+    let output = respodiff(folder.path(), &["rerun", "x.png", "--model", golden, "--quiet"]);
+    assert!(output.status.success() && output.stderr.is_empty(), "{}", text(&output.stderr));
+}
