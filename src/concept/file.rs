@@ -19,7 +19,7 @@ const FORMAT: u32 = 1;
 /// Longest side of a bottleneck, and most channels: beyond lies a damaged file.
 const MAX_SIDE: usize = 4096;
 
-/// What a concept is for.
+/// The purpose of a concept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -60,12 +60,12 @@ impl std::str::FromStr for NumberFormat {
     }
 }
 
-/// Where a concept comes from.
+/// The origin of a concept.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Metadata {
-    /// What it is called: the prompt it was trained for.
+    /// Its name: the prompt it was trained for.
     pub concept: String,
-    /// What it is for.
+    /// Its purpose.
     pub kind: Kind,
     /// The prompt it moves away from, or from which it moves.
     pub neutral: String,
@@ -79,14 +79,14 @@ pub struct Metadata {
     pub iterations: u64,
     /// `L_resp` and `L_sem` over the last tenth of the training.
     pub losses: Option<[f64; 2]>,
-    /// What other programs wrote.
+    /// Fields by other programs.
     pub other: BTreeMap<String, String>,
 }
 
 /// A learnt concept: RAM, which moves toward it, and SAM, which moves back toward the neutral prompt's meaning.
 #[derive(Clone, Debug)]
 pub struct Concept {
-    /// Where it comes from.
+    /// Its origin.
     pub metadata: Metadata,
     /// Responsible-concept alignment module.
     pub ram: Module,
@@ -100,7 +100,7 @@ impl Concept {
         self.ram.shape()
     }
 
-    /// What it adds to a bottleneck that looks like `shape`: RAM and SAM.
+    /// The modules that it adds to a bottleneck of `shape`: RAM and SAM.
     ///
     /// A constant learnt at another size is resampled, bilinearly with half-pixel centres, so that what was learnt for
     /// a place in the picture stays there; networks are the same at every size.

@@ -37,7 +37,8 @@ const SDISC: [(&str, usize); 8] = [
 /// `controlnet.fc1.weight` and SAM in `controlnet_residual.fc2.weight`; SDisc has one matrix, which becomes RAM.
 ///
 /// # Errors
-/// What is wrong with the file, or [`crate::ErrorKind::Invalid`] for a name or column it has not.
+/// [`crate::ErrorKind::Damaged`] or [`crate::ErrorKind::Unsupported`] about the file, or [`crate::ErrorKind::Invalid`]
+/// for a name or column it has not.
 pub fn import(path: &Path, concept: &str, column: Option<usize>, channels: usize) -> Result<Concept> {
     let all = tensors(path)?;
     let named = |name: &str| all.iter().find(|t| t.name.ends_with(name));

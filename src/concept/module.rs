@@ -1,4 +1,4 @@
-//! What is learnt: a function of the bottleneck that is added to it.
+//! Modules: learnt functions of the bottleneck that are added to it.
 //!
 //! The method's own is a constant, whatever the bottleneck holds. The networks are for its ablation; the paper does not
 //! publish their sizes, so these are ours: `mlp` is two layers at each pixel, `conv` three 3x3 convolutions, both with

@@ -147,7 +147,8 @@ impl Lazy {
     }
 }
 
-/// What instructions pass to each other. Dictionaries and lists are shared, as they are filled after they are stored.
+/// A value that instructions pass to each other. Dictionaries and lists are shared, as they are filled after they are
+/// stored.
 #[derive(Clone, Debug)]
 enum Value {
     Mark,

@@ -1,4 +1,5 @@
-//! What the concepts of a run's images add to the bottleneck: summed once, but for networks, which follow it.
+//! The shift that concepts add to the bottleneck of a run's images: constants are summed once per run, networks follow
+//! the bottleneck in every step.
 
 use super::{Concept, Form, Module};
 use crate::graph::Shape;
@@ -50,7 +51,7 @@ impl Shift {
         &self.constant
     }
 
-    /// Whether that is all of it.
+    /// True if there is no other part.
     pub(crate) fn is_constant(&self) -> bool {
         self.networks.is_empty()
     }

@@ -25,8 +25,8 @@ pub(super) mod functions {
 
     use cudarc::driver::sys::{CUevent, CUresult, culib};
 
-    // Not in drivers before CUDA 12.4; see `Version::tells_parameters`. No documentation: rustdoc fails on a link above a
-    // re-export.
+    // Not in drivers before CUDA 12.4; see `Version::tells_parameters`. No documentation: rustdoc fails on a link above
+    // a re-export.
     pub use cudarc::driver::sys::cuFuncGetParamInfo;
 
     /// All drivers have this function under this name; cudarc binds the version of CUDA 12.8, which older drivers lack.

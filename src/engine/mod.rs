@@ -117,7 +117,7 @@ impl Engine {
     /// Which UNet it is, whatever file format and precision it came in; see [`crate::weights::Tensors::fingerprint`].
     ///
     /// # Errors
-    /// What the weights have wrong.
+    /// Those of reading the weights.
     pub fn fingerprint(&self) -> Result<String> {
         self.0.source.tensors("unet")?.fingerprint()
     }

@@ -37,7 +37,8 @@ impl TextEncoders {
     /// Loads the text encoders of a checkpoint with this UNet, and readies them to run.
     ///
     /// # Errors
-    /// What is missing, damaged or does not fit together, and [`crate::ErrorKind::OutOfMemory`].
+    /// Those of reading the files, [`crate::ErrorKind::Mismatch`] for parts that do not belong together, and
+    /// [`crate::ErrorKind::OutOfMemory`].
     pub fn open(source: &Source, device: &Device, unet: &UNetConfig) -> Result<Self> {
         let has = |folder: &str| source.has(&format!("{folder}/config.json"));
         let index = read_index(source)?;
@@ -237,7 +238,7 @@ fn read_index(source: &Source) -> Result<serde_json::Value> {
     crate::json::parse(&source.read_text(file)?, &source.path(file))
 }
 
-/// What keeps the text encoders from serving the UNet.
+/// The reason why the text encoders cannot serve the UNet, if there is one.
 fn misfit(encoders: &[ClipConfig], unet: &UNetConfig) -> Option<String> {
     let width: usize = encoders.iter().map(|encoder| encoder.layers.width).sum();
     let pooled = encoders.iter().find_map(|encoder| encoder.projection_dim);

@@ -44,7 +44,7 @@ impl Clip {
     /// Loads a `CLIPModel`'s folder onto a device.
     ///
     /// # Errors
-    /// What is missing or wrong.
+    /// Those of reading the files.
     pub fn load(source: &Source, device: &Device) -> Result<Self> {
         let (text, vision) = parse_clip_model(&source.read_text("config.json")?, &source.path("config.json"))?;
         let path = source.path("preprocessor_config.json");
@@ -79,7 +79,7 @@ impl Clip {
     /// Normalised embeddings of texts; those over the tower's length are cut.
     ///
     /// # Errors
-    /// What the tokenizer finds.
+    /// Those of the tokenizer.
     pub fn texts(&self, texts: &[String]) -> Result<Vec<Vec<f32>>> {
         let plan = self.device.plan(text_encoder(&self.text, 1), &[]);
         let mut executor = self.device.executor(plan, &self.text_weights)?;

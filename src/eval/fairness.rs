@@ -52,7 +52,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Whether the pictures and their judgement are the same, whatever batch or shard makes them.
+    /// True if the pictures and their judgement are the same, whatever batch or shard makes them.
     pub(super) fn same_run(&self, other: &Self) -> bool {
         let kept = |s: &Self| Settings { batch: 0, shard: (0, 0), ..s.clone() };
         kept(self) == kept(other)
@@ -72,10 +72,10 @@ impl Settings {
     }
 }
 
-/// What was seen in a picture.
+/// The judgement of a picture.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// Whether concepts were on.
+    /// True if concepts were on.
     pub balanced: bool,
     /// Which of the settings' professions.
     pub profession: usize,

@@ -1,4 +1,4 @@
-//! What a run found: JSON, CSV and a page to look at.
+//! The results of a run as JSON, CSV and a page to look at.
 
 use super::fairness::{Record, Settings, image_name, read_records, read_settings};
 use super::statistics::{count, deviation_ratio, mean_deviation_ratio};
@@ -11,13 +11,13 @@ use std::path::{Path, PathBuf};
 /// A run's result.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// What was run.
+    /// The settings of the run.
     pub settings: Settings,
     /// One a group, and where there are several, one for their combinations.
     pub summaries: Vec<Summary>,
 }
 
-/// What became of one group.
+/// The results of one group.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
     /// The classes told apart.

@@ -84,7 +84,7 @@ impl Trainer {
         Ok(())
     }
 
-    /// All that decides the result, but for how long it goes on.
+    /// All that decides the result, except for how long it goes on.
     fn identity(&self) -> String {
         let recipe = super::Recipe { iterations: 0, ..self.recipe().clone() };
         let (task, shape) = (self.task(), self.state.ram.shape());

@@ -1,4 +1,5 @@
-//! The UNet cut at the bottleneck: one pass down serves several passes up, and gradients flow up there.
+//! The UNet cut at the bottleneck: one pass through the down half serves several through the up half, and gradients are
+//! taken of the up half alone.
 
 use crate::Result;
 use crate::concept::Module;
@@ -14,9 +15,9 @@ use crate::weights::Tensors;
 pub struct Halves {
     down: Executor,
     up: Executor,
-    /// What the way down leaves to the way up: `time` and the skip connections.
+    /// The outputs of the down half that the up half reads: `time` and the skip connections.
     passed: Vec<String>,
-    /// The bottleneck of the last way down.
+    /// The bottleneck of the last [`Halves::descend`].
     mid: Vec<f32>,
 }
 
@@ -39,11 +40,11 @@ impl std::ops::Add for HalvesMemory {
 }
 
 impl Halves {
-    /// Plans and allocates on a device, taking weights from `beside` where it holds them. With `gradient` the way up
+    /// Plans and allocates on a device, taking weights from `beside` where it holds them. With `gradient` the up half
     /// can be run backwards, from what it says is kept.
     ///
     /// # Errors
-    /// What the weights have wrong, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
+    /// Those of reading the weights, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
     pub fn new(
         device: &Device,
         config: &UNetConfig,
@@ -63,7 +64,7 @@ impl Halves {
         Ok(Halves { down: executor(down)?, up: executor(up)?, passed, mid })
     }
 
-    /// What [`Halves::new`] would allocate beside a UNet's weights.
+    /// The memory that [`Halves::new`] would allocate beside a UNet's weights.
     pub fn memory(
         device: &Device,
         config: &UNetConfig,
@@ -84,7 +85,7 @@ impl Halves {
         graph.shape(graph.output("mid"))
     }
 
-    /// What the rows are conditioned on: `encoder_hidden_states`, and for SDXL `text_embeds` and `time_ids`.
+    /// Writes the inputs that condition the rows: `encoder_hidden_states`, and for SDXL `text_embeds` and `time_ids`.
     ///
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`], as of all that follow: the driver's word, or the emulator's.
@@ -104,7 +105,7 @@ impl Halves {
         Ok(())
     }
 
-    /// The way down for latents `[rows, h, w, c]`; the result is the bottleneck [`Halves::mid`].
+    /// Runs the down half for latents `[rows, h, w, c]`; its result is the bottleneck [`Halves::mid`].
     ///
     /// # Errors
     /// As of [`Halves::condition`].
@@ -119,13 +120,13 @@ impl Halves {
         Ok(())
     }
 
-    /// The bottleneck of the last way down.
+    /// The bottleneck of the last [`Halves::descend`].
     pub fn mid(&self) -> &[f32] {
         &self.mid
     }
 
-    /// The way up, the prediction, from the bottleneck of the last way down, to whose rows from `first` on `modules`
-    /// add.
+    /// Runs the up half from the last bottleneck, after adding `modules` to rows `first..`; returns the predicted
+    /// noise.
     ///
     /// # Errors
     /// As of [`Halves::condition`].
@@ -142,7 +143,8 @@ impl Halves {
         self.up.read("sample")
     }
 
-    /// The gradient of `sum(seed * prediction)` by the bottleneck the last way up started from.
+    /// The gradient of `sum(seed * prediction)` with respect to the bottleneck that the last [`Halves::ascend`] started
+    /// from.
     ///
     /// Gradients are linear in the seed. Of a mean over all pixels it is smaller than fp16 can hold, so it goes there
     /// times the power of two that makes its largest number about 1, and the result is divided by that in fp32:
@@ -162,7 +164,7 @@ impl Halves {
     }
 }
 
-/// The way down and the way up.
+/// Plans of the down half and of the up half.
 fn plans(device: &Device, config: &UNetConfig, input: UNetInput, gradient: Option<Keep>) -> [Plan; 2] {
     let (down, up) = unet_halves(config, input);
     let up = match gradient {

@@ -16,7 +16,7 @@ pub struct Slope {
 }
 
 impl<'a> Objective<'a> {
-    /// For the last way down of `halves`, which must have been made with a gradient.
+    /// For the last forward pass of the down half of `halves`, which must have been made with a gradient.
     pub fn new(halves: &'a mut Halves) -> Self {
         Objective(halves)
     }

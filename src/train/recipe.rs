@@ -89,10 +89,10 @@ impl Recipe {
 
     /// Ours: from zero, at the latents' own timestep, several latents a rollout, several images a step.
     ///
-    /// The rates and lengths are what the demo's concepts were trained by, but for a number each of two races (README).
-    /// As in the paper, races take a higher rate than the rest; they end earlier, since what they add grows with every
-    /// step. SAM's share of RAM's rate trades the picture's meaning against the concept. Networks diverge at the rates
-    /// of constants, and take a tenth.
+    /// The rates and lengths are what the demo's concepts were trained by, except for a number each of two races
+    /// (README). As in the paper, races take a higher rate than the rest; they end earlier, since what they add grows
+    /// with every step. SAM's share of RAM's rate trades the picture's meaning against the concept. Networks diverge at
+    /// the rates of constants, and take a tenth.
     pub fn default_for(kind: Kind, concept: &str, variant: Variant) -> Self {
         let (iterations, lr_ram, lr_sam, latents_per_rollout) = match kind == Kind::Fair && names_race(concept) {
             true => (640, 3e-2, 1e-2, 8),
@@ -174,7 +174,7 @@ impl Recipe {
         toml::to_string(self).unwrap_or_default()
     }
 
-    /// Whether it can be trained.
+    /// Checks that every field is in range.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] naming the field.
@@ -205,7 +205,7 @@ impl Recipe {
     }
 }
 
-/// Whether a concept is one of the paper's races.
+/// True if a concept is one of the paper's races.
 fn names_race(concept: &str) -> bool {
     ["asian", "black", "white"].iter().any(|race| concept.to_lowercase().contains(race))
 }

@@ -13,7 +13,8 @@ use crate::layout::nchw_to_nhwc;
 use crate::models::UNetInput;
 use std::collections::VecDeque;
 
-/// What makes a batch's guided predictions. The unconditional rows are the first, and the modules shift the others.
+/// The networks that make a batch's guided predictions. The unconditional rows are the first, and the modules shift the
+/// others.
 enum Guided {
     /// The whole UNet with its sampler, for constants. A GPU replays the steps, and the host waits for the last.
     Whole(Box<dyn Denoiser>),
@@ -47,7 +48,7 @@ impl Rollout {
     /// target leads, each once per image of the batch.
     ///
     /// # Errors
-    /// What the weights have wrong, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
+    /// Those of reading the weights, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
     pub fn new(
         engine: &Engine,
         options: SessionOptions,
@@ -81,7 +82,7 @@ impl Rollout {
         })
     }
 
-    /// What [`Rollout::new`] would allocate beside a UNet's weights.
+    /// The memory that [`Rollout::new`] would allocate beside a UNet's weights.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] for sizes that are not possible.
@@ -113,7 +114,7 @@ impl Rollout {
         self.step = 0;
     }
 
-    /// Whether all its noise levels have been trained at.
+    /// True if all its noise levels have been trained at.
     pub fn is_used_up(&self) -> bool {
         self.levels.is_empty()
     }

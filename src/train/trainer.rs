@@ -2,7 +2,7 @@
 //!
 //! A rollout brings noise to a random noise level under the neutral prompt and the modules so far. There the target is
 //! computed, then `L_resp` moves RAM and, with the new RAM, `L_sem` moves SAM. The three predictions of the neutral
-//! prompt share one way down ([`Halves`]); those at guidance 1 have no unconditional half.
+//! prompt share one pass through the down half ([`Halves`]); those at guidance 1 have no unconditional half.
 
 use super::rollout::Rollout;
 use super::{Adam, Halves, HalvesMemory, Objective, Recipe, Variant};
@@ -14,7 +14,7 @@ use crate::models::UNetInput;
 use crate::{Error, ErrorKind, Result};
 use std::time::{Duration, Instant};
 
-/// What is trained: the prompts.
+/// The task of a training: its prompts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Task {
     /// Toward a concept, or away from it.
@@ -46,7 +46,7 @@ pub struct Losses {
     pub sem: f64,
 }
 
-/// Where the time went.
+/// The time that each part took.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Times {
     /// Bringing noise to a noise level.
@@ -66,7 +66,7 @@ pub struct Times {
 pub struct TrainingMemory {
     /// The UNet's weights.
     pub model: usize,
-    /// What training adds: the rollouts' UNet, and the halves for the losses.
+    /// The memory that training adds: the rollouts' UNet, and the halves for the losses.
     pub halves: HalvesMemory,
     /// Which activations are kept for the gradients.
     pub keep: Keep,
@@ -99,7 +99,7 @@ pub struct Trainer {
     pub times: Times,
 }
 
-/// What a checkpoint holds: between two rollouts nothing else is left.
+/// The state that a checkpoint holds: between two rollouts there is no other.
 #[derive(Clone, Debug)]
 pub(super) struct State {
     pub ram: Module,
@@ -179,12 +179,12 @@ impl Trainer {
         })
     }
 
-    /// What it is trained by.
+    /// The recipe.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
     }
 
-    /// What is trained.
+    /// The task.
     pub fn task(&self) -> &Task {
         &self.task
     }
@@ -204,7 +204,7 @@ impl Trainer {
         &self.state.history
     }
 
-    /// Whether a rollout has just been used up, so that a checkpoint holds everything.
+    /// True if a rollout has just been used up, so that a checkpoint holds everything.
     pub fn between_rollouts(&self) -> bool {
         self.rollout.is_used_up()
     }
@@ -303,7 +303,7 @@ impl Trainer {
         Concept { metadata, ram: ram.clone(), sam: sam.clone() }
     }
 
-    /// What looks wrong with the result: training that had no effect, or RAM and SAM that cancel.
+    /// Warnings about the result: training that had no effect, or RAM and SAM that cancel.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         let history = &self.state.history;
