@@ -3,6 +3,7 @@
 use super::fairness::{Record, Settings, image_name, read_records, read_settings};
 use super::statistics::{count, deviation_ratio, mean_deviation_ratio};
 use crate::{Error, Result};
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde::Serialize;
 use std::collections::HashSet;
 use std::fmt::Write;
@@ -186,7 +187,7 @@ impl Report {
                 for index in 0.. {
                     let path = folder.join("images").join(image_name(balanced, p, index));
                     let Ok(bytes) = std::fs::read(path) else { break };
-                    let _ = write!(cell, "<img src=\"data:image/png;base64,{}\">", base64(&bytes));
+                    let _ = write!(cell, "<img src=\"data:image/png;base64,{}\">", BASE64_STANDARD.encode(&bytes));
                 }
             }
             if !cells[0].is_empty() {
@@ -261,28 +262,4 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
     let text = serde_json::to_string_pretty(&settings).unwrap_or_default();
     crate::files::write(&out.join("settings.json"), text.as_bytes())?;
     crate::files::write(&out.join("records.jsonl"), lines.as_bytes())
-}
-
-/// RFC 4648, with padding.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for part in bytes.chunks(3) {
-        let bits = part.iter().enumerate().fold(0u32, |bits, (i, &b)| bits | u32::from(b) << (16 - 8 * i));
-        for i in 0..4 {
-            let digit = DIGITS[(bits >> (18 - 6 * i)) as usize & 63] as char;
-            out.push(if i <= part.len() { digit } else { '=' });
-        }
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn base64_of_rfc_4648() {
-        for (text, truth) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")] {
-            assert_eq!(super::base64(text.as_bytes()), truth);
-        }
-    }
 }
