@@ -409,7 +409,7 @@ fn sdxl_balanced_and_cropped() {
     let sizes = ["--original-size", "300x200", "--crop", "16,0", "--negative-prompt", ""];
     run(&[&sizes[..], &["--batch", "4", "--balance", "up,down", "--out", "a.png"]].concat());
     let manifest: Vec<serde_json::Value> = serde_json::from_slice(&std::fs::read(path("a-0.json")).unwrap()).unwrap();
-    let given = |name: &str| manifest.iter().filter(|m| m["info"]["concepts"][0][0] == name).count();
+    let given = |name: &str| manifest.iter().filter(|m| m["info"]["concepts"][0]["name"] == name).count();
     assert_eq!((given("up"), given("down")), (2, 2), "{manifest:?}");
     let info = &manifest[0]["info"];
     assert_eq!((&info["original_size"], &info["crop"]), (&serde_json::json!([300, 200]), &serde_json::json!([16, 0])));

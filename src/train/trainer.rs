@@ -324,7 +324,7 @@ impl Trainer {
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>();
             let (r, s, both) = (dot(ram, ram).sqrt(), dot(sam, sam).sqrt(), dot(ram, sam));
             if r > 0.0 && both < -0.8 * r * s && s > 0.6 * r {
-                warnings.push("RAM and SAM all but cancel; lower --lambda or --lr-sam".into());
+                warnings.push("RAM and SAM nearly cancel each other; lower lambda or the learning rate of SAM".into());
             }
         }
         warnings
