@@ -109,7 +109,7 @@ fn downloads_what_is_needed_into_the_shared_layout() {
 }
 
 #[test]
-fn full_precision_where_half_is_not_everywhere() {
+fn shards_and_half_precision_side_by_side() {
     let shards = [
         "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
         "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
@@ -126,11 +126,11 @@ fn full_precision_where_half_is_not_everywhere() {
     assert_eq!(
         weights,
         [
-            "text_encoder/model.safetensors",
+            "text_encoder/model.fp16.safetensors",
             shards[0],
             shards[1],
             "unet/diffusion_pytorch_model.safetensors.index.json",
-            "vae/diffusion_pytorch_model.safetensors",
+            "vae/diffusion_pytorch_model.fp16.safetensors",
         ]
     );
     // A shard that is missing is no weight at all, neither there nor here.
