@@ -165,7 +165,7 @@ impl Fairness {
                 let name = Path::new("images").join(image_name(false, profession, index));
                 if other.join(&name).exists() {
                     let to = self.folder.join(name.clone());
-                    std::fs::copy(other.join(name), &to).map_err(Error::io("write", &to))?;
+                    crate::files::copy(&other.join(name), &to)?;
                 }
             }
         }

@@ -255,7 +255,7 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
         let from = folder.join("images");
         for entry in std::fs::read_dir(&from).map_err(Error::io("read", &from))?.flatten() {
             let to = images.join(entry.file_name());
-            std::fs::copy(entry.path(), &to).map_err(Error::io("write", &to))?;
+            crate::files::copy(&entry.path(), &to)?;
         }
     }
     let text = serde_json::to_string_pretty(&settings).unwrap_or_default();
