@@ -74,8 +74,15 @@ fn each_image_of(checkpoint: &str) {
         assert!(error.to_string().contains(word), "{error}");
     };
     refused(vec![vec![], vec![]], "2 images");
+    let mut cut = Concept::clone(&a);
+    cut.ram.parameters.pop();
+    refused(vec![vec![(Arc::new(cut), 1.0)]], "too few");
+    let mut mixed = Concept::clone(&a);
+    mixed.sam = Some(module(Form::Constant, Shape { c: 5, ..shape }, 4));
+    refused(vec![vec![(Arc::new(mixed), 1.0)]], "a bottleneck of 5 channels");
     refused(vec![vec![(a, f32::NAN)]], "NaN");
-    refused(vec![vec![(concept(Form::Constant, Shape { c: 7, ..shape }, 4), 1.0)]], "7");
+    let other = concept(Form::Constant, Shape { c: 7, ..shape }, 4);
+    refused(vec![vec![(other, 1.0)]], "trained on another model, is for a bottleneck of 7 channels");
 }
 
 /// One call with every row shifted, against PyTorch in float64; which half is shifted is for the pipeline to show.

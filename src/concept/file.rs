@@ -108,26 +108,24 @@ impl Concept {
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] if the channels differ: the concept is for another model.
     pub fn modules(&self, shape: Shape) -> Result<Vec<Module>> {
-        if shape.c != self.shape().c {
+        let modules = || [Some(&self.ram), self.sam.as_ref()].into_iter().flatten();
+        if let Some(other) = modules().find(|module| module.shape().c != shape.c) {
             return Err(Error::mismatch(
                 Subject::Field("concepts"),
                 format!(
                     "the concept `{}`, trained on {}, is for a bottleneck of {} channels where this model has {}",
                     self.metadata.concept,
-                    self.shape().c,
+                    if self.metadata.base_model.is_empty() { "another model" } else { &self.metadata.base_model },
+                    other.shape().c,
                     shape.c,
-                    if self.metadata.base_model.is_empty() { "another model" } else { &self.metadata.base_model }
                 ),
             ));
         }
-        let at_size = |module: &Module| {
-            let parameters = match module.form() {
-                Form::Constant => resample(&module.parameters, module.shape(), shape),
-                _ => module.parameters.clone(),
-            };
-            Module::with_parameters(module.form(), shape, parameters).expect("as many parameters at every size")
+        let broken = || {
+            let problem = format!("the concept `{}` holds too few or too many numbers", self.metadata.concept);
+            Error::invalid("concepts", problem)
         };
-        Ok([Some(&self.ram), self.sam.as_ref()].into_iter().flatten().map(at_size).collect())
+        modules().map(|module| module.at_size(shape).ok_or_else(broken)).collect()
     }
 
     /// Which modules these are: a SHA-256 of their numbers.
@@ -368,27 +366,4 @@ fn numbers(view: &TensorView) -> std::result::Result<Vec<f32>, String> {
         Some(bad) => Err(format!("holds {bad}; the concept is damaged or its training diverged")),
         None => Ok(values),
     }
-}
-
-/// Bilinear, per channel, with half-pixel centres and clamped edges; the identity at the same size.
-fn resample(values: &[f32], from: Shape, to: Shape) -> Vec<f32> {
-    let along = |i: usize, from: usize, to: usize| {
-        let at = ((i as f32 + 0.5) * from as f32 / to as f32 - 0.5).clamp(0.0, (from - 1) as f32);
-        let low = at as usize;
-        (low, (low + 1).min(from - 1), at - low as f32)
-    };
-    let mut out = Vec::with_capacity(to.tokens() * to.c);
-    for y in 0..to.h {
-        let (top, bottom, down) = along(y, from.h, to.h);
-        for x in 0..to.w {
-            let (left, right, across) = along(x, from.w, to.w);
-            let pixel = |y: usize, x: usize| &values[(y * from.w + x) * from.c..][..from.c];
-            for c in 0..to.c {
-                let upper = pixel(top, left)[c] * (1.0 - across) + pixel(top, right)[c] * across;
-                let lower = pixel(bottom, left)[c] * (1.0 - across) + pixel(bottom, right)[c] * across;
-                out.push(upper * (1.0 - down) + lower * down);
-            }
-        }
-    }
-    out
 }

@@ -69,12 +69,27 @@ impl Module {
 
     /// A module with given parameters, if there are as many as the form has.
     pub fn with_parameters(form: Form, shape: Shape, parameters: Vec<f32>) -> Option<Self> {
-        let module = Module { form, shape: Shape { n: 1, ..shape }, parameters };
-        let wanted = match form {
-            Form::Constant => module.shape.len(),
-            _ => module.layers().iter().map(|l| l.len()).sum(),
+        Some(Module { form, shape: Shape { n: 1, ..shape }, parameters }).filter(Module::is_whole)
+    }
+
+    /// True if there are as many parameters as the form has.
+    fn is_whole(&self) -> bool {
+        let wanted: usize = match self.form {
+            Form::Constant => self.shape.len(),
+            _ => self.layers().iter().map(|layer| layer.len()).sum(),
         };
-        (module.parameters.len() == wanted).then_some(module)
+        self.parameters.len() == wanted
+    }
+
+    /// The same for a bottleneck of another size and as many channels; `None` if it has too few or too many parameters.
+    /// A constant is resampled, and a network is the same at every size.
+    pub(super) fn at_size(&self, shape: Shape) -> Option<Self> {
+        let parameters = match self.form {
+            _ if !self.is_whole() => return None,
+            Form::Constant => resample(&self.parameters, self.shape, shape),
+            _ => self.parameters.clone(),
+        };
+        Self::with_parameters(self.form, shape, parameters)
     }
 
     /// How it is made.
@@ -188,6 +203,29 @@ impl Module {
             }
         }
     }
+}
+
+/// Bilinear, per channel, with half-pixel centres and clamped edges; the identity at the same size.
+fn resample(values: &[f32], from: Shape, to: Shape) -> Vec<f32> {
+    let along = |i: usize, from: usize, to: usize| {
+        let at = ((i as f32 + 0.5) * from as f32 / to as f32 - 0.5).clamp(0.0, (from - 1) as f32);
+        let low = at as usize;
+        (low, (low + 1).min(from - 1), at - low as f32)
+    };
+    let mut out = Vec::with_capacity(to.tokens() * to.c);
+    for y in 0..to.h {
+        let (top, bottom, down) = along(y, from.h, to.h);
+        for x in 0..to.w {
+            let (left, right, across) = along(x, from.w, to.w);
+            let pixel = |y: usize, x: usize| &values[(y * from.w + x) * from.c..][..from.c];
+            for c in 0..to.c {
+                let upper = pixel(top, left)[c] * (1.0 - across) + pixel(top, right)[c] * across;
+                let lower = pixel(bottom, left)[c] * (1.0 - across) + pixel(bottom, right)[c] * across;
+                out.push(upper * (1.0 - down) + lower * down);
+            }
+        }
+    }
+    out
 }
 
 /// In 16 lanes, which vectorise.

@@ -90,7 +90,7 @@ impl Clip {
             executor.write("input_ids", &ids)?;
             executor.write("pooled_index", &[self.text.pooled_index(&encoded.ids) as f32])?;
             executor.step()?;
-            Ok(normalised(&executor.read("text_embeds")?))
+            self.normalised(&executor.read("text_embeds")?)
         };
         texts.iter().map(embed).collect()
     }
@@ -104,6 +104,12 @@ impl Clip {
         let one = 3 * size * size;
         let mut embeds = Vec::with_capacity(images.len());
         let mut pixels = vec![0.0; BATCH * one];
+        for Picture { width, height, rgb } in images {
+            if rgb.is_empty() || rgb.len() as u128 != 3 * u128::from(*width) * u128::from(*height) {
+                let problem = format!("a picture of {width}x{height} pixels holds {} bytes", rgb.len());
+                return Err(Error::invalid("images", problem).advise("give pictures of three bytes per pixel"));
+            }
+        }
         for images in images.chunks(BATCH) {
             for (image, out) in images.iter().zip(pixels.chunks_exact_mut(one)) {
                 patches(&fitted(image, size), size, self.vision.patch_size, &self.preprocessor, out);
@@ -111,15 +117,20 @@ impl Clip {
             self.executor.write("patches", &pixels)?;
             self.executor.step()?;
             let rows = self.executor.read("image_embeds")?;
-            embeds.extend(rows.chunks_exact(self.vision.projection_dim).take(images.len()).map(normalised));
+            let rows = rows.chunks_exact(self.vision.projection_dim).take(images.len());
+            embeds.extend(rows.map(|row| self.normalised(row)).collect::<Result<Vec<_>>>()?);
         }
         Ok(embeds)
     }
-}
 
-fn normalised(x: &[f32]) -> Vec<f32> {
-    let norm = x.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
-    x.iter().map(|x| x / norm).collect()
+    /// An embedding at length 1. One that is not finite would be nearest to any class.
+    fn normalised(&self, x: &[f32]) -> Result<Vec<f32>> {
+        if !x.iter().all(|x| x.is_finite()) {
+            return Err(Error::non_finite(format!("the CLIP of {} gave NaN or infinity", self.name)));
+        }
+        let norm = x.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+        Ok(x.iter().map(|x| x / norm).collect())
+    }
 }
 
 /// Cosine of two normalised embeddings.

@@ -58,6 +58,29 @@ impl Settings {
         kept(self) == kept(other)
     }
 
+    /// Checks that a run of these settings is possible with these groups.
+    fn check(&self, groups: &[Group]) -> Result<()> {
+        let refused =
+            |field, problem: &'static str, advice: &'static str| Err(Error::invalid(field, problem).advise(advice));
+        let (part, parts) = self.shard;
+        let seeds = self.prompts.len().checked_mul(self.images).and_then(|seeds| self.seed.checked_add(seeds as u64));
+        if self.images == 0 {
+            refused("images", "no pictures", "give 1 or more for each profession")
+        } else if self.prompts.is_empty() || self.prompts.iter().any(|(_, prompts)| prompts.is_empty()) {
+            refused("prompts", "a profession without prompts, or none at all", "give one prompt or more for each")
+        } else if part >= parts {
+            refused("shard", "no part of the whole", "count parts from 0")
+        } else if seeds.is_none() {
+            refused("seed", "the last picture's seed would be too large", "give a smaller first seed")
+        } else if !self.weight.is_finite() {
+            refused("weight", "not finite", "give a number")
+        } else if !self.groups.iter().map(Vec::len).eq(groups.iter().map(|group| group.members.len())) {
+            refused("groups", "the groups are not the settings' own", "give the groups that the settings name")
+        } else {
+            Ok(())
+        }
+    }
+
     /// Where these groups stand in the records of another run, whose plain pictures are the same.
     fn columns(&self, other: &Path) -> Result<Vec<usize>> {
         let theirs = read_settings(other)?;
@@ -112,6 +135,7 @@ impl Fairness {
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] if a folder holds a run of other settings, [`crate::ErrorKind::Io`].
     pub fn open(folder: &Path, settings: Settings, groups: &[Group], plain: Option<&Path>) -> Result<Self> {
+        settings.check(groups)?;
         let plain = plain.map(|other| settings.columns(other).map(|columns| (other, columns))).transpose()?;
         let images = folder.join("images");
         std::fs::create_dir_all(&images).map_err(Error::io("create", &images))?;
@@ -188,6 +212,7 @@ impl Fairness {
         groups: &[Group],
         progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<()> {
+        self.settings.check(groups)?;
         let Settings { images, batch, .. } = self.settings;
         let classes = groups
             .iter()
@@ -302,4 +327,47 @@ pub(super) fn read_records(folder: &Path) -> Result<Vec<Record>> {
             .map_err(|e| Error::damaged(&path, format!("line {} is damaged ({e})", i + 1)).advise("delete that line"))
     };
     whole.lines().enumerate().map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Subject;
+
+    #[test]
+    fn impossible_settings_are_refused() {
+        let possible = Settings {
+            model: "m".into(),
+            fingerprint: String::new(),
+            clip: "c".into(),
+            clip_fingerprint: String::new(),
+            groups: vec![],
+            concepts: vec![],
+            shares: vec![],
+            weight: 1.0,
+            prompts: vec![("nurse".into(), vec!["a nurse".into()]), ("cook".into(), vec!["a cook".into()])],
+            images: 3,
+            sampler: "DDIM".into(),
+            steps: 2,
+            guidance: 7.5,
+            seed: u64::MAX - 6,
+            batch: 1,
+            shard: (0, 1),
+        };
+        possible.check(&[]).unwrap();
+        let refused = |field, change: fn(&mut Settings)| {
+            let mut settings = possible.clone();
+            change(&mut settings);
+            assert_eq!(settings.check(&[]).unwrap_err().subject(), &Subject::Field(field));
+        };
+        refused("images", |settings| settings.images = 0);
+        refused("prompts", |settings| settings.prompts.clear());
+        refused("prompts", |settings| settings.prompts[1].1.clear());
+        refused("shard", |settings| settings.shard = (0, 0));
+        refused("shard", |settings| settings.shard = (2, 2));
+        refused("seed", |settings| settings.seed += 1);
+        refused("seed", |settings| settings.images = usize::MAX);
+        refused("weight", |settings| settings.weight = f32::NAN);
+        refused("groups", |settings| settings.groups = vec![vec!["a woman".into()]]);
+    }
 }
