@@ -106,7 +106,8 @@ impl Concept {
     /// a place in the picture stays there; networks are the same at every size.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] if the channels differ: the concept is for another model.
+    /// [`crate::ErrorKind::Mismatch`] if the channels differ: the concept is for another model.
+    /// [`crate::ErrorKind::Invalid`] if a module holds too few or too many numbers.
     pub fn modules(&self, shape: Shape) -> Result<Vec<Module>> {
         let modules = || [Some(&self.ram), self.sam.as_ref()].into_iter().flatten();
         if let Some(other) = modules().find(|module| module.shape().c != shape.c) {
@@ -140,7 +141,8 @@ impl Concept {
     /// Reads a concept file.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Io`] if it cannot be read, [`crate::ErrorKind::Damaged`] if it is damaged or no concept.
+    /// [`crate::ErrorKind::NotFound`] or [`crate::ErrorKind::Io`] if it cannot be read, [`crate::ErrorKind::Damaged`]
+    /// if it is damaged or no concept, [`crate::ErrorKind::Unsupported`] if a newer version wrote it.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
@@ -161,23 +163,23 @@ impl Concept {
             header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
         let mut take = |name: &str| fields.remove(name).unwrap_or_default();
         let bad = |problem: String| Error::damaged(path, problem);
+        let unknown = |problem: String, advice: &'static str| Error::unsupported(path, problem).advise(advice);
 
         let format = take("format");
         if !format.is_empty() && format.parse::<u32>().is_ok_and(|f| f > FORMAT) {
-            return Err(bad(format!(
-                "concept format {format} is newer than this program's {FORMAT}; update respodiff"
-            )));
+            let problem = format!("its concept format {format} is newer than this version's {FORMAT}");
+            return Err(Error::unsupported(path, problem).advise("update respodiff"));
         }
         let form = match take("form").as_str() {
             "" | "constant" => Form::Constant,
             "mlp" => Form::Mlp,
             "conv" => Form::Conv,
-            other => return Err(bad(format!("unknown form `{other}`; constant, mlp and conv are read"))),
+            other => return Err(unknown(format!("unknown form `{other}`"), "use constant, mlp or conv")),
         };
         let kind = match take("kind").as_str() {
             "" | "fair" => Kind::Fair,
             "safe" => Kind::Safe,
-            other => return Err(bad(format!("unknown kind `{other}`; fair and safe are read"))),
+            other => return Err(unknown(format!("unknown kind `{other}`"), "use fair or safe")),
         };
         let shape = take("bottleneck");
         let shape: Option<[usize; 3]> = match shape.is_empty() {
@@ -205,11 +207,11 @@ impl Concept {
             let [c, h, w] = match (form, view.shape(), shape) {
                 (Form::Constant, &[c, h, w], _) => [c, h, w],
                 (Form::Mlp | Form::Conv, [_], Some(shape)) => shape,
-                _ => return Err(bad(format!("tensor `{name}` has shape {:?}; [c, h, w] is wanted", view.shape()))),
+                _ => return Err(bad(format!("tensor `{name}` has shape {:?} in place of [c, h, w]", view.shape()))),
             };
             if [c, h, w].iter().any(|&d| d == 0 || d > MAX_SIDE) {
                 return Err(bad(format!(
-                    "tensor `{name}` has shape [{c}, {h}, {w}]; 1 to {MAX_SIDE} each are possible"
+                    "tensor `{name}` has shape [{c}, {h}, {w}], of which each must be 1 to {MAX_SIDE}"
                 )));
             }
             let values = numbers(&view).map_err(|problem| bad(format!("tensor `{name}` {problem}")))?;
@@ -228,13 +230,11 @@ impl Concept {
                 .map(Some)
         };
         let Some(ram) = module("ram")? else {
-            return Err(bad(
-                "has no tensor `ram`; this is no concept file (`respodiff concept import` reads .pth)".into()
-            ));
+            return Err(bad("has no tensor `ram`, as every concept file does".into()).advise("give a concept file"));
         };
         let sam = module("sam")?;
         if sam.as_ref().is_some_and(|sam| sam.shape() != ram.shape()) {
-            return Err(bad("`ram` and `sam` differ in shape; the file is damaged".into()));
+            return Err(bad("`ram` and `sam` differ in shape".into()));
         }
         Ok(Concept { metadata, ram, sam })
     }
@@ -319,7 +319,8 @@ impl Concept {
     /// `sum of weight * concept` as one concept.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] if there is none, they differ in channels, or one is a network.
+    /// [`crate::ErrorKind::Invalid`] if there is none or one is a network, [`crate::ErrorKind::Mismatch`] if they
+    /// differ in channels.
     pub fn merge(parts: &[(Concept, f32)]) -> Result<Concept> {
         let Some((first, _)) = parts.first() else {
             return Err(Error::invalid("concepts", "nothing to merge").advise("give concept files"));
@@ -360,10 +361,10 @@ fn numbers(view: &TensorView) -> std::result::Result<Vec<f32>, String> {
     let values: Vec<f32> = match view.dtype() {
         Dtype::F16 => data.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
         Dtype::F32 => data.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-        other => return Err(format!("holds {other:?} numbers; F16 and F32 are read")),
+        other => return Err(format!("holds {other:?} numbers in place of F16 or F32")),
     };
     match values.iter().find(|x| !x.is_finite()) {
-        Some(bad) => Err(format!("holds {bad}; the concept is damaged or its training diverged")),
+        Some(bad) => Err(format!("holds {bad}, as after a training that diverged")),
         None => Ok(values),
     }
 }

@@ -183,8 +183,8 @@ impl Engine {
     /// The steps a sampler would take.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for what the sampler cannot do, [`crate::ErrorKind::Damaged`] for a config it
-    /// cannot honour.
+    /// [`crate::ErrorKind::Invalid`] for what the sampler cannot do, [`crate::ErrorKind::Unsupported`] and
+    /// [`crate::ErrorKind::Damaged`] for a config that it cannot honour.
     pub fn schedule(&self, choice: SamplerChoice, steps: usize) -> Result<Schedule> {
         Schedule::new(&self.0.scheduler, choice, steps)
     }
@@ -296,7 +296,8 @@ impl Engine {
     /// Plans and allocates everything for one size and batch.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for sizes that are not possible or do not fit into the device's free memory.
+    /// [`crate::ErrorKind::Invalid`] for sizes that are not possible, [`crate::ErrorKind::OutOfMemory`] for those that
+    /// do not fit into the device's free memory.
     pub fn session(&self, options: SessionOptions) -> Result<Session> {
         let plans = self.plans(options)?;
         let SessionOptions { size, batch, .. } = options;

@@ -79,7 +79,7 @@ impl Clip {
     /// Normalised embeddings of texts; those over the tower's length are cut.
     ///
     /// # Errors
-    /// What the tokenizer finds.
+    /// Those of the tokenizer, [`crate::ErrorKind::NonFinite`], [`crate::ErrorKind::DeviceLost`].
     pub fn texts(&self, texts: &[String]) -> Result<Vec<Vec<f32>>> {
         let plan = self.device.plan(text_encoder(&self.text, 1), &[]);
         let mut executor = self.device.executor(plan, &self.text_weights)?;
@@ -98,7 +98,8 @@ impl Clip {
     /// Normalised embeddings of pictures.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::DeviceLost`] with the device's word.
+    /// [`crate::ErrorKind::Invalid`] for a picture without pixels or with another number of bytes than its size asks
+    /// for, [`crate::ErrorKind::NonFinite`], [`crate::ErrorKind::DeviceLost`].
     pub fn images(&mut self, images: &[Picture]) -> Result<Vec<Vec<f32>>> {
         let size = self.vision.image_size;
         let one = 3 * size * size;

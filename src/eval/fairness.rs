@@ -133,7 +133,9 @@ impl Fairness {
     /// others too.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] if a folder holds a run of other settings, [`crate::ErrorKind::Io`].
+    /// [`crate::ErrorKind::Invalid`] for settings that are not possible, [`crate::ErrorKind::Mismatch`] if a folder
+    /// holds a run of other settings, [`crate::ErrorKind::Damaged`], [`crate::ErrorKind::NotFound`],
+    /// [`crate::ErrorKind::Io`].
     pub fn open(folder: &Path, settings: Settings, groups: &[Group], plain: Option<&Path>) -> Result<Self> {
         settings.check(groups)?;
         let plain = plain.map(|other| settings.columns(other).map(|columns| (other, columns))).transpose()?;
@@ -204,7 +206,8 @@ impl Fairness {
     /// Makes and judges what is left. `progress` is told how many pictures are done and may end the run.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Cancelled`] when `progress` breaks; everything done so far is kept.
+    /// [`crate::ErrorKind::Cancelled`] when `progress` breaks; everything done so far is kept. Those of
+    /// [`crate::Session::generate`] and of writing.
     pub fn run(
         &mut self,
         engine: &Engine,

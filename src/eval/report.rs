@@ -47,7 +47,7 @@ impl Report {
     /// Reads a folder's records.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if they are damaged, [`crate::ErrorKind::Invalid`] if there are none.
+    /// [`crate::ErrorKind::Damaged`] if they are damaged, [`crate::ErrorKind::NotFound`] if there are none.
     pub fn read(folder: &Path) -> Result<Self> {
         let (settings, records) = (read_settings(folder)?, read_records(folder)?);
         if records.is_empty() {
@@ -233,7 +233,8 @@ fn summary(
 /// Puts the records of a sharded run together.
 ///
 /// # Errors
-/// [`crate::ErrorKind::Invalid`] if the folders hold runs of different settings, [`crate::ErrorKind::Io`].
+/// [`crate::ErrorKind::Invalid`] for no folders, [`crate::ErrorKind::Mismatch`] if they hold runs of different
+/// settings, [`crate::ErrorKind::Damaged`], [`crate::ErrorKind::NotFound`], [`crate::ErrorKind::Io`].
 pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
     let Some(first) = folders.first() else {
         return Err(Error::invalid("folders", "nothing to merge").advise("give folders of evaluations"));

@@ -41,8 +41,9 @@ impl Trainer {
     /// Goes on from a checkpoint of the same training.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if the file is damaged, or of another training: other prompts, recipe, seed, size
-    /// or model. More iterations are no other training.
+    /// [`crate::ErrorKind::Damaged`] if the file is damaged, [`crate::ErrorKind::Mismatch`] if it is of another
+    /// training: other prompts, recipe, seed, size or model. Another number of iterations does not make another
+    /// training.
     pub fn resume(&mut self, path: &Path) -> Result<()> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         let damaged = |what: &str| {

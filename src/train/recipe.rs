@@ -143,8 +143,9 @@ impl Recipe {
     /// `default`, `official`, or a TOML file whose fields stand over the default's; of a variant, if one is asked for.
     ///
     /// # Errors
+    /// [`crate::ErrorKind::Invalid`] for a name that is unknown, [`crate::ErrorKind::NotFound`] or
     /// [`crate::ErrorKind::Io`] if the file cannot be read, [`crate::ErrorKind::Damaged`] for fields that are unknown
-    /// or of no use.
+    /// or of another type.
     pub fn named(name: &str, kind: Kind, concept: &str, variant: Option<Variant>) -> Result<Self> {
         match name {
             "default" => return Ok(Self::default_for(kind, concept, variant.unwrap_or_default())),

@@ -113,7 +113,8 @@ impl Trainer {
     /// Plans and allocates a training at a picture size.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for a recipe or size that cannot be, and what the weights have wrong.
+    /// [`crate::ErrorKind::Invalid`] for a recipe or size that is not possible, [`crate::ErrorKind::OutOfMemory`], and
+    /// those of the weights.
     pub fn new(engine: &Engine, task: Task, recipe: Recipe, seed: u64, size: Size) -> Result<Self> {
         recipe.check()?;
         let options = SessionOptions::new(size).batch(recipe.batch).concepts(true);
@@ -313,8 +314,8 @@ impl Trainer {
             let (first, last) = (mean(&history[..tenth]), mean(&history[history.len() - tenth..]));
             if last > 0.99 * first {
                 let (what, advice) = match last > 1.1 * first {
-                    true => ("rose", "train at a lower --lr-ram"),
-                    false => ("hardly fell", "train longer, or at a higher --lr-ram"),
+                    true => ("rose", "train at a lower lr_ram"),
+                    false => ("hardly fell", "train longer, or at a higher lr_ram"),
                 };
                 warnings.push(format!("L_resp {what} ({first:.2e} to {last:.2e}); {advice}"));
             }
@@ -324,7 +325,7 @@ impl Trainer {
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>();
             let (r, s, both) = (dot(ram, ram).sqrt(), dot(sam, sam).sqrt(), dot(ram, sam));
             if r > 0.0 && both < -0.8 * r * s && s > 0.6 * r {
-                warnings.push("RAM and SAM all but cancel; lower --lambda or --lr-sam".into());
+                warnings.push("RAM and SAM all but cancel; lower lambda or lr_sam".into());
             }
         }
         warnings
