@@ -1,7 +1,7 @@
-//! Concept files: one safetensors file a concept.
+//! Concept files: one safetensors file per concept.
 //!
-//! Tensors `ram` and `sam`, `[c, h, w]` in fp16 or fp32 (a network's parameters, `[p]`, for the ablation's forms), and
-//! what they are in the file's metadata, one string a field. Fields this version does not know are kept.
+//! A file holds the tensors `ram` and `sam`, `[c, h, w]` in fp16 or fp32 (for the ablation's networks their parameters,
+//! `[p]`), and describes them in its metadata, one string per field. Fields that this version does not know are kept.
 
 use super::{Form, Module};
 use crate::graph::Shape;
@@ -16,10 +16,10 @@ use std::path::Path;
 
 /// Version of the file format.
 const FORMAT: u32 = 1;
-/// Longest side of a bottleneck, and most channels: beyond lies a damaged file.
+/// Longest side and most channels of a bottleneck. A file with more is damaged.
 const MAX_SIDE: usize = 4096;
 
-/// What a concept is for.
+/// The direction in which a concept moves a picture.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
@@ -31,7 +31,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// As files and reports write it.
+    /// The name in files and reports.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Fair => "fair",
@@ -40,12 +40,13 @@ impl Kind {
     }
 }
 
-/// How a file holds a concept's numbers. Training and sampling compute in fp32 whatever it is.
+/// Number format of a concept file. Training and sampling compute in fp32 in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NumberFormat {
-    /// Half the size; numbers change by at most 2^-11 of themselves, tiny ones by 2^-25.
+    /// Half precision: half the size. Numbers change by at most 2^-11 of themselves, those below 2^-14 by at most
+    /// 2^-25.
     F16,
-    /// As trained.
+    /// Single precision: the numbers as they were trained.
     F32,
 }
 
@@ -60,50 +61,50 @@ impl std::str::FromStr for NumberFormat {
     }
 }
 
-/// Where a concept comes from.
+/// The origin of a concept.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Metadata {
-    /// What it is called: the prompt it was trained for.
+    /// The concept's name: the prompt that it was trained for.
     pub concept: String,
-    /// What it is for.
+    /// The direction in which it moves a picture.
     pub kind: Kind,
-    /// The prompt it moves away from, or from which it moves.
+    /// The prompt that it was trained on, such as "a person".
     pub neutral: String,
-    /// The checkpoint it was trained on.
+    /// Name of the checkpoint that it was trained on.
     pub base_model: String,
     /// That checkpoint's [`crate::weights::Tensors::fingerprint`]; empty if unknown.
     pub fingerprint: String,
-    /// How it was trained, as TOML.
+    /// The recipe of its training, as TOML.
     pub recipe: String,
-    /// Steps of training.
+    /// Iterations of its training; 0 if unknown.
     pub iterations: u64,
-    /// `L_resp` and `L_sem` over the last tenth of the training.
+    /// Means of `L_resp` and `L_sem` over the last tenth of its training.
     pub losses: Option<[f64; 2]>,
-    /// What other programs wrote.
+    /// Fields that other programs or later versions wrote.
     pub other: BTreeMap<String, String>,
 }
 
 /// A learnt concept: RAM, which moves toward it, and SAM, which moves back toward the neutral prompt's meaning.
 #[derive(Clone, Debug)]
 pub struct Concept {
-    /// Where it comes from.
+    /// Its name and origin.
     pub metadata: Metadata,
-    /// Responsible-concept alignment module.
+    /// The responsible-concept alignment module (RAM), which moves toward the concept.
     pub ram: Module,
-    /// Semantic alignment module; absent where RAM was trained alone.
+    /// The semantic alignment module (SAM); absent where RAM was trained alone.
     pub sam: Option<Module>,
 }
 
 impl Concept {
-    /// Shape of the bottleneck it was trained at.
+    /// Shape of the bottleneck that it was trained at; `n` is 1.
     pub fn shape(&self) -> Shape {
         self.ram.shape()
     }
 
-    /// What it adds to a bottleneck that looks like `shape`: RAM and SAM.
+    /// RAM and SAM for a bottleneck of `shape`, to which both are added.
     ///
-    /// A constant learnt at another size is resampled, bilinearly with half-pixel centres, so that what was learnt for
-    /// a place in the picture stays there; networks are the same at every size.
+    /// A constant that was learnt at another size is resampled, bilinearly with half-pixel centres, so that the numbers
+    /// for a place in the picture stay at that place. Networks are the same at every size.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Mismatch`] if the channels differ: the concept is for another model.
@@ -129,7 +130,8 @@ impl Concept {
         modules().map(|module| module.at_size(shape).ok_or_else(broken)).collect()
     }
 
-    /// Which modules these are: a SHA-256 of their numbers.
+    /// Identifies the modules: the first 16 bytes of the SHA-256 of their numbers in fp32, RAM before SAM, in
+    /// hexadecimal.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         for module in [Some(&self.ram), self.sam.as_ref()].into_iter().flatten() {
@@ -149,10 +151,10 @@ impl Concept {
         Self::parse(&bytes, path)
     }
 
-    /// The same from memory; `path` is for messages.
+    /// Reads a concept from the bytes of a file. `path` names it in errors.
     ///
     /// # Errors
-    /// As [`Concept::load`].
+    /// Those of [`Concept::load`], except of reading.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
         let damaged = |e: safetensors::SafeTensorError| {
             Error::damaged(path, format!("not a whole safetensors file ({e})")).advise("get or train the concept again")
@@ -239,7 +241,7 @@ impl Concept {
         Ok(Concept { metadata, ram, sam })
     }
 
-    /// The file's bytes.
+    /// The bytes of the concept's file.
     fn bytes(&self, format: NumberFormat) -> Result<Vec<u8>> {
         let shape = self.shape();
         let encode = |values: &[f32]| -> Vec<u8> {
@@ -302,7 +304,7 @@ impl Concept {
         self.save_as(path, NumberFormat::F32)
     }
 
-    /// The same in a chosen precision.
+    /// Writes the file in a chosen number format, whole or not at all.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Io`], [`crate::ErrorKind::Invalid`] if a number is beyond fp16's 65504.
@@ -316,7 +318,7 @@ impl Concept {
         crate::files::write(path.as_ref(), &self.bytes(format)?)
     }
 
-    /// `sum of weight * concept` as one concept.
+    /// One concept that is the sum of several, each times its weight. Its metadata are the first one's.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] if there is none or one is a network, [`crate::ErrorKind::Mismatch`] if they

@@ -1,4 +1,4 @@
-//! Concepts of other programs: the official code's checkpoint, and SDisc's.
+//! Concepts from the checkpoints of other programs: RespoDiff's official code and SDisc.
 
 use super::pickle::{Tensor, tensors};
 use super::{Concept, Form, Kind, Metadata, Module};
@@ -7,7 +7,8 @@ use crate::layout::nchw_to_nhwc;
 use crate::{Error, Result};
 use std::path::Path;
 
-/// Columns of the official checkpoint (VSSILPA/respodiff). Its dictionary gives column 3 to two concepts.
+/// Columns of the official checkpoint (VSSILPA/respodiff). The dictionary there gives column 3 to two
+/// concepts.
 const OFFICIAL: [(&str, usize); 9] = [
     ("a woman", 0),
     ("a man", 1),
@@ -31,10 +32,10 @@ const SDISC: [(&str, usize); 8] = [
     ("antisexual", 7),
 ];
 
-/// Reads one concept, by name or by column, of a file for a model whose bottleneck has `channels`.
+/// Reads one concept from a file, by its name or by its column, for a model whose bottleneck has `channels`.
 ///
-/// Of each matrix `[c * r * r, concepts]` a column is a module `[c, r, r]`. The official checkpoint has RAM in
-/// `controlnet.fc1.weight` and SAM in `controlnet_residual.fc2.weight`; SDisc has one matrix, which becomes RAM.
+/// Each column of a matrix `[c * r * r, concepts]` is a module `[c, r, r]`. The official checkpoint holds RAM in
+/// `controlnet.fc1.weight` and SAM in `controlnet_residual.fc2.weight`. SDisc's holds one matrix, which becomes RAM.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Invalid`] for a name or column that the file does not have, [`crate::ErrorKind::Mismatch`] for
