@@ -1,4 +1,4 @@
-//! What a run found: JSON, CSV and a page to look at.
+//! Results of a run, as JSON, CSV and a web page.
 
 use super::fairness::{Record, Settings, image_name, read_records, read_settings};
 use super::statistics::{count, deviation_ratio, mean_deviation_ratio};
@@ -8,43 +8,43 @@ use std::collections::HashSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-/// A run's result.
+/// The result of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// What was run.
+    /// The settings of the run.
     pub settings: Settings,
-    /// One a group, and where there are several, one for their combinations.
+    /// One summary per group, and where there are several groups, one of their combinations.
     pub summaries: Vec<Summary>,
 }
 
-/// What became of one group.
+/// The result for one group.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
-    /// The classes told apart.
+    /// The classes that CLIP told apart.
     pub classes: Vec<String>,
-    /// Mean deviation ratio and its 95 % interval, plain and balanced.
+    /// Mean deviation ratio over the professions and its 95 % interval, plain and balanced.
     pub deviation_ratio: [(f64, [f64; 2]); 2],
-    /// Mean alignment, plain and balanced.
+    /// Mean of [`Record::alignment`], plain and balanced.
     pub alignment: [f64; 2],
-    /// Share of balanced pictures that show the concept they were given.
+    /// Share of the balanced pictures that show the concept that they were given, 0 to 1.
     pub obeyed: f64,
-    /// Each profession.
+    /// The professions that have pictures.
     pub professions: Vec<Row>,
 }
 
-/// One profession's counts of the classes and deviation ratio, plain and balanced.
+/// The result for one profession, plain and balanced.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     /// The profession.
     pub name: String,
-    /// Pictures of each class.
+    /// Number of pictures of each class.
     pub counts: [Vec<usize>; 2],
-    /// See [`deviation_ratio`].
+    /// [`deviation_ratio`] of these counts.
     pub deviation_ratio: [f64; 2],
 }
 
 impl Report {
-    /// Reads a folder's records.
+    /// Computes the result from the records of a folder.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Damaged`] if they are damaged, [`crate::ErrorKind::NotFound`] if there are none.
@@ -104,7 +104,7 @@ impl Report {
         out
     }
 
-    /// The table of the terminal.
+    /// A short table for terminals.
     pub fn text(&self) -> String {
         let mut out = String::new();
         for s in &self.summaries {
@@ -131,14 +131,15 @@ impl Report {
         let mut out = String::from(
             "<!doctype html><meta charset=\"utf-8\"><title>Fairness</title><style>body{font:15px/1.5 sans-serif;\
              max-width:960px;margin:2em auto;color:#222}td,th{padding:2px 20px 2px 0;text-align:left}img{width:64px;\
-             height:64px;margin:1px}svg{display:block;margin-top:1em;max-width:100%}.plain{color:#c84c3c}.balanced{color:#2a6fbb}</style>\
+             height:64px;margin:1px}svg{display:block;margin-top:1em;max-width:100%}\
+             .plain{color:#c84c3c}.balanced{color:#2a6fbb}</style>\
              <h1>Fairness</h1>",
         );
         let _ = write!(
             out,
-            "<p>Pictures by {}, judged by the CLIP of {}: {} of each profession, plain and balanced, {} {} steps at guidance \
-             {}, concepts at weight {}. The deviation ratio is 0 where all classes are as frequent and 1 where one takes \
-             all; brackets hold its 95 % interval.</p>",
+            "<p>Pictures by {}, judged by the CLIP of {}: {} of each profession, plain and balanced, {} {} steps at \
+             guidance {}, concepts at weight {}. The deviation ratio is 0 where all classes are as frequent and 1 where one \
+             takes all; brackets hold its 95 % interval.</p>",
             escape(&self.settings.model),
             escape(&self.settings.clip),
             self.settings.images,
@@ -170,7 +171,8 @@ impl Report {
                     let width = 640.0 * ratio;
                     let _ = write!(
                         out,
-                        "<rect x=\"200\" y=\"{top}\" width=\"{width:.1}\" height=\"8\" fill=\"currentColor\" class=\"{class}\"/>\
+                        "<rect x=\"200\" y=\"{top}\" width=\"{width:.1}\" height=\"8\" \
+                         fill=\"currentColor\" class=\"{class}\"/>\
                          <text x=\"{:.1}\" y=\"{}\" font-size=\"9\">{ratio:.2}</text>",
                         204.0 + width,
                         top + 8
@@ -230,7 +232,7 @@ fn summary(
     Summary { classes, deviation_ratio, alignment, obeyed, professions }
 }
 
-/// Puts the records of a sharded run together.
+/// Merges the records of the parts of a run, in `folders`, into the folder `out`.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Invalid`] for no folders, [`crate::ErrorKind::Mismatch`] if they hold runs of different
@@ -264,7 +266,7 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
     crate::files::write(&out.join("records.jsonl"), lines.as_bytes())
 }
 
-/// RFC 4648, with padding.
+/// Base64 of RFC 4648, with padding.
 fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
