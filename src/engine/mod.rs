@@ -82,6 +82,7 @@ impl Engine {
     pub fn open(source: &Source, options: impl Into<EngineOptions>) -> Result<Self> {
         let EngineOptions { device, precision } = &options.into();
         let precision = *precision;
+        crate::memory::start_threads()?;
         let unet_config = read_config(source, "unet", UNetConfig::parse)?;
         let vae = read_config(source, "vae", VaeConfig::parse)?;
         check_latents(source, &unet_config, &vae)?;

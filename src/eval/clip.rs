@@ -46,6 +46,7 @@ impl Clip {
     /// # Errors
     /// About the first file that is missing, damaged or not supported; [`crate::ErrorKind::OutOfMemory`].
     pub fn load(source: &Source, device: &Device) -> Result<Self> {
+        crate::memory::start_threads()?;
         let (text, vision) = parse_clip_model(&source.read_text("config.json")?, &source.path("config.json"))?;
         let path = source.path("preprocessor_config.json");
         let preprocessor = serde_json::from_str(&source.read_text("preprocessor_config.json")?)
