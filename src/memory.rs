@@ -1,4 +1,5 @@
-//! The memory that this process may still take: the least that the machine, its control groups and its limits leave.
+//! The memory that this process may still take, the least that the machine, its control groups and its limits leave,
+//! and the start of the threads, which need some of it.
 
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
