@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 /// Concepts of which each image gets one, such as "a woman" and "a man".
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Group {
     /// The concepts.
     pub members: Vec<Arc<Concept>>,

@@ -22,6 +22,7 @@ const MAX_SIDE: usize = 4096;
 /// The direction in which a concept moves a picture.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Kind {
     /// Moves toward an attribute ("a woman").
     #[default]
@@ -42,6 +43,7 @@ impl Kind {
 
 /// Number format of a concept file. Training and sampling compute in fp32 in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum NumberFormat {
     /// Half precision: half the size. Numbers change by at most 2^-11 of themselves, those below 2^-14 by at most
     /// 2^-25.

@@ -14,6 +14,7 @@ const HIDDEN_DIVISOR: usize = 2;
 /// Kind of function that a module is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Form {
     /// One learnt tensor of the bottleneck's shape.
     Constant,

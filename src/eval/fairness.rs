@@ -98,6 +98,7 @@ impl Settings {
 
 /// The judgement of one picture.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Record {
     /// True if the picture was made with concepts.
     pub balanced: bool,

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 /// The result of a run.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Report {
     /// The settings of the run.
     pub settings: Settings,
@@ -19,6 +20,7 @@ pub struct Report {
 
 /// The result for one group.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Summary {
     /// The classes that CLIP told apart.
     pub classes: Vec<String>,
@@ -34,6 +36,7 @@ pub struct Summary {
 
 /// The result for one profession, plain and balanced.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Row {
     /// The profession.
     pub name: String,

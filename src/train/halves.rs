@@ -23,6 +23,7 @@ pub struct Halves {
 
 /// Memory of halves or rollouts, in bytes, beside the weights of the whole UNet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HalvesMemory {
     /// Weights that the whole UNet does not hold in the same form: those that gradients read transposed, and those of
     /// layers that are split into several for their gradients.

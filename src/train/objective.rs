@@ -8,6 +8,7 @@ use crate::concept::Module;
 pub struct Objective<'a>(&'a mut Halves);
 
 /// A loss and its gradient.
+#[non_exhaustive]
 pub struct Slope {
     /// Mean squared error over all numbers of the prediction.
     pub loss: f64,

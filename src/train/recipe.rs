@@ -9,6 +9,7 @@ use std::path::Path;
 /// The modules that are learnt, as in the ablation of the paper's table 5.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Variant {
     /// RAM and SAM, one tensor each: the method.
     #[default]

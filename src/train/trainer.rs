@@ -39,6 +39,7 @@ impl Task {
 
 /// The losses of an iteration: mean squared errors over all numbers of the UNet's prediction.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Losses {
     /// `L_resp`, the distance to the responsible target.
     pub resp: f64,
@@ -48,6 +49,7 @@ pub struct Losses {
 
 /// Time that a training has taken, by kind of work.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct Times {
     /// Rollouts.
     pub rollout: Duration,
@@ -63,6 +65,7 @@ pub struct Times {
 
 /// The memory plan of a training, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TrainingMemory {
     /// The UNet's weights.
     pub model: usize,
