@@ -65,6 +65,8 @@ impl std::str::FromStr for NumberFormat {
 
 /// The origin of a concept.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+#[must_use]
 pub struct Metadata {
     /// The concept's name: the prompt that it was trained for.
     pub concept: String,
@@ -86,8 +88,16 @@ pub struct Metadata {
     pub other: BTreeMap<String, String>,
 }
 
+impl Metadata {
+    /// The metadata of a concept of that name and of unknown origin.
+    pub fn new(concept: impl Into<String>) -> Self {
+        Metadata { concept: concept.into(), ..Default::default() }
+    }
+}
+
 /// A learnt concept: RAM, which moves toward it, and SAM, which moves back toward the neutral prompt's meaning.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Concept {
     /// Its name and origin.
     pub metadata: Metadata,
@@ -98,6 +108,11 @@ pub struct Concept {
 }
 
 impl Concept {
+    /// A concept of modules that were trained together.
+    pub fn new(metadata: Metadata, ram: Module, sam: Option<Module>) -> Self {
+        Concept { metadata, ram, sam }
+    }
+
     /// Shape of the bottleneck that it was trained at; `n` is 1.
     pub fn shape(&self) -> Shape {
         self.ram.shape()

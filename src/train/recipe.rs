@@ -52,9 +52,11 @@ impl std::str::FromStr for Variant {
 }
 
 /// The settings of a training, except its prompts, seed and picture size. The comments give the values of
-/// [`Recipe::for_task`], our own recipe.
+/// [`Recipe::for_task`], our own recipe. Another recipe starts from one of the constructors and assigns its fields.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
+#[must_use]
 pub struct Recipe {
     /// Iterations, each of which is one step of RAM and one of SAM: 1000; 640 for races.
     pub iterations: u64,

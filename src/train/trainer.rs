@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 /// The goal of a training: the prompts.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+#[must_use]
 pub struct Task {
     /// The direction: toward a concept, or away from it.
     pub kind: Kind,
