@@ -397,8 +397,7 @@ fn sdxl_balanced_and_cropped() {
         let shape = Shape::new(1, 4, 4, 24);
         let numbers = (0..shape.len()).map(|j| ((i * 999 + j) as f32).sin()).collect();
         let ram = Module::with_parameters(Form::Constant, shape, numbers).unwrap();
-        let metadata = Metadata { concept: name.into(), ..Default::default() };
-        Concept { metadata, ram, sam: None }.save(path(name)).unwrap();
+        Concept::new(Metadata::new(name), ram, None).save(path(name)).unwrap();
     }
     let model = support::golden().join("checkpoints/sdxl");
     let args = ["sample", "a cat", "--model", model.to_str().unwrap(), "--steps", "2", "--seed", "3"];

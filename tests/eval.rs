@@ -4,7 +4,7 @@ mod support;
 
 use respodiff::eval::clip::{Clip, cosine};
 use respodiff::weights::Source;
-use respodiff::{Device, Picture};
+use respodiff::{Device, ErrorKind, Picture};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -26,6 +26,10 @@ fn embeddings_match_transformers() {
         let error = support::relative_l2(ours, truth);
         println!("image {i}: {error:.1e}");
         assert!(error < 1e-4, "image {i} is off by {error:.2e}");
+    }
+    for (width, height, bytes) in [(0, 3, 0), (2, 2, 11)] {
+        let error = clip.images(&[Picture { width, height, rgb: vec![0; bytes] }]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
     }
     let texts: Vec<String> = serde_json::from_str(&case.metadata()["texts"]).unwrap();
     let ours = clip.texts(&texts).unwrap().concat();
