@@ -214,7 +214,7 @@ fn malformed_files_are_named() {
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::Damaged, "{error}");
                 assert_eq!(*error.subject(), Subject::File(folder.path().join(name)), "{error}");
-                assert!(error.advice().is_some_and(|advice| advice.contains("download")), "{error}");
+                assert!(error.advice().is_some(), "{error}");
             }
             Ok(_) => panic!("{name} was taken"),
         }
