@@ -7,10 +7,9 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use respodiff::bench::{SD15, SDXL, networks};
-use respodiff::concept::Kind;
 use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
 use respodiff::plan::Plan;
-use respodiff::train::{Recipe, Task, Trainer, Variant};
+use respodiff::train::{Recipe, Task, Trainer};
 use respodiff::{Engine, weights::Source};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -47,13 +46,11 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
 /// Runs a few iterations of a training, which the trainer times itself. The length of an iteration's rollout depends on
 /// the recipe, so the report gives the time of one rollout step.
 fn train(name: &str, source: &Source, batch: usize, rollouts: usize) {
-    let recipe = Recipe {
-        batch,
-        rollout_steps: 5,
-        latents_per_rollout: 2,
-        ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
-    };
-    let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
+    let task = Task::toward("a woman", "a person");
+    let mut recipe = Recipe::for_task(&task);
+    recipe.batch = batch;
+    recipe.rollout_steps = 5;
+    recipe.latents_per_rollout = 2;
     let engine = Engine::open(source, respodiff::Device::cpu()).expect("a checkpoint");
     let mut trainer = Trainer::new(&engine, task, recipe, 1, engine.default_size()).expect("a training");
     drop(engine);

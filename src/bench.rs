@@ -76,7 +76,7 @@ const DEFAULT_LATENT: (usize, usize) = (64, 64);
 /// A checkpoint's networks as a guided run of `batch` images uses them: both prompts' encoding, a UNet call, a decode.
 ///
 /// # Errors
-/// What a config has wrong.
+/// Those of reading the configurations.
 pub fn networks(source: &Source, batch: usize) -> Result<Vec<(&'static str, Graph)>> {
     let mut networks = Vec::new();
     let (mut tokens, (mut h, mut w)) = (DEFAULT_TOKENS, DEFAULT_LATENT);
@@ -99,11 +99,11 @@ pub fn networks(source: &Source, batch: usize) -> Result<Vec<(&'static str, Grap
     Ok(networks)
 }
 
-/// What a checkpoint's training repeats for every loss, on `batch` images: the UNet's way up from the bottleneck, and
+/// The networks that a training runs for every loss, on `batch` images: the UNet's up half from the bottleneck, and
 /// the gradient back to it.
 ///
 /// # Errors
-/// What the config has wrong, or that there is none.
+/// Those of reading the configuration, or that there is none.
 pub fn training(source: &Source, batch: usize) -> Result<(&'static str, Graph)> {
     let config = read_config(source, "unet", UNetConfig::parse)?;
     let (h, w) = config.sample_size.unwrap_or(DEFAULT_LATENT);
@@ -159,7 +159,7 @@ pub enum Case {
 }
 
 impl Case {
-    /// What a node is.
+    /// The kind of a node.
     pub fn of(graph: &Graph, node: &Node) -> Self {
         let shape = |id: TensorId| graph.shape(id);
         let other = |name, Shape { n, h, w, c }| Case::Other { name, n, h, w, c };
@@ -298,7 +298,7 @@ fn bytes(device: &Device, graph: &Graph, node: &Node) -> f64 {
     total as f64
 }
 
-/// What a device can do at best, by the kernels measured.
+/// The best rates of a device, as measured on these kernels.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Peaks {
     /// Floating-point operations a second, in large matrix products.
@@ -313,13 +313,13 @@ pub struct Peaks {
 /// One distinct operation of a network.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// What it is.
+    /// The operation.
     pub case: Case,
     /// The same for people.
     pub label: String,
     /// How often the network has it.
     pub count: usize,
-    /// What was launched, with its grid.
+    /// The kernels that were launched, with their grids.
     pub kernels: String,
     /// Median seconds of one: on a GPU with a cold L2 cache, on a CPU with the caches as the operation before left
     /// them.

@@ -1,15 +1,17 @@
-//! Random numbers of trainings and quotas.
+//! The random numbers of trainings and quotas.
 
-/// Random numbers that depend on a seed and a position alone, so that a resumed training draws what it would have
-/// (SplitMix64, Steele et al. 2014).
+/// A generator whose numbers depend on a seed and a position alone, so that a resumed training draws the same numbers
+/// as an uninterrupted one (SplitMix64, Steele et al. 2014).
 pub(crate) struct Draws(u64);
 
 impl Draws {
+    /// The generator of one position, such as the number of a rollout.
     pub(crate) fn new(seed: u64, position: u64) -> Self {
         let mut start = Draws(seed);
         Draws(start.next() ^ position.wrapping_mul(0xd134_2543_de82_ef95))
     }
 
+    /// The next 64 bits.
     pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -17,7 +19,7 @@ impl Draws {
         z ^ (z >> 31)
     }
 
-    /// In 0..1.
+    /// The next number in 0..1, in steps of 2^-24.
     pub(crate) fn unit(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 24) as f32
     }

@@ -9,9 +9,6 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Links that are followed to one file, as Linux does.
-const MAX_LINKS: usize = 40;
-
 /// Writes a file. A reader of the path finds the old file or the new one, even after a power cut: the bytes go to a
 /// draft beside it, which is renamed. Symbolic links stay and lead to the new file, whose permissions are the old
 /// one's. Devices, pipes and sockets are written to and stay what they are.
@@ -20,6 +17,14 @@ const MAX_LINKS: usize = 40;
 /// [`crate::ErrorKind::Io`] or [`crate::ErrorKind::NotFound`]; the draft is removed.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     place(path).and_then(|place| place.write(bytes)).map_err(Error::io("write", path))
+}
+
+/// Writes a copy of a file.
+///
+/// # Errors
+/// [`crate::ErrorKind::Io`] or [`crate::ErrorKind::NotFound`].
+pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
+    write(to, &fs::read(from).map_err(Error::io("read", from))?)
 }
 
 /// Finds now, not after minutes of work, that a file cannot be written.
@@ -62,31 +67,39 @@ pub(crate) fn safetensors<'a>(
 enum Place {
     /// A device, a pipe or a socket.
     Stream(PathBuf),
-    /// A file, which may be there already.
+    /// A file, which may be there already; the path has no links.
     Regular { path: PathBuf, permissions: Option<fs::Permissions> },
 }
 
 /// Follows links, the last of which may lead to a file that is not there yet.
 fn place(path: &Path) -> io::Result<Place> {
-    let mut path = path.to_path_buf();
-    for _ in 0..MAX_LINKS {
-        match fs::symlink_metadata(&path) {
-            Ok(found) if found.is_symlink() => {
-                let target = fs::read_link(&path)?;
+    // Paths that end in a slash or a dot, and empty ones, name no file.
+    let name = path.file_name().map_or(&[][..], |name| name.as_encoded_bytes());
+    if name.is_empty() || !path.as_os_str().as_encoded_bytes().ends_with(name) {
+        return Err(match path.is_dir() {
+            true => io::ErrorKind::IsADirectory.into(),
+            false => io::ErrorKind::InvalidFilename.into(),
+        });
+    }
+    match fs::metadata(path) {
+        Ok(found) if found.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
+        Ok(found) if found.is_file() => {
+            // Renaming would replace even a file that must not be written.
+            OpenOptions::new().write(true).open(path)?;
+            Ok(Place::Regular { path: fs::canonicalize(path)?, permissions: Some(found.permissions()) })
+        }
+        // Only the system can follow the link behind `/dev/stdout`, whose target may be `pipe:[123]`.
+        Ok(_) => Ok(Place::Stream(path.to_path_buf())),
+        Err(problem) if problem.kind() == io::ErrorKind::NotFound => {
+            let mut path = path.to_path_buf();
+            // This ends: a circle of links is another error.
+            while let Ok(target) = fs::read_link(&path) {
                 path = path.parent().unwrap_or(Path::new("")).join(target);
             }
-            Ok(found) if found.is_dir() => return Err(io::ErrorKind::IsADirectory.into()),
-            Ok(found) if found.is_file() => {
-                return Ok(Place::Regular { path, permissions: Some(found.permissions()) });
-            }
-            Ok(_) => return Ok(Place::Stream(path)),
-            Err(problem) if problem.kind() == io::ErrorKind::NotFound => {
-                return Ok(Place::Regular { path, permissions: None });
-            }
-            Err(problem) => return Err(problem),
+            Ok(Place::Regular { path, permissions: None })
         }
+        Err(problem) => Err(problem),
     }
-    Err(io::Error::other(format!("more than {MAX_LINKS} symbolic links, or a circle of them")))
 }
 
 impl Place {
@@ -96,10 +109,11 @@ impl Place {
             Place::Regular { path, permissions } => {
                 let (draft, mut file) = draft(path)?;
                 let mut write = || {
-                    file.write_all(bytes)?;
+                    // First, so that nobody reads what the old file hid.
                     if let Some(permissions) = permissions {
                         file.set_permissions(permissions.clone())?;
                     }
+                    file.write_all(bytes)?;
                     file.sync_all()?;
                     fs::rename(&draft, path)
                 };
@@ -126,10 +140,11 @@ fn draft(path: &Path) -> io::Result<(PathBuf, File)> {
     }
 }
 
-#[cfg(all(test, unix))]
+#[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
     use std::io::Read;
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
 
     #[test]
@@ -141,22 +156,26 @@ mod tests {
         symlink("inner/old", at("one")).unwrap();
         symlink(at("one"), at("two")).unwrap();
         symlink("inner/new", at("dangling")).unwrap();
+        symlink("dangling", at("to a link")).unwrap();
         symlink("circle", at("circle")).unwrap();
-        for (name, file) in [("two", "inner/old"), ("dangling", "inner/new")] {
+        for (name, file) in [("two", "inner/old"), ("dangling", "inner/new"), ("to a link", "inner/new")] {
             check_writable(&at(name)).unwrap();
             write(&at(name), name.as_bytes()).unwrap();
             assert!(fs::symlink_metadata(at(name)).unwrap().is_symlink(), "{name}");
             assert_eq!(fs::read(at(file)).unwrap(), name.as_bytes());
         }
-        for name in ["circle", "inner", "inner/old/x", "nowhere/x"] {
+        copy(&at("two"), &at("dangling")).unwrap();
+        assert_eq!(fs::read(at("inner/new")).unwrap(), b"two");
+        for name in ["circle", "inner", "inner/", "inner/old/x", "nowhere/x", "nowhere/", "new/.", ".."] {
             assert!(check_writable(&at(name)).is_err() && write(&at(name), b"x").is_err(), "{name}");
         }
+        assert!(check_writable(Path::new("")).is_err());
         // No draft is left.
         assert_eq!(fs::read_dir(at("inner")).unwrap().count(), 2);
     }
 
     #[test]
-    fn pipes_and_devices_stay_what_they_are() {
+    fn pipes_devices_and_sockets_stay_what_they_are() {
         let folder = tempfile::tempdir().unwrap();
         let pipe = folder.path().join("pipe");
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
@@ -172,11 +191,24 @@ mod tests {
         write(&pipe, b"picture").unwrap();
         assert_eq!(reader.join().unwrap(), "picture");
         assert!(fs::metadata(&pipe).unwrap().file_type().is_fifo());
+        // A pipe without a path, as /dev/stdout is one.
+        let (mut reader, writer) = io::pipe().unwrap();
+        let path = PathBuf::from(format!("/proc/self/fd/{}", writer.as_raw_fd()));
+        check_writable(&path).unwrap();
+        write(&path, b"picture").unwrap();
+        drop(writer);
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes, b"picture");
         // A link, for as root the device itself would be at stake.
         let link = folder.path().join("null");
         symlink("/dev/null", &link).unwrap();
         write(&link, b"picture").unwrap();
         assert!(fs::metadata(&link).unwrap().file_type().is_char_device());
+        let socket = folder.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(write(&socket, b"picture").is_err());
+        assert!(fs::metadata(&socket).unwrap().file_type().is_socket());
     }
 
     #[test]
@@ -193,5 +225,31 @@ mod tests {
         assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o640);
         assert_eq!(fs::read(&file).unwrap(), b"new");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1001);
+    }
+
+    /// Who may not write a file or its folder changes nothing, also where the tests run as root.
+    #[test]
+    fn refusals_leave_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let set = |name: &str, mode| fs::set_permissions(at(name), fs::Permissions::from_mode(mode)).unwrap();
+        fs::create_dir(at("locked")).unwrap();
+        fs::write(at("locked/file"), "old").unwrap();
+        fs::write(at("file"), "old").unwrap();
+        for (name, mode) in [("", 0o777), ("locked", 0o555), ("locked/file", 0o666), ("file", 0o444)] {
+            set(name, mode);
+        }
+        let as_nobody = || {
+            // SAFETY: this makes the calling thread alone access files as the user `nobody`, where it may change users.
+            unsafe { libc::setfsuid(65534) };
+            for name in ["file", "locked/file", "locked/new"] {
+                assert!(check_writable(&at(name)).is_err() && write(&at(name), b"new").is_err(), "{name}");
+            }
+        };
+        std::thread::scope(|scope| scope.spawn(as_nobody).join()).unwrap();
+        assert_eq!(fs::read(at("file")).unwrap(), b"old");
+        assert_eq!(fs::read(at("locked/file")).unwrap(), b"old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+        set("locked", 0o755);
     }
 }

@@ -149,9 +149,9 @@ pub fn read_png_text(path: &Path) -> Result<Vec<(String, String)>> {
 /// How a picture was made, for the file that holds it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerationInfo {
-    /// What was asked for.
+    /// The prompt.
     pub prompt: String,
-    /// What was to be avoided, if anything was said.
+    /// The negative prompt, if one was given.
     pub negative_prompt: Option<String>,
     /// Denoising steps.
     pub steps: usize,

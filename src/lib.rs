@@ -99,7 +99,7 @@ mod weights;
 #[cfg(feature = "unstable")]
 pub mod weights;
 
-pub use concept::{Concept, Group};
+pub use concept::{Concept, Group, Kind as ConceptKind, Metadata as ConceptMetadata, NumberFormat};
 pub use cpu::MatrixPrecision as Precision;
 pub use device::Device;
 pub use diffusion::noise::Rng;
@@ -111,7 +111,7 @@ pub use engine::{
 pub use error::{Error, ErrorKind, Result, Subject};
 pub use image::{GenerationInfo, Picture, UsedConcept};
 #[cfg(feature = "train")]
-pub use train::{Losses, Recipe, Task, Trainer};
+pub use train::{Losses, Recipe, Task, Times as TrainingTimes, Trainer, TrainingMemory, Variant};
 pub use weights::Source;
 #[cfg(feature = "download")]
 pub use weights::hub;

@@ -1,12 +1,38 @@
-//! The memory that this process may still take: the least that the machine, its control groups and its limits leave.
+//! The memory that this process may still take, the least that the machine, its control groups and its limits leave,
+//! and the start of the threads, which need some of it.
 
+use crate::{Error, Result};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// Free bytes, as Linux counts them; other systems are not asked.
 pub(crate) fn free() -> Option<usize> {
     let machine = || field(&read("/proc/meminfo")?, "MemAvailable:");
     let groups = || free_of_groups(&read("/proc/self/cgroup")?, Path::new("/sys/fs/cgroup"), &read);
     [machine(), groups(), free_address_space()].into_iter().flatten().min()
+}
+
+/// Starts rayon's threads, unless they run already or the caller is in a pool of its own. Left to start them at their
+/// first use, rayon would panic where the system refuses one.
+///
+/// # Errors
+/// [`crate::ErrorKind::OutOfMemory`]: there is no memory for the threads' stacks, or the limit of processes is reached.
+pub(crate) fn start_threads() -> Result<()> {
+    // Rayon tries once in a process, so the first answer stays.
+    static REFUSED: OnceLock<Option<String>> = OnceLock::new();
+    if rayon::current_thread_index().is_some() {
+        return Ok(());
+    }
+    let refused = REFUSED.get_or_init(|| {
+        let problem = rayon::ThreadPoolBuilder::new().build_global().err()?;
+        // Threads that run already are an error as well, but none that the system has caused.
+        Some(std::error::Error::source(&problem)?.to_string())
+    });
+    match refused {
+        None => Ok(()),
+        Some(problem) => Err(Error::out_of_memory(format!("cannot start the threads of the CPU: {problem}"))
+            .advise("use fewer threads, or allow this process more memory")),
+    }
 }
 
 fn read(path: impl AsRef<Path>) -> Option<String> {

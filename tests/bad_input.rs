@@ -93,9 +93,17 @@ fn tensors_under_two_names() {
     let whole = fs::read(&file).unwrap();
     let tensors = SafeTensors::deserialize(&whole).unwrap();
     let short = |name: &str| name.replace("text_model.", "");
-    let both = tensors.iter().flat_map(|(name, view)| [(short(name), view.clone()), (name.into(), view)]);
-    fs::write(&file, safetensors::serialize(both, None).unwrap()).unwrap();
+    let both = || tensors.iter().flat_map(|(name, view)| [(short(name), view.clone()), (name.into(), view)]);
+    // Where both agree, they do no harm.
+    fs::write(&file, safetensors::serialize(both(), None).unwrap()).unwrap();
+    assert!(open(folder.path()).is_ok());
     let first = tensors.names().into_iter().min().unwrap();
+    let other = tensors.tensor(first).unwrap();
+    let negated: Vec<u8> =
+        other.data().iter().enumerate().map(|(i, b)| if i % 2 == 1 { b ^ 0x80 } else { *b }).collect();
+    let negated = safetensors::tensor::TensorView::new(other.dtype(), other.shape().to_vec(), &negated).unwrap();
+    let differ = both().map(|(name, view)| if name == first { (name, negated.clone()) } else { (name, view) });
+    fs::write(&file, safetensors::serialize(differ, None).unwrap()).unwrap();
     (0..10).for_each(|_| refused(folder.path(), &["text_encoder", &format!("`{first}` is there a second time")]));
 }
 
@@ -289,5 +297,8 @@ fn other_kinds_of_sdxl() {
     refused_after(&twice, &[config, "have no projection"]);
     let tokens = "\"max_position_embeddings\": 77";
     let file = "text_encoder_2/config.json";
-    refused_after(&|f| replaced(f, file, tokens, "\"max_position_embeddings\": 78"), &[config, "[77, 78]"]);
+    refused_after(
+        &|f| replaced(f, file, tokens, "\"max_position_embeddings\": 78"),
+        &["text_encoder_2/model.safetensors", "[78, 32]"],
+    );
 }

@@ -24,8 +24,8 @@ fn module(form: Form, shape: Shape, seed: u32) -> Module {
 }
 
 fn concept(form: Form, shape: Shape, seed: u32) -> Arc<Concept> {
-    let metadata = Metadata { concept: format!("number {seed}"), ..Default::default() };
-    Arc::new(Concept { metadata, ram: module(form, shape, seed), sam: Some(module(form, shape, seed + 1)) })
+    let metadata = Metadata::new(format!("number {seed}"));
+    Arc::new(Concept::new(metadata, module(form, shape, seed), Some(module(form, shape, seed + 1))))
 }
 
 fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Output {
@@ -74,8 +74,15 @@ fn each_image_of(checkpoint: &str) {
         assert!(error.to_string().contains(word), "{error}");
     };
     refused(vec![vec![], vec![]], "2 images");
+    let mut cut = Concept::clone(&a);
+    cut.ram.parameters.pop();
+    refused(vec![vec![(Arc::new(cut), 1.0)]], "too few");
+    let mut mixed = Concept::clone(&a);
+    mixed.sam = Some(module(Form::Constant, Shape { c: 5, ..shape }, 4));
+    refused(vec![vec![(Arc::new(mixed), 1.0)]], "a bottleneck of 5 channels");
     refused(vec![vec![(a, f32::NAN)]], "NaN");
-    refused(vec![vec![(concept(Form::Constant, Shape { c: 7, ..shape }, 4), 1.0)]], "7");
+    let other = concept(Form::Constant, Shape { c: 7, ..shape }, 4);
+    refused(vec![vec![(other, 1.0)]], "trained on another model, is for a bottleneck of 7 channels");
 }
 
 /// One call with every row shifted, against PyTorch in float64; which half is shifted is for the pipeline to show.
@@ -242,19 +249,16 @@ fn files_read_back() {
     let path = folder.path().join("c.safetensors");
     for form in [Form::Constant, Form::Mlp, Form::Conv] {
         let shape = Shape::new(1, 2, 3, 5);
-        let metadata = Metadata {
-            concept: "violence, \"quoted\"".into(),
-            kind: Kind::Safe,
-            neutral: "a scene".into(),
-            base_model: "m".into(),
-            fingerprint: "f00d".into(),
-            recipe: "lambda = 1.0\n".into(),
-            iterations: 7,
-            losses: Some([0.25, 0.125]),
-            other: [("author".to_string(), "someone".to_string())].into(),
-        };
-        let saved =
-            Concept { metadata, ram: module(form, shape, 1), sam: (form != Form::Mlp).then(|| module(form, shape, 2)) };
+        let mut metadata = Metadata::new("violence, \"quoted\"");
+        metadata.kind = Kind::Safe;
+        metadata.neutral = "a scene".into();
+        metadata.base_model = "m".into();
+        metadata.fingerprint = "f00d".into();
+        metadata.recipe = "lambda = 1.0\n".into();
+        metadata.iterations = 7;
+        metadata.losses = Some([0.25, 0.125]);
+        metadata.other = [("author".to_string(), "someone".to_string())].into();
+        let saved = Concept::new(metadata, module(form, shape, 1), (form != Form::Mlp).then(|| module(form, shape, 2)));
         saved.save(&path).unwrap();
         let read = Concept::load(&path).unwrap();
         assert_eq!(read.metadata, saved.metadata);
@@ -296,7 +300,7 @@ fn other_sizes() {
     let shape = Shape::new(1, 4, 4, 2);
     let ramp: Vec<f32> = (0..16).flat_map(|i| [(i % 4) as f32, (i / 4) as f32]).collect();
     let ram = Module::with_parameters(Form::Constant, shape, ramp.clone()).unwrap();
-    let concept = Concept { metadata: Metadata::default(), ram, sam: None };
+    let concept = Concept::new(Metadata::default(), ram, None);
     assert_eq!(concept.modules(shape).unwrap()[0].parameters, ramp);
     let large = concept.modules(Shape::new(1, 8, 6, 2)).unwrap().remove(0).parameters;
     for (y, x) in (0..8).flat_map(|y| (0..6).map(move |x| (y, x))) {
@@ -312,15 +316,13 @@ fn other_sizes() {
 
 #[test]
 fn trainings_resume_to_the_same_result() {
-    use respodiff::train::{Recipe, Task, Trainer, Variant};
+    use respodiff::{Recipe, Task, Trainer};
     let engine = Engine::open(&Source::demo(), Device::cpu()).unwrap();
-    let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
-    let recipe = Recipe {
-        batch: 2,
-        rollout_steps: 6,
-        latents_per_rollout: 2,
-        ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
-    };
+    let task = Task::toward("a woman", "a person");
+    let mut recipe = Recipe::for_task(&task);
+    recipe.batch = 2;
+    recipe.rollout_steps = 6;
+    recipe.latents_per_rollout = 2;
     let trainer = |seed| Trainer::new(&engine, task.clone(), recipe.clone(), seed, Size::new(64, 64)).unwrap();
     let mut whole = trainer(3);
     for _ in 0..8 {

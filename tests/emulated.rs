@@ -3,13 +3,13 @@
 mod support;
 
 use half::f16;
-use respodiff::concept::{Concept, Form, Kind, Metadata, Module};
+use respodiff::concept::{Concept, Form, Metadata, Module};
 use respodiff::cuda::{self, Cache, Emulated, Launch, Limits, Recording, TensorTiles, lowered};
 use respodiff::diffusion::noise::Rng;
 use respodiff::engine::UNET_CONSTANTS;
 use respodiff::graph::Extent;
 use respodiff::models::{UNetConfig, UNetInput, VaeConfig, unet, vae_decoder};
-use respodiff::train::{Losses, Recipe, Task, Trainer, Variant};
+use respodiff::train::{Losses, Recipe, Task, Trainer};
 use respodiff::weights::{Source, Tensors};
 use respodiff::{Device, Engine, ErrorKind, Image, Output, Request, SessionOptions, Size};
 use safetensors::tensor::TensorView;
@@ -101,7 +101,7 @@ fn alone_and_in_a_batch(checkpoint: &str, rngs: &[Rng]) {
     let concept = |i: usize| {
         let numbers = (0..shape.len()).map(|j| ((i * 7 + j) as f32 * 0.37).sin()).collect();
         let ram = Module::with_parameters(Form::Constant, shape, numbers).unwrap();
-        Arc::new(Concept { metadata: Metadata::default(), ram, sam: None })
+        Arc::new(Concept::new(Metadata::default(), ram, None))
     };
     // Everything that an image has for itself differs, and guidance multiplies the UNet's error threefold at most.
     let mut images = [
@@ -218,15 +218,13 @@ fn enlarged(network: &str, prefix: &str, factor: f32) -> tempfile::TempDir {
 fn the_demo_trains_as_on_the_cpu() {
     let run = |device: &Device| {
         let engine = demo(device);
-        let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
-        let recipe = Recipe {
-            batch: 1,
-            rollout_steps: 3,
-            latents_per_rollout: 2,
-            lr_ram: 0.2,
-            lr_sam: 0.2,
-            ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
-        };
+        let task = Task::toward("a woman", "a person");
+        let mut recipe = Recipe::for_task(&task);
+        recipe.batch = 1;
+        recipe.rollout_steps = 3;
+        recipe.latents_per_rollout = 2;
+        recipe.lr_ram = 0.2;
+        recipe.lr_sam = 0.2;
         let mut trainer = Trainer::new(&engine, task, recipe, 5, Size::new(64, 64)).unwrap();
         let losses: Vec<Losses> = (0..2).map(|_| trainer.iterate().unwrap()).collect();
         (losses, trainer.concept())
@@ -254,13 +252,11 @@ fn rollouts_wait_for_nothing_but_their_end() {
     let device = Emulated::new(Limits::A100, Emulated::QUICK);
     let counting = Arc::new(Counting { device, reads: AtomicUsize::new(0), writes: AtomicUsize::new(0) });
     let engine = engine("sd1", &Device::kernels(counting.clone()));
-    let task = Task { kind: Kind::Fair, concept: "a woman".into(), neutral: "a person".into() };
-    let recipe = Recipe {
-        batch: 1,
-        rollout_steps: 12,
-        latents_per_rollout: 2,
-        ..Recipe::default_for(Kind::Fair, "a woman", Variant::Constant)
-    };
+    let task = Task::toward("a woman", "a person");
+    let mut recipe = Recipe::for_task(&task);
+    recipe.batch = 1;
+    recipe.rollout_steps = 12;
+    recipe.latents_per_rollout = 2;
     let before = engine.used_memory().unwrap();
     let mut trainer = Trainer::new(&engine, task, recipe, 5, Size::new(64, 40)).unwrap();
     let used = engine.used_memory().unwrap() - before;

@@ -49,9 +49,9 @@ fn what_is_refused() {
     refused("malicious.pth", "a woman", None, CHANNELS, &["system", "nothing was run"]);
     assert!(!std::path::Path::new("/tmp/respodiff-was-tricked").exists());
     refused("old.pth", "a woman", None, CHANNELS, &["zip", "save it anew"]);
-    refused("official.pth", "a dog", None, CHANNELS, &["a dog", "--column"]);
+    refused("official.pth", "a dog", None, CHANNELS, &["a dog", "column"]);
     refused("official.pth", "a woman", Some(10), CHANNELS, &["10 columns"]);
-    refused("official.pth", "a woman", None, 1280, &["another model"]);
+    refused("official.pth", "a woman", None, 1280, &["1280", "trained on"]);
     refused("missing.pth", "a woman", None, CHANNELS, &["missing.pth"]);
 }
 

@@ -130,3 +130,64 @@ fn impossible_requests_are_refused() {
     assert_eq!(go(fine.clone(), ControlFlow::Break(())).expect_err("refused").kind(), ErrorKind::Cancelled);
     assert!(go(fine, next).is_ok());
 }
+
+/// What others leave in a checkpoint's files changes no picture.
+#[test]
+fn notes_and_foreign_fields_do_no_harm() {
+    let request = Request::from(Image::new("a doctor").seed(3)).steps(2);
+    let picture = |folder: &std::path::Path| {
+        let engine = Engine::open(&Source::folder(folder).unwrap(), Device::cpu()).unwrap();
+        let size = SessionOptions::new(Size::new(64, 64));
+        generate(&engine, size, &request.clone().sampler("DDIM".parse().unwrap())).latents
+    };
+    let plain = support::copy("sd1");
+    let folder = support::copy("sd1");
+    let edit = |name: &str, fields: &str| {
+        let path = folder.path().join(name);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(path, text.replacen('{', &format!("{{{fields},"), 1)).unwrap();
+    };
+    // DPMSolver's configuration as diffusers saves it, fields of other samplers, and notes.
+    let scheduler = "\"lambda_min_clipped\": -Infinity, \"noise_sampler_seed\": null, \"tensor_format\": \"pt\", \
+                     \"timestep_values\": null, \"my_note\": \"x\"";
+    edit("scheduler/scheduler_config.json", scheduler);
+    // Seven notes by diffusers' `EMAModel`.
+    let ema = "\"decay\": 0.9999, \"inv_gamma\": 1.0, \"min_decay\": 0.0, \"optimization_step\": 12, \"power\": 0.66, \
+               \"update_after_step\": 0, \"use_ema_warmup\": true";
+    edit("unet/config.json", ema);
+    assert_eq!(picture(folder.path()), picture(plain.path()));
+}
+
+/// A text encoder with positions for more tokens than the tokenizer makes: diffusers takes the tokenizer's.
+#[test]
+fn prompts_have_the_tokenizers_length() {
+    let folder = support::copy("sd1");
+    let config = folder.path().join("text_encoder/config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let mut fields: serde_json::Value = from_str(&text).unwrap();
+    let positions = fields["max_position_embeddings"].as_u64().unwrap() as usize;
+    fields["max_position_embeddings"] = (positions + 50).into();
+    std::fs::write(&config, fields.to_string()).unwrap();
+    let file = folder.path().join("text_encoder/model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let longer = |name: &str, view: safetensors::tensor::TensorView| {
+        let (mut shape, mut data) = (view.shape().to_vec(), view.data().to_vec());
+        if name.ends_with("position_embedding.weight") {
+            shape[0] += 50;
+            data.resize(data.len() / positions * (positions + 50), 0x31);
+        }
+        (name.to_string(), view.dtype(), shape, data)
+    };
+    let parts: Vec<_> = tensors.tensors().into_iter().map(|(name, view)| longer(&name, view)).collect();
+    let views = parts.iter().map(|(name, dtype, shape, data)| {
+        (name.as_str(), safetensors::tensor::TensorView::new(*dtype, shape.clone(), data).unwrap())
+    });
+    std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
+    let latents = |engine: &Engine| {
+        let request = Request::from(Image::new("a doctor").seed(3)).steps(2);
+        generate(engine, SessionOptions::new(Size::new(64, 64)), &request).latents
+    };
+    let longer = Engine::open(&Source::folder(folder.path()).unwrap(), Device::cpu()).unwrap();
+    assert_eq!(latents(&longer), latents(&engine("sd1")));
+}

@@ -48,7 +48,7 @@ fn memory_that_is_not_to_be_had_is_an_error() {
     let graph = b.finish();
     let weights = on_cpu(&graph);
     let problem = CpuExecutor::new(plan(graph, &Fp32), weights).err().unwrap().to_string();
-    assert!(problem.contains("1048576.0 GiB of memory for activations are not to be had"), "{problem}");
+    assert!(problem.contains("1048576.00 GiB of memory are needed for activations"), "{problem}");
 }
 
 /// A tiny text encoder, whose token ids choose from ten rows.

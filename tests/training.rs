@@ -158,28 +158,26 @@ fn trajectories_of_adam() {
 /// Whole trainings: noise, rollouts, targets, both losses and both steps.
 #[test]
 fn trainers_do_what_the_paper_says() {
-    use respodiff::Engine;
-    use respodiff::concept::Kind;
-    use respodiff::train::{Recipe, Task, Trainer, Variant};
+    use respodiff::{Engine, Recipe, Task, Trainer};
     for case in cases("trainer_", 3) {
         let metadata = case.metadata();
         let given: serde_json::Value = serde_json::from_str(&metadata["recipe"]).unwrap();
         let number = |name: &str| given[name].as_f64().unwrap_or_else(|| panic!("{name}"));
-        let kind = if given["kind"] == "fair" { Kind::Fair } else { Kind::Safe };
-        let recipe = Recipe {
-            batch: number("batch") as usize,
-            lr_ram: number("lr_ram"),
-            lr_sam: number("lr_sam"),
-            lambda: number("lambda"),
-            rollout_steps: number("rollout_steps") as usize,
-            latents_per_rollout: number("latents_per_rollout") as usize,
-            target_guidance: number("target_guidance") as f32,
-            timestep_offset: number("timestep_offset") as f32,
-            init: number("init") as f32,
-            ..Recipe::default_for(kind, given["concept"].as_str().unwrap(), Variant::Constant)
+        let (concept, neutral) = (given["concept"].as_str().unwrap(), metadata["neutral"].as_str());
+        let task = match given["kind"] == "fair" {
+            true => Task::toward(concept, neutral),
+            false => Task::away_from(concept, neutral),
         };
-        let task =
-            Task { kind, concept: given["concept"].as_str().unwrap().into(), neutral: metadata["neutral"].clone() };
+        let mut recipe = Recipe::for_task(&task);
+        recipe.batch = number("batch") as usize;
+        recipe.lr_ram = number("lr_ram");
+        recipe.lr_sam = number("lr_sam");
+        recipe.lambda = number("lambda");
+        recipe.rollout_steps = number("rollout_steps") as usize;
+        recipe.latents_per_rollout = number("latents_per_rollout") as usize;
+        recipe.target_guidance = number("target_guidance") as f32;
+        recipe.timestep_offset = number("timestep_offset") as f32;
+        recipe.init = number("init") as f32;
         let folder = support::golden().join("checkpoints").join(&metadata["checkpoint"]);
         let engine = Engine::open(&Source::folder(folder).unwrap(), Device::cpu()).unwrap();
         let size = Size::new(metadata["width"].parse().unwrap(), metadata["height"].parse().unwrap());

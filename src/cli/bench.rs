@@ -22,7 +22,7 @@ pub(super) struct Args {
     /// Only operations whose line holds this text ("attention", "conv3x3", "2x64x64"), or of the networks of that name
     #[arg(long)]
     filter: Option<String>,
-    /// The networks of a training instead: the UNet's way up from the bottleneck, and the gradient back to it
+    /// The networks of a training instead: the UNet's up half from the bottleneck, and the gradient back to it
     #[arg(long)]
     training: bool,
     /// Measure nothing: the kernels that each operation gets on this card, which need not be there
@@ -260,7 +260,7 @@ impl Earlier {
     }
 }
 
-/// What [`Earlier`] reads of a report.
+/// The fields of a report that [`Earlier`] reads.
 #[derive(serde::Deserialize)]
 struct Report {
     device: String,

@@ -43,7 +43,7 @@ pub(super) struct Used {
 pub(super) type Assignment = Vec<Vec<Used>>;
 
 impl Flags {
-    /// Whether any concept is asked for.
+    /// True if any concept is asked for.
     pub(super) fn any(&self) -> bool {
         !self.concepts.is_empty() || !self.balance.is_empty()
     }
@@ -151,7 +151,7 @@ pub(super) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// What concept files hold
+    /// Show the content of concept files
     Show {
         /// Concept files
         #[arg(required = true)]

@@ -164,6 +164,15 @@ pub fn main() -> ExitCode {
     let started = Instant::now();
     let Cli { threads, quiet, command } = Cli::parse();
     progress::set_quiet(quiet);
+    // Below this not even an error could be told of: the standard library ends a process whose allocations fail.
+    const LEAST: usize = 16 << 20;
+    if let Some(free) = crate::memory::free().filter(|free| *free < LEAST) {
+        complain(
+            "error",
+            &format!("only {} MiB of memory are free; raise the limit (ulimit -v, or a container's)", free >> 20),
+        );
+        return ExitCode::FAILURE;
+    }
     if let Some(threads) = threads {
         // Nothing has used the threads yet, and without any of its own rayon would fail later.
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();

@@ -37,7 +37,7 @@ pub(super) enum Pictures {
     Files(Vec<PathBuf>),
 }
 
-/// What tells a picture's name from others'.
+/// The parts of a picture's name that differ from picture to picture.
 pub(super) struct Named<'a> {
     pub(super) prompt: &'a str,
     pub(super) seed: u64,

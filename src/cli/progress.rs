@@ -25,7 +25,7 @@ pub(super) fn is_quiet() -> bool {
 
 /// The progress of one piece of work.
 pub(super) struct Progress {
-    /// What is done, such as "sampling".
+    /// The activity, such as "sampling".
     doing: &'static str,
     /// The plural of what is counted, such as "steps".
     unit: &'static str,

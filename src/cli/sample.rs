@@ -22,7 +22,7 @@ const MAX_IMAGES: usize = 1_000_000;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// What to show
+    /// The words that say what to show
     #[arg(required_unless_present_any = ["prompt_flag", "prompts"], conflicts_with_all = ["prompt_flag", "prompts"])]
     prompt: Option<String>,
     /// The same as a flag, for a prompt that begins with a dash
@@ -34,7 +34,7 @@ pub(super) struct Args {
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
-    /// What to stay away from; with SDXL "" is an empty prompt, which is not the same as none
+    /// Words to stay away from; with SDXL "" is an empty prompt, which is not the same as none
     #[arg(short, long, allow_hyphen_values = true)]
     negative_prompt: Option<String>,
     /// Sampling steps

@@ -58,7 +58,7 @@ pub(super) struct Args {
     /// Steps of training from one rollout: faster, on latents that are less independent
     #[arg(long)]
     latents_per_rollout: Option<usize>,
-    /// What the training draws
+    /// Seed of the training's random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Pixels, a multiple of 8 [default: the checkpoint's]

@@ -1,4 +1,4 @@
-//! Who gets which concept: exact quotas over the images asked for, or independent draws.
+//! The concepts that the images of a run get: by exact quotas over all images, or by independent draws.
 
 use super::Concept;
 use crate::draws::Draws;
@@ -7,15 +7,16 @@ use std::sync::Arc;
 
 /// Concepts of which each image gets one, such as "a woman" and "a man".
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Group {
     /// The concepts.
     pub members: Vec<Arc<Concept>>,
-    /// The share of images each is meant to have; they add up to 1.
+    /// The share of the images that each concept is to have. Shares add up to 1.
     pub shares: Vec<f64>,
 }
 
 impl Group {
-    /// Even shares, or those given, which are normalised.
+    /// A group with the given shares, which are scaled to add up to 1, or with equal ones.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] for fewer than two members, another number of shares, or shares that are no
@@ -37,11 +38,11 @@ impl Group {
         Ok(Group { members, shares: shares.into_iter().map(|s| s / total).collect() })
     }
 
-    /// The word by which a prompt names an attribute of the group, if it does: then the prompt's author has decided.
+    /// The word by which a prompt names an attribute of the group, if it does. The prompt's author has decided then.
     ///
-    /// Compared are whole words, lower case: those of the concepts' own prompts (but for articles, "person" and the
-    /// like), and for the genders the usual other words. A thing's colour ("a white coat") counts as well, as no list
-    /// of words can tell.
+    /// It compares whole words in lower case: those of the concepts' own prompts, except articles, "person" and the
+    /// like, and for genders the usual other words as well. The colour of a thing ("a white coat") counts too, since a
+    /// list of words cannot tell it apart.
     pub fn named_in(&self, prompt: &str) -> Option<String> {
         const PLAIN: [&str; 8] = ["a", "an", "the", "person", "people", "of", "race", "photo"];
         const GENDERS: [&str; 24] = [
@@ -83,10 +84,10 @@ impl Group {
     }
 }
 
-/// For each image the member of each group it gets.
+/// For each image, the index of the member that it gets from each group: `[image][group]`.
 ///
-/// With `random` every image draws for itself. Otherwise each group's counts are its shares of `images` to the nearest
-/// image (largest remainders), groups are crossed as evenly as that allows, and the order is shuffled by `seed`.
+/// With `random`, every image draws independently. Otherwise the counts of a group are its shares of `images`, rounded
+/// by largest remainders, groups are crossed as evenly as these counts allow, and `seed` shuffles the order.
 pub fn assign(groups: &[Group], images: usize, seed: u64, random: bool) -> Vec<Vec<usize>> {
     let mut draws = Draws::new(seed, 0xba1a_9ce0);
     if random {
@@ -103,8 +104,8 @@ pub fn assign(groups: &[Group], images: usize, seed: u64, random: bool) -> Vec<V
     }
     let mut rows: Vec<Vec<usize>> = vec![Vec::new(); images];
     for group in groups {
-        // Next to each other stand the images that agree so far; handing out to whoever is furthest behind spreads
-        // this group over each such stretch.
+        // Sorting puts images with the same members so far next to each other. Giving each image the member that is
+        // furthest behind its share spreads this group evenly over every such stretch.
         rows.sort();
         let quotas = quotas(&group.shares, images);
         let mut given = vec![0usize; quotas.len()];
@@ -116,14 +117,14 @@ pub fn assign(groups: &[Group], images: usize, seed: u64, random: bool) -> Vec<V
             row.push(member);
         }
     }
-    // Fisher and Yates.
+    // The shuffle of Fisher and Yates.
     for i in (1..rows.len()).rev() {
         rows.swap(i, (draws.next() % (i as u64 + 1)) as usize);
     }
     rows
 }
 
-/// Whole counts that add up to `images`, by largest remainders; of equal remainders the first.
+/// Whole counts that add up to `images`, by largest remainders. The first of equal remainders goes first.
 pub fn quotas(shares: &[f64], images: usize) -> Vec<usize> {
     let exact: Vec<f64> = shares.iter().map(|s| s * images as f64).collect();
     let mut counts: Vec<usize> = exact.iter().map(|e| (e + 1e-9).floor() as usize).collect();
@@ -163,7 +164,7 @@ mod tests {
                 assert_eq!(counts, quotas(&group.shares, images), "{images}");
                 assert!(counts.iter().zip(&group.shares).all(|(&c, s)| (c as f64 - s * images as f64).abs() < 1.0));
             }
-            // Crossed: within two images of independence.
+            // Groups are crossed: every pair is within two images of independence.
             for (a, b) in (0..2).flat_map(|a| (0..3).map(move |b| (a, b))) {
                 let joint = rows.iter().filter(|row| row[0] == a && row[1] == b).count() as f64;
                 let even = genders.shares[a] * races.shares[b] * images as f64;

@@ -1,7 +1,7 @@
-//! Concept files: one safetensors file a concept.
+//! Concept files: one safetensors file per concept.
 //!
-//! Tensors `ram` and `sam`, `[c, h, w]` in fp16 or fp32 (a network's parameters, `[p]`, for the ablation's forms), and
-//! what they are in the file's metadata, one string a field. Fields this version does not know are kept.
+//! A file holds the tensors `ram` and `sam`, `[c, h, w]` in fp16 or fp32 (for the ablation's networks their parameters,
+//! `[p]`), and describes them in its metadata, one string per field. Fields that this version does not know are kept.
 
 use super::{Form, Module};
 use crate::graph::Shape;
@@ -16,12 +16,13 @@ use std::path::Path;
 
 /// Version of the file format.
 const FORMAT: u32 = 1;
-/// Longest side of a bottleneck, and most channels: beyond lies a damaged file.
+/// Longest side and most channels of a bottleneck. A file with more is damaged.
 const MAX_SIDE: usize = 4096;
 
-/// What a concept is for.
+/// The direction in which a concept moves a picture.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Kind {
     /// Moves toward an attribute ("a woman").
     #[default]
@@ -31,7 +32,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// As files and reports write it.
+    /// The name in files and reports.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Fair => "fair",
@@ -40,12 +41,14 @@ impl Kind {
     }
 }
 
-/// How a file holds a concept's numbers. Training and sampling compute in fp32 whatever it is.
+/// Number format of a concept file. Training and sampling compute in fp32 in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum NumberFormat {
-    /// Half the size; numbers change by at most 2^-11 of themselves, tiny ones by 2^-25.
+    /// Half precision: half the size. Numbers change by at most 2^-11 of themselves, those below 2^-14 by at most
+    /// 2^-25.
     F16,
-    /// As trained.
+    /// Single precision: the numbers as they were trained.
     F32,
 }
 
@@ -60,77 +63,92 @@ impl std::str::FromStr for NumberFormat {
     }
 }
 
-/// Where a concept comes from.
+/// The origin of a concept.
 #[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+#[must_use]
 pub struct Metadata {
-    /// What it is called: the prompt it was trained for.
+    /// The concept's name: the prompt that it was trained for.
     pub concept: String,
-    /// What it is for.
+    /// The direction in which it moves a picture.
     pub kind: Kind,
-    /// The prompt it moves away from, or from which it moves.
+    /// The prompt that it was trained on, such as "a person".
     pub neutral: String,
-    /// The checkpoint it was trained on.
+    /// Name of the checkpoint that it was trained on.
     pub base_model: String,
     /// That checkpoint's [`crate::weights::Tensors::fingerprint`]; empty if unknown.
     pub fingerprint: String,
-    /// How it was trained, as TOML.
+    /// The recipe of its training, as TOML.
     pub recipe: String,
-    /// Steps of training.
+    /// Iterations of its training; 0 if unknown.
     pub iterations: u64,
-    /// `L_resp` and `L_sem` over the last tenth of the training.
+    /// Means of `L_resp` and `L_sem` over the last tenth of its training.
     pub losses: Option<[f64; 2]>,
-    /// What other programs wrote.
+    /// Fields that other programs or later versions wrote.
     pub other: BTreeMap<String, String>,
+}
+
+impl Metadata {
+    /// The metadata of a concept of that name and of unknown origin.
+    pub fn new(concept: impl Into<String>) -> Self {
+        Metadata { concept: concept.into(), ..Default::default() }
+    }
 }
 
 /// A learnt concept: RAM, which moves toward it, and SAM, which moves back toward the neutral prompt's meaning.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Concept {
-    /// Where it comes from.
+    /// Its name and origin.
     pub metadata: Metadata,
-    /// Responsible-concept alignment module.
+    /// The responsible-concept alignment module (RAM), which moves toward the concept.
     pub ram: Module,
-    /// Semantic alignment module; absent where RAM was trained alone.
+    /// The semantic alignment module (SAM); absent where RAM was trained alone.
     pub sam: Option<Module>,
 }
 
 impl Concept {
-    /// Shape of the bottleneck it was trained at.
+    /// A concept of modules that were trained together.
+    pub fn new(metadata: Metadata, ram: Module, sam: Option<Module>) -> Self {
+        Concept { metadata, ram, sam }
+    }
+
+    /// Shape of the bottleneck that it was trained at; `n` is 1.
     pub fn shape(&self) -> Shape {
         self.ram.shape()
     }
 
-    /// What it adds to a bottleneck that looks like `shape`: RAM and SAM.
+    /// RAM and SAM for a bottleneck of `shape`, to which both are added.
     ///
-    /// A constant learnt at another size is resampled, bilinearly with half-pixel centres, so that what was learnt for
-    /// a place in the picture stays there; networks are the same at every size.
+    /// A constant that was learnt at another size is resampled, bilinearly with half-pixel centres, so that the numbers
+    /// for a place in the picture stay at that place. Networks are the same at every size.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] if the channels differ: the concept is for another model.
+    /// [`crate::ErrorKind::Mismatch`] if the channels differ: the concept is for another model.
+    /// [`crate::ErrorKind::Invalid`] if a module holds too few or too many numbers.
     pub fn modules(&self, shape: Shape) -> Result<Vec<Module>> {
-        if shape.c != self.shape().c {
+        let modules = || [Some(&self.ram), self.sam.as_ref()].into_iter().flatten();
+        if let Some(other) = modules().find(|module| module.shape().c != shape.c) {
             return Err(Error::mismatch(
                 Subject::Field("concepts"),
                 format!(
                     "the concept `{}`, trained on {}, is for a bottleneck of {} channels where this model has {}",
                     self.metadata.concept,
-                    self.shape().c,
+                    if self.metadata.base_model.is_empty() { "another model" } else { &self.metadata.base_model },
+                    other.shape().c,
                     shape.c,
-                    if self.metadata.base_model.is_empty() { "another model" } else { &self.metadata.base_model }
                 ),
             ));
         }
-        let at_size = |module: &Module| {
-            let parameters = match module.form() {
-                Form::Constant => resample(&module.parameters, module.shape(), shape),
-                _ => module.parameters.clone(),
-            };
-            Module::with_parameters(module.form(), shape, parameters).expect("as many parameters at every size")
+        let broken = || {
+            let problem = format!("the concept `{}` holds too few or too many numbers", self.metadata.concept);
+            Error::invalid("concepts", problem)
         };
-        Ok([Some(&self.ram), self.sam.as_ref()].into_iter().flatten().map(at_size).collect())
+        modules().map(|module| module.at_size(shape).ok_or_else(broken)).collect()
     }
 
-    /// Which modules these are: a SHA-256 of their numbers.
+    /// Identifies the modules: the first 16 bytes of the SHA-256 of their numbers in fp32, RAM before SAM, in
+    /// hexadecimal.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         for module in [Some(&self.ram), self.sam.as_ref()].into_iter().flatten() {
@@ -142,17 +160,18 @@ impl Concept {
     /// Reads a concept file.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Io`] if it cannot be read, [`crate::ErrorKind::Damaged`] if it is damaged or no concept.
+    /// [`crate::ErrorKind::NotFound`] or [`crate::ErrorKind::Io`] if it cannot be read, [`crate::ErrorKind::Damaged`]
+    /// if it is damaged or no concept, [`crate::ErrorKind::Unsupported`] if a newer version wrote it.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         Self::parse(&bytes, path)
     }
 
-    /// The same from memory; `path` is for messages.
+    /// Reads a concept from the bytes of a file. `path` names it in errors.
     ///
     /// # Errors
-    /// As [`Concept::load`].
+    /// Those of [`Concept::load`], except of reading.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Self> {
         let damaged = |e: safetensors::SafeTensorError| {
             Error::damaged(path, format!("not a whole safetensors file ({e})")).advise("get or train the concept again")
@@ -163,23 +182,23 @@ impl Concept {
             header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect();
         let mut take = |name: &str| fields.remove(name).unwrap_or_default();
         let bad = |problem: String| Error::damaged(path, problem);
+        let unknown = |problem: String, advice: &'static str| Error::unsupported(path, problem).advise(advice);
 
         let format = take("format");
         if !format.is_empty() && format.parse::<u32>().is_ok_and(|f| f > FORMAT) {
-            return Err(bad(format!(
-                "concept format {format} is newer than this program's {FORMAT}; update respodiff"
-            )));
+            let problem = format!("its concept format {format} is newer than this version's {FORMAT}");
+            return Err(Error::unsupported(path, problem).advise("update respodiff"));
         }
         let form = match take("form").as_str() {
             "" | "constant" => Form::Constant,
             "mlp" => Form::Mlp,
             "conv" => Form::Conv,
-            other => return Err(bad(format!("unknown form `{other}`; constant, mlp and conv are read"))),
+            other => return Err(unknown(format!("unknown form `{other}`"), "use constant, mlp or conv")),
         };
         let kind = match take("kind").as_str() {
             "" | "fair" => Kind::Fair,
             "safe" => Kind::Safe,
-            other => return Err(bad(format!("unknown kind `{other}`; fair and safe are read"))),
+            other => return Err(unknown(format!("unknown kind `{other}`"), "use fair or safe")),
         };
         let shape = take("bottleneck");
         let shape: Option<[usize; 3]> = match shape.is_empty() {
@@ -207,11 +226,11 @@ impl Concept {
             let [c, h, w] = match (form, view.shape(), shape) {
                 (Form::Constant, &[c, h, w], _) => [c, h, w],
                 (Form::Mlp | Form::Conv, [_], Some(shape)) => shape,
-                _ => return Err(bad(format!("tensor `{name}` has shape {:?}; [c, h, w] is wanted", view.shape()))),
+                _ => return Err(bad(format!("tensor `{name}` has shape {:?} in place of [c, h, w]", view.shape()))),
             };
             if [c, h, w].iter().any(|&d| d == 0 || d > MAX_SIDE) {
                 return Err(bad(format!(
-                    "tensor `{name}` has shape [{c}, {h}, {w}]; 1 to {MAX_SIDE} each are possible"
+                    "tensor `{name}` has shape [{c}, {h}, {w}], of which each must be 1 to {MAX_SIDE}"
                 )));
             }
             let values = numbers(&view).map_err(|problem| bad(format!("tensor `{name}` {problem}")))?;
@@ -230,18 +249,16 @@ impl Concept {
                 .map(Some)
         };
         let Some(ram) = module("ram")? else {
-            return Err(bad(
-                "has no tensor `ram`; this is no concept file (`respodiff concept import` reads .pth)".into()
-            ));
+            return Err(bad("has no tensor `ram`, as every concept file does".into()).advise("give a concept file"));
         };
         let sam = module("sam")?;
         if sam.as_ref().is_some_and(|sam| sam.shape() != ram.shape()) {
-            return Err(bad("`ram` and `sam` differ in shape; the file is damaged".into()));
+            return Err(bad("`ram` and `sam` differ in shape".into()));
         }
         Ok(Concept { metadata, ram, sam })
     }
 
-    /// The file's bytes.
+    /// The bytes of the concept's file.
     fn bytes(&self, format: NumberFormat) -> Result<Vec<u8>> {
         let shape = self.shape();
         let encode = |values: &[f32]| -> Vec<u8> {
@@ -304,7 +321,7 @@ impl Concept {
         self.save_as(path, NumberFormat::F32)
     }
 
-    /// The same in a chosen precision.
+    /// Writes the file in a chosen number format, whole or not at all.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Io`], [`crate::ErrorKind::Invalid`] if a number is beyond fp16's 65504.
@@ -318,10 +335,11 @@ impl Concept {
         crate::files::write(path.as_ref(), &self.bytes(format)?)
     }
 
-    /// `sum of weight * concept` as one concept.
+    /// One concept that is the sum of several, each times its weight. Its metadata are the first one's.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] if there is none, they differ in channels, or one is a network.
+    /// [`crate::ErrorKind::Invalid`] if there is none or one is a network, [`crate::ErrorKind::Mismatch`] if they
+    /// differ in channels.
     pub fn merge(parts: &[(Concept, f32)]) -> Result<Concept> {
         let Some((first, _)) = parts.first() else {
             return Err(Error::invalid("concepts", "nothing to merge").advise("give concept files"));
@@ -362,33 +380,10 @@ fn numbers(view: &TensorView) -> std::result::Result<Vec<f32>, String> {
     let values: Vec<f32> = match view.dtype() {
         Dtype::F16 => data.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
         Dtype::F32 => data.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-        other => return Err(format!("holds {other:?} numbers; F16 and F32 are read")),
+        other => return Err(format!("holds {other:?} numbers in place of F16 or F32")),
     };
     match values.iter().find(|x| !x.is_finite()) {
-        Some(bad) => Err(format!("holds {bad}; the concept is damaged or its training diverged")),
+        Some(bad) => Err(format!("holds {bad}, as after a training that diverged")),
         None => Ok(values),
     }
-}
-
-/// Bilinear, per channel, with half-pixel centres and clamped edges; the identity at the same size.
-fn resample(values: &[f32], from: Shape, to: Shape) -> Vec<f32> {
-    let along = |i: usize, from: usize, to: usize| {
-        let at = ((i as f32 + 0.5) * from as f32 / to as f32 - 0.5).clamp(0.0, (from - 1) as f32);
-        let low = at as usize;
-        (low, (low + 1).min(from - 1), at - low as f32)
-    };
-    let mut out = Vec::with_capacity(to.tokens() * to.c);
-    for y in 0..to.h {
-        let (top, bottom, down) = along(y, from.h, to.h);
-        for x in 0..to.w {
-            let (left, right, across) = along(x, from.w, to.w);
-            let pixel = |y: usize, x: usize| &values[(y * from.w + x) * from.c..][..from.c];
-            for c in 0..to.c {
-                let upper = pixel(top, left)[c] * (1.0 - across) + pixel(top, right)[c] * across;
-                let lower = pixel(bottom, left)[c] * (1.0 - across) + pixel(bottom, right)[c] * across;
-                out.push(upper * (1.0 - down) + lower * down);
-            }
-        }
-    }
-    out
 }

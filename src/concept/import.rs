@@ -1,4 +1,4 @@
-//! Concepts of other programs: the official code's checkpoint, and SDisc's.
+//! Concepts from the checkpoints of other programs: RespoDiff's official code and SDisc.
 
 use super::pickle::{Tensor, tensors};
 use super::{Concept, Form, Kind, Metadata, Module};
@@ -7,7 +7,8 @@ use crate::layout::nchw_to_nhwc;
 use crate::{Error, Result};
 use std::path::Path;
 
-/// Columns of the official checkpoint (VSSILPA/respodiff). Its dictionary gives column 3 to two concepts.
+/// Columns of the official checkpoint (VSSILPA/respodiff). The dictionary there gives column 3 to two
+/// concepts.
 const OFFICIAL: [(&str, usize); 9] = [
     ("a woman", 0),
     ("a man", 1),
@@ -31,13 +32,14 @@ const SDISC: [(&str, usize); 8] = [
     ("antisexual", 7),
 ];
 
-/// Reads one concept, by name or by column, of a file for a model whose bottleneck has `channels`.
+/// Reads one concept from a file, by its name or by its column, for a model whose bottleneck has `channels`.
 ///
-/// Of each matrix `[c * r * r, concepts]` a column is a module `[c, r, r]`. The official checkpoint has RAM in
-/// `controlnet.fc1.weight` and SAM in `controlnet_residual.fc2.weight`; SDisc has one matrix, which becomes RAM.
+/// Each column of a matrix `[c * r * r, concepts]` is a module `[c, r, r]`. The official checkpoint holds RAM in
+/// `controlnet.fc1.weight` and SAM in `controlnet_residual.fc2.weight`. SDisc's holds one matrix, which becomes RAM.
 ///
 /// # Errors
-/// What is wrong with the file, or [`crate::ErrorKind::Invalid`] for a name or column it has not.
+/// [`crate::ErrorKind::Invalid`] for a name or column that the file does not have, [`crate::ErrorKind::Mismatch`] for
+/// another model's bottleneck, [`crate::ErrorKind::Unsupported`] for other tensors, and those of reading the file.
 pub fn import(path: &Path, concept: &str, column: Option<usize>, channels: usize) -> Result<Concept> {
     let all = tensors(path)?;
     let named = |name: &str| all.iter().find(|t| t.name.ends_with(name));
@@ -68,11 +70,13 @@ pub fn import(path: &Path, concept: &str, column: Option<usize>, channels: usize
         let bad = |problem: String| Error::damaged(path, format!("tensor `{}` {problem}", matrix.name));
         let [rows, columns] = matrix.shape[..] else { return Err(bad(format!("has shape {:?}", matrix.shape))) };
         if column >= columns {
-            return Err(bad(format!("has {columns} columns, counted from 0; column {column} is none of them")));
+            let problem = format!("{column} is beyond the {columns} columns of tensor `{}`", matrix.name);
+            return Err(Error::invalid("column", problem).advise(format!("give 0 to {}", columns.saturating_sub(1))));
         }
-        let side = (rows / channels).isqrt();
+        let side = rows.checked_div(channels).unwrap_or(0).isqrt();
         if rows == 0 || side * side * channels != rows {
-            return Err(bad(format!("has {rows} rows, which are no [{channels}, r, r]; it is for another model")));
+            let problem = format!("tensor `{}` has {rows} rows, which are no [{channels}, r, r]", matrix.name);
+            return Err(Error::mismatch(path, problem).advise("give the model that it was trained on"));
         }
         let values: Vec<f32> = matrix.values.iter().skip(column).step_by(columns).copied().collect();
         if let Some(value) = values.iter().find(|x| !x.is_finite()) {

@@ -1,8 +1,9 @@
-//! What is learnt: a function of the bottleneck that is added to it.
+//! Modules, the functions that are learnt: their value at the bottleneck is added to it.
 //!
-//! The method's own is a constant, whatever the bottleneck holds. The networks are for its ablation; the paper does not
-//! publish their sizes, so these are ours: `mlp` is two layers at each pixel, `conv` three 3x3 convolutions, both with
-//! [`HIDDEN_DIVISOR`]-fold fewer channels inside, SiLU between, and a last layer that starts at zero.
+//! The method's own module is a constant, which does not depend on the bottleneck. The networks are for the paper's
+//! ablation. The paper does not publish their sizes, so these are ours: `mlp` is two layers at each pixel, `conv` three
+//! 3x3 convolutions, both with [`HIDDEN_DIVISOR`] times fewer channels inside, SiLU between the layers, and a last
+//! layer that starts at zero.
 
 use crate::cpu::{silu, silu_slope};
 use crate::graph::Shape;
@@ -10,9 +11,10 @@ use crate::graph::Shape;
 /// Channels of the bottleneck for each channel inside a network.
 const HIDDEN_DIVISOR: usize = 2;
 
-/// How a module is made.
+/// Kind of function that a module is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Form {
     /// One learnt tensor of the bottleneck's shape.
     Constant,
@@ -40,15 +42,15 @@ impl Layer {
 #[derive(Clone, Debug)]
 pub struct Module {
     form: Form,
-    /// Of one image; `n` is 1.
+    /// Shape of one image's bottleneck; `n` is 1.
     shape: Shape,
-    /// All that is learnt. A constant is `[h, w, c]`.
+    /// The learnt numbers: of a constant `[h, w, c]`, of a network the weights and then the biases of each layer.
     pub parameters: Vec<f32>,
 }
 
 impl Module {
-    /// A module that adds nothing yet, for a bottleneck of `shape`. `draw` gives numbers in -1..1 for a network's inner
-    /// layers.
+    /// A module for a bottleneck of `shape`, whose value is still zero. `draw` gives numbers in -1..1, which initialise
+    /// the inner layers of networks.
     pub fn new(form: Form, shape: Shape, mut draw: impl FnMut() -> f32) -> Self {
         let shape = Shape { n: 1, ..shape };
         let mut module = Module { form, shape, parameters: Vec::new() };
@@ -59,7 +61,7 @@ impl Module {
         let layers = module.layers();
         for (i, layer) in layers.iter().enumerate() {
             let inputs = layer.kernel * layer.kernel * layer.inputs;
-            // He's uniform bound; SiLU passes about half as ReLU does.
+            // The uniform bound of He et al. (arXiv 1502.01852) for ReLU: SiLU, too, passes about half of its input.
             let bound = if i + 1 < layers.len() { (6.0 / inputs as f32).sqrt() } else { 0.0 };
             module.parameters.extend((0..layer.outputs * inputs).map(|_| bound * draw()));
             module.parameters.extend(std::iter::repeat_n(0.0, layer.outputs));
@@ -67,17 +69,32 @@ impl Module {
         module
     }
 
-    /// A module with given parameters, if there are as many as the form has.
+    /// A module with given parameters; `None` if their number is not that of the form.
     pub fn with_parameters(form: Form, shape: Shape, parameters: Vec<f32>) -> Option<Self> {
-        let module = Module { form, shape: Shape { n: 1, ..shape }, parameters };
-        let wanted = match form {
-            Form::Constant => module.shape.len(),
-            _ => module.layers().iter().map(|l| l.len()).sum(),
-        };
-        (module.parameters.len() == wanted).then_some(module)
+        Some(Module { form, shape: Shape { n: 1, ..shape }, parameters }).filter(Module::is_whole)
     }
 
-    /// How it is made.
+    /// True if there are as many parameters as the form has.
+    fn is_whole(&self) -> bool {
+        let wanted: usize = match self.form {
+            Form::Constant => self.shape.len(),
+            _ => self.layers().iter().map(|layer| layer.len()).sum(),
+        };
+        self.parameters.len() == wanted
+    }
+
+    /// The same for a bottleneck of another size and as many channels; `None` if it has too few or too many parameters.
+    /// A constant is resampled, and a network is the same at every size.
+    pub(super) fn at_size(&self, shape: Shape) -> Option<Self> {
+        let parameters = match self.form {
+            _ if !self.is_whole() => return None,
+            Form::Constant => resample(&self.parameters, self.shape, shape),
+            _ => self.parameters.clone(),
+        };
+        Self::with_parameters(self.form, shape, parameters)
+    }
+
+    /// The kind of function that it is.
     pub fn form(&self) -> Form {
         self.form
     }
@@ -98,7 +115,7 @@ impl Module {
         }
     }
 
-    /// Adds `weight` times its value at `mid` to `out`, both `[h, w, c]` of one image.
+    /// Adds `weight` times the module's value at the bottleneck `mid` to `out`, both `[h, w, c]` of one image.
     pub fn add_to(&self, mid: &[f32], weight: f32, out: &mut [f32]) {
         let add = |out: &mut [f32], value: &[f32]| out.iter_mut().zip(value).for_each(|(o, v)| *o += weight * v);
         match self.form {
@@ -107,8 +124,8 @@ impl Module {
         }
     }
 
-    /// The gradient by the parameters, given the gradient `d` by the module's value at `mid`; both of any number of
-    /// images. The gradient by `mid` through a network is not wanted: what lies below the bottleneck is frozen.
+    /// The gradient by the parameters, from the gradient `d` by the module's value at `mid`, both of any number of
+    /// images. The gradient by `mid` is not needed, since the layers before the bottleneck are frozen.
     pub fn gradient(&self, mid: &[f32], d: &[f32]) -> Vec<f32> {
         let one = self.shape.len();
         let mut gradient = vec![0.0; self.parameters.len()];
@@ -121,7 +138,7 @@ impl Module {
         gradient
     }
 
-    /// The results of every layer for one image, before SiLU.
+    /// Outputs of every layer for one image, before SiLU.
     fn activations(&self, mid: &[f32]) -> Vec<Vec<f32>> {
         let mut results: Vec<Vec<f32>> = Vec::new();
         let mut start = 0;
@@ -175,7 +192,7 @@ impl Module {
         }
     }
 
-    /// Calls with every tap, input pixel and output pixel of a convolution that keeps the size.
+    /// Calls `each` with every tap, input pixel and output pixel of a convolution that keeps the size.
     fn taps(&self, layer: Layer, mut each: impl FnMut(usize, usize, usize)) {
         let (h, w, pad) = (self.shape.h, self.shape.w, layer.kernel / 2);
         for tap in 0..layer.kernel * layer.kernel {
@@ -190,7 +207,30 @@ impl Module {
     }
 }
 
-/// In 16 lanes, which vectorise.
+/// Bilinear, per channel, with half-pixel centres and clamped edges; the identity at the same size.
+fn resample(values: &[f32], from: Shape, to: Shape) -> Vec<f32> {
+    let along = |i: usize, from: usize, to: usize| {
+        let at = ((i as f32 + 0.5) * from as f32 / to as f32 - 0.5).clamp(0.0, (from - 1) as f32);
+        let low = at as usize;
+        (low, (low + 1).min(from - 1), at - low as f32)
+    };
+    let mut out = Vec::with_capacity(to.tokens() * to.c);
+    for y in 0..to.h {
+        let (top, bottom, down) = along(y, from.h, to.h);
+        for x in 0..to.w {
+            let (left, right, across) = along(x, from.w, to.w);
+            let pixel = |y: usize, x: usize| &values[(y * from.w + x) * from.c..][..from.c];
+            for c in 0..to.c {
+                let upper = pixel(top, left)[c] * (1.0 - across) + pixel(top, right)[c] * across;
+                let lower = pixel(bottom, left)[c] * (1.0 - across) + pixel(bottom, right)[c] * across;
+                out.push(upper * (1.0 - down) + lower * down);
+            }
+        }
+    }
+    out
+}
+
+/// The dot product, with 16 partial sums that compile to vector instructions.
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 16];
     for (a, b) in a.chunks(16).zip(b.chunks(16)) {
@@ -205,7 +245,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 mod tests {
     use super::*;
 
-    /// Of every form, against central differences.
+    /// Gradients of every form against central differences.
     #[test]
     fn gradients_of_parameters() {
         for form in [Form::Constant, Form::Mlp, Form::Conv] {

@@ -48,8 +48,10 @@ pub fn tensors(path: &Path) -> Result<Vec<Tensor>> {
     // Names that cannot be decoded are none of torch's.
     let is_pickle = |name: &Cow<str>| name.ends_with("/data.pkl");
     let pickle = archive.file_names().flatten().find(is_pickle).map(Cow::into_owned);
-    let bad = |problem: String| Error::damaged(path, problem);
-    let Some(pickle) = pickle else { return Err(bad("holds no data.pkl; this is no torch.save file".into())) };
+    let bad = |problem: String| {
+        Error::damaged(path, problem).advise("get the file again from a source that you trust; nothing was run")
+    };
+    let Some(pickle) = pickle else { return Err(bad("holds no data.pkl, as torch.save writes it".into())) };
     let folder = pickle.trim_end_matches("data.pkl").to_string();
     let program = member(&mut archive, &pickle, MAX_PICKLE).map_err(bad)?;
     let mut machine = Machine::new(&program);
@@ -70,7 +72,7 @@ fn member(
     name: &str,
     limit: u64,
 ) -> std::result::Result<Vec<u8>, String> {
-    let damaged = |e: &dyn std::fmt::Display| format!("its member {name} cannot be read ({e}); get the file again");
+    let damaged = |e: &dyn std::fmt::Display| format!("its member {name} cannot be read ({e})");
     let mut file = archive.by_name(name).map_err(|e| damaged(&e))?;
     if file.size() > limit {
         return Err(format!("its member {name} has {} bytes, which is too large", file.size()));
@@ -124,7 +126,7 @@ impl Lazy {
         });
         let size = self.kind.size();
         if len > 0 && last.is_none_or(|last| last >= bytes.len() / size) {
-            return Err("reaches beyond its storage; the file is damaged".into());
+            return Err("reaches beyond its storage".into());
         }
         let number = |at: usize| -> f32 {
             let b = &bytes[at * size..][..size];
@@ -147,7 +149,8 @@ impl Lazy {
     }
 }
 
-/// What instructions pass to each other. Dictionaries and lists are shared, as they are filled after they are stored.
+/// A value that instructions pass to each other. Dictionaries and lists are shared, as they are filled after they are
+/// stored.
 #[derive(Clone, Debug)]
 enum Value {
     Mark,
@@ -221,7 +224,7 @@ impl<'a> Machine<'a> {
 
     fn take(&mut self, len: usize) -> Outcome<&'a [u8]> {
         let end = self.at.checked_add(len).filter(|&end| end <= self.program.len());
-        let end = end.ok_or("its pickle ends in the middle; get the file again")?;
+        let end = end.ok_or("its pickle ends in the middle")?;
         let bytes = &self.program[self.at..end];
         self.at = end;
         Ok(bytes)
@@ -233,7 +236,7 @@ impl<'a> Machine<'a> {
 
     fn line(&mut self) -> Outcome<String> {
         let rest = &self.program[self.at..];
-        let len = rest.iter().position(|&b| b == b'\n').ok_or("its pickle ends in the middle; get the file again")?;
+        let len = rest.iter().position(|&b| b == b'\n').ok_or("its pickle ends in the middle")?;
         let line = String::from_utf8_lossy(self.take(len)?).into_owned();
         self.at += 1;
         Ok(line)
@@ -328,11 +331,9 @@ impl<'a> Machine<'a> {
                 b'c' => {
                     let (module, name) = (self.line()?, self.line()?);
                     let known = Function::named(&module, &name);
-                    Value::Function(known.ok_or_else(|| {
-                        format!(
-                            "asks for `{module}.{name}`, which is no tensor's part; nothing was run, do not trust it"
-                        )
-                    })?)
+                    Value::Function(
+                        known.ok_or_else(|| format!("asks for `{module}.{name}`, which is no tensor's part"))?,
+                    )
                 }
                 b'Q' => self.persistent()?,
                 b'R' => self.call()?,
@@ -391,7 +392,7 @@ impl<'a> Machine<'a> {
                 // It becomes a file's name in the archive.
                 match key.bytes().all(|b| b.is_ascii_alphanumeric()) {
                     true => Ok(Value::Storage(*kind, key.clone())),
-                    false => Err(format!("a storage is called {key:?}; the file is damaged")),
+                    false => Err(format!("a storage is called {key:?}")),
                 }
             }
             _ => Err("its pickle is damaged: no storage".into()),
@@ -426,7 +427,7 @@ impl<'a> Machine<'a> {
                 }
                 Ok(Value::Tensor(Rc::new(Lazy { kind: *kind, storage: storage.clone(), offset, shape, strides })))
             }
-            _ => Err("its pickle makes a call that tensors do not need; nothing was run, do not trust it".into()),
+            _ => Err("its pickle makes a call that tensors do not need".into()),
         }
     }
 }

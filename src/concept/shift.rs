@@ -1,4 +1,5 @@
-//! What the concepts of a run's images add to the bottleneck: summed once, but for networks, which follow it.
+//! Shifts: the sums of what a run's concepts add to the bottleneck. Constants are summed once per run; networks are
+//! evaluated in every step.
 
 use super::{Concept, Form, Module};
 use crate::graph::Shape;
@@ -9,15 +10,15 @@ use std::sync::Arc;
 pub(crate) struct Shift {
     /// The sum of each image's constants, `[images, h, w, c]`.
     constant: Vec<f32>,
-    /// Image, module, weight.
+    /// The networks: index of the image, module, weight.
     networks: Vec<(usize, Module, f32)>,
 }
 
 impl Shift {
-    /// The sums of `lists`, each image's concepts and weights, at a bottleneck of `shape`.
+    /// The shifts for `lists`, the concepts and weights of each image, at a bottleneck of `shape`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for a weight that is no number, [`crate::ErrorKind::Mismatch`] for a concept of
+    /// [`crate::ErrorKind::Invalid`] for a weight that is not finite, [`crate::ErrorKind::Mismatch`] for a concept of
     /// another model.
     pub(crate) fn new(shape: Shape, lists: &[&[(Arc<Concept>, f32)]]) -> Result<Self> {
         let mut shift = Shift { constant: vec![0.0; lists.len() * shape.len()], networks: Vec::new() };
@@ -38,7 +39,7 @@ impl Shift {
         Ok(shift)
     }
 
-    /// The sum of `constants`, the same for every image.
+    /// The sum of `constants`, which is the same for every image.
     pub(crate) fn of(constants: &[&Module], shape: Shape, images: usize) -> Self {
         let mut sum = vec![0.0; shape.len()];
         constants.iter().for_each(|module| module.add_to(&[], 1.0, &mut sum));
@@ -50,12 +51,13 @@ impl Shift {
         &self.constant
     }
 
-    /// Whether that is all of it.
+    /// True if there are no networks, so that the shift is the same in every step.
     pub(crate) fn is_constant(&self) -> bool {
         self.networks.is_empty()
     }
 
-    /// All of it, for the bottleneck `mid` of a step's rows, whose last are the images.
+    /// The whole shift for a step, `[images, h, w, c]`. `mid` is the bottleneck of all rows, of which the last are the
+    /// images' conditional ones.
     pub(crate) fn follow(&self, mid: &[f32], out: &mut [f32]) {
         out.copy_from_slice(&self.constant);
         let mid = &mid[mid.len() - out.len()..];

@@ -1,6 +1,6 @@
 //! The CPU executor: runs plans in fp32, in NHWC, on the threads of the rayon pool that it is called from.
 //!
-//! There is one file per family of operations. [`gemm`] holds the only matrix kernel, [`simd`] the instruction sets.
+//! There is one file per family of operations. `gemm` holds the only matrix kernel, `simd` the instruction sets.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -25,7 +25,8 @@ pub(super) mod functions {
 
     use cudarc::driver::sys::{CUevent, CUresult, culib};
 
-    /// Not in drivers before CUDA 12.4; see [`super::Version::tells_parameters`].
+    // Not in drivers before CUDA 12.4; see `Version::tells_parameters`. No documentation: rustdoc fails on a link above
+    // a re-export.
     pub use cudarc::driver::sys::cuFuncGetParamInfo;
 
     /// All drivers have this function under this name; cudarc binds the version of CUDA 12.8, which older drivers lack.
@@ -100,49 +101,45 @@ pub struct Card {
 /// # Errors
 /// [`crate::ErrorKind::NotFound`]: none, too old, or broken, or without a GPU.
 pub(super) fn start() -> Result<Version> {
-    static VERSION: OnceLock<Result<Version, String>> = OnceLock::new();
-    VERSION.get_or_init(load).clone().map_err(|problem| Error::not_found(Subject::Device, problem))
+    static VERSION: OnceLock<Result<Version, (String, &str)>> = OnceLock::new();
+    VERSION.get_or_init(load).clone().map_err(|(problem, advice)| {
+        Error::not_found(Subject::Device, problem).advise(format!("{advice}, or choose the CPU"))
+    })
 }
 
-fn load() -> Result<Version, String> {
+/// Loads and starts the driver, or says what is wrong and what to do.
+fn load() -> Result<Version, (String, &'static str)> {
     // SAFETY: the driver's library may be loaded at any time.
     if !unsafe { sys::is_culib_present() } {
-        return Err("no NVIDIA driver (libcuda) found; install it, or use --device cpu".into());
+        return Err(("no NVIDIA driver (libcuda) found".into(), "install it"));
     }
     // SAFETY: a function is only looked up.
     let lacks = |name: &&&str| unsafe { sys::culib().get::<unsafe extern "C" fn()>(**name) }.is_err();
     // Checked first: an old driver lacks functions, and its age is the better message.
     if lacks(&&"cuDriverGetVersion") {
-        return Err("libcuda is not NVIDIA's driver; reinstall the driver, or use --device cpu".into());
+        return Err(("libcuda is not NVIDIA's driver".into(), "reinstall the driver"));
     }
     let mut version = 0;
     // SAFETY: a live local; it may be called before cuInit.
     let known = unsafe { cuDriverGetVersion(&mut version) };
     let version = Version(version.try_into().unwrap_or(0));
     if known as u32 == 0 && version < Version(OLDEST) {
-        return Err(format!(
-            "the NVIDIA driver (CUDA {version}) is older than CUDA {}; update it, or use --device cpu",
-            Version(OLDEST)
-        ));
+        let problem = format!("the NVIDIA driver (CUDA {version}) is older than CUDA {}", Version(OLDEST));
+        return Err((problem, "update it"));
     }
     if let Some(missing) = NAMES.iter().find(lacks) {
-        return Err(format!("the NVIDIA driver (CUDA {version}) lacks {missing}; reinstall it, or use --device cpu"));
+        return Err((format!("the NVIDIA driver (CUDA {version}) lacks {missing}"), "reinstall it"));
     }
     // SAFETY: no pointers are passed. A toolkit's stub may have refused already.
     let code = if known as u32 == 0 { unsafe { cuInit(0) } } else { known };
     let advice = match code as u32 {
         0 => return Ok(version),
-        100 => {
-            return Err(
-                "the NVIDIA driver finds no GPU; look at `nvidia-smi` and CUDA_VISIBLE_DEVICES, or use --device cpu"
-                    .into(),
-            );
-        }
+        100 => return Err(("the NVIDIA driver finds no GPU".into(), "look at `nvidia-smi` and CUDA_VISIBLE_DEVICES")),
         34 => "this libcuda is a toolkit's stub, not the driver: take its folder off LD_LIBRARY_PATH",
         803 => "driver and kernel module are of different versions: restart the machine",
         _ => "look at `nvidia-smi`; restarting the machine often helps",
     };
-    Err(format!("the NVIDIA driver does not start: {}; {advice}, or use --device cpu", word(code)))
+    Err((format!("the NVIDIA driver does not start: {}", word(code)), advice))
 }
 
 /// The GPUs of the driver, in its order. The driver has been started.

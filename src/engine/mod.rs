@@ -28,7 +28,7 @@ use on_cuda::CudaDenoiser;
 use std::sync::Arc;
 use text::{TextEncoders, time_ids};
 
-/// Inputs of a UNet that stay the same over the steps of an image: what depends on them alone runs once.
+/// Inputs of a UNet that stay the same over the steps of an image. Nodes that depend on them alone run once per image.
 pub const UNET_CONSTANTS: &[&str] = &["encoder_hidden_states", "text_embeds", "time_ids"];
 
 /// Largest width and height.
@@ -82,6 +82,7 @@ impl Engine {
     pub fn open(source: &Source, options: impl Into<EngineOptions>) -> Result<Self> {
         let EngineOptions { device, precision } = &options.into();
         let precision = *precision;
+        crate::memory::start_threads()?;
         let unet_config = read_config(source, "unet", UNetConfig::parse)?;
         let vae = read_config(source, "vae", VaeConfig::parse)?;
         check_latents(source, &unet_config, &vae)?;
@@ -96,7 +97,7 @@ impl Engine {
                 rayon::join(unet, vae)
             },
         );
-        // In this order, whichever of several problems was found first.
+        // Of several problems the first in this order is reported, whichever was found first.
         let text = text?;
         let parts = Parts {
             source: source.clone(),
@@ -117,7 +118,7 @@ impl Engine {
     /// Which UNet it is, whatever file format and precision it came in; see [`crate::weights::Tensors::fingerprint`].
     ///
     /// # Errors
-    /// What the weights have wrong.
+    /// Those of reading the weights.
     pub fn fingerprint(&self) -> Result<String> {
         self.0.source.tensors("unet")?.fingerprint()
     }
@@ -158,7 +159,7 @@ impl Engine {
         self.0.text.encode(Some(prompt))
     }
 
-    /// The UNet's inputs for prompts of pictures of a size, so many rows for each; `None` is no prompt, as
+    /// The UNet's inputs for prompts and a picture size, with `rows` rows per prompt. `None` is no prompt, as in
     /// [`Image::negative`].
     ///
     /// # Errors
@@ -180,11 +181,11 @@ impl Engine {
         Engine(Arc::new(Parts { scheduler, ..Parts::clone(&self.0) }))
     }
 
-    /// The steps a sampler would take.
+    /// The schedule of a sampler: its UNet calls, with the coefficients of each step.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for what the sampler cannot do, [`crate::ErrorKind::Damaged`] for a config it
-    /// cannot honour.
+    /// [`crate::ErrorKind::Invalid`] for what the sampler cannot do, [`crate::ErrorKind::Unsupported`] and
+    /// [`crate::ErrorKind::Damaged`] for a config that it cannot honour.
     pub fn schedule(&self, choice: SamplerChoice, steps: usize) -> Result<Schedule> {
         Schedule::new(&self.0.scheduler, choice, steps)
     }
@@ -207,12 +208,12 @@ impl Engine {
         [options.batch, vae.latent_channels, height / vae.scale(), width / vae.scale()]
     }
 
-    /// The guidance that diffusers takes for such a checkpoint where none is asked for.
+    /// The guidance scale that is diffusers' default for such a checkpoint: 7.5, and for SDXL 5.
     pub fn default_guidance(&self) -> f32 {
         if self.0.text.sized() { 5.0 } else { 7.5 }
     }
 
-    /// Memory of a session, without making it.
+    /// The memory plan of a session, without making the session.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] for sizes that are not possible.
@@ -296,7 +297,8 @@ impl Engine {
     /// Plans and allocates everything for one size and batch.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for sizes that are not possible or do not fit into the device's free memory.
+    /// [`crate::ErrorKind::Invalid`] for sizes that are not possible, [`crate::ErrorKind::OutOfMemory`] for those that
+    /// do not fit into the device's free memory.
     pub fn session(&self, options: SessionOptions) -> Result<Session> {
         let plans = self.plans(options)?;
         let SessionOptions { size, batch, .. } = options;

@@ -1,4 +1,4 @@
-//! Runs on the CPU.
+//! The [`Denoiser`] and the [`Networks`] of the CPU.
 
 use super::run::{Denoiser, Networks, Noise, Run, picture_shape};
 use crate::Result;
@@ -10,7 +10,7 @@ use crate::image::Picture;
 /// The UNet and its sampler on the CPU.
 pub(super) struct CpuDenoiser {
     unet: CpuExecutor,
-    /// Those of the last run, NHWC.
+    /// The latents of the last run, NHWC.
     latents: Vec<f32>,
 }
 

@@ -1,4 +1,5 @@
-//! Runs on the kernels: the latents stay on the device, and one recording serves every step of every request.
+//! The [`Denoiser`] and the [`Networks`] of the kernels: the latents stay on the device, and one recording serves every
+//! step of every request.
 
 use super::run::{Denoiser, Networks, Noise, Run, picture_shape};
 use crate::cuda::{Buffer, CudaExecutor, DeviceSampler, Recording, SampledImage};
@@ -8,7 +9,7 @@ use crate::image::Picture;
 use crate::plan::Plan;
 use crate::{Error, Result, Subject};
 
-/// Most UNet calls of a run.
+/// Largest number of UNet calls in a run.
 const CAPACITY: usize = 4096;
 
 /// The UNet and its sampler on the kernels.

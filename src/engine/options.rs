@@ -122,7 +122,7 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// What a session itself allocates.
+    /// Bytes that a session itself allocates.
     pub fn session(&self) -> usize {
         self.unet + self.vae + self.sampler
     }

@@ -77,7 +77,7 @@ impl Run<'_> {
         latents
     }
 
-    /// About the step after `done` others.
+    /// The error about the step that follows `done` others.
     pub fn non_finite(&self, done: usize) -> Error {
         Error::non_finite(format!("step {} of {} gave NaN or infinite latents", done + 1, self.steps.len()))
             .advise("lower the guidance, take more steps or another sampler")

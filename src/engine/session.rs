@@ -23,7 +23,8 @@ pub struct Session {
     conditioned: Option<(Vec<Conditioning>, [f32; 6])>,
 }
 
-/// Steps the host may run ahead of the device: what is told of progress stays true, and a cancelled run ends soon.
+/// Steps that the host may run ahead of the device. They are few, so that reported progress is nearly true and a
+/// cancelled run ends soon.
 const AHEAD: usize = 4;
 
 impl Session {

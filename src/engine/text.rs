@@ -37,7 +37,8 @@ impl TextEncoders {
     /// Loads the text encoders of a checkpoint with this UNet, and readies them to run.
     ///
     /// # Errors
-    /// What is missing, damaged or does not fit together, and [`crate::ErrorKind::OutOfMemory`].
+    /// Those of reading the files, [`crate::ErrorKind::Mismatch`] for parts that do not belong together, and
+    /// [`crate::ErrorKind::OutOfMemory`].
     pub fn open(source: &Source, device: &Device, unet: &UNetConfig) -> Result<Self> {
         let has = |folder: &str| source.has(&format!("{folder}/config.json"));
         let index = read_index(source)?;
@@ -54,7 +55,7 @@ impl TextEncoders {
             folders.iter().map(|(folder, _)| read_config(source, folder, ClipConfig::parse)).collect::<Result<_>>()?;
         let tokenizers: Vec<_> =
             folders.par_iter().zip(&configs).map(|((_, folder), config)| tokenizer(source, folder, config)).collect();
-        // In this order, whichever of several problems was found first.
+        // Of several problems the first in this order is reported, whichever was found first.
         let tokenizers = tokenizers.into_iter().collect::<Result<Vec<_>>>()?;
         // As in diffusers a prompt has the tokenizer's length, also where the encoder has positions for more.
         configs.iter_mut().zip(&tokenizers).for_each(|(config, tokenizer)| config.tokens = tokenizer.length());
@@ -122,7 +123,7 @@ impl TextEncoders {
         for encoder in &self.encoders {
             let mut executor = lock(&encoder.executor);
             let truncated = encoder.run(&mut executor, prompt.unwrap_or(""))?;
-            // Tokenizers of one checkpoint all but always lose the same.
+            // The tokenizers of one checkpoint almost always lose the same words.
             if lost.is_empty() {
                 lost = truncated;
             }
@@ -167,7 +168,7 @@ impl TextEncoders {
     }
 }
 
-/// A lock whose data no panic can leave half changed: every run writes all of its inputs.
+/// Locks an executor, also after a panic of another thread: every run writes all inputs anew.
 fn lock(executor: &Mutex<Executor>) -> MutexGuard<'_, Executor> {
     executor.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
@@ -237,7 +238,7 @@ fn read_index(source: &Source) -> Result<serde_json::Value> {
     crate::json::parse(&source.read_text(file)?, &source.path(file))
 }
 
-/// What keeps the text encoders from serving the UNet.
+/// The reason why the text encoders cannot serve the UNet, if there is one.
 fn misfit(encoders: &[ClipConfig], unet: &UNetConfig) -> Option<String> {
     let width: usize = encoders.iter().map(|encoder| encoder.layers.width).sum();
     let pooled = encoders.iter().find_map(|encoder| encoder.projection_dim);

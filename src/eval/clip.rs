@@ -1,4 +1,4 @@
-//! CLIP as a judge: embeddings of pictures and texts.
+//! CLIP (Radford et al., arXiv 2103.00020) as a judge: embeddings of pictures and texts.
 
 use crate::device::{Device, Executor, Weights};
 use crate::image::Picture;
@@ -7,10 +7,10 @@ use crate::models::{ClipConfig, ClipVisionConfig, parse_clip_model, text_encoder
 use crate::weights::Source;
 use crate::{Error, Result};
 
-/// Pictures that pass the vision tower together.
+/// Batch size of the vision encoder.
 const BATCH: usize = 8;
 
-/// A `CLIPModel`.
+/// A `CLIPModel` of transformers, ready to run on a device.
 pub struct Clip {
     name: String,
     fingerprint: String,
@@ -23,7 +23,7 @@ pub struct Clip {
     preprocessor: Preprocessor,
 }
 
-/// `preprocessor_config.json`.
+/// The fields of `preprocessor_config.json` that are read.
 #[derive(serde::Deserialize)]
 struct Preprocessor {
     #[serde(default = "mean")]
@@ -41,11 +41,12 @@ fn deviation() -> [f32; 3] {
 }
 
 impl Clip {
-    /// Loads a `CLIPModel`'s folder onto a device.
+    /// Loads the folder of a `CLIPModel` onto a device.
     ///
     /// # Errors
-    /// What is missing or wrong.
+    /// About the first file that is missing, damaged or not supported; [`crate::ErrorKind::OutOfMemory`].
     pub fn load(source: &Source, device: &Device) -> Result<Self> {
+        crate::memory::start_threads()?;
         let (text, vision) = parse_clip_model(&source.read_text("config.json")?, &source.path("config.json"))?;
         let path = source.path("preprocessor_config.json");
         let preprocessor = serde_json::from_str(&source.read_text("preprocessor_config.json")?)
@@ -66,7 +67,7 @@ impl Clip {
         })
     }
 
-    /// Which CLIP it is; see [`crate::weights::Tensors::fingerprint`].
+    /// Identifies the weights; see [`crate::Engine::fingerprint`].
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -76,10 +77,10 @@ impl Clip {
         &self.name
     }
 
-    /// Normalised embeddings of texts; those over the tower's length are cut.
+    /// Embeddings of texts, each of length 1. A text with more tokens than the text encoder reads is cut.
     ///
     /// # Errors
-    /// What the tokenizer finds.
+    /// Those of the tokenizer, [`crate::ErrorKind::NonFinite`], [`crate::ErrorKind::DeviceLost`].
     pub fn texts(&self, texts: &[String]) -> Result<Vec<Vec<f32>>> {
         let plan = self.device.plan(text_encoder(&self.text, 1), &[]);
         let mut executor = self.device.executor(plan, &self.text_weights)?;
@@ -90,20 +91,27 @@ impl Clip {
             executor.write("input_ids", &ids)?;
             executor.write("pooled_index", &[self.text.pooled_index(&encoded.ids) as f32])?;
             executor.step()?;
-            Ok(normalised(&executor.read("text_embeds")?))
+            self.normalised(&executor.read("text_embeds")?)
         };
         texts.iter().map(embed).collect()
     }
 
-    /// Normalised embeddings of pictures.
+    /// Embeddings of pictures of any sizes, each of length 1. Their longer sides are cropped to squares.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::DeviceLost`] with the device's word.
+    /// [`crate::ErrorKind::Invalid`] for a picture without pixels or with another number of bytes than its size asks
+    /// for, [`crate::ErrorKind::NonFinite`], [`crate::ErrorKind::DeviceLost`].
     pub fn images(&mut self, images: &[Picture]) -> Result<Vec<Vec<f32>>> {
         let size = self.vision.image_size;
         let one = 3 * size * size;
         let mut embeds = Vec::with_capacity(images.len());
         let mut pixels = vec![0.0; BATCH * one];
+        for Picture { width, height, rgb } in images {
+            if rgb.is_empty() || rgb.len() as u128 != 3 * u128::from(*width) * u128::from(*height) {
+                let problem = format!("a picture of {width}x{height} pixels holds {} bytes", rgb.len());
+                return Err(Error::invalid("images", problem).advise("give pictures of three bytes per pixel"));
+            }
+        }
         for images in images.chunks(BATCH) {
             for (image, out) in images.iter().zip(pixels.chunks_exact_mut(one)) {
                 patches(&fitted(image, size), size, self.vision.patch_size, &self.preprocessor, out);
@@ -111,23 +119,28 @@ impl Clip {
             self.executor.write("patches", &pixels)?;
             self.executor.step()?;
             let rows = self.executor.read("image_embeds")?;
-            embeds.extend(rows.chunks_exact(self.vision.projection_dim).take(images.len()).map(normalised));
+            let rows = rows.chunks_exact(self.vision.projection_dim).take(images.len());
+            embeds.extend(rows.map(|row| self.normalised(row)).collect::<Result<Vec<_>>>()?);
         }
         Ok(embeds)
     }
+
+    /// An embedding at length 1. One that is not finite would be nearest to any class.
+    fn normalised(&self, x: &[f32]) -> Result<Vec<f32>> {
+        if !x.iter().all(|x| x.is_finite()) {
+            return Err(Error::non_finite(format!("the CLIP of {} gave NaN or infinity", self.name)));
+        }
+        let norm = x.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+        Ok(x.iter().map(|x| x / norm).collect())
+    }
 }
 
-fn normalised(x: &[f32]) -> Vec<f32> {
-    let norm = x.iter().map(|x| x * x).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
-    x.iter().map(|x| x / norm).collect()
-}
-
-/// Cosine of two normalised embeddings.
+/// Cosine of the angle between two embeddings of length 1.
 pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
-/// The shortest edge resized to `size`, and the centre cut out, `[size, size, 3]` bytes.
+/// Resizes the shorter side to `size` and crops the centre, to `[size, size, 3]` bytes.
 fn fitted(image: &Picture, size: usize) -> Vec<u8> {
     let (w, h) = (image.width as usize, image.height as usize);
     let longer = |side: usize| size * side / w.min(h);
@@ -140,13 +153,13 @@ fn fitted(image: &Picture, size: usize) -> Vec<u8> {
     (top..top + size).flat_map(|y| whole[(y * new_w + left) * 3..][..size * 3].to_vec()).collect()
 }
 
-/// `[h, w, 3]` to `[w, h, 3]`.
+/// Transposes `[h, w, 3]` to `[w, h, 3]`.
 fn transposed(x: &[u8], h: usize, w: usize) -> Vec<u8> {
     (0..w * h).flat_map(|i| x[((i % h) * w + i / h) * 3..][..3].to_vec()).collect()
 }
 
-/// Rows resized to another width, bicubic with antialiasing as Pillow does it: the kernel of a = -0.5 widened when the
-/// picture shrinks, weights in 22-bit fixed point, bytes rounded after each direction.
+/// Resizes rows to another width, bicubic with antialiasing as in Pillow: the cubic kernel of a = -0.5 is widened when
+/// the picture shrinks, weights are 22-bit fixed-point numbers, and bytes are rounded after each direction.
 fn resized(x: &[u8], (h, w): (usize, usize), new: usize) -> Vec<u8> {
     if new == w {
         return x.to_vec();
@@ -182,7 +195,7 @@ fn resized(x: &[u8], (h, w): (usize, usize), new: usize) -> Vec<u8> {
     out
 }
 
-/// Normalised patches, each channel by channel.
+/// Splits a picture into normalised patches, `[patches, 3, patch, patch]`.
 fn patches(rgb: &[u8], size: usize, patch: usize, how: &Preprocessor, out: &mut [f32]) {
     let side = size / patch;
     for (i, out) in out.chunks_exact_mut(3 * patch * patch).enumerate() {

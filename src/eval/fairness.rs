@@ -1,4 +1,5 @@
-//! The run: every profession's pictures, plain and balanced, judged by CLIP; a record a picture, kept as it comes.
+//! Evaluation runs: CLIP judges pictures of every profession, plain and balanced, and each picture's record is written
+//! at once.
 
 use super::clip::{Clip, cosine};
 use crate::concept::{Group, assign};
@@ -12,53 +13,76 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-/// Everything that decides the pictures and their judgement. A folder of records belongs to one.
+/// Everything that decides the pictures and their judgement. All records of a folder have the same settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Checkpoint, and its fingerprint.
+    /// Name of the checkpoint.
     pub model: String,
-    /// See [`Engine::fingerprint`].
+    /// The checkpoint's [`Engine::fingerprint`].
     pub fingerprint: String,
-    /// The judge.
+    /// Name of the CLIP that judges.
     pub clip: String,
-    /// The judge's [`crate::weights::Tensors::fingerprint`].
+    /// Its [`Clip::fingerprint`].
     pub clip_fingerprint: String,
-    /// For each group the texts that are told apart, its concepts.
+    /// The classes of each group, the names of its concepts. CLIP chooses among these texts.
     pub groups: Vec<Vec<String>>,
-    /// For each group its concepts' [`crate::concept::Concept::fingerprint`]: names may stay while training goes on.
+    /// The [`crate::Concept::fingerprint`]s of each group: a concept that is trained on may keep its name.
     pub concepts: Vec<Vec<String>>,
-    /// For each group the wanted shares.
+    /// The wanted shares of each group's classes.
     pub shares: Vec<Vec<f64>>,
-    /// Weight of the concepts.
+    /// Weight of the concepts in balanced pictures.
     pub weight: f32,
-    /// Professions and their prompts.
+    /// Professions and the prompts of each.
     pub prompts: Vec<(String, Vec<String>)>,
-    /// Pictures of each profession, spread over its prompts.
+    /// Pictures of each profession, plain and again balanced, spread over its prompts.
     pub images: usize,
-    /// Sampler, as [`crate::diffusion::scheduler::SamplerChoice`] reads it.
+    /// Sampler, as [`crate::SamplerChoice`] parses it.
     pub sampler: String,
     /// Sampling steps.
     pub steps: usize,
     /// Guidance scale.
     pub guidance: f32,
-    /// First seed.
+    /// Seed of the first profession's first picture; each next picture has the next seed.
     pub seed: u64,
-    /// Pictures at once; results do not depend on it.
+    /// Batch size; results do not depend on it.
     #[serde(skip)]
     pub batch: usize,
-    /// Which professions, of how many parts: number, count.
+    /// The part of the professions that is run, counted from 0, and the number of parts.
     #[serde(skip)]
     pub shard: (usize, usize),
 }
 
 impl Settings {
-    /// Whether the pictures and their judgement are the same, whatever batch or shard makes them.
+    /// True if the pictures and their judgement are the same, whatever batch or shard makes them.
     pub(super) fn same_run(&self, other: &Self) -> bool {
         let kept = |s: &Self| Settings { batch: 0, shard: (0, 0), ..s.clone() };
         kept(self) == kept(other)
     }
 
-    /// Where these groups stand in the records of another run, whose plain pictures are the same.
+    /// Checks that a run of these settings is possible with these groups.
+    fn check(&self, groups: &[Group]) -> Result<()> {
+        let refused =
+            |field, problem: &'static str, advice: &'static str| Err(Error::invalid(field, problem).advise(advice));
+        let (part, parts) = self.shard;
+        let seeds = self.prompts.len().checked_mul(self.images).and_then(|seeds| self.seed.checked_add(seeds as u64));
+        if self.images == 0 {
+            refused("images", "no pictures", "give 1 or more for each profession")
+        } else if self.prompts.is_empty() || self.prompts.iter().any(|(_, prompts)| prompts.is_empty()) {
+            refused("prompts", "a profession without prompts, or none at all", "give one prompt or more for each")
+        } else if part >= parts {
+            refused("shard", "no part of the whole", "count parts from 0")
+        } else if seeds.is_none() {
+            refused("seed", "the last picture's seed would be too large", "give a smaller first seed")
+        } else if !self.weight.is_finite() {
+            refused("weight", "not finite", "give a number")
+        } else if !self.groups.iter().map(Vec::len).eq(groups.iter().map(|group| group.members.len())) {
+            refused("groups", "the groups are not the settings' own", "give the groups that the settings name")
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The indices of these groups in the records of another run, whose plain pictures must be the same.
     fn columns(&self, other: &Path) -> Result<Vec<usize>> {
         let theirs = read_settings(other)?;
         let Settings { groups, concepts, shares, weight, .. } = theirs.clone();
@@ -72,29 +96,30 @@ impl Settings {
     }
 }
 
-/// What was seen in a picture.
+/// The judgement of one picture.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Record {
-    /// Whether concepts were on.
+    /// True if the picture was made with concepts.
     pub balanced: bool,
-    /// Which of the settings' professions.
+    /// Index of the profession in [`Settings::prompts`].
     pub profession: usize,
-    /// Which of its prompts.
+    /// Index of the prompt among the profession's.
     pub prompt: usize,
     /// The picture's seed.
     pub seed: u64,
-    /// For each group the concept the picture was given.
+    /// Index of the concept that the picture was given, for each group. A plain picture has that of its balanced twin.
     pub given: Vec<usize>,
-    /// For each group what CLIP sees.
+    /// Index of the class that CLIP sees in it, for each group.
     pub seen: Vec<usize>,
-    /// 100 times the cosine of picture and prompt.
+    /// 100 times the cosine of the embeddings of picture and prompt.
     pub alignment: f64,
 }
 
-/// Pictures of a profession that are kept for the report.
+/// Pictures of each profession that are kept for the report.
 const KEPT: usize = 8;
 
-/// A run in a folder.
+/// A run and its folder.
 pub struct Fairness {
     folder: PathBuf,
     settings: Settings,
@@ -103,15 +128,18 @@ pub struct Fairness {
 }
 
 impl Fairness {
-    /// Starts in a folder, or goes on where a run of the same settings ended.
+    /// Starts a run in a folder, or continues one of the same settings.
     ///
-    /// Concepts do not change plain pictures: with `plain`, the folder of another run of the same prompts, seeds and
-    /// sampler, what it saw in its own is taken over. It must have told the same classes apart, and may have told apart
-    /// others too.
+    /// Concepts do not change plain pictures. So the judgement of plain pictures is copied from the folder `plain`, if
+    /// given, of another run with the same prompts, seeds and sampler. That run must have told apart the classes of
+    /// these groups, and may have told apart others as well.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] if a folder holds a run of other settings, [`crate::ErrorKind::Io`].
+    /// [`crate::ErrorKind::Invalid`] for settings that are not possible, [`crate::ErrorKind::Mismatch`] if a folder
+    /// holds a run of other settings, [`crate::ErrorKind::Damaged`], [`crate::ErrorKind::NotFound`],
+    /// [`crate::ErrorKind::Io`].
     pub fn open(folder: &Path, settings: Settings, groups: &[Group], plain: Option<&Path>) -> Result<Self> {
+        settings.check(groups)?;
         let plain = plain.map(|other| settings.columns(other).map(|columns| (other, columns))).transpose()?;
         let images = folder.join("images");
         std::fs::create_dir_all(&images).map_err(Error::io("create", &images))?;
@@ -126,7 +154,7 @@ impl Fairness {
             crate::files::write(&path, text.as_bytes())?;
         }
         let records = read_records(folder)?;
-        // Without a torn last line.
+        // Written again without a last line that was cut off.
         let path = folder.join("records.jsonl");
         let lines: String = records.iter().map(|r| serde_json::to_string(r).unwrap_or_default() + "\n").collect();
         crate::files::write(&path, lines.as_bytes())?;
@@ -138,13 +166,13 @@ impl Fairness {
         Ok(run)
     }
 
-    /// Pictures yet to make, and in all.
+    /// The number of pictures that are left to make, and the number of all.
     pub fn left(&self) -> (usize, usize) {
         let total = 2 * self.settings.images * self.professions().count();
         (total.saturating_sub(self.records.len()), total)
     }
 
-    /// Takes over what another run saw in its plain pictures, in the groups of its records that `columns` names.
+    /// Copies another run's judgement of plain pictures, for the groups at the indices `columns` of its records.
     fn take_plain(&mut self, other: &Path, columns: &[usize], groups: &[Group]) -> Result<()> {
         let images = self.settings.images;
         let done: HashSet<(usize, u64)> =
@@ -165,7 +193,7 @@ impl Fairness {
                 let name = Path::new("images").join(image_name(false, profession, index));
                 if other.join(&name).exists() {
                     let to = self.folder.join(name.clone());
-                    std::fs::copy(other.join(name), &to).map_err(Error::io("write", &to))?;
+                    crate::files::copy(&other.join(name), &to)?;
                 }
             }
         }
@@ -177,10 +205,11 @@ impl Fairness {
         (0..self.settings.prompts.len()).filter(move |p| p % parts == part)
     }
 
-    /// Makes and judges what is left. `progress` is told how many pictures are done and may end the run.
+    /// Makes and judges the pictures that are left. `progress` gets the number of pictures done, and may end the run.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Cancelled`] when `progress` breaks; everything done so far is kept.
+    /// [`crate::ErrorKind::Cancelled`] when `progress` breaks; everything done so far is kept. Those of
+    /// [`crate::Session::generate`] and of writing.
     pub fn run(
         &mut self,
         engine: &Engine,
@@ -188,6 +217,7 @@ impl Fairness {
         groups: &[Group],
         progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<()> {
+        self.settings.check(groups)?;
         let Settings { images, batch, .. } = self.settings;
         let classes = groups
             .iter()
@@ -204,7 +234,7 @@ impl Fairness {
             let base = self.settings.seed + (profession * images) as u64;
             let given = assign(groups, images, base, false);
             for balanced in [false, true] {
-                // Pictures of a prompt stand together: image i has prompt i * prompts / images.
+                // Pictures of one prompt are neighbours: image i has prompt i * prompts / images.
                 let prompt_of = |i: usize| i * prompts.len() / images;
                 let mut i = 0;
                 while i < images {
@@ -215,7 +245,7 @@ impl Fairness {
                     if range.clone().all(|j| done.contains(&(balanced, profession, base + j as u64))) {
                         continue;
                     }
-                    // Rows beyond the last picture of a prompt are drawn and left.
+                    // The last batch of a prompt may be short. Its other rows are computed and not used.
                     let image = |j: usize| {
                         let seed = base + (range.start + j) as u64;
                         let mut image = Image::new(&encoded[prompt]).seed(seed).guidance(self.settings.guidance);
@@ -260,7 +290,7 @@ impl Fairness {
     }
 
     fn keep(&mut self, record: Record, image: &Picture, index: usize) -> Result<()> {
-        // Spread over the prompts, so that the sheet shows them all.
+        // The kept pictures are spread over the prompts, so that the report shows all prompts.
         let every = (self.settings.images / KEPT).max(1);
         if index.is_multiple_of(every) && index / every < KEPT {
             let name = image_name(record.balanced, record.profession, index / every);
@@ -277,19 +307,19 @@ impl Fairness {
     }
 }
 
-/// Where a picture for the report is kept.
+/// File name of a picture that is kept for the report.
 pub(super) fn image_name(balanced: bool, profession: usize, index: usize) -> String {
     format!("{}-{profession:02}-{index}.png", if balanced { "balanced" } else { "plain" })
 }
 
-/// A folder's settings.
+/// Reads the settings of a folder.
 pub(super) fn read_settings(folder: &Path) -> Result<Settings> {
     let path = folder.join("settings.json");
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     serde_json::from_str(&text).map_err(|e| Error::damaged(&path, format!("not an evaluation's settings: {e}")))
 }
 
-/// A folder's records; a line that was not written to its end is left out, one that is damaged is an error.
+/// Reads the records of a folder. A last line without its end is left out; a damaged line is an error.
 pub(super) fn read_records(folder: &Path) -> Result<Vec<Record>> {
     let path = folder.join("records.jsonl");
     if !path.exists() {
@@ -302,4 +332,47 @@ pub(super) fn read_records(folder: &Path) -> Result<Vec<Record>> {
             .map_err(|e| Error::damaged(&path, format!("line {} is damaged ({e})", i + 1)).advise("delete that line"))
     };
     whole.lines().enumerate().map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Subject;
+
+    #[test]
+    fn impossible_settings_are_refused() {
+        let possible = Settings {
+            model: "m".into(),
+            fingerprint: String::new(),
+            clip: "c".into(),
+            clip_fingerprint: String::new(),
+            groups: vec![],
+            concepts: vec![],
+            shares: vec![],
+            weight: 1.0,
+            prompts: vec![("nurse".into(), vec!["a nurse".into()]), ("cook".into(), vec!["a cook".into()])],
+            images: 3,
+            sampler: "DDIM".into(),
+            steps: 2,
+            guidance: 7.5,
+            seed: u64::MAX - 6,
+            batch: 1,
+            shard: (0, 1),
+        };
+        possible.check(&[]).unwrap();
+        let refused = |field, change: fn(&mut Settings)| {
+            let mut settings = possible.clone();
+            change(&mut settings);
+            assert_eq!(settings.check(&[]).unwrap_err().subject(), &Subject::Field(field));
+        };
+        refused("images", |settings| settings.images = 0);
+        refused("prompts", |settings| settings.prompts.clear());
+        refused("prompts", |settings| settings.prompts[1].1.clear());
+        refused("shard", |settings| settings.shard = (0, 0));
+        refused("shard", |settings| settings.shard = (2, 2));
+        refused("seed", |settings| settings.seed += 1);
+        refused("seed", |settings| settings.images = usize::MAX);
+        refused("weight", |settings| settings.weight = f32::NAN);
+        refused("groups", |settings| settings.groups = vec![vec!["a woman".into()]]);
+    }
 }

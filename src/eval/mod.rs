@@ -1,4 +1,5 @@
-//! Measuring fairness: who the pictures of a profession show, with and without concepts.
+//! Measuring fairness: the genders, races or other classes that pictures of professions show, with concepts and
+//! without.
 
 pub mod clip;
 mod fairness;

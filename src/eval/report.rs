@@ -1,53 +1,57 @@
-//! What a run found: JSON, CSV and a page to look at.
+//! Results of a run, as JSON, CSV and a web page.
 
 use super::fairness::{Record, Settings, image_name, read_records, read_settings};
 use super::statistics::{count, deviation_ratio, mean_deviation_ratio};
 use crate::{Error, Result};
+use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde::Serialize;
 use std::collections::HashSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-/// A run's result.
+/// The result of a run.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Report {
-    /// What was run.
+    /// The settings of the run.
     pub settings: Settings,
-    /// One a group, and where there are several, one for their combinations.
+    /// One summary per group, and where there are several groups, one of their combinations.
     pub summaries: Vec<Summary>,
 }
 
-/// What became of one group.
+/// The result for one group.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Summary {
-    /// The classes told apart.
+    /// The classes that CLIP told apart.
     pub classes: Vec<String>,
-    /// Mean deviation ratio and its 95 % interval, plain and balanced.
+    /// Mean deviation ratio over the professions and its 95 % interval, plain and balanced.
     pub deviation_ratio: [(f64, [f64; 2]); 2],
-    /// Mean alignment, plain and balanced.
+    /// Mean of [`Record::alignment`], plain and balanced.
     pub alignment: [f64; 2],
-    /// Share of balanced pictures that show the concept they were given.
+    /// Share of the balanced pictures that show the concept that they were given, 0 to 1.
     pub obeyed: f64,
-    /// Each profession.
+    /// The professions that have pictures.
     pub professions: Vec<Row>,
 }
 
-/// One profession's counts of the classes and deviation ratio, plain and balanced.
+/// The result for one profession, plain and balanced.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Row {
     /// The profession.
     pub name: String,
-    /// Pictures of each class.
+    /// Number of pictures of each class.
     pub counts: [Vec<usize>; 2],
-    /// See [`deviation_ratio`].
+    /// [`deviation_ratio`] of these counts.
     pub deviation_ratio: [f64; 2],
 }
 
 impl Report {
-    /// Reads a folder's records.
+    /// Computes the result from the records of a folder.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if they are damaged, [`crate::ErrorKind::Invalid`] if there are none.
+    /// [`crate::ErrorKind::Damaged`] if they are damaged, [`crate::ErrorKind::NotFound`] if there are none.
     pub fn read(folder: &Path) -> Result<Self> {
         let (settings, records) = (read_settings(folder)?, read_records(folder)?);
         if records.is_empty() {
@@ -104,7 +108,7 @@ impl Report {
         out
     }
 
-    /// The table of the terminal.
+    /// A short table for terminals.
     pub fn text(&self) -> String {
         let mut out = String::new();
         for s in &self.summaries {
@@ -131,14 +135,15 @@ impl Report {
         let mut out = String::from(
             "<!doctype html><meta charset=\"utf-8\"><title>Fairness</title><style>body{font:15px/1.5 sans-serif;\
              max-width:960px;margin:2em auto;color:#222}td,th{padding:2px 20px 2px 0;text-align:left}img{width:64px;\
-             height:64px;margin:1px}svg{display:block;margin-top:1em;max-width:100%}.plain{color:#c84c3c}.balanced{color:#2a6fbb}</style>\
+             height:64px;margin:1px}svg{display:block;margin-top:1em;max-width:100%}\
+             .plain{color:#c84c3c}.balanced{color:#2a6fbb}</style>\
              <h1>Fairness</h1>",
         );
         let _ = write!(
             out,
-            "<p>Pictures by {}, judged by the CLIP of {}: {} of each profession, plain and balanced, {} {} steps at guidance \
-             {}, concepts at weight {}. The deviation ratio is 0 where all classes are as frequent and 1 where one takes \
-             all; brackets hold its 95 % interval.</p>",
+            "<p>Pictures by {}, judged by the CLIP of {}: {} of each profession, plain and balanced, {} {} steps at \
+             guidance {}, concepts at weight {}. The deviation ratio is 0 where all classes are as frequent and 1 where one \
+             takes all; brackets hold its 95 % interval.</p>",
             escape(&self.settings.model),
             escape(&self.settings.clip),
             self.settings.images,
@@ -170,7 +175,8 @@ impl Report {
                     let width = 640.0 * ratio;
                     let _ = write!(
                         out,
-                        "<rect x=\"200\" y=\"{top}\" width=\"{width:.1}\" height=\"8\" fill=\"currentColor\" class=\"{class}\"/>\
+                        "<rect x=\"200\" y=\"{top}\" width=\"{width:.1}\" height=\"8\" \
+                         fill=\"currentColor\" class=\"{class}\"/>\
                          <text x=\"{:.1}\" y=\"{}\" font-size=\"9\">{ratio:.2}</text>",
                         204.0 + width,
                         top + 8
@@ -186,7 +192,7 @@ impl Report {
                 for index in 0.. {
                     let path = folder.join("images").join(image_name(balanced, p, index));
                     let Ok(bytes) = std::fs::read(path) else { break };
-                    let _ = write!(cell, "<img src=\"data:image/png;base64,{}\">", base64(&bytes));
+                    let _ = write!(cell, "<img src=\"data:image/png;base64,{}\">", BASE64_STANDARD.encode(&bytes));
                 }
             }
             if !cells[0].is_empty() {
@@ -230,10 +236,11 @@ fn summary(
     Summary { classes, deviation_ratio, alignment, obeyed, professions }
 }
 
-/// Puts the records of a sharded run together.
+/// Merges the records of the parts of a run, in `folders`, into the folder `out`.
 ///
 /// # Errors
-/// [`crate::ErrorKind::Invalid`] if the folders hold runs of different settings, [`crate::ErrorKind::Io`].
+/// [`crate::ErrorKind::Invalid`] for no folders, [`crate::ErrorKind::Mismatch`] if they hold runs of different
+/// settings, [`crate::ErrorKind::Damaged`], [`crate::ErrorKind::NotFound`], [`crate::ErrorKind::Io`].
 pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
     let Some(first) = folders.first() else {
         return Err(Error::invalid("folders", "nothing to merge").advise("give folders of evaluations"));
@@ -255,34 +262,10 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
         let from = folder.join("images");
         for entry in std::fs::read_dir(&from).map_err(Error::io("read", &from))?.flatten() {
             let to = images.join(entry.file_name());
-            std::fs::copy(entry.path(), &to).map_err(Error::io("write", &to))?;
+            crate::files::copy(&entry.path(), &to)?;
         }
     }
     let text = serde_json::to_string_pretty(&settings).unwrap_or_default();
     crate::files::write(&out.join("settings.json"), text.as_bytes())?;
     crate::files::write(&out.join("records.jsonl"), lines.as_bytes())
-}
-
-/// RFC 4648, with padding.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for part in bytes.chunks(3) {
-        let bits = part.iter().enumerate().fold(0u32, |bits, (i, &b)| bits | u32::from(b) << (16 - 8 * i));
-        for i in 0..4 {
-            let digit = DIGITS[(bits >> (18 - 6 * i)) as usize & 63] as char;
-            out.push(if i <= part.len() { digit } else { '=' });
-        }
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn base64_of_rfc_4648() {
-        for (text, truth) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")] {
-            assert_eq!(super::base64(text.as_bytes()), truth);
-        }
-    }
 }

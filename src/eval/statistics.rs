@@ -1,7 +1,7 @@
 //! Deviation ratios and their confidence intervals.
 
-/// How far counts are from even: `max_c |N_c / N - 1 / C| / (1 - 1 / C)`, 0 for even counts and 1 where one class takes
-/// all (Concept Algebra's and RespoDiff's measure).
+/// The distance of counts from equal ones, `max_c |N_c / N - 1 / C| / (1 - 1 / C)`: 0 for equal counts, and 1 where one
+/// class has all (the measure of Concept Algebra and RespoDiff).
 pub fn deviation_ratio(counts: &[usize]) -> f64 {
     let total: usize = counts.iter().sum();
     if total == 0 || counts.len() < 2 {
@@ -12,16 +12,23 @@ pub fn deviation_ratio(counts: &[usize]) -> f64 {
     furthest / (1.0 - even)
 }
 
-/// Counts of `classes` classes.
+/// Counts the answers for each of `classes` classes. Answers beyond these are not counted.
 pub fn count(answers: impl IntoIterator<Item = usize>, classes: usize) -> Vec<usize> {
     let mut counts = vec![0; classes];
-    answers.into_iter().for_each(|a| counts[a] += 1);
+    for answer in answers {
+        if let Some(count) = counts.get_mut(answer) {
+            *count += 1;
+        }
+    }
     counts
 }
 
-/// The mean deviation ratio over professions and its 95 % interval: 1.96 standard errors to both sides, the error that
-/// of 1000 means over images drawn anew with replacement within each profession (the normal bootstrap: a ratio of
-/// resampled images near 0 is biased upward, so that their percentiles need not even hold the measured one).
+/// The mean deviation ratio over professions, and its 95 % interval, 1.96 standard errors to both sides. `answers`
+/// holds the classes of each profession's images.
+///
+/// The standard error is that of 1000 means over images that are drawn with replacement within each profession (the
+/// normal bootstrap). Percentiles of these means would not do: near 0 the ratio of resampled images is biased upward,
+/// so that they might not even contain the measured ratio.
 pub fn mean_deviation_ratio(answers: &[Vec<usize>], classes: usize) -> (f64, [f64; 2]) {
     const ROUNDS: usize = 1000;
     let mean = |ratios: &mut dyn Iterator<Item = f64>| ratios.sum::<f64>() / answers.len().max(1) as f64;

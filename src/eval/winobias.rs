@@ -1,4 +1,4 @@
-//! WinoBias's professions (Zhao et al., arXiv 1804.06876) as the fairness literature prompts for them.
+//! Professions of WinoBias (Zhao et al., arXiv 1804.06876), with the prompts that the literature on fairness uses.
 
 /// The 36 professions of the published evaluations.
 pub const PROFESSIONS: [&str; 36] = [
@@ -40,7 +40,7 @@ pub const PROFESSIONS: [&str; 36] = [
     "doctor",
 ];
 
-/// The professions that the demo knows, without "person", on which its concepts are trained.
+/// The professions that the demo knows. "person" is left out, since its concepts are trained on it.
 pub const DEMO_PROFESSIONS: [&str; 16] = [
     "doctor",
     "nurse",
@@ -62,7 +62,7 @@ pub const DEMO_PROFESSIONS: [&str; 16] = [
 
 const MEDIA: [&str; 5] = ["Image", "Picture", "Photo", "Headshot", "Portrait"];
 
-/// The prompts for a profession; `extended` adds the same of "a successful" one.
+/// The prompts for a profession. `extended` adds the same prompts of "a successful" one.
 pub fn prompts(profession: &str, extended: bool) -> Vec<String> {
     let profession = profession.to_lowercase();
     let plain = MEDIA.iter().map(|medium| format!("{medium} of {profession}"));

@@ -221,17 +221,17 @@ pub fn parse_clip_model(text: &str, path: &Path) -> Result<(ClipConfig, ClipVisi
 pub struct UNetLevel {
     /// `block_out_channels`.
     pub channels: usize,
-    /// `layers_per_block`: resnets on the way down; there is one more on the way up.
+    /// `layers_per_block`: resnets of the down half; the up half has one more.
     pub layers: usize,
     /// `transformer_layers_per_block`: blocks of each transformer.
     pub transformer_layers: usize,
     /// Attention heads.
     pub heads: usize,
-    /// Whether the first attention of a block reads the prompt instead of the image.
+    /// True if the first attention of a block reads the prompt instead of the image.
     pub only_cross_attention: bool,
-    /// Whether there are transformers on the way down.
+    /// True if there are transformers in the down half.
     pub down_attention: bool,
-    /// Whether there are transformers on the way up.
+    /// True if there are transformers in the up half.
     pub up_attention: bool,
 }
 
@@ -269,7 +269,7 @@ pub struct UNetConfig {
     pub time_embedding_dim: usize,
     /// Divides the output of the middle block's resnets.
     pub mid_block_scale_factor: f32,
-    /// Whether the timestep scales and shifts inside a resnet (`resnet_time_scale_shift`) or is only added.
+    /// True if the timestep scales and shifts inside a resnet (`resnet_time_scale_shift`) or is only added.
     pub time_scale_shift: bool,
     /// SDXL's size conditioning.
     pub text_time: Option<TextTime>,
@@ -361,7 +361,7 @@ impl UNetConfig {
     }
 }
 
-/// What is given for each level, and the width of the prompt's tokens.
+/// The settings that are given for each level, and the width of the prompt's tokens.
 fn levels(r: &mut Reader, groups: usize) -> Result<(Vec<UNetLevel>, usize)> {
     let channels = r.list("block_out_channels", &[320, 640, 1280, 1280], MAX_LEVELS, MAX_CHANNELS)?;
     let count = channels.len();
@@ -462,13 +462,13 @@ pub struct VaeConfig {
     pub norm_num_groups: usize,
     /// Multiplies latents after encoding, divides them before decoding.
     pub scaling_factor: f32,
-    /// Whether the weights overflow in fp16 arithmetic.
+    /// True if the weights overflow in fp16 arithmetic.
     pub force_upcast: bool,
-    /// Whether a 1x1 convolution follows the encoder.
+    /// True if a 1x1 convolution follows the encoder.
     pub use_quant_conv: bool,
-    /// Whether a 1x1 convolution precedes the decoder.
+    /// True if a 1x1 convolution precedes the decoder.
     pub use_post_quant_conv: bool,
-    /// Whether the middle blocks attend.
+    /// True if the middle blocks attend.
     pub mid_block_add_attention: bool,
 }
 

@@ -35,7 +35,7 @@ impl<'a> Reader<'a> {
         self.error(format!("`{key}` is {value}, which is not supported; supported: {}", supported.as_ref()))
     }
 
-    /// Whether the key is there and not null.
+    /// True if the key is there and not null.
     pub(super) fn has(&self, key: &str) -> bool {
         self.keys.get(key).is_some_and(|v| !v.is_null())
     }

@@ -4,7 +4,7 @@
 //! here around the byte-pair encoder of the `tokenizers` crate. `CLIPTokenizerFast`, that crate's recipe for the same,
 //! differs on Chinese characters, control characters and special tokens.
 //!
-//! What remains different: characters younger than the Unicode version of the Python that ran transformers, which
+//! One difference remains: characters younger than the Unicode version of the Python that ran transformers, which
 //! that Python drops as unassigned and this module keeps.
 
 use std::collections::BTreeMap;
@@ -29,7 +29,8 @@ const IDEOGRAPHS: &str = concat!(
     r"\x{2B740}-\x{2B81F}\x{2B820}-\x{2CEAF}\x{F900}-\x{FAFF}\x{2F800}-\x{2FA1F}",
 );
 
-/// What `BasicTokenizer._clean_text` drops: every control, format, private and unassigned character but three spaces.
+/// The characters that `BasicTokenizer._clean_text` drops: every control, format, private and unassigned character but
+/// three spaces.
 const DROPPED: &str = r"[^\P{C}\t\n\r]|\x{FFFD}";
 
 /// Words that `CLIPTokenizer.bpe` never takes apart, whatever the special tokens are.

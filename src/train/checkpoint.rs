@@ -1,4 +1,4 @@
-//! Checkpoints of a training: everything that is left between two rollouts, in one file that is replaced whole.
+//! Checkpoints of a training: its whole state between two rollouts, in one safetensors file that is replaced whole.
 
 use super::trainer::State;
 use super::{Adam, Losses, Trainer};
@@ -10,7 +10,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 impl Trainer {
-    /// Writes a checkpoint, whole or not at all.
+    /// Writes a checkpoint, whole or not at all. It holds everything between two rollouts
+    /// ([`Trainer::between_rollouts`]); elsewhere a resumed training skips the rest of the current rollout.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Io`].
@@ -38,11 +39,12 @@ impl Trainer {
         files::write(path, &bytes)
     }
 
-    /// Goes on from a checkpoint of the same training.
+    /// Continues from a checkpoint of the same training.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if the file is damaged, or of another training: other prompts, recipe, seed, size
-    /// or model. More iterations are no other training.
+    /// [`crate::ErrorKind::Damaged`] if the file is damaged, [`crate::ErrorKind::Mismatch`] if it is of another
+    /// training: other prompts, recipe, seed, size or model. Another number of iterations does not make another
+    /// training.
     pub fn resume(&mut self, path: &Path) -> Result<()> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         let damaged = |what: &str| {
@@ -84,7 +86,7 @@ impl Trainer {
         Ok(())
     }
 
-    /// All that decides the result, but for how long it goes on.
+    /// Everything that decides the result, except the number of iterations.
     fn identity(&self) -> String {
         let recipe = super::Recipe { iterations: 0, ..self.recipe().clone() };
         let (task, shape) = (self.task(), self.state.ram.shape());

@@ -1,6 +1,6 @@
-//! The UNet cut at the bottleneck: one pass down serves several passes up, and gradients flow up there.
+//! The UNet cut at the bottleneck into a down half (encoder) and an up half (decoder). One run of the down half serves
+//! several runs of the up half, and gradients go through the up half alone.
 
-use crate::Result;
 use crate::concept::Module;
 use crate::cpu::MatrixPrecision;
 use crate::device::{Device, Executor, Weights};
@@ -9,24 +9,26 @@ use crate::graph::{Keep, Shape};
 use crate::models::{UNetConfig, UNetInput, unet_halves};
 use crate::plan::Plan;
 use crate::weights::Tensors;
+use crate::{Error, Result};
 
-/// Both halves of a UNet for a number of rows. Everything is NHWC.
+/// Both halves of a UNet, planned for a number of rows. All activations are NHWC.
 pub struct Halves {
     down: Executor,
     up: Executor,
-    /// What the way down leaves to the way up: `time` and the skip connections.
+    /// Outputs of the down half that the up half reads: `time` and the skip connections.
     passed: Vec<String>,
-    /// The bottleneck of the last way down.
+    /// The bottleneck as the down half computed it last, `[rows, h, w, c]`.
     mid: Vec<f32>,
 }
 
-/// Bytes of memory.
+/// Memory of halves or rollouts, in bytes, beside the weights of the whole UNet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HalvesMemory {
-    /// Weights that the whole UNet does not have in the same form: those read backwards, and those of layers that are
-    /// taken apart for their gradients.
+    /// Weights that the whole UNet does not hold in the same form: those that gradients read transposed, and those of
+    /// layers that are split into several for their gradients.
     pub weights: usize,
-    /// Arenas, and what a sampler keeps.
+    /// Arenas, and the memory of a sampler.
     pub activations: usize,
 }
 
@@ -39,11 +41,11 @@ impl std::ops::Add for HalvesMemory {
 }
 
 impl Halves {
-    /// Plans and allocates on a device, taking weights from `beside` where it holds them. With `gradient` the way up
-    /// can be run backwards, from what it says is kept.
+    /// Plans and allocates on a device, and takes weights from `beside` where it holds them. With `gradient` the up
+    /// half has a backward pass, which reads the activations that `gradient` says are kept.
     ///
     /// # Errors
-    /// What the weights have wrong, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
+    /// Those of the weights, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
     pub fn new(
         device: &Device,
         config: &UNetConfig,
@@ -63,7 +65,7 @@ impl Halves {
         Ok(Halves { down: executor(down)?, up: executor(up)?, passed, mid })
     }
 
-    /// What [`Halves::new`] would allocate beside a UNet's weights.
+    /// The memory that [`Halves::new`] would allocate beside a UNet's weights.
     pub fn memory(
         device: &Device,
         config: &UNetConfig,
@@ -78,25 +80,25 @@ impl Halves {
         plans(device, config, input, gradient).map(of).into_iter().fold(HalvesMemory::default(), |a, b| a + b)
     }
 
-    /// Shape of the bottleneck.
+    /// Shape of the bottleneck, `n` being the rows.
     pub fn mid_shape(&self) -> Shape {
         let graph = self.down.plan().graph();
         graph.shape(graph.output("mid"))
     }
 
-    /// What the rows are conditioned on: `encoder_hidden_states`, and for SDXL `text_embeds` and `time_ids`.
+    /// Writes the inputs that condition the rows: `encoder_hidden_states`, and for SDXL `text_embeds` and `time_ids`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::DeviceLost`], as of all that follow: the driver's word, or the emulator's.
-    ///
-    /// # Panics
-    /// If an input is missing or of another length.
+    /// [`crate::ErrorKind::DeviceLost`], like all methods below, and [`crate::ErrorKind::Internal`] if an input is
+    /// missing.
     pub fn condition(&mut self, inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
         for half in [&mut self.down, &mut self.up] {
             for name in
                 UNET_CONSTANTS.iter().filter(|name| half.plan().graph().find_input(name).is_some()).collect::<Vec<_>>()
             {
-                let values = &inputs.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no `{name}`")).1;
+                let Some((_, values)) = inputs.iter().find(|(n, _)| n == name) else {
+                    return Err(Error::internal(format!("the UNet reads `{name}`, which was not given")));
+                };
                 half.write(name, values)?;
             }
             half.prologue()?;
@@ -104,10 +106,10 @@ impl Halves {
         Ok(())
     }
 
-    /// The way down for latents `[rows, h, w, c]`; the result is the bottleneck [`Halves::mid`].
+    /// Runs the down half for latents `[rows, h, w, c]`; the result is the bottleneck [`Halves::mid`].
     ///
     /// # Errors
-    /// As of [`Halves::condition`].
+    /// Those of [`Halves::condition`].
     pub fn descend(&mut self, latents: &[f32], timestep: f32) -> Result<()> {
         self.down.write("sample", latents)?;
         self.down.write("timestep", &vec![timestep; self.mid_shape().n])?;
@@ -119,16 +121,16 @@ impl Halves {
         Ok(())
     }
 
-    /// The bottleneck of the last way down.
+    /// The bottleneck as [`Halves::descend`] computed it last, `[rows, h, w, c]`.
     pub fn mid(&self) -> &[f32] {
         &self.mid
     }
 
-    /// The way up, the prediction, from the bottleneck of the last way down, to whose rows from `first` on `modules`
-    /// add.
+    /// Runs the up half from that bottleneck, and gives the prediction, `[rows, h, w, c]`. `modules` are added to the
+    /// bottleneck in its rows from `first` on.
     ///
     /// # Errors
-    /// As of [`Halves::condition`].
+    /// Those of [`Halves::condition`].
     pub fn ascend(&mut self, modules: &[&Module], first: usize) -> Result<Vec<f32>> {
         let mut start = self.mid.clone();
         for module in modules {
@@ -142,17 +144,17 @@ impl Halves {
         self.up.read("sample")
     }
 
-    /// The gradient of `sum(seed * prediction)` by the bottleneck the last way up started from.
+    /// The gradient of `sum(seed * prediction)` by the bottleneck that the last [`Halves::ascend`] started from.
     ///
-    /// Gradients are linear in the seed. Of a mean over all pixels it is smaller than fp16 can hold, so it goes there
-    /// times the power of two that makes its largest number about 1, and the result is divided by that in fp32:
-    /// exactly, and on the CPU without a trace.
+    /// The gradient is linear in the seed. The seed of a mean over all pixels is too small for fp16, so the seed is
+    /// multiplied by the power of two that makes its largest number about 1, and the result is divided by the same in
+    /// fp32. That is exact, and on the CPU it changes no bit.
     ///
     /// # Errors
-    /// As of [`Halves::condition`].
+    /// Those of [`Halves::condition`].
     pub fn gradient(&mut self, seed: &[f32]) -> Result<Vec<f32>> {
         let largest = seed.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
-        // Where there is no such number, the seed is not scaled.
+        // A seed of zeros, or one whose size is extreme, is not scaled.
         let scale = Some(largest.log2().floor()).filter(|e| e.abs() < 120.0).map_or(1.0, |e| (-e).exp2());
         self.up.write("d.sample", &seed.iter().map(|x| x * scale).collect::<Vec<_>>())?;
         self.up.backward()?;
@@ -162,7 +164,7 @@ impl Halves {
     }
 }
 
-/// The way down and the way up.
+/// The plans of the down half and the up half.
 fn plans(device: &Device, config: &UNetConfig, input: UNetInput, gradient: Option<Keep>) -> [Plan; 2] {
     let (down, up) = unet_halves(config, input);
     let up = match gradient {

@@ -4,43 +4,45 @@ use super::Halves;
 use crate::Result;
 use crate::concept::Module;
 
-/// Latents at a timestep, already passed down with the neutral prompt. All numbers are NHWC.
+/// The losses at latents that have passed the down half with the neutral prompt. All numbers are NHWC.
 pub struct Objective<'a>(&'a mut Halves);
 
 /// A loss and its gradient.
+#[non_exhaustive]
 pub struct Slope {
-    /// The mean over all numbers of the prediction.
+    /// Mean squared error over all numbers of the prediction.
     pub loss: f64,
-    /// By what the modules add to the bottleneck, `[rows, h, w, c]`; for [`Module::gradient`].
+    /// Gradient by the sum that the modules add to the bottleneck, `[rows, h, w, c]`; for [`Module::gradient`].
     pub by_shift: Vec<f32>,
 }
 
 impl<'a> Objective<'a> {
-    /// For the last way down of `halves`, which must have been made with a gradient.
+    /// The losses at the bottleneck that `halves` computed last. They must have been made with a gradient.
     pub fn new(halves: &'a mut Halves) -> Self {
         Objective(halves)
     }
 
-    /// The bottleneck.
+    /// The bottleneck, `[rows, h, w, c]`.
     pub fn mid(&self) -> &[f32] {
         self.0.mid()
     }
 
-    /// The prediction from the bottleneck with what `modules` add.
+    /// The prediction from the bottleneck plus the values of `modules` there.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::DeviceLost`]: the driver's word, or the emulator's.
+    /// [`crate::ErrorKind::DeviceLost`].
     pub fn predict(&mut self, modules: &[&Module]) -> Result<Vec<f32>> {
         self.0.ascend(modules, 0)
     }
 
-    /// `mean((g(h + sum of modules) - target)^2)`, and the gradient of `weight` times it.
+    /// The loss `mean((g(h + sum of modules) - target)^2)`, with the up half g and the bottleneck h, and the gradient
+    /// of `weight` times the loss.
     ///
-    /// `L_resp` is this with RAM alone and the responsible target; `L_sem` with RAM and SAM, lambda as the weight, and
-    /// the neutral prediction ([`Objective::predict`] of no modules) as the target.
+    /// `L_resp` is this loss with RAM alone and the responsible target; `L_sem` is it with RAM and SAM, lambda as the
+    /// weight, and the neutral prediction ([`Objective::predict`] without modules) as the target.
     ///
     /// # Errors
-    /// As of [`Objective::predict`].
+    /// Those of [`Objective::predict`].
     pub fn match_score(&mut self, modules: &[&Module], target: &[f32], weight: f64) -> Result<Slope> {
         let prediction = self.predict(modules)?;
         let n = prediction.len() as f64;
@@ -54,11 +56,11 @@ impl<'a> Objective<'a> {
 /// Adam (Kingma and Ba, arXiv 1412.6980) as PyTorch computes it, without weight decay.
 #[derive(Clone, Debug, Default)]
 pub struct Adam {
-    /// Steps taken.
+    /// Number of steps taken.
     pub steps: u64,
     /// Running mean of the gradient.
     pub first: Vec<f32>,
-    /// Running mean of its square.
+    /// Running mean of the gradient's square.
     pub second: Vec<f32>,
 }
 
@@ -66,12 +68,12 @@ impl Adam {
     const BETAS: (f64, f64) = (0.9, 0.999);
     const EPS: f64 = 1e-8;
 
-    /// For a module of `len` numbers.
+    /// The state before the first step, for a module of `len` numbers.
     pub fn new(len: usize) -> Self {
         Adam { steps: 0, first: vec![0.0; len], second: vec![0.0; len] }
     }
 
-    /// Moves `module` against `gradient`.
+    /// Takes a step: moves the numbers of `module` against `gradient` at a learning rate.
     pub fn step(&mut self, module: &mut [f32], gradient: &[f32], rate: f64) {
         self.steps += 1;
         let (b1, b2) = Self::BETAS;

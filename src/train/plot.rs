@@ -44,8 +44,8 @@ impl DrawTarget for Canvas {
     }
 }
 
-/// Both losses over the iterations, on a logarithmic axis: means over stretches of equal length, since single ones
-/// depend on their noise level by orders of magnitude.
+/// Plots both losses over the iterations, on a logarithmic axis. It shows means over stretches of equal length, since
+/// single losses differ by orders of magnitude with their noise level.
 pub fn loss_plot(history: &[Losses], title: &str) -> Picture {
     let mut canvas = Canvas { rgb: vec![255; (WIDTH * HEIGHT * 3) as usize] };
     let Ok(()) = draw(&mut canvas, history, title);
@@ -88,7 +88,7 @@ fn draw(canvas: &mut Canvas, history: &[Losses], title: &str) -> Result<(), std:
         let at = Point::new(WIDTH - RIGHT - 60 * (2 - i as i32) + 10, TOP - 14);
         Text::new(name, at, text(*colour)).draw(canvas)?;
     }
-    // The font has ASCII only.
+    // The font has ASCII characters only.
     let title: String = title.chars().map(|c| if c.is_ascii() { c } else { '?' }).take(50).collect();
     Text::new(&title, Point::new(LEFT, TOP - 14), text(INK)).draw(canvas)?;
     let below = HEIGHT - BOTTOM + 20;
@@ -98,7 +98,7 @@ fn draw(canvas: &mut Canvas, history: &[Losses], title: &str) -> Result<(), std:
     Ok(())
 }
 
-/// Rows of pictures of one size as one picture.
+/// One picture of several rows of pictures, which have one size. Shorter rows end in white.
 pub fn sheet(rows: &[Vec<Picture>]) -> Picture {
     let Some(first) = rows.iter().flatten().next() else { return Picture { width: 0, height: 0, rgb: vec![] } };
     let (w, h) = (first.width as usize, first.height as usize);

@@ -1,4 +1,4 @@
-//! How a concept is trained: the paper's table, the official code's, and ours.
+//! Recipes, the settings of a training: the official code's, after the paper's table, and ours.
 
 use super::Task;
 use crate::concept::Kind;
@@ -6,11 +6,12 @@ use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// Which modules are learnt; the ablation of the paper's table 5.
+/// The modules that are learnt, as in the ablation of the paper's table 5.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Variant {
-    /// RAM and SAM, a tensor each: the method.
+    /// RAM and SAM, one tensor each: the method.
     #[default]
     Constant,
     /// RAM alone.
@@ -24,10 +25,10 @@ pub enum Variant {
 }
 
 impl Variant {
-    /// All of them.
+    /// All variants.
     pub const ALL: [Variant; 5] = [Variant::Constant, Variant::RamOnly, Variant::Shared, Variant::Mlp, Variant::Conv];
 
-    /// As recipes write it.
+    /// The name in recipes.
     pub fn name(self) -> &'static str {
         match self {
             Variant::Constant => "constant",
@@ -50,34 +51,37 @@ impl std::str::FromStr for Variant {
     }
 }
 
-/// Everything about a training but its prompts and seed.
+/// The settings of a training, except its prompts, seed and picture size. The comments give the values of
+/// [`Recipe::for_task`], our own recipe. Another recipe starts from one of the constructors and assigns its fields.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
+#[must_use]
 pub struct Recipe {
-    /// Steps of RAM and of SAM.
+    /// Iterations, each of which is one step of RAM and one of SAM: 1000; 640 for races.
     pub iterations: u64,
-    /// Latents of a step.
+    /// Latents in each iteration: 8.
     pub batch: usize,
-    /// Adam's rate for RAM.
+    /// Adam's learning rate for RAM: 0.01; 0.03 for races. A tenth of that for networks.
     pub lr_ram: f64,
-    /// Adam's rate for SAM.
+    /// Adam's learning rate for SAM: 0.003; 0.01 for races. A tenth of that for networks.
     pub lr_sam: f64,
-    /// Weight of `L_sem`.
+    /// Weight of `L_sem`: 1.
     pub lambda: f64,
-    /// Which modules are learnt.
+    /// The modules that are learnt: [`Variant::Constant`].
     pub variant: Variant,
-    /// How far the target leads: `base + target_guidance * (toward - base)`.
+    /// Strength of the target, `base + target_guidance * (toward - base)`: 4 toward a concept, 12 away from one.
     pub target_guidance: f32,
-    /// Guidance scale of the rollouts.
+    /// Guidance scale of the rollouts: 3.
     pub rollout_guidance: f32,
-    /// DDIM steps of a whole rollout.
+    /// DDIM steps of a whole rollout: 50.
     pub rollout_steps: usize,
-    /// Steps of training, each at a noise level of its own, from one rollout.
+    /// Iterations from one rollout, each at a noise level of its own: 4; 8 for races.
     pub latents_per_rollout: usize,
-    /// Constants begin uniform in plus or minus this.
+    /// Constants start uniform between minus and plus this number: 0.
     pub init: f32,
-    /// Added to the timestep of the latents in the losses. The official code evaluates the networks at 1000 - 20 k on
-    /// latents of 981 - 20 k.
+    /// Timesteps that the losses add to that of the latents: 0. The official code evaluates the networks at timesteps
+    /// 1000 - 20 k on latents of timestep 981 - 20 k.
     pub timestep_offset: f32,
 }
 
@@ -87,12 +91,13 @@ impl Recipe {
         Self::default_for(task.kind, &task.concept, Variant::Constant)
     }
 
-    /// Ours: from zero, at the latents' own timestep, several latents a rollout, several images a step.
+    /// Our recipe: constants start at zero, the losses use the latents' own timestep, and each rollout serves several
+    /// iterations of several images.
     ///
-    /// The rates and lengths are what the demo's concepts were trained by, but for a number each of two races (README).
-    /// As in the paper, races take a higher rate than the rest; they end earlier, since what they add grows with every
-    /// step. SAM's share of RAM's rate trades the picture's meaning against the concept. Networks diverge at the rates
-    /// of constants, and take a tenth.
+    /// The demo's concepts were trained with these rates and lengths, except for one number of each of two races
+    /// (demo/README.md). As in the paper, races take a higher rate than other concepts. They take fewer iterations,
+    /// since their tensors grow with every step. SAM's rate relative to RAM's trades the picture's meaning against the
+    /// concept. Networks diverge at the rates of constants, and take a tenth of these.
     pub fn default_for(kind: Kind, concept: &str, variant: Variant) -> Self {
         let (iterations, lr_ram, lr_sam, latents_per_rollout) = match kind == Kind::Fair && names_race(concept) {
             true => (640, 3e-2, 1e-2, 8),
@@ -118,7 +123,7 @@ impl Recipe {
         }
     }
 
-    /// The authors' code, quirks included; rates and lambda by the concept, as their table has them.
+    /// The recipe of the authors' code, quirks included. Rates and lambda depend on the concept as in their table.
     pub fn official(kind: Kind, concept: &str, variant: Variant) -> Self {
         let woman = concept.to_lowercase().contains("woman");
         let (lr_ram, lr_sam, lambda) = match (kind, names_race(concept), woman) {
@@ -133,18 +138,20 @@ impl Recipe {
             lr_sam,
             lambda,
             latents_per_rollout: 1,
-            // 0.1 sqrt(10): what PyTorch's linear layer of ten inputs draws.
+            // 0.1 sqrt(10), the bound of PyTorch's initialisation for a linear layer of ten inputs.
             init: 0.316_227_77,
             timestep_offset: 19.0,
             ..Self::default_for(kind, concept, variant)
         }
     }
 
-    /// `default`, `official`, or a TOML file whose fields stand over the default's; of a variant, if one is asked for.
+    /// The recipe called `default` or `official`, or one from a TOML file, whose fields replace those of the default. A
+    /// variant that is given takes precedence over the file's.
     ///
     /// # Errors
+    /// [`crate::ErrorKind::Invalid`] for a name that is unknown, [`crate::ErrorKind::NotFound`] or
     /// [`crate::ErrorKind::Io`] if the file cannot be read, [`crate::ErrorKind::Damaged`] for fields that are unknown
-    /// or of no use.
+    /// or of another type.
     pub fn named(name: &str, kind: Kind, concept: &str, variant: Option<Variant>) -> Result<Self> {
         match name {
             "default" => return Ok(Self::default_for(kind, concept, variant.unwrap_or_default())),
@@ -169,15 +176,15 @@ impl Recipe {
         all.try_into().map_err(bad)
     }
 
-    /// As a TOML file.
+    /// The recipe as the text of a TOML file.
     pub fn to_toml(&self) -> String {
         toml::to_string(self).unwrap_or_default()
     }
 
-    /// Whether it can be trained.
+    /// Checks that every field is in its range.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] naming the field.
+    /// [`crate::ErrorKind::Invalid`] about the first field that is not.
     pub fn check(&self) -> Result<()> {
         let positive = |x: f64| x.is_finite() && x > 0.0;
         for (name, fine, range) in [
@@ -205,7 +212,7 @@ impl Recipe {
     }
 }
 
-/// Whether a concept is one of the paper's races.
+/// True if the concept is one of the paper's races.
 fn names_race(concept: &str) -> bool {
     ["asian", "black", "white"].iter().any(|race| concept.to_lowercase().contains(race))
 }

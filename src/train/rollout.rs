@@ -1,5 +1,5 @@
-//! Rollouts of a training: noise is brought to noise levels under the neutral prompt and the modules so far, and the
-//! responsible target is computed there.
+//! Rollouts of a training: they denoise latents under the neutral prompt, with the modules as learnt so far, to the
+//! noise levels that are trained at, and compute the responsible target there.
 
 use super::{Halves, HalvesMemory};
 use crate::Result;
@@ -13,15 +13,17 @@ use crate::layout::nchw_to_nhwc;
 use crate::models::UNetInput;
 use std::collections::VecDeque;
 
-/// What makes a batch's guided predictions. The unconditional rows are the first, and the modules shift the others.
+/// The networks that make a batch's guided predictions. The unconditional rows come first, and the modules shift the
+/// others.
 enum Guided {
-    /// The whole UNet with its sampler, for constants. A GPU replays the steps, and the host waits for the last.
+    /// The whole UNet with its sampler, for modules that are constants. A GPU replays the steps, and the host waits for
+    /// the last one only.
     Whole(Box<dyn Denoiser>),
-    /// The UNet in two halves, for networks: in every step the host computes them from the bottleneck.
+    /// The UNet in two halves, for modules that are networks: the host evaluates them at the bottleneck of every step.
     Halves(Box<Halves>),
 }
 
-/// A batch on its way from noise to the noise levels that it is trained at.
+/// A batch of latents between noise and the noise levels that it is trained at.
 pub(super) struct Rollout {
     guided: Guided,
     guidance: f32,
@@ -29,25 +31,25 @@ pub(super) struct Rollout {
     batch: usize,
     /// Shape of one image's latents.
     shape: Shape,
-    /// Of an image's bottleneck.
+    /// Shape of one image's bottleneck.
     bottleneck: Shape,
     /// The inputs that condition the rows: during the rollout, and for the target.
     rolling: UNetInputs,
     targeting: UNetInputs,
     latents: Vec<f32>,
-    /// Steps taken.
+    /// Number of steps taken.
     step: usize,
-    /// Noise levels yet to train at, rising.
+    /// Noise levels that are left to train at, as numbers of steps in rising order.
     levels: VecDeque<usize>,
 }
 
 impl Rollout {
-    /// Plans and allocates rollouts of so many DDIM steps at a guidance scale, for modules of one form. The rows of
-    /// `rolling` are no prompt and the neutral one, those of `targeting` the prompts from which and toward which the
-    /// target leads, each once per image of the batch.
+    /// Plans and allocates rollouts of `steps` DDIM steps at the scale `guidance`, for modules of one form. The rows of
+    /// `rolling` are conditioned on no prompt and on the neutral one, those of `targeting` on the prompts from which
+    /// and toward which the target leads, each once per image of the batch.
     ///
     /// # Errors
-    /// What the weights have wrong, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
+    /// Those of the weights, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
     pub fn new(
         engine: &Engine,
         options: SessionOptions,
@@ -81,7 +83,7 @@ impl Rollout {
         })
     }
 
-    /// What [`Rollout::new`] would allocate beside a UNet's weights.
+    /// The memory that [`Rollout::new`] would allocate beside a UNet's weights.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] for sizes that are not possible.
@@ -97,7 +99,8 @@ impl Rollout {
         })
     }
 
-    /// New noise, and the noise levels that it will be trained at: `U{0..=steps - 2}` each.
+    /// Begins a rollout: draws new noise, and the noise levels that it will be trained at, each from
+    /// `U{0..=steps - 2}`.
     pub fn begin(&mut self, draws: &mut Draws, levels: usize) {
         let mut noise = NormalGenerator::new(Rng::TorchCpu, draws.next());
         let mut image = vec![0.0; self.shape.len()];
@@ -113,13 +116,13 @@ impl Rollout {
         self.step = 0;
     }
 
-    /// Whether all its noise levels have been trained at.
+    /// True if all noise levels have been trained at.
     pub fn is_used_up(&self) -> bool {
         self.levels.is_empty()
     }
 
-    /// Goes on to the next noise level, with what `modules` add to the neutral prompt's bottleneck. Gives the number of
-    /// steps that were taken.
+    /// Denoises to the next noise level, with `modules` added to the bottleneck of the neutral prompt's rows. Gives the
+    /// number of steps taken.
     ///
     /// # Errors
     /// [`crate::ErrorKind::NonFinite`] when the latents leave the range of numbers, and
@@ -135,27 +138,27 @@ impl Rollout {
         Ok(steps.len())
     }
 
-    /// The latents at the present noise level, `[batch, h, w, c]`.
+    /// The latents at the current noise level, `[batch, h, w, c]`.
     pub fn latents(&self) -> &[f32] {
         &self.latents
     }
 
-    /// The timestep of that level.
+    /// The timestep of the current noise level.
     pub fn timestep(&self) -> f32 {
         self.schedule.steps[self.step].timestep
     }
 
-    /// The responsible prediction for the latents at a timestep, `[batch, h, w, c]`.
+    /// The responsible target: the guided prediction for the latents at a timestep, `[batch, h, w, c]`.
     ///
     /// # Errors
-    /// As of [`Rollout::advance`].
+    /// Those of [`Rollout::advance`].
     pub fn target(&mut self, timestep: f32, guidance: f32) -> Result<Vec<f32>> {
         let targeting = self.targeting.clone();
         self.run(&targeting, &[Step::to_output(timestep)], guidance, &[])
     }
 
-    /// Where steps lead from the present latents. DDIM keeps nothing from step to step, so each piece of a rollout is a
-    /// run of its own.
+    /// The latents after `steps` from the current ones. DDIM keeps no history between steps, so each piece of a rollout
+    /// can be a run of its own.
     fn run(
         &mut self,
         conditioning: &UNetInputs,

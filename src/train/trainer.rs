@@ -1,8 +1,8 @@
 //! Training of a concept (arXiv 2509.15257, algorithm 1).
 //!
-//! A rollout brings noise to a random noise level under the neutral prompt and the modules so far. There the target is
-//! computed, then `L_resp` moves RAM and, with the new RAM, `L_sem` moves SAM. The three predictions of the neutral
-//! prompt share one way down ([`Halves`]); those at guidance 1 have no unconditional half.
+//! A rollout denoises latents to a random noise level under the neutral prompt, with the modules as learnt so far.
+//! There the target is computed, then `L_resp` moves RAM, and `L_sem` moves SAM with the new RAM. The three predictions
+//! of the neutral prompt share one run of the down half ([`Halves`]); at guidance 1 they need no unconditional rows.
 
 use super::rollout::Rollout;
 use super::{Adam, Halves, HalvesMemory, Objective, Recipe, Variant};
@@ -14,14 +14,16 @@ use crate::models::UNetInput;
 use crate::{Error, ErrorKind, Result};
 use std::time::{Duration, Instant};
 
-/// What is trained: the prompts.
+/// The goal of a training: the prompts.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+#[must_use]
 pub struct Task {
-    /// Toward a concept, or away from it.
+    /// The direction: toward a concept, or away from it.
     pub kind: Kind,
     /// The prompt of the concept: what to move toward ([`Kind::Fair`]) or away from ([`Kind::Safe`]).
     pub concept: String,
-    /// The prompt that it is learnt on.
+    /// The prompt that the concept is learnt on.
     pub neutral: String,
 }
 
@@ -37,38 +39,41 @@ impl Task {
     }
 }
 
-/// The losses of an iteration, `L_sem` without lambda. It is 0 where there is no SAM.
+/// The losses of an iteration: mean squared errors over all numbers of the UNet's prediction.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Losses {
-    /// Distance to the responsible target.
+    /// `L_resp`, the distance to the responsible target.
     pub resp: f64,
-    /// Distance to the neutral prompt's prediction.
+    /// `L_sem`, the distance to the neutral prompt's prediction, not yet times lambda; 0 for [`Variant::RamOnly`].
     pub sem: f64,
 }
 
-/// Where the time went.
+/// Time that a training has taken, by kind of work.
 #[derive(Clone, Copy, Debug, Default)]
+#[non_exhaustive]
 pub struct Times {
-    /// Bringing noise to a noise level.
+    /// Rollouts.
     pub rollout: Duration,
-    /// Guided steps of that.
+    /// Number of guided steps in the rollouts.
     pub rollout_steps: usize,
-    /// The responsible target.
+    /// Responsible targets.
     pub target: Duration,
-    /// Passes of the neutral prompt.
+    /// The down half for the neutral prompt, and `L_resp` with its gradient.
     pub predictions: Duration,
-    /// Gradients and steps.
+    /// `L_sem` with its gradient, and the steps of both modules.
     pub backward: Duration,
 }
 
 /// The memory plan of a training, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TrainingMemory {
     /// The UNet's weights.
     pub model: usize,
-    /// What training adds: the rollouts' UNet, and the halves for the losses.
+    /// The memory that training adds: the rollouts' UNet, and the halves for the losses.
     pub halves: HalvesMemory,
-    /// Which activations are kept for the gradients.
+    /// The activations that are kept for the gradients.
     pub keep: Keep,
 }
 
@@ -84,7 +89,7 @@ impl std::fmt::Display for TrainingMemory {
     }
 }
 
-/// A training under way.
+/// A training of a concept. On one device equal settings give equal bits, also after a resumption.
 pub struct Trainer {
     task: Task,
     recipe: Recipe,
@@ -95,11 +100,11 @@ pub struct Trainer {
     pub(super) state: State,
     rollout: Rollout,
     memory: TrainingMemory,
-    /// Where the time went so far.
+    /// Time taken so far.
     pub times: Times,
 }
 
-/// What a checkpoint holds: between two rollouts nothing else is left.
+/// The state that a checkpoint holds. Between two rollouts a training has no other.
 #[derive(Clone, Debug)]
 pub(super) struct State {
     pub ram: Module,
@@ -110,10 +115,12 @@ pub(super) struct State {
 }
 
 impl Trainer {
-    /// Plans and allocates a training at a picture size.
+    /// Plans and allocates a training at a picture size. `seed` decides the noise, the noise levels and the initial
+    /// modules.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for a recipe or size that cannot be, and what the weights have wrong.
+    /// [`crate::ErrorKind::Invalid`] for a recipe or size that is not possible, [`crate::ErrorKind::OutOfMemory`], and
+    /// those of the weights.
     pub fn new(engine: &Engine, task: Task, recipe: Recipe, seed: u64, size: Size) -> Result<Self> {
         recipe.check()?;
         let options = SessionOptions::new(size).batch(recipe.batch).concepts(true);
@@ -142,7 +149,8 @@ impl Trainer {
             let halves = rollouts + Halves::memory(device, config, weights, input, Some(keep));
             TrainingMemory { model: weights.bytes(), halves, keep }
         };
-        // A forward pass more an iteration only where memory is short.
+        // Computing activations a second time costs one forward pass per iteration, so it is only done where memory is
+        // short.
         let memory = engine.free_memory().map_or(memory(Keep::All), |free| {
             let fits = |memory: &TrainingMemory| memory.halves.weights + memory.halves.activations <= free;
             Some(memory(Keep::All)).filter(fits).unwrap_or_else(|| memory(Keep::Sums))
@@ -179,12 +187,12 @@ impl Trainer {
         })
     }
 
-    /// What it is trained by.
+    /// The recipe.
     pub fn recipe(&self) -> &Recipe {
         &self.recipe
     }
 
-    /// What is trained.
+    /// The task.
     pub fn task(&self) -> &Task {
         &self.task
     }
@@ -194,7 +202,7 @@ impl Trainer {
         self.seed
     }
 
-    /// The model it is trained on: name and fingerprint.
+    /// The name and the fingerprint of the model that it trains on.
     pub fn base(&self) -> (&str, &str) {
         (&self.base_model, &self.fingerprint)
     }
@@ -204,7 +212,7 @@ impl Trainer {
         &self.state.history
     }
 
-    /// Whether a rollout has just been used up, so that a checkpoint holds everything.
+    /// True between two rollouts, where [`Trainer::save`] holds the whole state.
     pub fn between_rollouts(&self) -> bool {
         self.rollout.is_used_up()
     }
@@ -214,10 +222,11 @@ impl Trainer {
         self.memory
     }
 
-    /// One step of RAM and of SAM.
+    /// One iteration: a step of RAM and one of SAM.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::NonFinite`] if a loss or module is no number any more; the modules stay as they were before.
+    /// [`crate::ErrorKind::NonFinite`] if a loss or a module is not finite any more; the modules stay as they were
+    /// before. [`crate::ErrorKind::DeviceLost`].
     pub fn iterate(&mut self) -> Result<Losses> {
         let start = Instant::now();
         let not_finite = |error: Error| match error.kind() {
@@ -251,7 +260,8 @@ impl Trainer {
         Ok(losses)
     }
 
-    /// One step of the modules at the rollout's latents; and when `L_resp` was done.
+    /// Takes one step of the modules at the rollout's latents. Gives the losses, and the time at which `L_resp` was
+    /// done.
     fn learn(&mut self, target: &[f32], timestep: f32) -> Result<(Losses, Instant)> {
         let recipe = &self.recipe;
         let State { ram, sam, adam, history, .. } = &mut self.state;
@@ -261,7 +271,7 @@ impl Trainer {
         let mut gradient = ram.gradient(objective.mid(), &resp.by_shift);
         let mut losses = Losses { resp: resp.loss, sem: 0.0 };
         let stepped = Instant::now();
-        // Shared: one tensor, moved by both losses at once.
+        // One tensor is moved by the sum of both gradients.
         if recipe.variant == Variant::Shared {
             let neutral = objective.predict(&[])?;
             let sem = objective.match_score(&[ram], &neutral, recipe.lambda)?;
@@ -303,7 +313,7 @@ impl Trainer {
         Concept { metadata, ram: ram.clone(), sam: sam.clone() }
     }
 
-    /// What looks wrong with the result: training that had no effect, or RAM and SAM that cancel.
+    /// Signs that the result is of no use: a training that had no effect, or RAM and SAM that cancel.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         let history = &self.state.history;
@@ -313,8 +323,8 @@ impl Trainer {
             let (first, last) = (mean(&history[..tenth]), mean(&history[history.len() - tenth..]));
             if last > 0.99 * first {
                 let (what, advice) = match last > 1.1 * first {
-                    true => ("rose", "train at a lower --lr-ram"),
-                    false => ("hardly fell", "train longer, or at a higher --lr-ram"),
+                    true => ("rose", "train at a lower lr_ram"),
+                    false => ("hardly fell", "train longer, or at a higher lr_ram"),
                 };
                 warnings.push(format!("L_resp {what} ({first:.2e} to {last:.2e}); {advice}"));
             }
@@ -324,14 +334,14 @@ impl Trainer {
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>();
             let (r, s, both) = (dot(ram, ram).sqrt(), dot(sam, sam).sqrt(), dot(ram, sam));
             if r > 0.0 && both < -0.8 * r * s && s > 0.6 * r {
-                warnings.push("RAM and SAM all but cancel; lower --lambda or --lr-sam".into());
+                warnings.push("RAM and SAM all but cancel; lower lambda or lr_sam".into());
             }
         }
         warnings
     }
 }
 
-/// About the iteration after these.
+/// The error about the iteration that follows `history`.
 fn diverged(history: &[Losses]) -> Error {
     Error::non_finite(format!("iteration {} gave NaN or infinity; the modules before it are kept", history.len() + 1))
         .advise("lower the learning rates")

@@ -78,7 +78,7 @@ impl Source {
         if path.is_dir() { Self::folder(path) } else { Self::file(path) }
     }
 
-    /// Whether the file is there.
+    /// True if the file is there.
     pub fn has(&self, relative: &str) -> bool {
         match self {
             Source::Folder(folder) => folder.join(relative).is_file(),

@@ -49,7 +49,7 @@ pub struct SingleFile {
     path: PathBuf,
     /// By component.
     tensors: BTreeMap<&'static str, Tensors>,
-    /// What the folder's files would say, by relative path.
+    /// The content of the files that the same model's folder would have, by relative path.
     files: BTreeMap<String, String>,
     /// The token that fills up prompts, by tokenizer.
     padding: BTreeMap<String, &'static str>,
@@ -201,7 +201,7 @@ fn check(path: &Path, tensors: &Tensors, networks: &[Graph]) -> Result<()> {
 /// How names begin in diffusers' UNet, VAE and text encoders.
 const COMPONENTS: [&str; 4] = ["down_blocks.", "encoder.down_blocks.", "text_model.", "encoder.layers."];
 
-/// What a file without a UNet of Stable Diffusion is instead.
+/// Names the kind of a file that holds no UNet of Stable Diffusion.
 fn describe(all: &Tensors) -> String {
     let any = |parts: &[&str]| all.entries().any(|(name, _)| parts.iter().any(|part| name.contains(part)));
     let has = |name: &str| all.has(name);

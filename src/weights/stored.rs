@@ -61,7 +61,7 @@ pub(super) enum Data<'a> {
     Random { seed: u32, center: f32, scale: f32 },
 }
 
-/// What numbers are read as.
+/// A type that numbers are read as.
 pub trait Number: Copy + Send + Sync + bytemuck::Pod {
     /// Writes to `out` the numbers from the one at `start` on, in the file's own order. Returns false if one of them is
     /// NaN or infinite.
@@ -112,7 +112,7 @@ impl<'a> Stored<'a> {
         self.outputs * self.width
     }
 
-    /// Whether there are none.
+    /// True if there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -46,11 +46,11 @@ struct Entry {
     shape: Vec<usize>,
     /// Bytes within the file.
     range: std::ops::Range<usize>,
-    /// Whether the file holds the matrix with rows and columns exchanged.
+    /// True if the file holds the matrix with rows and columns exchanged.
     transposed: bool,
 }
 
-/// What a tensor of one layout is of a tensor of another.
+/// How a tensor of the diffusers layout is cut out of a tensor of the original layout.
 #[derive(Clone, Copy)]
 pub(super) enum Part {
     Whole,
@@ -86,7 +86,7 @@ impl Part {
     }
 }
 
-/// What VAEs saved before diffusers 0.18 call their attention layers.
+/// The names of attention layers in VAEs that were saved before diffusers 0.18.
 const LEGACY: [(&str, &str); 4] =
     [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")];
 
@@ -226,7 +226,7 @@ impl Tensors {
         Ok(tensors)
     }
 
-    /// Whether there is such a tensor.
+    /// True if there is such a tensor.
     pub(super) fn has(&self, name: &str) -> bool {
         self.index.contains_key(name)
     }

@@ -192,8 +192,7 @@ fn sdxl_balanced_and_cropped() {
         let shape = Shape::new(1, 4, 4, 24);
         let numbers = (0..shape.len()).map(|j| ((i * 999 + j) as f32).sin()).collect();
         let ram = Module::with_parameters(Form::Constant, shape, numbers).unwrap();
-        let metadata = Metadata { concept: name.into(), ..Default::default() };
-        Concept { metadata, ram, sam: None }.save(path(name)).unwrap();
+        Concept::new(Metadata::new(name), ram, None).save(path(name)).unwrap();
     }
     let model = support::golden().join("checkpoints/sdxl");
     let args = ["sample", "a cat", "--model", model.to_str().unwrap(), "--steps", "2", "--seed", "3"];
@@ -204,7 +203,7 @@ fn sdxl_balanced_and_cropped() {
     let sizes = ["--original-size", "300x200", "--crop", "16,0", "--negative-prompt", ""];
     run(&[&sizes[..], &["--batch", "4", "--balance", "up,down", "--out", "a.png"]].concat());
     let manifest: Vec<serde_json::Value> = serde_json::from_slice(&std::fs::read(path("a-0.json")).unwrap()).unwrap();
-    let given = |name: &str| manifest.iter().filter(|m| m["info"]["concepts"][0][0] == name).count();
+    let given = |name: &str| manifest.iter().filter(|m| m["info"]["concepts"][0]["name"] == name).count();
     assert_eq!((given("up"), given("down")), (2, 2), "{manifest:?}");
     let info = &manifest[0]["info"];
     assert_eq!((&info["original_size"], &info["crop"]), (&serde_json::json!([300, 200]), &serde_json::json!([16, 0])));

@@ -109,7 +109,7 @@ fn downloads_what_is_needed_into_the_shared_layout() {
 }
 
 #[test]
-fn full_precision_where_half_is_not_everywhere() {
+fn shards_and_half_precision_side_by_side() {
     let shards = [
         "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
         "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
@@ -126,11 +126,11 @@ fn full_precision_where_half_is_not_everywhere() {
     assert_eq!(
         weights,
         [
-            "text_encoder/model.safetensors",
+            "text_encoder/model.fp16.safetensors",
             shards[0],
             shards[1],
             "unet/diffusion_pytorch_model.safetensors.index.json",
-            "vae/diffusion_pytorch_model.safetensors",
+            "vae/diffusion_pytorch_model.fp16.safetensors",
         ]
     );
     // A shard that is missing is no weight at all, neither there nor here.
@@ -297,8 +297,87 @@ fn snapshots_of_other_tools_are_used_when_whole() {
     write("unet/diffusion_pytorch_model-00001-of-00002.safetensors", "");
     assert_eq!(found(), None);
     write("unet/diffusion_pytorch_model-00002-of-00002.safetensors", "");
+    assert_eq!(found(), None);
+    // Small files may be what an interrupted download lacks.
+    let small = ["unet/config.json", "vae/config.json", "text_encoder/config.json"];
+    small.iter().for_each(|path| write(path, "{}"));
     assert_eq!(found(), Some(snapshot.clone()));
+    fs::remove_file(snapshot.join("vae/config.json")).unwrap();
+    assert_eq!(found(), None);
+    write("vae/config.json", "{}");
+    let index = INDEX.replace(
+        "\"vae\":",
+        "\"scheduler\": [\"diffusers\", \"X\"], \"tokenizer\": [\"transformers\", \"Y\"], \"vae\":",
+    );
+    write("model_index.json", &index);
+    assert_eq!(found(), None);
+    write("scheduler/scheduler_config.json", "{}");
+    write("tokenizer/vocab.json", "{}");
+    assert_eq!(found(), None);
+    write("tokenizer/merges.txt", "");
+    assert_eq!(found(), Some(snapshot.clone()));
+    // The model is called by its id, not by the commit.
+    assert_eq!(respodiff::Source::folder(&snapshot).unwrap().name(), "owner/name");
     // A ref may not lead out of the snapshots.
     fs::write(server.repo().join("refs/main"), format!("../snapshots/{COMMIT}")).unwrap();
     assert_eq!(found(), None);
+}
+
+/// The environment of `huggingface_hub` 0.36.
+#[test]
+fn variables_mean_what_they_mean_to_huggingface_hub() {
+    let home = tempfile::tempdir().unwrap();
+    let at = |path: &str| home.path().join(path);
+    fs::create_dir_all(at("hf")).unwrap();
+    fs::write(at("hf/token"), "of-login\n").unwrap();
+    fs::write(at("other"), "of-file").unwrap();
+    let config = |given: &[(&str, &str)]| {
+        let home = home.path().to_str().unwrap().to_string();
+        let given: Vec<(String, String)> =
+            given.iter().map(|(k, v)| (k.to_string(), v.replace("HOME/", &format!("{home}/")))).collect();
+        HubConfig::from_variables(|name| match name {
+            "HOME" => Some(home.clone().into()),
+            name => given.iter().find(|(known, _)| known == name).map(|(_, value)| value.into()),
+        })
+        .unwrap()
+    };
+    for (given, cache) in [
+        (&[][..], ".cache/huggingface/hub"),
+        (&[("HF_HUB_CACHE", "HOME/a")], "a"),
+        (&[("HUGGINGFACE_HUB_CACHE", "HOME/b")], "b"),
+        (&[("HF_HUB_CACHE", "~/c")], "c"),
+        (&[("HF_HUB_CACHE", "$PLACE/d"), ("PLACE", "~/x")], "x/d"),
+        (&[("HF_HUB_CACHE", "~/${PLACE}e"), ("PLACE", "y")], "ye"),
+        (&[("HF_HUB_CACHE", "~/$UNSET/f")], "$UNSET/f"),
+        (&[("HF_HUB_CACHE", ""), ("HF_HOME", "~/g")], "g/hub"),
+        (&[("XDG_CACHE_HOME", "HOME/h")], "h/huggingface/hub"),
+    ] {
+        assert_eq!(config(given).cache, at(cache), "{given:?}");
+    }
+    for (given, token) in [
+        (&[][..], None),
+        (&[("HF_HOME", "HOME/hf")], Some("of-login")),
+        (&[("HF_TOKEN_PATH", "HOME/other"), ("HF_HOME", "HOME/hf")], Some("of-file")),
+        (&[("HF_TOKEN", " given "), ("HF_HOME", "HOME/hf")], Some("given")),
+        (&[("HUGGING_FACE_HUB_TOKEN", "old")], Some("old")),
+        (&[("HF_TOKEN", "given"), ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")], None),
+    ] {
+        assert_eq!(config(given).token.as_deref(), token, "{given:?}");
+    }
+    assert!(config(&[("TRANSFORMERS_OFFLINE", "1")]).offline && config(&[("HF_HUB_OFFLINE", "YES")]).offline);
+    assert!(!config(&[("HF_HUB_OFFLINE", "0")]).offline);
+}
+
+/// As `from_pretrained(variant="fp16")` takes it in diffusers.
+#[test]
+fn each_component_comes_in_the_variant_that_it_has() {
+    let lacking = |path: &&&str| ![UNET, "vae/diffusion_pytorch_model.safetensors"].contains(path);
+    let paths: Vec<&str> = FILES.iter().filter(lacking).copied().collect();
+    let server = Server::new(&paths);
+    let snapshot = server.resolve("owner/name").unwrap();
+    let names = tree(&snapshot);
+    for name in ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"] {
+        assert!(names.iter().any(|found| found == name), "{names:?}");
+    }
+    assert!(!names.iter().any(|name| name == "text_encoder/model.safetensors"), "{names:?}");
 }

@@ -178,7 +178,7 @@ fn a_driver_that_does_not_start_says_why_in_one_line() {
     let Some(words) = each_driver("a_driver_that_does_not_start_says_why_in_one_line", &drivers) else { return };
     let problem = cards().err().unwrap().to_string();
     assert!(problem.contains(&words), "{problem}");
-    assert!(problem.contains("--device cpu") && !problem.contains('\n'), "{problem}");
+    assert!(problem.contains("choose the CPU") && !problem.contains('\n'), "{problem}");
 }
 
 #[test]

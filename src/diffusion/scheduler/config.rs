@@ -96,7 +96,7 @@ pub(super) enum BetaSchedule {
     SquaredcosCapV2,
 }
 
-/// What the model predicts.
+/// The quantity that the model predicts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Prediction {
@@ -107,7 +107,7 @@ pub(super) enum Prediction {
     Sample,
 }
 
-/// What the model sees as its timestep.
+/// The timestep that the model reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum TimestepType {

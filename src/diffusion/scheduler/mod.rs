@@ -62,9 +62,9 @@ pub const HISTORY: usize = 3;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
-    /// What the model sees as its timestep.
+    /// The timestep that the model reads.
     pub timestep: f32,
-    /// What the noisy sample is multiplied by before the model sees it.
+    /// Factor of the noisy sample before the model reads it.
     pub input_scale: f32,
     /// From the model's output to what the sampler works with.
     pub convert: Convert,
@@ -72,9 +72,9 @@ pub struct Step {
     pub base: Base,
     /// Where it leads.
     pub next: Next,
-    /// Whether `base` is kept as `saved`.
+    /// True if `base` is kept as `saved`.
     pub save: bool,
-    /// Whether `m` is put before the history.
+    /// True if `m` is put before the history.
     pub push: bool,
 }
 
@@ -119,7 +119,7 @@ pub struct Next {
 }
 
 impl Step {
-    /// Whether fresh noise goes into this step.
+    /// True if fresh noise goes into this step.
     pub fn needs_noise(&self) -> bool {
         self.next.noise != 0.0
     }
@@ -144,7 +144,7 @@ impl Step {
         }
     }
 
-    /// Whether every coefficient is finite, in fp32 too.
+    /// True if every coefficient is finite, in fp32 too.
     fn is_finite(&self) -> bool {
         let Step { timestep, input_scale, convert, base, next, .. } = self;
         let scalars = [convert.x, convert.out, base.x, base.saved, base.m, next.base, next.out, next.m, next.noise];
@@ -162,7 +162,7 @@ pub struct Schedule {
     pub spacing: Option<Spacing>,
     /// In the order in which they are taken. PNDM has one more than was asked for.
     pub steps: Vec<Step>,
-    /// What unit noise is multiplied by to give the first sample.
+    /// Factor of unit noise that gives the first sample.
     pub init_noise_sigma: f32,
 }
 
@@ -245,7 +245,7 @@ impl Schedule {
     }
 }
 
-/// What the families compute their coefficients from.
+/// The numbers from which each family of samplers computes its coefficients.
 struct Setup<'a> {
     config: &'a SchedulerConfig,
     sampler: Sampler,
@@ -284,7 +284,7 @@ impl Setup<'_> {
     }
 }
 
-/// What a running sampler keeps from step to step, for one image.
+/// The state that a running sampler keeps from step to step, for one image.
 #[derive(Debug, Clone)]
 pub struct SamplerState {
     saved: Vec<f32>,

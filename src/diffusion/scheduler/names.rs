@@ -1,4 +1,4 @@
-//! What samplers and spacings are called.
+//! The names of samplers and spacings.
 
 use std::fmt;
 use std::str::FromStr;
@@ -157,7 +157,7 @@ impl FromStr for Spacing {
     }
 }
 
-/// What the user chose; `None` leaves it to the checkpoint.
+/// The user's choice; `None` leaves it to the checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct SamplerChoice {
     /// Another sampler than the checkpoint's own.

@@ -203,7 +203,7 @@ pub(super) struct Timesteps {
 }
 
 impl Timesteps {
-    /// Whole but for `Linspace`.
+    /// Whole except for `Linspace`.
     pub fn list(&self) -> Vec<f64> {
         let points = self.steps + self.skip_zero as usize;
         let rising = (self.skip_zero as usize..points).rev();

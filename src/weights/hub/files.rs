@@ -45,7 +45,7 @@ pub(super) fn is_complete(snapshot: &Path) -> bool {
         })
 }
 
-/// Whether all shards of the weights are among the names.
+/// True if all shards of the weights are among the names.
 fn has_weights<'a>(names: impl Iterator<Item = &'a str>, stem: &str, variant: &str) -> bool {
     let shards: BTreeSet<(usize, usize)> = names.filter_map(|name| shard(name, stem, variant)).collect();
     shards.iter().any(|&(_, count)| shards.iter().filter(|shard| shard.1 == count).count() == count)
@@ -148,7 +148,7 @@ pub(super) fn select(listing: Listing, name: &str) -> Result<Vec<RemoteFile>> {
     Ok(files)
 }
 
-/// Whether this may be one component of a path in the cache and of a URL.
+/// True if this may be one component of a path in the cache and of a URL.
 pub(super) fn is_plain(part: &str) -> bool {
     !part.is_empty()
         && !part.starts_with(['.', '-'])

@@ -1,4 +1,4 @@
-//! What a single file leaves unsaid: the configurations of its networks, from their tensors' shapes and, where these
+//! The configurations of a single file's networks, from their tensors' shapes and, where these
 //! cannot tell, from what all checkpoints of a family have in common.
 
 use super::super::tensors::Tensors;

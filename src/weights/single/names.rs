@@ -9,8 +9,8 @@ pub(super) fn unet(original: &Tensors) -> Result<Tensors> {
     original.renamed(|name| vec![(blocks.rename(name).unwrap_or_else(|| name.into()), Part::Whole)])
 }
 
-/// The level and layer that each block stands for. The original counts the blocks of the way down in one row, each
-/// level's downsampler after its layers, and those of the way up in another, upsamplers within a level's last.
+/// The level and layer that each block stands for. The original counts the blocks of the down half in one row, each
+/// level's downsampler after its layers, and those of the up half in another, upsamplers within a level's last.
 struct Blocks {
     down: Vec<(usize, usize)>,
     up: Vec<(usize, usize)>,
@@ -81,7 +81,7 @@ fn resnet(rest: &[&str]) -> Option<String> {
 
 /// CompVis' autoencoder. Names of other networks stay; what is left of its training is dropped.
 pub(super) fn vae(original: &Tensors) -> Result<Tensors> {
-    // The way up counts levels from the finest.
+    // The up half counts levels from the finest.
     let levels = (0..).take_while(|i| original.has(&format!("decoder.up.{i}.block.0.conv1.weight"))).count();
     let rename = |name: &str| {
         let parts: Vec<&str> = name.split('.').collect();

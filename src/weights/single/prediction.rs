@@ -1,10 +1,10 @@
-//! What the UNet of a single file was trained to predict: the shapes of its tensors do not tell.
+//! The prediction type of a single file's UNet, which the shapes of its tensors do not show.
 
 use super::super::tensors::Tensors;
 use super::configs::Family;
 use crate::Result;
 
-/// What a UNet predicts.
+/// The quantity that a UNet predicts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Prediction {
     Epsilon,
