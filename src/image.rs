@@ -157,7 +157,7 @@ pub struct GenerationInfo {
     pub steps: usize,
     /// Name of the sampler, such as `DPM++ 2M`.
     pub sampler: String,
-    /// How the sampler spaces its noise levels, such as `Karras`.
+    /// How the sampler spaces its noise levels, by A1111's name, such as `Karras`; `Automatic` is leading, or none.
     pub spacing: String,
     /// Classifier-free guidance scale.
     pub guidance: f32,

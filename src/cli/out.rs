@@ -163,8 +163,9 @@ fn encode(picture: &Picture, format: Format, info: &GenerationInfo) -> Result<Ve
             let mut encoder = jpeg_encoder::Encoder::new(&mut bytes, 95);
             encoder.set_sampling_factor(jpeg_encoder::SamplingFactor::F_1_1);
             let segment = [b"Exif\0\0", &exif(&parameters)[..]].concat();
-            // A segment holds 64 KiB: longer parameters are left out.
-            let _ = encoder.add_app_segment(1, segment);
+            if encoder.add_app_segment(1, segment).is_err() {
+                super::warn("the picture's parameters are longer than the 64 KiB that JPEG has room for, and left out");
+            }
             let encoded = encoder.encode(&picture.rgb, width, height, jpeg_encoder::ColorType::Rgb);
             encoded.map_err(|problem| refused(format!("the picture cannot be written as JPEG: {problem}")))?;
         }
