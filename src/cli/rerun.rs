@@ -32,7 +32,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<()> {
     let path = &args.picture;
     let before = std::fs::read(path).map_err(Error::io("read", path))?;
-    let mut info = read(path)?;
+    let info = read(path)?;
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let again = args.out.clone().unwrap_or_else(|| path.with_file_name(format!("{stem}-again.png")));
     check_writable(&again)?;
@@ -67,11 +67,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
     shown.finish();
     let output = output?;
     let picture = output.pictures.first().ok_or_else(|| Error::internal("a run without a picture"))?;
-    (info.version, info.device) = (env!("CARGO_PKG_VERSION").into(), Some(engine.device().name()));
-    out::save(picture, &again, &info)?;
+    // A file of equal pixels and an equal record has equal bytes.
+    let same = out::png(picture, &info)? == before;
+    let (version, device) = (env!("CARGO_PKG_VERSION").into(), Some(engine.device().name()));
+    out::save(picture, &again, &GenerationInfo { version, device, ..info })?;
     say(&again.display().to_string());
-    match out::png(picture, &info)? == before {
-        true => tell("the same bytes"),
+    match same {
+        true => tell("the same picture, to the last bit"),
         false => warn("the picture differs; the device, this version or the picture's own file have changed"),
     }
     Ok(())
