@@ -94,7 +94,7 @@ fn progress_is_told_where_there_is_no_terminal() {
     use std::io::BufRead;
     let folder = tempfile::tempdir().unwrap();
     let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
-        .args(["sample", "a cook", "--sampler", "PNDM", "--steps", "900", "--batch", "16", "--out", "x.png"])
+        .args(["sample", "a cook", "--device", "cpu", "--sampler", "PNDM", "--steps", "900", "--batch", "16"])
         .current_dir(folder.path())
         .stderr(std::process::Stdio::piped())
         .spawn()

@@ -31,7 +31,7 @@ fn prompts_and_flags_are_as_people_write_them() {
     let folder = tempfile::tempdir().unwrap();
     assert!(respodiff(folder.path(), &["sample", "--prompt=-1 cook", "--seed", "-1", "--steps", "1"]).status.success());
     let printed = |args: &[&str]| {
-        let output = respodiff(folder.path(), &[&["sample"], args, &["--steps", "2", "-q", "-o", "-"]].concat());
+        let output = respodiff(folder.path(), &[&["sample", "--steps", "2", "-q", "-o", "-"][..], args].concat());
         assert!(output.status.success(), "{}", text(&output.stderr));
         output.stdout
     };
