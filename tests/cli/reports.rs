@@ -2,8 +2,6 @@
 
 use super::{respodiff, text};
 use crate::support;
-use std::path::Path;
-use std::process::Command;
 
 #[test]
 fn info_tells_components_and_memory() {
