@@ -127,7 +127,7 @@ fn runs_resume_and_merge() {
     let output = respodiff(path, args);
     assert!(output.status.success(), "{}", text(&output));
     let manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(path.join("s-0.json")).unwrap()).unwrap();
-    let women = manifest.as_array().unwrap().iter().filter(|m| m["info"]["concepts"][0][0] == "woman").count();
+    let women = manifest.as_array().unwrap().iter().filter(|m| m["info"]["concepts"][0]["name"] == "woman").count();
     assert_eq!((manifest.as_array().unwrap().len(), women), (4, 2), "{manifest}");
     let tags = respodiff::image::read_png_text(&path.join("s-1.png")).unwrap();
     assert!(tags.iter().any(|(k, v)| k == "parameters" && v.contains("Concepts: ")), "{tags:?}");
