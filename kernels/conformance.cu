@@ -17,6 +17,11 @@ KERNEL conformance_exp2_approx(const __grid_constant__ ConformanceParams p) {
 }
 EXPORT(conformance_exp2_approx)
 
+KERNEL conformance_rcp_approx(const __grid_constant__ ConformanceParams p) {
+    p.out[threadIdx.x] = __float_as_int(rcp_approx(__int_as_float(p.input[threadIdx.x])));
+}
+EXPORT(conformance_rcp_approx)
+
 // Converts single numbers, then each number and its neighbour as a pair.
 KERNEL conformance_to_half(const __grid_constant__ ConformanceParams p) {
     uint32_t lane = threadIdx.x;

@@ -315,14 +315,29 @@ template <class T> __device__ __forceinline__ void conv(const ConvParams& p) {
             *reinterpret_cast<float2*>(at + 8 * PITCH) = make_float2(sums[i][j][2], sums[i][j][3]);
         }
     __syncthreads();
+    // A thread has eight channels of a row at a time, and loads what the epilogue reads for two of these before it uses
+    // either: one by one, waiting for memory was most of the time of a product whose depth is small.
+    constexpr int AHEAD = ROWS * COLUMNS / 8 > THREADS ? 2 : 1;
     const bool gated = p.after.activation == GEGLU;
     const int group = gated ? 16 : 8, groups = COLUMNS / group;
-    for (int i = thread; i < ROWS * groups; i += THREADS) {
-        const int row = place.row + i / groups, column = place.column + i % groups * group;
-        if (row >= p.rows || column >= p.columns) continue;
-        float x[8], gate[8] = {};
-        read_sums(tile + i / groups * PITCH + i % groups * group, gated, x, gate);
-        finish(p.after, x, gate, result_row(p, row, place.phase), gated ? column / 2 : column);
+    for (int i = thread; i < ROWS * groups; i += AHEAD * THREADS) {
+        EpilogueOperands operands[AHEAD];
+        int rows[AHEAD], channels[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const int at = i + j * THREADS, row = place.row + at / groups, column = place.column + at % groups * group;
+            const bool in = at < ROWS * groups && row < p.rows && column < p.columns;
+            rows[j] = in ? result_row(p, row, place.phase) : -1, channels[j] = gated ? column / 2 : column;
+            if (in) load_operands(p.after, rows[j], channels[j], operands[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            if (rows[j] < 0) continue;
+            const int at = i + j * THREADS;
+            float x[8], gate[8] = {};
+            read_sums(tile + at / groups * PITCH + at % groups * group, gated, x, gate);
+            finish(p.after, operands[j], x, gate, rows[j], channels[j]);
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-// Convolutions of stride 1 and linear layers for sm_90a: the implicit GEMM of conv.cu, with tiles that are loaded by
+// Convolutions and linear layers for sm_90a: the implicit GEMM of conv.cu, with tiles that are loaded by
 // TMA and multiplied by wgmma. The kernels are empty for other architectures, which use conv.cu.
 //
 // A tile is a rectangle of pixels, 128 in all, by COLUMNS output channels. A block has three warpgroups. One thread of
@@ -21,6 +21,9 @@
 //
 // Bound: the tensor cores from 160 columns on (2048 multiply-adds per cycle and multiprocessor), L2 below. Measured on
 // an H200: 600 to 730 TFLOP/s for 3x3 convolutions with 45 stages and more, 715 TFLOP/s for 8192 x 8192 x 8192.
+//
+// A convolution of stride 2 reads, for each tap, the pixels of one parity of row and column: four tensor maps, whose
+// pixels are two apart in the source.
 //
 // A resnet's 1x1 shortcut convolution, whose result is added to that of the second convolution, is computed as more
 // depth of that second convolution, with two tensor maps and a weight of its own: its result is neither written nor
@@ -86,8 +89,12 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
             uint32_t full = shared + T::FULL + 8 * slot, to = shared + slot * T::STAGE;
             if (step < stages) {
                 bool second = block >= p.blocks[0];
-                int channel = (second ? block - p.blocks[0] : block) * STEP;
-                tma_load_4d(to, &p.sources[second], full, channel, at.x + kx - pad_x, at.y + ky - pad_y, at.image);
+                int source = second, channel = (second ? block - p.blocks[0] : block) * STEP;
+                int x = kx - pad_x, y = ky - pad_y;
+                // Where the result has half the size, the rows of a tap are every second one of the source, and so are
+                // the columns: each parity of them is a map of its own.
+                if (p.halved) source = (y & 1) * 2 + (x & 1), x >>= 1, y >>= 1;
+                tma_load_4d(to, &p.sources[source], full, channel, at.x + x, at.y + y, at.image);
                 if (++block == blocks) {
                     block = 0;
                     if (++kx == p.kernel) kx = 0, ky++;
@@ -105,7 +112,8 @@ template <class T> PTX_FN void produce(const ConvHopperParams& p, uint32_t share
 
 // A consumer warpgroup: multiplies all stages of its tiles, and stores their results.
 template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t shared) {
-    int units = p.tiles_down * p.tiles_across * p.splits;
+    // The depth of ping-pong tiles is never split.
+    int splits = T::PINGPONG ? 1 : p.splits, units = p.tiles_down * p.tiles_across * splits;
     int stages = (p.blocks[0] + p.blocks[1]) * p.kernel * p.kernel + p.added_blocks[0] + p.added_blocks[1];
     int group = threadIdx.x / 128, lane = threadIdx.x % 32;
     bool stores = threadIdx.x % 128 == 0;
@@ -125,9 +133,9 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
     float d[T::HALVES][T::COLUMNS / 2];
     int unit = blockIdx.x + (T::PINGPONG ? group * gridDim.x : 0);
     for (; unit < units; unit += gridDim.x * T::HALVES) {
-        int tile = unit / p.splits, split = unit % p.splits;
+        int tile = unit / splits, split = unit % splits;
         Place at = place_of<T>(p, tile);
-        int count = min(p.steps, stages - split * p.steps), previous = 0;
+        int count = T::PINGPONG ? stages : min(p.steps, stages - split * p.steps), previous = 0;
         if (T::PINGPONG) named_bar_sync(4 + group, CONSUMERS);
         for (int step = 0; step < count; step++) {
             mbar_wait(shared + T::FULL + 8 * slot, parity);
@@ -145,7 +153,7 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
             // While these products are in flight, wait until the last store has read the staging buffer and fetch the
             // residual into it. With split-K only the last block stores, and it fetches the residual once it knows that
             // it is the last.
-            if (step == min(1, count - 1) && p.splits == 1) {
+            if (step == min(1, count - 1) && splits == 1) {
                 if (stores) prepare_staging<T>(p, at, shared, T::PINGPONG ? 0 : group);
                 // wgmma needs converged warps: wait for the thread that stored and fetched.
                 __syncwarp();
@@ -165,8 +173,8 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
         if (lane == 0) mbar_arrive(shared + T::EMPTY + 8 * previous);
         bool last = true;
         if constexpr (!T::PINGPONG) {
-            if (p.splits > 1) {
-                last = add_splits<T::COLUMNS / 8>(d[0], p.partial, p.counters, tile, p.splits, split,
+            if (splits > 1) {
+                last = add_splits<T::COLUMNS / 8>(d[0], p.partial, p.counters, tile, splits, split,
                                                   dyn_smem() + T::TICKET);
                 if (last && stores) prepare_staging<T>(p, at, shared, group);
             }
@@ -174,10 +182,15 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
         mbar_wait(shared + T::OPERANDS_FULL + 8 * operands_slot, operands_parity);
         auto operands = reinterpret_cast<const float2*>(dyn_smem() + T::OPERANDS + operands_slot * T::OPERANDS_BYTES);
         if (last) {
-#pragma unroll
+            // Not unrolled, since the code of each iteration takes longer to fetch than to execute.
+#pragma unroll 1
             for (int half = 0; half < T::HALVES; half++) {
-                if (half == 1 && stores) prepare_staging<T>(p, at, shared, half);
-                store_tile<T>(p, d[half], at, T::PINGPONG ? half : group, operands, shared, residual_parity);
+                if (half == 1) {
+                    if (stores) prepare_staging<T>(p, at, shared, half);
+#pragma unroll
+                    for (int i = 0; i < T::COLUMNS / 2; i++) d[0][i] = d[T::HALVES - 1][i];
+                }
+                store_tile<T>(p, d[0], at, T::PINGPONG ? half : group, operands, shared, residual_parity);
                 residual_parity ^= 1;
             }
         }

@@ -4,8 +4,9 @@
 #include "splits.cuh"
 
 struct ConvHopperParams {
-    // {channels, width, height, images}, in boxes of 64 channels by the rectangle.
-    CUtensorMap sources[2];
+    // {channels, width, height, images}, in boxes of 64 channels by the rectangle: the source and the one concatenated
+    // to it, or, for a result of half the size, the source's pixels by 2 * row parity + column parity.
+    CUtensorMap sources[4];
     // {depth, phases * columns}, in boxes of 64 by COLUMNS. With GEGLU, where rows alternate between values and gates,
     // it is {depth, value or gate, channels}, in boxes of 64 by 1 by COLUMNS / 2.
     CUtensorMap weight;
@@ -39,12 +40,13 @@ struct ConvHopperParams {
     int32_t unit_pixels, unit_channels, pixel_units;  // of `moments`
     int32_t source_units;  // per row, in `source_moments`
     float source_eps;  // epsilon of the folded layer norm
-    int32_t padding[7];
+    int32_t halved;  // 1 if the result has half the source's height and width, else 0
+    int32_t padding[6];
 };
 LAYOUT(ConvHopperParams, sources, weight, out, residual, added_sources, added_weight, after, partial, counters, moments,
        added_bias, source_moments, height, width, images, log_width, log_height, across_image, down_image, tiles_down,
        tiles_across, columns, tiles_of_columns, blocks, added_blocks, kernel, splits, steps, unit_pixels, unit_channels,
-       pixel_units, source_units, source_eps, padding)
+       pixel_units, source_units, source_eps, halved, padding)
 
 namespace conv_hopper {
 
@@ -68,7 +70,7 @@ template <int COLUMNS_, int STAGES_, bool GATED_, bool PINGPONG_> struct Tile {
     static constexpr int BOX = OUT % 64 == 0 ? 64 : OUT % 32 == 0 ? 32 : 16, SPAN = BOX * 2, BOXES = OUT / BOX;
     static constexpr int HALF_BYTES = 64 * OUT * 2;
     // Offsets in shared memory. Operands are kept for two tiles, each with those of the columns, then those of the
-    // rows.
+    // rows: two numbers for each.
     static constexpr int STAGING = STAGES * STAGE, BARRIERS = STAGING + 2 * HALF_BYTES;
     static constexpr int FULL = BARRIERS, EMPTY = FULL + 8 * STAGES, RESIDUAL_FULL = EMPTY + 8 * STAGES;
     static constexpr int OPERANDS_FULL = RESIDUAL_FULL + 16, OPERANDS_EMPTY = OPERANDS_FULL + 16;

@@ -4,6 +4,9 @@
 // numbers per column and two per row. Without that, everything would wait for memory at the end of a tile, which takes
 // as long as 20 stages.
 //
+// Accumulators are registers, so that loops over them are unrolled: code that each warp executes once per tile and that
+// takes some five cycles per instruction to fetch. Few instructions per accumulator matter more than anything else here.
+//
 // Where group norms read the result, the epilogue computes its moments from the staging buffer: 40 loads of 4 bytes per
 // thread for units of 10 channels, some 400 cycles per tile, in place of a kernel that reads the whole result again.
 //
@@ -17,43 +20,61 @@
 
 namespace conv_hopper {
 
-// The epilogue's operands for a column: S of a folded layer norm, by which the row's mean is multiplied and subtracted,
-// and what is added to the column: T of the layer norm and the bias.
+// The epilogue's operands for a column. If the product normalises its rows: S, by which the row's mean is multiplied and
+// subtracted, and T plus bias, which is added. Otherwise: the numbers that are added in either half of the tile, which
+// differ if they are of different images.
 template <class T> PTX_FN float2 column_operands(const ConvHopperParams& p, const Place& at, int column) {
     const Epilogue& e = p.after;
-    int part = column / T::OUT, channel = at.column / (T::GATED ? 2 : 1) + column % T::OUT;
-    if (channel >= e.channels) return {};
+    // Columns beyond the last channel repeat it; TMA does not store them.
+    int part = column / T::OUT, channel = min(at.column / (T::GATED ? 2 : 1) + column % T::OUT, e.channels - 1);
+    float bias = e.bias ? e.bias[part * e.channels + channel] : 0.0f;
+    if (p.added_bias) bias += p.added_bias[channel];
     // With GEGLU, the S and T of a value and of its gate are adjacent, whereas the biases of all gates follow those of
     // all values.
     float2 folded = e.folded ? e.folded[T::GATED ? 2 * channel + part : channel] : float2{};
-    float bias = e.bias ? e.bias[part * e.channels + channel] : 0.0f;
-    if (p.added_bias) bias += p.added_bias[channel];
-    return {folded.x, fmaf(e.gain, folded.y, e.bias_gain * bias)};
+    float added = fmaf(e.gain, folded.y, e.bias_gain * bias);
+    if (p.source_moments) return {folded.x, added};
+    if (!e.per_image) return {added, added};
+    auto of_image = [&](int half) {
+        int image = min(half_of(p, at, half).image, p.images - 1);
+        return __half2float(e.per_image[int64_t(image) * e.per_image_width + channel]);
+    };
+    return {added + of_image(0), added + of_image(1)};
 }
 
-// The epilogue's operands for a row: the mean that a folded layer norm subtracts, and the factor, gain over deviation.
-// They are merged from the moments of the row's units in one pass, eight loads at a time. Squares are taken about the
-// mean of the first unit, which is one of those summed, as in group_norm.cu.
-PTX_FN float2 row_operands(const ConvHopperParams& p, int row) {
-    constexpr int IN_FLIGHT = 8;
-    if (!p.source_moments || row >= p.width) return {0.0f, p.after.gain};
-    const float2* units = p.source_moments + int64_t(row) * p.source_units;
-    float pivot = 0.0f, sum = 0.0f, between = 0.0f, within = 0.0f;
+// The epilogue's operands for rows that the product normalises: the mean, which is subtracted, and the factor, gain over
+// deviation. They are merged from the moments of the rows' units in one pass, with eight loads in flight. Squares are
+// taken about the mean of the first unit, which is one of those summed, as in group_norm.cu.
+template <int N> PTX_FN void row_operands(const ConvHopperParams& p, const int (&rows)[N], float2 (&operands)[N]) {
+    constexpr int IN_FLIGHT = 8 / N;
+    float pivot[N] = {}, sum[N] = {}, between[N] = {}, within[N] = {};
     for (int first = 0; first < p.source_units; first += IN_FLIGHT) {
-        float2 unit[IN_FLIGHT];
+        float2 unit[N][IN_FLIGHT];
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) unit[i] = first + i < p.source_units ? units[first + i] : float2{};
-        if (first == 0) pivot = unit[0].x;
+        for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) {
-            float off = first + i < p.source_units ? unit[i].x - pivot : 0.0f;
-            sum += off, between = fmaf(off, off, between), within += unit[i].y;
+            for (int i = 0; i < IN_FLIGHT; i++)
+                unit[n][i] = first + i < p.source_units
+                                 ? p.source_moments[int64_t(rows[n]) * p.source_units + first + i]
+                                 : float2{};
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            if (first == 0) pivot[n] = unit[n][0].x;
+#pragma unroll
+            for (int i = 0; i < IN_FLIGHT; i++) {
+                float off = first + i < p.source_units ? unit[n][i].x - pivot[n] : 0.0f;
+                sum[n] += off, between[n] = fmaf(off, off, between[n]), within[n] += unit[n][i].y;
+            }
         }
     }
-    float count = float(p.source_units), mean = sum / count;
-    // `within` sums over all channels of all units, which make up the row.
-    float variance = within / float(p.blocks[0] * STEP) + fmaxf(between / count - mean * mean, 0.0f);
-    return {pivot + mean, p.after.gain * rsqrtf(variance + p.source_eps)};
+    float count = float(p.source_units);
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float mean = sum[n] / count;
+        // `within` sums over all channels of all units, which make up the row.
+        float variance = within[n] / float(p.blocks[0] * STEP) + fmaxf(between[n] / count - mean * mean, 0.0f);
+        operands[n] = {pivot[n] + mean, p.after.gain * rsqrtf(variance + p.source_eps)};
+    }
 }
 
 // The helper threads: they prefetch what the epilogues of the block's tiles need from memory, one or two tiles ahead.
@@ -69,45 +90,69 @@ template <class T> PTX_FN void prepare_operands(const ConvHopperParams& p, uint3
     int slot = 0, parity = 1;
     for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
         Place at = place_of<T>(p, unit / p.splits);
-        float2* columns = reinterpret_cast<float2*>(dyn_smem() + T::OPERANDS + slot * T::OPERANDS_BYTES);
+        // All numbers of the columns are loaded before the first is used, and so are those of a thread's rows.
+        constexpr int OF_COLUMNS = (T::COLUMNS + HELPERS - 1) / HELPERS, OF_ROWS = (ROWS + HELPERS - 1) / HELPERS;
+        float2 of_columns[OF_COLUMNS], of_rows[OF_ROWS];
+#pragma unroll
+        for (int i = 0; i < OF_COLUMNS; i++) of_columns[i] = column_operands<T>(p, at, min(thread + i * HELPERS, T::COLUMNS - 1));
+        if (p.source_moments) {
+            int rows[OF_ROWS];
+#pragma unroll
+            for (int i = 0; i < OF_ROWS; i++) rows[i] = min(at.x + min(thread + i * HELPERS, ROWS - 1), p.width - 1);
+            row_operands(p, rows, of_rows);
+        }
+        float2* operands = reinterpret_cast<float2*>(dyn_smem() + T::OPERANDS + slot * T::OPERANDS_BYTES);
         mbar_wait(shared + T::OPERANDS_EMPTY + 8 * slot, parity);
-        for (int i = thread; i < T::COLUMNS; i += HELPERS) columns[i] = column_operands<T>(p, at, i);
-        for (int i = thread; i < ROWS; i += HELPERS) columns[T::COLUMNS + i] = row_operands(p, at.x + i);
+#pragma unroll
+        for (int i = 0; i < OF_COLUMNS; i++) {
+            int column = thread + i * HELPERS;
+            if (column >= T::COLUMNS) break;
+            if (p.source_moments) {
+                operands[column] = of_columns[i];
+            } else {
+                float* added = reinterpret_cast<float*>(operands);
+                added[column] = of_columns[i].x, added[T::COLUMNS + column] = of_columns[i].y;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < OF_ROWS; i++)
+            if (p.source_moments && thread + i * HELPERS < ROWS)
+                operands[T::COLUMNS + thread + i * HELPERS] = of_rows[i];
         mbar_arrive(shared + T::OPERANDS_FULL + 8 * slot);
         slot ^= 1;
         if (slot == 0) parity ^= 1;
     }
 }
 
-// Bias and folded layer norm: sums become (sum - mean S) gain / deviation + T + bias.
+// Gain, bias and per-image rows: sums become gain * sum + what is added to the columns of the tile's half. If the product
+// normalises its rows, they become (sum - mean S) gain / deviation + T + bias. `upper` is the thread's upper row.
 template <class T>
-PTX_FN void add_operands(float (&d)[T::COLUMNS / 2], const float2* columns, const float2 (&rows)[2]) {
+PTX_FN void add_operands(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const float2* operands, int half,
+                         int upper) {
+    int first = threadIdx.x % 4 * 2;
+    if (p.source_moments) {
+        const float2 rows[2] = {operands[T::COLUMNS + upper], operands[T::COLUMNS + upper + 8]};
 #pragma unroll
-    for (int chunk = 0; chunk < T::COLUMNS / 8; chunk++) {
-        float4 pair = *reinterpret_cast<const float4*>(columns + chunk * 8 + threadIdx.x % 4 * 2);
+        for (int chunk = 0; chunk < T::COLUMNS / 8; chunk++) {
+            float4 pair = *reinterpret_cast<const float4*>(operands + chunk * 8 + first);
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float* sums = d + chunk * 4 + h * 2;
-            sums[0] = fmaf(fmaf(-rows[h].x, pair.x, sums[0]), rows[h].y, pair.y);
-            sums[1] = fmaf(fmaf(-rows[h].x, pair.z, sums[1]), rows[h].y, pair.w);
+            for (int h = 0; h < 2; h++) {
+                float* sums = d + chunk * 4 + h * 2;
+                sums[0] = fmaf(fmaf(-rows[h].x, pair.x, sums[0]), rows[h].y, pair.y);
+                sums[1] = fmaf(fmaf(-rows[h].x, pair.z, sums[1]), rows[h].y, pair.w);
+            }
         }
-    }
-}
-
-// Adds the per-image rows for a thread's two pixels, which are eight rows of the tile apart.
-template <class T>
-PTX_FN void add_per_image(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at, int row, int first) {
+    } else {
+        const float* added = reinterpret_cast<const float*>(operands) + half * T::COLUMNS + first;
+        float gain = p.after.gain;
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        // In a pointwise product all images are one image to TMA.
-        int image = max(pixel_of(p, at, row + 8 * h), 0) / p.after.pixels;
-        const __half* from = p.after.per_image + int64_t(image) * p.after.per_image_width + first;
+        for (int chunk = 0; chunk < T::COLUMNS / 8; chunk++) {
+            float2 pair = *reinterpret_cast<const float2*>(added + chunk * 8);
 #pragma unroll
-        for (int chunk = 0; chunk < T::CHUNKS; chunk++) {
-            float2 more = {};
-            if (first + chunk * 8 < p.after.channels)
-                more = __half22float2(*reinterpret_cast<const __half2*>(from + chunk * 8));
-            d[chunk * 4 + h * 2] += more.x, d[chunk * 4 + h * 2 + 1] += more.y;
+            for (int h = 0; h < 2; h++) {
+                float* sums = d + chunk * 4 + h * 2;
+                sums[0] = fmaf(sums[0], gain, pair.x), sums[1] = fmaf(sums[1], gain, pair.y);
+            }
         }
     }
 }
@@ -131,7 +176,7 @@ template <int SUMS> PTX_FN void activate(float (&d)[SUMS], int activation) {
 // residual into it.
 template <class T> PTX_FN void prepare_staging(const ConvHopperParams& p, const Place& at, uint32_t shared, int half) {
     tma_store_wait<0>();
-    if (!p.after.residual) return;
+    if (T::GATED || !p.after.residual) return;
     int group = threadIdx.x / 128;
     uint32_t staging = shared + T::STAGING + group * T::HALF_BYTES, full = shared + T::RESIDUAL_FULL + 8 * group;
     Place corner = half_of(p, at, half);
@@ -253,9 +298,8 @@ template <class T> PTX_FN void store_row_moments(const ConvHopperParams& p, cons
 }
 
 // Stores a warpgroup's half tile: from fragments through its staging buffer to the result. There is one short loop over
-// the accumulators for each thing that may follow the product: most products skip most of the loops, and what they
-// execute is 5 to 15 KB of code. All in one loop, they were 200 KB of branches, and fetching these instructions took
-// ten times as long as executing them.
+// the accumulators for each thing that may follow the product: most products skip most of the loops. All in one loop,
+// they were 200 KB of branches, and fetching these instructions took ten times as long as executing them.
 template <class T>
 PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const Place& at, int half,
                        const float2* operands, uint32_t shared, int residual_parity) {
@@ -266,9 +310,7 @@ PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], co
     int first = at.column / (T::GATED ? 2 : 1) + lane % 4 * 2;
     // The thread's rows are lane / 4 of the warp's 16 rows, and 8 below it.
     int upper = half * 64 + warp * 16 + lane / 4;
-    const float2 rows[2] = {operands[T::COLUMNS + upper], operands[T::COLUMNS + upper + 8]};
-    add_operands<T>(d, operands, rows);
-    if (!T::GATED && e.per_image) add_per_image<T>(p, d, at, upper, first);
+    add_operands<T>(p, d, operands, half, upper);
     if constexpr (T::GATED) {
 #pragma unroll
         for (int i = 0; i < T::COLUMNS / 4; i++) d[i] *= gelu(d[i + T::COLUMNS / 4]);
@@ -278,7 +320,7 @@ PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], co
 
     // Wait until the staging buffer is free: the storing thread has waited for its last store and, if there is a
     // residual, has fetched it into the buffer.
-    if (e.residual)
+    if (!T::GATED && e.residual)
         mbar_wait(shared + T::RESIDUAL_FULL + 8 * group, residual_parity);
     else
         named_bar_sync(1 + group, 128);
@@ -302,8 +344,10 @@ PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], co
             }
         }
     }
+    if (e.scale != 1.0f) {
 #pragma unroll
-    for (int i = 0; i < T::OUT / 2; i++) d[i] *= e.scale;
+        for (int i = 0; i < T::OUT / 2; i++) d[i] *= e.scale;
+    }
     if (!T::GATED && !T::PINGPONG && e.shifted) store_shifted<T>(p, d, at, upper, first);
 #pragma unroll
     for (int j = 0; j < T::OUT / 16; j++) {

@@ -2,7 +2,9 @@
 //
 // A block has a slab of channels (whole groups and, where vectors of eight are possible, whole 32-byte sectors: 160
 // bytes of a pixel for most layers) and a stretch of one image's pixels. A thread has a column of W channels and visits
-// every `thread_rows`-th pixel of it, with four loads of 16 bytes in flight.
+// every `thread_rows`-th pixel of it, with four loads of 16 bytes in flight. Most images are small, so that a kernel's
+// time is that of its loads which wait for each other: weights are loaded before the launches before have ended, and
+// the first pixels before their moments are merged.
 //
 // * group_norm_statistics: one read of the input; writes mean and sum of squared deviations of each group in the
 //   stretch, 8 bytes per group.
@@ -102,6 +104,7 @@ template <int W> struct Place {
         first = blockIdx.y * p.slab;
         channels = min(p.slab, p.channels - first);
         columns = channels / W;
+        // There are more columns than threads only where groups are wider than in any known network.
         thread_rows = max(THREADS / columns, 1);
         thread_row = threadIdx.x / columns;
         begin = blockIdx.x * p.stretch;
@@ -111,40 +114,64 @@ template <int W> struct Place {
         image = blockIdx.z;
     }
 
-    // Calls f(channel in the slab, column of the source) for each column of this thread: one, or several where there
-    // are more columns than threads.
-    template <class F> __device__ __forceinline__ void each_column(const GroupNormParams& p, F f) const {
-        if (thread_row >= thread_rows) return;
-        for (int column = threadIdx.x % columns; column < columns; column += THREADS) {
-            int channel = first + column * W;
-            bool skip = channel >= p.x_channels;
-            int stride = skip ? p.channels - p.x_channels : p.x_channels;
-            const __half* source = (skip ? p.skip : p.x) + image * p.pixels * stride;
-            f(column * W, Column{source + (skip ? channel - p.x_channels : channel), stride});
-        }
+    // This thread's first column, as its first channel in the slab. The next ones are THREADS * W channels further on.
+    __device__ __forceinline__ int first_column() const {
+        return thread_row < thread_rows ? threadIdx.x % columns * W : channels;
     }
 
-    // Calls f(pixel, channels of each of the given columns) for each pixel of this thread.
-    template <int N, class F> __device__ __forceinline__ void each_pixel(const Column (&from)[N], F f) const {
-        constexpr int STEP = AHEAD / N;
-        for (int pixel = begin + thread_row; pixel < end; pixel += STEP * thread_rows) {
-            Halves<W> ahead[STEP][N];
+    // The column of the source that begins at a channel of the slab.
+    __device__ __forceinline__ Column column_at(const GroupNormParams& p, int in_slab) const {
+        int channel = first + in_slab;
+        bool skip = channel >= p.x_channels;
+        int stride = skip ? p.channels - p.x_channels : p.x_channels;
+        const __half* source = (skip ? p.skip : p.x) + image * p.pixels * stride;
+        return {source + (skip ? channel - p.x_channels : channel), stride};
+    }
+
+    // Calls f(channel in the slab, column of the source) for each column of this thread.
+    template <class F> __device__ __forceinline__ void each_column(const GroupNormParams& p, F f) const {
+        for (int channel = first_column(); channel < channels; channel += THREADS * W) f(channel, column_at(p, channel));
+    }
+
+    // The channels of the given columns in the thread's next pixels.
+    template <int N> struct Pixels {
+        Halves<W> numbers[AHEAD / N][N];
+    };
+
+    // Loads those from `pixel` on.
+    template <int N> __device__ __forceinline__ Pixels<N> fetch(const Column (&from)[N], int pixel) const {
+        Pixels<N> pixels;
 #pragma unroll
-            for (int i = 0; i < STEP * N; i++) {
-                const Column& column = from[i % N];
-                if (pixel + i / N * thread_rows < end)
-                    ahead[i / N][i % N] =
-                        load_halves<W>(column.first + int64_t(pixel + i / N * thread_rows) * column.stride);
-            }
+        for (int i = 0; i < AHEAD / N * N; i++) {
+            const Column& column = from[i % N];
+            if (pixel + i / N * thread_rows < end)
+                pixels.numbers[i / N][i % N] =
+                    load_halves<W>(column.first + int64_t(pixel + i / N * thread_rows) * column.stride);
+        }
+        return pixels;
+    }
+
+    // Calls f(pixel, channels of each of the given columns) for each pixel of this thread, of which the first ones have
+    // been fetched.
+    template <int N, class F>
+    __device__ __forceinline__ void each_pixel(const Column (&from)[N], Pixels<N> fetched, F f) const {
+        constexpr int STEP = AHEAD / N;
+        for (int pixel = begin + thread_row; pixel < end;) {
 #pragma unroll
             for (int i = 0; i < STEP; i++) {
                 if (pixel + i * thread_rows >= end) break;
                 float x[N][W];
 #pragma unroll
-                for (int j = 0; j < N; j++) unpack(ahead[i][j], x[j]);
+                for (int j = 0; j < N; j++) unpack(fetched.numbers[i][j], x[j]);
                 f(pixel + i * thread_rows, x);
             }
+            pixel += STEP * thread_rows;
+            fetched = fetch(from, pixel);
         }
+    }
+
+    template <int N, class F> __device__ __forceinline__ void each_pixel(const Column (&from)[N], F f) const {
+        each_pixel(from, fetch(from, begin + thread_row), f);
     }
 
     // The number of pixels of a thread row.
@@ -201,13 +228,27 @@ __device__ __forceinline__ float2 mean_and_inverse(Moments m, float eps) {
     return make_float2(m.mean, rsqrtf(m.squares / m.count + eps));
 }
 
-// The norm of the slab's channels from `channel` on as x * scale + shift, given mean and inverse deviation of the
-// groups.
+// The norm of W channels as x * scale + shift.
+template <int W> struct Affine {
+    float scale[W], shift[W];
+};
+
+// Weight and bias of the slab's channels from `channel` on.
 template <int W>
-__device__ __forceinline__ void affine(const GroupNormParams& p, const Place<W>& place, const float2* groups,
-                                       int channel, float (&scale)[W], float (&shift)[W]) {
-    load_floats(p.weight + place.first + channel, scale);
-    load_floats(p.bias + place.first + channel, shift);
+__device__ __forceinline__ Affine<W> load_affine(const GroupNormParams& p, const Place<W>& place, int channel) {
+    Affine<W> a = {};
+    if (channel < place.channels) {
+        load_floats(p.weight + place.first + channel, a.scale);
+        load_floats(p.bias + place.first + channel, a.shift);
+    }
+    return a;
+}
+
+// Makes of weight and bias the whole norm, given mean and inverse deviation of the groups.
+template <int W>
+__device__ __forceinline__ void normalise(const GroupNormParams& p, const Place<W>& place, const float2* groups,
+                                          int channel, Affine<W>& a) {
+    float(&scale)[W] = a.scale, (&shift)[W] = a.shift;
 #pragma unroll
     for (int j = 0; j < W; j++) {
         float2 group = groups[(channel + j) / p.per_group];
@@ -223,23 +264,40 @@ __device__ __forceinline__ void affine(const GroupNormParams& p, const Place<W>&
     }
 }
 
-// Normalises the block's stretch and writes it.
+// What a thread loads for a column, early: weight and bias before it waits for other launches, and its first pixels.
+template <int W> struct Loaded {
+    Affine<W> affine;
+    typename Place<W>::template Pixels<1> pixels;
+
+    __device__ __forceinline__ void weights(const GroupNormParams& p, const Place<W>& place, int channel) {
+        affine = load_affine(p, place, channel);
+    }
+    __device__ __forceinline__ void first_pixels(const GroupNormParams& p, const Place<W>& place, int channel) {
+        if (channel < place.channels)
+            pixels = place.fetch({place.column_at(p, channel)}, place.begin + place.thread_row);
+    }
+};
+
+// Normalises the block's stretch and writes it. `loaded` belongs to the thread's first column.
 template <int W>
-__device__ __forceinline__ void apply(const GroupNormParams& p, const Place<W>& place, const float2* groups) {
-    place.each_column(p, [&](int channel, Column from) {
-        float scale[W], shift[W];
-        affine(p, place, groups, channel, scale, shift);
+__device__ __forceinline__ void apply(const GroupNormParams& p, const Place<W>& place, const float2* groups,
+                                      Loaded<W>& loaded) {
+    for (int channel = place.first_column(); channel < place.channels;) {
+        normalise(p, place, groups, channel, loaded.affine);
         __half* out = p.out + place.image * p.pixels * p.channels + place.first + channel;
-        place.each_pixel({from}, [&](int pixel, const float(&x)[1][W]) {
+        place.each_pixel({place.column_at(p, channel)}, loaded.pixels, [&](int pixel, const float(&x)[1][W]) {
             float y[W];
 #pragma unroll
             for (int j = 0; j < W; j++) {
-                y[j] = x[0][j] * scale[j] + shift[j];
+                y[j] = x[0][j] * loaded.affine.scale[j] + loaded.affine.shift[j];
                 if (p.silu) y[j] = silu(y[j]);
             }
             store_halves(out + int64_t(pixel) * p.channels, y);
         });
-    });
+        channel += THREADS * W;
+        loaded.weights(p, place, channel);
+        loaded.first_pixels(p, place, channel);
+    }
 }
 
 template <int W> __device__ __forceinline__ void statistics_kernel(const GroupNormParams& p) {
@@ -253,11 +311,16 @@ template <int W> __device__ __forceinline__ void statistics_kernel(const GroupNo
     });
 }
 
-// Calls f(count, mean, squared deviations) for this lane's share of a group's units, in units of pixels first..last.
-template <class F>
-__device__ __forceinline__ void each_unit(const GroupNormParams& p, int64_t image, int group, int first, int last,
-                                          F f) {
+// The moments of the `count` numbers of a group in units of pixels first..last, merged by LANES lanes. One pass, since
+// each lane's loads are then independent: squares are taken about the mean of the first unit, as above.
+template <int LANES>
+__device__ __forceinline__ Moments merge_units(const GroupNormParams& p, int64_t image, int group, int first, int last,
+                                               float count) {
     int across = last - first;
+    // A unit's pixels are as many as those of all others, except for the last one of an image.
+    bool even = p.pixels % p.unit_pixels == 0;
+    float pivot = 0.0f, sum = 0.0f, between = 0.0f, within = 0.0f;
+    bool any = false;
 #pragma unroll
     for (int s = 0; s < 2; s++) {
         // The channels that these moments cover, and those of them that belong to the group.
@@ -266,13 +329,20 @@ __device__ __forceinline__ void each_unit(const GroupNormParams& p, int64_t imag
         if (begin >= end) continue;
         const float2* units = p.moments[s] + (image * width + begin - base) / p.unit_channels[s] * p.pixel_units;
         int all = (end - begin) / p.unit_channels[s] * across;
-        for (int i = threadIdx.x % 32; i < all; i += 32) {
-            int pixels = first + i % across;
-            float2 unit = units[i / across * p.pixel_units + pixels];
-            int count = min(p.unit_pixels, p.pixels - pixels * p.unit_pixels) * p.unit_channels[s];
-            f(float(count), unit.x, unit.y);
+        if (!any) pivot = units[first].x, any = true;
+#pragma unroll 4
+        for (int i = threadIdx.x % LANES; i < all; i += LANES) {
+            // Between two lines of units are those of other pixels, if there are any.
+            float2 unit = units[first + i + i / across * (p.pixel_units - across)];
+            float n = p.unit_pixels * p.unit_channels[s];
+            if (!even) n = min(p.unit_pixels, p.pixels - (first + i % across) * p.unit_pixels) * p.unit_channels[s];
+            float off = unit.x - pivot;
+            sum = fmaf(n, off, sum), between = fmaf(n * off, off, between), within += unit.y;
         }
     }
+    sum = lanes_sum<LANES>(sum), between = lanes_sum<LANES>(between), within = lanes_sum<LANES>(within);
+    float mean = sum / count;
+    return {count, pivot + mean, within + fmaxf(between - sum * mean, 0.0f)};
 }
 
 // One warp per group: merges the moments of an image into `gridDim.x` parts.
@@ -284,53 +354,63 @@ KERNEL __launch_bounds__(THREADS) group_norm_merge(const __grid_constant__ Group
     int each = (p.pixel_units + gridDim.x - 1) / gridDim.x, first = blockIdx.x * each;
     int last = min(first + each, p.pixel_units);
     int pixels = min(last * p.unit_pixels, p.pixels) - first * p.unit_pixels;
-    Moments total = warp_moments(float(pixels) * p.per_group,
-                                 [&](auto part) { each_unit(p, blockIdx.z, group, first, last, part); });
+    Moments total = merge_units<32>(p, blockIdx.z, group, first, last, float(pixels) * p.per_group);
     if (threadIdx.x % 32 == 0)
         p.partials[(int64_t(blockIdx.z) * groups + group) * gridDim.x + blockIdx.x] =
             make_float2(total.mean, total.squares);
 }
 EXPORT(group_norm_merge)
 
-// Computes mean and inverse deviation of the slab's groups from moments.
+// Computes mean and inverse deviation of the slab's groups from moments. Half a warp has a group, so that most slabs'
+// groups, 16 of them, take one pass.
 template <int W>
 __device__ __forceinline__ void merge_moments(const GroupNormParams& p, const Place<W>& place, float2* groups) {
-    for (int group = threadIdx.x / 32; group < place.channels / p.per_group; group += THREADS / 32) {
-        Moments total = warp_moments(float(p.pixels) * p.per_group, [&](auto part) {
-            each_unit(p, place.image, place.first / p.per_group + group, 0, p.pixel_units, part);
-        });
-        if (threadIdx.x % 32 == 0) groups[group] = mean_and_inverse(total, p.eps);
+    constexpr int LANES = 16;
+    int all = place.channels / p.per_group;
+    for (int first = 0; first < all; first += THREADS / LANES) {
+        int group = first + threadIdx.x / LANES;
+        // Lanes without a group take part in the sums of their warp.
+        Moments total = merge_units<LANES>(p, place.image, place.first / p.per_group + min(group, all - 1), 0,
+                                           p.pixel_units, float(p.pixels) * p.per_group);
+        if (group < all && threadIdx.x % LANES == 0) groups[group] = mean_and_inverse(total, p.eps);
     }
     __syncthreads();
 }
 
 template <int W> __device__ __forceinline__ void apply_kernel(const GroupNormParams& p) {
     griddep_launch_dependents();
-    griddep_wait();
     Place<W> place(p);
+    Loaded<W> loaded;
+    loaded.weights(p, place, place.first_column());
+    griddep_wait();
+    loaded.first_pixels(p, place, place.first_column());
     float2* groups = reinterpret_cast<float2*>(dyn_smem());
     merge_moments(p, place, groups);
-    apply(p, place, groups);
+    apply(p, place, groups, loaded);
 }
 
 template <int W> __device__ __forceinline__ void whole_kernel(const GroupNormParams& p) {
     griddep_launch_dependents();
-    griddep_wait();
     Place<W> place(p);
+    Loaded<W> loaded;
+    loaded.weights(p, place, place.first_column());
+    griddep_wait();
     float2* groups = reinterpret_cast<float2*>(dyn_smem());
     float2* sums = groups + p.slab / p.per_group;
     stretch_moments(p, place, sums, [&](int group, Moments m) { groups[group] = mean_and_inverse(m, p.eps); });
     __syncthreads();
-    apply(p, place, groups);
+    loaded.first_pixels(p, place, place.first_column());
+    apply(p, place, groups, loaded);
 }
 
-// Three blocks per multiprocessor keep 48 KB of loads in flight there; images that are a single stretch do not fill it.
+// Three blocks per multiprocessor keep 48 KB of loads in flight there, and so do two if each loads its next pixels while
+// it computes. Images that are a single stretch do not fill it.
 #define GROUP_NORM(name, body, W, BLOCKS) \
     KERNEL __launch_bounds__(THREADS, BLOCKS) name##_##W(const __grid_constant__ GroupNormParams p) { body<W>(p); } \
     EXPORT(name##_##W)
 GROUP_NORM(group_norm_statistics, statistics_kernel, 8, 3)
 GROUP_NORM(group_norm_statistics, statistics_kernel, 1, 3)
-GROUP_NORM(group_norm_apply, apply_kernel, 8, 3)
+GROUP_NORM(group_norm_apply, apply_kernel, 8, 2)
 GROUP_NORM(group_norm_apply, apply_kernel, 1, 3)
 GROUP_NORM(group_norm, whole_kernel, 8, 1)
 GROUP_NORM(group_norm, whole_kernel, 1, 1)
@@ -351,11 +431,11 @@ __device__ __forceinline__ Column column_of_d(const GroupNormGradientParams& p, 
 // Computes u for W channels of a pixel.
 template <int W>
 __device__ __forceinline__ void gradient_by_normal(const GroupNormParams& p, const float (&xd)[2][W],
-                                                   const float (&scale)[W], const float (&shift)[W], float (&u)[W]) {
+                                                   const Affine<W>& a, float (&u)[W]) {
 #pragma unroll
     for (int j = 0; j < W; j++) {
-        u[j] = xd[1][j] * scale[j];
-        if (p.silu) u[j] *= slope_of(xd[0][j] * scale[j] + shift[j], SILU);
+        u[j] = xd[1][j] * a.scale[j];
+        if (p.silu) u[j] *= slope_of(xd[0][j] * a.scale[j] + a.shift[j], SILU);
     }
 }
 
@@ -365,11 +445,12 @@ template <int W, class F>
 __device__ __forceinline__ void stretch_sums(const GroupNormGradientParams& p, const Place<W>& place,
                                              const float2* groups, float2* sums, F f) {
     place.each_column(p.norm, [&](int channel, Column from) {
-        float scale[W], shift[W], sum[W] = {}, product[W] = {};
-        affine(p.norm, place, groups, channel, scale, shift);
+        float sum[W] = {}, product[W] = {};
+        Affine<W> affine = load_affine(p.norm, place, channel);
+        normalise(p.norm, place, groups, channel, affine);
         place.each_pixel({from, column_of_d(p, place, channel)}, [&](int, const float(&xd)[2][W]) {
             float u[W];
-            gradient_by_normal(p.norm, xd, scale, shift, u);
+            gradient_by_normal(p.norm, xd, affine, u);
 #pragma unroll
             for (int j = 0; j < W; j++) {
                 float2 group = groups[(channel + j) / p.norm.per_group];
@@ -398,12 +479,12 @@ __device__ __forceinline__ void apply_gradient(const GroupNormGradientParams& p,
     float share = 1.0f / (float(p.norm.pixels) * p.norm.per_group);
     place.each_column(p.norm, [&](int channel, Column from) {
         if (place.first + channel >= p.norm.x_channels) return;
-        float scale[W], shift[W];
-        affine(p.norm, place, groups, channel, scale, shift);
+        Affine<W> affine = load_affine(p.norm, place, channel);
+        normalise(p.norm, place, groups, channel, affine);
         __half* out = p.norm.out + place.image * p.norm.pixels * p.norm.x_channels + place.first + channel;
         place.each_pixel({from, column_of_d(p, place, channel)}, [&](int pixel, const float(&xd)[2][W]) {
             float u[W];
-            gradient_by_normal(p.norm, xd, scale, shift, u);
+            gradient_by_normal(p.norm, xd, affine, u);
 #pragma unroll
             for (int j = 0; j < W; j++) {
                 int index = (channel + j) / p.norm.per_group;

@@ -93,6 +93,13 @@ PTX_FN float exp2_approx(float x) {
     PTX_EMULATED(float y = exp2f(x); return y < 0x1p-126f ? 0.0f : y;)
 }
 
+// 1 / x with an error of one unit in the last place. Subnormal arguments and results count as 0.
+PTX_FN float rcp_approx(float x) {
+    PTX_DEVICE(float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;)
+    PTX_EMULATED(float y = 1.0f / (fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x);
+                 return fabsf(y) < 0x1p-126f ? copysignf(0.0f, y) : y;)
+}
+
 // Rounds to the nearest fp16 number. Values beyond 65504, the greatest finite fp16 number, saturate there: an image may
 // clip, but no infinities arise. NaN stays NaN, so that the check at the end of a network reports it.
 PTX_FN __half to_half(float x) {

@@ -31,6 +31,7 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
     ("conformance_ldmatrix*", "", &["LDSM.16.M"]),
     ("conformance_mma*", "", &["HMMA.16816.F32"]),
     ("conformance_exp2_approx*", "", &["MUFU.EX2"]),
+    ("conformance_rcp_approx*", "", &["MUFU.RCP"]),
     ("conformance_to_half*", "", &["F2FP.SATFINITE"]),
     ("conformance_stmatrix*", "sm_90a", &["STSM.16.M"]),
     ("conformance_mbarriers*", "sm_90a", &["SYNCS.PHASECHK.TRANS64.TRYWAIT"]),

@@ -6,7 +6,7 @@ use super::epilogue::{self, Epilogue};
 use super::folded;
 use super::site::{Element, Site};
 use super::tiles::{Area, Choice, Pixels, Product, STEP};
-use crate::graph::{Activation, Conv, Graph, Op, TensorId, View};
+use crate::graph::{Activation, Conv, Graph, Op, Shape, TensorId};
 use crate::{Error, Result, Subject};
 use half::f16;
 
@@ -15,7 +15,7 @@ const SWIZZLES: [(usize, u32); 3] = [(128, 3), (64, 2), (32, 1)];
 
 crate::params! {
     pub(super) struct ConvHopperParams {
-        sources: [[u64; 16]; 2],
+        sources: [[u64; 16]; 4],
         weight: [u64; 16],
         out: [[u64; 16]; 4],
         residual: [u64; 16],
@@ -48,13 +48,15 @@ crate::params! {
         pixel_units: i32,
         source_units: i32,
         source_eps: f32,
-        padding: [i32; 7],
+        halved: i32,
+        padding: [i32; 6],
     }
 }
 
 /// The area of which TMA would fetch tiles for a convolution, if the kernels support it: each stage is 64 channels of
 /// one source, rectangles move by whole pixels, and results are fp16 in multiples of 16 bytes. For a plain 3x3
-/// convolution the source may be upsampled by two.
+/// convolution the source may be upsampled by two; a 3x3 convolution of one source may have stride 2, and its area is
+/// that of the pixels it reads for one tap.
 ///
 /// # Errors
 /// Why they cannot.
@@ -63,13 +65,19 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
     let gated = conv.activation == Activation::Geglu;
     let plain = conv.residual.is_none() && conv.per_image.is_none() && !epilogue::is_shifted(graph, out);
     let upsampled = is_upsampled(graph, conv, out);
+    let halved = conv.stride == 2;
     let size = if upsampled { (2 * input.h, 2 * input.w) } else { (input.h, input.w) };
-    let even = |view: View| view.offset.is_multiple_of(2) && graph.shape(view.tensor).c.is_multiple_of(2);
+    let result = if halved { (2 * shape.h, 2 * shape.w) } else { (shape.h, shape.w) };
     let pixels = if conv.is_pointwise() { Pixels::Apart } else { Pixels::Near };
+    let seen = if halved { shape } else { input };
+    let area = Area { height: seen.h, width: seen.w, pixels };
     for (holds, otherwise) in [
-        (conv.stride == 1, "its result has fewer pixels than its source"),
+        (conv.stride <= 2, "its stride is more than two"),
+        (!halved || conv.kernel == 3, "it skips pixels of its source"),
+        (!halved || conv.sources.skip.is_none(), "it halves the size of two sources"),
+        (!halved || conv.resize.is_none(), "it halves the size of a resized source"),
         (conv.kernel % 2 == 1 && conv.pad == conv.kernel / 2, "its kernel has no middle"),
-        (size == (shape.h, shape.w) && (upsampled || conv.resize.is_none()), "its source is resized by other than two"),
+        (size == result && (upsampled || conv.resize.is_none()), "its source is resized by other than two"),
         (
             conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP)),
             "64 channels are no stage of its sources",
@@ -78,13 +86,13 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
         (Element::of(graph, out) == Element::F16, "its results are fp32"),
         (plain || !gated, "something is added behind its gate"),
         (!upsampled || plain, "something follows its upsampled source"),
-        (conv.per_image.is_none_or(even), "pairs of numbers for each image are not aligned"),
+        (conv.per_image.is_none() || area.halves_have_one_image(), "half a tile has pixels of several images"),
     ] {
         if !holds {
             return Err(otherwise);
         }
     }
-    Ok(Area { height: input.h, width: input.w, pixels })
+    Ok(area)
 }
 
 /// The 1x1 convolution whose result `conv` adds, if it can be computed as more depth of `conv`: nothing else reads its
@@ -100,7 +108,8 @@ pub(super) fn added<'a>(graph: &'a Graph, conv: &Conv, out: TensorId) -> Option<
         && (added.gain, added.bias_gain) == (conv.gain, conv.bias_gain);
     let whole = added.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP));
     let near = area(graph, conv, out).is_ok_and(|area| area.pixels == Pixels::Near);
-    let suits = alone && plain && whole && near && added.is_pointwise() && conv.activation == Activation::None;
+    let same = conv.stride == 1 && added.is_pointwise();
+    let suits = alone && plain && whole && near && same && conv.activation == Activation::None;
     suits.then_some(added)
 }
 
@@ -136,13 +145,28 @@ pub(super) fn launch(
         let swizzle = SWIZZLES.iter().find(|(bytes, _)| *bytes == span).map_or(0, |(_, swizzle)| *swizzle);
         (site.bindings.tensor_map)(&TensorTiles { address, sizes: &sizes, strides: &strides, tile: &tile, swizzle })
     };
-    let source = |id: TensorId| image(site.address(id), site.shape(id).c, 1, rectangle.size(), 2 * STEP);
+    let halved = conv.stride == 2;
+    // The pixels of a source, or, of a source of twice the result's size, those of one parity of row and column.
+    let pixels = |id: TensorId, parity: usize| {
+        let Shape { w, c, .. } = site.shape(id);
+        let first = (parity / 2 * w + parity % 2) * c * size_of::<f16>();
+        image(site.address(id) + first as u64, c, if halved { 2 } else { 1 }, rectangle.size(), 2 * STEP)
+    };
+    let source = |id: TensorId| pixels(id, 0);
     // In place of a layer norm without a launch, the product reads what the norm would normalise.
     let norm = folded::norm(site.graph(), conv, site.limits);
     let x = norm.as_ref().map_or(conv.sources.x, |norm| norm.x);
     let source_moments = norm.as_ref().and_then(|norm| conv::moments(site.graph(), norm.x, site.limits));
     let first = source(x)?;
-    let second = conv.sources.skip.map_or(Ok(first), source)?;
+    let mut sources = [first; 4];
+    if let Some(skip) = conv.sources.skip {
+        sources[1] = source(skip)?;
+    }
+    if halved {
+        for (parity, map) in sources.iter_mut().enumerate().skip(1) {
+            *map = pixels(x, parity)?;
+        }
+    }
     let (phases, upsampled) = (product.phases, product.phases > 1);
     let kernel = if upsampled { 2 } else { conv.kernel };
     let matrix = |address, depth: usize, columns: usize| {
@@ -179,7 +203,7 @@ pub(super) fn launch(
     let moments = conv::moments(site.graph(), out, site.limits);
     let blocks = |id: Option<TensorId>| id.map_or(0, |id| site.shape(id).c / STEP) as i32;
     let params = ConvHopperParams {
-        sources: [first, second],
+        sources,
         weight,
         out: stored,
         residual,
@@ -212,7 +236,8 @@ pub(super) fn launch(
         pixel_units: moments.map_or(1, |of| of.pixel_units(shape) / phases) as i32,
         source_units: source_moments.map_or(1, |of| site.shape(x).c / of.channels) as i32,
         source_eps: norm.map_or(0.0, |norm| norm.eps),
-        padding: [0; 7],
+        halved: halved.into(),
+        padding: [0; 6],
     };
     let units = tiles_down * tiles_across * splits;
     let grid = [units.min(site.limits.multiprocessors as usize), 1, 1];
@@ -244,15 +269,17 @@ mod tests {
         more: bool,
         /// True if the source is upsampled by two.
         upsampled: bool,
+        /// True if the source has twice the result's height and width.
+        halved: bool,
     }
 
     impl Case {
         fn graph(&self) -> Graph {
-            let Case { images, size: (h, w), channels: [x, skip], outputs, kernel, activation, more, upsampled } =
+            let Case { images, size: (h, w), channels: [x, skip], outputs, kernel, activation, more, upsampled, halved } =
                 *self;
             let gated = activation == Activation::Geglu;
-            let scale = if upsampled { 2 } else { 1 };
-            let result = Shape::new(images, scale * h, scale * w, if gated { outputs / 2 } else { outputs });
+            let made = |side: usize| if upsampled { 2 * side } else { side / if halved { 2 } else { 1 } };
+            let result = Shape::new(images, made(h), made(w), if gated { outputs / 2 } else { outputs });
             let mut g = GraphBuilder::new();
             let scratch = g.input("scratch", Shape::new(1, 1, 1, 2 * SCRATCH));
             g.output("scratch", scratch);
@@ -263,7 +290,8 @@ mod tests {
             let per_image = per_image.map(|tensor| View { tensor, offset: 6 });
             let residual = more.then(|| g.input("residual", result));
             let geometry = if kernel == 3 { ConvOptions::conv3x3() } else { ConvOptions::default() };
-            let geometry = ConvOptions { resize: upsampled.then_some(Extent { h: 2 * h, w: 2 * w }), ..geometry };
+            let resize = upsampled.then_some(Extent { h: 2 * h, w: 2 * w });
+            let geometry = ConvOptions { resize, stride: if halved { 2 } else { 1 }, ..geometry };
             let options =
                 ConvOptions { activation, per_image, residual, gain: 0.75, bias_gain: 1.5, scale: 0.5, ..geometry };
             let mut out = g.conv("layer", Sources { x: source, skip }, outputs, options);
@@ -337,12 +365,16 @@ mod tests {
             activation,
             more,
             upsampled: false,
+            halved: false,
         };
         let cases = [
             // A convolution of two sources with the whole epilogue, of a size that fills no rectangle.
             case(3, (5, 7), [64, 128], 168, 3, Activation::None, true),
             case(2, (9, 20), [64, 0], 328, 3, Activation::Silu, true),
             case(1, (3, 140), [128, 0], 88, 3, Activation::None, false),
+            // Tiles of several images, and of the same image in both halves.
+            case(5, (3, 5), [64, 0], 88, 3, Activation::None, true),
+            case(1, (8, 16), [64, 0], 96, 3, Activation::None, true),
             // Linear layers, whose rows fill no tile.
             case(2, (1, 77), [192, 0], 264, 1, Activation::QuickGelu, true),
             case(3, (10, 21), [128, 0], 336, 1, Activation::Geglu, false),
@@ -350,6 +382,9 @@ mod tests {
             // Upsampled sources.
             Case { upsampled: true, ..case(3, (5, 7), [64, 0], 168, 3, Activation::None, false) },
             Case { upsampled: true, ..case(1, (11, 13), [128, 64], 88, 3, Activation::Silu, false) },
+            // Sources of twice the size.
+            Case { halved: true, ..case(3, (10, 14), [64, 0], 168, 3, Activation::None, true) },
+            Case { halved: true, ..case(1, (22, 36), [128, 0], 88, 3, Activation::Silu, false) },
         ];
         for case in cases {
             let truth = case.run(Limits::A100, Schedule::QUICK, None);

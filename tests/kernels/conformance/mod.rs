@@ -224,6 +224,20 @@ fn exp2() {
 }
 
 #[test]
+fn rcp() {
+    // The manual's bound is one unit in the last place, 2^-23 of the result; subnormal numbers are 0.
+    let mut input: Vec<f32> = random(24, 31).iter().map(|x| (x * 40.0).exp2() as f32).collect();
+    input.extend([1.0, -3.0, 2f32.powi(125), -(2f32.powi(-125)), f32::INFINITY, f32::NEG_INFINITY, 2f32.powi(127), 0.36]);
+    let truth = |&x: &f32| match 1.0 / f64::from(x) {
+        y if y.abs() < 2f64.powi(-126) => (0.0, 0.0),
+        y => (y, y.abs() * 2f64.powi(-23)),
+    };
+    let truth: Vec<(f64, f64)> = input.iter().map(truth).collect();
+    let input: Vec<u32> = input.iter().map(|x| x.to_bits()).collect();
+    near(&words_of("rcp_approx", "conformance_rcp_approx", false, [32, 0], &input, 32), &truth);
+}
+
+#[test]
 fn to_half() {
     let mut input: Vec<f32> = random(20, 4).iter().map(|x| (x.powi(5) * 7e4) as f32).collect();
     // Halves are 32 apart below 65504, and subnormal below 2^-14; ties go to the even one.
@@ -361,9 +375,10 @@ fn griddep() {
 /// A recording without a case would not constrain the emulator at all.
 #[test]
 fn every_recording_is_of_a_case() {
-    let tests: [fn(); 21] = [
+    let tests: [fn(); 22] = [
         shared_addresses,
         exp2,
+        rcp,
         to_half,
         cp_async,
         ldmatrix,
