@@ -174,20 +174,31 @@ template <int ROWS> struct Pixels {
         width = p.source_channels[!first] * 2, end = first ? c0 : p.depth;
     }
 
-    // Fetches the thread's chunk of its row i to offset `to` in shared memory: 16 bytes at once, or one number at a
-    // time where the channels of a pixel are not a whole number of chunks.
+    // Fetches the thread's chunk of its row i to offset `to` in shared memory: 16 bytes at once, or, where the channels
+    // of a pixel are not a whole number of chunks, four numbers at a time (latents have four channels) or one.
     template <bool VECTOR> __device__ __forceinline__ void fetch(const ConvParams& p, int i, int to) const {
         if constexpr (VECTOR) {
             cp_async16(smem_u32(dyn_smem()) + to, from + int64_t(pixel[i]) * width, pixel[i] >= 0);
         } else {
             const int c0 = p.source_channels[0], c1 = p.source_channels[1];
             Half8 numbers;
-            __half* x = &numbers.pairs[0].x;
-            for (int j = 0; j < 8; j++) {
-                const int c = channel + j;
-                x[j] = pixel[i] < 0 || c >= c0 + c1 ? to_half(0.0f)
-                       : c < c0                     ? p.sources[0][int64_t(pixel[i]) * c0 + c]
-                                                    : p.sources[1][int64_t(pixel[i]) * c1 + c - c0];
+            auto number = [&](int c) {
+                return c < c0 ? p.sources[0] + int64_t(pixel[i]) * c0 + c
+                              : p.sources[1] + int64_t(pixel[i]) * c1 + c - c0;
+            };
+            if (c0 % 4 == 0 && c1 % 4 == 0) {
+                uint2* quads = reinterpret_cast<uint2*>(&numbers.word);
+                for (int j = 0; j < 2; j++) {
+                    const int c = channel + 4 * j;
+                    quads[j] = uint2{};
+                    if (pixel[i] >= 0 && c < c0 + c1) quads[j] = *reinterpret_cast<const uint2*>(number(c));
+                }
+            } else {
+                __half* x = &numbers.pairs[0].x;
+                for (int j = 0; j < 8; j++) {
+                    const int c = channel + j;
+                    x[j] = pixel[i] >= 0 && c < c0 + c1 ? *number(c) : to_half(0.0f);
+                }
             }
             *reinterpret_cast<Half8*>(dyn_smem() + to) = numbers;
         }
@@ -301,7 +312,10 @@ template <class T> __device__ __forceinline__ void conv(const ConvParams& p) {
 
     if (p.splits > 1) {
         float(&flat)[MT * NT * 4] = reinterpret_cast<float(&)[MT * NT * 4]>(sums);
-        if (!add_splits<MT * NT>(flat, p.partial, p.counters, blockIdx.x, p.splits, blockIdx.y, dyn_smem())) return;
+        if (!leave_sums<MT * NT>(flat, p.partial, p.counters, blockIdx.x, p.splits, blockIdx.y, dyn_smem())) return;
+        // Small tiles leave registers for eight loads, large ones for sixteen.
+        constexpr int IN_FLIGHT = MT * NT < 8 ? 8 : MT * NT < 16 ? MT * NT : 16;
+        add_parts<MT * NT, IN_FLIGHT>(flat, p.partial, blockIdx.x, p.splits);
     }
     // Transpose the accumulators through shared memory: from fragments to eight adjacent columns per thread.
     __syncthreads();
@@ -315,29 +329,14 @@ template <class T> __device__ __forceinline__ void conv(const ConvParams& p) {
             *reinterpret_cast<float2*>(at + 8 * PITCH) = make_float2(sums[i][j][2], sums[i][j][3]);
         }
     __syncthreads();
-    // A thread has eight channels of a row at a time, and loads what the epilogue reads for two of these before it uses
-    // either: one by one, waiting for memory was most of the time of a product whose depth is small.
-    constexpr int AHEAD = ROWS * COLUMNS / 8 > THREADS ? 2 : 1;
     const bool gated = p.after.activation == GEGLU;
     const int group = gated ? 16 : 8, groups = COLUMNS / group;
-    for (int i = thread; i < ROWS * groups; i += AHEAD * THREADS) {
-        EpilogueOperands operands[AHEAD];
-        int rows[AHEAD], channels[AHEAD];
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            const int at = i + j * THREADS, row = place.row + at / groups, column = place.column + at % groups * group;
-            const bool in = at < ROWS * groups && row < p.rows && column < p.columns;
-            rows[j] = in ? result_row(p, row, place.phase) : -1, channels[j] = gated ? column / 2 : column;
-            if (in) load_operands(p.after, rows[j], channels[j], operands[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            if (rows[j] < 0) continue;
-            const int at = i + j * THREADS;
-            float x[8], gate[8] = {};
-            read_sums(tile + at / groups * PITCH + at % groups * group, gated, x, gate);
-            finish(p.after, operands[j], x, gate, rows[j], channels[j]);
-        }
+    for (int i = thread; i < ROWS * groups; i += THREADS) {
+        const int row = place.row + i / groups, column = place.column + i % groups * group;
+        if (row >= p.rows || column >= p.columns) continue;
+        float x[8], gate[8] = {};
+        read_sums(tile + i / groups * PITCH + i % groups * group, gated, x, gate);
+        finish(p.after, x, gate, result_row(p, row, place.phase), gated ? column / 2 : column);
     }
 }
 

@@ -35,13 +35,13 @@ PTX_FN void read8(const float* from, int count, bool aligned, float (&x)[8]) {
     }
 }
 
-PTX_FN Half8 read8(const __half* from, int count, bool aligned) {
-    if (aligned) return *reinterpret_cast<const Half8*>(from);
-    Half8 numbers;
-    __half* x = &numbers.pairs[0].x;
+PTX_FN void read8(const __half* from, int count, bool aligned, float (&x)[8]) {
+    if (aligned) {
+        unpack(*reinterpret_cast<const Half8*>(from), x);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = i < count ? from[i] : to_half(0.0f);
-    return numbers;
+        for (int i = 0; i < 8; i++) x[i] = i < count ? __half2float(from[i]) : 0.0f;
+    }
 }
 
 PTX_FN void write8(float* to, int count, bool aligned, const float (&x)[8]) {
@@ -65,36 +65,15 @@ PTX_FN void write8(__half* to, int count, bool aligned, const float (&x)[8]) {
     }
 }
 
-// The numbers in memory that the epilogue of eight channels of one row reads; zeros stand for those that are not there.
-struct EpilogueOperands {
-    float bias[8], gate_bias[8];
-    Half8 per_image, residual;
-};
-
-PTX_FN void load_operands(const Epilogue& e, int row, int channel, EpilogueOperands& o) {
-    const bool aligned = e.channels % 8 == 0;
-    const int count = min(8, e.channels - channel);
-    o = {};
-    o.per_image.word = o.residual.word = {};
-    if (e.residual) o.residual = read8(e.residual + size_t(row) * e.channels + channel, count, aligned);
-    if (e.bias) {
-        read8(e.bias + channel, count, aligned, o.bias);
-        if (e.activation == GEGLU) read8(e.bias + e.channels + channel, count, aligned, o.gate_bias);
-    }
-    if (e.per_image) {
-        // The row may begin anywhere, since several layers share it.
-        const __half* from = e.per_image + size_t(row / e.pixels) * e.per_image_width + channel;
-        o.per_image = read8(from, count, aligned && uintptr_t(from) % 16 == 0);
-    }
-}
-
 // Applies the epilogue to eight channels of one row of the result and stores them.
-PTX_FN void finish(const Epilogue& e, const EpilogueOperands& o, float (&x)[8], float (&gate)[8], int row,
-                   int channel) {
+PTX_FN void finish(const Epilogue& e, float (&x)[8], float (&gate)[8], int row, int channel) {
     const bool gated = e.activation == GEGLU;
     const bool aligned = e.channels % 8 == 0;
     const int count = min(8, e.channels - channel);
+    const int image = row / e.pixels;
     const size_t at = size_t(row) * e.channels + channel;
+    float more[8];
+    float bias[8] = {};
     if (e.folded) {
         const float2* folded = e.folded + (gated ? 2 * channel : channel);
 #pragma unroll
@@ -104,13 +83,20 @@ PTX_FN void finish(const Epilogue& e, const EpilogueOperands& o, float (&x)[8], 
             if (gated) gate[i] += folded[2 * i + 1].y;
         }
     }
-    float more[8];
-    unpack(o.per_image, more);
+    if (e.bias) read8(e.bias + channel, count, aligned, bias);
 #pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = fmaf(x[i], e.gain, e.bias_gain * o.bias[i]) + more[i];
+    for (int i = 0; i < 8; i++) x[i] = fmaf(x[i], e.gain, e.bias_gain * bias[i]);
+    if (e.per_image) {
+        // The row may begin anywhere, since several layers share it.
+        const __half* from = e.per_image + size_t(image) * e.per_image_width + channel;
+        read8(from, count, aligned && uintptr_t(from) % 16 == 0, more);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] += more[i];
+    }
     if (gated) {
+        if (e.bias) read8(e.bias + e.channels + channel, count, aligned, bias);
 #pragma unroll
-        for (int i = 0; i < 8; i++) gate[i] = fmaf(gate[i], e.gain, e.bias_gain * o.gate_bias[i]);
+        for (int i = 0; i < 8; i++) gate[i] = fmaf(gate[i], e.gain, e.bias_gain * bias[i]);
     }
     if (e.activation != NONE) {
 #pragma unroll
@@ -119,16 +105,20 @@ PTX_FN void finish(const Epilogue& e, const EpilogueOperands& o, float (&x)[8], 
             x[i] = gated ? x[i] * y : y;
         }
     }
-    unpack(o.residual, more);
+    if (e.residual) {
+        read8(e.residual + at, count, aligned, more);
 #pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = (x[i] + more[i]) * e.scale;
+        for (int i = 0; i < 8; i++) x[i] += more[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] *= e.scale;
     if (e.full)
         write8(static_cast<float*>(e.out) + at, count, aligned, x);
     else
         write8(static_cast<__half*>(e.out) + at, count, aligned, x);
     if (e.shifted) {
-        if (row / e.pixels >= e.first_shifted) {
-            unpack(read8(e.shift + at - size_t(e.first_shifted) * e.pixels * e.channels, count, aligned), more);
+        if (image >= e.first_shifted) {
+            read8(e.shift + at - size_t(e.first_shifted) * e.pixels * e.channels, count, aligned, more);
 #pragma unroll
             for (int i = 0; i < 8; i++) x[i] += more[i];
         }

@@ -249,7 +249,7 @@ mod tests {
     use super::super::tiles::{GemmTile, Instruction, TILES};
     use super::super::{CudaExecutor, CudaWeights, Emulated, Limits, bound};
     use super::*;
-    use crate::graph::{ConvOptions, Extent, GraphBuilder, Shape, Sources};
+    use crate::graph::{ConvOptions, Extent, GraphBuilder, Sources, View};
     use crate::plan::Plan;
     use crate::weights::Tensors;
     use respodiff_emulated_kernels::Schedule;
