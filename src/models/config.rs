@@ -1,7 +1,7 @@
 //! Model configurations: diffusers' and transformers' `config.json`.
 //!
 //! Absent fields take the default of the class of diffusers or transformers that reads them. A field that would change
-//! what is computed in a way that the graphs cannot express is refused by name.
+//! the computation in a way that the graphs cannot express is refused by name.
 
 use std::path::Path;
 

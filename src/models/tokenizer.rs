@@ -47,7 +47,7 @@ const DEFAULT_LENGTH: usize = 77;
 pub struct Encoded {
     /// [`Tokenizer::length`] ids: start, tokens of the prompt, end, padding.
     pub ids: Vec<i64>,
-    /// How many of `ids` are tokens of the prompt.
+    /// The number of `ids` that are tokens of the prompt.
     pub tokens_used: usize,
     /// The end of the prompt that did not fit, from the first word that is not wholly in `ids`; empty if all of it
     /// fits.

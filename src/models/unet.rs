@@ -26,7 +26,7 @@ pub struct UNetInput {
 }
 
 impl Default for UNetInput {
-    /// A small input, for a graph of which only the weights are used: these do not depend on the input's sizes.
+    /// A small input, for a graph that is only made to list its weights: these do not depend on the input's sizes.
     fn default() -> Self {
         UNetInput { rows: 1, h: 8, w: 8, tokens: 1, shifted: 0 }
     }

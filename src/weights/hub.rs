@@ -50,7 +50,7 @@ impl HubConfig {
     /// paths are replaced.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] when neither a variable nor a home folder says where the cache is.
+    /// [`crate::ErrorKind::Invalid`] if neither a variable nor a home folder gives the cache's place.
     pub fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
         let text = |name: &str| {
             let value = variable(name)?.into_string().ok()?.trim().to_string();

@@ -1,4 +1,4 @@
-//! Checkpoints: where their files are, and the tensors in them.
+//! Checkpoints: the places of their files, and the tensors in them.
 
 #[cfg(test)]
 pub(crate) mod cases;

@@ -81,9 +81,9 @@ pub struct Step {
 /// The coefficients of the converted output `m`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Convert {
-    /// Of the noisy sample.
+    /// The coefficient of the noisy sample.
     pub x: f64,
-    /// Of the model's output.
+    /// The coefficient of the model's output.
     pub out: f64,
     /// The bound on `m`; infinite when it is not clipped.
     pub clip: f64,
@@ -93,28 +93,28 @@ pub struct Convert {
 /// the step before (PNDM).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Base {
-    /// Of the noisy sample.
+    /// The coefficient of the noisy sample.
     pub x: f64,
-    /// Of the saved sample.
+    /// The coefficient of the saved sample.
     pub saved: f64,
-    /// Of the converted output.
+    /// The coefficient of the converted output.
     pub m: f64,
-    /// Of earlier converted outputs, the latest first.
+    /// The coefficients of earlier converted outputs, the latest first.
     pub history: [f64; HISTORY],
 }
 
 /// The coefficients of the next sample.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Next {
-    /// Of the sample from which the step is taken.
+    /// The coefficient of the sample from which the step is taken.
     pub base: f64,
-    /// Of the model's output.
+    /// The coefficient of the model's output.
     pub out: f64,
-    /// Of the converted output.
+    /// The coefficient of the converted output.
     pub m: f64,
-    /// Of earlier converted outputs, the latest first.
+    /// The coefficients of earlier converted outputs, the latest first.
     pub history: [f64; HISTORY],
-    /// Of fresh noise.
+    /// The coefficient of fresh noise.
     pub noise: f64,
 }
 

@@ -70,8 +70,8 @@ impl Update {
     fn new(levels: &[Level], index: usize, order: usize, differences: usize, bh1: bool, predict_x0: bool) -> Self {
         let (from, to) = (levels[index], levels[index + 1]);
         let h = to.lambda() - from.lambda();
-        // Table 1 of the paper: the data prediction and the noise prediction differ in the sign of h and in what the
-        // sample and the outputs are scaled by.
+        // Table 1 of the paper: the data prediction and the noise prediction differ in the sign of h and in the factors
+        // of the sample and of the outputs.
         let (base, scale, hh) = match predict_x0 {
             true => (to.sigma / from.sigma, to.alpha, -h),
             false => (to.alpha / from.alpha, to.sigma, h),
