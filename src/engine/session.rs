@@ -47,8 +47,9 @@ impl Session {
         self.options
     }
 
-    /// Makes the pictures of a request with as many images as [`SessionOptions::batch`]. `progress` is told of every
-    /// step and may end the run. If it does so while pictures are decoded, the output holds those that are done.
+    /// Makes the pictures of a request with as many images as [`SessionOptions::batch`]. `progress` is called with
+    /// every step and every decoded picture, and may end the run. If it does so while pictures are decoded, the output
+    /// holds those that are done.
     ///
     /// A picture is the same to the last bit whatever else is in its batch.
     ///
