@@ -86,8 +86,8 @@ impl Tokenizer {
     /// `added_tokens.json`, if these exist.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] names the file that is missing or malformed; [`crate::ErrorKind::Io`] one that
-    /// cannot be read.
+    /// [`crate::ErrorKind::NotFound`] if the folder has no tokenizer; [`crate::ErrorKind::Damaged`] names a file that
+    /// is malformed, [`crate::ErrorKind::Io`] one that cannot be read.
     pub fn load(dir: &Path) -> Result<Self> {
         let read = |name: &str| match fs::read(dir.join(name)) {
             Ok(bytes) => Ok(Some(bytes)),

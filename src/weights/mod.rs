@@ -47,7 +47,7 @@ impl Source {
     /// A folder that holds a `model_index.json` or at least one component.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if it does not look like a checkpoint.
+    /// [`crate::ErrorKind::NotFound`] if it does not look like a checkpoint.
     pub fn folder(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let parts =
@@ -65,7 +65,8 @@ impl Source {
     /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL; see [`SingleFile`].
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if it is anything else, [`crate::ErrorKind::Io`] if it cannot be opened.
+    /// [`crate::ErrorKind::Unsupported`] if it is anything else, [`crate::ErrorKind::Damaged`] if it is not whole,
+    /// [`crate::ErrorKind::Io`] if it cannot be opened.
     pub fn file(path: impl AsRef<Path>) -> Result<Self> {
         SingleFile::open(path.as_ref()).map(|file| Source::Single(Arc::new(file)))
     }
@@ -149,7 +150,7 @@ impl Source {
     /// The tokenizer in a component's folder, or for "" the one at the top of the checkpoint.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if files are missing or malformed.
+    /// [`crate::ErrorKind::NotFound`] if there is none, [`crate::ErrorKind::Damaged`] if a file is malformed.
     pub fn tokenizer(&self, component: &str) -> Result<Tokenizer> {
         match self {
             Source::Folder(folder) => Tokenizer::load(&folder.join(component)),

@@ -276,7 +276,8 @@ impl Tensors {
     /// numbers is checked.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if one is missing, or has another shape or number format.
+    /// [`crate::ErrorKind::Damaged`] if one is missing, [`crate::ErrorKind::Mismatch`] if one has another shape,
+    /// [`crate::ErrorKind::Unsupported`] if one has another number format.
     pub fn stored<'a>(&'a self, spec: &'a WeightSpec) -> Result<Vec<Stored<'a>>> {
         let named = spec.names.iter().zip(&spec.outputs);
         if self.random {
@@ -347,7 +348,7 @@ impl Tensors {
     /// The tensor in fp32, row-major, whose shape must be one of `shapes`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if it is missing, has another shape or number format, or holds NaN or infinity.
+    /// Those of [`Tensors::stored`], and [`crate::ErrorKind::Damaged`] if it holds NaN or infinity.
     pub fn read(&self, name: &str, shapes: &[&[usize]]) -> Result<Vec<f32>> {
         self.find(name, shapes)?.read()
     }
