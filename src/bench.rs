@@ -1,4 +1,5 @@
-//! How fast each operation of a network is on a device: every distinct one at its real shape, with random weights.
+//! Measures the speed of the operations of a network on a device: every distinct one at its real shape, with random
+//! weights.
 
 use crate::cpu::MatrixPrecision;
 use crate::cuda::{Cache, Element, Launch};
@@ -69,11 +70,12 @@ const VAE: &[u8] = br#"{"_class_name": "AutoencoderKL", "block_out_channels": [1
 const SCHEDULER: &[u8] = br#"{"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "clip_sample": false, "set_alpha_to_one": false, "steps_offset": 1}"#;
 
-/// Where configurations say nothing: CLIP's tokens, and latents of 512x512 pixels.
+/// Used if configurations do not give them: CLIP's number of tokens, and the size of the latents of 512x512 pixels.
 const DEFAULT_TOKENS: usize = 77;
 const DEFAULT_LATENT: (usize, usize) = (64, 64);
 
-/// A checkpoint's networks as a guided run of `batch` images uses them: both prompts' encoding, a UNet call, a decode.
+/// A checkpoint's networks as a guided run of `batch` images uses them: the text encoders for both prompts, the UNet
+/// for one call, and the VAE decoder for one image.
 ///
 /// # Errors
 /// Those of reading the configurations.
@@ -99,19 +101,19 @@ pub fn networks(source: &Source, batch: usize) -> Result<Vec<(&'static str, Grap
     Ok(networks)
 }
 
-/// The networks that a training runs for every loss, on `batch` images: the UNet's up half from the bottleneck, and
-/// the gradient back to it.
+/// The network that a training runs for every loss, on `batch` images: the UNet's up half from the bottleneck, and the
+/// gradient back to it.
 ///
 /// # Errors
-/// Those of reading the configuration, or that there is none.
+/// Those of reading the configuration, or that of a checkpoint without one.
 pub fn training(source: &Source, batch: usize) -> Result<(&'static str, Graph)> {
     let config = read_config(source, "unet", UNetConfig::parse)?;
     let (h, w) = config.sample_size.unwrap_or(DEFAULT_LATENT);
     let (_, up) = unet_halves(&config, UNetInput { rows: batch, h, w, tokens: DEFAULT_TOKENS, shifted: 0 });
-    Ok(("way up and gradient", up.with_gradient("sample", "mid", Keep::All)))
+    Ok(("up half and gradient", up.with_gradient("sample", "mid", Keep::All)))
 }
 
-/// An operation at its shape; what else is fused into it does not tell two cases apart.
+/// An operation at its shape. Cases are the same if they differ only in further operations that are fused into them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 #[allow(missing_docs)] // as in `graph`
@@ -134,7 +136,8 @@ pub enum Case {
         keys: usize,
         head_dim: usize,
         causal: bool,
-        /// Matrix products over queries and keys: 2, for the gradient 3, or 5 where keys and values have one too.
+        /// Matrix products over queries and keys: 2 for attention itself, 3 for its gradient with respect to the
+        /// queries, 5 if keys and values have gradients too.
         products: usize,
     },
     GroupNorm {
@@ -159,7 +162,7 @@ pub enum Case {
 }
 
 impl Case {
-    /// The kind of a node.
+    /// The case of a node.
     pub fn of(graph: &Graph, node: &Node) -> Self {
         let shape = |id: TensorId| graph.shape(id);
         let other = |name, Shape { n, h, w, c }| Case::Other { name, n, h, w, c };
@@ -263,7 +266,7 @@ impl std::fmt::Display for Case {
     }
 }
 
-/// Bytes that a node must read and write, each once.
+/// Bytes that a node must at least read and write, each counted once.
 fn bytes(device: &Device, graph: &Graph, node: &Node) -> f64 {
     let tensor = |id: TensorId| match &device.0 {
         Backend::Cpu => 4 * graph.shape(id).len(),
@@ -301,12 +304,12 @@ fn bytes(device: &Device, graph: &Graph, node: &Node) -> f64 {
 /// The best rates of a device, as measured on these kernels.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Peaks {
-    /// Floating-point operations a second, in large matrix products.
+    /// Floating-point operations per second, in large matrix products.
     pub flops: f64,
-    /// Bytes read and written a second, in large copies.
+    /// Bytes read and written per second, in large copies.
     pub bytes: f64,
-    /// Seconds of an operation on a few numbers, one of many that wait for each other: the least a launch takes in a
-    /// step.
+    /// Seconds per operation in a chain of operations on a few numbers, each of which waits for the one before: the
+    /// least time that a launch takes in a step.
     pub launch: f64,
 }
 
@@ -315,30 +318,30 @@ pub struct Peaks {
 pub struct Row {
     /// The operation.
     pub case: Case,
-    /// The same for people.
+    /// The operation's name in tables.
     pub label: String,
-    /// How often the network has it.
+    /// The number of times that the network has it.
     pub count: usize,
     /// The kernels that were launched, with their grids.
     pub kernels: String,
-    /// Median seconds of one: on a GPU with a cold L2 cache, on a CPU with the caches as the operation before left
+    /// Median seconds of one call: on a GPU with a cold L2 cache, on a CPU with the caches as the operation before left
     /// them.
     pub seconds: f64,
-    /// Least seconds of one, likewise.
+    /// Least seconds of one call, likewise.
     pub least: f64,
-    /// Seconds that nine of ten take no more than, likewise.
+    /// Seconds that nine of ten calls do not exceed, likewise.
     pub p90: f64,
-    /// On a GPU, median seconds of one that ran just before.
+    /// On a GPU, median seconds of a call that directly follows the same call.
     pub warm: Option<f64>,
-    /// Floating-point operations of one's matrix products.
+    /// Floating-point operations of the matrix products of one call.
     pub flops: f64,
-    /// Bytes one must move.
+    /// Bytes that one call must move.
     pub bytes: f64,
 }
 
 impl Peaks {
-    /// The same, raised to the rates of operations that did better than the products and copies that were measured, so
-    /// that nothing is above the best.
+    /// The same peaks, raised to the rates of operations in `table` that were faster than the measured products and
+    /// copies, so that no operation exceeds the peaks.
     #[must_use]
     pub fn with(self, table: &Table) -> Self {
         let best = |rate: fn(&Row) -> f64, peak: f64| table.rows.iter().map(rate).fold(peak, f64::max);
@@ -351,21 +354,22 @@ impl Peaks {
 }
 
 impl Row {
-    /// How near it is to what the device can do on a cold cache, whichever of arithmetic and memory limits it.
+    /// The least time that the peak rates allow, for arithmetic or for memory, whichever is longer, as a fraction of
+    /// the measured time on a cold cache.
     pub fn of_bound(&self, peaks: &Peaks) -> f64 {
         (self.flops / peaks.flops).max(self.bytes / peaks.bytes) / self.seconds
     }
 }
 
-/// A network's operations, the longest in total first.
+/// A network's operations, in descending order of their total time.
 #[derive(Clone, Debug, Serialize)]
 pub struct Table {
     /// The component.
     pub network: String,
     /// Its operations.
     pub rows: Vec<Row>,
-    /// Seconds of one step in one piece, as an image is made, and of its backward nodes if there are any: the mean of
-    /// several in a row, until the last has run.
+    /// Seconds of one whole step, as in the making of an image, and of its backward nodes if there are any: the mean of
+    /// several steps in a row, until the last has run.
     pub step: f64,
 }
 
@@ -382,10 +386,11 @@ pub fn kernels(launches: &[Launch]) -> String {
     named.collect::<Vec<_>>().join(", ")
 }
 
-/// Times the operations of a network for which `wanted` is true, each as the median of `runs` passes over all alike.
+/// Times the operations of a network for which `wanted` is true. The time of a case is the median over all its
+/// operations in `runs` passes.
 ///
 /// # Errors
-/// [`crate::ErrorKind::DeviceLost`]: the driver's word, memory, or an operation without a kernel.
+/// [`crate::ErrorKind::DeviceLost`]: the driver's message, a lack of memory, or an operation without a kernel.
 pub fn measure(
     device: &Device,
     network: &str,
@@ -463,14 +468,14 @@ pub fn measure(
     Ok(Table { network: network.into(), rows, step: start.elapsed().as_secs_f64() / runs.max(1) as f64 })
 }
 
-/// Seconds at a share of sorted times, 0.5 for the median, if there are any.
+/// The quantile `share` of sorted times in seconds, such as 0.5 for the median, if there are any times.
 fn quantile(times: &[Duration], share: f64) -> Option<f64> {
     let last = times.len().saturating_sub(1);
     times.get(((times.len() as f64 * share) as usize).min(last)).map(Duration::as_secs_f64)
 }
 
-/// Measures what the device can do at best: matrix products and copies of growing size, until one takes a while, and
-/// many operations on a few numbers.
+/// Measures the best rates of the device: those of matrix products and copies of growing size, until one takes a while,
+/// and many operations on a few numbers.
 ///
 /// # Errors
 /// As for [`measure`].
@@ -479,7 +484,7 @@ pub fn peaks(device: &Device) -> Result<Peaks> {
         let mut g = GraphBuilder::new();
         let x = g.input("x", Shape::new(1, 1, side, side));
         let y = g.linear("product", x, side, ConvOptions { bias: false, ..ConvOptions::default() });
-        // Read by another node, it is stored as activations are.
+        // Since another node reads it, it is stored as activations are.
         let y = g.activate("read", y, Activation::None);
         g.output("y", y);
         g.finish()
@@ -495,7 +500,8 @@ pub fn peaks(device: &Device) -> Result<Peaks> {
         let mut best = 0.0f64;
         for &size in sizes {
             let table = measure(device, "peak", graph(size), MatrixPrecision::Fp32, 5, |_| true)?;
-            // The longest: of a product and its reading, the product, save for tiny ones.
+            // The operation with the longest time. Of the product and the node that reads it, that is the product,
+            // except at tiny sizes.
             let Some(row) = table.rows.first() else { break };
             best = best.max(work(row) / row.seconds);
             if row.seconds > 0.02 {
@@ -514,7 +520,7 @@ pub fn peaks(device: &Device) -> Result<Peaks> {
 /// Operations of [`chain`], as many as a step of SD 1.5 has.
 const LAUNCHES: usize = 512;
 
-/// A network of small operations that wait for each other.
+/// A network of small operations, each of which waits for the one before.
 fn chain() -> Graph {
     let mut g = GraphBuilder::new();
     let x = g.input("x", Shape::new(1, 1, 1, 8));
@@ -546,8 +552,8 @@ mod tests {
         }
     }
 
-    /// A convolution's gradient by data costs its share of the convolution, exactly; attention's needs one product more
-    /// than its result by queries alone, three more by keys and values too.
+    /// A convolution's gradient with respect to data costs exactly its share of the convolution. The gradient of
+    /// attention needs one product more than attention for the queries alone, and three more for keys and values too.
     #[test]
     fn a_gradient_costs_what_its_products_do() {
         let (_, graph) = training(&SD15, 1).unwrap();
@@ -556,7 +562,7 @@ mod tests {
         for node in graph.nodes() {
             let Some(name) = node.name.strip_suffix(".gradient") else { continue };
             let forward = graph.nodes().iter().find(|node| node.name == name).unwrap();
-            // Times this is the forward cost that times that.
+            // The gradient's cost times `cost` is the forward cost times `part`.
             let (which, cost, part) = match (&node.op, &forward.op) {
                 (Op::Conv(_), Op::Conv(of)) => {
                     let channels = |id: TensorId| graph.shape(id).c;
@@ -573,7 +579,7 @@ mod tests {
         assert!(counted[0] > 50 && counted[1..] == [9, 9], "{counted:?}");
     }
 
-    /// Against the counts that diffusers and transformers print of the published models.
+    /// The numbers of parameters are those that diffusers and transformers print for the published models.
     #[test]
     fn networks_have_the_size_they_have_elsewhere() {
         let parameters = |source: &Source| -> Vec<(&str, usize)> {

@@ -1,4 +1,5 @@
-//! Pictures: network output to 8-bit RGB, PNG files, and the text in them that tells how a picture was made.
+//! Pictures: the conversion of network output to 8-bit RGB, PNG files, and the text in them that tells how a picture
+//! was made.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -8,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// PNG keyword of [`GenerationInfo::parameters`], which the A1111 web UI and those after it read.
+/// PNG keyword of [`GenerationInfo::parameters`], which the A1111 web UI and its successors read.
 pub const PARAMETERS_KEYWORD: &str = "parameters";
 /// PNG keyword of [`GenerationInfo::json`].
 pub const JSON_KEYWORD: &str = "respodiff";
@@ -31,7 +32,8 @@ impl std::fmt::Debug for Picture {
 }
 
 impl Picture {
-    /// Converts what a VAE decodes: `[3, height, width]`, values of -1 (black) to 1 (white), clamped outside.
+    /// Converts the image that a VAE decodes, `[3, height, width]`, with values from -1 (black) to 1 (white). Values
+    /// outside are clamped.
     ///
     /// Rounds as diffusers' `VaeImageProcessor` does: `(x / 2 + 0.5) * 255` in f32, halves to even.
     ///
@@ -60,11 +62,11 @@ impl Picture {
         if width.checked_mul(height).and_then(|plane| plane.checked_mul(3)) != Some(values.len()) {
             return Err(Error::invalid(
                 "rgb",
-                format!("{} values are no RGB picture of {width}x{height} pixels", values.len()),
+                format!("{} values are not an RGB picture of {width}x{height} pixels", values.len()),
             ));
         }
         if let Some(bad) = values.iter().find(|value| !value.is_finite()) {
-            return Err(Error::non_finite(format!("the decoded picture holds {bad}: no picture is made of it"))
+            return Err(Error::non_finite(format!("the decoded image holds {bad}, so no picture is made of it"))
                 .advise("try another seed, less guidance or f32"));
         }
         let byte = |value: f32| ((value * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
@@ -72,7 +74,7 @@ impl Picture {
         Ok(Picture { width: columns, height: rows, rgb })
     }
 
-    /// Encodes as PNG. Each `(keyword, text)` becomes a `tEXt` chunk when it is Latin-1, else an `iTXt` chunk.
+    /// Encodes as PNG. Each `(keyword, text)` becomes a `tEXt` chunk if the text is Latin-1, else an `iTXt` chunk.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] if `rgb` does not match the size, a keyword is not 1 to 79 Latin-1 characters, or
@@ -120,7 +122,7 @@ impl Picture {
 /// The text chunks of a PNG file as `(keyword, text)`: `tEXt`, `zTXt` and `iTXt`, those after the pixels included.
 ///
 /// # Errors
-/// [`crate::ErrorKind::Io`] if the file cannot be read, [`crate::ErrorKind::Damaged`] if it is no whole PNG.
+/// [`crate::ErrorKind::Io`] if the file cannot be read, [`crate::ErrorKind::Damaged`] if it is not a whole PNG file.
 pub fn read_png_text(path: &Path) -> Result<Vec<(String, String)>> {
     let file = File::open(path).map_err(Error::io("read", path))?;
     let damaged = |error: png::DecodingError| match error {
@@ -148,7 +150,7 @@ pub fn read_png_text(path: &Path) -> Result<Vec<(String, String)>> {
     Ok(texts)
 }
 
-/// How a picture was made, for the file that holds it.
+/// The record of how a picture was made, for the file that holds the picture.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GenerationInfo {
     /// The prompt.
@@ -159,38 +161,38 @@ pub struct GenerationInfo {
     pub steps: usize,
     /// Name of the sampler, such as `DPM++ 2M`.
     pub sampler: String,
-    /// How the sampler spaces its noise levels, by A1111's name, such as `Karras`; `Automatic` is leading, or none.
+    /// The sampler's spacing of noise levels, by A1111's name, such as `Karras`; `Automatic` is leading, or none.
     pub spacing: String,
     /// Classifier-free guidance scale.
     pub guidance: f32,
     /// Seed of the noise.
     pub seed: u64,
-    /// Which generator drew the noise, such as `torch-cuda`.
+    /// The generator that drew the noise, such as `torch-cuda`.
     pub rng: String,
     /// Columns of pixels.
     pub width: u32,
     /// Rows of pixels.
     pub height: u32,
-    /// SDXL's original width and height, where they were asked for.
+    /// SDXL's original width and height, if they were given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub original_size: Option<(usize, usize)>,
-    /// SDXL's crop from the left and the top, where it was asked for.
+    /// SDXL's crop from the left and the top, if it was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub crop: Option<(usize, usize)>,
     /// Name of the checkpoint.
     pub model: String,
-    /// [`crate::Engine::sha256`], where it is known.
+    /// [`crate::Engine::sha256`], if it is known.
     pub model_sha256: Option<String>,
     /// [`crate::Engine::fingerprint`]: the same for every format and precision of the same weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_fingerprint: Option<String>,
-    /// The device that computed, such as `CPU (Avx2)`: others round differently.
+    /// The device that computed the picture, such as `CPU (Avx2)`: other devices round differently.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// True if the run did not start from the seed's noise, so that these values alone do not make the picture again.
+    /// True if the run did not start from the seed's noise, so that these values alone do not reproduce the picture.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub given_latents: bool,
-    /// Number format of the UNet's linear layers, such as `int8`, unless it was the device's own.
+    /// Number format of the UNet's linear layers, such as `int8`, unless it was the device's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub precision: Option<String>,
     /// Concepts that shifted the bottleneck.
@@ -209,18 +211,18 @@ pub struct UsedConcept {
     pub weight: f32,
     /// [`crate::Concept::fingerprint`].
     pub fingerprint: String,
-    /// The file it came from, as it was given, or its name among the demo's.
+    /// The concept's file as it was given, or its name among the demo's concepts.
     pub file: String,
 }
 
 impl GenerationInfo {
     /// The text that the A1111 web UI writes under `parameters` (its `processing.create_infotext`).
     ///
-    /// It is ambiguous where a prompt itself holds such lines; [`GenerationInfo::json`] never is.
+    /// The text is ambiguous if a prompt itself holds such lines; [`GenerationInfo::json`] never is.
     pub fn parameters(&self) -> String {
         let size = format!("{}x{}", self.width, self.height);
         let version = format!("respodiff {}", self.version);
-        // A1111 tells models apart by the first ten digits.
+        // A1111 tells models apart by the first ten digits of this hash.
         let hash = self.model_sha256.as_ref().map(|hash| hash.chars().take(10).collect::<String>());
         let each = |text: fn(&UsedConcept) -> String| {
             let texts: Vec<String> = self.concepts.iter().map(text).collect();
@@ -257,7 +259,7 @@ impl GenerationInfo {
     /// All fields as one JSON object, which reads back as an equal `GenerationInfo`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::NonFinite`] if the guidance is not a number, which JSON cannot say.
+    /// [`crate::ErrorKind::NonFinite`] if the guidance scale is not finite, which JSON cannot express.
     pub fn json(&self) -> Result<String> {
         if !self.guidance.is_finite() {
             return Err(Error::non_finite(format!("a guidance scale of {} cannot be recorded", self.guidance)));
@@ -267,7 +269,7 @@ impl GenerationInfo {
     }
 }
 
-/// A1111's `infotext_utils.quote`: JSON where a reader would split the value.
+/// A1111's `infotext_utils.quote`: a JSON string if a reader would otherwise split the value.
 fn quote(value: String) -> String {
     match value.contains([',', '\n', ':']) {
         true => serde_json::Value::String(value).to_string(),

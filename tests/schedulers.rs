@@ -323,5 +323,5 @@ fn requests_that_cannot_work_are_refused() {
     // Noise predicted from a level without signal says nothing about the sample.
     usage(&sd15(json!({"rescale_betas_zero_snr": true})), "ddim trailing", 10, "no finite step at timestep 999");
     // Every timestep clipped away.
-    usage(&sd15(json!({"lambda_min_clipped": 50.0})), "dpm++ 2m trailing", 10, "has none");
+    usage(&sd15(json!({"lambda_min_clipped": 50.0})), "dpm++ 2m trailing", 10, "has no timesteps");
 }

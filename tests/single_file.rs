@@ -298,7 +298,7 @@ fn tensors_that_are_there_twice() {
         let tensor = original.tensors[&name].clone();
         original.tensors.insert(other, tensor);
     }
-    original.refused(&["two of text_encoder"]);
+    original.refused(&["more than one text_encoder"]);
 
     // One name for two tensors in the header; JSON allows for the space that is left.
     let original = Original::named("sd1");
@@ -344,7 +344,7 @@ fn files_that_are_something_else() {
         ("down_blocks.0.resnets.0.conv1.weight", "folder"),
         ("decoder.up.0.block.0.conv1.weight", "VAE alone"),
         ("input_blocks.0.0.weight", "UNet alone"),
-        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "none of Stable Diffusion"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "not that of Stable Diffusion"),
         ("ram", "--concept"),
         ("weight", "`weight`"),
     ] {

@@ -1,15 +1,15 @@
-//! Standard normal noise, the same as the tools that people share seeds with.
+//! Standard normal noise, the same numbers as in the tools with which people share seeds.
 //!
-//! A seed names a picture only together with the generator behind it. Two are in common use: torch's CPU generator
-//! (diffusers with a CPU `torch.Generator`, A1111 with "RNG: CPU") and torch's CUDA generator (A1111's default).
-//! Both are reproduced here, and need neither torch nor a GPU.
+//! A seed determines a picture only together with its generator. Two are in common use: torch's CPU generator
+//! (diffusers with a CPU `torch.Generator`, A1111 with "RNG: CPU") and torch's CUDA generator (A1111's default). Both
+//! are reproduced here, and need neither torch nor a GPU.
 
 use std::f64::consts::TAU;
 use std::str::FromStr;
 
 use crate::{Error, Result};
 
-/// Which generator turns a seed into noise.
+/// The generator that turns a seed into noise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Rng {
     /// torch's CPU generator: MT19937, as `torch.randn` on the CPU in fp32.
@@ -66,9 +66,9 @@ impl NormalGenerator {
         })
     }
 
-    /// Fills `out` with the next draw of the stream: what one `randn` of `out.len()` elements gives.
+    /// Fills `out` with the next draw of the stream: the numbers of one `randn` of `out.len()` elements.
     ///
-    /// How a stream is cut into draws is part of it: two draws of 16 are not one draw of 32.
+    /// The numbers depend on the division of the stream into draws: two draws of 16 are not one draw of 32.
     pub fn fill(&mut self, out: &mut [f32]) {
         match &mut self.0 {
             Stream::TorchCpu(stream) => stream.fill(out),
@@ -188,7 +188,7 @@ impl TorchCuda {
     fn fill(&mut self, out: &mut [f32]) {
         for (i, value) in out.iter_mut().enumerate() {
             let [x, y, ..] = philox([self.offset, 0, i as u32, 0], [self.seed as u32, (self.seed >> 32) as u32]);
-            // Half a step up from the integers: never zero, so that the logarithm is finite.
+            // Half a step is added to the integer, so that the number is never zero and its logarithm is finite.
             let unit = |word: u32| (word as f64 + 0.5) / (1u64 << 32) as f64;
             *value = ((-2.0 * unit(x).ln()).sqrt() * (TAU * unit(y)).sin()) as f32;
         }

@@ -1,4 +1,4 @@
-//! The public face: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
+//! The public interface: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
 
 mod on_cpu;
 mod on_cuda;
@@ -115,7 +115,7 @@ impl Engine {
         self.0.source.name()
     }
 
-    /// Which UNet it is, whatever file format and precision it came in; see [`crate::weights::Tensors::fingerprint`].
+    /// Identifies the UNet, whatever its file format and precision; see [`crate::weights::Tensors::fingerprint`].
     ///
     /// # Errors
     /// Those of reading the weights.
@@ -123,8 +123,9 @@ impl Engine {
         self.0.source.tensors("unet")?.fingerprint()
     }
 
-    /// SHA-256 of the file or files that hold the UNet's weights, in hexadecimal: of a single file, A1111's model hash
-    /// is its first ten digits. `None` where weights are made up. It reads all of them, a second or two per 2 GB.
+    /// SHA-256 of the file or files that hold the UNet's weights, in hexadecimal. For a single file, its first ten
+    /// digits are A1111's model hash. `None` if the weights are random. It reads the whole files, which takes a second
+    /// or two per 2 GB.
     ///
     /// # Errors
     /// Those of opening the files.
@@ -159,8 +160,8 @@ impl Engine {
         self.0.text.encode(Some(prompt))
     }
 
-    /// The UNet's inputs for prompts and a picture size, with `rows` rows per prompt. `None` is no prompt, as in
-    /// [`Image::negative`].
+    /// The UNet's inputs for prompts and a picture size, with `rows` rows per prompt. `None` is the absence of a
+    /// prompt, as in [`Image::negative`].
     ///
     /// # Errors
     /// Those of [`Engine::encode`].
@@ -184,8 +185,8 @@ impl Engine {
     /// The schedule of a sampler: its UNet calls, with the coefficients of each step.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for what the sampler cannot do, [`crate::ErrorKind::Unsupported`] and
-    /// [`crate::ErrorKind::Damaged`] for a config that it cannot honour.
+    /// [`crate::ErrorKind::Invalid`] for a choice or a number of steps that the sampler does not support,
+    /// [`crate::ErrorKind::Unsupported`] and [`crate::ErrorKind::Damaged`] for a config that it cannot honour.
     pub fn schedule(&self, choice: SamplerChoice, steps: usize) -> Result<Schedule> {
         Schedule::new(&self.0.scheduler, choice, steps)
     }
@@ -306,8 +307,8 @@ impl Engine {
         Session::new(self.clone(), options, plans)
     }
 
-    /// Bytes of the device's memory that are taken since it was opened, by the driver's count; on the CPU that is not
-    /// known.
+    /// Bytes of the device's memory that have been taken since it was opened, by the driver's count; not known on the
+    /// CPU.
     pub fn used_memory(&self) -> Option<usize> {
         match &self.0.device.0 {
             Backend::Cpu => None,
@@ -315,7 +316,7 @@ impl Engine {
         }
     }
 
-    /// Free memory of the device, where that is known.
+    /// Free memory of the device, if that is known.
     pub(crate) fn free_memory(&self) -> Option<usize> {
         match &self.0.device.0 {
             Backend::Cpu => crate::memory::free(),
@@ -323,7 +324,7 @@ impl Engine {
         }
     }
 
-    /// Checks that so many bytes are free for `what`.
+    /// Checks that `needed` bytes are free for `what`.
     ///
     /// # Errors
     /// [`crate::ErrorKind::OutOfMemory`] if they are not.
@@ -331,7 +332,7 @@ impl Engine {
         let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
         match self.free_memory() {
             Some(free) if needed > free => Err(Error::out_of_memory(format!(
-                "{:.1} GiB of memory are free where {:.1} GiB are needed for {what}",
+                "only {:.1} GiB of memory are free, but {:.1} GiB are needed for {what}",
                 gib(free),
                 gib(needed)
             ))
@@ -352,9 +353,9 @@ fn check_latents(source: &Source, unet: &UNetConfig, vae: &VaeConfig) -> Result<
     Err(Error::unsupported(source.path("unet/config.json"), problem))
 }
 
-/// The scheduler's config, with what diffusers' StableDiffusionPipeline forces on checkpoints from before these fields,
-/// and its StableDiffusionXLPipeline does not: an offset of one step, and no clipping of latents as if they were
-/// pixels.
+/// The scheduler's config. Unless the checkpoint is SDXL, two fields are set as diffusers' StableDiffusionPipeline
+/// forces them on checkpoints that are older than these fields: an offset of one step, and no clipping, since latents
+/// are not pixels. Its StableDiffusionXLPipeline does not force them.
 fn read_scheduler(source: &Source, xl: bool) -> Result<SchedulerConfig> {
     let file = "scheduler/scheduler_config.json";
     let path = source.path(file);

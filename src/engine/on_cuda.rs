@@ -16,7 +16,8 @@ const CAPACITY: usize = 4096;
 pub(super) struct CudaDenoiser {
     unet: CudaExecutor,
     sampler: DeviceSampler,
-    /// Preparing the UNet's inputs, the UNet, guidance and the sampler's step; made at the first run.
+    /// The launches that prepare the UNet's inputs, those of the UNet, and that of guidance and the sampler's step;
+    /// recorded at the first run.
     step: Option<Box<dyn Recording>>,
 }
 
@@ -75,7 +76,7 @@ impl Denoiser for CudaDenoiser {
         let images = run.images.iter().map(|image| SampledImage {
             seed: image.seed,
             guidance: image.guidance,
-            // Latents that are given leave the seed's first draw to the first step that needs noise.
+            // If latents are given, the first step that needs noise uses the seed's first draw.
             drawn: image.latents.is_none().into(),
         });
         self.sampler.begin(steps, &images.collect::<Vec<_>>(), drawn)?;
@@ -143,7 +144,7 @@ impl Networks for OnCuda {
         let mut rgb = vec![0; self.rgb.len()];
         self.rgb.read(0, &mut rgb)?;
         if sampler.picture_fault()? {
-            return Err(Error::non_finite("the VAE gave NaN or infinity, of which no picture is made"));
+            return Err(Error::non_finite("the VAE gave NaN or infinity, so no picture is made"));
         }
         let Shape { h, w, .. } = picture_shape(self.vae.plan());
         Ok(Picture { width: w as u32, height: h as u32, rgb })

@@ -1,4 +1,4 @@
-//! The choices with which engines and sessions are made, and the memory they come to.
+//! The options of engines and sessions, and the memory that they take.
 
 use crate::cpu::MatrixPrecision;
 use crate::device::Device;
@@ -31,9 +31,9 @@ impl std::fmt::Display for Size {
 #[non_exhaustive]
 #[must_use]
 pub struct EngineOptions {
-    /// Where networks run.
+    /// The device on which the networks run.
     pub device: Device,
-    /// Number format of the UNet's linear layers; only the CPU has others than [`MatrixPrecision::Fp32`].
+    /// Number format of the UNet's linear layers; only the CPU supports others than [`MatrixPrecision::Fp32`].
     pub precision: MatrixPrecision,
 }
 
@@ -69,7 +69,7 @@ impl From<&Device> for EngineOptions {
 pub struct SessionOptions {
     /// Size of the pictures; both sides are multiples of 8.
     pub size: Size,
-    /// Images of a request.
+    /// Images per request.
     pub batch: usize,
     /// True if images may have a guidance scale above 1: classifier-free guidance (Ho and Salimans, arXiv 2207.12598)
     /// doubles the UNet's batch.
@@ -79,7 +79,7 @@ pub struct SessionOptions {
 }
 
 impl SessionOptions {
-    /// One image at once, with guidance and without concepts.
+    /// One image at a time, with guidance and without concepts.
     pub const fn new(size: Size) -> Self {
         SessionOptions { size, batch: 1, guided: true, concepts: false }
     }
@@ -89,7 +89,7 @@ impl SessionOptions {
         SessionOptions { size, ..self }
     }
 
-    /// The same for so many images at once.
+    /// The same for `batch` images at a time.
     pub const fn batch(self, batch: usize) -> Self {
         SessionOptions { batch, ..self }
     }
@@ -127,7 +127,7 @@ impl MemoryPlan {
         self.unet + self.vae + self.sampler
     }
 
-    /// All of it: what a device holds while the engine's one session samples.
+    /// All of it: the memory of a device that an engine with one session occupies while it samples.
     pub fn total(&self) -> usize {
         self.weights + self.text + self.session()
     }

@@ -7,7 +7,7 @@ use crate::diffusion::scheduler::SamplerChoice;
 use crate::image::Picture;
 use std::sync::Arc;
 
-/// A prompt: words, or what [`crate::Engine::encode`] made of them before.
+/// A prompt: words, or their encoding by [`crate::Engine::encode`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Prompt {
@@ -65,8 +65,8 @@ pub enum Start {
 pub struct Image {
     /// The words that say what to show.
     pub prompt: Prompt,
-    /// The words that say what to stay away from; used with guidance only. `None` is an empty prompt, or where SDXL's
-    /// `model_index.json` says `force_zeros_for_empty_prompt` zeros in place of any prompt's states, as in diffusers.
+    /// The words that say what to avoid; used with guidance only. `None` is an empty prompt, or, if SDXL's
+    /// `model_index.json` says `force_zeros_for_empty_prompt`, zeros in place of a prompt's states, as in diffusers.
     pub negative: Option<Prompt>,
     /// Seed of the noise, as in diffusers: the same seed makes the same picture in every batch.
     pub seed: u64,
@@ -85,7 +85,7 @@ impl Image {
         Image { prompt: prompt.into(), ..Image::default() }
     }
 
-    /// The same away from other words.
+    /// The same with a negative prompt.
     pub fn negative(self, prompt: impl Into<Prompt>) -> Self {
         Image { negative: Some(prompt.into()), ..self }
     }
@@ -112,7 +112,7 @@ impl Image {
     }
 }
 
-/// One call for as many images as the session's batch, which share size and sampler.
+/// One call, for as many images as the session's batch has. They share size and sampler.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 #[must_use]
@@ -123,11 +123,12 @@ pub struct Request {
     pub steps: usize,
     /// Sampler and spacing; the checkpoint's own by default.
     pub sampler: SamplerChoice,
-    /// The generator that seeds are meant for.
+    /// The random number generator that the seeds are meant for.
     pub rng: Rng,
-    /// SDXL alone: width and height of the picture that these are to look made of; their own by default.
+    /// SDXL alone: width and height of the original picture that the images are to look as if made from; by default
+    /// their own size.
     pub original_size: Option<(usize, usize)>,
-    /// SDXL alone: pixels cut off that picture at its left and its top.
+    /// SDXL alone: pixels cropped from the left and the top of that original picture.
     pub crop: (usize, usize),
 }
 
@@ -144,12 +145,12 @@ impl Request {
         }
     }
 
-    /// The same in so many steps.
+    /// The same in `steps` steps.
     pub fn steps(self, steps: usize) -> Self {
         Request { steps, ..self }
     }
 
-    /// The same by a sampler.
+    /// The same with another sampler.
     pub fn sampler(self, sampler: SamplerChoice) -> Self {
         Request { sampler, ..self }
     }
@@ -171,7 +172,7 @@ impl From<Image> for Request {
     }
 }
 
-/// How far a run is.
+/// The progress of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Progress {

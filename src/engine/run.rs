@@ -12,11 +12,12 @@ use crate::{Error, Result};
 
 /// A UNet with its sampler on a device.
 pub(crate) trait Denoiser: Send {
-    /// Writes the inputs that condition the rows, the unconditional rows first, and runs what depends on them alone.
+    /// Writes the inputs that condition the rows, the unconditional rows first, and runs the nodes that depend on them
+    /// alone.
     fn condition(&mut self, inputs: &[(&'static str, Vec<f32>)]) -> Result<()>;
 
     /// Takes the steps. `check` is called with the number of steps done, before each and after the last, and may end
-    /// the run. Gives the latents, `[batch, h, w, c]`.
+    /// the run. Returns the latents, `[batch, h, w, c]`.
     fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>>;
 }
 
@@ -48,14 +49,15 @@ pub(crate) struct Run<'a> {
     pub rng: Rng,
     /// Shape of one image's latents.
     pub shape: Shape,
-    /// Steps the host may run ahead of the device.
+    /// The number of steps that the host may run ahead of the device.
     pub ahead: usize,
 }
 
 /// One image of a [`Run`].
 pub(crate) struct RunImage {
     pub seed: u64,
-    /// The prediction is `u + guidance * (c - u)` of the unconditional one u and the conditional one c; c itself at 1.
+    /// The prediction is `u + guidance * (c - u)`, with the unconditional prediction u and the conditional prediction
+    /// c; at 1 it is c itself.
     pub guidance: f32,
     /// The latents before the first step, NHWC; `None` for the seed's noise.
     pub latents: Option<Vec<f32>>,
@@ -84,7 +86,7 @@ impl Run<'_> {
     }
 }
 
-/// Normal numbers for each image from its own generator.
+/// Normal random numbers for each image, from its own generator.
 pub(super) struct Noise {
     generators: Vec<NormalGenerator>,
     shape: Shape,

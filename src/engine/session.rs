@@ -47,8 +47,9 @@ impl Session {
         self.options
     }
 
-    /// Makes the pictures of a request with as many images as [`SessionOptions::batch`]. `progress` is told of every
-    /// step and may end the run. A broken run while pictures are decoded gives those that are there.
+    /// Makes the pictures of a request with as many images as [`SessionOptions::batch`]. `progress` is called with
+    /// every step and every decoded picture, and may end the run. If it does so while pictures are decoded, the output
+    /// holds those that are done.
     ///
     /// A picture is the same to the last bit whatever else is in its batch.
     ///
@@ -93,7 +94,7 @@ impl Session {
                 ControlFlow::Break(()) if done < total => {
                     Err(Error::cancelled(format!("stopped after {done} of {total} steps, with no picture made")))
                 }
-                // Nothing is left to break off.
+                // After the last step nothing is left to cancel.
                 _ => Ok(()),
             })?;
         let mut output = Output { pictures: Vec::new(), latents: vec![0.0; latents.len()] };
@@ -114,11 +115,11 @@ impl Session {
         Shape::new(1, h, w, c)
     }
 
-    /// Checks what an image asks for, and gives it with its unit noise in NHWC where it brings its own.
+    /// Checks an image's settings. The result holds its unit noise in NHWC, if the image brings its own.
     fn check(&self, image: &Image) -> Result<RunImage> {
         let guidance = image.guidance.unwrap_or(self.engine.default_guidance());
         if !guidance.is_finite() {
-            return Err(Error::invalid("guidance", format!("{guidance} is no scale")).advise("give a finite number"));
+            return Err(Error::invalid("guidance", format!("{guidance} is not finite")).advise("give a finite number"));
         }
         if guidance > 1.0 && !self.options.guided {
             let problem = format!("{guidance} in a session without guidance");
@@ -133,7 +134,7 @@ impl Session {
             Start::Latents(given) => {
                 let shape = self.latents();
                 if given.len() != shape.len() {
-                    let problem = format!("{} numbers where an image of this size has {}", given.len(), shape.len());
+                    let problem = format!("{} numbers, but an image of this size has {}", given.len(), shape.len());
                     return Err(Error::invalid("latents", problem).advise("give [c, height / 8, width / 8] numbers"));
                 }
                 let mut latents = vec![0.0; shape.len()];
@@ -144,8 +145,8 @@ impl Session {
         Ok(RunImage { seed: image.seed, guidance: guidance.max(1.0), latents })
     }
 
-    /// Writes what the UNet reads of the prompts and sizes (the unconditional rows first), and runs what depends on
-    /// them alone, unless the last request's are the same encodings.
+    /// Writes the UNet's inputs for the prompts and sizes (the unconditional rows first), and runs the nodes that
+    /// depend on them alone, unless the last request had the same encodings and sizes.
     fn condition(&mut self, request: &Request) -> Result<()> {
         let text = &self.engine.0.text;
         let mut texts = HashMap::new();
@@ -182,7 +183,7 @@ impl Session {
     }
 }
 
-/// Images whose own unit noise is scaled to the first noise level.
+/// Scales the unit noise that images bring to the first noise level.
 fn start(mut images: Vec<RunImage>, sigma: f32) -> Vec<RunImage> {
     images.iter_mut().filter_map(|image| image.latents.as_mut()).flatten().for_each(|x| *x *= sigma);
     images

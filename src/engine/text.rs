@@ -1,5 +1,5 @@
-//! From prompts to what the UNet reads of them: one text encoder's states in Stable Diffusion 1.x and 2.x, in SDXL
-//! those of two side by side, with a pooled prompt and the picture's sizes.
+//! The encoding of prompts into inputs of the UNet: the hidden states of one text encoder in Stable Diffusion 1.x and
+//! 2.x; in SDXL those of two encoders side by side, a pooled prompt and the picture's sizes.
 
 use super::read_config;
 use crate::device::{Device, Executor, Weights};
@@ -17,11 +17,11 @@ pub(super) struct TextEncoders {
     states: &'static str,
     /// True if the UNet also reads a pooled prompt and the picture's sizes.
     sized: bool,
-    /// True if no prompt at all is zeros, and not an empty prompt.
+    /// True if the absence of a prompt is encoded as zeros, false if as an empty prompt.
     zeros: bool,
-    /// The encoding of no prompt at all.
+    /// The encoding of the absence of a prompt.
     none: OnceLock<Conditioning>,
-    /// Tells these encoders' encodings from others'.
+    /// Distinguishes the encodings made by these encoders from all others.
     identity: Arc<()>,
 }
 
@@ -34,7 +34,7 @@ struct TextEncoder {
 }
 
 impl TextEncoders {
-    /// Loads the text encoders of a checkpoint with this UNet, and readies them to run.
+    /// Loads the text encoders of a checkpoint with this UNet, and makes them ready to run.
     ///
     /// # Errors
     /// Those of reading the files, [`crate::ErrorKind::Mismatch`] for parts that do not belong together, and
@@ -57,7 +57,7 @@ impl TextEncoders {
             folders.par_iter().zip(&configs).map(|((_, folder), config)| tokenizer(source, folder, config)).collect();
         // Of several problems the first in this order is reported, whichever was found first.
         let tokenizers = tokenizers.into_iter().collect::<Result<Vec<_>>>()?;
-        // As in diffusers a prompt has the tokenizer's length, also where the encoder has positions for more.
+        // As in diffusers, a prompt has the tokenizer's length, even if the encoder has more positions.
         configs.iter_mut().zip(&tokenizers).for_each(|(config, tokenizer)| config.tokens = tokenizer.length());
         if let Some(problem) = misfit(&configs, unet) {
             return Err(Error::mismatch(source.path("unet/config.json"), problem));
@@ -107,7 +107,7 @@ impl TextEncoders {
         self.encoders.iter().map(|encoder| lock(&encoder.executor).plan().arena_bytes()).sum()
     }
 
-    /// Encodes a prompt; `None` is no prompt, for the unconditional row.
+    /// Encodes a prompt; `None` is the absence of a prompt, for an unconditional row.
     ///
     /// # Errors
     /// Those of the tokenizers, and the device's.
@@ -149,7 +149,7 @@ impl TextEncoders {
     }
 
     /// The UNet's inputs for these rows: those of [`super::UNET_CONSTANTS`] that it reads, `[rows, ...]`. `time_ids` is
-    /// what [`time_ids`] makes of the picture's sizes.
+    /// the result of [`time_ids`] for the picture's sizes.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Mismatch`] for a prompt that another checkpoint has encoded.
@@ -174,7 +174,7 @@ fn lock(executor: &Mutex<Executor>) -> MutexGuard<'_, Executor> {
 }
 
 impl TextEncoder {
-    /// Runs for a prompt; gives the words at its end that did not fit.
+    /// Encodes a prompt. Returns the words at its end that did not fit.
     fn run(&self, executor: &mut Executor, prompt: &str) -> Result<String> {
         let encoded = self.tokenizer.encode(prompt)?;
         let mut ids = vec![0.0; self.config.tokens];
@@ -198,7 +198,7 @@ pub struct Conditioning(Arc<Encoding>);
 struct Encoding {
     /// Hidden states, `[tokens, width]`, those of several encoders side by side.
     states: Vec<f32>,
-    /// The pooled prompt, `[width]`; empty where the UNet reads none.
+    /// The pooled prompt, `[width]`; empty if the UNet reads none.
     pooled: Vec<f32>,
     lost: String,
     /// [`TextEncoders::identity`] of those that made it.
@@ -206,7 +206,7 @@ struct Encoding {
 }
 
 impl Conditioning {
-    /// The words at the prompt's end that did not fit into the text encoder's tokens and are not used; mostly empty.
+    /// The words at the prompt's end that did not fit into the text encoder's tokens and are not used; usually empty.
     pub fn truncated(&self) -> &str {
         &self.0.lost
     }
@@ -223,13 +223,14 @@ impl std::fmt::Debug for Conditioning {
     }
 }
 
-/// SDXL's size conditioning (arXiv 2307.01952, section 2.2) of a picture of `target` pixels, as if cut at `crop` from
-/// one that was of `original` pixels before it was resized; all are width and height, or left and top.
+/// SDXL's size conditioning (arXiv 2307.01952, section 2.2) of a picture of `target` pixels, as if cropped at `crop`
+/// from a picture that had `original` pixels before it was resized. Sizes are width and height, and the crop is left
+/// and top.
 pub(super) fn time_ids(original: (usize, usize), crop: (usize, usize), target: (usize, usize)) -> [f32; 6] {
     [original.1, original.0, crop.1, crop.0, target.1, target.0].map(|pixels| pixels as f32)
 }
 
-/// `model_index.json`; null where there is none.
+/// `model_index.json`; null if there is none.
 fn read_index(source: &Source) -> Result<serde_json::Value> {
     let file = "model_index.json";
     if !source.has(file) {
@@ -267,7 +268,7 @@ fn tokenizer(source: &Source, folder: &str, config: &ClipConfig) -> Result<Token
     let tokenizer = source.tokenizer(folder)?;
     if tokenizer.vocab_size() > config.vocab_size || tokenizer.length() > config.max_position_embeddings {
         let problem = format!(
-            "{} tokens in prompts of {} do not fit the text encoder, which knows {} in prompts of {}",
+            "a vocabulary of {} and prompts of {} tokens do not fit the text encoder, which has {} and {}",
             tokenizer.vocab_size(),
             tokenizer.length(),
             config.vocab_size,

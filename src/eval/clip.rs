@@ -23,7 +23,7 @@ pub struct Clip {
     preprocessor: Preprocessor,
 }
 
-/// The fields of `preprocessor_config.json` that are read.
+/// The fields of `preprocessor_config.json` that are used.
 #[derive(serde::Deserialize)]
 struct Preprocessor {
     #[serde(default = "mean")]

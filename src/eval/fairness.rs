@@ -26,7 +26,7 @@ pub struct Settings {
     pub clip_fingerprint: String,
     /// The classes of each group, the names of its concepts. CLIP chooses among these texts.
     pub groups: Vec<Vec<String>>,
-    /// The [`crate::Concept::fingerprint`]s of each group: a concept that is trained on may keep its name.
+    /// The [`crate::Concept::fingerprint`]s of each group: a concept that is trained further may keep its name.
     pub concepts: Vec<Vec<String>>,
     /// The wanted shares of each group's classes.
     pub shares: Vec<Vec<f64>>,
@@ -68,9 +68,9 @@ impl Settings {
         if self.images == 0 {
             refused("images", "no pictures", "give 1 or more for each profession")
         } else if self.prompts.is_empty() || self.prompts.iter().any(|(_, prompts)| prompts.is_empty()) {
-            refused("prompts", "a profession without prompts, or none at all", "give one prompt or more for each")
+            refused("prompts", "a profession without prompts, or no professions", "give one prompt or more for each")
         } else if part >= parts {
-            refused("shard", "no part of the whole", "count parts from 0")
+            refused("shard", "its part is not below the number of parts", "count parts from 0")
         } else if seeds.is_none() {
             refused("seed", "the last picture's seed would be too large", "give a smaller first seed")
         } else if !self.weight.is_finite() {
@@ -154,7 +154,7 @@ impl Fairness {
             crate::files::write(&path, text.as_bytes())?;
         }
         let records = read_records(folder)?;
-        // Written again without a last line that was cut off.
+        // The records are written again, without a last line that was cut off.
         let path = folder.join("records.jsonl");
         let lines: String = records.iter().map(|r| serde_json::to_string(r).unwrap_or_default() + "\n").collect();
         crate::files::write(&path, lines.as_bytes())?;

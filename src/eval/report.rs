@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 pub struct Report {
     /// The settings of the run.
     pub settings: Settings,
-    /// One summary per group, and where there are several groups, one of their combinations.
+    /// One summary per group, and if there are several groups, one of their combinations.
     pub summaries: Vec<Summary>,
 }
 
@@ -142,8 +142,8 @@ impl Report {
         let _ = write!(
             out,
             "<p>Pictures by {}, judged by the CLIP of {}: {} of each profession, plain and balanced, {} {} steps at \
-             guidance {}, concepts at weight {}. The deviation ratio is 0 where all classes are as frequent and 1 where one \
-             takes all; brackets hold its 95 % interval.</p>",
+             guidance {}, concepts at weight {}. The deviation ratio is 0 if all classes are equally frequent and 1 if \
+             one class has all pictures; brackets hold its 95 % interval.</p>",
             escape(&self.settings.model),
             escape(&self.settings.clip),
             self.settings.images,

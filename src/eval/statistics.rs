@@ -1,6 +1,6 @@
 //! Deviation ratios and their confidence intervals.
 
-/// The distance of counts from equal ones, `max_c |N_c / N - 1 / C| / (1 - 1 / C)`: 0 for equal counts, and 1 where one
+/// The distance of counts from equal ones, `max_c |N_c / N - 1 / C| / (1 - 1 / C)`: 0 for equal counts, and 1 if one
 /// class has all (the measure of Concept Algebra and RespoDiff).
 pub fn deviation_ratio(counts: &[usize]) -> f64 {
     let total: usize = counts.iter().sum();

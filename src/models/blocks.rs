@@ -2,7 +2,7 @@
 
 use crate::graph::{ConvOptions, Extent, GraphBuilder, Sources, TensorId, View};
 
-/// How the timestep enters a residual block.
+/// The way in which the timestep enters a residual block.
 #[derive(Clone, Copy)]
 pub(super) enum Time {
     /// Not at all.
@@ -20,7 +20,7 @@ pub(super) struct Resnet {
     pub groups: usize,
     /// Added to the variance.
     pub eps: f32,
-    /// How the timestep enters.
+    /// The way in which the timestep enters.
     pub time: Time,
     /// Multiplies the result.
     pub scale: f32,

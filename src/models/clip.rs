@@ -50,7 +50,7 @@ pub fn vision_encoder(config: &ClipVisionConfig, batch: usize) -> Graph {
     let x = g.linear("vision_model.embeddings.patch_embedding", patches, width, options.clone()); // [n, 1, patches, c]
     let (class, positions) = ("vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding");
     let mut x = g.class_token(class, positions, x); // [n, 1, 1 + patches, c]
-    // The checkpoints' own spelling.
+    // The spelling is that of the checkpoints.
     x = g.layer_norm("vision_model.pre_layrnorm", x, config.layers.eps); // [n, 1, 1 + patches, c]
     for i in 0..config.layers.count {
         x = config.layers.layer(&mut g, &format!("vision_model.encoder.layers.{i}"), x, false);

@@ -1,7 +1,7 @@
 //! Model configurations: diffusers' and transformers' `config.json`.
 //!
-//! Absent fields take the default of the class that reads them there. A field that would change what is computed in a
-//! way that the graphs cannot express is refused by name.
+//! Absent fields take the default of the class of diffusers or transformers that reads them. A field that would change
+//! the computation in a way that the graphs cannot express is refused by name.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use crate::graph::Activation;
 const MAX_CHANNELS: usize = 65_536;
 const MAX_LEVELS: usize = 8;
 const MAX_LAYERS: usize = 64;
-/// Token ids travel as f32, which is exact up to here.
+/// Token ids are passed as f32, in which whole numbers are exact up to here.
 const MAX_VOCABULARY: usize = 1 << 24;
 
 /// Fields of a text configuration that its forward pass does not read.
@@ -86,17 +86,17 @@ pub struct ClipConfig {
     pub vocab_size: usize,
     /// The transformer.
     pub layers: ClipLayers,
-    /// Tokens of a prompt, padding included.
+    /// Rows of the position embedding.
     pub max_position_embeddings: usize,
     /// Tokens of a prompt, padding included: as many as positions, unless the tokenizer makes fewer.
     pub tokens: usize,
     /// The token that ends a prompt.
     pub eos_token_id: i64,
-    /// Channels of the projected pooled token, where the encoder has a projection.
+    /// Channels of the projected pooled token, if the encoder has a projection.
     pub projection_dim: Option<usize>,
 }
 
-/// A tower's transformer.
+/// The transformer of a text or vision encoder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ClipLayers {
     /// `hidden_size`: channels of a token.
@@ -114,7 +114,7 @@ pub struct ClipLayers {
 }
 
 impl ClipLayers {
-    /// Reads a tower's fields; `width`, `inner` and `heads` are the class's defaults.
+    /// Reads an encoder's fields; `width`, `inner` and `heads` are the class's defaults.
     fn read(r: &mut Reader, width: usize, inner: usize, heads: usize) -> Result<Self> {
         let activations = [("quick_gelu".into(), Activation::QuickGelu), ("gelu".into(), Activation::Gelu)];
         let layers = ClipLayers {
@@ -159,15 +159,15 @@ impl ClipConfig {
         Ok(config)
     }
 
-    /// Which token of a prompt is projected: the first end of text, or where the configuration carries the historic id
-    /// 2 for it, the largest id.
+    /// The position of the token that is projected: the first end of text, or, if the configuration carries the
+    /// historic id 2 for it, the token with the largest id.
     pub fn pooled_index(&self, ids: &[i64]) -> usize {
         let pooled = if self.eos_token_id == 2 { ids.iter().max().copied() } else { Some(self.eos_token_id) };
         ids.iter().position(|&id| Some(id) == pooled).unwrap_or(0)
     }
 }
 
-/// CLIP's vision tower.
+/// CLIP's vision encoder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ClipVisionConfig {
     /// Rows and columns of a picture.
@@ -180,14 +180,14 @@ pub struct ClipVisionConfig {
     pub projection_dim: usize,
 }
 
-/// A `CLIPModel`'s `config.json`: both towers.
+/// Reads a `CLIPModel`'s `config.json`, which configures both encoders.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Damaged`] for a field that is missing, malformed or not supported.
 pub fn parse_clip_model(text: &str, path: &Path) -> Result<(ClipConfig, ClipVisionConfig)> {
     let mut all: Value = crate::json::parse(text, path)?;
     if all["vision_config"].is_null() || all["text_config"].is_null() {
-        return Err(crate::Error::damaged(path, "not a CLIPModel: `text_config` and `vision_config` are wanted"));
+        return Err(crate::Error::damaged(path, "not a CLIPModel: it must have `text_config` and `vision_config`"));
     }
     let projection = if all["projection_dim"].is_null() { json!(512) } else { all["projection_dim"].clone() };
     for (tower, class) in [("text_config", json!(["CLIPTextModelWithProjection"])), ("vision_config", Value::Null)] {
@@ -247,7 +247,7 @@ pub struct TextTime {
 /// `UNet2DConditionModel` as Stable Diffusion 1.x, 2.x and SDXL use it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UNetConfig {
-    /// Rows and columns of the latents it was trained on, if the configuration says.
+    /// Rows and columns of the latents it was trained on, if the configuration gives them.
     pub sample_size: Option<(usize, usize)>,
     /// Channels of the latents.
     pub in_channels: usize,
@@ -261,15 +261,15 @@ pub struct UNetConfig {
     pub norm_num_groups: usize,
     /// Added to the variance in the resnets' norms.
     pub norm_eps: f32,
-    /// Cosines before sines in the timestep's embedding.
+    /// True if the cosines come before the sines in the timestep's embedding.
     pub flip_sin_to_cos: bool,
     /// Subtracted from the number of frequencies; 0 or 1.
     pub freq_shift: f32,
     /// Channels of the projected timestep.
     pub time_embedding_dim: usize,
-    /// Divides the output of the middle block's resnets.
+    /// Divides the output of the mid block's resnets.
     pub mid_block_scale_factor: f32,
-    /// True if the timestep scales and shifts inside a resnet (`resnet_time_scale_shift`) or is only added.
+    /// True if the timestep scales and shifts inside a resnet (`resnet_time_scale_shift`), false if it is only added.
     pub time_scale_shift: bool,
     /// SDXL's size conditioning.
     pub text_time: Option<TextTime>,
@@ -323,7 +323,7 @@ impl UNetConfig {
             "resnet_skip_time_act",
             // Everything is computed in f32, or accumulated in it.
             "upcast_attention",
-            // The same matrix either way.
+            // The matrix is the same in both cases.
             "use_linear_projection",
         ]);
 
@@ -448,9 +448,9 @@ fn text_time(r: &mut Reader) -> Result<Option<TextTime>> {
 /// `AutoencoderKL`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VaeConfig {
-    /// Channels of an image the encoder reads.
+    /// Channels of an image that the encoder reads.
     pub in_channels: usize,
-    /// Channels of an image the decoder makes.
+    /// Channels of an image that the decoder makes.
     pub out_channels: usize,
     /// Channels of the latents.
     pub latent_channels: usize,
@@ -468,7 +468,7 @@ pub struct VaeConfig {
     pub use_quant_conv: bool,
     /// True if a 1x1 convolution precedes the decoder.
     pub use_post_quant_conv: bool,
-    /// True if the middle blocks attend.
+    /// True if the mid blocks have attention.
     pub mid_block_add_attention: bool,
 }
 
@@ -508,7 +508,7 @@ impl VaeConfig {
         Ok(config)
     }
 
-    /// How many pixels a latent is wide.
+    /// The width of one latent in pixels.
     pub fn scale(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }

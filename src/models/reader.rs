@@ -1,4 +1,4 @@
-//! Reading of `config.json`: every key is accounted for, so that a setting that matters is never passed over.
+//! Reading of `config.json`: every key is accounted for, so that a setting that matters is never ignored.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result};
 
-/// The keys of a configuration that nobody has asked for yet.
+/// The keys of a configuration that have not been read yet.
 pub(super) struct Reader<'a> {
     keys: Map<String, Value>,
     path: &'a Path,
@@ -40,7 +40,7 @@ impl<'a> Reader<'a> {
         self.keys.get(key).is_some_and(|v| !v.is_null())
     }
 
-    /// Forgets keys that change nothing in what is computed.
+    /// Removes keys that do not change the computation.
     pub(super) fn ignore(&mut self, keys: &[&str]) {
         for key in keys {
             self.keys.remove(*key);
@@ -53,7 +53,7 @@ impl<'a> Reader<'a> {
         self.as_size(key, &value, max)
     }
 
-    /// Such a number for each of `count` levels, written as a list or as the one they share.
+    /// A whole number in `1..=max` for each of `count` levels, written as a list, or as one number that they share.
     pub(super) fn sizes(&mut self, key: &str, default: usize, count: usize, max: usize) -> Result<Vec<usize>> {
         let default = Value::from(default);
         self.each(key, default, count, |r, v| r.as_size(key, v, max))
@@ -73,25 +73,26 @@ impl<'a> Reader<'a> {
     /// A positive number.
     pub(super) fn positive(&mut self, key: &str, default: f64) -> Result<f32> {
         let value = self.keys.remove(key).unwrap_or_else(|| default.into());
-        // Far from where f32 overflows, or where its square vanishes.
+        // In this range the square of an f32 neither overflows nor vanishes.
         let number = value.as_f64().filter(|v| (1e-15..=1e15).contains(v));
         number.map(|v| v as f32).ok_or_else(|| self.unsupported(key, &value, "a positive number"))
     }
 
-    /// True or false.
+    /// A boolean.
     pub(super) fn flag(&mut self, key: &str, default: bool) -> Result<bool> {
         let Some(value) = self.keys.remove(key) else { return Ok(default) };
         value.as_bool().ok_or_else(|| self.unsupported(key, &value, "true, false"))
     }
 
-    /// True or false for each level.
+    /// A boolean for each of `count` levels, written as a list, or as one that they share.
     pub(super) fn flags(&mut self, key: &str, default: bool, count: usize) -> Result<Vec<bool>> {
         self.each(key, default.into(), count, |r, v| {
             v.as_bool().ok_or_else(|| r.unsupported(key, v, "true, false, or one of them for each block"))
         })
     }
 
-    /// One of a few values; `default`, which need not be among them, where there is none.
+    /// One of a few values, or `default` if the key is absent. A default that is not among them makes the key
+    /// mandatory.
     pub(super) fn choice<T: Copy>(&mut self, key: &str, default: Value, choices: &[(Value, T)]) -> Result<T> {
         let value = self.keys.remove(key).unwrap_or(default);
         self.as_choice(key, &value, choices)
@@ -126,7 +127,7 @@ impl<'a> Reader<'a> {
         self.choice(key, allowed[0].clone(), &choices)
     }
 
-    /// A list of sizes whose length is for this key to say.
+    /// A list of 1 to `longest` sizes, whose length does not follow from another key.
     pub(super) fn list(&mut self, key: &str, default: &[usize], longest: usize, max: usize) -> Result<Vec<usize>> {
         let value = self.keys.remove(key).unwrap_or_else(|| default.into());
         match &value {
@@ -158,7 +159,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Refuses what is left and not off. Keys that begin with `_` are notes, not settings.
+    /// Refuses every key that is left, unless its value is null or false. Keys that begin with `_` are notes, not
+    /// settings.
     pub(super) fn finish(self) -> Result<()> {
         let is_set =
             |key: &str, value: &Value| !key.starts_with('_') && !matches!(value, Value::Null | Value::Bool(false));

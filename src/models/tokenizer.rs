@@ -1,11 +1,11 @@
-//! CLIP's tokenizer: a prompt to the ids that a text encoder reads.
+//! CLIP's tokenizer, which turns a prompt into the ids that a text encoder reads.
 //!
 //! The ids are those of transformers' `CLIPTokenizer` without `ftfy` (the class that a diffusers folder names), rebuilt
 //! here around the byte-pair encoder of the `tokenizers` crate. `CLIPTokenizerFast`, that crate's recipe for the same,
 //! differs on Chinese characters, control characters and special tokens.
 //!
-//! One difference remains: characters younger than the Unicode version of the Python that ran transformers, which
-//! that Python drops as unassigned and this module keeps.
+//! One difference remains: transformers drops characters that are unassigned in the Unicode version of its Python, and
+//! this module keeps those that newer versions assign.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,17 +29,17 @@ const IDEOGRAPHS: &str = concat!(
     r"\x{2B740}-\x{2B81F}\x{2B820}-\x{2CEAF}\x{F900}-\x{FAFF}\x{2F800}-\x{2FA1F}",
 );
 
-/// The characters that `BasicTokenizer._clean_text` drops: every control, format, private and unassigned character but
-/// three spaces.
+/// The characters that `BasicTokenizer._clean_text` drops: U+FFFD, and every control, format, private-use and
+/// unassigned character except tab, line feed and carriage return.
 const DROPPED: &str = r"[^\P{C}\t\n\r]|\x{FFFD}";
 
-/// Words that `CLIPTokenizer.bpe` never takes apart, whatever the special tokens are.
+/// Words that `CLIPTokenizer.bpe` never splits, whatever the special tokens are.
 const WHOLE: [&str; 2] = ["<|startoftext|>", "<|endoftext|>"];
 
-/// The most ids that a configuration may ask for.
+/// The largest `model_max_length` that a configuration may have.
 const MAX_LENGTH: u64 = 65_536;
 
-/// Context length when the configuration names none: that of every CLIP text encoder.
+/// Context length if the configuration gives none: that of every CLIP text encoder.
 const DEFAULT_LENGTH: usize = 77;
 
 /// A prompt as ids.
@@ -47,14 +47,15 @@ const DEFAULT_LENGTH: usize = 77;
 pub struct Encoded {
     /// [`Tokenizer::length`] ids: start, tokens of the prompt, end, padding.
     pub ids: Vec<i64>,
-    /// How many of `ids` are tokens of the prompt.
+    /// The number of `ids` that are tokens of the prompt.
     pub tokens_used: usize,
-    /// The end of the prompt that did not fit, from its first word that is not whole in `ids`; empty when all fitted.
+    /// The end of the prompt that did not fit, from the first word that is not wholly in `ids`; empty if all of it
+    /// fits.
     pub lost: String,
 }
 
 impl Encoded {
-    /// Writes the ids as a text encoder reads them; the rest of a longer row is the last one, the padding.
+    /// Writes the ids as a text encoder reads them. The rest of a longer row is filled with the last id, the padding.
     pub(crate) fn fill(&self, row: &mut [f32]) {
         let padding = self.ids.last().copied().unwrap_or(0);
         row.iter_mut()
@@ -80,13 +81,13 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads a diffusers `tokenizer/` folder: `vocab.json` and `merges.txt`, or else the same two inside
-    /// `tokenizer.json`; special tokens and length from `tokenizer_config.json`, `special_tokens_map.json` and
-    /// `added_tokens.json`, where these exist.
+    /// Reads a diffusers `tokenizer/` folder: `vocab.json` and `merges.txt`, or else their content inside
+    /// `tokenizer.json`. Special tokens and length come from `tokenizer_config.json`, `special_tokens_map.json` and
+    /// `added_tokens.json`, if these exist.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] names the file that is missing or malformed; [`crate::ErrorKind::Io`] one that
-    /// cannot be read.
+    /// [`crate::ErrorKind::NotFound`] if the folder has no tokenizer; [`crate::ErrorKind::Damaged`] names a file that
+    /// is malformed, [`crate::ErrorKind::Io`] one that cannot be read.
     pub fn load(dir: &Path) -> Result<Self> {
         let read = |name: &str| match fs::read(dir.join(name)) {
             Ok(bytes) => Ok(Some(bytes)),
@@ -128,11 +129,11 @@ impl Tokenizer {
         parts.build(Path::new(""), config, special_tokens_map)
     }
 
-    /// The tokenizer of every CLIP text encoder but that of a tiny one, from the vocabulary that is compiled in;
-    /// encoders differ in the token that fills up a prompt.
+    /// The tokenizer of all CLIP text encoders that have the original vocabulary, which is compiled in. They differ
+    /// only in `pad`, the token that fills up a prompt.
     ///
     /// # Errors
-    /// None, unless `pad` is no token.
+    /// [`crate::ErrorKind::Damaged`] if `pad` is not in the vocabulary; there are no others.
     pub fn clip(pad: &str) -> Result<Self> {
         let mut parts = Parts::default();
         let merges = include_str!("clip-tokenizer/merges.txt");
@@ -141,7 +142,7 @@ impl Tokenizer {
         parts.build(Path::new(""), None, Some(json!({"pad_token": pad}).to_string().as_bytes()))
     }
 
-    /// How many ids [`Tokenizer::encode`] returns: `model_max_length`, 77 for CLIP.
+    /// The number of ids that [`Tokenizer::encode`] returns: `model_max_length`, 77 for CLIP.
     pub fn length(&self) -> usize {
         self.length
     }
@@ -151,11 +152,11 @@ impl Tokenizer {
         self.vocab_size
     }
 
-    /// Turns a prompt into ids, and tells what did not fit. A special token typed in the prompt becomes its id, as in
-    /// transformers.
+    /// Turns a prompt into ids, and returns the part that did not fit. A special token typed in the prompt becomes its
+    /// id, as in transformers.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] if the text cannot be taken apart; no text that does so is known.
+    /// [`crate::ErrorKind::Invalid`] if the text cannot be tokenized; no such text is known.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
         let prompt = &*self.expand(prompt);
         let encoding = self
@@ -178,8 +179,9 @@ impl Tokenizer {
         Ok(Encoded { ids, tokens_used, lost })
     }
 
-    /// An embedding of several vectors (textual inversion, arXiv 2208.01618) has a token for each: `<cat>`, `<cat>_1`,
-    /// `<cat>_2`. In a prompt the first stands for all, as diffusers' `maybe_convert_prompt` has it.
+    /// Expands the tokens of textual inversion (arXiv 2208.01618). An embedding of several vectors has one token per
+    /// vector: `<cat>`, `<cat>_1`, `<cat>_2`. In a prompt the first stands for all of them, as in diffusers'
+    /// `maybe_convert_prompt`.
     fn expand<'a>(&self, prompt: &'a str) -> std::borrow::Cow<'a, str> {
         let mut text = std::borrow::Cow::Borrowed(prompt);
         let first = |token: &&String| self.special.contains_key(&format!("{token}_1"));
@@ -224,7 +226,7 @@ impl Tokenizer {
 }
 
 /// CLIP's tokens in the order of their ids: the bytes (as GPT-2 writes them: printable ones as themselves, the others
-/// as characters from 256 on), the same at a word's end, what each merge makes, start and end of text.
+/// as characters from 256 on), the same at a word's end, the product of each merge, start and end of text.
 fn clip_vocabulary(merges: &str) -> impl Iterator<Item = String> {
     let printable = |byte: &char| matches!(byte, '!'..='~' | '¡'..='¬' | '®'..='ÿ');
     let bytes = ('\0'..='ÿ').filter(printable).chain(('\u{100}'..).take(256 - 188));
@@ -233,7 +235,7 @@ fn clip_vocabulary(merges: &str) -> impl Iterator<Item = String> {
     bytes.map(String::from).chain(ends).chain(joined).chain(WHOLE.map(String::from))
 }
 
-/// `str.lower`, which unlike `NormalizedString::lowercase` knows the Greek final sigma.
+/// Python's `str.lower`, which unlike `NormalizedString::lowercase` knows the Greek final sigma.
 fn lowercase(text: &mut NormalizedString) {
     let lower = text.get().to_lowercase();
     let changes = text.get().chars().flat_map(|c| c.to_lowercase().enumerate()).map(|(i, _)| isize::from(i > 0));
@@ -246,7 +248,7 @@ fn lowercase(text: &mut NormalizedString) {
 struct Parts {
     vocab: Vocab,
     merges: Merges,
-    /// Tokens beside the vocabulary, matched in the prompt as they are written.
+    /// Tokens outside the vocabulary, which are matched in the prompt literally.
     added: BTreeMap<String, u32>,
 }
 
@@ -311,7 +313,8 @@ impl Parts {
         let map_path = dir.join("special_tokens_map.json");
         let mut map = object(&map_path, special_tokens_map)?;
         if let Some(tokens) = config["added_tokens_decoder"].as_object() {
-            // transformers lets the map overrule the configuration, unless that lists the added tokens itself.
+            // transformers lets the map overrule the configuration, unless the configuration lists the added tokens
+            // itself.
             map = Value::Null;
             for (id, token) in tokens {
                 let (Some(content), Ok(id)) = (content(token), id.parse()) else {
@@ -348,7 +351,7 @@ impl Parts {
             add((token, path))?;
         }
 
-        // An unset length is written as 10^30, which is no u64.
+        // An unset length is written as 10^30, which does not fit a u64.
         let length = match config["model_max_length"].as_u64() {
             None => DEFAULT_LENGTH,
             Some(length @ 3..=MAX_LENGTH) => length as usize,
@@ -364,12 +367,12 @@ impl Parts {
             .build()
             .map_err(|error| malformed(&dir.join("merges.txt"), &error))?;
 
-        // Of two special tokens that start alike, the longer one is meant.
+        // Of two special tokens that start alike, the longer one must match, so it comes first.
         let mut literals: Vec<&String> = special.keys().filter(|literal| !literal.is_empty()).collect();
         literals.sort_by_key(|literal| std::cmp::Reverse(literal.len()));
         let literals: Vec<String> = literals.into_iter().map(|literal| escape(literal)).collect();
-        // `CLIPTokenizer.pat`, where ideographs stand alone since `BasicTokenizer` puts spaces around them. U+0345, a
-        // mark whose case folding is a letter, falls through the ignore-case classes of Python's `regex`.
+        // This is `CLIPTokenizer.pat`, in which each ideograph is a word, since `BasicTokenizer` puts spaces around it.
+        // U+0345, a mark whose case folding is a letter, matches none of the ignore-case classes of Python's `regex`.
         let words = [
             r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)".to_string(),
             format!(r"[{IDEOGRAPHS}]|[\p{{L}}--[{IDEOGRAPHS}]]+"),
@@ -403,7 +406,7 @@ fn token_id(path: &Path, token: &str, id: &Value) -> Result<u32> {
     id.ok_or_else(|| malformed(path, &format!("the id of token {token:?} is not a number")))
 }
 
-/// A JSON file's value.
+/// Parses the bytes of a JSON file.
 fn json_of<T: serde::de::DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T> {
     crate::json::parse(std::str::from_utf8(bytes).map_err(|error| malformed(path, &error))?, path)
 }
@@ -416,7 +419,7 @@ fn object(path: &Path, bytes: Option<&[u8]>) -> Result<Value> {
     }
 }
 
-/// A literal for use in a pattern.
+/// Escapes a literal for use in a pattern.
 fn escape(literal: &str) -> String {
     literal.chars().map(|c| format!(r"\x{{{:x}}}", u32::from(c))).collect()
 }

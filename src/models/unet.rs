@@ -21,12 +21,12 @@ pub struct UNetInput {
     pub w: usize,
     /// Tokens of a prompt.
     pub tokens: usize,
-    /// The bottleneck of this many rows, the last ones, can be shifted. [`unet_halves`] ignores it.
+    /// The number of rows whose bottleneck can be shifted, counted from the last row. [`unet_halves`] ignores it.
     pub shifted: usize,
 }
 
 impl Default for UNetInput {
-    /// A small input, for a graph of which only the weights are used: these do not depend on the input's sizes.
+    /// A small input, for a graph that is only made to list its weights: these do not depend on the input's sizes.
     fn default() -> Self {
         UNetInput { rows: 1, h: 8, w: 8, tokens: 1, shifted: 0 }
     }
@@ -52,7 +52,7 @@ pub fn unet(config: &UNetConfig, input: UNetInput) -> Graph {
     net.g.finish()
 }
 
-/// The same UNet cut after the middle block, for training: the down path with the middle block, and the up path.
+/// The same UNet cut after the mid block, for training: the down half with the mid block, and the up half.
 ///
 /// The first graph has the inputs of [`unet`] except for `shift`. Its outputs are `mid`, `time` (the timestep as
 /// residual blocks read it) and `skip.0`, `skip.1`, ... The second graph reads these and `encoder_hidden_states`; its
@@ -136,7 +136,7 @@ impl UNet<'_> {
         self.projected = self.g.fused("time_emb_proj", &names, self.time, &outputs, ConvOptions::default()).into();
     }
 
-    /// The down path: returns the coarsest activation and the skip connections, which the up path reads again.
+    /// Builds the down half. Returns the coarsest activation and the skip connections, which the up half reads again.
     fn down(&mut self, sample: TensorId) -> (TensorId, Vec<TensorId>) {
         let levels = &self.config.levels;
         let resnets = levels.iter().enumerate().flat_map(|(i, level)| {
@@ -183,7 +183,7 @@ impl UNet<'_> {
         self.g.shift("mid_block.shift", x, shift) // [n, h, w, c]
     }
 
-    /// The up path, from the bottleneck to the output `sample`.
+    /// Builds the up half, from the bottleneck to the output `sample`.
     fn up(&mut self, mut x: TensorId, skips: &mut Vec<TensorId>) {
         let resnets = self.config.levels.iter().rev().enumerate().flat_map(|(i, level)| {
             (0..=level.layers).map(move |j| (format!("up_blocks.{i}.resnets.{j}"), level.channels))
@@ -198,7 +198,7 @@ impl UNet<'_> {
                     x = self.transformer(&format!("{name}.attentions.{j}"), x, level, level.only_cross_attention);
                 }
             }
-            // The size that the next level had on the down path, which need not be twice this one.
+            // The size is that of the next level in the down half, which need not be twice the current one.
             if let Some(&skip) = skips.last() {
                 let size = self.g.shape(skip).extent();
                 x = upsample(&mut self.g, &name, x, size, 1.0); // [n, h, w, c]

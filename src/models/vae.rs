@@ -7,14 +7,15 @@ use crate::graph::{ConvOptions, Extent, Graph, GraphBuilder, Shape, TensorId};
 /// Added to the variance in all norms of the VAE.
 const EPS: f32 = 1e-6;
 
-/// Factor by which the activations between the VAE's layers are smaller than the checkpoint means them to be. SDXL's
-/// exceed fp16's 65,504. Every reader of them is a norm, so the result is the same, and a power of two rounds nothing.
+/// Factor by which the activations between the VAE's layers are smaller than the checkpoint means them to be. Those of
+/// SDXL exceed the largest fp16 number, 65,504. Every reader of them is a norm, so the result is the same, and scaling
+/// by a power of two rounds nothing.
 const SHRINK: f32 = 1.0 / 32.0;
 
 /// The decoder for `batch` latents of size `latent`.
 ///
-/// Input: `latents` `[batch, h, w, latent_channels]`, divided by the scaling factor. Output: `image`, larger by
-/// [`VaeConfig::scale`], with values from about -1 to 1.
+/// Input: `latents` `[batch, h, w, latent_channels]`, divided by the scaling factor. Output: `image`, larger by the
+/// factor [`VaeConfig::scale`], with values from about -1 to 1.
 pub fn vae_decoder(config: &VaeConfig, batch: usize, latent: Extent) -> Graph {
     let mut g = GraphBuilder::new();
     let mut x = g.input("latents", Shape::new(batch, latent.h, latent.w, config.latent_channels));
@@ -41,8 +42,8 @@ pub fn vae_decoder(config: &VaeConfig, batch: usize, latent: Extent) -> Graph {
 
 /// The encoder for `batch` images of size `image`, whose height and width are multiples of [`VaeConfig::scale`].
 ///
-/// Input: `image` `[batch, h, w, in_channels]` in -1 to 1. Output: `moments`, smaller by the scale: the channels of the
-/// mean, then those of the log-variance, which is not clamped.
+/// Input: `image` `[batch, h, w, in_channels]` in -1 to 1. Output: `moments`, smaller by the same factor: the channels
+/// of the mean, then those of the log-variance, which is not clamped.
 pub fn vae_encoder(config: &VaeConfig, batch: usize, image: Extent) -> Graph {
     let mut g = GraphBuilder::new();
     let (levels, channels) = (config.block_out_channels.len(), &config.block_out_channels);

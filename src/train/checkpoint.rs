@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 impl Trainer {
-    /// Writes a checkpoint, whole or not at all. It holds everything between two rollouts
-    /// ([`Trainer::between_rollouts`]); elsewhere a resumed training skips the rest of the current rollout.
+    /// Writes a checkpoint, whole or not at all. Between two rollouts ([`Trainer::between_rollouts`]) it holds the
+    /// whole state; at other times a training that is resumed from it skips the rest of the current rollout.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Io`].

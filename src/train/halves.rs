@@ -41,8 +41,8 @@ impl std::ops::Add for HalvesMemory {
 }
 
 impl Halves {
-    /// Plans and allocates on a device, and takes weights from `beside` where it holds them. With `gradient` the up
-    /// half has a backward pass, which reads the activations that `gradient` says are kept.
+    /// Plans and allocates on a device. Weights that `beside` holds are taken from there. With `gradient` the up half
+    /// has a backward pass, which reads the activations that `gradient` says are kept.
     ///
     /// # Errors
     /// Those of the weights, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
@@ -80,7 +80,7 @@ impl Halves {
         plans(device, config, input, gradient).map(of).into_iter().fold(HalvesMemory::default(), |a, b| a + b)
     }
 
-    /// Shape of the bottleneck, `n` being the rows.
+    /// Shape of the bottleneck, in which `n` is the number of rows.
     pub fn mid_shape(&self) -> Shape {
         let graph = self.down.plan().graph();
         graph.shape(graph.output("mid"))
@@ -126,7 +126,7 @@ impl Halves {
         &self.mid
     }
 
-    /// Runs the up half from that bottleneck, and gives the prediction, `[rows, h, w, c]`. `modules` are added to the
+    /// Runs the up half from that bottleneck, and returns the prediction, `[rows, h, w, c]`. `modules` are added to the
     /// bottleneck in its rows from `first` on.
     ///
     /// # Errors
@@ -144,7 +144,8 @@ impl Halves {
         self.up.read("sample")
     }
 
-    /// The gradient of `sum(seed * prediction)` by the bottleneck that the last [`Halves::ascend`] started from.
+    /// The gradient of `sum(seed * prediction)` with respect to the bottleneck that the last [`Halves::ascend`] started
+    /// from.
     ///
     /// The gradient is linear in the seed. The seed of a mean over all pixels is too small for fp16, so the seed is
     /// multiplied by the power of two that makes its largest number about 1, and the result is divided by the same in

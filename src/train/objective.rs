@@ -12,7 +12,8 @@ pub struct Objective<'a>(&'a mut Halves);
 pub struct Slope {
     /// Mean squared error over all numbers of the prediction.
     pub loss: f64,
-    /// Gradient by the sum that the modules add to the bottleneck, `[rows, h, w, c]`; for [`Module::gradient`].
+    /// Gradient with respect to the sum that the modules add to the bottleneck, `[rows, h, w, c]`; for
+    /// [`Module::gradient`].
     pub by_shift: Vec<f32>,
 }
 

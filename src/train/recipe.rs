@@ -11,7 +11,7 @@ use std::path::Path;
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Variant {
-    /// RAM and SAM, one tensor each: the method.
+    /// RAM and SAM, one tensor each: the paper's method.
     #[default]
     Constant,
     /// RAM alone.

@@ -46,7 +46,7 @@ pub(super) struct Rollout {
 impl Rollout {
     /// Plans and allocates rollouts of `steps` DDIM steps at the scale `guidance`, for modules of one form. The rows of
     /// `rolling` are conditioned on no prompt and on the neutral one, those of `targeting` on the prompts from which
-    /// and toward which the target leads, each once per image of the batch.
+    /// and toward which the target leads, each repeated for every image of the batch.
     ///
     /// # Errors
     /// Those of the weights, and [`crate::ErrorKind::OutOfMemory`] when the device's memory is short.
@@ -121,12 +121,12 @@ impl Rollout {
         self.levels.is_empty()
     }
 
-    /// Denoises to the next noise level, with `modules` added to the bottleneck of the neutral prompt's rows. Gives the
-    /// number of steps taken.
+    /// Denoises to the next noise level, with `modules` added to the bottleneck of the neutral prompt's rows. Returns
+    /// the number of steps taken.
     ///
     /// # Errors
     /// [`crate::ErrorKind::NonFinite`] when the latents leave the range of numbers, and
-    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's message.
     pub fn advance(&mut self, modules: &[&Module]) -> Result<usize> {
         let level = self.levels.pop_front().unwrap_or_default();
         let steps = self.schedule.steps[self.step..level].to_vec();
@@ -209,8 +209,8 @@ mod tests {
     use crate::weights::Source;
     use crate::{Device, Size};
 
-    /// A batch's latents after a rollout in pieces that end at `levels`, and their target. It runs on what modules of
-    /// `form` run on, but what they add are constants.
+    /// A batch's latents after a rollout in pieces that end at `levels`, and their target. The rollout uses the
+    /// networks for modules of `form`, but the modules themselves are constants.
     fn rolled(device: &Device, form: Form, levels: &[usize]) -> [Vec<f32>; 2] {
         let checkpoint = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/checkpoints/sd1");
         let engine = Engine::open(&Source::folder(checkpoint).unwrap(), device).unwrap();

@@ -45,7 +45,8 @@ impl Task {
 pub struct Losses {
     /// `L_resp`, the distance to the responsible target.
     pub resp: f64,
-    /// `L_sem`, the distance to the neutral prompt's prediction, not yet times lambda; 0 for [`Variant::RamOnly`].
+    /// `L_sem`, the distance to the neutral prompt's prediction, before it is multiplied by lambda; 0 for
+    /// [`Variant::RamOnly`].
     pub sem: f64,
 }
 
@@ -83,7 +84,7 @@ impl std::fmt::Display for TrainingMemory {
         let [model, weights, activations] = [self.model, self.halves.weights, self.halves.activations].map(mib);
         let kept = match self.keep {
             Keep::All => "",
-            Keep::Sums => ", computed once more where gradients read them",
+            Keep::Sums => ", computed a second time for the gradients",
         };
         write!(f, "{model:.0} MiB UNet, {weights:.0} MiB weights for gradients, {activations:.0} MiB activations{kept}")
     }
@@ -149,7 +150,7 @@ impl Trainer {
             let halves = rollouts + Halves::memory(device, config, weights, input, Some(keep));
             TrainingMemory { model: weights.bytes(), halves, keep }
         };
-        // Computing activations a second time costs one forward pass per iteration, so it is only done where memory is
+        // Computing activations a second time costs one forward pass per iteration, so it is only done if memory is
         // short.
         let memory = engine.free_memory().map_or(memory(Keep::All), |free| {
             let fits = |memory: &TrainingMemory| memory.halves.weights + memory.halves.activations <= free;
@@ -260,7 +261,7 @@ impl Trainer {
         Ok(losses)
     }
 
-    /// Takes one step of the modules at the rollout's latents. Gives the losses, and the time at which `L_resp` was
+    /// Takes one step of the modules at the rollout's latents. Returns the losses, and the time at which `L_resp` was
     /// done.
     fn learn(&mut self, target: &[f32], timestep: f32) -> Result<(Losses, Instant)> {
         let recipe = &self.recipe;

@@ -1,4 +1,4 @@
-//! Random weights in files of every format and layout, for the tests of those that pack them.
+//! Random weights in files of every format and layout, for tests of the code that packs weights.
 
 use super::stored::{Data, Format, Stored};
 use crate::graph::{WeightKind, WeightSpec};
@@ -17,7 +17,7 @@ impl Random {
 /// All number formats.
 pub(crate) const FORMATS: [Format; 4] = [Format::F16, Format::BF16, Format::F32, Format::F64];
 
-/// The bytes of a number in a file, and the number in fp32 after that rounding.
+/// The bytes of a number in a file of this format, and the number that they hold, in fp32.
 fn written(format: Format, x: f64) -> (Vec<u8>, f32) {
     match format {
         Format::F16 => (f16::from_f64(x).to_le_bytes().to_vec(), f16::from_f64(x).to_f32()),
@@ -27,7 +27,7 @@ fn written(format: Format, x: f64) -> (Vec<u8>, f32) {
     }
 }
 
-/// A tensor's file, in which one byte of something else is before its numbers, so that they are not aligned.
+/// A tensor's file. One unrelated byte precedes the numbers, so that they are not aligned.
 struct File {
     format: Format,
     transposed: bool,
@@ -42,13 +42,13 @@ pub(crate) struct Case {
     #[cfg_attr(not(feature = "emulated"), expect(dead_code))]
     pub norm: Option<Box<Case>>,
     files: Vec<File>,
-    /// By output, those of all tensors one after the other.
+    /// The numbers of each output, with the outputs of all tensors one after the other.
     rows: Vec<Vec<f32>>,
 }
 
 impl Case {
-    /// Numbers of many sizes, some beyond fp16's range where the format has them. One in two matrices whose kernel is 1
-    /// multiplies a layer norm's result.
+    /// A weight with numbers of many magnitudes, some beyond fp16's range if the format can hold them. Half of the
+    /// matrices whose kernel is 1 multiply the result of a layer norm.
     pub fn new(kind: WeightKind, outputs: Vec<usize>, width: usize, random: &mut Random) -> Self {
         let names = (0..outputs.len()).map(|i| format!("tensor {i}")).collect();
         let matrix = matches!(kind, WeightKind::Matrix { kernel: 1, .. } | WeightKind::Mirrored { kernel: 1, .. });
@@ -129,7 +129,7 @@ impl Case {
         self.rows.iter().enumerate().flat_map(row)
     }
 
-    /// Puts `value`, which is not finite, at a position of a tensor's file.
+    /// Writes `value`, which is not finite, at a position of a tensor's file.
     pub fn damage(&mut self, tensor: usize, position: usize, value: f64) {
         let File { format, bytes, .. } = &mut self.files[tensor];
         let value = written(*format, value).0;

@@ -1,9 +1,9 @@
 //! Checkpoints by model id: found in the Hugging Face cache, or downloaded into it.
 //!
-//! The cache is laid out as `huggingface_hub` does, so that all tools share one copy:
+//! The cache has the layout of `huggingface_hub`, so that all tools share one copy:
 //! `models--OWNER--NAME/{blobs/ETAG, snapshots/COMMIT/..., refs/REVISION}`. A download fills `blobs/` first, then links
-//! the snapshot with `model_index.json` last, then writes the ref: what was interrupted is never taken for a whole
-//! snapshot, and goes on where it stopped.
+//! the files into the snapshot, `model_index.json` last, then writes the ref. So an interrupted download is never taken
+//! for a whole snapshot, and the next one continues where it stopped.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -22,12 +22,12 @@ use files::{Listing, RemoteFile, is_complete, is_hex, is_plain, select};
 
 mod files;
 
-/// How often a file is tried before the error is the user's.
+/// The number of attempts at a file before its error is returned.
 const ATTEMPTS: u32 = 4;
 /// The longest file list that is read, in bytes.
 const LISTING_LIMIT: u64 = 32 << 20;
 
-/// Where models are kept and where they come from.
+/// The folder where models are kept, and the server that they come from.
 #[derive(Clone)]
 pub struct HubConfig {
     /// The cache folder, which holds one `models--OWNER--NAME` for each model.
@@ -36,19 +36,21 @@ pub struct HubConfig {
     pub endpoint: String,
     /// Sent to the server as a bearer token.
     pub token: Option<String>,
-    /// Never use the network.
+    /// If true, the network is never used.
     pub offline: bool,
 }
 
 impl HubConfig {
-    /// From variables of the environment, which `variable` gives by name, and the files that they lead to, as
-    /// `huggingface_hub` reads them. The cache: `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`.
-    /// The login: `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, the file at `HF_TOKEN_PATH`, or `token` in `HF_HOME`, where `hf
-    /// auth login` puts it; not with `HF_HUB_DISABLE_IMPLICIT_TOKEN`. Then `HF_ENDPOINT`; `HF_HUB_OFFLINE` and
-    /// `TRANSFORMERS_OFFLINE`. An empty variable counts as unset; `~`, `$NAME` and `${NAME}` in paths are replaced.
+    /// Reads the settings from environment variables, which `variable` gives by name, and from the files that they
+    /// name, as `huggingface_hub` does. The cache is that of `HF_HUB_CACHE`, `HUGGINGFACE_HUB_CACHE`, `HF_HOME` or
+    /// `XDG_CACHE_HOME`, the first that is set. The token is `HF_TOKEN`, `HUGGING_FACE_HUB_TOKEN`, the content of the
+    /// file at `HF_TOKEN_PATH`, or that of `token` in `HF_HOME`, where `hf auth login` puts it;
+    /// `HF_HUB_DISABLE_IMPLICIT_TOKEN` turns it off. The server is `HF_ENDPOINT`. `HF_HUB_OFFLINE` and
+    /// `TRANSFORMERS_OFFLINE` turn the network off. An empty variable counts as unset; `~`, `$NAME` and `${NAME}` in
+    /// paths are replaced.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] when neither a variable nor a home folder says where the cache is.
+    /// [`crate::ErrorKind::Invalid`] if neither a variable nor a home folder gives the cache's place.
     pub fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self> {
         let text = |name: &str| {
             let value = variable(name)?.into_string().ok()?.trim().to_string();
@@ -56,7 +58,7 @@ impl HubConfig {
         };
         let user = || variable("HOME").or_else(|| variable("USERPROFILE")).map(PathBuf::from);
         let path = |name: &str| {
-            // A path that is no Unicode is taken as it is.
+            // A path that is not Unicode is taken as it is.
             let value = variable(name).filter(|value| !value.is_empty())?;
             Some(value.to_str().map_or_else(|| value.clone().into(), |value| expanded(value, &text, user())))
         };
@@ -83,7 +85,7 @@ impl HubConfig {
 }
 
 /// A path in which `~`, `$NAME` and `${NAME}` are replaced, as by Python's `os.path.expanduser` and `expandvars`: names
-/// that are not set stay.
+/// that are not set are left as they are.
 fn expanded(value: &str, variable: &dyn Fn(&str) -> Option<String>, home: Option<PathBuf>) -> PathBuf {
     let mut out = String::new();
     let mut rest = value;
@@ -107,8 +109,9 @@ fn expanded(value: &str, variable: &dyn Fn(&str) -> Option<String>, home: Option
     }
 }
 
-/// The folder of the model `id`, which is `owner/name` or `owner/name@revision` (a branch, tag or commit): from the
-/// cache, without asking the server for a newer commit, or else downloaded. `progress` is told of every piece.
+/// The folder of the model `id`, which is `owner/name` or `owner/name@revision` (a branch, tag or commit). A model in
+/// the cache is used without asking the server for a newer commit; any other is downloaded. `progress` is called after
+/// every piece.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Invalid`] for a malformed id; [`crate::ErrorKind::Network`] when the server is out of reach,
@@ -123,20 +126,20 @@ pub fn resolve(id: &str, config: &HubConfig, progress: &mut dyn FnMut(Downloaded
     if config.offline {
         return Err(Error::network(
             id.name,
-            format!("not (or not wholly) in {}, and HF_HUB_OFFLINE forbids to download it", config.cache.display()),
+            format!("is not completely in {}, and HF_HUB_OFFLINE forbids the download", config.cache.display()),
         )
-        .advise("unset that, or give a local folder"));
+        .advise("unset HF_HUB_OFFLINE, or give a local folder"));
     }
     Download::new(config, &id).run(&repo, progress)
 }
 
-/// How far a download is.
+/// The progress of a download.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Downloaded<'a> {
-    /// The file that is on its way, by its path in the model.
+    /// The file that is being downloaded, by its path in the model.
     pub file: &'a str,
-    /// Bytes of all files that are there.
+    /// Bytes that have arrived, over all files.
     pub bytes: u64,
     /// Bytes of all files.
     pub total: u64,
@@ -163,7 +166,7 @@ impl<'a> ModelId<'a> {
     }
 }
 
-/// The snapshot of a revision, if it is there and whole.
+/// The snapshot of a revision, if it is in the cache and whole.
 fn cached(repo: &Path, revision: &str) -> Option<PathBuf> {
     let commit = if is_hex(revision, 40) {
         revision.to_string()
@@ -174,7 +177,7 @@ fn cached(repo: &Path, revision: &str) -> Option<PathBuf> {
     (is_hex(&commit, 40) && is_complete(&snapshot)).then_some(snapshot)
 }
 
-/// Why a file did not come.
+/// The reason why a file did not arrive.
 enum Failure {
     /// Another try may help.
     Transient(String),
@@ -199,7 +202,7 @@ impl<'a> Download<'a> {
         let wait = Some(Duration::from_secs(60));
         let agent = Agent::config_builder()
             .http_status_as_error(false)
-            // A compressed answer would make ranges and sizes those of the compressed bytes.
+            // In a compressed answer, ranges and sizes would be those of the compressed bytes.
             .accept_encoding("identity")
             .user_agent(concat!("respodiff/", env!("CARGO_PKG_VERSION")))
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
@@ -244,7 +247,7 @@ impl<'a> Download<'a> {
         Ok(snapshot)
     }
 
-    /// Which files the revision has, with sizes and checksums.
+    /// The files of the revision, with sizes and checksums.
     fn listing(&self) -> Result<Listing> {
         let revision = self.id.revision.replace('/', "%2F");
         let url = format!("{}/api/models/{}/revision/{revision}?blobs=true", self.endpoint, self.id.name);
@@ -260,7 +263,8 @@ impl<'a> Download<'a> {
         }
     }
 
-    /// Fetches one file to `blobs/ETAG`, by way of `blobs/ETAG.incomplete`. `report` is told how many bytes are there.
+    /// Fetches one file to `blobs/ETAG`, by way of `blobs/ETAG.incomplete`. `report` is called with the number of bytes
+    /// that have arrived.
     fn file(&self, commit: &str, file: &RemoteFile, blobs: &Path, report: &mut dyn FnMut(u64)) -> Result<()> {
         let blob = blobs.join(file.etag());
         let partial = blobs.join(format!("{}.incomplete", file.etag()));
@@ -270,7 +274,8 @@ impl<'a> Download<'a> {
         }
         let open = OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&partial);
         let mut out = open.map_err(Error::io("create", &partial))?;
-        // Waits for another process at the same file. Where the file system has no locks, the checksum tells.
+        // Waits for another process that downloads the same file. On a file system without locks, the checksum finds
+        // the damage that two writers may do.
         let _ = out.lock();
         if blob.exists() {
             report(file.size);
@@ -299,7 +304,7 @@ impl<'a> Download<'a> {
         fs::rename(&partial, &blob).map_err(Error::io("write", &blob))
     }
 
-    /// Appends to `out`, which is at `path`, what is missing of the file.
+    /// Downloads the missing end of the file and appends it to `out`, which is the file at `path`.
     fn rest(
         &self,
         commit: &str,
@@ -380,7 +385,7 @@ impl<'a> Download<'a> {
         let page = format!("{}/{name}", self.endpoint);
         let model = Subject::Model(name.to_string());
         match status {
-            // The hub answers 401 for models that do not exist, too: it does not tell which private ones do.
+            // The hub also answers 401 for models that do not exist, so that it does not reveal which private ones do.
             401 => Error::not_found(model, "does not exist or needs a login (401)")
                 .advise(format!("check the spelling, or accept its licence at {page} and log in or set HF_TOKEN")),
             403 => Error::new(ErrorKind::Network, model, "is gated (403)")
@@ -406,10 +411,10 @@ fn sha256(file: &mut File) -> io::Result<String> {
     }
 }
 
-/// Makes `snapshot/PATH` lead to its blob.
+/// Makes `snapshot/PATH` a link to its blob.
 fn link(snapshot: &Path, file: &RemoteFile) -> Result<()> {
     let path = snapshot.join(&file.path);
-    // `symlink_metadata` finds a link whose blob is gone, too.
+    // `symlink_metadata` also finds a link whose blob is gone.
     if path.exists() {
         return Ok(());
     } else if path.symlink_metadata().is_ok() {
@@ -422,7 +427,7 @@ fn link(snapshot: &Path, file: &RemoteFile) -> Result<()> {
     let linked = std::os::unix::fs::symlink(target, &path);
     #[cfg(windows)]
     let linked = std::os::windows::fs::symlink_file(target.replace('/', "\\"), &path);
-    // Windows allows symbolic links to administrators and developers only, some file systems to nobody.
+    // Windows allows symbolic links only to administrators and developers, and some file systems have none.
     linked
         .or_else(|_| {
             let blob = snapshot.join("../../blobs").join(file.etag());

@@ -1,4 +1,4 @@
-//! Checkpoints: where their files are, and the tensors in them.
+//! Checkpoints: the places of their files, and the tensors in them.
 
 #[cfg(test)]
 pub(crate) mod cases;
@@ -17,16 +17,17 @@ use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// A diffusers checkpoint, on disk or compiled in, or what can be read like one.
+/// A diffusers checkpoint, on disk or compiled in, or a source that can be read like one.
 #[derive(Clone, Debug)]
 pub enum Source {
     /// A folder as `save_pretrained` writes it.
     Folder(PathBuf),
     /// One file in the original layout.
     Single(Arc<SingleFile>),
-    /// Files by relative path.
+    /// Compiled-in files by relative path.
     Embedded(&'static [(&'static str, &'static [u8])]),
-    /// Configurations alone, by relative path, of a name; weights are random, the vocabulary is CLIP's. For measuring.
+    /// A name, and configurations by relative path. The weights are random, and the vocabulary is CLIP's. For
+    /// benchmarks.
     Random(&'static str, &'static [(&'static str, &'static [u8])]),
 }
 
@@ -46,7 +47,7 @@ impl Source {
     /// A folder that holds a `model_index.json` or at least one component.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if it does not look like a checkpoint.
+    /// [`crate::ErrorKind::NotFound`] if it does not look like a checkpoint.
     pub fn folder(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let parts =
@@ -64,7 +65,8 @@ impl Source {
     /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL; see [`SingleFile`].
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if it is anything else, [`crate::ErrorKind::Io`] if it cannot be opened.
+    /// [`crate::ErrorKind::Unsupported`] if it is anything else, [`crate::ErrorKind::Damaged`] if it is not whole,
+    /// [`crate::ErrorKind::Io`] if it cannot be opened.
     pub fn file(path: impl AsRef<Path>) -> Result<Self> {
         SingleFile::open(path.as_ref()).map(|file| Source::Single(Arc::new(file)))
     }
@@ -78,7 +80,7 @@ impl Source {
         if path.is_dir() { Self::folder(path) } else { Self::file(path) }
     }
 
-    /// True if the file is there.
+    /// True if the file exists.
     pub fn has(&self, relative: &str) -> bool {
         match self {
             Source::Folder(folder) => folder.join(relative).is_file(),
@@ -87,7 +89,7 @@ impl Source {
         }
     }
 
-    /// Where the file is, for messages.
+    /// The file's path, for messages.
     pub fn path(&self, relative: &str) -> PathBuf {
         match self {
             Source::Folder(folder) => folder.join(relative),
@@ -145,10 +147,10 @@ impl Source {
             .map_err(|_| Error::damaged(self.path(relative), "not UTF-8 text").advise("download the file again"))
     }
 
-    /// The tokenizer in a component's folder, "" for the checkpoint's own.
+    /// The tokenizer in a component's folder, or for "" the one at the top of the checkpoint.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] about missing or malformed files.
+    /// [`crate::ErrorKind::NotFound`] if there is none, [`crate::ErrorKind::Damaged`] if a file is malformed.
     pub fn tokenizer(&self, component: &str) -> Result<Tokenizer> {
         match self {
             Source::Folder(folder) => Tokenizer::load(&folder.join(component)),
@@ -179,7 +181,7 @@ impl Source {
     }
 }
 
-/// A file's path in a component; a model without components has it at the top.
+/// The path of a component's file; in a model without components it is at the top.
 fn inside(component: &str, name: &str) -> String {
     if component.is_empty() { name.to_string() } else { format!("{component}/{name}") }
 }

@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 const UNET: &str = "model.diffusion_model.";
 const VAE: &str = "first_stage_model.";
 
-/// Text encoders: the component, its prefix in 1.x and 2.x or in Stability AI's later code, and whether it is
+/// Text encoders: the component, its prefix (in 1.x and 2.x, or in Stability AI's later code), and true if it is
 /// OpenCLIP's.
 const TOWERS: [(&str, &str, bool); 5] = [
     ("text_encoder", "cond_stage_model.transformer.", false),
@@ -32,26 +32,27 @@ const TOWERS: [(&str, &str, bool); 5] = [
     ("text_encoder_2", "conditioner.embedders.1.model.", true),
 ];
 
-/// How a file of `torch.save` begins, now (a zip file) and before 1.6: safetensors' headers are never so long.
+/// The first bytes of files of `torch.save`: of a zip file, or before torch 1.6 of a pickle. No safetensors file begins
+/// with them, because its first bytes are the header's length, and no header is that long.
 const PICKLES: [&[u8; 4]; 2] = [b"PK\x03\x04", b"\x80\x02\x8a\x0a"];
 
-/// Stable Diffusion 2.x reads what the last but one of OpenCLIP-H's 24 layers gives.
+/// Layers of OpenCLIP-H that Stable Diffusion 2.x computes: it reads the output of the last but one of the 24.
 const OPEN_CLIP_H_LAYERS: usize = 23;
 
 /// A checkpoint of Stable Diffusion 1.x, 2.x or SDXL in the original layout, which presents itself as the diffusers
 /// folder of the same model: names, shapes, configurations, tokenizers.
 ///
-/// Networks are recognised from their tensors. What these do not show is taken to be what it is in all checkpoints
-/// known: 8 attention heads in 1.x, heads of 64 channels in 2.x, SDXL and text encoders; norms of 32 groups; the
-/// scaling factor of the VAE and the scheduler of each family's first release; CLIP's vocabulary. Epsilon or v: see
-/// `prediction.rs`.
+/// Networks are recognised from their tensors. Properties that the tensors do not show are assumed to be those of all
+/// known checkpoints: 8 attention heads in 1.x, heads of 64 channels in 2.x, SDXL and text encoders; norms of 32
+/// groups; the scaling factor of the VAE and the scheduler of each family's first release; CLIP's vocabulary.
+/// `prediction.rs` decides whether the UNet predicts epsilon or v.
 pub struct SingleFile {
     path: PathBuf,
-    /// By component.
+    /// Tensors by component.
     tensors: BTreeMap<&'static str, Tensors>,
     /// The content of the files that the same model's folder would have, by relative path.
     files: BTreeMap<String, String>,
-    /// The token that fills up prompts, by tokenizer.
+    /// The padding token of each tokenizer.
     padding: BTreeMap<String, &'static str>,
 }
 
@@ -116,7 +117,7 @@ impl SingleFile {
             let parsed = ClipConfig::parse(&config, path)?;
             if family == Family::Sd2 && parsed.layers.count > OPEN_CLIP_H_LAYERS {
                 let problem = format!(
-                    "a text encoder of {} layers, of which 2.x reads {OPEN_CLIP_H_LAYERS}",
+                    "has a text encoder of {} layers, where 2.x reads the first {OPEN_CLIP_H_LAYERS}",
                     parsed.layers.count
                 );
                 return Err(Error::unsupported(path, problem).advise("give the file with the last layer left out"));
@@ -128,7 +129,7 @@ impl SingleFile {
             file.padding
                 .insert(component.replace("text_encoder", "tokenizer"), if open { "!" } else { "<|endoftext|>" });
             if tensors.insert(component, tower).is_some() {
-                return Err(Error::damaged(path, format!("holds two of {component}")));
+                return Err(Error::damaged(path, format!("holds more than one {component}")));
             }
         }
         if has(VAE) {
@@ -181,14 +182,15 @@ impl SingleFile {
     }
 }
 
-/// That the networks read all of the tensors, and find all they read: else it is another architecture, or damaged.
+/// Checks that the networks read every tensor and find every tensor that they read. Otherwise the file has another
+/// architecture, or is damaged.
 fn check(path: &Path, tensors: &Tensors, networks: &[Graph]) -> Result<()> {
     let wanted: HashSet<&str> =
         networks.iter().flat_map(|g| g.weights()).flat_map(|w| &w.names).map(String::as_str).collect();
     let there: HashSet<&str> = tensors.entries().map(|(name, _)| name).collect();
     let problem = if let Some(name) = wanted.difference(&there).min() {
         format!(
-            "nothing in the file is `{name}` (diffusers' name); it is incomplete, or of an architecture not supported"
+            "the tensor that diffusers calls `{name}` is missing; the file is incomplete or its architecture unknown"
         )
     } else if let Some(name) = there.difference(&wanted).min() {
         format!("no part of Stable Diffusion 1.x, 2.x or SDXL is called `{name}`; the architecture is not supported")
@@ -198,7 +200,7 @@ fn check(path: &Path, tensors: &Tensors, networks: &[Graph]) -> Result<()> {
     Err(Error::unsupported(path, problem))
 }
 
-/// How names begin in diffusers' UNet, VAE and text encoders.
+/// Prefixes of tensor names in diffusers' UNet, VAE and text encoders.
 const COMPONENTS: [&str; 4] = ["down_blocks.", "encoder.down_blocks.", "text_model.", "encoder.layers."];
 
 /// Names the kind of a file that holds no UNet of Stable Diffusion.
@@ -208,7 +210,7 @@ fn describe(all: &Tensors) -> String {
     if has("ram") || has("sam") {
         "it is a concept; give it with --concept".into()
     } else if any(&["lora_", "lora.", "hada_w", "lokr_w"]) {
-        "it is a LoRA or alike, which adapts a checkpoint; merge it into one".into()
+        "it is a LoRA or a similar adapter; merge it into a checkpoint".into()
     } else if any(&["control_model.", "controlnet_", "input_hint_block."]) {
         "it is a ControlNet".into()
     } else if any(&["emb_params"]) || has("clip_l") || has("clip_g") {
@@ -220,7 +222,7 @@ fn describe(all: &Tensors) -> String {
     } else if has("input_blocks.0.0.weight") {
         "it is a UNet alone; give a checkpoint with all parts".into()
     } else if any(&[UNET, "double_blocks.", "joint_blocks."]) {
-        "its network is none of Stable Diffusion 1.x, 2.x or SDXL".into()
+        "its network is not that of Stable Diffusion 1.x, 2.x or SDXL".into()
     } else {
         let first = all.entries().map(|(name, _)| name).min().unwrap_or("nothing");
         format!("it holds `{first}`, but nothing under {UNET}")

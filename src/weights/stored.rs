@@ -10,7 +10,7 @@ use std::path::Path;
 /// Numbers that one thread converts at a time.
 const CHUNK: usize = 1 << 16;
 
-/// How a file writes a number; little-endian.
+/// The number format of a tensor in a file, little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// IEEE half precision.
@@ -24,7 +24,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// Bytes of a number.
+    /// Bytes per number.
     pub fn bytes(self) -> usize {
         match self {
             Format::F16 | Format::BF16 => 2,
@@ -41,27 +41,27 @@ pub struct Stored<'a> {
     pub name: &'a str,
     /// The file, for messages.
     pub path: &'a Path,
-    /// How its numbers are written.
+    /// The format of its numbers.
     pub format: Format,
     /// True if the file holds the matrix with rows and columns exchanged, as `[width, outputs]`.
     pub transposed: bool,
-    /// Rows of the matrix or table, elements of a vector.
+    /// Rows of the matrix or table, or elements of the vector.
     pub outputs: usize,
-    /// Numbers of a row (`inputs * kernel * kernel`); 1 for vectors.
+    /// Numbers per row (`inputs * kernel * kernel`); 1 for vectors.
     pub width: usize,
     pub(super) data: Data<'a>,
 }
 
-/// Where a tensor's numbers come from.
+/// The source of a tensor's numbers.
 #[derive(Clone, Copy)]
 pub(super) enum Data<'a> {
     /// A file's bytes; they may be unaligned.
     File(&'a [u8]),
-    /// Uniform numbers, as far as `scale` from `center`; each depends on `seed` and its own position alone.
+    /// Uniform random numbers within `scale` of `center`; each depends only on `seed` and its own position.
     Random { seed: u32, center: f32, scale: f32 },
 }
 
-/// A type that numbers are read as.
+/// A type as which a tensor's numbers can be read.
 pub trait Number: Copy + Send + Sync + bytemuck::Pod {
     /// Writes to `out` the numbers from the one at `start` on, in the file's own order. Returns false if one of them is
     /// NaN or infinite.
@@ -88,14 +88,15 @@ impl Number for f32 {
                 }
             }
         }
-        // A whole stretch at a time: looking for the first bad number takes longer than reading the file.
+        // All numbers are checked without stopping at the first bad one: such a search takes longer than reading the
+        // file.
         out.iter().fold(true, |finite, x| finite & x.is_finite())
     }
 }
 
-/// Of a file that holds fp16, as they are.
+/// Reads the numbers of a file in fp16 as they are.
 ///
-/// Panics for any other.
+/// Panics for any other format.
 impl Number for f16 {
     fn in_file(stored: &Stored, start: usize, out: &mut [f16]) -> bool {
         let (Data::File(bytes), Format::F16) = (stored.data, stored.format) else {
@@ -107,17 +108,17 @@ impl Number for f16 {
 }
 
 impl<'a> Stored<'a> {
-    /// How many numbers there are.
+    /// The number of elements.
     pub fn len(&self) -> usize {
         self.outputs * self.width
     }
 
-    /// True if there are none.
+    /// True if there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// How many bytes [`Stored::bytes`] gives.
+    /// The number of bytes that [`Stored::bytes`] returns.
     pub fn bytes_in_file(&self) -> usize {
         self.len() * self.format.bytes()
     }
@@ -138,7 +139,7 @@ impl<'a> Stored<'a> {
         }
     }
 
-    /// Writes to `out` the numbers from the one at `start` on, as they stand in the row-major `[outputs, width]`.
+    /// Writes to `out` the numbers from the one at `start` on, in the order of the row-major `[outputs, width]`.
     /// Returns false if one of them is NaN or infinite.
     ///
     /// # Panics
@@ -154,10 +155,11 @@ impl<'a> Stored<'a> {
         finite
     }
 
-    /// Looks for the first number that is NaN or infinite in fp32; for whoever was told that there is one.
+    /// Looks for the first number that is NaN or infinite in fp32, to report it once [`Stored::numbers`] has found that
+    /// there is one.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] which names it and its place, counted as in the file.
+    /// [`crate::ErrorKind::Damaged`] with that number and its position in the file's order.
     pub fn check_finite(&self) -> Result<()> {
         let mut numbers = vec![0.0; CHUNK];
         for start in (0..self.len()).step_by(CHUNK) {
@@ -173,7 +175,7 @@ impl<'a> Stored<'a> {
         Ok(())
     }
 
-    /// All numbers in fp32, as they stand in the row-major `[outputs, width]`.
+    /// All numbers in fp32, in the order of the row-major `[outputs, width]`.
     ///
     /// # Errors
     /// As [`Stored::check_finite`].
@@ -187,14 +189,15 @@ impl<'a> Stored<'a> {
     }
 }
 
-/// Numbers of `N` bytes each.
+/// Converts numbers of `N` bytes each.
 fn convert<T, const N: usize>(bytes: &[u8], out: &mut [T], number: impl Fn([u8; N]) -> T) {
     for (x, bytes) in out.iter_mut().zip(bytes.as_chunks::<N>().0) {
         *x = number(*bytes);
     }
 }
 
-/// Half-precision numbers, which `half` converts many at a time where they are aligned.
+/// Converts half-precision numbers. They are first copied to an aligned buffer, since `half` converts many at a time
+/// only if they are aligned.
 fn halves(bytes: &[u8], out: &mut [f32]) {
     let mut aligned = [f16::ZERO; 128];
     for (out, bytes) in out.chunks_mut(aligned.len()).zip(bytes.chunks(aligned.len() * size_of::<f16>())) {
@@ -206,7 +209,7 @@ fn halves(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Scrambles 32 bits (Ettinger's lowbias32).
+/// Hashes 32 bits (Ettinger's lowbias32).
 fn hash(mut x: u32) -> u32 {
     x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
     x = (x ^ (x >> 15)).wrapping_mul(0x846c_a68b);

@@ -19,7 +19,7 @@ use std::sync::Arc;
 pub struct Tensors {
     files: Vec<(PathBuf, Bytes)>,
     index: HashMap<String, Entry>,
-    /// No files: every weight is made up.
+    /// True if there are no files, and every weight is random.
     random: bool,
 }
 
@@ -44,26 +44,26 @@ struct Entry {
     file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
-    /// Bytes within the file.
+    /// Range of bytes in the file.
     range: std::ops::Range<usize>,
     /// True if the file holds the matrix with rows and columns exchanged.
     transposed: bool,
 }
 
-/// How a tensor of the diffusers layout is cut out of a tensor of the original layout.
+/// The part of a tensor of the original layout that is a tensor of the diffusers layout.
 #[derive(Clone, Copy)]
 pub(super) enum Part {
     Whole,
     /// One of three equal groups of rows.
     Third(usize),
-    /// The matrix, rows and columns exchanged.
+    /// The matrix with rows and columns exchanged.
     Transposed,
     /// The matrix of a 1x1 convolution.
     Matrix,
 }
 
 impl Part {
-    /// The part of `whole`, if there is such a part of it.
+    /// This part of `whole`, or `None` if a tensor of that shape has no such part.
     fn of(self, whole: &Entry) -> Option<Entry> {
         let mut entry = whole.clone();
         match (self, whole.shape.as_slice()) {
@@ -91,12 +91,12 @@ const LEGACY: [(&str, &str); 4] =
     [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")];
 
 impl Tensors {
-    /// Stands for any component: every weight is random, of a size that keeps activations near 1. For measuring.
+    /// Stands for any component: every weight is random, of a magnitude that keeps activations near 1. For benchmarks.
     pub fn random() -> Self {
         Tensors { files: Vec::new(), index: HashMap::new(), random: true }
     }
 
-    /// Finds and maps the weights of `component`: full precision before fp16, whole before sharded.
+    /// Finds and maps the weights of `component`. Full precision is preferred to fp16, and one file to shards.
     pub(super) fn open(source: &Source, component: &str) -> Result<Self> {
         if component.starts_with("text_encoder") {
             let tensors = Self::find_files(source, component, "model")?;
@@ -111,7 +111,7 @@ impl Tensors {
             if source.has(&whole) {
                 return Self::map(source, &[whole]);
             }
-            // diffusers writes the variant at either place.
+            // diffusers writes the variant in either place.
             for index in [
                 inside(component, &format!("{stem}.safetensors.index{variant}.json")),
                 inside(component, &format!("{stem}{variant}.safetensors.index.json")),
@@ -130,7 +130,7 @@ impl Tensors {
             .advise(remedy))
     }
 
-    /// One file that is no component's.
+    /// Opens a file that is not part of a component's folder.
     pub(super) fn open_file(path: &Path) -> Result<Self> {
         let mut tensors = Self::none();
         tensors.add(path.to_path_buf(), Bytes::Mapped(map_file(path)?.into()))?;
@@ -190,19 +190,21 @@ impl Tensors {
         self.index.iter().map(|(name, e)| (name.as_str(), e.shape.as_slice()))
     }
 
-    /// The notes in a single file's header.
+    /// The metadata in a single file's header.
     pub(super) fn metadata(&self) -> HashMap<String, String> {
         let header = self.files.first().and_then(|(_, bytes)| SafeTensors::read_metadata(bytes.as_ref()).ok());
         header.and_then(|(_, header)| header.metadata().clone()).unwrap_or_default()
     }
 
-    /// The same files under other names: `rename` says as which tensors one is listed.
+    /// The same files with other tensor names: for each tensor, `rename` gives the names under which it, or a part of
+    /// it, is listed.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Damaged`] if two tensors get one name.
     pub(super) fn renamed(&self, rename: impl Fn(&str) -> Vec<(String, Part)>) -> Result<Self> {
         let mut tensors = Tensors { files: self.files.clone(), ..Self::none() };
-        // In the order of their names: of several problems the same one is told every time.
+        // Tensors are taken in the order of their names, so that of several problems the same one is reported every
+        // time.
         let mut index: Vec<(&String, &Entry)> = self.index.iter().collect();
         index.sort_unstable_by_key(|(name, _)| *name);
         for (old, entry) in index {
@@ -210,7 +212,7 @@ impl Tensors {
                 let Some(entry) = part.of(entry) else { continue };
                 let bytes = |entry: &Entry| &self.files[entry.file].1.as_ref()[entry.range.clone()];
                 match tensors.index.get(&name) {
-                    // Two spellings of one tensor do no harm where they agree.
+                    // Two spellings of one tensor do no harm if their bytes agree.
                     Some(other) if bytes(other) == bytes(&entry) => {}
                     Some(_) => {
                         let problem =
@@ -239,8 +241,8 @@ impl Tensors {
         self.entry(name).map(|entry| entry.shape.as_slice())
     }
 
-    /// Which model these weights are, whatever file format and precision they are stored in: a SHA-256 of all names and
-    /// shapes, and of the short tensors (biases, norms) rounded to fp16. Fine-tuning moves those as well.
+    /// Identifies the model that these weights are of, whatever their file format and precision: a SHA-256 of all names
+    /// and shapes, and of the short tensors (biases, norms) rounded to fp16. Fine-tuning changes short tensors too.
     ///
     /// # Errors
     /// As [`Tensors::read`].
@@ -261,7 +263,7 @@ impl Tensors {
         Ok(hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// SHA-256 of the bytes of the files, one after the other by name, in hexadecimal; `None` where there are no files.
+    /// SHA-256 of the bytes of all files in the order of their names, in hexadecimal; `None` if there are no files.
     pub fn sha256(&self) -> Option<String> {
         let mut files: Vec<_> = self.files.iter().collect();
         files.sort_by_key(|(path, _)| path);
@@ -270,10 +272,12 @@ impl Tensors {
         (!files.is_empty()).then(|| hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// The tensors of a weight as they lie in their files, in the order of its names. All is checked but the numbers.
+    /// The tensors of a weight as they lie in their files, in the order of the weight's names. Everything except the
+    /// numbers is checked.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if one is missing, or has another shape or number format.
+    /// [`crate::ErrorKind::Damaged`] if one is missing, [`crate::ErrorKind::Mismatch`] if one has another shape,
+    /// [`crate::ErrorKind::Unsupported`] if one has another number format.
     pub fn stored<'a>(&'a self, spec: &'a WeightSpec) -> Result<Vec<Stored<'a>>> {
         let named = spec.names.iter().zip(&spec.outputs);
         if self.random {
@@ -284,7 +288,7 @@ impl Tensors {
             WeightKind::Table => self.find(name, &[&[outputs, spec.width]]),
             // A 1x1 convolution and a linear layer are the same matrix.
             WeightKind::Matrix { kernel: 1, inputs, .. } | WeightKind::Mirrored { kernel: 1, inputs, .. } => {
-                // And so are patches of three channels, taken as they lie.
+                // So is a convolution over patches of three channels, if each patch is taken as one row of numbers.
                 let side = (inputs / 3).isqrt();
                 let patches = [outputs, 3, side, side];
                 let patches: &[usize] = if 3 * side * side == inputs { &patches } else { &[outputs, inputs] };
@@ -297,27 +301,27 @@ impl Tensors {
         named.map(find).collect()
     }
 
-    /// Asks the system to begin reading tensors from the disk, for whoever will read them soon. Returns once that is
-    /// under way, which on a slow disk takes nearly as long as reading them.
+    /// Asks the system to begin reading tensors from the disk, because they will be needed soon. Returns once the reads
+    /// are under way, which on a slow disk takes nearly as long as reading them.
     pub fn read_ahead(&self, stored: &[Stored]) {
-        // Elsewhere the system reads as it sees fit.
+        // On other systems there is no such call.
         #[cfg(unix)]
         self.mapped(stored, |map, offset, len| {
             let _ = map.advise_range(memmap2::Advice::WillNeed, offset, len);
         });
     }
 
-    /// Gives the pages of tensors back that have been read: they count as this process's memory. Read again they come
-    /// from the system's cache, or the disk.
+    /// Gives the pages of tensors back to the system once they have been read, since they count as this process's
+    /// memory. If tensors are read again, they come from the system's cache or from the disk.
     pub fn done_with(&self, stored: &[Stored]) {
         #[cfg(unix)]
         self.mapped(stored, |map, offset, len| {
-            // SAFETY: the map is of a file and never written, so what is read after this is the same.
+            // SAFETY: the map is of a file and never written, so later reads give the same bytes.
             let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, len) };
         });
     }
 
-    /// The mapped files of tensors, and where they lie there.
+    /// Calls `tell` with the mapped file of each tensor, and the tensor's offset and length there.
     #[cfg(unix)]
     fn mapped(&self, stored: &[Stored], tell: impl Fn(&Mmap, usize, usize)) {
         for tensor in stored {
@@ -332,7 +336,7 @@ impl Tensors {
         }
     }
 
-    /// The tensors of a weight in fp32, one after the other as it lists them.
+    /// The tensors of a weight in fp32, one after the other in the order of the weight's names.
     ///
     /// # Errors
     /// As [`Tensors::read`].
@@ -344,7 +348,7 @@ impl Tensors {
     /// The tensor in fp32, row-major, whose shape must be one of `shapes`.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if it is missing, has another shape or number format, or holds NaN or infinity.
+    /// Those of [`Tensors::stored`], and [`crate::ErrorKind::Damaged`] if it holds NaN or infinity.
     pub fn read(&self, name: &str, shapes: &[&[usize]]) -> Result<Vec<f32>> {
         self.find(name, shapes)?.read()
     }
@@ -355,7 +359,7 @@ impl Tensors {
         let (path, bytes) = &self.files[entry.file];
         if !shapes.contains(&entry.shape.as_slice()) {
             let problem = format!(
-                "tensor `{name}` has shape {:?} where the model's configuration asks for {:?}",
+                "tensor `{name}` has shape {:?}, but the model's configuration asks for {:?}",
                 entry.shape, shapes[0]
             );
             return Err(Error::mismatch(path, problem).advise("give the configuration that belongs to the weights"));
@@ -389,13 +393,13 @@ impl Tensors {
         };
         self.index.get(name).or_else(legacy).ok_or_else(|| {
             let path = self.files.first().map(|(p, _)| p.clone()).unwrap_or_default();
-            let problem = "is missing; the file is incomplete, or the model's configuration is another's";
+            let problem = "is missing; the file is incomplete, or the configuration is that of another model";
             Error::damaged(path, format!("tensor `{name}` {problem}"))
         })
     }
 }
 
-/// Uniform numbers around 0, and around 1 for what a norm multiplies by.
+/// Uniform random numbers around 0, or around 1 for the scale of a norm.
 fn random<'a>(spec: &WeightSpec, name: &'a str, outputs: usize) -> Stored<'a> {
     let (center, scale) = match spec.kind {
         WeightKind::Vector => (f32::from(u8::from(name.ends_with(".weight"))), 0.1),
@@ -413,7 +417,7 @@ fn map_file(path: &Path) -> Result<Mmap> {
     unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))
 }
 
-/// The shard files an index names.
+/// The shard files that an index names.
 fn shards(source: &Source, component: &str, index: &str) -> Result<Vec<String>> {
     #[derive(serde::Deserialize)]
     struct Index {

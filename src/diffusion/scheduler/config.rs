@@ -1,4 +1,4 @@
-//! `scheduler_config.json`: how a checkpoint was trained and how it wants to be sampled.
+//! `scheduler_config.json`: the noise levels that a checkpoint was trained at, and the settings to sample it with.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -10,17 +10,17 @@ use super::names::list;
 use super::{Sampler, SamplerChoice, Spacing};
 use crate::{Error, Result};
 
-/// Fields that say that a model was trained in another way: with EDM's preconditioning (arXiv 2206.00364), or by flow
+/// Fields of models that were trained in another way: with EDM's preconditioning (arXiv 2206.00364), or by flow
 /// matching.
 const OTHER_MODELS: [&str; 6] =
     ["sigma_data", "shift", "base_shift", "max_shift", "stochastic_sampling", "invert_sigmas"];
 
 /// A `scheduler_config.json` of diffusers, under its own field names.
 ///
-/// A field is `None` where the file has none (or null): what that means differs from sampler to sampler, so that the
-/// default is with the sampler. As in diffusers' `from_config`, fields of one sampler may stand in the config of
-/// another, which leaves them alone, and so may notes and fields of samplers that are not here. A field that says how
-/// the model was trained is honoured or refused by all.
+/// A field is `None` if the file has no such field or has null. Its default differs from sampler to sampler, and is in
+/// the sampler's code. As in diffusers' `from_config`, a config may hold fields of other samplers, also of those that
+/// are not supported here, and notes; they are ignored. A field that tells how the model was trained is honoured or
+/// refused by every sampler.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct SchedulerConfig {
@@ -85,14 +85,14 @@ pub struct SchedulerConfig {
     path: PathBuf,
 }
 
-/// How the betas of training run from `beta_start` to `beta_end`.
+/// The course of the betas of training from `beta_start` to `beta_end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum BetaSchedule {
     Linear,
     /// Linear in the square root (latent diffusion).
     ScaledLinear,
-    /// The cosine of arXiv 2102.09672, in which `beta_start` and `beta_end` have no part.
+    /// The cosine of arXiv 2102.09672, which does not depend on `beta_start` and `beta_end`.
     SquaredcosCapV2,
 }
 
@@ -116,7 +116,7 @@ pub(super) enum TimestepType {
     Continuous,
 }
 
-/// How Euler finds a sigma between two timesteps.
+/// Euler's interpolation of a sigma between two timesteps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum InterpolationType {
@@ -146,7 +146,8 @@ impl SchedulerConfig {
     /// Parses the text of the file at `path`, which is there for messages alone.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] for text that is no such file, and for settings that no sampler here honours.
+    /// [`crate::ErrorKind::Damaged`] for text that is not such a file, [`crate::ErrorKind::Unsupported`] for settings
+    /// that no sampler here honours.
     pub fn parse(text: &str, path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let mut fields: Map<String, Value> = crate::json::parse(text, path)?;
@@ -157,7 +158,7 @@ impl SchedulerConfig {
             let problem = format!("{name} = {} belongs to models of another kind", fields[*name]);
             return Err(Error::unsupported(path, problem).advise("give a Stable Diffusion checkpoint"));
         }
-        // One field at a time first: serde's message about a value does not say whose it is.
+        // Each field is first parsed alone, because serde's message about a value does not name the field.
         for (key, value) in &fields {
             let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
             Self::deserialize(alone).map_err(|e| Error::damaged(path, format!("{key} = {value}: {e}")))?;
@@ -168,7 +169,7 @@ impl SchedulerConfig {
         Ok(config)
     }
 
-    /// Refuses what no sampler here does.
+    /// Refuses settings that no sampler here supports.
     fn refuse_unsupported(&self) -> Result<()> {
         let latent = "it is for pixels, not for latents; set it to false";
         let flow = "flow matching models are not supported";
@@ -202,7 +203,8 @@ impl SchedulerConfig {
     /// The sampler that the checkpoint names.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] if it names none, or one that is not among [`Sampler::ALL`].
+    /// [`crate::ErrorKind::Damaged`] if it names none, [`crate::ErrorKind::Unsupported`] if it names one that is not
+    /// among [`Sampler::ALL`].
     pub fn sampler(&self) -> Result<Sampler> {
         let known = list(&Sampler::ALL.map(Sampler::diffusers_name));
         let Some(name) = self.class_name.as_deref() else {
@@ -219,8 +221,8 @@ impl SchedulerConfig {
     pub(super) fn chosen_sampler(&self, choice: SamplerChoice) -> Result<Sampler> {
         let sampler = choice.sampler.map_or_else(|| self.sampler(), Ok)?;
         if sampler == Sampler::Pndm {
-            // Absent means false in diffusers. Who names PLMS wants no Runge-Kutta steps, so that only the
-            // checkpoint's own PNDM must say so.
+            // In diffusers an absent field means false. A user who names PLMS wants no Runge-Kutta steps, so the field
+            // is required only if PNDM is the checkpoint's own sampler.
             if self.skip_prk_steps.or(choice.sampler.map(|_| true)) != Some(true) {
                 let advice = "only true is supported; set it, or choose another sampler";
                 return Err(self.refuse("skip_prk_steps", false, advice));
@@ -233,7 +235,7 @@ impl SchedulerConfig {
         Ok(sampler)
     }
 
-    /// The `timestep_spacing` in use, and the spacing of the sigmas where they have one of their own.
+    /// The `timestep_spacing` in use, and the spacing of the sigmas if they have one of their own.
     pub(super) fn chosen_spacing(
         &self,
         sampler: Sampler,

@@ -1,4 +1,4 @@
-//! DPM-Solver++, multistep (arXiv 2211.01095): order 2 is what others call DPM++ 2M.
+//! DPM-Solver++, multistep (arXiv 2211.01095): order 2 is known as DPM++ 2M.
 
 use super::config::{BetaSchedule, FinalSigma};
 use super::table::{Level, spaced_sigmas};
@@ -8,14 +8,14 @@ use crate::Result;
 pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
     let config = setup.config;
     let algorithm = config.algorithm_type.as_deref().unwrap_or("dpmsolver++");
-    // "deis" is another sampler's; diffusers reads it as the default.
+    // "deis" belongs to another sampler; diffusers reads it as the default.
     if !matches!(algorithm, "dpmsolver++" | "deis") {
         let advice = "only dpmsolver++ is supported; set it, or choose another sampler";
         return Err(config.refuse("algorithm_type", algorithm, advice));
     }
     let heun = match config.solver_type.as_deref().unwrap_or("midpoint") {
         "heun" => true,
-        // The last three are other samplers'; diffusers reads them as the default.
+        // The last three belong to other samplers; diffusers reads them as the default.
         "midpoint" | "bh1" | "bh2" | "logrho" => false,
         other => return Err(config.refuse("solver_type", other, "supported are midpoint and heun")),
     };
@@ -65,7 +65,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
     Ok((0..len).map(step).collect())
 }
 
-/// The timesteps of a multistep solver, and the levels at them with the final one behind.
+/// The timesteps of a multistep solver, and the noise levels at them, followed by the final one.
 pub(super) fn multistep_levels(setup: &Setup) -> (Vec<f64>, Vec<Level>) {
     let (config, table) = (setup.config, &setup.table);
     let dpm = setup.sampler == Sampler::DpmSolverMultistep;
@@ -79,7 +79,7 @@ pub(super) fn multistep_levels(setup: &Setup) -> (Vec<f64>, Vec<Level>) {
     if let Some(spacing) = setup.sigma_spacing {
         let least = config.sigma_min.unwrap_or(min);
         sigmas = spaced_sigmas(spacing, config.sigma_max.unwrap_or(max), least, setup.steps);
-        // diffusers rounds the timesteps of Karras, and cuts off the fraction of the others.
+        // diffusers rounds the timesteps of Karras' spacing, and truncates those of the others.
         let rounded =
             spacing == Spacing::Karras && !(dpm && config.beta_schedule == Some(BetaSchedule::SquaredcosCapV2));
         let whole = |timestep: f64| if rounded { timestep.round_ties_even() } else { timestep.trunc() };

@@ -17,13 +17,14 @@ pub(super) fn steps(setup: &Setup) -> (Vec<Step>, f64) {
 }
 
 fn step(setup: &Setup, timestep: f64, from: f64, to: f64) -> Step {
-    // How much noise is left of the old, and how much is fresh (equation 16 of arXiv 2010.02502 with eta 1).
+    // The amounts of old noise that is left, and of fresh noise (equation 16 of arXiv 2010.02502 with eta 1).
     let (left, fresh) = match setup.sampler {
         Sampler::EulerAncestral => (to * to / from, to * (1.0 - (to / from).powi(2)).sqrt()),
         _ => (to, 0.0),
     };
     let level = Level::from_sigma(from);
-    // The noise is predicted from the scaled sample, and is the derivative of the unscaled one by sigma.
+    // The noise that is predicted from the scaled sample is the derivative of the unscaled sample with respect to
+    // sigma.
     let epsilon = setup.prediction.epsilon(level);
     let mut step = Step::at(timestep);
     step.input_scale = level.alpha as f32;
@@ -33,17 +34,17 @@ fn step(setup: &Setup, timestep: f64, from: f64, to: f64) -> Step {
     step
 }
 
-/// The timesteps, and the sigmas at them with the final one behind.
+/// The timesteps, and the sigmas at them, followed by the final one.
 fn sigmas(setup: &Setup) -> (Vec<f64>, Vec<f64>) {
     let (config, table) = (setup.config, &setup.table);
     let end = setup.trained;
     let mut timesteps: Vec<f64> = setup.timesteps(end, false).into_iter().map(|t| t as f32 as f64).collect();
     let (table_min, table_max) = table.sigma_range();
-    // Euler a has neither of the two settings in diffusers.
+    // In diffusers, Euler a has none of the settings that are read only if this is true.
     let own = setup.sampler == Sampler::Euler;
     let mut sigmas: Vec<f64> = match config.interpolation_type.filter(|_| own) {
         Some(InterpolationType::LogLinear) => {
-            // One more than there are timesteps: the last step ends at the least of them.
+            // There is one sigma more than timesteps: the last step ends at the least of them.
             spaced_sigmas(Spacing::Exponential, table_max, table_min, setup.steps + 1)
         }
         _ => timesteps.iter().map(|timestep| table.sigma(*timestep)).collect(),

@@ -18,7 +18,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
         return Err(Error::invalid("steps", format!("LCM cannot sample in {steps} steps"))
             .advise(format!("choose from 1 to {distilled}")));
     }
-    // Evenly among the timesteps of the distillation, from the noisiest down.
+    // The steps are spread evenly over the timesteps of the distillation, from the noisiest down.
     let stride = distilled as f64 / setup.steps as f64;
     let at = |i: usize| (distilled - (i as f64 * stride) as usize) * (trained / distilled) - 1;
     let timesteps: Vec<usize> = (0..setup.steps).map(at).collect();
@@ -27,7 +27,8 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
         let x0 = setup.prediction.x0(setup.table.level(*timestep)?);
         let mut step = Step::at(*timestep as f64);
         step.convert = Convert { x: x0.x, out: x0.out, clip: config.clip(false) };
-        // The boundary condition: the model's own answer far from the data, the sample itself at it.
+        // The boundary condition: far from the data the result is the model's prediction, at the data it is the sample
+        // itself.
         let scaled = *timestep as f64 * config.timestep_scaling.unwrap_or(10.0);
         let (skip, out) =
             (SIGMA_DATA.powi(2) / (scaled.powi(2) + SIGMA_DATA.powi(2)), scaled / scaled.hypot(SIGMA_DATA));

@@ -1,9 +1,9 @@
 //! Samplers as tables of numbers.
 //!
-//! Every sampler here is linear in the noisy sample, the model's output, what it keeps of the steps before, and fresh
-//! noise; the one exception is the clipping of the predicted sample. So a [`Schedule`] computes the coefficients of
-//! all steps once, in f64, and [`SamplerState::step`] applies them, whatever the sampler. One file a family computes
-//! them: `ddim`, `pndm`, `euler`, `dpm`, `unipc`, `lcm`.
+//! Every sampler here is linear in the noisy sample, the model's output, the values that it keeps from earlier steps,
+//! and fresh noise; the one exception is the clipping of the predicted sample. So a [`Schedule`] computes the
+//! coefficients of all steps once, in f64, and [`SamplerState::step`] applies them, whatever the sampler. One file per
+//! family of samplers computes them: `ddim`, `pndm`, `euler`, `dpm`, `unipc`, `lcm`.
 //!
 //! ```
 //! use respodiff::diffusion::noise::{NormalGenerator, Rng};
@@ -47,10 +47,10 @@ use table::{Table, Timesteps};
 
 use crate::{Error, Result};
 
-/// How many converted outputs of earlier steps a step can use.
+/// The number of converted outputs of earlier steps that a step can use.
 pub const HISTORY: usize = 3;
 
-/// One step of any sampler: one call of the model and what follows it.
+/// One step of any sampler: one call of the model and the arithmetic that follows it.
 ///
 /// ```text
 /// out  = model(input_scale * x, timestep)
@@ -66,24 +66,24 @@ pub struct Step {
     pub timestep: f32,
     /// Factor of the noisy sample before the model reads it.
     pub input_scale: f32,
-    /// From the model's output to what the sampler works with.
+    /// The conversion of the model's output to the quantity that the sampler works with.
     pub convert: Convert,
-    /// From which sample the step is taken.
+    /// The sample from which the step is taken.
     pub base: Base,
-    /// Where it leads.
+    /// The sample that the step leads to.
     pub next: Next,
     /// True if `base` is kept as `saved`.
     pub save: bool,
-    /// True if `m` is put before the history.
+    /// True if `m` is put at the front of the history.
     pub push: bool,
 }
 
 /// The coefficients of the converted output `m`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Convert {
-    /// Of the noisy sample.
+    /// The coefficient of the noisy sample.
     pub x: f64,
-    /// Of the model's output.
+    /// The coefficient of the model's output.
     pub out: f64,
     /// The bound on `m`; infinite when it is not clipped.
     pub clip: f64,
@@ -93,28 +93,28 @@ pub struct Convert {
 /// the step before (PNDM).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Base {
-    /// Of the noisy sample.
+    /// The coefficient of the noisy sample.
     pub x: f64,
-    /// Of the saved sample.
+    /// The coefficient of the saved sample.
     pub saved: f64,
-    /// Of the converted output.
+    /// The coefficient of the converted output.
     pub m: f64,
-    /// Of earlier converted outputs, the latest first.
+    /// The coefficients of earlier converted outputs, the latest first.
     pub history: [f64; HISTORY],
 }
 
 /// The coefficients of the next sample.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Next {
-    /// Of the sample from which the step is taken.
+    /// The coefficient of the sample from which the step is taken.
     pub base: f64,
-    /// Of the model's output.
+    /// The coefficient of the model's output.
     pub out: f64,
-    /// Of the converted output.
+    /// The coefficient of the converted output.
     pub m: f64,
-    /// Of earlier converted outputs, the latest first.
+    /// The coefficients of earlier converted outputs, the latest first.
     pub history: [f64; HISTORY],
-    /// Of fresh noise.
+    /// The coefficient of fresh noise.
     pub noise: f64,
 }
 
@@ -156,9 +156,9 @@ impl Step {
 /// All steps of a sampler.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
-    /// How the steps are taken.
+    /// The sampler that takes the steps.
     pub sampler: Sampler,
-    /// Where they are taken; `None` where the sampler leaves no choice (LCM).
+    /// The spacing of the steps; `None` if the sampler leaves no choice (LCM).
     pub spacing: Option<Spacing>,
     /// In the order in which they are taken. PNDM has one more than was asked for.
     pub steps: Vec<Step>,
@@ -167,14 +167,15 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// The schedule of a checkpoint with `config`, in `steps` steps, as the user chose.
+    /// The schedule of `steps` steps for a checkpoint with the configuration `config` and the user's `choice`.
     ///
-    /// Another sampler than the checkpoint's own takes over from `config` what it knows and has its own defaults for
-    /// the rest, as `from_config` has it in diffusers.
+    /// A sampler other than the checkpoint's own reads from `config` the fields that it knows, and has its own defaults
+    /// for the rest, as with `from_config` in diffusers.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for a number of steps, or a choice, that the sampler does not have;
-    /// [`crate::ErrorKind::Damaged`] for settings of the checkpoint with which it cannot sample.
+    /// [`crate::ErrorKind::Invalid`] for a number of steps, or a choice, that the sampler does not support;
+    /// [`crate::ErrorKind::Unsupported`] for settings of the checkpoint with which it cannot sample;
+    /// [`crate::ErrorKind::Damaged`] if neither the user nor the checkpoint names a sampler.
     pub fn new(config: &SchedulerConfig, choice: SamplerChoice, steps: usize) -> Result<Self> {
         let sampler = config.chosen_sampler(choice)?;
         let (timestep_spacing, sigma_spacing) = config.chosen_spacing(sampler, choice.spacing)?;
@@ -187,7 +188,7 @@ impl Schedule {
             Sampler::Lcm => (0.00085, 0.012, BetaSchedule::ScaledLinear),
             _ => (0.0001, 0.02, BetaSchedule::Linear),
         };
-        // DDIM and LCM can start from a level without signal; a sigma cannot.
+        // DDIM and LCM can start from a level without signal. The other samplers cannot, because its sigma is infinite.
         let floor = !matches!(sampler, Sampler::Ddim | Sampler::Lcm);
         let setup = Setup {
             config,
@@ -213,15 +214,15 @@ impl Schedule {
         Ok(schedule)
     }
 
-    /// Some settings have no sampling equation: noise predicted from a level that is all noise, or two steps at one
-    /// noise level.
+    /// Refuses settings that have no sampling equation: noise predicted from a level that is all noise, or two steps at
+    /// one noise level.
     fn refuse_degenerate(&self, asked: usize) -> Result<()> {
         let sampler = self.sampler;
         let spaced = self.spacing.map(|spacing| format!(" with {spacing} spacing")).unwrap_or_default();
         if self.steps.is_empty() {
             return Err(Error::invalid(
                 "spacing",
-                format!("{sampler}{spaced} in {asked} steps has none: take another spacing"),
+                format!("{sampler}{spaced} has no timesteps for {asked} steps: take another spacing"),
             ));
         }
         if !(self.init_noise_sigma > 0.0 && self.init_noise_sigma.is_finite()) {
@@ -272,13 +273,13 @@ impl Setup<'_> {
         timesteps.list()
     }
 
-    /// The timesteps of samplers that step on training's own levels.
+    /// The timesteps for samplers whose steps lie on the noise levels of training, which have whole timesteps.
     fn whole_timesteps(&self) -> Vec<usize> {
         let timesteps = self.timesteps(self.trained, false);
         timesteps.into_iter().map(|timestep| timestep.round_ties_even() as usize).collect()
     }
 
-    /// The stride that DDIM and PNDM take, whatever the spacing.
+    /// The stride of DDIM and PNDM, whatever the spacing.
     fn stride(&self) -> usize {
         self.trained / self.steps
     }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::{Error, Result};
 
-/// How a step is taken.
+/// The method by which a step is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Sampler {
     /// Denoising diffusion implicit models with eta 0 (arXiv 2010.02502).
@@ -16,7 +16,7 @@ pub enum Sampler {
     Pndm,
     /// Euler's method (algorithm 2 of arXiv 2206.00364, without churn).
     Euler,
-    /// Euler's method with the noise of an ancestral step put back, as k-diffusion does.
+    /// Euler's method with ancestral steps, which replace a part of the noise by fresh noise, as in k-diffusion.
     EulerAncestral,
     /// DPM-Solver++, multistep, order 2 unless the checkpoint says 1 or 3 (arXiv 2211.01095).
     DpmSolverMultistep,
@@ -64,7 +64,7 @@ impl Sampler {
         }
     }
 
-    /// All its names, as [`normalize`] leaves them.
+    /// All its names, in the form that [`normalize`] returns.
     fn keys(self) -> &'static [&'static str] {
         match self {
             Sampler::Ddim => &["ddim"],
@@ -88,20 +88,20 @@ impl fmt::Display for Sampler {
     }
 }
 
-/// Where on the training schedule the steps are taken.
+/// The choice of the points on the training schedule where steps are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Spacing {
-    /// Even timesteps from 0 up; the noisiest are left out (table 2 of arXiv 2305.08891).
+    /// Evenly spaced timesteps from 0 up; the noisiest are left out (table 2 of arXiv 2305.08891).
     Leading,
-    /// Even timesteps from the noisiest down (table 2 of arXiv 2305.08891).
+    /// Evenly spaced timesteps from the noisiest down (table 2 of arXiv 2305.08891).
     Trailing,
-    /// Even timesteps from the first to the last (table 2 of arXiv 2305.08891).
+    /// Evenly spaced timesteps from the first to the last (table 2 of arXiv 2305.08891).
     Linspace,
-    /// Sigmas even in their seventh root (equation 5 of arXiv 2206.00364). Not a `timestep_spacing`.
+    /// Sigmas whose seventh roots are evenly spaced (equation 5 of arXiv 2206.00364). Not a `timestep_spacing`.
     #[serde(skip)]
     Karras,
-    /// Sigmas even in their logarithm. Not a `timestep_spacing`.
+    /// Sigmas whose logarithms are evenly spaced. Not a `timestep_spacing`.
     #[serde(skip)]
     Exponential,
 }
@@ -116,7 +116,7 @@ impl Spacing {
         self.keys()[0]
     }
 
-    /// The "Schedule type" of A1111 that comes nearest; "Automatic" where A1111 has no name for it.
+    /// The "Schedule type" of A1111 that comes nearest; "Automatic" if A1111 has no name for it.
     pub fn a1111_name(self) -> &'static str {
         match self {
             Spacing::Leading => "Automatic",
@@ -127,7 +127,7 @@ impl Spacing {
         }
     }
 
-    /// All its names, as [`normalize`] leaves them.
+    /// All its names, in the form that [`normalize`] returns.
     fn keys(self) -> &'static [&'static str] {
         match self {
             Spacing::Leading => &["leading"],
@@ -157,7 +157,7 @@ impl FromStr for Spacing {
     }
 }
 
-/// The user's choice; `None` leaves it to the checkpoint.
+/// The user's choice of a sampler; `None` leaves a field to the checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct SamplerChoice {
     /// Another sampler than the checkpoint's own.
@@ -166,8 +166,8 @@ pub struct SamplerChoice {
     pub spacing: Option<Spacing>,
 }
 
-/// Reads a sampler by its name in diffusers, A1111 or k-diffusion, alone or with a spacing behind it: "Euler a",
-/// "DPMSolverMultistepScheduler", "dpmpp_2m", "DPM++ 2M Karras". Case, spaces and punctuation do not count.
+/// Reads a sampler by its name in diffusers, A1111 or k-diffusion, alone or followed by a spacing: "Euler a",
+/// "DPMSolverMultistepScheduler", "dpmpp_2m", "DPM++ 2M Karras". Case, spaces and punctuation are ignored.
 impl FromStr for SamplerChoice {
     type Err = Error;
 
@@ -186,7 +186,7 @@ impl FromStr for SamplerChoice {
         Err(Error::invalid(
             "sampler",
             format!(
-                "unknown sampler {name:?}: choose one of {} (or its class in diffusers), with {} behind it if you like",
+                "unknown sampler {name:?}: choose one of {} (or its class in diffusers), optionally followed by {}",
                 list(&Sampler::ALL),
                 list(&Spacing::ALL)
             ),
@@ -194,8 +194,8 @@ impl FromStr for SamplerChoice {
     }
 }
 
-/// `name` in lower case without what people write differently: "sample_" before it (k-diffusion), "Scheduler" behind
-/// it (diffusers), "++" for "pp", spaces and punctuation.
+/// `name` in lower case, without the differences between common spellings: "sample_" before it (k-diffusion),
+/// "Scheduler" after it (diffusers), spaces and punctuation are removed, and "++" becomes "pp".
 fn normalize(name: &str) -> String {
     let plain = name.to_lowercase().replace('+', "p").replace(|c: char| !c.is_ascii_alphanumeric(), "");
     let plain = plain.strip_prefix("sample").unwrap_or(&plain);

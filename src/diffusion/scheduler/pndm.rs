@@ -6,7 +6,7 @@
 use super::{HISTORY, Setup, Step};
 use crate::Result;
 
-/// The weights of the outputs, the latest first, by how many of them there are (Adams-Bashforth).
+/// The weights of the outputs (Adams-Bashforth), the latest first, for one to four outputs.
 const ADAMS_BASHFORTH: [[f64; 1 + HISTORY]; 4] = [
     [1.0, 0.0, 0.0, 0.0],
     [3.0 / 2.0, -1.0 / 2.0, 0.0, 0.0],
@@ -24,7 +24,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
 
 fn step(setup: &Setup, index: usize, timestep: usize) -> Result<Step> {
     let again = index == 1;
-    // The second call sees the end of the step that it takes anew.
+    // The second call evaluates the model at the end of the first step, and then takes that step anew.
     let (start, end) = match again {
         true => (timestep + setup.stride(), Some(timestep)),
         false => (timestep, timestep.checked_sub(setup.stride())),

@@ -1,4 +1,4 @@
-//! The noise levels of training, and which of them the steps of a sampler visit.
+//! The noise levels of training, and the choice of those that the steps of a sampler visit.
 
 use super::Spacing;
 use super::config::{BetaSchedule, Prediction, SchedulerConfig};
@@ -58,7 +58,7 @@ impl Prediction {
 
 /// The noise levels of training, by timestep.
 ///
-/// In fp32, as the models were trained: near timestep 0 the rounding of `1 - beta` moves sigma by 2e-5.
+/// They are in fp32, as when the models were trained: near timestep 0 the rounding of `1 - beta` moves sigma by 2e-5.
 pub(super) struct Table {
     alphas_cumprod: Vec<f32>,
     /// k-diffusion's sigmas, rising.
@@ -67,10 +67,11 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// The table of `config`, `trained` levels long, with the defaults of a class that has `(beta_start, beta_end,
-    /// beta_schedule)`.
+    /// The table of `config`, with `trained` levels. `defaults` are those of the sampler's class for `(beta_start,
+    /// beta_end, beta_schedule)`.
     ///
-    /// `floor` lifts a last level without signal (`rescale_betas_zero_snr`) to one whose sigma is finite.
+    /// If `floor` is true, a last level without signal (`rescale_betas_zero_snr`) is raised to one whose sigma is
+    /// finite.
     pub fn new(
         config: &SchedulerConfig,
         trained: usize,
@@ -111,7 +112,7 @@ impl Table {
         (self.sigmas[0] as f64, self.sigmas[self.sigmas.len() - 1] as f64)
     }
 
-    /// How many timesteps have a [`Level::lambda`] of at least `min`.
+    /// The number of timesteps whose [`Level::lambda`] is at least `min`.
     pub fn clipped_len(&self, min: f64) -> usize {
         self.alphas_cumprod.iter().filter(|a| Level::from_cumprod(**a as f64).lambda() >= min).count()
     }
@@ -124,7 +125,7 @@ impl Table {
         a + (b - a) * (timestep - low as f64)
     }
 
-    /// The timestep of a sigma: [`Table::sigma`] the other way round, but linear in the logarithm.
+    /// The timestep of a sigma: the inverse of [`Table::sigma`], but interpolated in the logarithm of sigma.
     pub fn timestep(&self, sigma: f64) -> f64 {
         let log_sigma = sigma.max(1e-10).ln();
         let above = self.log_sigmas.partition_point(|log| *log as f64 <= log_sigma);
@@ -152,7 +153,7 @@ fn betas(config: &SchedulerConfig, len: usize, defaults: (f64, f64, BetaSchedule
     let linear = |start: f64, end: f64| {
         let (start, end) = (start as f32, end as f32);
         let step = (end - start) / (len - 1).max(1) as f32;
-        // From both ends and with one rounding, as torch's `linspace`.
+        // Each number is computed from the nearer end with one rounding, as in torch's `linspace`.
         (0..len).map(move |i| match i < len / 2 {
             true => step.mul_add(i as f32, start),
             false => (-step).mul_add((len - 1 - i) as f32, end),
@@ -170,7 +171,7 @@ fn betas(config: &SchedulerConfig, len: usize, defaults: (f64, f64, BetaSchedule
     })
 }
 
-/// Summed up in f64 and rounded at every element, as torch does.
+/// The cumulative product, computed in f64 and rounded at every element, as torch does.
 fn cumprod(alphas: impl Iterator<Item = f32>) -> Vec<f32> {
     alphas
         .scan(1.0f64, |product, alpha| {
@@ -185,7 +186,8 @@ fn rescale_zero_terminal_snr(alphas_cumprod: &[f32]) -> Vec<f32> {
     let (first, last) = (alphas_cumprod[0].sqrt(), alphas_cumprod[alphas_cumprod.len() - 1].sqrt());
     let scale = first / (first - last);
     let rescaled: Vec<f32> = alphas_cumprod.iter().map(|a| ((a.sqrt() - last) * scale).powi(2)).collect();
-    // By way of the betas, as in training: their rounding is part of the levels that the model knows.
+    // The levels are computed by way of the betas, as in training: the rounding of the betas is part of the levels that
+    // the model was trained at.
     let ratios = rescaled.iter().zip(std::iter::once(&1.0).chain(&rescaled)).map(|(a, before)| a / before);
     cumprod(ratios.map(|alpha| 1.0 - (1.0 - alpha)))
 }
@@ -197,19 +199,19 @@ pub(super) struct Timesteps {
     /// The timesteps below this one are used: `num_train_timesteps` unless clipped.
     pub end: usize,
     pub steps: usize,
-    /// Multistep solvers space one step more, and leave out timestep 0.
+    /// True if one timestep more is spaced and timestep 0 is left out, as for multistep solvers.
     pub skip_zero: bool,
     pub steps_offset: u32,
 }
 
 impl Timesteps {
-    /// Whole except for `Linspace`.
+    /// The timesteps, which are whole except for `Linspace`.
     pub fn list(&self) -> Vec<f64> {
         let points = self.steps + self.skip_zero as usize;
         let rising = (self.skip_zero as usize..points).rev();
         match self.spacing {
             Spacing::Trailing => {
-                // The stride is rounded as numpy's `arange` rounds it, for the sake of ties.
+                // The stride is rounded as in numpy's `arange`, so that ties between timesteps are rounded alike.
                 let end = self.end as f64;
                 let stride = end - (end - self.num_train_timesteps as f64 / self.steps as f64);
                 let at = |i: usize| (end - i as f64 * stride).round_ties_even() - 1.0;

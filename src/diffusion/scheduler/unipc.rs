@@ -1,4 +1,5 @@
-//! UniPC (arXiv 2302.04867): a multistep predictor, and a corrector that uses the next output, which is there anyway.
+//! UniPC (arXiv 2302.04867): a multistep predictor, and a corrector that uses the next output, which is computed
+//! anyway.
 
 use super::config::FinalSigma;
 use super::dpm::multistep_levels;
@@ -10,7 +11,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
     let config = setup.config;
     let bh1 = match config.solver_type.as_deref().unwrap_or("bh2") {
         "bh1" => true,
-        // The last three are other samplers'; diffusers reads them as the default.
+        // The last three belong to other samplers; diffusers reads them as the default.
         "bh2" | "midpoint" | "heun" | "logrho" => false,
         other => return Err(config.refuse("solver_type", other, "supported are bh1 and bh2")),
     };
@@ -37,7 +38,8 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
         if index > 0 && !no_corrector.contains(&(index - 1)) {
             let order = order_at(index - 1);
             let update = Update::new(&levels, index - 1, order, order, bh1, predict_x0);
-            // Where the predictor has earlier outputs alone, here the first of all is that at the end of the step.
+            // The predictor has only earlier outputs; the corrector also has the output at the end of its step, which
+            // comes first.
             step.base.x = 0.0;
             step.base.saved = update.base;
             (step.base.m, step.base.history) = (update.end, update.outputs);
@@ -63,13 +65,13 @@ struct Update {
 }
 
 impl Update {
-    /// `differences` of outputs are used beside the output at the start: one for each earlier output that has a part,
-    /// and for a corrector, where `differences == order`, that of the output at the end.
+    /// The update uses the output at the start, and `differences` differences of other outputs from it: one for each
+    /// earlier output that takes part, and in a corrector (`differences == order`) one for the output at the end.
     fn new(levels: &[Level], index: usize, order: usize, differences: usize, bh1: bool, predict_x0: bool) -> Self {
         let (from, to) = (levels[index], levels[index + 1]);
         let h = to.lambda() - from.lambda();
-        // Table 1 of the paper: the data prediction and the noise prediction differ in the sign of h and in what the
-        // sample and the outputs are scaled by.
+        // Table 1 of the paper: the data prediction and the noise prediction differ in the sign of h and in the factors
+        // of the sample and of the outputs.
         let (base, scale, hh) = match predict_x0 {
             true => (to.sigma / from.sigma, to.alpha, -h),
             false => (to.alpha / from.alpha, to.sigma, h),
@@ -79,7 +81,7 @@ impl Update {
         if differences == 0 {
             return update;
         }
-        // Where the outputs were made, relative to the step: the earlier ones, and last the end of the step.
+        // The positions of the outputs relative to the step: those of the earlier ones, and last the end of the step.
         let mut r = [1.0; HISTORY];
         for (k, r) in r[..order - 1].iter_mut().enumerate() {
             *r = (levels[index - 1 - k].lambda() - from.lambda()) / h;

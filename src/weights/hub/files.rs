@@ -1,4 +1,4 @@
-//! Which files of a model make the checkpoint, here and on the server.
+//! The selection of the files of a model that make up a checkpoint, in the cache and on the server.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::{Error, Result, Subject};
 
-/// Folders with weights, and how the weight files in them begin.
+/// Folders with weights, and the prefix of the weight files in them.
 const WEIGHTS: [(&str, &str); 4] = [
     ("unet", "diffusion_pytorch_model"),
     ("vae", "diffusion_pytorch_model"),
@@ -21,7 +21,7 @@ const CONFIGS: [&str; 3] = ["scheduler", "tokenizer", "tokenizer_2"];
 const VARIANTS: [&str; 3] = [".fp16", "", ".bf16"];
 
 /// True if a snapshot has weights and configurations for each of our components that its `model_index.json` names.
-/// Other tools leave snapshots of single files, of other formats, or interrupted ones.
+/// Other tools leave snapshots that hold a few files or other formats only, or whose download was interrupted.
 pub(super) fn is_complete(snapshot: &Path) -> bool {
     let index = fs::read(snapshot.join("model_index.json")).ok();
     let index: Option<serde_json::Value> = index.and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -38,7 +38,7 @@ pub(super) fn is_complete(snapshot: &Path) -> bool {
     small
         && WEIGHTS.iter().filter(|(folder, _)| index[folder][0].is_string()).all(|(folder, stem)| {
             let entries = fs::read_dir(snapshot.join(folder)).into_iter().flatten().flatten();
-            // `exists` follows the link: one to a blob that is gone does not count.
+            // `exists` follows links, so a link to a blob that is gone does not count.
             let names: Vec<String> =
                 entries.filter(|e| e.path().exists()).filter_map(|e| e.file_name().into_string().ok()).collect();
             VARIANTS.iter().any(|variant| has_weights(names.iter().map(String::as_str), stem, variant))
@@ -51,8 +51,8 @@ fn has_weights<'a>(names: impl Iterator<Item = &'a str>, stem: &str, variant: &s
     shards.iter().any(|&(_, count)| shards.iter().filter(|shard| shard.1 == count).count() == count)
 }
 
-/// Which shard of how many a weight file is: `model.safetensors` is 1 of 1. The variant stands before the shard, or
-/// after it in files of diffusers before 0.28.
+/// The shard's number and the number of shards, from the name of a weight file: `model.safetensors` is 1 of 1. The
+/// variant stands before the shard's number, or after it in files of diffusers before 0.28.
 fn shard(name: &str, stem: &str, variant: &str) -> Option<(usize, usize)> {
     let middle = name.strip_prefix(stem)?.strip_suffix(".safetensors")?;
     let middle = middle.strip_prefix(variant).or_else(|| middle.strip_suffix(variant))?;
@@ -85,7 +85,7 @@ pub(super) struct Lfs {
 }
 
 impl RemoteFile {
-    /// The name in `blobs/`: what the server sends as ETag.
+    /// The file's name in `blobs/`, which the server sends as its ETag.
     pub(super) fn etag(&self) -> &str {
         self.lfs.as_ref().map_or(&self.blob_id, |lfs| &lfs.sha256)
     }
@@ -110,7 +110,8 @@ impl RemoteFile {
     }
 }
 
-/// The files of a listing that make a checkpoint: what diffusers would load, without safety checker and other formats.
+/// The files of a listing that make up a checkpoint: those that diffusers would load, without the safety checker and
+/// other formats.
 pub(super) fn select(listing: Listing, name: &str) -> Result<Vec<RemoteFile>> {
     let refuse = |problem: &str| {
         Err(Error::unsupported(Subject::Model(name.to_string()), problem.to_string())
@@ -122,12 +123,12 @@ pub(super) fn select(listing: Listing, name: &str) -> Result<Vec<RemoteFile>> {
         paths.collect::<Vec<_>>()
     };
     if !listing.siblings.iter().any(|file| file.path == "model_index.json") {
-        return refuse("is no diffusers model: it has no model_index.json");
+        return refuse("is not a diffusers model: it has no model_index.json");
     }
     if names("unet").is_empty() {
-        return refuse("is no Stable Diffusion model: it has no unet folder");
+        return refuse("is not a Stable Diffusion model: it has no unet folder");
     }
-    // Each component in the variant that it has, as in diffusers' `from_pretrained(variant="fp16")`.
+    // Each component is taken in the first variant that it has, as in diffusers' `from_pretrained(variant="fp16")`.
     let mut variants = BTreeMap::new();
     for (folder, stem) in WEIGHTS {
         let names = names(folder);
@@ -148,7 +149,7 @@ pub(super) fn select(listing: Listing, name: &str) -> Result<Vec<RemoteFile>> {
     Ok(files)
 }
 
-/// True if this may be one component of a path in the cache and of a URL.
+/// True if `part` is safe as one component of a path in the cache and of a URL.
 pub(super) fn is_plain(part: &str) -> bool {
     !part.is_empty()
         && !part.starts_with(['.', '-'])

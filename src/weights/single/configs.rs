@@ -1,5 +1,5 @@
-//! The configurations of a single file's networks, from their tensors' shapes and, where these
-//! cannot tell, from what all checkpoints of a family have in common.
+//! The configurations of a single file's networks. They follow from the shapes of the tensors and, where shapes do not
+//! suffice, from properties that all checkpoints of a family share.
 
 use super::super::tensors::Tensors;
 use super::prediction::Prediction;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 /// Channels of an attention head wherever the number of heads is not fixed.
 const HEAD_CHANNELS: usize = 64;
 
-/// The lines of Stable Diffusion.
+/// The families of Stable Diffusion models.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Family {
     /// 1.x: 8 heads everywhere.
@@ -21,7 +21,7 @@ pub(super) enum Family {
 }
 
 impl Family {
-    /// Whose a UNet is, by diffusers' names.
+    /// The family of a UNet, whose tensors have diffusers' names.
     pub(super) fn of(unet: &Tensors) -> Result<Self> {
         let linear = unet.shape("mid_block.attentions.0.proj_in.weight")?.len() == 2;
         Ok(match (linear, unet.has("add_embedding.linear_1.weight")) {
@@ -93,8 +93,8 @@ impl Family {
         }))
     }
 
-    /// As the family's first release has it. `zero_snr` is arXiv 2305.08891's schedule, which must begin at the last
-    /// step.
+    /// The scheduler's configuration in the family's first release. If `zero_snr` is true, it is the schedule of arXiv
+    /// 2305.08891, which must begin at the last timestep.
     pub(super) fn scheduler(self, prediction: Prediction, zero_snr: bool) -> Value {
         let mut config = json!({
             "beta_start": 0.00085,
@@ -129,7 +129,7 @@ impl Family {
     }
 }
 
-/// A text encoder; `activation` is what its maker trained it with.
+/// The configuration of a text encoder; `activation` is the one that it was trained with.
 pub(super) fn text(t: &Tensors, activation: &str) -> Result<Value> {
     let width = size(t, "text_model.embeddings.token_embedding.weight", 1)?;
     let projection = t.has("text_projection.weight").then(|| size(t, "text_projection.weight", 0)).transpose()?;
@@ -146,7 +146,7 @@ pub(super) fn text(t: &Tensors, activation: &str) -> Result<Value> {
     }))
 }
 
-/// How many of a numbered tensor there are.
+/// The number of consecutive indices, from 0 on, for which there is a tensor called `name(index)`.
 fn count(t: &Tensors, name: impl Fn(usize) -> String) -> usize {
     (0..).take_while(|&i| t.has(&name(i))).count()
 }
@@ -166,8 +166,8 @@ fn heads(t: &Tensors, channels: usize) -> Result<usize> {
         _ => Err(problem(
             t,
             format!(
-                "attention over {channels} channels: how many heads it has cannot be seen in a single file unless they are of \
-                 {HEAD_CHANNELS} channels; give the model as a diffusers folder"
+                "the number of attention heads over {channels} channels is not known from a single file unless each \
+                 has {HEAD_CHANNELS} channels; give the model as a diffusers folder"
             ),
         )),
     }

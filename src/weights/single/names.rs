@@ -1,16 +1,17 @@
-//! From the names of the original code to those of diffusers and transformers, a component at a time.
+//! Renames tensors from the names of the original code to those of diffusers and transformers, one component at a time.
 
 use super::super::tensors::{Part, Tensors};
 use crate::Result;
 
-/// A UNet of CompVis' latent diffusion or Stability AI's generative models. Names of other networks stay.
+/// Renames the tensors of a UNet of CompVis' latent diffusion or Stability AI's generative models. Unknown names stay.
 pub(super) fn unet(original: &Tensors) -> Result<Tensors> {
     let blocks = Blocks::new(original);
     original.renamed(|name| vec![(blocks.rename(name).unwrap_or_else(|| name.into()), Part::Whole)])
 }
 
-/// The level and layer that each block stands for. The original counts the blocks of the down half in one row, each
-/// level's downsampler after its layers, and those of the up half in another, upsamplers within a level's last.
+/// The level and layer of each block. The original code numbers the blocks of the down half consecutively, with each
+/// level's downsampler after its layers, and likewise those of the up half, where each level's upsampler is within its
+/// last block.
 struct Blocks {
     down: Vec<(usize, usize)>,
     up: Vec<(usize, usize)>,
@@ -79,9 +80,10 @@ fn resnet(rest: &[&str]) -> Option<String> {
     Some(format!("{layer}.{leaf}"))
 }
 
-/// CompVis' autoencoder. Names of other networks stay; what is left of its training is dropped.
+/// Renames the tensors of CompVis' autoencoder. Unknown names stay; tensors that are left from its training are
+/// dropped.
 pub(super) fn vae(original: &Tensors) -> Result<Tensors> {
-    // The up half counts levels from the finest.
+    // The original code numbers the levels of the up half from the finest.
     let levels = (0..).take_while(|i| original.has(&format!("decoder.up.{i}.block.0.conv1.weight"))).count();
     let rename = |name: &str| {
         let parts: Vec<&str> = name.split('.').collect();
@@ -126,7 +128,8 @@ pub(super) fn vae(original: &Tensors) -> Result<Tensors> {
     })
 }
 
-/// OpenAI's text tower as transformers writes it, which is what the original code loads.
+/// The tensors of OpenAI's text encoder, which the original code loads from transformers, under transformers' full
+/// names. Others are dropped.
 pub(super) fn clip(original: &Tensors) -> Result<Tensors> {
     original.renamed(|name| match text_model(name) {
         Some(name) if !name.ends_with(".position_ids") => vec![(name, Part::Whole)],
@@ -134,8 +137,8 @@ pub(super) fn clip(original: &Tensors) -> Result<Tensors> {
     })
 }
 
-/// The full name of a tensor of transformers' text model: files of 2022, and of transformers from 5 on, may leave
-/// `text_model.` away. None for tensors outside of the model.
+/// The full name of a tensor of transformers' text model: files of 2022, and of transformers from 5 on, may omit
+/// `text_model.`. `None` for tensors outside of the model.
 pub(in crate::weights) fn text_model(name: &str) -> Option<String> {
     match name.split('.').next() {
         Some("text_model") => Some(name.into()),
@@ -144,7 +147,8 @@ pub(in crate::weights) fn text_model(name: &str) -> Option<String> {
     }
 }
 
-/// OpenCLIP's text tower, of which Stable Diffusion 2.x reads neither the projection nor all layers.
+/// Renames the tensors of OpenCLIP's text encoder. Only the first `layers` layers are kept, and the projection if
+/// `projected` is true: Stable Diffusion 2.x reads neither the projection nor the last layer.
 pub(super) fn open_clip(original: &Tensors, layers: usize, projected: bool) -> Result<Tensors> {
     let rename = |name: &str| {
         let parts: Vec<&str> = name.split('.').collect();

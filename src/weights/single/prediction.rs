@@ -29,10 +29,10 @@ impl Prediction {
         }
     }
 
-    /// By the first of these that says: `beside`, a LDM configuration as A1111 wants it beside the file; the header's
-    /// notes (Stability AI's ModelSpec); a tensor `v_pred`, which such SDXL checkpoints carry; for 2.x ComfyUI's rule
-    /// of thumb, that the first norm of the last transformer has wide biases where v is predicted. All others predict
-    /// epsilon.
+    /// The prediction type, from the first of these sources that gives it: `beside`, the LDM configuration that A1111
+    /// expects beside the file; the metadata in the file's header (Stability AI's ModelSpec); a tensor `v_pred`, which
+    /// SDXL checkpoints that predict v carry; and for 2.x ComfyUI's rule of thumb that the first norm of the last
+    /// transformer has wide biases if the model predicts v. All others predict epsilon.
     pub(super) fn of(file: &Tensors, unet: &Tensors, family: Family, beside: Option<&str>) -> Result<Self> {
         let declared = beside.and_then(|yaml| {
             let value = yaml.lines().find_map(|line| line.trim().strip_prefix("parameterization:"))?;
