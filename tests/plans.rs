@@ -97,7 +97,7 @@ fn indices_are_of_every_table_that_is_read() {
 }
 
 #[test]
-#[should_panic(expected = "indices are an input's")]
+#[should_panic(expected = "indices must be an input of the graph")]
 fn computed_indices_are_refused() {
     let mut b = GraphBuilder::new();
     let x = b.input("x", Shape::new(1, 1, 2, 1));
