@@ -1,6 +1,6 @@
-//! Times on the CPU: the text encoders, a guided UNet step and the VAE decode, of the demo and at Stable Diffusion
-//! 1.5's and SDXL's size on random weights; then training, as milliseconds of an iteration's parts and memory; then
-//! loading a checkpoint.
+//! Times on the CPU: the text encoders, a guided UNet step and the VAE decode, of the demo, and at the sizes of Stable
+//! Diffusion 1.5 and SDXL on random weights; then training, in milliseconds of an iteration's parts, with its memory;
+//! then loading a checkpoint.
 //!
 //! `cargo bench -- demo`, `cargo bench -- load`, `cargo bench -- "sdxl training"`: networks that a filter excludes are
 //! not built.

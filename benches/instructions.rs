@@ -1,5 +1,5 @@
 //! Counts the instructions of the CPU executor's inner kernels with valgrind's callgrind and compares them with those
-//! that `instructions.toml` has recorded. So a slower kernel shows even on a machine whose clock is too noisy to tell.
+//! that `instructions.toml` has recorded. So a slower kernel is found even on a machine whose timings are too noisy.
 //!
 //! `NVCC= cargo bench --profile counted --bench instructions` fails if a kernel takes over 3 % more than recorded.
 //! Names after `--` choose kernels; `-- --record` writes the file. Every kernel is one operation of a small graph. It
@@ -39,7 +39,7 @@ struct Recorded {
 }
 
 /// All kernels: their names, the formats of their weights in the checkpoint, and their graphs. If a graph has a
-/// backward half, that is what is counted.
+/// backward half, only that half is counted.
 fn kernels() -> Vec<(&'static str, Dtype, Graph)> {
     let image = Shape::new(1, 16, 16, 64);
     let rows = |rows, width| Shape::new(1, 1, rows, width);
@@ -163,7 +163,9 @@ fn main() -> ExitCode {
         let verdict = match change {
             None => "not recorded",
             Some(change) if change > TOLERANCE => "more than recorded",
-            Some(change) if change < -TOLERANCE => "less than recorded: record it, so that it stays so",
+            Some(change) if change < -TOLERANCE => {
+                "less than recorded: record the new count, so that later increases are found"
+            }
             Some(_) => "",
         };
         failed |= change.is_none_or(|change| change > TOLERANCE);
@@ -174,9 +176,9 @@ fn main() -> ExitCode {
         let text = toml::to_string(&now).expect("numbers and names");
         std::fs::write(FILE, format!("# Written by `{RECORD}`.\n{text}")).expect("benches/instructions.toml");
     } else if failed {
-        eprintln!("Kernels take more instructions than recorded, or have no record. If that is meant: {RECORD}");
+        eprintln!("Kernels take more instructions than recorded, or have no record. If this is intended: {RECORD}");
         if now.compiler != recorded.compiler {
-            eprintln!("They were recorded of {}, and this is {}.", recorded.compiler, now.compiler);
+            eprintln!("They were recorded with {}, and this is {}.", recorded.compiler, now.compiler);
         }
         return ExitCode::FAILURE;
     }

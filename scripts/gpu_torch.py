@@ -135,7 +135,7 @@ def kernels(args):
     print(f"cuBLAS at 8192: {result['peak_flops'] / 1e12:.0f} TFLOP/s; "
           f"{result['launch'] * 1e6:.2f} us per launch in a graph")
     del a, b
-    # The largest networks come last, and the demo's after them: what is cut off then matters least.
+    # The largest networks come last, and the demo's after them, so that the operations that are cut off matter least.
     order = ["bench-sd15", "bench-sdxl", "bench-sd15-training", "bench-sdxl-training"]
     for name in sorted(benches, key=lambda name: (order.index(name) if name in order else len(order), name)):
         for network in benches[name]["networks"]:

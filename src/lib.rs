@@ -1,9 +1,10 @@
-//! Text to image with Stable Diffusion 1.x, 2.x and SDXL, fast, fair and safe, with no ML framework: on the CPU, and on
-//! NVIDIA GPUs with kernels of its own. It implements RespoDiff (arXiv 2509.15257): concepts that are added at the
-//! UNet's bottleneck, and their training.
+//! This crate generates images from text with Stable Diffusion 1.x, 2.x and SDXL, fast, fair and safe, without an ML
+//! framework: on the CPU, and on NVIDIA GPUs with kernels of its own. It implements RespoDiff (arXiv 2509.15257):
+//! learnt concepts that are added to the UNet's bottleneck, and the training of such concepts.
 //!
-//! An [`Engine`] is a checkpoint on a [`Device`]. It makes [`Session`]s, each for pictures of one size and batch, which
-//! answer [`Request`]s: lists of [`Image`]s with a prompt, seed, guidance scale and [`Concept`]s each.
+//! An [`Engine`] is a checkpoint that is loaded on a [`Device`]. It makes [`Session`]s, each for one picture size and
+//! one batch size. A session answers [`Request`]s: lists of [`Image`]s, each with its own prompt, seed, guidance scale
+//! and [`Concept`]s.
 //!
 //! ```
 //! use respodiff::{Device, Engine, Image, Source};
@@ -28,13 +29,13 @@
 //! | --- | --- |
 //! | `demo` | [`Source::demo`], the demo checkpoint, 19 MB |
 //! | `download` | `hub`: checkpoints by model id from Hugging Face |
-//! | `train` | `Trainer` and what belongs to it |
-//! | `eval` | `eval`: fairness measured |
+//! | `train` | `Trainer`, its tasks, recipes and reports |
+//! | `eval` | `eval`: measurement of fairness |
 //! | `cli` | the command `respodiff`, and all of the above |
-//! | `emulated` | the CUDA kernels on the CPU, slowly, to test them; needs a C++ compiler |
-//! | `unstable` | the modules behind all this: graphs, plans, executors and kernels, without any promise to stay |
+//! | `emulated` | an emulator that runs the CUDA kernels on the CPU, slowly, for tests; needs a C++ compiler |
+//! | `unstable` | the internal modules: graphs, plans, executors and kernels, without any promise of stability |
 
-// A part of these modules serves tests and benches alone, which see them as `unstable`.
+// Some items of these modules are used by tests and benches alone, which enable the feature `unstable`.
 #![cfg_attr(not(feature = "unstable"), allow(dead_code, unused_imports))]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 

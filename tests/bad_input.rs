@@ -1,4 +1,4 @@
-//! Damaged checkpoints: always an error that names the file, never a panic or a picture.
+//! Damaged checkpoints always give an error that names the file, never a panic or a picture.
 
 mod support;
 
@@ -13,7 +13,7 @@ fn open(folder: &Path) -> Result<Engine, Error> {
     Engine::open(&Source::folder(folder)?, Device::cpu())
 }
 
-/// Opens and expects one line that contains all of `words`.
+/// Opens the checkpoint, and expects an error of one line that contains all of `words`.
 fn refused(folder: &Path, words: &[&str]) {
     let error = open(folder).err().expect("refused").to_string();
     assert!(!error.contains('\n'), "{error}");
@@ -66,7 +66,7 @@ fn corrupt_headers() {
     }
 }
 
-/// Networks are loaded side by side, and of several problems always the same one is told.
+/// Networks are loaded in parallel, yet of several problems the same one is always reported.
 #[test]
 fn the_first_of_several_problems() {
     let folder = copy("sdxl");
@@ -84,7 +84,8 @@ fn the_first_of_several_problems() {
     }
 }
 
-/// A text encoder in both of its spellings: nobody knows which of two tensors is meant, and always the same is told.
+/// A text encoder whose tensors are there under both of their names. If two of them differ, nothing says which one is
+/// meant, and the same pair is always reported.
 #[test]
 fn tensors_under_two_names() {
     use safetensors::SafeTensors;
@@ -94,7 +95,7 @@ fn tensors_under_two_names() {
     let tensors = SafeTensors::deserialize(&whole).unwrap();
     let short = |name: &str| name.replace("text_model.", "");
     let both = || tensors.iter().flat_map(|(name, view)| [(short(name), view.clone()), (name.into(), view)]);
-    // Where both agree, they do no harm.
+    // Equal tensors under both names do no harm.
     fs::write(&file, safetensors::serialize(both(), None).unwrap()).unwrap();
     assert!(open(folder.path()).is_ok());
     let first = tensors.names().into_iter().min().unwrap();
@@ -107,7 +108,7 @@ fn tensors_under_two_names() {
     (0..10).for_each(|_| refused(folder.path(), &["text_encoder", &format!("`{first}` is there a second time")]));
 }
 
-/// The file with another header, its numbers the same.
+/// The file with a changed header and the same numbers.
 fn with_header(whole: &[u8], header: usize, change: impl FnOnce(&mut String)) -> Vec<u8> {
     let mut text = String::from_utf8(whole[8..8 + header].to_vec()).unwrap();
     change(&mut text);
@@ -134,7 +135,7 @@ fn tensors_that_are_not_what_they_should_be() {
         fs::write(&file, with_header(&whole, header, change)).unwrap();
         refused(folder.path(), &[UNET, word]);
     }
-    // A bias of [32] as [16, 2]: as many numbers, another shape.
+    // A bias of [32] is declared as [16, 2]: as many numbers in another shape.
     let reshaped = with_header(&whole, header, |t| {
         let at = t.find(name).unwrap();
         let shape = at + t[at..].find("\"shape\":[").unwrap() + 9;
@@ -166,7 +167,8 @@ fn tokenizers_of_another_model() {
     refused(folder.path(), &["vocab.json"]);
 }
 
-/// Every size of every config, absurd: refused by name, at once, and without an allocation to match.
+/// Every size in every configuration is set to absurd values, which are refused by name, immediately, and without a
+/// large allocation.
 #[test]
 fn absurd_sizes() {
     use serde_json::{Value, json};
@@ -254,7 +256,7 @@ fn configs_of_another_model() {
     }
 }
 
-/// Parts of SDXL that do not belong together, or are not there.
+/// Parts of SDXL that do not belong together, or that are missing.
 #[test]
 fn other_kinds_of_sdxl() {
     use std::fs::{remove_dir_all, rename};

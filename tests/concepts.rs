@@ -1,4 +1,4 @@
-//! Concepts in a session and their files.
+//! Concepts in a session, and the files of concepts.
 
 mod support;
 
@@ -85,7 +85,8 @@ fn each_image_of(checkpoint: &str) {
     refused(vec![vec![(other, 1.0)]], "trained on another model, is for a bottleneck of 7 channels");
 }
 
-/// One call with every row shifted, against PyTorch in float64; which half is shifted is for the pipeline to show.
+/// One UNet call with every row shifted, compared with PyTorch in float64. The test of whole pipelines shows that only
+/// the conditional rows are shifted.
 #[test]
 fn a_shifted_call_predicts_what_pytorch_does() {
     use respodiff::models::{UNetConfig, UNetInput, unet};
@@ -108,7 +109,8 @@ fn a_shifted_call_predicts_what_pytorch_does() {
             inputs.insert(extra, case.floats(extra));
         }
         let outputs = support::run(&Device::cpu(), graph, &source.tensors("unet").unwrap(), &inputs);
-        // L_resp is the mean square of this prediction's distance to the target: PyTorch's, in float64.
+        // L_resp is the mean squared difference between this prediction and the target. PyTorch computed the true one
+        // in float64.
         let target = support::nchw_to_nhwc(&case.floats("target"), n, c);
         let loss = outputs["sample"].iter().zip(&target).map(|(a, b)| ((a - b) as f64).powi(2)).sum::<f64>()
             / target.len() as f64;
@@ -202,7 +204,7 @@ fn file(tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)], metadata: &[(&str, &st
 }
 
 #[test]
-fn files_of_others() {
+fn files_of_other_programs() {
     let tensor = |name: &str, shape: &[usize], numbers: &[f32]| {
         (name.to_string(), Dtype::F32, shape.to_vec(), bytemuck::cast_slice(numbers).to_vec())
     };
@@ -211,7 +213,7 @@ fn files_of_others() {
     };
     let numbers = [0.5f32, -1.0, 2.0, 0.25, 8.0, -0.125];
     let ram = || tensor("ram", &[3, 1, 2], &numbers);
-    // Tensors alone are enough: [c, h, w] in either precision, called after the file.
+    // Tensors alone are enough: [c, h, w] in fp16 or fp32. Such a concept is named after the file.
     let plain = parse(&[ram()], &[]).unwrap();
     assert_eq!((plain.metadata.concept.as_str(), plain.sam.is_none()), ("smile", true));
     assert_eq!(plain.ram.parameters, [0.5, 2.0, 8.0, -1.0, 0.25, -0.125]);
@@ -265,7 +267,7 @@ fn files_read_back() {
         assert_eq!((read.ram.form(), read.ram.shape()), (form, shape));
         assert_eq!(read.ram.parameters, saved.ram.parameters);
         assert_eq!(read.sam.map(|s| s.parameters), saved.sam.as_ref().map(|s| s.parameters.clone()));
-        // In fp16 every number is the nearest half, in half the bytes, and a second time nothing changes.
+        // In fp16, every number becomes the nearest half, in half the bytes, and saving it again changes nothing.
         saved.save_as(&path, NumberFormat::F16).unwrap();
         let half = Concept::load(&path).unwrap();
         assert_eq!(half.metadata, saved.metadata);
@@ -285,7 +287,7 @@ fn files_read_back() {
         assert!(large.save_as(&path, NumberFormat::F16).unwrap_err().to_string().contains("65504"));
         assert_eq!(std::fs::read(&path).unwrap(), bytes);
         saved.save(&path).unwrap();
-        // Cut anywhere it is refused by name.
+        // A file that is cut anywhere is refused by name.
         let whole = std::fs::read(&path).unwrap();
         for len in (0..whole.len()).step_by(23) {
             let error = Concept::parse(&whole[..len], &path).unwrap_err().to_string();

@@ -1,5 +1,5 @@
-//! Convolutions on the CPU, in both ways that they are made: against plain f64 loops on random shapes, and an image of
-//! a batch against the same image alone, bit for bit, on any number of threads.
+//! Convolutions on the CPU, by Winograd's algorithm and by implicit im2col, compared with plain f64 loops on odd
+//! shapes. An image of a batch equals the same image alone bit for bit, on any number of threads.
 
 mod support;
 
@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use support::{Numbers, narrow, random, relative_l2, weights};
 
-/// A 3x3 convolution with all that may follow it. `skip` are channels of a second source.
+/// A 3x3 convolution with its epilogue, if it is `fused`. `skip` is the number of channels of a second source.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     x: Shape,
@@ -26,8 +26,8 @@ struct Case {
 }
 
 impl Case {
-    /// The output on `x` and, where it is fused, on a residual and a vector an image. All numbers are of one image
-    /// after the other.
+    /// The output for `x` and, if the convolution is fused, for a residual and a vector per image. All numbers are in
+    /// the order of the images.
     fn run(self, x: &[f64], skip: &[f64], added: &[f64], images: usize) -> (Vec<f32>, HashMap<String, Numbers>) {
         let mut g = GraphBuilder::new();
         let shape = Shape { n: images, ..self.x };
@@ -77,7 +77,8 @@ impl Case {
         (span(h), span(w))
     }
 
-    /// Inputs of all images: the source's, the skip connection's, and residuals before vectors.
+    /// The inputs of all images: those of the source, those of the skip connection, and the residuals before the
+    /// vectors.
     fn numbers(self) -> (Numbers, Numbers, Numbers) {
         let ((h, w), pixels) = (self.output(), self.x.rows());
         let round = |numbers: Numbers| narrow(&numbers).iter().map(|&x| x as f64).collect();
@@ -85,7 +86,7 @@ impl Case {
         (round(random(pixels * self.x.c, 5)), round(random(pixels * self.skip, 6)), round(random(added, 7)))
     }
 
-    /// The same by definition.
+    /// The same convolution by its definition.
     fn plain(self, by_name: &HashMap<String, Numbers>) -> Numbers {
         let (x, skip, added) = self.numbers();
         let ((h, w), seen) = (self.output(), self.resize.unwrap_or(self.x.extent()));
@@ -139,9 +140,9 @@ fn cases() -> Vec<Case> {
         Case { x: x(1, 5, 30, 48), skip: 16, outputs: 3, fused: true, format: Dtype::F16, ..base },
         // More tiles than a task takes.
         Case { x: x(5, 17, 21, 16), outputs: 70, ..base },
-        // More than are transformed together.
+        // More tiles than are transformed together.
         Case { x: x(4, 16, 16, 2048), outputs: 5, ..base },
-        // Doubled, of odd height and width; resized to something else.
+        // Sources of odd height and width that are doubled, and one that is resized otherwise.
         Case { x: x(2, 5, 7, 32), resize: Some(Extent { h: 10, w: 14 }), ..base },
         Case { x: x(2, 4, 4, 32), resize: Some(Extent::square(8)), fused: true, format: Dtype::F16, ..base },
         Case { x: x(2, 5, 7, 32), resize: Some(Extent { h: 9, w: 14 }), ..base },
@@ -149,7 +150,7 @@ fn cases() -> Vec<Case> {
         Case { x: x(1, 9, 9, 16), pad: (0, 0), ..base },
         Case { x: x(1, 8, 10, 16), pad: (0, 2), ..base },
         Case { x: x(1, 7, 6, 32), resize: Some(Extent { h: 14, w: 12 }), pad: (0, 1), ..base },
-        // Tap by tap: few pixels, other channels, a stride.
+        // Implicit im2col: few pixels, other numbers of channels, a stride.
         Case { x: x(2, 4, 4, 32), fused: true, ..base },
         Case { x: x(2, 9, 8, 20), skip: 13, fused: true, format: Dtype::F16, ..base },
         Case { x: x(2, 9, 8, 32), stride: 2, pad: (0, 1), format: Dtype::F16, ..base },
@@ -164,7 +165,7 @@ fn convolutions_are_what_plain_loops_make() {
         let (ours, by_name) = case.run(&x, &skip, &added, case.x.n);
         let error = relative_l2(&ours, &narrow(&case.plain(&by_name)));
         println!("{error:.1e} {case:?}");
-        // Rounding grows with the root of how many numbers are summed.
+        // The rounding error grows with the square root of the number of addends.
         let limit = 3e-7 * ((case.x.c + case.skip) as f64).sqrt();
         assert!(error < limit, "{case:?}: off by {error:e}");
     }

@@ -1,4 +1,4 @@
-//! The whole engine on the emulated kernels: launches, packing, sampling and pictures, against the CPU executor.
+//! The whole engine on the emulated kernels: launches, packing, sampling and pictures, compared with the CPU executor.
 
 mod support;
 
@@ -22,8 +22,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use support::{golden, kernels, relative_l2, root};
 
-/// What is promised of a UNet call. Whole samplings stay within it where fp16 can: PyTorch's own latents of the demo
-/// are 4e-3 off in fp16 after 25 steps; after 6, whose steps are too coarse for PNDM, they are 7e-3 to 5e-2 off.
+/// The relative error that is promised for a UNet call. Whole samplings stay within it if fp16 permits: PyTorch's own
+/// latents of the demo are off by 4e-3 in fp16 after 25 steps, but by 7e-3 to 5e-2 after 6 steps, which are too coarse
+/// for PNDM.
 const TOLERANCE: f64 = 1e-2;
 
 fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Output {
@@ -31,7 +32,8 @@ fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Outp
     session.and_then(|mut s| s.generate(request, &mut |_| ControlFlow::Continue(()))).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// From the repository's folder: compiled in, the demo would be a second time in what goes to a machine with a GPU.
+/// The demo from the repository's folder. If it were compiled in, the package for a machine with a GPU would contain it
+/// twice.
 fn demo(device: &Device) -> Engine {
     Engine::open(&Source::folder(root().join("demo/model")).unwrap(), device).unwrap()
 }
@@ -57,7 +59,8 @@ fn the_demo_draws_the_same_pictures() {
     }
 }
 
-/// The memory that is told before anything is allocated is what the device then counts, also while pictures are made.
+/// The memory that is planned before anything is allocated is, within 3 %, the memory that the device then counts, also
+/// while pictures are made.
 #[test]
 fn planned_memory_is_what_the_device_counts() {
     for checkpoint in ["sd1", "sdxl"] {
@@ -83,7 +86,7 @@ fn planned_memory_is_what_the_device_counts() {
     }
 }
 
-/// With noise in every step and concepts of its own for each image.
+/// The sampler adds noise in every step, and each image has concepts of its own.
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
     alone_and_in_a_batch("sd1", &[Rng::TorchCpu, Rng::TorchCuda]);
@@ -103,7 +106,7 @@ fn alone_and_in_a_batch(checkpoint: &str, rngs: &[Rng]) {
         let ram = Module::with_parameters(Form::Constant, shape, numbers).unwrap();
         Arc::new(Concept::new(Metadata::default(), ram, None))
     };
-    // Everything that an image has for itself differs, and guidance multiplies the UNet's error threefold at most.
+    // All settings that an image has of its own differ, and guidance multiplies the UNet's error threefold at most.
     let mut images = [
         Image::new("a doctor").seed(7).guidance(2.0),
         Image::new("a portrait of a chef").negative("a hat").seed(3).guidance(1.5),
@@ -131,7 +134,7 @@ fn alone_and_in_a_batch(checkpoint: &str, rngs: &[Rng]) {
 }
 
 #[test]
-fn what_cannot_be_is_refused() {
+fn impossible_requests_are_refused() {
     let engine = engine("sd1", &kernels());
     let options = SessionOptions::new(Size::new(64, 64));
     let mut session = engine.session(options).unwrap();
@@ -145,8 +148,8 @@ fn what_cannot_be_is_refused() {
     assert!(go(fine, next).is_ok());
 }
 
-/// A decoder whose stream leaves fp16's range, as SDXL's does: the first convolution's result `factor` times as large.
-/// What reads the stream are norms, so the picture stays nearly what it was.
+/// A VAE decoder whose residual stream leaves fp16's range, as SDXL's does: the result of the first convolution is
+/// `factor` times as large. Only norms read the stream, so the picture hardly changes.
 #[test]
 fn a_vae_beyond_fp16_decodes() {
     let case = support::cases("vae_sd1_", 1).remove(0);
@@ -161,20 +164,20 @@ fn a_vae_beyond_fp16_decodes() {
         let graph = vae_decoder(&config, n, Extent { h, w });
         support::run(&device, graph, &source.tensors("vae").unwrap(), &inputs)["image"].clone()
     };
-    // 65504 is left by far at a factor of 50000; what is carried at a 32nd is not.
+    // With a factor of 50000, the stream is far beyond 65504, but a 32nd of it, which the kernels carry, is not.
     let error = relative_l2(&decode(5e4, kernels()), &decode(5e4, Device::cpu()));
     println!("beyond fp16 {error:.1e}");
     assert!(error < TOLERANCE, "off by {error:.2e}");
-    // Beyond even that, stores saturate: no picture to be proud of, but a picture.
+    // Beyond even that, stores saturate: the picture is wrong, but finite.
     assert!(decode(1e9, kernels()).iter().all(|x| x.is_finite()));
 }
 
-/// A norm so large that infinities come of it, and NaN of their SiLU: fp16 between the layers must not make numbers of
-/// that.
+/// A norm's weights are so large that its result is infinite and the SiLU of it NaN. The conversions to fp16 between
+/// the layers must not turn NaN into numbers.
 #[test]
 fn nan_in_a_network_ends_the_run() {
     let options = SessionOptions::new(Size::new(64, 64));
-    // PNDM takes a step more.
+    // PNDM makes one step more than requested.
     let request = Request::from(Image::new("a doctor")).steps(2);
     for (network, tensor, words) in
         [("unet", "down_blocks.0.resnets.0.norm1.weight", "step 1 of 3"), ("vae", "decoder.conv_norm_out", "the VAE")]
@@ -211,9 +214,9 @@ fn enlarged(network: &str, prefix: &str, factor: f32) -> tempfile::TempDir {
     folder
 }
 
-/// Two iterations of a training: rollout, targets, both losses and both steps. Losses are mean squares of differences
-/// of predictions, which fp16 leaves off by about 2e-3 of their size, 1. Adam's first steps are the gradients' signs:
-/// where one number in 400 has the wrong one, a module is off by a tenth.
+/// Two iterations of a training: rollout, targets, both losses and both steps of Adam. Losses are mean squared
+/// differences of predictions, whose size is 1 and which fp16 leaves off by about 2e-3. Adam's first steps are the
+/// signs of the gradients: if one number in 400 has the wrong sign, a module is off by a tenth.
 #[test]
 fn the_demo_trains_as_on_the_cpu() {
     let run = |device: &Device| {
@@ -245,8 +248,8 @@ fn the_demo_trains_as_on_the_cpu() {
     }
 }
 
-/// The host takes no part in a rollout of constants: however many steps one takes, an iteration reads from the device
-/// as often, and writes as often. The memory is what was planned.
+/// The host takes no part in a rollout with constant modules: the number of times that an iteration reads from the
+/// device and writes to it does not depend on its number of rollout steps. The memory is that which was planned.
 #[test]
 fn rollouts_wait_for_nothing_but_their_end() {
     let device = Emulated::new(Limits::A100, Emulated::QUICK);
@@ -270,7 +273,7 @@ fn rollouts_wait_for_nothing_but_their_end() {
         let [reads, writes] = counting.counts();
         let counts = [reads - before.1[0], writes - before.1[1]];
         println!("{steps} steps, reads and writes {counts:?}");
-        // Without a step there is nothing to run.
+        // An iteration without a rollout step is not comparable.
         if steps > 0 && seen.iter().all(|(other, _)| *other != steps) {
             seen.push((steps, counts));
         }
@@ -359,13 +362,15 @@ impl cuda::CudaDevice for Counting {
     }
 }
 
-/// Networks whose layers are as 9.0's kernels want them, which those of the recorded checkpoints are not: a UNet with
-/// heads of 64, two sources, doubled ones and a shifted bottleneck, and a VAE's decoder, with random weights.
+/// Networks with random weights whose layers have the shapes that the kernels of compute capability 9.0 require, unlike
+/// those of the recorded checkpoints: a UNet with heads of 64 channels, concatenated sources, upsampled sources and a
+/// shifted bottleneck, and a VAE decoder.
 #[test]
-fn networks_of_whole_stages_on_an_h100() {
+fn networks_on_the_kernels_of_an_h100() {
     let unet_config = r#"{"_class_name": "UNet2DConditionModel", "sample_size": 16, "cross_attention_dim": 64,
         "attention_head_dim": [1, 2], "block_out_channels": [64, 128], "layers_per_block": 1, "norm_num_groups": 8,
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}"#;
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}"#;
     let vae_config = r#"{"_class_name": "AutoencoderKL", "block_out_channels": [64, 64], "layers_per_block": 1,
         "latent_channels": 4, "norm_num_groups": 8, "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
         "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"]}"#;
@@ -375,7 +380,7 @@ fn networks_of_whole_stages_on_an_h100() {
         ("unet", unet(&unet_config, UNetInput { rows: 2, h: 16, w: 10, tokens: 77, shifted: 1 }), "sample"),
         ("vae", vae_decoder(&VaeConfig::parse(vae_config, path).unwrap(), 1, Extent { h: 33, w: 26 }), "image"),
     ];
-    // With few multiprocessors large tiles are the fastest of small layers too.
+    // With few multiprocessors, large tiles are the fastest for small layers too.
     let few = Limits { multiprocessors: 4, ..Limits::H100 };
     let hopper = support::gpu().unwrap_or_else(|| Emulated::new(few, Emulated::QUICK));
     for (name, graph, output) in graphs {
@@ -397,7 +402,7 @@ fn networks_of_whole_stages_on_an_h100() {
         let launched =
             launched.iter().flat_map(|node| &node.launches).filter(|launch| launch.kernel.contains("hopper"));
         let launched = launched.count();
-        println!("{name}: {launched} launches of them");
+        println!("{name}: {launched} launches of kernels of 9.0");
         assert!(launched > 2, "{name}");
         let error = relative_l2(&run(&Device::kernels(hopper.clone())), &run(&Device::cpu()));
         println!("{name} {error:.1e}");

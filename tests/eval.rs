@@ -1,4 +1,5 @@
-//! Evaluation: CLIP's towers and processor against transformers, and runs that are cut, sharded and resumed.
+//! Evaluation: CLIP's two encoders and its image processor compared with transformers, and runs that are cut, sharded
+//! and resumed.
 
 mod support;
 
@@ -76,14 +77,14 @@ fn runs_resume_and_merge() {
     };
     run("--out whole");
     assert_eq!(records("whole").len(), 20);
-    // Cut within a line, it goes on to the same result.
+    // A run whose records are cut within a line continues to the same result.
     let file = path.join("whole/records.jsonl");
     let whole = std::fs::read(&file).unwrap();
     let all = records("whole");
     std::fs::write(&file, &whole[..whole.len() * 2 / 3]).unwrap();
     run("--out whole");
     assert_eq!(records("whole"), all);
-    // In two parts likewise.
+    // A run in two shards has the same result.
     run("--out a --shard 0/2");
     run("--out b --shard 1/2");
     let output = respodiff(path, "eval merge a b --out merged");
@@ -93,7 +94,8 @@ fn runs_resume_and_merge() {
         std::fs::read(path.join("merged/report.csv")).unwrap(),
         std::fs::read(path.join("whole/report.csv")).unwrap()
     );
-    // Plain pictures taken over from a run with another concept are those it would have drawn itself.
+    // The records of plain pictures that are taken from a run with another concept equal those that the run would have
+    // made itself.
     run("--out light --weight 0.5");
     run("--out taken --weight 0.5 --plain whole");
     assert_eq!(records("taken"), records("light"));
@@ -118,11 +120,11 @@ fn runs_resume_and_merge() {
         assert_eq!(output.status.code(), Some(code), "{args}: {error}");
         assert!(error.contains(word) && !error.contains("panicked"), "{args}: {error}");
     }
-    // A concept of the same name that was trained on is another.
+    // A concept that was trained further is another one, even under the same name.
     assert!(respodiff(path, "train --target man --out m.safetensors --iterations 3 --batch 1").status.success());
     let output = respodiff(path, &format!("{eval} --out whole"));
     assert!(output.status.code() == Some(1) && text(&output).contains("other settings"), "{}", text(&output));
-    // Balanced samples say who got what.
+    // The manifest of balanced samples says which picture got which concept.
     let args = "sample doctor --steps 2 --batch 4 --balance w.safetensors,m.safetensors --seed 3 --out s.png";
     let output = respodiff(path, args);
     assert!(output.status.success(), "{}", text(&output));

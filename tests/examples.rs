@@ -1,4 +1,4 @@
-//! The examples run to their end, in a folder of their own. `cargo test` and `cargo build --examples` build them.
+//! Every example runs to its end, in a folder of its own. `cargo test` and `cargo build --examples` build them.
 
 use std::path::Path;
 use std::process::Command;

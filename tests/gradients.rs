@@ -1,4 +1,5 @@
-//! The reverse half, op by op: against central differences of plain f64 loops, on odd shapes.
+//! The backward half of graphs, operation by operation, compared with central differences of plain f64 loops on odd
+//! shapes.
 
 mod support;
 
@@ -11,8 +12,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use support::{Numbers, narrow, random, weights};
 
-/// Compares the executor's forward and reverse half with a plain function of `x` (numbers in, numbers out) by central
-/// differences. The graph reads `x`, perhaps `other`, and writes `y`.
+/// Compares the executor's forward half with a plain function of `x`, and its backward half with central differences of
+/// that function. The graph reads `x` and perhaps `other`, and writes `y`.
 fn check(
     label: &str,
     build: impl FnOnce(&mut GraphBuilder, TensorId, Option<TensorId>) -> TensorId,
@@ -23,8 +24,8 @@ fn check(
     check_around(0.0, label, build, x_shape, other, plain);
 }
 
-/// The same for an `x` with that mean. What scales and shifts `x` rounds in proportion to it, and its deviation is 1 /
-/// sqrt(3).
+/// The same for an `x` with the given mean. Rounding errors are proportional to the mean, and norms divide them by the
+/// deviation of `x`, which is 1 / sqrt(3).
 fn check_around(
     mean: f64,
     label: &str,
@@ -95,7 +96,7 @@ fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
-/// A plain convolution of `[n, h, w, c]` (channels `c`, of which the weight reads all), stride 1.
+/// A plain convolution of `[n, h, w, c]` with stride 1, whose weight reads all channels.
 fn conv(x: &[f64], shape: Shape, weight: &[f64], bias: &[f64], kernel: usize, resize: Option<Extent>) -> Numbers {
     let (outputs, pad) = (bias.len(), kernel / 2);
     let Extent { h, w } = resize.unwrap_or(shape.extent());
@@ -161,7 +162,7 @@ fn residuals_and_sums() {
 }
 
 #[test]
-fn a_skip_connection_stays_as_it_is() {
+fn sources_with_a_skip_connection() {
     let (shape, skip) = (Shape::new(2, 3, 4, 6), Shape::new(2, 3, 4, 10));
     let together = |x: &[f64], other: &[f64]| -> Numbers {
         x.chunks(6).zip(other.chunks(10)).flat_map(|(a, b)| a.iter().chain(b).copied().collect::<Vec<_>>()).collect()
@@ -229,7 +230,7 @@ fn group_norm(
 
 #[test]
 fn norms() {
-    // 9 x 9 pixels are more than one stretch.
+    // 9 x 9 pixels are more than one stretch of pixels whose statistics are taken together.
     for (shape, groups) in [(Shape::new(2, 3, 5, 12), 3), (Shape::new(1, 9, 9, 6), 2), (Shape::new(2, 1, 2, 8), 8)] {
         for with_silu in [false, true] {
             check(
@@ -249,8 +250,8 @@ fn norms() {
             |x, m, w| group_norm(x, shape, groups, (&w["n.weight"], &w["n.bias"]), Some(m), true),
         );
     }
-    // A variance that is taken from squares leaves the norm 1e-3 off here. More than two numbers a group: of two,
-    // nearly all cancels.
+    // If the variance were computed as the mean of squares minus the square of the mean, the norm would be off by 1e-3
+    // here. Groups have more than two numbers, since with two nearly everything cancels.
     for (shape, groups) in [(Shape::new(2, 3, 5, 12), 3), (Shape::new(1, 9, 9, 6), 2)] {
         check_around(
             100.0,
@@ -272,7 +273,8 @@ fn norms() {
     }
 }
 
-/// Queries and keys `[n, tokens, width]` with the views' offsets.
+/// Plain attention of queries, and of keys and values, `[n, tokens, width]`. `offsets` are the first channels of the
+/// three views.
 fn attention(
     (q, q_width): (&[f64], usize),
     (kv, kv_width): (&[f64], usize),
@@ -347,7 +349,7 @@ fn activations() {
             |x, _, _| x.iter().map(|&v| f(v)).collect(),
         );
     }
-    // Fused into a convolution, which the reverse graph takes apart.
+    // GEGLU is fused into a convolution here, from which the backward half splits it off.
     check(
         "geglu of a linear layer",
         |g, x, _| g.linear("a", x, 14, ConvOptions { activation: Activation::Geglu, ..Default::default() }),

@@ -32,7 +32,8 @@ fn info() -> GenerationInfo {
 
 #[test]
 fn values_become_bytes_as_in_diffusers() {
-    // Two pixels side by side; numpy's `((x / 2 + 0.5).clip(0, 1) * 255).round()` by hand. 0 is 127.5, to even 128.
+    // Two pixels side by side; numpy's `((x / 2 + 0.5).clip(0, 1) * 255).round()` by hand. 0 becomes 127.5, which
+    // rounds to the even 128.
     let planes = [-1.0, 1.0, 0.0, 0.5, -7.0, 9.0];
     let expected = [0, 128, 0, 255, 191, 255];
     let image = Picture::from_chw(&planes, 1, 2).unwrap();
@@ -82,7 +83,7 @@ fn png_reads_back_pixels_and_text() {
 }
 
 #[test]
-fn what_cannot_be_written_is_an_error_and_leaves_nothing() {
+fn failed_writes_are_errors_and_leave_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let image = Picture { width: 1, height: 1, rgb: vec![0; 3] };
     let missing = folder.path().join("missing").join("cat.png");

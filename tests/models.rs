@@ -1,5 +1,5 @@
-//! Every network against what transformers and diffusers recorded (`tests/golden`), from the same fp16 weights: on the
-//! CPU in fp32, and on the emulated kernels in fp16.
+//! Every network compared with recorded outputs of transformers and diffusers (`tests/golden`), from the same fp16
+//! weights: on the CPU in fp32, and on the emulated kernels in fp16.
 
 mod support;
 
@@ -13,15 +13,17 @@ use safetensors::tensor::TensorView;
 use std::collections::HashMap;
 use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2, run, run_all};
 
-/// Of the CPU. Measured below 3e-6; the weakest single parameter of the golden checkpoints moves an output by 2e-4.
+/// The largest relative error on the CPU. Measured errors are below 3e-6; the weakest single parameter of the golden
+/// checkpoints changes an output by 2e-4.
 const TOLERANCE: f64 = 2e-5;
-/// Of the kernels on one call, and not more than twice the worst of PyTorch in fp16.
+/// The largest relative error of the kernels on one call, which also may not exceed twice PyTorch's worst error in
+/// fp16.
 const HALF_TOLERANCE: f64 = 1e-2;
-/// Of the kernels over all calls of a kind: the geometric mean of their errors as shares of PyTorch's. One call of a
-/// tiny network in fp16 is luck, forty are not.
+/// The largest geometric mean of the ratios of the kernels' errors to PyTorch's in fp16, over all calls of a kind. The
+/// error of one call of a tiny network is a matter of luck in fp16, the mean over forty is not.
 const HALF_MEAN: f64 = 1.25;
 
-/// Where a network is run.
+/// A device on which networks run.
 #[derive(Clone)]
 struct Place {
     name: &'static str,
@@ -42,7 +44,8 @@ impl Place {
     }
 }
 
-/// Holds every error to its limit, and at the end those of the kernels to what PyTorch's are on the whole.
+/// Compares every error with its limit, and at the end the mean ratio of the kernels' errors to PyTorch's with its
+/// limit.
 #[derive(Default)]
 struct Verdict {
     logarithms: Vec<f64>,
@@ -72,7 +75,7 @@ impl Verdict {
     }
 }
 
-/// Every case at every place.
+/// Every case on every device.
 fn runs(prefix: &str, least: usize) -> Vec<(Place, Case)> {
     let all =
         places().into_iter().flat_map(|place| cases(prefix, least).into_iter().map(move |case| (place.clone(), case)));
@@ -121,8 +124,8 @@ fn text_encoders() {
     verdict.end();
 }
 
-/// Text encoders as transformers saves them from 5 on, without `text_model.`, in one file, an fp16 variant and in
-/// shards.
+/// Text encoders as transformers saves them from version 5 on, without the prefix `text_model.`: in one file, as an
+/// fp16 variant and in shards.
 #[test]
 fn text_encoders_without_a_prefix() {
     for (checkpoint, component, file, shards) in [
@@ -167,7 +170,8 @@ fn text_encoders_without_a_prefix() {
 #[test]
 fn unets() {
     let runs = runs("unet_", 25);
-    // Side by side: most launches of these small networks are too small to be shared among processors.
+    // The cases run in parallel, since most launches of these small networks are too small to be shared among
+    // processors.
     let errors: Vec<_> = runs.par_iter().map(|(place, case)| unet_errors(place, case)).collect();
     let mut verdict = Verdict::default();
     for ((place, case), errors) in runs.iter().zip(errors) {
@@ -178,7 +182,7 @@ fn unets() {
     verdict.end();
 }
 
-/// The outputs of a UNet and how far off they are.
+/// The names of a UNet's outputs and their errors.
 fn unet_errors(place: &Place, case: &Case) -> [(&'static str, f64); 2] {
     let source = source(&case.name);
     let (text, path) = config(&source, "unet");
@@ -198,8 +202,8 @@ fn unet_errors(place: &Place, case: &Case) -> [(&'static str, f64); 2] {
             inputs.insert(name, case.floats(name));
         }
     }
-    // A rounding more or less can move a tiny network's result tenfold: in fp16 the median of nearby calls tells, as it
-    // does of PyTorch.
+    // A single rounding can change the error of a tiny network tenfold. So in fp16, the error is the median over nearby
+    // calls, as it is for PyTorch.
     let nearby = if place.is_half() { 8 } else { 0 };
     let nearby: Vec<_> = (0..nearby).map(|seed| moved(&inputs, seed)).collect();
     let calls: Vec<_> = std::iter::once(inputs).chain(nearby).collect();
@@ -215,7 +219,7 @@ fn unet_errors(place: &Place, case: &Case) -> [(&'static str, f64); 2] {
     })
 }
 
-/// The same call with its activations moved by up to a thousandth.
+/// The same call with its activations changed by up to a thousandth.
 fn moved<'a>(inputs: &HashMap<&'a str, Vec<f32>>, seed: u32) -> HashMap<&'a str, Vec<f32>> {
     let shift = |i: usize| {
         let mixed = (i as u32 + 1).wrapping_mul(2_654_435_761).wrapping_add(seed).wrapping_mul(2_246_822_519);

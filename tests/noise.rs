@@ -1,4 +1,4 @@
-//! Noise against torch, and against A1111's Philox.
+//! Noise compared with torch's, and with that of A1111's Philox generator.
 
 use std::path::Path;
 
@@ -11,7 +11,8 @@ fn draw(generator: &mut NormalGenerator, len: usize) -> Vec<f32> {
     out
 }
 
-/// torch's logarithm and cosine are vectorised and differ from the library's in the last bits.
+/// Compares with a tolerance, since torch's logarithm and cosine are vectorised and differ from the standard library's
+/// in the last bits.
 fn assert_close(ours: &[f32], theirs: &[f32], what: &str) {
     assert_eq!(ours.len(), theirs.len(), "{what}");
     for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
@@ -52,8 +53,9 @@ fn torch_cpu_as_recorded() {
 }
 
 #[test]
-fn torch_cpu_goes_on_where_it_was() {
-    // The ends of draws of these lengths with torch, seed 1234: short draws keep a spare over long ones.
+fn torch_cpu_continues_its_sequence() {
+    // The ends of draws of these lengths with torch and seed 1234. Short draws leave a spare number, which is kept
+    // during long draws.
     let mut generator = NormalGenerator::new(Rng::TorchCpu, 1234);
     for (len, tail) in [
         (3, vec![0.0461305, 0.4024028, -1.0115291]),
@@ -66,7 +68,7 @@ fn torch_cpu_goes_on_where_it_was() {
         let out = draw(&mut generator, len);
         assert_close(&out[len - tail.len()..], &tail, &format!("draw of {len}"));
     }
-    // A latent of 512 by 512 pixels, and the next.
+    // The latents of a picture of 512 by 512 pixels, and those of the next one.
     let mut generator = NormalGenerator::new(Rng::TorchCpu, 42);
     let latent = draw(&mut generator, 4 * 64 * 64);
     assert_close(&latent[latent.len() - 4..], &[-0.8111438, -0.6357505, 0.9728097, -0.2934061], "first latent");
@@ -85,7 +87,7 @@ fn torch_cuda() {
         -0.363144, -1.6710502, 2.2655048,
     ];
     assert_close(&first, &expected, "first draw");
-    // A draw depends on how many came before, not on their lengths.
+    // A draw depends on the number of draws before it, not on their lengths.
     let second = draw(&mut generator, 12);
     let mut other = NormalGenerator::new(Rng::TorchCuda, 0);
     assert_eq!(draw(&mut other, 5), first[..5]);

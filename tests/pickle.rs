@@ -30,7 +30,7 @@ fn layouts_agree() {
 
 #[test]
 fn values_are_torchs() {
-    // Column 0 of the matrix from its top: row 4 r + p is pixel p of channel r.
+    // Column 0 of the matrix from its top. Row 4 r + p is pixel p of channel r.
     let bytes = std::fs::read(file("expected.json")).unwrap();
     let expected: Vec<f32> = serde_json::from_slice(&bytes).unwrap();
     let ram = read("official.pth", "a woman", None).ram.parameters;
@@ -41,7 +41,7 @@ fn values_are_torchs() {
 }
 
 #[test]
-fn what_is_refused() {
+fn unsuitable_files_and_names_are_refused() {
     let refused = |name: &str, concept: &str, column, channels, words: &[&str]| {
         let error = import(&file(name), concept, column, channels).expect_err("refused").to_string();
         assert!(words.iter().all(|w| error.contains(w)) && !error.contains('\n'), "{error}");
@@ -64,7 +64,8 @@ fn damaged_files_are_errors() {
         std::fs::write(&path, &whole[..len]).unwrap();
         assert!(import(&path, "a woman", None, CHANNELS).is_err(), "{len}");
     }
-    // Any byte of the pickle may be another: an error or other numbers, never a panic or a huge allocation.
+    // Any byte of the pickle may be damaged: this gives an error or other numbers, but never a panic or a huge
+    // allocation.
     let start = whole.windows(8).position(|w| w == b"data.pkl").unwrap();
     for at in start..(start + 500).min(whole.len()) {
         for flip in [0x01, 0x40, 0xff] {
@@ -76,7 +77,7 @@ fn damaged_files_are_errors() {
     }
 }
 
-/// A `torch.save` file with this pickle and one storage of four numbers.
+/// Imports a concept from a `torch.save` file with this pickle and one storage of four numbers.
 fn program(pickle: &[u8]) -> Result<Concept, respodiff::Error> {
     use std::io::Write;
     let folder = tempfile::tempdir().unwrap();
@@ -91,14 +92,15 @@ fn program(pickle: &[u8]) -> Result<Concept, respodiff::Error> {
     import(&path, "a woman", Some(0), CHANNELS)
 }
 
-/// The instructions for a tensor `[rows, 1]` on the storage, all rows at its first number.
+/// The instructions for a tensor `[rows, 1]` on the storage, all rows of which are its first number.
 fn tensor(rows: u32) -> Vec<u8> {
-    let storage = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQK\0";
+    let storage = b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n\
+                    X\x01\0\0\x000X\x03\0\0\0cpuK\x04tQK\0";
     let rest = b"K\x01\x86K\0K\0\x86\x89ccollections\nOrderedDict\n)RtR";
     [&storage[..], b"J", &rows.to_le_bytes(), rest].concat()
 }
 
-/// The instructions for a dictionary of `count` times the same.
+/// The instructions for a dictionary that holds the same value `count` times.
 fn dictionary(count: usize, value: &[u8]) -> Vec<u8> {
     let entries = (0..count).flat_map(|i| [b"X\x04\0\0\0", format!("{i:04}").as_bytes(), value].concat());
     b"}(".iter().copied().chain(entries).chain(*b"u").collect()
@@ -106,7 +108,7 @@ fn dictionary(count: usize, value: &[u8]) -> Vec<u8> {
 
 #[test]
 fn pickles_made_to_harm_are_refused() {
-    // What the programs below are built of is in order: SDisc's layout, of one column.
+    // The parts of the programs below are valid: they give SDisc's layout with one column.
     assert!(program(&[&tensor(4 * CHANNELS as u32)[..], b"."].concat()).is_ok());
     let nested = [
         &tensor(1)[..],

@@ -1,4 +1,5 @@
-//! Whole pipelines against diffusers' recorded ones, and the promise that a batch changes nothing.
+//! Whole pipelines compared with recorded ones of diffusers, and the promise that an image does not depend on its
+//! batch.
 
 mod support;
 
@@ -27,7 +28,7 @@ fn engine_of(meta: &HashMap<String, String>) -> Engine {
 
 #[test]
 fn pipelines_match_diffusers() {
-    // Guidance rescale is not offered.
+    // Guidance rescale is not supported.
     for case in cases("pipeline_", 17).into_iter().filter(|c| !c.name.ends_with("_rescale")) {
         let meta = case.metadata();
         let field = |name: &str| meta.get(name).map_or(serde_json::Value::Null, |text| from_str(text).unwrap());
@@ -72,7 +73,7 @@ fn an_image_does_not_depend_on_its_batch() {
         let engine = engine(name);
         let options = SessionOptions::new(Size::new(40, 56)).batch(3);
         let unit = (0..4 * 5 * 7).map(|i| (i as f32 * 0.7).sin()).collect();
-        // Everything that an image has for itself differs.
+        // All settings that an image has of its own differ.
         let images = [
             Image::new("a doctor").seed(7),
             Image::new("a portrait of a chef").negative("a hat").seed(3).guidance(2.5),
@@ -131,7 +132,7 @@ fn impossible_requests_are_refused() {
     assert!(go(fine, next).is_ok());
 }
 
-/// What others leave in a checkpoint's files changes no picture.
+/// Notes and fields that other programs leave in a checkpoint's files change no picture.
 #[test]
 fn notes_and_foreign_fields_do_no_harm() {
     let request = Request::from(Image::new("a doctor").seed(3)).steps(2);
@@ -158,7 +159,8 @@ fn notes_and_foreign_fields_do_no_harm() {
     assert_eq!(picture(folder.path()), picture(plain.path()));
 }
 
-/// A text encoder with positions for more tokens than the tokenizer makes: diffusers takes the tokenizer's.
+/// A text encoder may have positions for more tokens than the tokenizer makes. As in diffusers, prompts have the
+/// tokenizer's length.
 #[test]
 fn prompts_have_the_tokenizers_length() {
     let folder = support::copy("sd1");

@@ -10,7 +10,8 @@ use respodiff::weights::Tensors;
 use std::path::Path;
 use std::sync::Arc;
 
-/// A product deep enough for its sums to be split, so that its workspace depends on a device's limits.
+/// A matrix product whose sums are long enough to be split among blocks (split-K), so that its workspace depends on a
+/// device's limits.
 fn product(outputs: usize) -> Graph {
     let mut b = GraphBuilder::new();
     let x = b.input("x", Shape::new(1, 8, 8, 640));
@@ -38,9 +39,9 @@ fn the_cpu_takes_no_plan_of_a_gpu() {
     assert!(problem.contains("another network's"), "{problem}");
 }
 
-/// A petabyte, which no address space holds.
+/// A petabyte exceeds every address space.
 #[test]
-fn memory_that_is_not_to_be_had_is_an_error() {
+fn memory_that_cannot_be_allocated_is_an_error() {
     let mut b = GraphBuilder::new();
     let x = b.input("x", Shape::new(1, 1 << 20, 1 << 20, 1 << 7));
     let y = b.activate("y", x, Activation::Silu);
@@ -58,7 +59,7 @@ fn text() -> Graph {
     text_encoder(&ClipConfig::parse(config, Path::new("config.json")).unwrap(), 1)
 }
 
-/// Values that no index may have, at a place of `ids`.
+/// Writes valid token ids, and then expects an error for every value that no index may have, at every position.
 fn refused(mut write: impl FnMut(&[f32]) -> respodiff::Result<()>) {
     write(&[0.0, 9.0, 3.0, 0.0, 1.0]).unwrap();
     for bad in [10.0, -1.0, 49_407.0, 0.5, f32::NAN, f32::INFINITY, 1e30] {
@@ -82,7 +83,7 @@ fn token_ids_are_of_the_vocabulary() {
     executor.step();
 }
 
-/// Where several tables are read by the same indices, the smallest one decides.
+/// If the same indices read several tables, the smallest one limits them.
 #[test]
 fn indices_are_of_every_table_that_is_read() {
     let mut b = GraphBuilder::new();
@@ -97,7 +98,7 @@ fn indices_are_of_every_table_that_is_read() {
 }
 
 #[test]
-#[should_panic(expected = "indices are an input's")]
+#[should_panic(expected = "indices must be an input of the graph")]
 fn computed_indices_are_refused() {
     let mut b = GraphBuilder::new();
     let x = b.input("x", Shape::new(1, 1, 2, 1));
@@ -120,7 +121,8 @@ mod on_kernels {
         let load = |device, outputs| CudaWeights::load(device, product(outputs).weights(), &Tensors::random()).unwrap();
         let problem = |plan, weights| CudaExecutor::new(&here, plan, weights).err().unwrap().to_string();
         let weights = load(&here, 64);
-        // The one thing that differs decides how the depth is split, and with it the workspace.
+        // Only the number of multiprocessors differs. It decides on the split of the sums, and with it on the
+        // workspace.
         let fewer = Limits { multiprocessors: 20, ..Limits::A100 };
         assert_ne!(
             plan(product(64), &fewer).arena_bytes(),
@@ -138,7 +140,8 @@ mod on_kernels {
         CudaExecutor::new(&here, plan(product(64), &Limits::A100), weights).unwrap();
     }
 
-    /// Weights beside others on another device are loaded in full: addresses mean nothing there.
+    /// Weights that were loaded on another device are not shared, since their addresses mean nothing here: all weights
+    /// are loaded again.
     #[test]
     fn weights_are_shared_on_one_device_alone() {
         let (here, there) = (device(Limits::A100), device(Limits::A100));
@@ -161,7 +164,7 @@ mod on_kernels {
         executor.step().unwrap();
     }
 
-    /// Numbers beyond fp16's range arrive as its greatest ones, and not as infinity.
+    /// Inputs beyond fp16's range become its greatest numbers, not infinity.
     #[test]
     fn inputs_saturate() {
         let mut b = GraphBuilder::new();

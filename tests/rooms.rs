@@ -1,5 +1,5 @@
-//! The modules of the crate stand one above the other: each names only those below it, so that a reader can take them
-//! in this order, and none needs another to be understood first.
+//! The modules of the crate form layers: each refers only to those below it. So a reader can take them in this order,
+//! and no module requires knowledge of a later one.
 
 use std::path::{Path, PathBuf};
 
@@ -28,7 +28,7 @@ const ROOMS: [&str; 21] = [
     "cli",
 ];
 
-/// Modules of items that the crate's root names.
+/// Items that the crate's root re-exports, and their modules.
 const ROOT: [(&str, &str); 14] = [
     ("Error", "error"),
     ("ErrorKind", "error"),
@@ -56,7 +56,7 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The names behind `crate::` in a line, those of `crate::{...}` included.
+/// The names after `crate::` in a line, including those of `crate::{...}`.
 fn named(line: &str) -> Vec<&str> {
     let word = |text: &str| text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
     let mut names = Vec::new();
@@ -83,7 +83,7 @@ fn named(line: &str) -> Vec<&str> {
 }
 
 #[test]
-fn no_module_names_one_above_it() {
+fn no_module_refers_to_one_above_it() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     sources(&src, &mut files);
@@ -98,7 +98,7 @@ fn no_module_names_one_above_it() {
         }
         let own = rank(room).unwrap_or_else(|| panic!("`{room}` has no place in `ROOMS`"));
         let text = std::fs::read_to_string(&file).unwrap();
-        // Tests may look anywhere, and docs may point upward.
+        // Unit tests may use every module, and comments may refer to higher ones.
         let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
         let statements: Vec<&str> = code.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
         for name in named(&statements.join(" ")) {

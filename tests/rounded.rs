@@ -1,5 +1,5 @@
-//! Linear layers in bf16 and 8-bit integers, against the same layers in float64: as far off as rounding makes them, and
-//! bit for bit the same whatever the batch and the threads.
+//! Linear layers in bf16 and in 8-bit integers, compared with the same layers in float64: their errors are those of
+//! rounding, and their results are the same bit for bit with any batch and any number of threads.
 
 mod support;
 
@@ -24,7 +24,7 @@ struct Case {
 }
 
 impl Case {
-    /// Of the output: a gated layer's is half as wide.
+    /// The channels of the output, which are half of `outputs` if the layer is gated.
     fn width(self) -> usize {
         if self.gated { self.outputs / 2 } else { self.outputs }
     }
@@ -74,7 +74,7 @@ impl Case {
         let out = |place: usize| {
             let (row, o) = (place / self.width(), place % self.width());
             match self.gated {
-                // GELU by its tanh form is 5e-4 off at most, a twentieth of what rounding may be.
+                // GELU in its tanh form is off by at most 5e-4, a twentieth of the expected rounding error.
                 true => {
                     let gate = value(row, self.width() + o);
                     let inner = (2.0 / std::f64::consts::PI).sqrt() * (gate + 0.044715 * gate.powi(3));
@@ -95,7 +95,7 @@ fn cases() -> Vec<Case> {
         Case { format: Dtype::F16, ..base },
         // One column beyond a panel, one row beyond a tile, and a second source.
         Case { x: Shape::new(3, 1, 13, 36), skip: 20, outputs: 33, format: Dtype::F16, ..base },
-        // More rows than a task takes, and so deep that it takes fewer.
+        // More rows than a task takes, and then so many inputs that a task takes fewer rows.
         Case { x: Shape::new(3, 11, 10, 48), outputs: 5, ..base },
         Case { x: Shape::new(2, 1, 60, 8192), outputs: 65, format: Dtype::F16, ..base },
         Case { x: Shape::new(2, 1, 21, 128), outputs: 160, gated: true, ..base },
@@ -111,9 +111,9 @@ fn linear_layers_are_off_by_rounding_alone() {
         let (ours, by_name) = case.run(&numbers, case.x.n);
         let error = relative_l2(&ours, &narrow(&case.plain(&numbers, &by_name)));
         println!("{error:.1e} {case:?}");
-        // Of uniform numbers. Integers: a step is 1/127 of the largest, rounding is off by 1/sqrt(12) of that, and
-        // numbers are 1/sqrt(3) on average. bf16: a step is 2^-8 to 2^-7 of a number. There are two factors; a gate is
-        // another.
+        // The relative rounding error of uniform numbers. For integers, a step is 1/127 of the largest number, rounding
+        // is off by 1/sqrt(12) of a step, and the root mean square of the numbers is 1/sqrt(3). For bf16, a step is
+        // 2^-8 to 2^-7 of a number. A product has two rounded factors, and a gate is a further factor.
         let rounding = match case.precision {
             MatrixPrecision::Int8 => 1.0 / 127.0 / 2.0,
             _ => 0.75 * 2f64.powi(-7) / 12f64.sqrt(),
@@ -143,7 +143,7 @@ fn neither_batch_nor_threads_change_a_bit() {
     }
 }
 
-/// NaN among a layer's inputs is NaN in the row's outputs, and in no other row's.
+/// NaN among the inputs of a row makes all outputs of that row NaN, and those of no other row.
 #[test]
 fn nan_stays_visible() {
     for case in cases().into_iter().filter(|case| !case.gated && case.x.c == 64) {

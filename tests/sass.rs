@@ -1,13 +1,14 @@
-//! The kernels' machine code: are the instructions there that make them fast? Looks where the build found nvcc, and
-//! cuobjdump beside it; otherwise there is nothing to look at.
+//! Tests that the kernels' machine code contains the instructions that make them fast. This needs the nvcc that the
+//! build found, and cuobjdump beside it; without them, nothing is tested.
 
 use respodiff::cuda::compiled::FAMILIES;
 use std::path::Path;
 use std::process::Command;
 
-/// Kernels by name (`*` is any text), architectures (all if none is named), and instructions that their code must hold.
+/// Kernels by name (`*` is any text), architectures (all if none is named), and instructions that their code must
+/// contain.
 const REQUIRED: &[(&str, &str, &[&str])] = &[
-    // Tensor cores fed by ldmatrix, shared memory filled sixteen bytes at a time past L1.
+    // Tensor cores are fed by ldmatrix, and shared memory is filled sixteen bytes at a time, bypassing L1.
     ("conv_*x*", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
     ("conv_hopper_*", "sm_90a", &["HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D", "STSM.16.M", "USETMAXREG"]),
     ("conv_hopper_160", "sm_90a", &["UTMALDG.2D"]),
@@ -20,7 +21,7 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
     ("attention_gradient_hopper_*", "sm_90a", &["HGMMA.64x", "UTMALDG.4D", "UTMASTG.4D", "MUFU.EX2", "USETMAXREG"]),
     ("attention_gradient_hopper_*_by_key", "sm_90a", &["UTMALDG.3D"]),
     ("attention_gradient_*0", "", &["HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"]),
-    // Sixteen bytes a load and a store.
+    // Sixteen bytes per load and store.
     ("group_norm*_8", "", &["LDG.E.128"]),
     ("layer_norm*_8", "", &["LDG.E.128"]),
     ("activate*", "", &["LDG.E.128", "STG.E.128"]),
@@ -39,7 +40,7 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
     ("conformance_tma_store*", "sm_90a", &["UTMASTG"]),
     ("conformance_griddep", "sm_90a", &["PREEXIT", "ACQBULK"]),
     ("conformance_setmaxnreg*", "sm_90a", &["USETMAXREG"]),
-    // One instruction of the whole width.
+    // One instruction covers the whole width.
     ("conformance_wgmma_m64n32*", "sm_90a", &["HGMMA.64x32x16.F32"]),
     ("conformance_wgmma_m64n40*", "sm_90a", &["HGMMA.64x40x16.F32"]),
     ("conformance_wgmma_m64n64*", "sm_90a", &["HGMMA.64x64x16.F32"]),
@@ -49,11 +50,12 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
     ("conformance_wgmma_m64n256*", "sm_90a", &["HGMMA.64x256x16.F32"]),
 ];
 
-/// Instructions that a kernel's code must not hold: the sampler does the CPU's arithmetic, which fuses nothing.
+/// Instructions that a kernel's code must not contain: the sampler does the arithmetic of the CPU, which does not fuse
+/// multiplications and additions.
 const FORBIDDEN: &[(&str, &str)] = &[("guide_and_step", "FFMA")];
 
-/// Instructions that no kernel of 9.0 may reach before it has waited for the launches before it: they read or write
-/// global memory or end the thread. TMA may fetch weights.
+/// Instructions that no kernel of compute capability 9.0 may execute before it has waited for the preceding launches:
+/// they read or write global memory or end the thread. TMA loads are permitted, since they may fetch weights.
 const TOO_EARLY: &[&str] = &["LDG", "STG", "ATOM", "RED", "UTMASTG", "EXIT"];
 
 /// Every function of a fatbin: architecture, name, code.
@@ -61,7 +63,7 @@ fn functions(cuobjdump: &Path, fatbin: &[u8]) -> Vec<(String, String, String)> {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("kernels.fatbin");
     std::fs::write(&file, fatbin).unwrap();
-    // It runs nvdisasm, which is its neighbour.
+    // cuobjdump runs nvdisasm, which is in the same folder.
     let mut path = vec![cuobjdump.parent().unwrap().to_path_buf()];
     path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
     let path = std::env::join_paths(path).unwrap();
@@ -82,7 +84,7 @@ fn functions(cuobjdump: &Path, fatbin: &[u8]) -> Vec<(String, String, String)> {
     functions
 }
 
-/// Whether a name begins, goes on and ends with the parts of a pattern between its stars.
+/// True if a name matches a pattern, in which `*` stands for any text.
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         None => name == pattern,
@@ -96,7 +98,7 @@ fn matches(pattern: &str, name: &str) -> bool {
 fn fast_instructions_are_there() {
     let nvcc = option_env!("RESPODIFF_NVCC").map(Path::new);
     let Some(cuobjdump) = nvcc.map(|nvcc| nvcc.with_file_name("cuobjdump")).filter(|program| program.is_file()) else {
-        eprintln!("no cuobjdump: the kernels' machine code was not looked at");
+        eprintln!("no cuobjdump: the kernels' machine code was not tested");
         return;
     };
     let functions: Vec<_> = FAMILIES.iter().flat_map(|family| functions(&cuobjdump, family.fatbin)).collect();

@@ -1,4 +1,4 @@
-//! Samplers against diffusers, step by step, and the doors in front of them.
+//! Samplers compared with diffusers step by step, and the checks of configurations and requests.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -63,11 +63,12 @@ fn compare(name: &str) {
         let spacing: Option<Spacing> = case["spacing"].as_str().map(|name| name.parse().unwrap());
         let checkpoint = config(&case["config"].to_string());
         let named = case["sampler"].as_str().unwrap().parse::<SamplerChoice>().unwrap().sampler;
-        // What the checkpoint names itself is left to it.
+        // A sampler that the checkpoint itself names is not chosen explicitly.
         let choice = SamplerChoice { sampler: named.filter(|s| *s != checkpoint.sampler().unwrap()), spacing };
         let schedule = Schedule::new(&checkpoint, choice, case["steps"].as_u64().unwrap() as usize).unwrap();
 
-        // With k-diffusion's sigmas a level without signal is at 4096, from which diffusers steps down in fp32.
+        // With k-diffusion's sigmas, a noise level without signal has a sigma of 4096, from which diffusers steps down
+        // in fp32.
         let sigmas = matches!(schedule.sampler, Sampler::Euler | Sampler::EulerAncestral);
         let tolerance = if sigmas && schedule.init_noise_sigma > 4000.0 { 2e-5 } else { 4e-6 };
 
@@ -155,7 +156,7 @@ fn every_number_of_steps_has_finite_coefficients() {
                     let schedule = Schedule::new(&checkpoint, choice, steps).unwrap();
                     let calls = steps + (sampler == Sampler::Pndm && steps > 1) as usize;
                     assert_eq!(schedule.steps.len(), calls, "{choice:?} in {steps}");
-                    // Whatever the output, one run through stays finite: that is what the coefficients are for.
+                    // A run with a constant model output stays finite, so all coefficients are finite.
                     let mut state = SamplerState::new(1);
                     let mut x = [schedule.init_noise_sigma];
                     schedule.steps.iter().for_each(|step| state.step(step, &[0.5], &mut x, &[0.5]));
@@ -217,7 +218,7 @@ fn the_checkpoint_names_the_default() {
     let karras = sd15(json!({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": true}));
     let schedule = Schedule::new(&config(&karras), SamplerChoice::default(), 20).unwrap();
     assert_eq!((schedule.sampler, schedule.spacing), (Sampler::DpmSolverMultistep, Some(Spacing::Karras)));
-    // What the user chose goes before what the checkpoint says.
+    // The user's choice takes precedence over the checkpoint's.
     let choice = SamplerChoice { sampler: None, spacing: Some(Spacing::Trailing) };
     assert_eq!(Schedule::new(&config(&karras), choice, 20).unwrap().spacing, Some(Spacing::Trailing));
     // Python's JSON, as diffusers writes it.
@@ -292,7 +293,7 @@ fn configs_that_one_sampler_cannot_honour_are_refused_by_it() {
         let message = refused.expect_err(needles).to_string();
         assert!(needles.split(' ').all(|needle| message.contains(needle)), "{message}");
     }
-    // Another sampler takes such a checkpoint where the field says nothing about the model.
+    // Another sampler accepts such a checkpoint if the field says nothing about the model.
     for fields in [
         json!({"_class_name": "HeunDiscreteScheduler"}),
         json!({"algorithm_type": "sde-dpmsolver++", "solver_type": "rk4", "solver_order": 4, "use_lu_lambdas": true}),
@@ -320,7 +321,7 @@ fn requests_that_cannot_work_are_refused() {
     usage(SD15, "ddim", 1000, "timestep 1000 lies beyond training's 1000");
     // All timesteps the same.
     usage(SD15, "dpm++ 2m leading", 1000, "no finite step");
-    // Noise predicted from a level without signal says nothing about the sample.
+    // At a noise level without signal, the predicted noise says nothing about the sample.
     usage(&sd15(json!({"rescale_betas_zero_snr": true})), "ddim trailing", 10, "no finite step at timestep 999");
     // Every timestep clipped away.
     usage(&sd15(json!({"lambda_min_clipped": 50.0})), "dpm++ 2m trailing", 10, "has no timesteps");

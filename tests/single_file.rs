@@ -1,6 +1,6 @@
-//! Single-file checkpoints against what diffusers' `from_single_file` made of the same files
-//! (`tests/golden/single.py`): files with all tensors of the released ones by name, but narrow, and with numbers that
-//! follow from the names.
+//! Single-file checkpoints compared with the results of diffusers' `from_single_file` for the same files
+//! (`tests/golden/single.py`). The files have all tensors of the released ones under the same names, but with few
+//! channels, and with numbers that are computed from the names.
 
 mod support;
 
@@ -16,7 +16,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use support::{Case, cases, relative_l2};
 
-/// What `numbers` in the recorder computes; fp16 holds all of them exactly.
+/// The same numbers that `numbers` in the recorder computes; fp16 represents all of them exactly.
 fn numbers(name: &str, shape: &[usize]) -> Vec<f32> {
     let seed = name.bytes().fold(2_166_136_261u32, |state, byte| (state ^ u32::from(byte)).wrapping_mul(16_777_619));
     let fan_in: usize = shape.iter().skip(1).product();
@@ -36,7 +36,8 @@ fn numbers(name: &str, shape: &[usize]) -> Vec<f32> {
     (0..shape.iter().product::<usize>() as u32).map(number).collect()
 }
 
-/// A single file to be: its tensors as shapes, numbers and format, and the header's notes.
+/// The content of a single file that is to be written: the shape, numbers and format of each tensor, and the metadata
+/// of the header.
 struct Original {
     tensors: BTreeMap<String, (Vec<usize>, Vec<f32>, Dtype)>,
     notes: HashMap<String, String>,
@@ -106,7 +107,8 @@ impl Original {
         Source::file(self.write())
     }
 
-    /// Writes and opens it as a model, and expects one line that names the file and contains all of `words`.
+    /// Writes the file, opens it as a model, and expects an error of one line that names the file and contains all of
+    /// `words`.
     fn refused(&self, words: &[&str]) {
         let error = self.open().and_then(|source| Engine::open(&source, Device::cpu())).err().expect("refused");
         expect(&error, words);
@@ -173,7 +175,8 @@ fn networks_are_those_of_diffusers() {
         let ours: BTreeMap<String, Value> =
             serde_json::from_str(&source.read_text("scheduler/scheduler_config.json").unwrap()).unwrap();
         for (field, value) in ours {
-            // PNDM and DDIM have no such setting in their first releases' files, and step as if they had.
+            // The scheduler files of the first releases lack some settings of PNDM and DDIM, which step as if these
+            // were set as here.
             let theirs = &configs["scheduler"][&field];
             assert!(value == *theirs || theirs.is_null(), "{}: {field} is {value}, not {theirs}", case.name);
         }
@@ -203,14 +206,14 @@ fn pictures_are_those_of_diffusers() {
 }
 
 #[test]
-fn what_is_predicted() {
+fn prediction_types_are_recognised() {
     let mut original = Original::named("sd2");
     let mut predicts = |what: &str, change: &dyn Fn(&mut Original)| {
         change(&mut original);
         assert_eq!(prediction(&original.open().unwrap()), what);
     };
     predicts("v_prediction", &|_| {});
-    // ComfyUI's rule: the deviation of these biases is 0.072, then 0.108.
+    // ComfyUI's rule decides by the standard deviation of these biases, which is 0.072, and then 0.108.
     let biases = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias";
     predicts("epsilon", &|o| o.notes.clear());
     predicts("v_prediction", &|o| o.tensors.get_mut(biases).unwrap().1.iter_mut().for_each(|x| *x *= 1.5));
@@ -236,7 +239,7 @@ fn what_is_predicted() {
 }
 
 /// Layouts of other tools: text encoders of 2022 and of transformers 5, SD 2.x in the layout of Stability AI's later
-/// code with only the layers in use, and a projection that is a linear layer's.
+/// code with only the layers in use, and a projection that is stored as the weight of a linear layer.
 #[test]
 fn other_spellings() {
     let digest = |source: &Source| {
@@ -300,7 +303,7 @@ fn tensors_that_are_there_twice() {
     }
     original.refused(&["more than one text_encoder"]);
 
-    // One name for two tensors in the header; JSON allows for the space that is left.
+    // The header gives two tensors the same name. Spaces, which JSON permits, keep its length.
     let original = Original::named("sd1");
     let path = original.write();
     let mut bytes = std::fs::read(&path).unwrap();
@@ -325,7 +328,7 @@ fn parts_that_are_missing() {
         original.keep(parts);
         original.refused(words);
     }
-    // A UNet is enough for what needs no more.
+    // A file with only a UNet is enough for uses that need no more.
     let mut original = Original::named("sd1");
     let whole = original.open().unwrap().tensors("unet").unwrap().fingerprint().unwrap();
     original.keep(&[unet]);
@@ -417,13 +420,14 @@ fn networks_that_are_something_else() {
     original.refused(&["EDM"]);
 }
 
-/// Commands read a file; concepts know it again by its fingerprint, which is that of the folder (above).
+/// Commands read a single file. A concept recognises its model by the fingerprint, which is that of the same model as a
+/// folder (see above).
 #[test]
 fn command_line() {
     let mut original = Original::named("sd1");
     let folder = original.folder.path().to_path_buf();
     original.write();
-    // Arguments by spaces; `_` is one within an argument.
+    // Arguments are separated by spaces; `_` stands for a space within an argument.
     let respodiff = |args: &str| {
         let args = args.split(' ').map(|arg| arg.replace('_', " "));
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_respodiff"));

@@ -1,4 +1,5 @@
-//! The tokenizer against transformers' `CLIPTokenizer`, on the real CLIP vocabulary and those of the tiny checkpoints.
+//! The tokenizer compared with transformers' `CLIPTokenizer`, on the real CLIP vocabulary and on those of the tiny
+//! checkpoints.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -91,7 +92,7 @@ fn known_prompt_by_hand() {
 }
 
 #[test]
-fn what_does_not_fit_is_named() {
+fn words_that_do_not_fit_are_named() {
     let tokenizer = Tokenizer::load(clip_folder().path()).unwrap();
     let lost = |prompt: &str| {
         let encoded = tokenizer.encode(prompt).unwrap();
@@ -104,10 +105,11 @@ fn what_does_not_fit_is_named() {
     assert_eq!(lost(&format!("{cats} Dog, Caf\u{e9} au  LAIT. ")), ", Caf\u{e9} au  LAIT.");
     // "supercalifragilistic" is several tokens: it counts as lost from its start.
     assert_eq!(lost(&format!("{cats} Supercalifragilistic end")), "Supercalifragilistic end");
-    // Offsets count the original's bytes, through dropped, composed and longer characters.
+    // Offsets count bytes of the original prompt, also after characters that normalisation drops, composes or
+    // lengthens.
     let odd = "\u{200b}e\u{301}\u{130}\u{1f600} ".repeat(75);
     assert_eq!(lost(&format!("{odd}LAST"))[..].rsplit(' ').next(), Some("LAST"));
-    // Three tokens each.
+    // Each of these characters is three tokens.
     assert_eq!(lost(&"\u{732b}".repeat(77)).chars().count(), 77 - 75 / 3);
     assert_eq!(lost(&format!("{cats} dog <|endoftext|>!")), "<|endoftext|>!");
 }
@@ -117,7 +119,7 @@ fn pad_token_comes_from_the_files() {
     let read = |name: &str| fs::read(golden("clip-tokenizer").join(name)).unwrap();
     let (merges, config) = (fs::read(merges()).unwrap(), read("tokenizer_config.json"));
     let vocab = clip_vocab(std::str::from_utf8(&merges).unwrap());
-    // SD2.x and SDXL pad with "!", which then is a special token in a prompt, too: 0 and not 256.
+    // SD2.x and SDXL pad with "!", which then is a special token in prompts too, with id 0 instead of 256.
     let map = padded_with("!");
     let tokenizer = Tokenizer::from_bytes(&vocab, &merges, Some(&config), Some(&map)).unwrap();
     let ids = tokenizer.encode("wow!!").unwrap().ids;
@@ -129,7 +131,7 @@ fn pad_token_comes_from_the_files() {
     let config = serde_json::to_vec(&config).unwrap();
     let tokenizer = Tokenizer::from_bytes(&vocab, &merges, Some(&config), Some(&map)).unwrap();
     assert_eq!(tokenizer.encode("wow!").unwrap().ids[..5], [49406, 2781, 0, EOS, EOS]);
-    // Without either it is CLIP's.
+    // Without both files, the pad token is CLIP's.
     let tokenizer = Tokenizer::from_bytes(&vocab, &merges, None, None).unwrap();
     assert_eq!(tokenizer.encode("wow!").unwrap().ids[..5], [49406, 2781, 256, EOS, EOS]);
 }
@@ -187,7 +189,7 @@ fn tokens_of_several_vectors_are_written_out() {
     let ids = |prompt: &str| tokenizer.encode(prompt).unwrap().ids;
     assert_eq!(ids("a <cat>")[..6], [49406, 320, 49408, 49409, 49410, EOS]);
     assert_eq!(ids("<cat> <dog>")[..6], [49406, 49408, 49409, 49410, 49411, EOS]);
-    // Written by hand, nothing is added.
+    // If the further tokens are in the prompt already, nothing is added.
     assert_eq!(ids("<cat> <cat>_1")[..4], [49406, 49408, 49409, EOS]);
 }
 
@@ -200,7 +202,7 @@ fn malformed_files_are_named() {
         ("merges.txt", b"#version\ni n\nth\n"),
         ("merges.txt", b"#version\ni \xff\n"),
         ("merges.txt", b"#version\nverylongtokenthatnobodyhas andanotheroneofthem\n"),
-        // Both parts are tokens, and the product is longer than any.
+        // Both parts are tokens, but their concatenation is longer than every token.
         ("merges.txt", b"#version\n<|startoftext|> <|startoftext|>\n"),
         ("tokenizer_config.json", b"3"),
         ("tokenizer_config.json", b"{\"added_tokens_decoder\": {\"x\": 1}}"),

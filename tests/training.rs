@@ -1,4 +1,4 @@
-//! Losses, gradients and short trainings against PyTorch autograd in float64 (`tests/golden/gradients.py`).
+//! Losses, gradients and short trainings compared with PyTorch autograd in float64 (`tests/golden/gradients.py`).
 
 mod support;
 
@@ -13,8 +13,8 @@ use respodiff::weights::{Source, Tensors};
 use respodiff::{Device, Size};
 use support::{Case, cases, nchw_to_nhwc, nhwc_to_nchw, relative_l2};
 
-/// fp32 against float64: ours is up to 7e-5 off, PyTorch's own fp32 up to 4e-5. Smaller bottlenecks, whose norms are
-/// over a few numbers, lose another digit in both.
+/// The largest relative error of fp32. Ours is off from float64 by up to 7e-5, and PyTorch's own fp32 by up to 4e-5.
+/// With smaller bottlenecks, whose norms are over a few numbers, both lose another digit.
 const TOLERANCE: f64 = 1e-4;
 
 fn source(case: &Case) -> Source {
@@ -26,7 +26,7 @@ fn config(source: &Source) -> UNetConfig {
     UNetConfig::parse(&source.read_text("unet/config.json").unwrap(), &source.path("unet/config.json")).unwrap()
 }
 
-/// Halves with the case's latents passed down; `suffix` picks the step of a training.
+/// Passes a case's latents through the down half of the UNet; `suffix` selects the step of a training.
 fn descend(case: &Case, halves: &mut Halves, suffix: &str) {
     let name = |n: &str| format!("{n}{suffix}");
     let shape = case.shape(&name("latents"));
@@ -50,7 +50,7 @@ fn constant(case: &Case, name: &str, shape: Shape) -> Module {
     Module::with_parameters(Form::Constant, shape, nchw_to_nhwc(&case.floats(name), 1, shape.c)).expect("its size")
 }
 
-/// Losses and gradients of a case: those of `L_resp` by RAM and of `lambda L_sem` by SAM.
+/// Losses and gradients of a case: those of `L_resp` with respect to RAM, and of `lambda L_sem` with respect to SAM.
 fn slopes(device: &Device, case: &Case, keep: Keep) -> ([f64; 2], [Vec<f32>; 2]) {
     let mut halves = halves(device, case, "", keep);
     descend(case, &mut halves, "");
@@ -74,7 +74,7 @@ fn gradients_of_both_losses() {
         let (losses, gradients) = slopes(&Device::cpu(), case, Keep::All);
         assert!(
             (losses, gradients.clone()) == slopes(&Device::cpu(), case, Keep::Sums),
-            "{}: made again, not the same",
+            "{}: recomputed activations change the result",
             case.name
         );
         for (name, ours) in ["resp", "sem"].into_iter().zip(losses) {
@@ -89,10 +89,11 @@ fn gradients_of_both_losses() {
     }
 }
 
-/// In fp16. The way back through so many norms magnifies a rounding a thousandfold (see [`TOLERANCE`]), which from
-/// fp16's 5e-4 leaves a few hundredths: so it does of PyTorch's. A gradient is at most as far off as twice the worst of
-/// PyTorch's nine nearby calls; all together, as the geometric mean of shares of PyTorch's medians, at most a quarter
-/// more. A loss is a square, so it is off by twice what is promised of a UNet call, 1e-2.
+/// Gradients in fp16. The backward pass through so many norms magnifies a rounding up to a thousandfold (see
+/// [`TOLERANCE`]). From fp16's 5e-4, this leaves errors of a few hundredths, in PyTorch as well. A gradient may be off
+/// by at most twice the worst error of PyTorch in nine nearby calls. The geometric mean of the ratios to PyTorch's
+/// median errors may be at most 1.25. A loss is a square, so its relative error may be twice the 1e-2 that is promised
+/// for a UNet call.
 #[cfg(feature = "emulated")]
 #[test]
 fn gradients_on_the_kernels() {
@@ -145,7 +146,7 @@ fn trajectories_of_adam() {
             }
         }
         for (name, ours) in [("ram", &ram), ("sam", &sam)] {
-            // Of how far the module moved.
+            // Errors are relative to the distance that the module moved.
             let moved = |to: &[f32]| -> Vec<f32> { to.iter().zip(case.floats(name)).map(|(a, b)| a - b).collect() };
             let ours = nhwc_to_nchw(&ours.parameters, 1, shape.c);
             let error = relative_l2(&moved(&ours), &moved(&case.floats(&format!("out.{name}"))));
@@ -155,7 +156,7 @@ fn trajectories_of_adam() {
     }
 }
 
-/// Whole trainings: noise, rollouts, targets, both losses and both steps.
+/// Whole trainings: noise, rollouts, targets, both losses and both steps of Adam.
 #[test]
 fn trainers_do_what_the_paper_says() {
     use respodiff::{Engine, Recipe, Task, Trainer};
@@ -200,8 +201,8 @@ fn trainers_do_what_the_paper_says() {
     }
 }
 
-/// SDXL at 1024x1024, batch 1: computing activations once more spares most of them, and in fp16 a GPU of 24 GB has room
-/// for everything, kept or not.
+/// SDXL at 1024x1024, batch 1: recomputing activations saves most of their memory, and in fp16 a GPU with 24 GB has
+/// room for the whole training even if all activations are kept.
 #[test]
 fn memory_plans_of_sdxl() {
     let source = SDXL;
@@ -231,7 +232,8 @@ fn memory_plans_of_sdxl() {
     }
 }
 
-/// Halves have all weights from the whole network, but for those that are read backwards or taken apart.
+/// The halves of a UNet share all weights with the whole network, except those that the backward half reads in another
+/// arrangement.
 #[test]
 fn halves_share_weights() {
     let source = Source::folder(support::golden().join("checkpoints/sd1")).unwrap();

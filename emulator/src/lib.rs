@@ -36,7 +36,7 @@ pub enum Landing {
     Random = 2,
 }
 
-/// How a launch is scheduled.
+/// The schedule of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Schedule {
     /// The seed of all random decisions.
@@ -72,7 +72,7 @@ impl Schedule {
     }
 }
 
-/// A kernel's fault: the place, and what it should have waited for.
+/// A kernel's fault: a message with the place and the rule that is broken, such as a missing wait.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Fault(pub String);
@@ -143,7 +143,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Global memory, its end against a guard page; poisoned when new (all ones, which is NaN).
+/// Global memory that ends at a guard page, and that is poisoned when new (all bits are ones, which is NaN).
 pub struct Memory {
     start: *mut c_void,
     bytes: usize,

@@ -13,31 +13,33 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// sd15, sdxl, demo, or any checkpoint; weights are random, so that only its configuration is needed
+    /// sd15, sdxl, demo, or any checkpoint; weights are random, so only the checkpoint's configuration is needed
     #[arg(long, default_value = "sd15")]
     model: String,
-    /// Images at once; guidance doubles them in the UNet
+    /// Images per batch; guidance doubles them in the UNet
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     batch: u16,
-    /// Only operations whose line holds this text ("attention", "conv3x3", "2x64x64"), or of the networks of that name
+    /// Only operations whose line contains this text ("attention", "conv3x3", "2x64x64"), or those of the network of
+    /// that name
     #[arg(long)]
     filter: Option<String>,
-    /// The networks of a training instead: the UNet's up half from the bottleneck, and the gradient back to it
+    /// Time the networks of training instead: the UNet's up half from the bottleneck, and the gradient back to it
     #[arg(long)]
     training: bool,
-    /// Measure nothing: the kernels that each operation gets on this card, which need not be there
+    /// Measure nothing; print the kernels that each operation gets on this card, which need not be present
     #[arg(long, value_enum, value_name = "CARD", conflicts_with_all = ["runs", "json", "compare", "device"])]
     plans: Option<Card>,
     /// Passes over each network [default: 20 on a GPU, 3 elsewhere]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     runs: Option<u16>,
-    /// Also write the numbers here
+    /// Also write the numbers to this file, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Compare with what an earlier run wrote by --json: each network, family of operations, and what lost most time
+    /// Compare with the --json file of an earlier run: each network, each family of operations, and the operations that
+    /// lost the most time
     #[arg(long, value_name = "FILE")]
     compare: Option<PathBuf>,
-    /// Where to compute
+    /// Device to compute on
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
     /// Number format of the networks' linear layers
@@ -45,7 +47,7 @@ pub(super) struct Args {
     precision: Precision,
 }
 
-/// One of each kind.
+/// One card for each of [`Limits::CARDS`], in their order.
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Card {
     A100,
@@ -65,7 +67,8 @@ impl Card {
     }
 }
 
-/// A line for each operation: how often, its kernels with their grids, and why they are not 9.0's.
+/// Prints a line for each operation: how often it occurs, its kernels with their grids and, on a card of compute
+/// capability 9.0, the reason if it has none of that card's own kernels.
 fn print_plans(network: &str, graph: &Graph, limits: Limits, wanted: impl Fn(&str) -> bool) -> Result<()> {
     let (mut lines, mut launches) = (BTreeMap::<_, usize>::new(), [0; 2]);
     for Lowered { node, launches: of_node, in_prologue, reason } in lowered(graph, UNET_CONSTANTS, limits)? {
@@ -85,7 +88,7 @@ fn print_plans(network: &str, graph: &Graph, limits: Limits, wanted: impl Fn(&st
         say(&format!("{case:44} {count:>5}  {kernels}{reason}"));
     }
     let [step, once] = launches;
-    let once = if once > 0 { format!(", and {once} once for a prompt") } else { String::new() };
+    let once = if once > 0 { format!(", and {once} once per prompt") } else { String::new() };
     say(&format!("{:44} {step} launches{once}", "in all"));
     Ok(())
 }
@@ -123,7 +126,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     say(&format!("device  {}", device.name()));
     let (flops, bytes) = rates(&peaks);
     say(&format!(
-        "best    {flops} TFLOP/s in matrix products, {bytes} GB/s in copies, {:.2} us a launch in a step",
+        "best    {flops} TFLOP/s in matrix products, {bytes} GB/s in copies, {:.2} us per launch in a step",
         peaks.launch * 1e6
     ));
     let mut tables = Vec::new();
@@ -135,8 +138,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
             peaks = peaks.with(&table);
             print(&table, &peaks);
             if rates(&peaks) != measured {
-                // An operation did better than the products and copies: Winograd's multiplications are fewer than
-                // those counted, and small tensors stay in the caches.
+                // An operation was faster than the matrix products and copies that were measured: Winograd's algorithm
+                // makes fewer multiplications than are counted, and small tensors stay in the caches.
                 let (flops, bytes) = rates(&peaks);
                 say(&format!("{:44} {flops} TFLOP/s, {bytes} GB/s, with this network's operations", "best"));
             }
@@ -145,7 +148,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             }
             tables.push(table);
             if let Some(file) = &args.json {
-                // After every network, so that little is lost when time runs out.
+                // The file is written after every network, so that little is lost if the run is stopped.
                 let report = serde_json::json!({
                     "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "model": args.model,
                     "batch": args.batch, "precision": args.precision.told(),
@@ -196,22 +199,22 @@ fn print(table: &Table, peaks: &Peaks) {
         ));
     }
     let (total, step) = (table.total() * 1e3, table.step * 1e3);
-    say(&format!("{:44} {total:.3} ms one by one, {step:.3} ms a step in one piece", "in all"));
+    say(&format!("{:44} {total:.3} ms one by one, {step:.3} ms per step in one piece", "in all"));
 }
 
 /// Medians of an earlier run, in seconds.
 struct Earlier {
-    /// By network and operation.
+    /// The time of an operation, by network and label.
     operations: BTreeMap<(String, String), f64>,
-    /// Of a step in one piece, by network.
+    /// The time of a step in one piece, by network.
     steps: BTreeMap<String, f64>,
 }
 
-/// Operations that are told of, of those that lost most.
+/// The number of operations to print, of those that lost the most time.
 const WORST: usize = 5;
 
 impl Earlier {
-    /// Reads a report, and warns where the run that is to be compared is of something else.
+    /// Reads a report, and warns if the device, the model, the precision or the batch of this run is another.
     fn read(path: &Path, device: &str, args: &Args) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let all: Report = serde_json::from_str(&text).map_err(|problem| {
@@ -225,11 +228,11 @@ impl Earlier {
         ] {
             if before != now {
                 let [before, now] = [before, now].map(|value| value.unwrap_or("full"));
-                warn(&format!("{what} of {} is {before}, and of this run {now}", path.display()));
+                warn(&format!("{what} of {} is {before}, and that of this run is {now}", path.display()));
             }
         }
         if all.batch != args.batch {
-            warn(&format!("{} is of a batch of {}, and this run of {}", path.display(), all.batch, args.batch));
+            warn(&format!("{} has a batch of {}, and this run has one of {}", path.display(), all.batch, args.batch));
         }
         let mut earlier = Earlier { operations: BTreeMap::new(), steps: BTreeMap::new() };
         for Network { network, rows, step } in all.networks {
@@ -239,8 +242,8 @@ impl Earlier {
         Ok(earlier)
     }
 
-    /// Tells how long a network takes beside the earlier run: its step, each family of operations, and the operations
-    /// that lost most time.
+    /// Prints the times of a network beside those of the earlier run: of its step, of each family of operations, and of
+    /// the operations that lost the most time.
     fn print(&self, table: &Table) {
         say("");
         let title = format!("{} beside the earlier run", table.network);

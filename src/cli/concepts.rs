@@ -9,23 +9,23 @@ use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Which concepts the images get.
+/// The choice of concepts for the images.
 #[derive(clap::Args)]
 pub(super) struct Flags {
-    /// Shift every image by this concept, a file or the name of one of the demo's (woman, man, asian, black, white);
-    /// repeat to compose
+    /// Apply this concept to every image: a file, or the name of one of the demo's concepts (woman, man, asian, black,
+    /// white); repeat to compose
     #[arg(long = "concept", value_name = "FILE[:WEIGHT]")]
     concepts: Vec<String>,
     /// Give each image one of these concepts, by exact quotas; repeat to cross groups
     #[arg(long, value_name = "A,B[=SHARE,SHARE]")]
     balance: Vec<String>,
-    /// Draw for each image instead of exact quotas
+    /// Draw at random for each image instead of using exact quotas
     #[arg(long)]
     balance_random: bool,
     /// Weight of balanced concepts
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     balance_weight: f32,
-    /// Leave a prompt alone that names an attribute of the group ("a female doctor")
+    /// Do not balance a prompt that itself names an attribute of the group ("a female doctor")
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     respect_prompt: bool,
 }
@@ -35,11 +35,11 @@ pub(super) struct Flags {
 pub(super) struct Used {
     pub(super) concept: Arc<Concept>,
     pub(super) weight: f32,
-    /// Its file as it was given, or its name among the demo's.
+    /// Its file as the user named it, or its name if it is one of the demo's concepts.
     pub(super) file: String,
 }
 
-/// For each image its concepts.
+/// The concepts of each image.
 pub(super) type Assignment = Vec<Vec<Used>>;
 
 impl Flags {
@@ -48,7 +48,7 @@ impl Flags {
         !self.concepts.is_empty() || !self.balance.is_empty()
     }
 
-    /// Reads the files and deals the concepts out.
+    /// Reads the files and assigns the concepts to the images.
     pub(super) fn assign(&self, engine: &Engine, prompt: &str, images: usize, seed: u64) -> Result<Assignment> {
         let mut all: Assignment = vec![Vec::new(); images];
         for text in &self.concepts {
@@ -62,7 +62,7 @@ impl Flags {
             match group.named_in(prompt) {
                 Some(word) if self.respect_prompt => {
                     warn(&format!(
-                        "the prompt says `{word}`, so --balance {text} leaves it alone; --respect-prompt false balances"
+                        "the prompt says `{word}`, so --balance {text} is skipped; --respect-prompt false applies it"
                     ));
                 }
                 _ => {
@@ -82,12 +82,12 @@ impl Flags {
     }
 }
 
-/// `A,B` or `A,B=0.6,0.4`.
+/// Parses a group, `A,B` or `A,B=0.6,0.4`, and reads its files.
 pub(super) fn group(text: &str, engine: &Engine) -> Result<Group> {
     let shares = match text.rsplit_once('=') {
         Some((_, shares)) => {
             let parse = |s: &str| {
-                s.trim().parse::<f64>().map_err(|_| Error::invalid("balance", format!("{text}: `{s}` is no share")))
+                s.trim().parse::<f64>().map_err(|_| Error::invalid("balance", format!("{text}: `{s}` is not a share")))
             };
             Some(shares.split(',').map(parse).collect::<Result<Vec<f64>>>()?)
         }
@@ -103,18 +103,20 @@ fn members(text: &str) -> Vec<String> {
     files.split(',').map(|file| file.trim().to_string()).collect()
 }
 
-/// `FILE` or `FILE:WEIGHT`; a file whose name has a colon is taken as it is.
+/// Parses `FILE` or `FILE:WEIGHT`. If a file of the whole name exists, it is that file, with a weight of 1.
 fn file_and_weight(text: &str) -> Result<(PathBuf, f32)> {
     if let Some((file, weight)) = text.rsplit_once(':').filter(|_| !Path::new(text).exists()) {
         return match weight.parse::<f32>() {
             Ok(weight) if weight.is_finite() => Ok((file.into(), weight)),
-            _ => Err(Error::invalid("concepts", format!("{text}: `{weight}` is no weight")).advise("write FILE:0.8")),
+            _ => {
+                Err(Error::invalid("concepts", format!("{text}: `{weight}` is not a weight")).advise("write FILE:0.8"))
+            }
         };
     }
     Ok((text.into(), 1.0))
 }
 
-/// Reads a concept file, or the demo's concept of that name where there is no such file.
+/// Reads a concept file, or the demo's concept of that name if there is no such file.
 pub(super) fn read(path: &Path) -> Result<Concept> {
     let name = path.to_string_lossy();
     match respodiff_demo::CONCEPTS.iter().find(|(known, _)| *known == name) {
@@ -128,7 +130,7 @@ pub(super) fn read(path: &Path) -> Result<Concept> {
     }
 }
 
-/// Reads a concept and says if it was trained on another model.
+/// Reads a concept, and warns if it was trained on another model.
 fn load(path: &Path, engine: &Engine) -> Result<Arc<Concept>> {
     let concept = read(path)?;
     let base = &concept.metadata.fingerprint;
@@ -156,21 +158,21 @@ enum Command {
         /// Concept files
         #[arg(required = true)]
         files: Vec<PathBuf>,
-        /// As JSON, a list of one object for each file
+        /// Print JSON: a list with one object per file
         #[arg(long)]
         json: bool,
     },
-    /// Take a concept out of the official code's .pth or SDisc's matrix; nothing in the file is run
+    /// Import a concept from a .pth file of the official code or from SDisc's matrix; no code in the file is run
     Import {
         /// The file
         file: PathBuf,
-        /// Checkpoint folder, single file or Hugging Face model id it was trained on [default: the demo]
+        /// Checkpoint folder, single file or Hugging Face model id on which it was trained [default: the demo]
         #[arg(long)]
         model: Option<String>,
-        /// Which concept: "a woman"
+        /// Name of the concept, such as "a woman"
         #[arg(long)]
         concept: String,
-        /// Its column, if the name is not one of the file's
+        /// Column of the concept, if its name is not one of those known for the file
         #[arg(long)]
         column: Option<usize>,
         /// Concept file to write
@@ -181,14 +183,14 @@ enum Command {
     Convert {
         /// Concept file
         file: PathBuf,
-        /// NumberFormat to write: f16 or f32
+        /// Number format to write: f16 or f32
         #[arg(long)]
         dtype: NumberFormat,
         /// Concept file to write
         #[arg(long)]
         out: PathBuf,
     },
-    /// Add concepts up to one
+    /// Add concepts up to one, each multiplied by its weight
     Merge {
         /// Concept files and their weights
         #[arg(required = true, value_name = "FILE[:WEIGHT]")]
@@ -280,7 +282,7 @@ fn show(path: &Path) -> Result<()> {
             row("RAM + SAM", format!("norm {:.3}", norm(&sum)));
         }
     } else {
-        row("network", format!("{:?}, {} parameters a module", ram.form(), ram.parameters.len()));
+        row("network", format!("{:?}, {} parameters per module", ram.form(), ram.parameters.len()));
     }
     if metadata.iterations > 0 {
         row("iterations", metadata.iterations.to_string());

@@ -1,4 +1,5 @@
-//! `respodiff doctor`: what this machine and this build can do, and what to do about the rest.
+//! `respodiff doctor`: it reports the capabilities of this machine and of this build, and gives advice on those that
+//! are missing.
 
 use super::{model, say};
 use crate::cuda::{self, compiled::FAMILIES, compiled::RESOURCES};
@@ -7,7 +8,7 @@ use serde_json::{Value, json};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// As JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -26,7 +27,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
     let chosen = cuda::open(None).map_or_else(
         |problem| {
-            // Of two problems the one that is to be mended first.
+            // If there are two problems, only the driver's is reported, since it must be fixed first.
             advice.push(driver.as_ref().err().unwrap_or(&problem).to_string());
             Device::cpu()
         },

@@ -13,7 +13,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
-/// The CLIP of the published evaluations.
+/// The CLIP that the published evaluations use.
 const DEFAULT_CLIP: &str = "openai/clip-vit-base-patch32";
 
 #[derive(clap::Args)]
@@ -24,9 +24,9 @@ pub(super) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// Who pictures of professions show, plain and balanced by concepts; goes on where it was interrupted
+    /// Measure whom pictures of professions show, without and with balancing by concepts; continues an interrupted run
     Fairness(Box<FairnessArgs>),
-    /// Put the folders of a sharded run together
+    /// Merge the folders of a sharded run
     Merge {
         /// Folders of runs with --shard
         #[arg(required = true)]
@@ -48,16 +48,17 @@ struct FairnessArgs {
     /// Weight of the concepts
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     weight: f32,
-    /// winobias, winobias-extended, or a file of prompts, one a line
+    /// winobias, winobias-extended, or a file with one prompt per line
     #[arg(long, default_value = "winobias")]
     prompts: String,
-    /// Only these of the professions, by commas, or demo for the demo's sixteen [default: all; the demo's for the demo]
+    /// Only these professions, separated by commas, or demo for the demo's sixteen [default: all; for the demo, its
+    /// sixteen]
     #[arg(long, value_delimiter = ',')]
     professions: Vec<String>,
     /// Pictures of each profession (or line), spread over its prompts
     #[arg(long, default_value_t = 150)]
     images_per_prompt: usize,
-    /// Pictures at once
+    /// Pictures per batch
     #[arg(long, default_value_t = 10)]
     batch: usize,
     /// Sampler, such as DDIM, with which the published evaluations were made [default: the checkpoint's]
@@ -69,22 +70,23 @@ struct FairnessArgs {
     /// Guidance scale [default: 7.5; 5 with SDXL]
     #[arg(long)]
     guidance: Option<f32>,
-    /// Folder or model id of the CLIP that judges [default: ViT-B/32; the demo's own]
+    /// Folder or model id of the CLIP that judges the pictures [default: ViT-B/32; for the demo, its own]
     #[arg(long)]
     clip: Option<String>,
     /// First seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Take the plain pictures from this folder of a run with other concepts and the same prompts, seeds and sampler
+    /// Take the results for plain pictures from this folder of a run with other concepts and the same prompts, seeds
+    /// and sampler
     #[arg(long, value_name = "FOLDER")]
     plain: Option<PathBuf>,
     /// Folder for records and reports
     #[arg(long)]
     out: PathBuf,
-    /// Do part i of n only, i from 0: "3/8"
+    /// Do only part i of n, counted from 0: "3/8"
     #[arg(long)]
     shard: Option<String>,
-    /// Where to compute
+    /// Device to compute on
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
 }
@@ -156,7 +158,7 @@ fn fairness(args: &FairnessArgs) -> Result<()> {
     match outcome {
         Err(error) if error.kind() == ErrorKind::Cancelled => {
             Err(Error::cancelled(format!("{} of {total} pictures are judged", total - run.left().0))
-                .advise("the same command goes on"))
+                .advise("run the same command again to continue"))
         }
         other => other,
     }
@@ -180,7 +182,7 @@ fn prompts(args: &FairnessArgs) -> Result<Vec<(String, Vec<String>)>> {
             let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
             let prompts: Vec<_> = lines.map(|line| (line.to_string(), vec![line.to_string()])).collect();
             if prompts.is_empty() {
-                return Err(Error::damaged(file, "holds no prompts").advise("write one a line"));
+                return Err(Error::damaged(file, "holds no prompts").advise("write one per line"));
             }
             return Ok(prompts);
         }

@@ -1,4 +1,4 @@
-//! Tensor files of the command line: safetensors, fp32 or integers in, fp32 out.
+//! Tensor files of the command line, in safetensors: floating-point numbers and integers are read, and fp32 is written.
 
 use crate::{Error, Result};
 use half::f16;
@@ -24,7 +24,7 @@ impl Tensor {
     }
 }
 
-/// A read file, which knows its name for messages.
+/// A file that was read, with its path for messages.
 pub struct TensorFile {
     path: PathBuf,
     tensors: BTreeMap<String, Tensor>,
@@ -55,12 +55,12 @@ impl TensorFile {
         Ok(TensorFile { path: path.to_path_buf(), tensors })
     }
 
-    /// The tensor, if there.
+    /// The tensor of that name, if the file has one.
     pub fn find(&self, name: &str) -> Option<&Tensor> {
         self.tensors.get(name)
     }
 
-    /// The tensor, whose dimensions must be those of `shape` where they are given.
+    /// The tensor of that name, whose dimensions must be those of `shape`; `None` stands for any size.
     pub fn get(&self, name: &str, shape: &[Option<usize>]) -> Result<&Tensor> {
         let Some(tensor) = self.find(name) else {
             let known: Vec<&str> = self.tensors.keys().map(String::as_str).collect();

@@ -14,13 +14,13 @@ pub(super) struct Args {
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
-    /// Images at once, for the memory plan
+    /// Images per batch, for the memory plan
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     batch: u16,
-    /// Where it would run
+    /// Device to plan for
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
-    /// As one JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
@@ -68,7 +68,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The family that a UNet's shape shows.
+/// The model family, as recognised by the UNet's shape.
 fn family(unet: &UNetConfig) -> &'static str {
     match (unet.text_time.is_some(), unet.cross_attention_dim) {
         (true, _) => "SDXL",

@@ -1,4 +1,5 @@
-//! The command line: parses, calls the library, prints. Exit codes: 0, 1 failure, 2 usage, 130 interrupted.
+//! The command line: it parses arguments, calls the library and prints results. The exit code is 0 for success, 1 for a
+//! failure, 2 for wrong usage and 130 for an interrupt.
 
 mod bench;
 mod concepts;
@@ -27,10 +28,10 @@ use std::time::Instant;
 #[derive(Parser)]
 #[command(name = "respodiff", version)]
 struct Cli {
-    /// Threads of the CPU [default: as many as this process may use at once, or RAYON_NUM_THREADS]
+    /// Number of CPU threads [default: RAYON_NUM_THREADS, or as many as this process may run at once]
     #[arg(long, global = true, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Print results, warnings and errors alone: no progress, no times, no tips
+    /// Print only results, warnings and errors: no progress, no times, no tips
     #[arg(long, short, global = true)]
     quiet: bool,
     #[command(subcommand)]
@@ -39,21 +40,21 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Make pictures of a prompt
+    /// Generate pictures from a prompt
     Sample(Box<sample::Args>),
-    /// Make a picture again from what its PNG file says
+    /// Generate a picture again from the record in its PNG file
     Rerun(rerun::Args),
-    /// Learn a concept: RAM and SAM at the bottleneck
+    /// Train a concept: the modules RAM and SAM at the UNet's bottleneck
     Train(Box<train::Args>),
     /// Measure fairness
     Eval(eval::Args),
     /// Show, merge or import concept files
     Concept(concepts::Args),
-    /// Run one component on tensors from a file, in diffusers' order (NCHW, fp32)
+    /// Run one component on tensors from a file, in the layout of diffusers (NCHW, fp32)
     Probe(probe::Args),
     /// Show a checkpoint's components, parameters and memory plan
     Info(info::Args),
-    /// Say what this machine and this build can do
+    /// Report the capabilities of this machine and of this build
     Doctor(doctor::Args),
     /// Time every operation of a model's networks at its real shape
     Bench(bench::Args),
@@ -69,15 +70,15 @@ enum Command {
     },
 }
 
-/// Where to compute.
+/// The device that computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     /// The GPU if there is one, else the CPU.
     Auto,
     Cpu,
-    /// An NVIDIA GPU by its number, or the first that the kernels run on.
+    /// An NVIDIA GPU by its number, or the first one on which the kernels run.
     Cuda(Option<usize>),
-    /// The CUDA kernels on the CPU, slowly: to test them.
+    /// The emulator, which runs the CUDA kernels on the CPU, slowly, for tests.
     #[cfg(feature = "emulated")]
     Emulated,
 }
@@ -119,10 +120,11 @@ impl Place {
             Place::Cpu => Ok(Device::cpu()),
             Place::Cuda(ordinal) => Device::cuda(ordinal),
             Place::Auto => Ok(Device::cuda(None).unwrap_or_else(|problem| {
-                // Whoever has a GPU expects it to be used. A build without kernels was made for the CPU.
+                // A user who has a GPU expects it to be used, so the use of the CPU is announced, except in a build
+                // without kernels, which was made for the CPU.
                 let usable = || cuda::cards().is_ok_and(|(_, cards)| cards.iter().any(cuda::Card::usable));
                 if !cuda::compiled::FAMILIES.is_empty() && usable() {
-                    warn(&format!("the CPU is taken: {problem}"));
+                    warn(&format!("using the CPU instead of the GPU: {problem}"));
                 }
                 Device::cpu()
             })),
@@ -137,9 +139,9 @@ impl Place {
 enum Precision {
     /// The device's own: fp32 on the CPU, fp16 on a GPU
     Full,
-    /// bf16 numbers, on the CPU alone: less exact, faster where there is AMX
+    /// bf16, on the CPU only: less exact, faster with AMX
     Bf16,
-    /// 8-bit integers, on the CPU alone: still less exact, half the memory, faster where there is AMX or AVX-512 VNNI
+    /// 8-bit integers, on the CPU only: still less exact, half the memory, faster with AMX or AVX-512 VNNI
     Int8,
 }
 
@@ -152,7 +154,7 @@ impl Precision {
         }
     }
 
-    /// The name that files and reports record; none for the device's own precision.
+    /// The name that files and reports record; `None` for the device's own precision.
     fn told(self) -> Option<String> {
         let value = self.to_possible_value()?;
         (self != Precision::Full).then(|| value.get_name().into())
@@ -164,7 +166,8 @@ pub fn main() -> ExitCode {
     let started = Instant::now();
     let Cli { threads, quiet, command } = Cli::parse();
     progress::set_quiet(quiet);
-    // Below this not even an error could be told of: the standard library ends a process whose allocations fail.
+    // With less than this, not even an error could be reported, since the standard library aborts a process whose
+    // allocations fail.
     const LEAST: usize = 16 << 20;
     if let Some(free) = crate::memory::free().filter(|free| *free < LEAST) {
         complain(
@@ -174,7 +177,8 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     if let Some(threads) = threads {
-        // Nothing has used the threads yet, and without any of its own rayon would fail later.
+        // No code has used rayon yet, so its pool can still be configured. If the threads cannot start, this reports
+        // it, while rayon would panic later.
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
         if let Err(problem) = pool {
             complain("error", &format!("cannot start {threads} threads: {problem}"));
@@ -215,7 +219,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// The manual page of a command, by the names that lead to it.
+/// The manual page of the command to which `names` lead, such as `concept` and `show`.
 fn man(names: &[String]) -> Result<String> {
     let mut program = Cli::command().disable_help_subcommand(true);
     // Gives commands the names that their pages have, such as respodiff-sample.
@@ -236,7 +240,7 @@ fn man(names: &[String]) -> Result<String> {
     Ok(String::from_utf8_lossy(&page).into_owned())
 }
 
-/// The exit code of a failure: 2 for values that can never work, 130 for an interrupt as shells have it, else 1.
+/// The exit code of a failure: 2 for values that can never work, 130 for an interrupt, as in shells, and otherwise 1.
 fn exit_code(kind: ErrorKind) -> u8 {
     match kind {
         ErrorKind::Invalid => 2,
@@ -245,7 +249,7 @@ fn exit_code(kind: ErrorKind) -> u8 {
     }
 }
 
-/// An error's line, in which fields of requests and recipes have the names of their flags.
+/// The one-line message of an error, which calls the fields of requests and recipes by the names of their flags.
 fn message(error: &Error) -> String {
     let Subject::Field(field) = error.subject() else { return error.to_string() };
     let flag = match *field {
@@ -267,7 +271,8 @@ fn message(error: &Error) -> String {
 fn interrupt_flag() -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
     let raised = flag.clone();
-    // A second handler in one process is refused; the run then ends by the system's own.
+    // A process can have only one handler. If this one is refused, a signal ends the run by the system's default
+    // action.
     let _ = ctrlc::set_handler(move || {
         if raised.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
@@ -276,13 +281,13 @@ fn interrupt_flag() -> Arc<AtomicBool> {
     flag
 }
 
-/// From the clock: a seed only has to differ from run to run, and is printed.
+/// A seed from the clock. It only has to differ from run to run, and it is printed.
 fn random_seed() -> u64 {
     let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::from(time.subsec_nanos()) ^ time.as_secs() & 0xffff_ffff
 }
 
-/// Warns on stderr.
+/// Prints a warning to stderr.
 fn warn(text: &str) {
     complain("warning", text);
 }
@@ -297,7 +302,7 @@ fn note(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }
 
-/// Prints a line to stderr that a user who asked for quiet does not want: times, memory, tips.
+/// Prints a line with times, memory or tips to stderr, unless the user asked for quiet.
 fn tell(line: &str) {
     if !progress::is_quiet() {
         note(line);
@@ -307,7 +312,8 @@ fn tell(line: &str) {
 /// The first line that could not be printed.
 static UNPRINTED: OnceLock<std::io::Error> = OnceLock::new();
 
-/// Prints a line to stdout. A reader that went away is no error; any other trouble is one, once all work is done.
+/// Prints a line to stdout. If the reader has closed the pipe, this is no error; any other problem is reported as one
+/// after all work is done.
 fn say(line: &str) {
     use std::io::Write;
     if let Err(problem) = writeln!(std::io::stdout(), "{line}")

@@ -1,4 +1,5 @@
-//! The checkpoints that `--model` names: nothing is the demo, else a folder or file, else a Hugging Face model id.
+//! The checkpoint that `--model` names: the demo if the flag is absent, otherwise a folder or file if it exists,
+//! otherwise a Hugging Face model id.
 
 use super::progress::Progress;
 use crate::Result;
@@ -6,7 +7,7 @@ use crate::weights::Source;
 use crate::weights::hub::{self, HubConfig};
 use std::path::Path;
 
-/// The cache and server that the environment names.
+/// The cache and the server of Hugging Face models, as set by environment variables.
 pub(super) fn hub() -> Result<HubConfig> {
     HubConfig::from_variables(|name| std::env::var_os(name))
 }

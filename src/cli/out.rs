@@ -1,4 +1,4 @@
-//! Where pictures go: names, templates and formats.
+//! Output of pictures: file names, templates and formats.
 
 use crate::files;
 use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD};
@@ -23,7 +23,7 @@ impl Format {
             "png" => Ok(Format::Png),
             "jpg" | "jpeg" => Ok(Format::Jpeg),
             "webp" => Ok(Format::WebP),
-            other => Err(Error::invalid("out", format!("pictures have no format `{other}`"))
+            other => Err(Error::invalid("out", format!("`{other}` is not a picture format"))
                 .advise("end the name in .png, .jpg or .webp")),
         }
     }
@@ -31,9 +31,9 @@ impl Format {
 
 /// The names of a run's pictures.
 pub(super) enum Pictures {
-    /// The one picture goes to stdout, as PNG.
+    /// The only picture goes to stdout, as PNG.
     Stdout,
-    /// A file each.
+    /// Each picture goes to a file of its own.
     Files(Vec<PathBuf>),
 }
 
@@ -43,14 +43,14 @@ pub(super) struct Named<'a> {
     pub(super) seed: u64,
 }
 
-/// Names a file for each picture, in folders that can be written to; a folder that `out` names by a slash at its end is
-/// made. Names that the user did not give overwrite nothing. `seed` is the run's.
+/// Chooses a file name for each picture, and checks that it can be written. If `out` ends in a slash, that folder is
+/// created. Names that the user did not choose overwrite no file. `seed` is the run's.
 pub(super) fn pictures(out: Option<&Path>, pictures: &[Named], seed: u64, size: Option<Size>) -> Result<Pictures> {
     let text = out.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
     if text == "-" {
         return match pictures.len() {
             1 => Ok(Pictures::Stdout),
-            several => Err(Error::invalid("out", format!("{several} pictures for stdout")).advise("make one")),
+            several => Err(Error::invalid("out", format!("{several} pictures cannot go to stdout")).advise("make one")),
         };
     }
     if text.ends_with(['/', std::path::MAIN_SEPARATOR]) {
@@ -83,8 +83,8 @@ pub(super) fn pictures(out: Option<&Path>, pictures: &[Named], seed: u64, size: 
     Ok(Pictures::Files(names))
 }
 
-/// The pattern's names: `{prompt}`, `{seed}`, `{i}`, `{width}` and `{height}` are replaced, and names that would be the
-/// same get `-0`, `-1`, ...
+/// The names that follow from a pattern: `{prompt}`, `{seed}`, `{i}`, `{width}` and `{height}` are replaced. If two
+/// names would be equal, all get `-0`, `-1` and so on.
 fn named(pattern: &Path, pictures: &[Named], size: Option<Size>) -> Result<Vec<PathBuf>> {
     let file = pattern.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let fill = |i: usize, picture: &Named| -> Result<PathBuf> {
@@ -133,7 +133,7 @@ fn slug(prompt: &str) -> String {
     if slug.is_empty() { "image".into() } else { slug }
 }
 
-/// Writes a picture in the format of its name, with all that made it.
+/// Writes a picture in the format of its file name, together with its generation parameters.
 pub(super) fn save(picture: &Picture, path: &Path, info: &GenerationInfo) -> Result<()> {
     files::write(path, &encode(picture, Format::of(path)?, info)?)
 }
@@ -158,13 +158,13 @@ fn encode(picture: &Picture, format: Format, info: &GenerationInfo) -> Result<Ve
         Format::Png => return picture.to_png(&[(PARAMETERS_KEYWORD, &parameters), (JSON_KEYWORD, &info.json()?)]),
         Format::Jpeg => {
             let (Ok(width), Ok(height)) = (u16::try_from(picture.width), u16::try_from(picture.height)) else {
-                return Err(refused("JPEG has no pictures of more than 65535 pixels a side".into()));
+                return Err(refused("JPEG allows at most 65535 pixels per side".into()));
             };
             let mut encoder = jpeg_encoder::Encoder::new(&mut bytes, 95);
             encoder.set_sampling_factor(jpeg_encoder::SamplingFactor::F_1_1);
             let segment = [b"Exif\0\0", &exif(&parameters)[..]].concat();
             if encoder.add_app_segment(1, segment).is_err() {
-                super::warn("the picture's parameters are longer than the 64 KiB that JPEG has room for, and left out");
+                super::warn("the picture's parameters are left out, since they exceed JPEG's limit of 64 KiB");
             }
             let encoded = encoder.encode(&picture.rgb, width, height, jpeg_encoder::ColorType::Rgb);
             encoded.map_err(|problem| refused(format!("the picture cannot be written as JPEG: {problem}")))?;
@@ -179,9 +179,9 @@ fn encode(picture: &Picture, format: Format, info: &GenerationInfo) -> Result<Ve
     Ok(bytes)
 }
 
-/// EXIF with a text as its user comment, where the A1111 web UI reads parameters in JPEG and WebP: a TIFF header, a
-/// first directory with the offset of the EXIF directory, and in that the comment in big-endian UTF-16 (CIPA DC-008,
-/// 4.6.5).
+/// EXIF data with a text as its user comment, from which the A1111 web UI reads parameters in JPEG and WebP files. It
+/// consists of a TIFF header, a first directory with the offset of the EXIF directory, and the EXIF directory with the
+/// comment in big-endian UTF-16 (CIPA DC-008, 4.6.5).
 fn exif(comment: &str) -> Vec<u8> {
     let text: Vec<u8> = b"UNICODE\0".iter().copied().chain(comment.encode_utf16().flat_map(u16::to_be_bytes)).collect();
     let directory = |tag: u16, kind: u16, count: u32, value: u32| {

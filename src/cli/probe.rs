@@ -1,4 +1,4 @@
-//! `respodiff probe`: components alone, to hold the engine against another implementation.
+//! `respodiff probe`: it runs single components, to compare the engine with another implementation.
 
 use super::files::{TensorFile, write};
 use super::{Place, Precision, model, say, tell, warn};
@@ -37,7 +37,7 @@ enum Component {
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Which component
+    /// Component to run
     component: Component,
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
@@ -48,10 +48,10 @@ pub(super) struct Args {
     /// safetensors file to write
     #[arg(long)]
     output: PathBuf,
-    /// Text instead of input_ids
+    /// Prompt to encode, instead of input_ids
     #[arg(long, conflicts_with = "inputs")]
     prompt: Option<String>,
-    /// Which text encoder
+    /// Text encoder to run
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
     encoder: u8,
     /// Sampler [default: the checkpoint's]
@@ -63,10 +63,10 @@ pub(super) struct Args {
     /// Weight of L_sem
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     lambda: f64,
-    /// Where to compute
+    /// Device to compute on
     #[arg(long, default_value_t = Place::Cpu)]
     device: Place,
-    /// Number format of a network's linear layers; gradients have the device's own
+    /// Number format of a network's linear layers; gradients always use the device's own
     #[arg(long, value_enum, default_value_t = Precision::Full)]
     precision: Precision,
 }
@@ -108,13 +108,13 @@ fn executor(args: &Args, source: &Source, component: &str, graph: Graph) -> Resu
     device.executor(plan, &weights)
 }
 
-/// The call itself, and once more: the first also pays for whatever is done once.
+/// Makes the call twice and prints both times, since the first call also pays for one-time work.
 fn call(executor: &mut Executor) -> Result<()> {
     let mut timed = || -> Result<f64> {
         let start = Instant::now();
         executor.prologue()?;
         executor.step()?;
-        // A GPU's work has only been queued until here.
+        // Up to here, a GPU's work has only been queued.
         executor.wait()?;
         Ok(start.elapsed().as_secs_f64())
     };
@@ -122,7 +122,7 @@ fn call(executor: &mut Executor) -> Result<()> {
     Ok(())
 }
 
-/// An NHWC output in NCHW.
+/// An output of the graph, converted from NHWC to NCHW.
 fn image_output(executor: &Executor, name: &'static str) -> Result<Named> {
     let graph = executor.plan().graph();
     let shape = graph.shape(graph.output(name));
@@ -219,7 +219,7 @@ fn nhwc(nchw: &[f32], channels: usize, pixels: usize) -> Vec<f32> {
     out
 }
 
-/// A module from a file, NCHW.
+/// A constant module from a tensor `[C, H, W]` of a file.
 fn constant(file: &TensorFile, name: &str, shape: Shape) -> Result<Module> {
     let values = file.get(name, &[Some(shape.c), Some(shape.h), Some(shape.w)])?.floats();
     let mut parameters = vec![0.0; values.len()];
@@ -290,7 +290,7 @@ fn encode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>>
     let half =
         |from: usize| moments.chunks_exact(one).flat_map(|m| m[from..from + one / 2].to_vec()).collect::<Vec<_>>();
     let shape = vec![n, shape[1] / 2, shape[2], shape[3]];
-    // diffusers clamps the logarithm to keep exp within fp16.
+    // diffusers clamps the logarithm of the variance, so that the deviation exp(logvar / 2) stays within fp16.
     let logvar = half(one / 2).into_iter().map(|x| x.clamp(-30.0, 20.0)).collect();
     Ok(vec![("mean", shape.clone(), half(0)), ("logvar", shape, logvar)])
 }

@@ -7,13 +7,13 @@ use std::io::IsTerminal;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// True if nothing but results and errors is wanted.
+/// True if only results, warnings and errors are wanted.
 static QUIET: OnceLock<bool> = OnceLock::new();
 
-/// Time between two lines where stderr is no terminal.
+/// Time between two lines if stderr is not a terminal.
 const EVERY: Duration = Duration::from_secs(5);
 
-/// Says for the whole process whether progress and tips are printed.
+/// Chooses for the whole process whether progress and tips are printed.
 pub(super) fn set_quiet(quiet: bool) {
     let _ = QUIET.set(quiet);
 }
@@ -45,7 +45,7 @@ struct Lines {
 }
 
 impl Progress {
-    /// Begins a piece of work; its total may follow.
+    /// Begins a piece of work, whose total may be set later.
     pub(super) fn new(doing: &'static str, total: u64, unit: &'static str) -> Self {
         let view = match () {
             _ if is_quiet() => View::Nothing,
@@ -69,7 +69,7 @@ impl Progress {
         Progress { doing, unit, view }
     }
 
-    /// Sets the whole of the work.
+    /// Sets the total amount of work.
     pub(super) fn set_total(&self, total: u64) {
         match &self.view {
             View::Bar(bar) => bar.set_length(total),
@@ -78,7 +78,8 @@ impl Progress {
         }
     }
 
-    /// Says how much is done, and what else there is to say. The first call tells where the work begins.
+    /// Reports how much is done, with `more` as additional text. The amount in the first call counts as the starting
+    /// point for the rate.
     pub(super) fn set(&self, done: u64, more: &str) {
         match &self.view {
             View::Bar(bar) => {
@@ -108,7 +109,7 @@ impl Progress {
         }
     }
 
-    /// Prints something that must not mix with the bar.
+    /// Calls a function that prints, while the bar is hidden.
     pub(super) fn suspend<R>(&self, print: impl FnOnce() -> R) -> R {
         match &self.view {
             View::Bar(bar) => bar.suspend(print),
@@ -116,7 +117,7 @@ impl Progress {
         }
     }
 
-    /// Ends it.
+    /// Ends the work and removes the bar.
     pub(super) fn finish(&self) {
         if let View::Bar(bar) = &self.view {
             bar.finish_and_clear();
@@ -124,7 +125,7 @@ impl Progress {
     }
 }
 
-/// A number of things out of all, bytes in MB.
+/// The finished amount and the total; bytes are in MB.
 fn counted(done: u64, total: u64, unit: &str) -> String {
     match unit {
         "bytes" => format!("{:.1}/{:.1} MB", done as f64 / 1e6, total as f64 / 1e6),
@@ -132,7 +133,7 @@ fn counted(done: u64, total: u64, unit: &str) -> String {
     }
 }
 
-/// A speed: `it/s` as others write it for steps and iterations.
+/// A rate. For steps and iterations it is in `it/s`, as in other programs.
 fn rate(per_second: f64, unit: &str) -> String {
     match unit {
         "bytes" => format!("{:.1} MB/s", per_second / 1e6),

@@ -1,10 +1,10 @@
-//! The images of `respodiff sample`: a prompt, or a file of them.
+//! The prompts of `respodiff sample`: one on the command line, or a file of them.
 
 use crate::{Error, Result};
 use serde::Deserialize;
 use std::path::Path;
 
-/// A prompt with what it may bring along.
+/// A prompt with its optional settings.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Item {

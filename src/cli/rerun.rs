@@ -1,4 +1,4 @@
-//! `respodiff rerun`: a picture made again from what its PNG file says.
+//! `respodiff rerun`: it generates a picture again from the record in its PNG file.
 
 use super::progress::Progress as Shown;
 use super::{Place, concepts, interrupt_flag, model, out, say, tell, warn};
@@ -16,7 +16,7 @@ use std::sync::atomic::Ordering;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// A PNG file by `respodiff sample`
+    /// A PNG file made by `respodiff sample`
     picture: PathBuf,
     /// The checkpoint that made it [default: the one that its record names]
     #[arg(long)]
@@ -24,7 +24,7 @@ pub(super) struct Args {
     /// The file to write, .png, .jpg or .webp [default: the picture's name with -again]
     #[arg(short, long)]
     out: Option<PathBuf>,
-    /// Where to compute; on another device than the picture's, numbers round differently
+    /// Device to compute on; on another device than the picture's, numbers round differently
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
 }
@@ -67,20 +67,20 @@ pub(super) fn run(args: &Args) -> Result<()> {
     shown.finish();
     let output = output?;
     let picture = output.pictures.first().ok_or_else(|| Error::internal("a run without a picture"))?;
-    // A file of equal pixels and an equal record has equal bytes.
+    // Files with equal pixels and equal records have equal bytes.
     let same = out::png(picture, &info)? == before;
     let (version, device) = (env!("CARGO_PKG_VERSION").into(), Some(engine.device().name()));
     out::save(picture, &again, &GenerationInfo { version, device, ..info })?;
     say(&again.display().to_string());
     match same {
         true => tell("the same picture, to the last bit"),
-        false => warn("the picture differs; the device, this version or the picture's own file have changed"),
+        false => warn("the picture differs: the device, the version or the picture's own file has changed"),
     }
     Ok(())
 }
 
-/// The picture's sampler, whose spacing is found by its name in the record. Two spacings share the name "Automatic":
-/// none, as LCM has it, and leading.
+/// The picture's sampler, with the spacing whose name is in the record. The name "Automatic" is that of two spacings:
+/// of none, as for LCM, and of leading.
 fn sampler(engine: &Engine, info: &GenerationInfo) -> Result<SamplerChoice> {
     let own: SamplerChoice = info.sampler.parse()?;
     let spacings = [None].into_iter().chain(Spacing::ALL.map(Some));
@@ -90,7 +90,8 @@ fn sampler(engine: &Engine, info: &GenerationInfo) -> Result<SamplerChoice> {
         schedule.is_ok_and(|s| s.spacing.map_or("Automatic", Spacing::a1111_name) == info.spacing)
     };
     choices.find(is_the_record).ok_or_else(|| {
-        let problem = format!("does not space {} as the picture's record says: {}", info.sampler, info.spacing);
+        let problem =
+            format!("does not give {} the timestep spacing of the picture's record: {}", info.sampler, info.spacing);
         Error::mismatch(Subject::Model(engine.name()), problem).advise("give the picture's checkpoint")
     })
 }
@@ -99,20 +100,24 @@ fn sampler(engine: &Engine, info: &GenerationInfo) -> Result<SamplerChoice> {
 fn read(path: &Path) -> Result<GenerationInfo> {
     let texts = read_png_text(path)?;
     let Some((_, text)) = texts.iter().find(|(keyword, _)| keyword == JSON_KEYWORD) else {
-        return Err(Error::unsupported(path, "does not say how it was made").advise("give a PNG by `respodiff sample`"));
+        return Err(Error::unsupported(path, "holds no record of its generation")
+            .advise("give a PNG made by `respodiff sample`"));
     };
     let info: GenerationInfo = serde_json::from_str(text)
         .map_err(|problem| Error::damaged(path, format!("its record cannot be read: {problem}")))?;
     if info.given_latents {
-        return Err(Error::unsupported(path, "was started from latents in a file, which it does not hold"));
+        return Err(Error::unsupported(
+            path,
+            "was generated from latents in a file, which the picture does not contain",
+        ));
     }
     if info.version != env!("CARGO_PKG_VERSION") {
-        warn(&format!("the picture is by version {}; others may round differently", info.version));
+        warn(&format!("the picture was made by version {}; this one may round differently", info.version));
     }
     Ok(info)
 }
 
-/// The engine that made it, if it is there.
+/// Opens the checkpoint that made the picture.
 fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
     let precision = match info.precision.as_deref() {
         None => MatrixPrecision::Fp32,
@@ -128,8 +133,11 @@ fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
         // A file or folder here, or a model id.
         None if Path::new(&info.model).exists() || info.model.contains('/') => model::source(Some(&info.model))?,
         None => {
-            return Err(Error::not_found(Subject::Model(info.model.clone()), "no checkpoint of this name is here")
-                .advise("say with --model where it is"));
+            return Err(Error::not_found(
+                Subject::Model(info.model.clone()),
+                "there is no checkpoint of this name here",
+            )
+            .advise("say with --model where it is"));
         }
     };
     let device = args.device.open()?;

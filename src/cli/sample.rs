@@ -17,15 +17,15 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-/// Most images of a run.
+/// The largest number of images of a run.
 const MAX_IMAGES: usize = 1_000_000;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// The words that say what to show
+    /// The prompt, which describes the picture
     #[arg(required_unless_present_any = ["prompt_flag", "prompts"], conflicts_with_all = ["prompt_flag", "prompts"])]
     prompt: Option<String>,
-    /// The same as a flag, for a prompt that begins with a dash
+    /// The prompt as a flag, for one that begins with a dash
     #[arg(short, long = "prompt", value_name = "PROMPT", allow_hyphen_values = true, conflicts_with = "prompts")]
     prompt_flag: Option<String>,
     /// A file with a prompt per line, or with a JSON object per line: prompt, negative_prompt, seed, guidance
@@ -34,7 +34,7 @@ pub(super) struct Args {
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
-    /// Words to stay away from; with SDXL "" is an empty prompt, which is not the same as none
+    /// Negative prompt; with SDXL, an empty one ("") is not the same as none
     #[arg(short, long, allow_hyphen_values = true)]
     negative_prompt: Option<String>,
     /// Sampling steps
@@ -49,38 +49,38 @@ pub(super) struct Args {
     /// Spacing of the steps: leading, trailing, linspace, karras, exponential [default: the checkpoint's]
     #[arg(long)]
     spacing: Option<String>,
-    /// Seed of the first image, from which the others count on [default, and -1: random]
+    /// Seed of the first image; each further image adds 1 [default, and -1: random]
     #[arg(short, long, allow_negative_numbers = true)]
     seed: Option<Seed>,
-    /// Whose random numbers a seed means: torch-cpu or torch-cuda
+    /// Random number generator of the seeds: torch-cpu or torch-cuda
     #[arg(long, default_value = "torch-cpu")]
     rng: String,
-    /// Images at once
+    /// Images per batch
     #[arg(long, default_value_t = 1)]
     batch: usize,
-    /// Images of each prompt, in as many batches as that takes [default: one batch; with --prompts 1]
+    /// Images of each prompt, in as many batches as needed [default: one batch; with --prompts, 1]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_IMAGES as i64))]
     images: Option<u32>,
-    /// Pixels, a multiple of 8 [default: the checkpoint's]
+    /// Width in pixels, a multiple of 8 [default: the checkpoint's]
     #[arg(short = 'W', long)]
     width: Option<usize>,
-    /// Pixels, a multiple of 8 [default: the checkpoint's]
+    /// Height in pixels, a multiple of 8 [default: the checkpoint's]
     #[arg(short = 'H', long)]
     height: Option<usize>,
-    /// SDXL: the size of the picture that this one is to look made of [default: its own]
+    /// SDXL: original size on which the UNet is conditioned [default: the picture's own size]
     #[arg(long, value_name = "WxH", value_parser = |text: &str| pair(text, 'x'))]
     original_size: Option<(usize, usize)>,
-    /// SDXL: pixels cut off that picture at its left and its top
+    /// SDXL: crop on which the UNet is conditioned, in pixels from the left and from the top
     #[arg(long, value_name = "X,Y", default_value = "0,0", value_parser = |text: &str| pair(text, ','))]
     crop: (usize, usize),
-    /// Start from this file's unit noise: safetensors, `latents` [IMAGES,4,H/8,W/8]
+    /// Start from the noise of unit variance in this safetensors file: `latents` [IMAGES,4,H/8,W/8]
     #[arg(long)]
     latents: Option<PathBuf>,
     /// Write the final latents to this file
     #[arg(long)]
     save_latents: Option<PathBuf>,
-    /// A .png, .jpg or .webp file, a template such as {seed}-{i}.png, a folder (made if it ends in a slash), or - for
-    /// stdout; several images add -0, -1, ... [default: the prompt and seed, in this folder]
+    /// A .png, .jpg or .webp file, a template such as {seed}-{i}.png, a folder (created if it ends in a slash), or -
+    /// for stdout; several images add -0, -1, ... [default: the prompt and seed, in this folder]
     #[arg(short, long, allow_hyphen_values = true)]
     out: Option<PathBuf>,
     /// Print one JSON object instead of file names: files and seeds, times, memory
@@ -88,7 +88,7 @@ pub(super) struct Args {
     json: bool,
     #[command(flatten)]
     concepts: concepts::Flags,
-    /// Where to compute: auto, cpu, cuda, or a GPU by its number, such as cuda:1
+    /// Device to compute on: auto, cpu, cuda, or a GPU by its number, such as cuda:1
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
     /// Number format of the UNet's linear layers
@@ -96,7 +96,7 @@ pub(super) struct Args {
     precision: Precision,
 }
 
-/// `started` is when the process was.
+/// `started` is the time at which the process started.
 pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let device = args.device.open()?;
     let mut sampler: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
@@ -111,7 +111,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let size = args.width.zip(args.height).map(|(width, height)| Size::new(width, height));
     let files = out::pictures(args.out.as_deref(), &names, base, size)?;
     if args.json && matches!(files, Pictures::Stdout) {
-        return Err(Error::invalid("json", "stdout is the picture's already").advise("name a file with --out"));
+        return Err(Error::invalid("json", "stdout already takes the picture").advise("name a file with --out"));
     }
     if let Some(path) = &args.save_latents {
         check_writable(path)?;
@@ -121,7 +121,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let opening = Instant::now();
     let engine = Engine::open(&source, EngineOptions::new(device.clone()).precision(args.precision.of_matrices()))?;
     let loading = opening.elapsed();
-    // Hashes are in every picture, and read all of the weights: meanwhile the first pictures are made.
+    // Every picture records hashes of the weights. They are computed while the first pictures are made, since all
+    // weights have to be read for them.
     let hashing = std::thread::spawn({
         let engine = engine.clone();
         move || Ok((engine.sha256()?, engine.fingerprint()?))
@@ -198,11 +199,12 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let one: usize = shape[1..].iter().product();
     let mut final_latents = Vec::with_capacity(images * one);
     let sampling = Instant::now();
-    // Makes a batch; false if the run was broken off meanwhile.
+    // Makes a batch. The result is false if the run was interrupted meanwhile.
     let mut make = |start: usize| -> Result<bool> {
         let end = images.min(start + batch);
         if end - start < options.batch {
-            // The last batch is smaller. Its session needs the room of the other.
+            // The last batch is smaller and needs a session of its own. The other session is dropped first, to free its
+            // memory.
             options.batch = end - start;
             session = None;
         }
@@ -235,7 +237,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             }
             if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
-        // Printed lines and the bar would mix.
+        // The bar is hidden meanwhile, since printed lines would mix with it.
         shown.suspend(|| saved.add(&output.pictures))?;
         final_latents.extend_from_slice(&output.latents);
         Ok(output.pictures.len() == options.batch)
@@ -245,7 +247,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         match make(start) {
             Ok(true) => {}
             Ok(false) => break,
-            // Pictures of earlier batches are there: they are reported first.
+            // Pictures of earlier batches exist, and are reported before the error.
             Err(problem) if start > 0 => {
                 failure = Some(problem);
                 break;
@@ -267,7 +269,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         "loaded in {loading:.2} s; {made} image{}, {each:.2} s each; {:.2} GiB of memory planned{}",
         if made == 1 { "" } else { "s" },
         gib(memory.total()),
-        taken.map_or(String::new(), |taken| format!(", {:.2} taken by the device's count", gib(taken)))
+        taken.map_or(String::new(), |taken| format!(", {:.2} in use by the device's count", gib(taken)))
     ));
     tip(args, &engine, each);
     if args.json {
@@ -296,7 +298,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     }
 }
 
-/// Two whole numbers.
+/// Parses two whole numbers with a separator between them.
 fn pair(text: &str, separator: char) -> std::result::Result<(usize, usize), String> {
     let numbers = text.split_once(separator).and_then(|(a, b)| Some((a.trim().parse().ok()?, b.trim().parse().ok()?)));
     numbers.ok_or_else(|| format!("write two whole numbers with `{separator}` between them"))
@@ -325,13 +327,13 @@ struct Planned<'a> {
     seed: u64,
 }
 
-/// The images of a run, those of one prompt after the other. Seeds count on from prompt to prompt, but where one has
-/// its own.
+/// The images of a run, prompt by prompt. Seeds count up from image to image across prompts, except that the images of
+/// a prompt with a seed of its own count from that seed.
 fn plan(items: &[Item], each: usize, base: u64) -> Result<Vec<Planned<'_>>> {
     let total = items.len().saturating_mul(each);
     if total > MAX_IMAGES {
         let problem = format!("{} prompts with {each} images each are more than {MAX_IMAGES} pictures", items.len());
-        return Err(Error::invalid("images", problem).advise("give less"));
+        return Err(Error::invalid("images", problem).advise("give fewer"));
     }
     let planned = |i: usize| {
         let (item, image) = (&items[i / each], i % each);
@@ -362,13 +364,13 @@ fn encode(engine: &Engine, args: &Args, items: &[Item]) -> Result<Vec<(Condition
     items.iter().map(pair).collect()
 }
 
-/// Tells a user who waits long how to wait less.
+/// Prints a tip on faster settings if an image took a minute or more on the CPU.
 fn tip(args: &Args, engine: &Engine, seconds: f64) {
     if seconds < 60.0 || !engine.device().is_cpu() {
         return;
     }
     let faster = match args.precision == Precision::Full {
-        true => ", or --precision int8 where the processor has AMX or AVX-512 VNNI",
+        true => ", or --precision int8 if the processor has AMX or AVX-512 VNNI",
         false => "",
     };
     tell(&format!(
@@ -377,7 +379,7 @@ fn tip(args: &Args, engine: &Engine, seconds: f64) {
 }
 
 impl Args {
-    /// The prompts, and images of each.
+    /// The prompts, and the number of images of each.
     fn items(&self) -> Result<(Vec<Item>, usize)> {
         let items = match (&self.prompts, self.prompt.as_ref().or(self.prompt_flag.as_ref())) {
             (Some(file), _) => prompts::read(file)?,
@@ -388,10 +390,10 @@ impl Args {
             (Some(images), _) => images as usize,
             (None, Some(_)) => 1,
             (None, None) if self.batch > MAX_IMAGES => {
-                let problem = format!("{} images at once are not possible", self.batch);
+                let problem = format!("a batch of {} images is not possible", self.batch);
                 return Err(Error::invalid("batch", problem).advise("give 1 to 256"));
             }
-            // No images at all are refused later, with the right words.
+            // A batch of 0 is refused later, with a message of its own.
             (None, None) => self.batch.max(1),
         };
         Ok((items, each))
@@ -408,12 +410,12 @@ struct Saved<'a> {
     assignment: &'a concepts::Assignment,
     /// True if a manifest is kept.
     audited: bool,
-    /// True if files are named on stdout, each as it is written.
+    /// True if the name of each file is printed to stdout once the file is written.
     named: bool,
     manifest: Vec<serde_json::Value>,
-    /// When the first one was there.
+    /// The time at which the first picture was written.
     first: Option<Instant>,
-    /// Runs until the first picture is there.
+    /// The thread that hashes the weights, until the first picture needs its result.
     hashing: Option<std::thread::JoinHandle<Result<Hashes>>>,
     guidance: &'a dyn Fn(&Item) -> f32,
     negative: Option<&'a str>,
@@ -422,7 +424,7 @@ struct Saved<'a> {
 }
 
 impl Saved<'_> {
-    /// Writes the next pictures, and after every batch which picture got what so far.
+    /// Writes the pictures of the next batch, and then the manifest of all pictures so far.
     fn add(&mut self, pictures: &[Picture]) -> Result<()> {
         if let Some(hashing) = self.hashing.take() {
             let hashes = hashing.join().map_err(|_| Error::internal("the thread that hashes the weights ended"))?;
@@ -469,7 +471,7 @@ impl Saved<'_> {
         Ok(())
     }
 
-    /// The manifest's file, where one is kept.
+    /// The manifest's file, if one is kept.
     fn manifest_path(&self) -> Option<PathBuf> {
         match self.files {
             Pictures::Files(files) if self.audited => files.first().map(|file| file.with_extension("json")),

@@ -19,13 +19,13 @@ use std::time::{Duration, Instant};
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("task").required(true))]
 pub(super) struct Args {
-    /// Learn to move toward this: "a woman"
+    /// Train a concept that moves pictures toward this: "a woman"
     #[arg(long, group = "task")]
     target: Option<String>,
-    /// Learn to move away from this: "violence"
+    /// Train a concept that moves pictures away from this: "violence"
     #[arg(long, group = "task", requires = "neutral")]
     avoid: Option<String>,
-    /// The prompt it is learnt on [default: "a person" with --target]
+    /// Neutral prompt on which it is trained [default: "a person" with --target]
     #[arg(long)]
     neutral: Option<String>,
     /// Concept file to write
@@ -34,46 +34,46 @@ pub(super) struct Args {
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
-    /// default, official (the authors' code), or a TOML file with fields of a recipe
+    /// Recipe: default, official (that of the authors' code), or a TOML file with fields of a recipe
     #[arg(long, default_value = "default")]
     recipe: String,
-    /// Steps of training
+    /// Training iterations
     #[arg(long)]
     iterations: Option<u64>,
-    /// Latents of a step
+    /// Latents per iteration
     #[arg(long)]
     batch: Option<usize>,
-    /// Adam's rate for RAM
+    /// Adam's learning rate for RAM
     #[arg(long)]
     lr_ram: Option<f64>,
-    /// Adam's rate for SAM
+    /// Adam's learning rate for SAM
     #[arg(long)]
     lr_sam: Option<f64>,
     /// Weight of L_sem
     #[arg(long)]
     lambda: Option<f64>,
-    /// constant, or for comparison ram-only, shared, mlp, conv
+    /// Form of the modules: constant, or for comparison ram-only, shared, mlp or conv
     #[arg(long)]
     variant: Option<Variant>,
-    /// Steps of training from one rollout: faster, on latents that are less independent
+    /// Training iterations per rollout: more are faster, on latents that are less independent
     #[arg(long)]
     latents_per_rollout: Option<usize>,
     /// Seed of the training's random numbers
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Pixels, a multiple of 8 [default: the checkpoint's]
+    /// Width in pixels, a multiple of 8 [default: the checkpoint's]
     #[arg(long)]
     width: Option<usize>,
-    /// Pixels, a multiple of 8 [default: the checkpoint's]
+    /// Height in pixels, a multiple of 8 [default: the checkpoint's]
     #[arg(long)]
     height: Option<usize>,
-    /// Pictures in each row of the sheet that shows the concept at the end; 0 for no sheet
+    /// Pictures per row of the contact sheet that shows the concept at the end; 0 for no sheet
     #[arg(long, default_value_t = 8)]
     sheet: usize,
-    /// Where to compute
+    /// Device to compute on
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
-    /// Go on from OUT's .checkpoint, if there is one
+    /// Continue from OUT's .checkpoint, if there is one
     #[arg(long)]
     resume: bool,
     /// Print one JSON object instead of file names: the files, losses and times
@@ -104,7 +104,7 @@ impl Args {
     }
 }
 
-/// How often a checkpoint is written.
+/// The time between two checkpoints.
 const SAVE_EVERY: Duration = Duration::from_secs(20);
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -117,9 +117,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if !args.resume && checkpoint.exists() {
         return Err(Error::invalid(
             "out",
-            format!("{} is there from a training that did not end", checkpoint.display()),
+            format!("{} remains from a training that was not finished", checkpoint.display()),
         )
-        .advise("go on with --resume, or delete it"));
+        .advise("continue with --resume, or delete it"));
     }
 
     let source = model::source(args.model.as_deref())?;
@@ -128,7 +128,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let Size { width, height } = engine.default_size();
     let size = Size::new(args.width.unwrap_or(width), args.height.unwrap_or(height));
     let mut trainer = Trainer::new(&engine, task.clone(), recipe.clone(), args.seed, size)?;
-    // Text encoders and VAE have done their part until there are pictures to draw.
+    // The text encoders and the VAE are not needed until pictures are drawn, so their memory is freed.
     drop(engine);
     tell(&format!("memory: {}", trainer.memory()));
     if args.resume && checkpoint.exists() {
@@ -158,7 +158,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         "concept": args.out.display().to_string(), "fingerprint": concept.fingerprint(), "iterations": done,
         "seconds": seconds, "losses": concept.metadata.losses, "warnings": trainer.warnings(),
     });
-    // Done: what is left is to show it, and another training may begin.
+    // The concept is saved, so the checkpoint is no longer needed, and another training may begin.
     let _ = std::fs::remove_file(&checkpoint);
     trainer.warnings().iter().for_each(|w| warn(w));
     let plot = beside("losses.png");
@@ -177,9 +177,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Pictures of the neutral prompt, without the concept in the first row and with it in the second.
+/// The contact sheet: pictures of the neutral prompt, without the concept in the first row and with it in the second.
 fn draw(args: &Args, source: &Source, device: Device, task: &Task, concept: Concept, size: Size) -> Result<Picture> {
-    // Sampling with networks for concepts is the CPU's.
+    // Only the CPU can sample with concepts that are networks.
     let device = if concept.ram.form() == Form::Constant { device } else { Device::cpu() };
     let engine = Engine::open(source, device)?;
     let mut session = engine.session(engine.options().size(size).concepts(true))?;
@@ -215,7 +215,7 @@ fn train(trainer: &mut Trainer, iterations: u64, checkpoint: &Path) -> Result<()
                 trainer.history().len(),
                 checkpoint.display()
             ))
-            .advise("go on with --resume"));
+            .advise("continue with --resume"));
         }
         if outcome.is_ok() {
             outcome = trainer.iterate().map(|losses| {

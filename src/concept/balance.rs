@@ -1,11 +1,11 @@
-//! The concepts that the images of a run get: by exact quotas over all images, or by independent draws.
+//! Assigns concepts to the images of a run: by exact quotas over all images, or by independent draws.
 
 use super::Concept;
 use crate::draws::Draws;
 use crate::{Error, Result};
 use std::sync::Arc;
 
-/// Concepts of which each image gets one, such as "a woman" and "a man".
+/// A group of concepts, such as "a woman" and "a man", of which each image gets one.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Group {
@@ -19,7 +19,7 @@ impl Group {
     /// A group with the given shares, which are scaled to add up to 1, or with equal ones.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for fewer than two members, another number of shares, or shares that are no
+    /// [`crate::ErrorKind::Invalid`] for fewer than two members, another number of shares, or shares that are not
     /// proportions.
     pub fn new(members: Vec<Arc<Concept>>, shares: Option<Vec<f64>>) -> Result<Self> {
         if members.len() < 2 {
@@ -28,21 +28,22 @@ impl Group {
         let shares = shares.unwrap_or_else(|| vec![1.0; members.len()]);
         if shares.len() != members.len() {
             return Err(Error::invalid("balance", format!("{} shares for {} concepts", shares.len(), members.len()))
-                .advise("give one each"));
+                .advise("give one share per concept"));
         }
         let total: f64 = shares.iter().sum();
         if shares.iter().any(|s| !s.is_finite() || *s < 0.0) || total <= 0.0 {
-            return Err(Error::invalid("balance", "a share is negative or no number, or all are zero")
+            return Err(Error::invalid("balance", "a share is negative or not a number, or all are zero")
                 .advise("give positive numbers, such as 0.6,0.4"));
         }
         Ok(Group { members, shares: shares.into_iter().map(|s| s / total).collect() })
     }
 
-    /// The word by which a prompt names an attribute of the group, if it does. The prompt's author has decided then.
+    /// The word by which a prompt names an attribute of the group, if there is one. The prompt's author has then
+    /// already decided on the attribute.
     ///
     /// It compares whole words in lower case: those of the concepts' own prompts, except articles, "person" and the
-    /// like, and for genders the usual other words as well. The colour of a thing ("a white coat") counts too, since a
-    /// list of words cannot tell it apart.
+    /// like, and for genders also the usual synonyms. The colour of a thing ("a white coat") counts too, since a list
+    /// of words cannot distinguish it from an attribute.
     pub fn named_in(&self, prompt: &str) -> Option<String> {
         const PLAIN: [&str; 8] = ["a", "an", "the", "person", "people", "of", "race", "photo"];
         const GENDERS: [&str; 24] = [
@@ -124,7 +125,7 @@ pub fn assign(groups: &[Group], images: usize, seed: u64, random: bool) -> Vec<V
     rows
 }
 
-/// Whole counts that add up to `images`, by largest remainders. The first of equal remainders goes first.
+/// Whole counts that add up to `images`, by largest remainders. Of equal remainders, the first is rounded up first.
 pub fn quotas(shares: &[f64], images: usize) -> Vec<usize> {
     let exact: Vec<f64> = shares.iter().map(|s| s * images as f64).collect();
     let mut counts: Vec<usize> = exact.iter().map(|e| (e + 1e-9).floor() as usize).collect();

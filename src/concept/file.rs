@@ -1,7 +1,8 @@
 //! Concept files: one safetensors file per concept.
 //!
-//! A file holds the tensors `ram` and `sam`, `[c, h, w]` in fp16 or fp32 (for the ablation's networks their parameters,
-//! `[p]`), and describes them in its metadata, one string per field. Fields that this version does not know are kept.
+//! A file holds the tensors `ram` and `sam`, each `[c, h, w]` in fp16 or fp32, and describes them in its metadata, one
+//! string per field. For the networks of the ablation, the tensors are the parameters, `[p]`. Fields that this version
+//! does not know are kept.
 
 use super::{Form, Module};
 use crate::graph::Shape;
@@ -16,7 +17,7 @@ use std::path::Path;
 
 /// Version of the file format.
 const FORMAT: u32 = 1;
-/// Longest side and most channels of a bottleneck. A file with more is damaged.
+/// The largest height, width and number of channels of a bottleneck. A file with more counts as damaged.
 const MAX_SIDE: usize = 4096;
 
 /// The direction in which a concept moves a picture.
@@ -103,7 +104,7 @@ pub struct Concept {
     pub metadata: Metadata,
     /// The responsible-concept alignment module (RAM), which moves toward the concept.
     pub ram: Module,
-    /// The semantic alignment module (SAM); absent where RAM was trained alone.
+    /// The semantic alignment module (SAM); absent if RAM was trained alone.
     pub sam: Option<Module>,
 }
 
@@ -132,7 +133,7 @@ impl Concept {
             return Err(Error::mismatch(
                 Subject::Field("concepts"),
                 format!(
-                    "the concept `{}`, trained on {}, is for a bottleneck of {} channels where this model has {}",
+                    "the concept `{}`, trained on {}, is for a bottleneck of {} channels, and this model has {}",
                     self.metadata.concept,
                     if self.metadata.base_model.is_empty() { "another model" } else { &self.metadata.base_model },
                     other.shape().c,
@@ -147,7 +148,7 @@ impl Concept {
         modules().map(|module| module.at_size(shape).ok_or_else(broken)).collect()
     }
 
-    /// Identifies the modules: the first 16 bytes of the SHA-256 of their numbers in fp32, RAM before SAM, in
+    /// An identifier of the modules: the first 16 bytes of the SHA-256 of their numbers in fp32, RAM before SAM, in
     /// hexadecimal.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
@@ -161,7 +162,7 @@ impl Concept {
     ///
     /// # Errors
     /// [`crate::ErrorKind::NotFound`] or [`crate::ErrorKind::Io`] if it cannot be read, [`crate::ErrorKind::Damaged`]
-    /// if it is damaged or no concept, [`crate::ErrorKind::Unsupported`] if a newer version wrote it.
+    /// if it is damaged or not a concept file, [`crate::ErrorKind::Unsupported`] if a newer version wrote it.
     pub fn load(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
@@ -335,7 +336,8 @@ impl Concept {
         crate::files::write(path.as_ref(), &self.bytes(format)?)
     }
 
-    /// One concept that is the sum of several, each times its weight. Its metadata are the first one's.
+    /// One concept that is the sum of several, each multiplied by its weight. Its name lists the parts, and its base
+    /// model and neutral prompt are those of the first.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] if there is none or one is a network, [`crate::ErrorKind::Mismatch`] if they
@@ -374,7 +376,7 @@ impl Concept {
     }
 }
 
-/// A tensor's numbers in fp32, or what is wrong with it.
+/// A tensor's numbers in fp32, or a description of what is wrong with it.
 fn numbers(view: &TensorView) -> std::result::Result<Vec<f32>, String> {
     let data = view.data();
     let values: Vec<f32> = match view.dtype() {

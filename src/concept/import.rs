@@ -7,7 +7,7 @@ use crate::layout::nchw_to_nhwc;
 use crate::{Error, Result};
 use std::path::Path;
 
-/// Columns of the official checkpoint (VSSILPA/respodiff). The dictionary there gives column 3 to two
+/// Columns of the official checkpoint (VSSILPA/respodiff). The dictionary in the official code assigns column 3 to two
 /// concepts.
 const OFFICIAL: [(&str, usize); 9] = [
     ("a woman", 0),
@@ -35,7 +35,8 @@ const SDISC: [(&str, usize); 8] = [
 /// Reads one concept from a file, by its name or by its column, for a model whose bottleneck has `channels`.
 ///
 /// Each column of a matrix `[c * r * r, concepts]` is a module `[c, r, r]`. The official checkpoint holds RAM in
-/// `controlnet.fc1.weight` and SAM in `controlnet_residual.fc2.weight`. SDisc's holds one matrix, which becomes RAM.
+/// `controlnet.fc1.weight` and SAM in `controlnet_residual.fc2.weight`. SDisc's checkpoint holds one matrix, which
+/// becomes RAM.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Invalid`] for a name or column that the file does not have, [`crate::ErrorKind::Mismatch`] for
@@ -75,7 +76,7 @@ pub fn import(path: &Path, concept: &str, column: Option<usize>, channels: usize
         }
         let side = rows.checked_div(channels).unwrap_or(0).isqrt();
         if rows == 0 || side * side * channels != rows {
-            let problem = format!("tensor `{}` has {rows} rows, which are no [{channels}, r, r]", matrix.name);
+            let problem = format!("tensor `{}` has {rows} rows, which do not form [{channels}, r, r]", matrix.name);
             return Err(Error::mismatch(path, problem).advise("give the model that it was trained on"));
         }
         let values: Vec<f32> = matrix.values.iter().skip(column).step_by(columns).copied().collect();

@@ -1,5 +1,5 @@
 //! Concepts of RespoDiff (arXiv 2509.15257): learnt tensors that are added to the UNet's bottleneck, their files, and
-//! how they are dealt out to the images of a batch.
+//! their assignment to the images of a batch.
 
 mod balance;
 mod file;

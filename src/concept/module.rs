@@ -1,4 +1,4 @@
-//! Modules, the functions that are learnt: their value at the bottleneck is added to it.
+//! Modules: the learnt functions whose value at the bottleneck is added to it.
 //!
 //! The method's own module is a constant, which does not depend on the bottleneck. The networks are for the paper's
 //! ablation. The paper does not publish their sizes, so these are ours: `mlp` is two layers at each pixel, `conv` three
@@ -8,10 +8,10 @@
 use crate::cpu::{silu, silu_slope};
 use crate::graph::Shape;
 
-/// Channels of the bottleneck for each channel inside a network.
+/// The number of channels of the bottleneck per hidden channel of a network.
 const HIDDEN_DIVISOR: usize = 2;
 
-/// Kind of function that a module is.
+/// The kind of function that a module computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -49,8 +49,8 @@ pub struct Module {
 }
 
 impl Module {
-    /// A module for a bottleneck of `shape`, whose value is still zero. `draw` gives numbers in -1..1, which initialise
-    /// the inner layers of networks.
+    /// A module for a bottleneck of `shape`, whose value is zero until it is trained. `draw` gives numbers in -1..1,
+    /// which initialise the inner layers of networks.
     pub fn new(form: Form, shape: Shape, mut draw: impl FnMut() -> f32) -> Self {
         let shape = Shape { n: 1, ..shape };
         let mut module = Module { form, shape, parameters: Vec::new() };
@@ -83,8 +83,8 @@ impl Module {
         self.parameters.len() == wanted
     }
 
-    /// The same for a bottleneck of another size and as many channels; `None` if it has too few or too many parameters.
-    /// A constant is resampled, and a network is the same at every size.
+    /// The same module for a bottleneck of another size and as many channels; `None` if it has too few or too many
+    /// parameters. A constant is resampled, and a network is the same at every size.
     pub(super) fn at_size(&self, shape: Shape) -> Option<Self> {
         let parameters = match self.form {
             _ if !self.is_whole() => return None,
@@ -124,8 +124,9 @@ impl Module {
         }
     }
 
-    /// The gradient by the parameters, from the gradient `d` by the module's value at `mid`, both of any number of
-    /// images. The gradient by `mid` is not needed, since the layers before the bottleneck are frozen.
+    /// The gradient with respect to the parameters, given the gradient `d` with respect to the module's value at `mid`;
+    /// both `mid` and `d` are of any number of images. The gradient with respect to `mid` is not needed, since the
+    /// layers before the bottleneck are frozen.
     pub fn gradient(&self, mid: &[f32], d: &[f32]) -> Vec<f32> {
         let one = self.shape.len();
         let mut gradient = vec![0.0; self.parameters.len()];
@@ -207,7 +208,7 @@ impl Module {
     }
 }
 
-/// Bilinear, per channel, with half-pixel centres and clamped edges; the identity at the same size.
+/// Resamples bilinearly, per channel, with half-pixel centres and clamped edges; it is the identity at the same size.
 fn resample(values: &[f32], from: Shape, to: Shape) -> Vec<f32> {
     let along = |i: usize, from: usize, to: usize| {
         let at = ((i as f32 + 0.5) * from as f32 / to as f32 - 0.5).clamp(0.0, (from - 1) as f32);

@@ -1,7 +1,7 @@
-//! Tensors out of `torch.save` files, with nothing executed.
+//! Reads tensors from `torch.save` files without executing anything.
 //!
-//! A pickle is a program. Of its instructions only those are known here that tensors in dictionaries need, and of the
-//! functions it may name only those that put a tensor together; any other is refused by name.
+//! A pickle is a program. This reader knows only those instructions that tensors in dictionaries need, and only those
+//! functions that build a tensor. It refuses any other by name.
 
 use crate::{Error, Result};
 use half::{bf16, f16};
@@ -12,21 +12,23 @@ use std::io::{BufReader, Read};
 use std::path::Path;
 use std::rc::Rc;
 
-/// Instructions a file may have: hundreds of tensors' worth.
+/// The largest number of instructions of a pickle, which is enough for hundreds of tensors.
 const MAX_INSTRUCTIONS: usize = 20_000;
-/// Bytes of a pickle.
+/// The largest size of a pickle in bytes.
 const MAX_PICKLE: u64 = 1 << 20;
-/// Numbers of all tensors together: a tensor may repeat its storage's, so the file's size is no limit.
+/// The largest number of elements of all tensors together. The file's size does not limit it, since a tensor may repeat
+/// the numbers of its storage.
 const MAX_NUMBERS: usize = 1 << 28;
-/// Levels of dictionaries that are looked into: a state dict, one inside a checkpoint, and one more.
+/// The levels of dictionaries that are searched: a state dict, one inside a checkpoint, and one more.
 const MAX_DEPTH: usize = 3;
-/// Dictionary entries that are looked at: a dictionary may hold another many times over, or itself.
+/// The largest number of dictionary entries that are searched, since a dictionary may contain another one many times,
+/// or itself.
 const MAX_ENTRIES: usize = 10_000;
 
 /// A tensor of a file, row-major.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
-    /// Keys that lead to it, joined by slashes; empty if it is all there is.
+    /// The keys that lead to it, joined by slashes; empty if the file holds nothing but this tensor.
     pub name: String,
     /// Dimensions.
     pub shape: Vec<usize>,
@@ -38,14 +40,14 @@ pub struct Tensor {
 ///
 /// # Errors
 /// [`crate::ErrorKind::Io`], or [`crate::ErrorKind::Damaged`] if the file is damaged, of the older format, or asks for
-/// anything else than tensors.
+/// anything other than tensors.
 pub fn tensors(path: &Path) -> Result<Vec<Tensor>> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|e| {
         Error::damaged(path, format!("not a zip file as torch.save writes them since PyTorch 1.6 ({e})"))
             .advise("save it anew")
     })?;
-    // Names that cannot be decoded are none of torch's.
+    // Names that cannot be decoded are not from torch.
     let is_pickle = |name: &Cow<str>| name.ends_with("/data.pkl");
     let pickle = archive.file_names().flatten().find(is_pickle).map(Cow::into_owned);
     let bad = |problem: String| {
@@ -111,7 +113,7 @@ struct Lazy {
 }
 
 impl Lazy {
-    /// Numbers it has, at most `usize::MAX`.
+    /// The number of its elements, at most `usize::MAX`.
     fn len(&self) -> usize {
         match self.shape.contains(&0) {
             true => 0,
@@ -149,8 +151,7 @@ impl Lazy {
     }
 }
 
-/// A value that instructions pass to each other. Dictionaries and lists are shared, as they are filled after they are
-/// stored.
+/// A value on the stack or in the memo. Dictionaries and lists are shared, since they are filled after they are stored.
 #[derive(Clone, Debug)]
 enum Value {
     Mark,
@@ -198,8 +199,8 @@ struct Machine<'a> {
 }
 
 impl Drop for Machine<'_> {
-    /// Takes everything apart piece by piece: dropped from outside, a nest would go as deep into the stack as it is
-    /// nested.
+    /// Drops all values one by one. If a deeply nested value were dropped from its outermost one, the recursion would
+    /// be as deep as the nesting and overflow the stack.
     fn drop(&mut self) {
         self.stack.clear();
         self.memo.clear();
@@ -210,7 +211,7 @@ impl Drop for Machine<'_> {
                 _ => {}
             }
         }
-        // A tuple holds what is older than itself.
+        // A tuple holds only values older than itself, so the newest values are dropped first.
         while self.made.pop().is_some() {}
     }
 }
@@ -332,7 +333,7 @@ impl<'a> Machine<'a> {
                     let (module, name) = (self.line()?, self.line()?);
                     let known = Function::named(&module, &name);
                     Value::Function(
-                        known.ok_or_else(|| format!("asks for `{module}.{name}`, which is no tensor's part"))?,
+                        known.ok_or_else(|| format!("asks for `{module}.{name}`, which is not part of a tensor"))?,
                     )
                 }
                 b'Q' => self.persistent()?,
@@ -366,7 +367,7 @@ impl<'a> Machine<'a> {
                     self.append(values)?;
                     continue;
                 }
-                // Attributes of a dictionary, such as a state dict's versions: not read.
+                // Attributes of a dictionary, such as the versions in a state dict, are not read.
                 b'b' => {
                     self.pop()?;
                     continue;
@@ -384,12 +385,12 @@ impl<'a> Machine<'a> {
         Err("its pickle is too long for a concept".into())
     }
 
-    /// `("storage", kind, key, device, length)`.
+    /// Reads the identifier of a storage, `("storage", kind, key, device, length)`.
     fn persistent(&mut self) -> Outcome<Value> {
         let Value::Tuple(id) = self.pop()? else { return Err("its pickle is damaged: no storage".into()) };
         match &id[..] {
             [Value::Text(tag), Value::Function(Function::Storage(kind)), Value::Text(key), ..] if tag == "storage" => {
-                // It becomes a file's name in the archive.
+                // The key becomes the name of a file in the archive.
                 match key.bytes().all(|b| b.is_ascii_alphanumeric()) {
                     true => Ok(Value::Storage(*kind, key.clone())),
                     false => Err(format!("a storage is called {key:?}")),
@@ -432,7 +433,7 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// The tensors in a value.
+/// The search for tensors in a value.
 struct Search {
     found: Vec<(String, Lazy)>,
     entries: usize,

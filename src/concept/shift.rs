@@ -56,8 +56,8 @@ impl Shift {
         self.networks.is_empty()
     }
 
-    /// The whole shift for a step, `[images, h, w, c]`. `mid` is the bottleneck of all rows, of which the last are the
-    /// images' conditional ones.
+    /// The whole shift for a step, `[images, h, w, c]`. `mid` is the bottleneck of all CFG rows, of which the last are
+    /// the conditional rows of the images.
     pub(crate) fn follow(&self, mid: &[f32], out: &mut [f32]) {
         out.copy_from_slice(&self.constant);
         let mid = &mid[mid.len() - out.len()..];

@@ -127,7 +127,8 @@ impl GraphBuilder {
         self.conv(name, sources, outputs, options)
     }
 
-    /// Several layers that read the same input, as one layer whose outputs stand side by side.
+    /// Fuses several layers that read the same input into one layer, which concatenates their outputs along the
+    /// channels.
     pub fn fused(
         &mut self,
         name: &str,
@@ -208,7 +209,7 @@ impl GraphBuilder {
         self.node(name, Op::LayerNorm { x, weight, bias, eps }, shape)
     }
 
-    /// Attention. The result has the queries' size.
+    /// Attention. The result has the height and width of the queries.
     pub fn attention(
         &mut self,
         name: &str,
@@ -229,7 +230,8 @@ impl GraphBuilder {
         self.node(name, Op::Activate { x, activation }, shape)
     }
 
-    /// Token embedding plus position embedding; `tokens` and `positions` are names and rows of the tables.
+    /// Token embedding plus position embedding; `tokens` and `positions` are the names and the numbers of rows of the
+    /// tables.
     ///
     /// # Panics
     /// If `ids` is not an input: indices are checked only when inputs are written.
@@ -268,7 +270,7 @@ impl GraphBuilder {
         self.node(name, Op::Shift { x, shift }, shape)
     }
 
-    /// A learnt token `class` before the others, and position embeddings added to all.
+    /// Puts a learnt token `class` before the others, and adds position embeddings to all.
     pub fn class_token(&mut self, class: &str, positions: &str, x: TensorId) -> TensorId {
         let shape = self.shape(x);
         let spec = |name: String, rows: usize, width: usize, kind| WeightSpec {
@@ -284,7 +286,7 @@ impl GraphBuilder {
         self.node(class, Op::ClassToken { x, class: token, positions }, Shape { w: shape.w + 1, ..shape })
     }
 
-    /// One token of each image.
+    /// Selects one token of each image.
     ///
     /// # Panics
     /// If `index` is not an input, as for [`GraphBuilder::embed`].
@@ -295,7 +297,7 @@ impl GraphBuilder {
     }
 
     fn assert_input(&self, indices: TensorId) {
-        assert!(self.graph.inputs.iter().any(|(_, id)| *id == indices), "indices are an input's");
+        assert!(self.graph.inputs.iter().any(|(_, id)| *id == indices), "indices must be an input of the graph");
     }
 
     fn affine(&mut self, name: &str, channels: usize) -> (WeightId, WeightId) {

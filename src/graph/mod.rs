@@ -1,7 +1,7 @@
 //! Static graphs: the computation of a network at one given shape, as a small set of fused operations.
 //!
 //! A graph knows shapes and weight names but no device. Every activation is NHWC; a token sequence is an image of
-//! height 1 (`[n, 1, tokens, c]`), a vector per image is `[n, 1, 1, c]`, so nothing is ever reshaped. Attention reads
+//! height 1 (`[n, 1, tokens, c]`), a vector per image is `[n, 1, 1, c]`, so no tensor is ever reshaped. Attention reads
 //! `[n, h, w, c]` as a sequence of `h * w` tokens.
 //!
 //! Names of nodes and weights are the checkpoint's own tensor names.
@@ -111,8 +111,8 @@ pub enum WeightKind {
         /// True for GEGLU: the first half of the outputs are values, the second half gates. Executors pack the column
         /// of a value near that of its gate.
         gated: bool,
-        /// True if the source is resized first. Where that doubles it, an executor may want sums of taps in place of
-        /// the taps.
+        /// True if the source is resized first. If that doubles its size, an executor may sum the taps that read the
+        /// same pixel.
         resized: bool,
     },
     /// A [`WeightKind::Matrix`] transposed for a data gradient: outputs become inputs, and taps are mirrored.
@@ -121,7 +121,7 @@ pub enum WeightKind {
         kernel: usize,
         /// Input channels of the layer.
         inputs: usize,
-        /// The gradient is wanted for this many of them, the first ones.
+        /// The number of input channels, counted from the first, for which the gradient is wanted.
         wanted: usize,
     },
 }
@@ -137,10 +137,10 @@ pub struct WeightSpec {
     pub width: usize,
     /// Role of the weight.
     pub kind: WeightKind,
-    /// Names of the scale and the shift of the layer norm whose result the matrix multiplies; set where nothing else
-    /// than such products reads that result. An executor may then fold both into the matrix and normalise only: the
-    /// norm of `x` is `scale * n(x) + shift`, and `W (scale * n + shift) = (W * scale) n + W shift`.
-    /// [`GraphBuilder::finish`] sets it.
+    /// Names of the scale and the shift of the layer norm whose result the matrix multiplies; set only if nothing but
+    /// such products reads that result. An executor may then fold both into the matrix and normalise only: the norm of
+    /// `x` is `scale * n(x) + shift`, and `W (scale * n + shift) = (W * scale) n + W shift`. [`GraphBuilder::finish`]
+    /// sets it.
     pub norm: Option<[String; 2]>,
 }
 
@@ -298,7 +298,7 @@ pub struct Attention {
     pub head_dim: usize,
     /// Multiplies the scores; `1 / sqrt(head_dim)` everywhere so far.
     pub scale: f32,
-    /// Token `i` sees tokens `0..=i` only.
+    /// If true, token `i` attends only to tokens `0..=i`.
     pub causal: bool,
 }
 
@@ -354,12 +354,12 @@ pub enum Op {
         /// Gradient with respect to its result.
         d: TensorId,
     },
-    /// Gradient of [`Op::Attention`] with respect to the queries alone, `[n, h, w, heads * head_dim]`, or, where
-    /// queries, keys and values are views of one tensor, with respect to all three, laid out as that tensor.
+    /// Gradient of [`Op::Attention`] with respect to the queries alone, `[n, h, w, heads * head_dim]`, or, if queries,
+    /// keys and values are views of one tensor, with respect to all three in the layout of that tensor.
     AttentionGradient {
         /// The operation.
         of: Attention,
-        /// True if keys and values want gradients too.
+        /// True if the gradient is also with respect to keys and values.
         fused: bool,
         /// Gradient with respect to its result.
         d: TensorId,
@@ -378,7 +378,7 @@ pub enum Op {
         /// Gradient with respect to the larger image; the result has the size of the smaller one.
         d: TensorId,
     },
-    /// Token ids (stored as f32, exact below 2^24) to rows of `tokens` plus rows of `positions`.
+    /// Maps token ids (stored as f32, exact below 2^24) to rows of `tokens`, and adds rows of `positions`.
     Embed {
         /// `[n, 1, tokens, 1]`.
         ids: TensorId,
@@ -394,19 +394,20 @@ pub enum Op {
         x: TensorId,
         /// Channels for each input; even.
         dim: usize,
-        /// Cosines before sines.
+        /// If true, cosines come before sines.
         flip_sin_to_cos: bool,
         /// Subtracted from `dim / 2` in the frequency's denominator.
         freq_shift: f32,
     },
-    /// RespoDiff's transform of the bottleneck (arXiv 2509.15257): adds to each of the last images a tensor of its own.
+    /// RespoDiff's transform of the bottleneck (arXiv 2509.15257): adds to each of the last `m` images a tensor of its
+    /// own.
     Shift {
         /// `[n, h, w, c]`, the middle block's output.
         x: TensorId,
         /// `[m, h, w, c]` for the last `m` images, the conditional CFG rows: the sum of each image's concepts.
         shift: TensorId,
     },
-    /// Puts a learnt token before each image's own, and adds positions to all.
+    /// Puts a learnt token before the tokens of each image, and adds position embeddings to all.
     ClassToken {
         /// `[n, 1, tokens, c]`; the result has one token more.
         x: TensorId,
@@ -415,7 +416,7 @@ pub enum Op {
         /// Table `[1 + tokens, c]`.
         positions: WeightId,
     },
-    /// One token of each image.
+    /// Selects one token of each image.
     SelectToken {
         /// `[n, 1, tokens, c]`.
         x: TensorId,
@@ -425,13 +426,13 @@ pub enum Op {
 }
 
 impl Op {
-    /// Activations the operation reads.
+    /// The activations that the operation reads.
     pub fn inputs(&self) -> impl Iterator<Item = TensorId> {
         let mut op = self.clone();
         op.slots().map(|slot| slot.copied()).into_iter().flatten()
     }
 
-    /// The ids of the activations that the operation reads, in place.
+    /// Mutable references to the ids of the activations that the operation reads.
     pub(crate) fn slots(&mut self) -> [Option<&mut TensorId>; 4] {
         match self {
             Op::Conv(c) => {
@@ -559,7 +560,7 @@ impl Graph {
     }
 
     /// The number of rows from which the values of an input choose, if they are indices: token ids of a vocabulary, or
-    /// the position of a token. The smallest number if several nodes read them.
+    /// the position of a token. If several nodes read them, it is the smallest number.
     pub fn choices(&self, input: TensorId) -> Option<usize> {
         let rows = self.nodes.iter().filter_map(|node| match node.op {
             Op::Embed { ids, tokens, .. } if ids == input => Some(self.weight(tokens).total_outputs()),
@@ -572,7 +573,7 @@ impl Graph {
     /// Checks that `values` may be written to the named input, since kernels use indices without checking them.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for the first index that is not whole or not among the rows that there are.
+    /// [`crate::ErrorKind::Invalid`] for the first index that is not a whole number or not that of a row.
     ///
     /// # Panics
     /// If the graph has no such input, or one of another length.
@@ -591,10 +592,7 @@ impl Graph {
                     rows - 1
                 ),
             )
-            .advise(
-                "were the tokens \
-                 made for another model?",
-            )),
+            .advise("were the tokens made for another model?")),
         }
     }
 

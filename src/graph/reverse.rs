@@ -1,4 +1,4 @@
-//! The backward half of a graph: the gradient of an output with respect to an earlier activation, weights frozen.
+//! The backward half of a graph: the gradient of an output with respect to an earlier activation, with frozen weights.
 
 use super::*;
 use std::collections::{HashMap, HashSet};
@@ -7,10 +7,10 @@ use std::ops::Range;
 /// The activations of the forward half that are kept until the backward half reads them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
-    /// Everything.
+    /// All of them.
     All,
-    /// Only sums with a residual. The forward half from one such sum to the next is computed again when the backward
-    /// half gets there (gradient checkpointing, Chen et al., arXiv 1604.06174). A transformer layer keeps 3 of its 20
+    /// Only sums with a residual. The nodes from one such sum to the next are computed again when the backward half
+    /// gets there (gradient checkpointing, Chen et al., arXiv 1604.06174). A transformer layer keeps 3 of its 20
     /// activations, at the cost of one more forward pass.
     Sums,
 }
@@ -19,14 +19,14 @@ impl Graph {
     /// The graph with its backward half: the gradient of `sum(seed * output)` with respect to the activation `by`.
     ///
     /// `output` names an output, `by` an input or an output. The result has one more input, `d.<output>` (the seed),
-    /// and one more output, `d.<by>`. Only the nodes between the two are differentiated, and only with respect to data.
-    /// Activations of the forward half that the backward half reads are kept by the plan until then or, where `keep`
-    /// says so, computed again. An activation function that is fused into a convolution on the way becomes a node of
-    /// its own, as its gradient needs its argument.
+    /// and one more output, `d.<by>`. Only the nodes between the two are differentiated, and only with respect to
+    /// activations. Activations of the forward half that the backward half reads are kept by the plan until then or, if
+    /// `keep` says so, computed again. An activation function that is fused into a convolution between the two becomes
+    /// a node of its own, as its gradient needs its argument.
     ///
     /// # Panics
-    /// If an operation on the way has no gradient here: one with a stride, a scaled residual or a wanted skip
-    /// connection, or one that reads an input of the network. The up path of a UNet has none of these.
+    /// If an operation between the two has no gradient here: one with a stride or a scaled residual, one whose skip
+    /// connection depends on `by`, or one that reads an input of the network. The up half of a UNet has none of these.
     pub fn with_gradient(self, output: &str, by: &str, keep: Keep) -> Graph {
         let (from, to) = (self.output(output), self.find_input(by).unwrap_or_else(|| self.output(by)));
         let mut reverse = Reverse::new(self, to);
@@ -56,7 +56,7 @@ impl Graph {
         graph
     }
 
-    /// Drops the nodes from `first` on whose results nothing reads.
+    /// Of the nodes from `first` on, drops those whose results no node reads.
     fn drop_unread(&mut self, first: usize) {
         let mut read: HashSet<TensorId> = self.outputs.iter().map(|(_, id)| *id).collect();
         let mut kept = Vec::new();
@@ -72,7 +72,7 @@ impl Graph {
 }
 
 impl Node {
-    /// Makes the node read other activations, as `to` says.
+    /// Replaces the activations that the node reads by those to which `to` maps them.
     fn rename(&mut self, to: &HashMap<TensorId, TensorId>) {
         for id in self.op.slots().into_iter().flatten() {
             *id = to.get(id).copied().unwrap_or(*id);
@@ -82,7 +82,7 @@ impl Node {
 
 struct Reverse {
     builder: GraphBuilder,
-    /// True for the activations that depend on the one asked for.
+    /// True for the activations that depend on the one with respect to which the gradient is taken.
     depends: Vec<bool>,
     gradients: HashMap<TensorId, TensorId>,
 }
@@ -103,14 +103,18 @@ impl Reverse {
         self.depends.get(id.0).is_some_and(|&depends| depends)
     }
 
-    /// Splits activation functions off the convolutions that are to be differentiated.
+    /// Splits the activation functions off the convolutions that are to be differentiated.
     fn part_activations(&mut self) {
         let nodes = std::mem::take(&mut self.builder.graph.nodes);
         for mut node in nodes {
             let wanted = node.op.inputs().any(|id| self.wants(id));
             match &mut node.op {
                 Op::Conv(conv) if wanted && conv.activation != Activation::None => {
-                    assert!(conv.residual.is_none() && conv.scale == 1.0, "{}: activation under a residual", node.name);
+                    assert!(
+                        conv.residual.is_none() && conv.scale == 1.0,
+                        "{}: an activation function followed by a residual has no gradient here",
+                        node.name
+                    );
                     let activation = std::mem::replace(&mut conv.activation, Activation::None);
                     let spec = &mut self.builder.graph.weights[conv.weight.0];
                     if let WeightKind::Matrix { gated, .. } = &mut spec.kind {
@@ -176,7 +180,10 @@ impl Reverse {
         match node.op {
             Op::Conv(conv) => self.conv(&name, conv, d),
             Op::GroupNorm(of) => {
-                assert!(!of.sources.skip.is_some_and(|t| self.wants(t)), "{name}: by a skip connection");
+                assert!(
+                    !of.sources.skip.is_some_and(|t| self.wants(t)),
+                    "{name}: a skip connection has no gradient here"
+                );
                 let shape = self.builder.shape(of.sources.x);
                 let dx = self.builder.node(&name, Op::GroupNormGradient { of, d }, shape);
                 self.give(of.sources.x, dx);
@@ -188,7 +195,10 @@ impl Reverse {
             }
             Op::Attention(of) => {
                 let fused = self.wants(of.k.tensor);
-                assert!(!fused || (of.q.tensor == of.k.tensor && of.k.tensor == of.v.tensor), "{name}: parted views");
+                assert!(
+                    !fused || (of.q.tensor == of.k.tensor && of.k.tensor == of.v.tensor),
+                    "{name}: queries, keys and values are of several tensors"
+                );
                 let shape = self.builder.shape(of.q.tensor);
                 let dx = self.builder.node(&name, Op::AttentionGradient { of, fused, d }, shape);
                 self.give(of.q.tensor, dx);
@@ -211,9 +221,12 @@ impl Reverse {
 
     /// A convolution's data gradient is a convolution with the mirrored weight.
     fn conv(&mut self, name: &str, conv: Conv, d: TensorId) {
-        assert!(conv.stride == 1 && conv.scale == 1.0, "{name}: a strided or scaled convolution");
-        assert!(!conv.per_image.is_some_and(|view| self.wants(view.tensor)), "{name}: by what is added per image");
-        assert!(!conv.sources.skip.is_some_and(|t| self.wants(t)), "{name}: by a skip connection");
+        assert!(conv.stride == 1 && conv.scale == 1.0, "{name}: a strided or scaled convolution has no gradient here");
+        assert!(
+            !conv.per_image.is_some_and(|view| self.wants(view.tensor)),
+            "{name}: a term that is added per image has no gradient here"
+        );
+        assert!(!conv.sources.skip.is_some_and(|t| self.wants(t)), "{name}: a skip connection has no gradient here");
         if let Some(residual) = conv.residual.filter(|&t| self.wants(t)) {
             self.give(residual, d);
         }
@@ -227,8 +240,8 @@ impl Reverse {
         let inputs = spec.width / (conv.kernel * conv.kernel);
         let kind = WeightKind::Mirrored { kernel: conv.kernel, inputs, wanted: shape.c };
         let weight = self.builder.weight(WeightSpec { kind, ..spec });
-        // The gradient so far becomes the residual, which saves an addition. Behind a resize it has the smaller size
-        // and cannot.
+        // The gradient so far becomes the residual of this convolution, which saves an addition. This is impossible if
+        // the source is resized, since that gradient has the size before the resize.
         let residual = if conv.resize.is_none() { self.gradients.remove(&x) } else { None };
         let mirrored = Conv {
             sources: d.into(),

@@ -2,7 +2,8 @@
 
 use super::{respodiff, text};
 
-/// Without any GPU: each operation's kernels on each card, and why a convolution of an H100 has none of its own.
+/// Without a GPU, the kernels of each operation are printed for each card, and the reason if a convolution gets none of
+/// the H100's own kernels.
 #[test]
 fn bench_tells_the_kernels_of_cards_that_are_not_there() {
     let folder = tempfile::tempdir().unwrap();
@@ -63,7 +64,7 @@ fn bench_compares_with_an_earlier_run() {
         output
     };
     run(&["--json", "b.json"]);
-    // All of it took a thousandth, and its device was another.
+    // The report is changed: every time is a thousandth, and the device is another.
     let path = folder.path().join("b.json");
     let mut report: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     report["device"] = "another".into();
@@ -81,13 +82,13 @@ fn bench_compares_with_an_earlier_run() {
     for line in table.lines() {
         assert!(line.chars().count() <= 120, "{line}");
     }
-    // The last column is the share of the best.
+    // The last column is the percentage of the best rate.
     assert!(own.lines().filter(|line| line.contains("x")).all(|line| column(line).is_none_or(|best| best <= 100.0)));
     let ratio = |name: &str| compared.lines().find(|line| line.starts_with(name)).and_then(column).unwrap();
     assert!(ratio("all convolutions") > 100.0 && ratio("all group norms") > 100.0, "{compared}");
     assert!(ratio("a step in one piece") < 100.0, "{compared}");
     assert_eq!(compared.lines().filter(|line| line.contains("conv3x3") || line.contains("linear1x1")).count(), 5);
-    // A file that is none is refused before anything is measured.
+    // A file that is not a report is refused before anything is measured.
     std::fs::write(&path, "{}").unwrap();
     let output = respodiff(folder.path(), &[&bench[..], &["--compare", "b.json"]].concat());
     assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{}", text(&output.stderr));

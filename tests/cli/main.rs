@@ -1,4 +1,4 @@
-//! The binary as a user runs it.
+//! Tests of the binary, which they run as a user does.
 
 mod bench;
 mod output;
@@ -31,7 +31,7 @@ fn files(folder: &Path) -> Vec<String> {
     names
 }
 
-/// A file for `--latents`, of images of the demo's size.
+/// Writes a file for `--latents`, with images of the demo's size.
 fn write_latents(path: &Path, numbers: &[f32]) {
     let (shape, bytes) = (vec![numbers.len() / 256, 4, 8, 8], bytemuck::cast_slice(numbers));
     let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, bytes).unwrap();

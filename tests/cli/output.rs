@@ -1,4 +1,4 @@
-//! Where pictures go: formats, folders, templates and stdout.
+//! Output of pictures: formats, folders, templates and stdout.
 
 use super::{files, respodiff, text};
 
@@ -20,7 +20,7 @@ fn names_choose_formats_folders_and_templates() {
         let bytes = std::fs::read(folder.path().join(&name)).unwrap();
         assert!(bytes.starts_with(magic), "{name}");
         if extension != "png" {
-            // The parameters as EXIF, in UTF-16.
+            // EXIF holds the parameters in UTF-16.
             let prompt: Vec<u8> = "a cook".encode_utf16().flat_map(u16::to_be_bytes).collect();
             assert!(bytes.windows(prompt.len()).any(|window| window == prompt), "{name}");
         }

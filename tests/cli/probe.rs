@@ -1,4 +1,4 @@
-//! `respodiff probe` beside diffusers and transformers.
+//! `respodiff probe` compared with diffusers and transformers.
 
 use super::{respodiff, tensors, text, write};
 use crate::support;
@@ -47,7 +47,7 @@ fn probes_the_second_text_encoder_and_prompts() {
         let error = support::relative_l2(&ours[name].1, &case.floats(&format!("out.{name}")));
         assert!(error < 2e-5, "{name}: {error}");
     }
-    // A prompt gives what its own ids give.
+    // A prompt gives the same result as its token ids.
     let output = respodiff(folder.path(), &[&args[..], &["--prompt", "a photo of a cat"]].concat());
     assert!(output.status.success(), "{}", text(&output.stderr));
     let first = tensors(&folder.path().join("o.st"));
@@ -57,9 +57,9 @@ fn probes_the_second_text_encoder_and_prompts() {
     assert_eq!(tensors(&folder.path().join("o.st"))["text_embeds"], first["text_embeds"]);
 }
 
-/// Numbers that fp32 does not hold, and ids that are no whole numbers.
+/// Numbers beyond the range of fp32, and ids that are not whole numbers, are refused.
 #[test]
-fn probes_take_no_numbers_that_they_would_change() {
+fn probes_refuse_numbers_that_they_would_change() {
     let folder = tempfile::tempdir().unwrap();
     let (latents, ids) = (vec![1e300f64; 4 * 8 * 8], vec![0.5f64; 77]);
     for (component, name, shape, values, words) in [
@@ -81,7 +81,7 @@ fn probes_schedulers() {
     let bytes = std::fs::read(support::golden().join("cases/scheduler_euler_a.safetensors")).unwrap();
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
     let cases: Vec<serde_json::Value> = serde_json::from_str(&header.metadata().as_ref().unwrap()["cases"]).unwrap();
-    // One whose config is the golden checkpoint's own, up to the class.
+    // A case whose configuration is that of the golden checkpoint, except for the class.
     let (index, case) = cases
         .iter()
         .enumerate()

@@ -1,4 +1,4 @@
-//! Signals, pipes that close, full disks, and progress where there is no terminal.
+//! Signals, closed pipes, full disks, and progress without a terminal.
 
 use super::{files, text};
 use std::path::Path;
@@ -27,7 +27,7 @@ fn interrupted_runs_leave_nothing_half_done() {
     }
 }
 
-/// Whole batches that were made before are kept, and the manifest lists them.
+/// Batches that were finished before the interrupt are kept, and the manifest lists them.
 #[cfg(unix)]
 #[test]
 fn interrupted_runs_keep_what_they_saved() {
@@ -61,7 +61,7 @@ fn interrupted_runs_keep_what_they_saved() {
 
 #[cfg(unix)]
 #[test]
-fn a_reader_that_goes_away_is_no_panic() {
+fn a_closed_pipe_is_no_panic() {
     let folder = tempfile::tempdir().unwrap();
     let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
         .arg("info")
@@ -75,10 +75,10 @@ fn a_reader_that_goes_away_is_no_panic() {
     assert!(output.status.success() && !text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
 }
 
-/// A report that a full disk has swallowed is no success.
+/// A report that cannot be written to a full disk is a failure.
 #[cfg(target_os = "linux")]
 #[test]
-fn what_cannot_be_printed_is_an_error() {
+fn output_that_cannot_be_printed_is_an_error() {
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_respodiff"));
     let output = command.args(["doctor", "--json"]).stdout(full).output().unwrap();
@@ -87,10 +87,10 @@ fn what_cannot_be_printed_is_an_error() {
     assert!(said.starts_with("error: cannot print: ") && said.lines().count() == 1, "{said}");
 }
 
-/// In a container or a log, where stderr is no terminal, a line tells now and then how far it is. PNDM makes a step
-/// more than was asked for, and each picture's decoding counts as one.
+/// If stderr is not a terminal, as in a container or a log, a line reports the progress every few seconds. PNDM makes
+/// one step more than requested, and the decoding of each picture counts as one step.
 #[test]
-fn progress_is_told_where_there_is_no_terminal() {
+fn progress_is_reported_without_a_terminal() {
     use std::io::BufRead;
     let folder = tempfile::tempdir().unwrap();
     let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))

@@ -1,4 +1,4 @@
-//! Prompts: from a file, and as people write them.
+//! Prompts from a file and on the command line.
 
 use super::{respodiff, text};
 
@@ -25,7 +25,7 @@ fn prompts_from_a_file_are_mixed_in_batches() {
     assert!(text(&output.stderr).contains("line 1"), "{}", text(&output.stderr));
 }
 
-/// Words and numbers that begin with a dash, and names of flags by other programs.
+/// Prompts and numbers that begin with a dash, and flags under the names that other programs give them.
 #[test]
 fn prompts_and_flags_are_as_people_write_them() {
     let folder = tempfile::tempdir().unwrap();
@@ -42,9 +42,9 @@ fn prompts_and_flags_are_as_people_write_them() {
         printed(&[&short[..], &sampler("--sampler")].concat()),
         printed(&[&long[..], &sampler("--scheduler"), &["--", "-cook"]].concat())
     );
-    // Another program's word for a random seed makes another picture each time.
+    // The seed -1, which is random as in other programs, makes another picture each time.
     assert_ne!(printed(&["a cook", "-s", "-1"]), printed(&["a cook", "-s", "-1"]));
-    // A prompt that looks like a flag is told how to be one.
+    // For a prompt that looks like a flag, the error says how to pass it.
     let output = respodiff(folder.path(), &["sample", "-- cook"]);
     assert!(text(&output.stderr).contains("'-- -- cook'"), "{}", text(&output.stderr));
     assert_eq!(output.status.code(), Some(2));

@@ -1,4 +1,4 @@
-//! What cannot work is refused in one line, with an exit code, before anything is written.
+//! Arguments that cannot work are refused in one line, with an exit code, before anything is written.
 
 use super::{files, respodiff, text};
 

@@ -36,7 +36,7 @@ fn reports_are_json() {
 }
 
 #[test]
-fn shells_and_manuals_are_served() {
+fn completions_and_manual_pages_are_printed() {
     let folder = tempfile::tempdir().unwrap();
     let said = |args: &[&str]| text(&respodiff(folder.path(), args).stdout);
     assert!(said(&["completions", "bash"]).contains("complete -F _respodiff"));
@@ -58,7 +58,7 @@ fn shells_and_manuals_are_served() {
     assert!(text(&output.stderr).contains("sample"), "{}", text(&output.stderr));
 }
 
-/// Quiet commands print results alone.
+/// Quiet commands print only results.
 #[test]
 fn quiet_leaves_stderr_empty() {
     let folder = tempfile::tempdir().unwrap();
@@ -71,7 +71,7 @@ fn quiet_leaves_stderr_empty() {
     ] {
         let output = respodiff(folder.path(), &[args, &["--quiet"]].concat());
         let said = text(&output.stderr);
-        // What a training finds odd about its losses is no tip.
+        // Warnings of a training about its losses are printed nevertheless.
         let rest = said.lines().filter(|line| !line.starts_with("warning: ")).count();
         assert!(output.status.success() && rest == 0 && !output.stdout.is_empty(), "{args:?}: {said}");
     }

@@ -14,7 +14,7 @@ fn pictures_are_made_again() {
     assert!(text(&output.stderr).contains("the same picture"), "{}", text(&output.stderr));
     let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
     assert_eq!(read("x-1.png"), read("x-1-again.png"));
-    // Its record names model and concepts by hashes.
+    // The picture's record holds hashes of the model and of the concepts.
     let tags = respodiff::image::read_png_text(&folder.path().join("x-1.png")).unwrap();
     let info: serde_json::Value =
         serde_json::from_str(&tags.iter().find(|(k, _)| k == "respodiff").unwrap().1).unwrap();
@@ -31,7 +31,7 @@ fn pictures_are_made_again() {
     assert!(text(&output.stderr).contains("woman"), "{}", text(&output.stderr));
 }
 
-/// Whatever sampler and spacing, those included that the record calls by the same name.
+/// Every sampler with every spacing is found again, including those that have the same name in the record.
 #[test]
 fn every_sampler_is_found_in_the_record() {
     let folder = tempfile::tempdir().unwrap();
@@ -63,7 +63,7 @@ fn checkpoints_are_found_and_other_formats_written() {
     let golden = golden.to_str().unwrap();
     let make = ["sample", "a cat", "--model", golden, "--steps", "1", "-W", "64", "-H", "64", "-q", "-o", "x.png"];
     assert!(respodiff(folder.path(), &make).status.success());
-    // The record has the folder's name, which says nothing elsewhere.
+    // The record has only the name of the checkpoint's folder, which is not found from another folder.
     let output = respodiff(folder.path(), &["rerun", "x.png"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("--model"), "{}", text(&output.stderr));

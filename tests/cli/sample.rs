@@ -28,12 +28,12 @@ fn samples_with_the_demo() {
     let parameters = &tags.iter().find(|(k, _)| k == "parameters").unwrap().1;
     assert!(parameters.contains("a photo of a doctor") && parameters.contains("Seed: 6"), "{parameters}");
     assert!(tags.iter().any(|(k, v)| k == "respodiff" && v.contains("\"seed\":6")), "{tags:?}");
-    // A name of our own choosing overwrites nothing.
+    // A file name that the program chooses overwrites nothing.
     assert!(respodiff(folder.path(), &args[..8]).status.success());
     assert_eq!(files(folder.path()).len(), 5);
 }
 
-/// One JSON object on stdout, for a service that starts the program.
+/// The program prints one JSON object to stdout, for services that start it.
 #[test]
 fn samples_are_reported_as_json() {
     let folder = tempfile::tempdir().unwrap();
@@ -65,7 +65,7 @@ fn samples_are_reported_as_json() {
     assert_eq!((&report["memory"]["total"], &report["memory"]["taken"]), (&memory.total().into(), &().into()));
 }
 
-/// A batch that fails takes nothing from those before it: their pictures, latents and report are there.
+/// If a batch fails, the pictures, latents and report of the batches before it are kept.
 #[test]
 fn a_failure_keeps_what_was_made_before() {
     let folder = tempfile::tempdir().unwrap();
@@ -127,7 +127,7 @@ fn batches_of_one_run_are_one() {
         assert_eq!(bytes("a"), bytes("b"), "image {i}");
     }
     assert_eq!(tensors(&path("a.st".into())), tensors(&path("b.st".into())));
-    // Noise from a file is cut into batches likewise.
+    // Noise from a file is split into batches likewise.
     run("a doctor", &["--images", "5", "--batch", "3", "--latents", "a.st", "--out", "c.png"]);
     let manifest = |run: &str| -> Vec<serde_json::Value> {
         let bytes = std::fs::read(path(format!("{run}-0.json"))).unwrap();
@@ -141,7 +141,7 @@ fn batches_of_one_run_are_one() {
     assert_eq!(several[4]["file"], "b-4.png");
     assert_eq!(several[4]["info"]["seed"], 12);
 
-    // Genders are left to a prompt that names one, races are still balanced.
+    // A prompt that names a gender is not balanced by gender, but still by race.
     let output = run("a female doctor", &["--batch", "2", "--out", "d.png"]);
     assert!(text(&output.stderr).contains("`female`"), "{}", text(&output.stderr));
     assert!(manifest("d").iter().all(|m| m["info"]["concepts"].as_array().unwrap().len() == 2));
@@ -160,7 +160,7 @@ fn names_the_words_that_do_not_fit() {
 #[test]
 fn saved_latents_are_those_of_diffusers() {
     let folder = tempfile::tempdir().unwrap();
-    // SDXL's guidance of 5 is its default.
+    // SDXL's default guidance scale is 5.
     for (name, guidance) in [("pipeline_sd1_pndm", &["--guidance", "7.5"][..]), ("pipeline_sdxl_euler", &[])] {
         let case = support::cases(name, 1).remove(0);
         let meta = case.metadata();
@@ -180,7 +180,7 @@ fn saved_latents_are_those_of_diffusers() {
     }
 }
 
-/// SDXL's own flags, quotas over its bottleneck, and what the pictures say of both.
+/// SDXL's own flags, balanced concepts at its bottleneck, and the records of both in the pictures.
 #[test]
 fn sdxl_balanced_and_cropped() {
     use respodiff::concept::{Concept, Form, Metadata, Module};
@@ -188,7 +188,7 @@ fn sdxl_balanced_and_cropped() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     for (i, name) in ["up", "down"].into_iter().enumerate() {
-        // 128 pixels are 16 latents, and a bottleneck of 4.
+        // A side of 128 pixels is one of 16 latents, and of 4 at the bottleneck.
         let shape = Shape::new(1, 4, 4, 24);
         let numbers = (0..shape.len()).map(|j| ((i * 999 + j) as f32).sin()).collect();
         let ram = Module::with_parameters(Form::Constant, shape, numbers).unwrap();
@@ -208,7 +208,8 @@ fn sdxl_balanced_and_cropped() {
     let info = &manifest[0]["info"];
     assert_eq!((&info["original_size"], &info["crop"]), (&serde_json::json!([300, 200]), &serde_json::json!([16, 0])));
     assert_eq!((&info["negative_prompt"], &info["width"]), (&"".into(), &128.into()));
-    // Each of these changes the picture: SDXL's zeros are no empty prompt.
+    // Each of these flags changes the picture: without a negative prompt, SDXL takes zeros, not the encoding of an
+    // empty prompt.
     let latents = |more: &[&str]| {
         run(&[more, &["--out", "x.png", "--save-latents", "l.st"]].concat());
         tensors(&path("l.st"))["latents"].1.clone()

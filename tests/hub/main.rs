@@ -1,4 +1,4 @@
-//! Model ids: the cache layout, downloads, and everything that can go wrong on the way.
+//! Models by their ids: the layout of the cache, downloads, and everything that can go wrong on the way.
 
 mod server;
 
@@ -133,7 +133,7 @@ fn shards_and_half_precision_side_by_side() {
             "vae/diffusion_pytorch_model.fp16.safetensors",
         ]
     );
-    // A shard that is missing is no weight at all, neither there nor here.
+    // If a shard is missing both on the server and in the cache, the weights count as missing.
     let blob = fs::canonicalize(snapshot.repo().join("snapshots").join(COMMIT).join(shards[1])).unwrap();
     fs::remove_file(blob).unwrap();
     snapshot.set(|state| state.files.remove(shards[1]));
@@ -182,7 +182,7 @@ fn damaged_files_are_refused() {
     let message = server.failure("owner/name");
     assert!(message.contains(UNET) && message.contains("SHA-256"), "{message}");
     assert!(!server.repo().join("blobs").join(format!("{wrong}.incomplete")).exists());
-    // Too much is as bad: left over from another file of the same name, or sent.
+    // A partial file that is too long, left over from another file of the same name, is discarded.
     server.set(|state| state.wrong_sha.clear());
     let blob = server.set(|state| etag(UNET, &state.files[UNET]));
     fs::write(server.repo().join("blobs").join(format!("{blob}.incomplete")), vec![7; 300_000]).unwrap();
@@ -214,7 +214,7 @@ fn refusals_say_what_to_do() {
 }
 
 #[test]
-fn models_that_are_none_are_refused_before_the_download() {
+fn repositories_without_a_model_are_refused_before_the_download() {
     for (missing, word) in
         [("model_index.json", "model_index.json"), ("unet/", "unet"), (".safetensors", "safetensors")]
     {
@@ -236,7 +236,7 @@ fn names_cannot_leave_the_cache() {
     let snapshot = server.resolve("owner/name").unwrap();
     assert_eq!(tree(&snapshot).len(), 11);
     assert!(!tree(server.cache.path()).iter().any(|path| path.contains("evil")));
-    // Nor can a checksum, which names the blob.
+    // Nor can a checksum, which becomes the name of a blob.
     let server = Server::new(&FILES);
     server.set(|state| state.wrong_sha.insert(UNET.to_string(), "../../../../evil".to_string()));
     let message = server.failure("owner/name");
@@ -298,7 +298,7 @@ fn snapshots_of_other_tools_are_used_when_whole() {
     assert_eq!(found(), None);
     write("unet/diffusion_pytorch_model-00002-of-00002.safetensors", "");
     assert_eq!(found(), None);
-    // Small files may be what an interrupted download lacks.
+    // An interrupted download may lack only small files.
     let small = ["unet/config.json", "vae/config.json", "text_encoder/config.json"];
     small.iter().for_each(|path| write(path, "{}"));
     assert_eq!(found(), Some(snapshot.clone()));
@@ -323,7 +323,7 @@ fn snapshots_of_other_tools_are_used_when_whole() {
     assert_eq!(found(), None);
 }
 
-/// The environment of `huggingface_hub` 0.36.
+/// Environment variables mean what they mean in `huggingface_hub` 0.36.
 #[test]
 fn variables_mean_what_they_mean_to_huggingface_hub() {
     let home = tempfile::tempdir().unwrap();
@@ -368,7 +368,7 @@ fn variables_mean_what_they_mean_to_huggingface_hub() {
     assert!(!config(&[("HF_HUB_OFFLINE", "0")]).offline);
 }
 
-/// As `from_pretrained(variant="fp16")` takes it in diffusers.
+/// Variants are chosen as `from_pretrained(variant="fp16")` of diffusers chooses them.
 #[test]
 fn each_component_comes_in_the_variant_that_it_has() {
     let lacking = |path: &&&str| ![UNET, "vae/diffusion_pytorch_model.safetensors"].contains(path);

@@ -18,15 +18,15 @@ pub const INDEX: &str = r#"{"_class_name": "StableDiffusionPipeline", "unet": ["
     "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
     "text_encoder_2": [null, null], "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}"#;
 
-/// What the server does, and what it was asked.
+/// The server's behaviour, and the requests that it received.
 #[derive(Default)]
 pub struct State {
     pub files: BTreeMap<String, Vec<u8>>,
-    /// Announced SHA-256 by path, where it is not the true one.
+    /// The announced SHA-256 by path, if it is not the true one.
     pub wrong_sha: BTreeMap<String, String>,
-    /// Answers to every request, if not 0.
+    /// The status of the answer to every request, if not 0.
     pub status: u16,
-    /// Connections that end halfway through a body of this path.
+    /// The number of connections that end halfway through the body, by path.
     pub drops: BTreeMap<String, usize>,
     pub ignores_ranges: bool,
     /// `path [range]` of each request.
@@ -53,7 +53,7 @@ impl Server {
         let shared = Arc::clone(&state);
         thread::spawn(move || {
             for stream in listener.incoming() {
-                // A client that hangs up early is none of the server's business.
+                // A client may hang up early, which is no fault of the server.
                 let _ = answer(stream.unwrap(), &mut shared.lock().unwrap());
             }
         });

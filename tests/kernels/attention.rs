@@ -23,7 +23,8 @@ pub enum From {
     Fused,
     /// Keys and values in one tensor of the text.
     Text,
-    /// Each in its own tensor, behind so many unused channels or multiples of them.
+    /// Each in its own tensor, after so many unused channels for queries, and two and three times as many for keys and
+    /// values.
     Apart(usize),
 }
 
@@ -157,7 +158,7 @@ fn cross_attention_with_77_keys() {
     }
 }
 
-/// As many heads as fill a GPU with tiles of 128 queries, half of which exist.
+/// So many heads that they fill a GPU with tiles of 128 queries, of which half exist.
 #[test]
 fn large_tiles() {
     for (keys, head_dim, causal) in [(77, 40, false), (67, 64, false), (65, 64, true), (131, 80, false)] {
@@ -165,7 +166,8 @@ fn large_tiles() {
     }
 }
 
-/// On an H100: rings that wrap around, tiles of 192 or 128 queries, and scores that raise a reference in later stages.
+/// On an H100: rings that wrap around, tiles of 192 or 128 queries, and scores that raise a row's reference, which the
+/// softmax subtracts, in later stages.
 #[test]
 fn long_rows() {
     for (images, queries, keys, heads, head_dim) in [
@@ -177,11 +179,11 @@ fn long_rows() {
     ] {
         Case { images, queries, keys, heads, head_dim, ..CASE }.check(30.0);
     }
-    // Held keys: tiles of queries pass them, up to the last key of the only stage.
+    // Keys in a single stage, which is held in shared memory while tiles of queries pass: up to its last key.
     for (keys, head_dim) in [(80, 40), (17, 64), (1, 80), (79, 160)] {
         Case { queries: (1, 401), keys, head_dim, ..CASE }.check(8.0);
     }
-    // Views whose pixels are a whole number of heads, and which begin at any of them.
+    // Views whose pixels are a whole number of heads, and which begin at any head.
     for head_dim in [40, 80, 160] {
         Case { queries: (3, 3), keys: 133, heads: 2, head_dim, from: From::Apart(head_dim), ..CASE }.check(2.0);
     }
@@ -203,7 +205,7 @@ fn one_wide_head() {
 
 #[test]
 fn heads_that_begin_anywhere() {
-    // Heads that are not whole 16 bytes, then offsets and widths that are not.
+    // Heads that are not a multiple of 16 bytes, then offsets and widths that are not.
     for (head_dim, from) in [
         (4, From::Fused),
         (12, From::Text),

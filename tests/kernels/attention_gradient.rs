@@ -4,8 +4,8 @@ use super::attention::{CASE, Case, From};
 use super::*;
 
 impl Case {
-    /// The gradient by the first input: by queries, keys and values of one tensor, or by queries alone. The softmax,
-    /// both products' gradients and the results are rounded.
+    /// The gradient with respect to the first input: to queries, keys and values of one tensor, or to queries alone.
+    /// The softmax, the gradients of both products and the results are rounded.
     fn plain_gradient(&self, inputs: &[Numbers], round: Round) -> Numbers {
         let (queries, keys, c) = (self.queries.0 * self.queries.1, self.keys(), self.heads * self.head_dim);
         let scale = (self.head_dim as f32).powf(-0.5) as f64;

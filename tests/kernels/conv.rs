@@ -3,7 +3,7 @@
 use super::*;
 use respodiff::graph::{Activation, ConvOptions, Extent, Sources, View};
 
-/// Channels of other layers in front of those that are added per image: not a whole number of 16 bytes.
+/// Channels of other layers in front of those that are added per image: not a multiple of 16 bytes.
 const OTHERS: usize = 10;
 
 /// A convolution and the size on which it is tried.
@@ -135,7 +135,8 @@ impl Case {
         result
     }
 
-    /// The definition's gradient by the first source, for stride 1: every output passes its part to what it read.
+    /// The gradient of the definition with respect to the first source, for stride 1: every output passes its part to
+    /// the numbers that it read.
     fn plain_gradient(&self, given: &Given, round: Round) -> Numbers {
         let (o, out, (h, w)) = (&self.options, self.shape(), self.size);
         let (seen_h, seen_w) = self.seen();
@@ -166,8 +167,9 @@ impl Case {
         result.into_iter().map(round).collect()
     }
 
-    /// Checks on a device with few multiprocessors, whose tiles are large, and on one with so many that depths are
-    /// split; and on 9.0, where stages of 64 channels have kernels of their own.
+    /// Checks on a device with few multiprocessors, where tiles are large, and on one with so many that sums are split
+    /// (split-K). Sources of a multiple of 64 channels are also checked on compute capability 9.0, which has kernels of
+    /// its own for them.
     fn check(&self) {
         let shapes = self.shapes();
         let hopper = (self.channels.is_multiple_of(64) && self.skip.is_multiple_of(64)).then_some(Limits::H100);
@@ -210,8 +212,8 @@ fn convolutions() {
     Case::conv3x3((1, 1), 24, 16).check();
 }
 
-/// Shapes that the kernels of 9.0 support at any size: several rectangles, of one image and of several, two sources,
-/// gates.
+/// Shapes that the kernels of 9.0 support at any size: several rectangular tiles, of one image and of several, two
+/// sources, gates.
 #[test]
 fn tiles_of_warpgroups() {
     Case::conv3x3((8, 8), 64, 160).with(|c| (c.skip, c.residual, c.images) = (64, true, 3)).check();
@@ -241,8 +243,8 @@ fn resized_sources() {
     }
 }
 
-/// Sources that are upsampled by exactly two, as four products: with channels that are not whole chunks, with the whole
-/// epilogue, with two sources, and with a split depth.
+/// Sources that are upsampled by exactly two, which are computed as four products: with channels that are not whole
+/// chunks, with the whole epilogue, with two sources, and with split sums.
 #[test]
 fn upsampled_sources() {
     let upsampled = |(h, w), channels, outputs| {
@@ -289,7 +291,8 @@ fn gated_layers() {
         .check();
 }
 
-/// The data gradient: by the first source alone, as in a UNet's decoder; and through a resize, to the smaller size.
+/// The data gradient: with respect to the first source alone, as in the up half of a UNet, and through a resize, to the
+/// smaller size.
 #[test]
 fn gradients() {
     let conv3x3 = |size, channels, outputs| Case::conv3x3(size, channels, outputs);

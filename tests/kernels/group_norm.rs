@@ -6,7 +6,7 @@ use respodiff::graph::{Activation, View};
 /// Channels of other layers in front of those that modulate.
 const OTHERS: usize = 3;
 
-/// A group norm: shapes of the sources, groups, and true if it is modulated and if it is followed by SiLU.
+/// A group norm: the shapes of its sources, its number of groups, and whether it is modulated and followed by SiLU.
 struct Case<'a> {
     sources: &'a [Shape],
     groups: usize,
@@ -16,7 +16,7 @@ struct Case<'a> {
 
 pub const EPS: f32 = 1e-5;
 
-/// The gradient by one group or row: `u - mean(u) - x^ mean(u x^)`, for `x^ = (x - mean(x)) * inverse`.
+/// The gradient with respect to one group or row: `u - mean(u) - x^ mean(u x^)`, for `x^ = (x - mean(x)) * inverse`.
 ///
 /// The floor: with one or two numbers all three terms cancel. In f32 with a unit roundoff of e, a mean is off by e
 /// times the number of consecutive additions, and so is the deviation `x - mean(x)`, relative to the size of x. Hence
@@ -92,8 +92,8 @@ impl Case<'_> {
         check(&self.label(), &self.shapes(), |g, x| self.build(g, x), |given, round| self.plain(given, round));
     }
 
-    /// The gradient by the first source: [`gradient_of`] each group, where `u` is the seed times what the norm
-    /// multiplies by.
+    /// The gradient with respect to the first source: [`gradient_of`] each group, where `u` is the seed times the
+    /// factors that the norm applies.
     fn plain_gradient(&self, given: &Given, round: Round) -> Truth {
         let (n, pixels, channels) = (self.sources[0].n, self.sources[0].tokens(), self.channels());
         let (weight, bias) = (&given.weights["norm.weight"], &given.weights["norm.bias"]);
@@ -185,12 +185,12 @@ fn group_norm_gradient() {
         let sources = &[Shape::new(n, h, w, c)];
         Case { sources, groups, modulated: false, silu: true }.check_gradient();
     }
-    // In stretches.
+    // Images that are divided into stretches of pixels.
     for &(n, h, w, c, groups) in &[(2, 29, 31, 80, 8), (1, 67, 64, 32, 32), (1, 33, 35, 20, 5)] {
         let sources = &[Shape::new(n, h, w, c)];
         Case { sources, groups, modulated: n == 2, silu: n == 2 }.check_gradient();
     }
-    // Of two sources, by the first.
+    // Two sources, with the gradient with respect to the first.
     for &(n, h, w, first, second, groups) in
         &[(2, 4, 4, 64, 32, 4), (1, 3, 5, 24, 40, 4), (2, 3, 3, 5, 7, 2), (1, 31, 37, 96, 64, 32)]
     {
@@ -200,7 +200,7 @@ fn group_norm_gradient() {
     }
 }
 
-/// Images that are divided into stretches, the last of them shorter than the others.
+/// Images that are divided into stretches of pixels, the last of them shorter than the others.
 #[test]
 fn group_norm_in_stretches() {
     for &(n, h, w, c, groups) in &[(2, 29, 31, 80, 8), (1, 67, 64, 32, 32), (1, 33, 35, 20, 5)] {
@@ -209,7 +209,7 @@ fn group_norm_in_stretches() {
     }
 }
 
-/// The boundary between the sources falls inside a group, and inside what would be a vector.
+/// The boundary between the sources falls inside a group, and inside eight channels that would otherwise be one vector.
 #[test]
 fn group_norm_of_two_sources() {
     for &(n, h, w, first, second, groups) in
@@ -221,8 +221,8 @@ fn group_norm_of_two_sources() {
     }
 }
 
-/// A mean of 1500 times the deviation, and in one channel a first pixel that is far off. With f32 sums of squares about
-/// zero nothing would be left of the variance, since a thread has 32 pixels of the first size.
+/// A mean of 1500 times the deviation, and in one channel a first pixel that is far off. If f32 sums of squares were
+/// taken about zero, nothing would be left of the variance, since a thread has 32 pixels of the first size.
 #[test]
 fn group_norm_keeps_the_variance_beside_a_large_mean() {
     for (h, w) in [(31, 33), (60, 60)] {

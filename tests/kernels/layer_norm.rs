@@ -55,15 +55,15 @@ fn layer_norm_gradient() {
     }
 }
 
-/// A product with a residual, a layer norm of it, and a product of that, as in transformers: rows; channels of the
-/// source, of the norm and of the result.
+/// A matrix product with a residual, a layer norm of it, and a product of the norm, as in transformer layers. `size`
+/// are the rows; `channels` are those of the source, of the norm and of the result.
 struct Between {
     size: (usize, usize),
     channels: [usize; 3],
     activation: Activation,
 }
 
-/// The way in which the norm between them is computed.
+/// The way in which the norm between the products is computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum By {
     /// By the products on either side of it, without a launch.
@@ -76,7 +76,7 @@ enum By {
 }
 
 impl Between {
-    /// What was normalised, and the result. The residual's numbers are within 1 of `mean`.
+    /// Returns the tensor that was normalised, and the result. The residual's numbers are within 1 of `mean`.
     fn run(&self, images: usize, mean: f64, by: By, schedule: Schedule) -> ([Vec<f32>; 2], HashMap<String, Numbers>) {
         let Between { size: (h, w), channels: [inputs, channels, outputs], activation } = *self;
         let inputs = inputs + if by == By::Launch { 8 } else { 0 };
@@ -119,7 +119,7 @@ impl Between {
         (["x", "out"].map(|name| executor.read(name).unwrap()), by_name)
     }
 
-    /// The root mean square of the result's error, given what was normalised.
+    /// The root mean square of the result's error, given the tensor that was normalised.
     fn error(&self, [x, out]: &[Vec<f32>; 2], weights: &HashMap<String, Numbers>) -> f64 {
         let [_, channels, outputs] = self.channels;
         let gated = self.activation == Activation::Geglu;

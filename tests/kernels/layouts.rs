@@ -1,5 +1,5 @@
 //! The parameter structures of kernels are declared twice, in C++ and in Rust, and passed as bytes, so both languages
-//! must lay them out alike. A GPU would read whatever is there.
+//! must lay them out alike. Otherwise, a GPU would read wrong values.
 
 use super::conformance;
 use respodiff_emulated_kernels::{Layout, kernels, layouts};

@@ -95,7 +95,7 @@ fn weights(graph: &Graph) -> (tempfile::TempDir, HashMap<String, Numbers>) {
 
 /// The result of a plain loop.
 pub struct Truth {
-    /// What is right.
+    /// The right numbers.
     pub numbers: Numbers,
     /// The allowed error of the kernels' f32, however small the numbers are: where all of a result cancels, the
     /// roundings of the cancelled terms remain.
@@ -140,8 +140,8 @@ pub fn check_with(
     compare(limits, label, &graph_of(shapes, build), inputs, false, plain)
 }
 
-/// The same for the gradient by the first input, on devices of given limits; the last of `inputs` is the seed, the
-/// gradient by the output.
+/// The same for the gradient with respect to the first input, on devices of given limits; the last of `inputs` is the
+/// seed, the gradient with respect to the output.
 pub fn check_gradient<T: Into<Truth>>(
     limits: Limits,
     label: &str,
@@ -203,7 +203,7 @@ fn compare<T: Into<Truth>>(
         );
     }
     // One NaN must reach everything that is computed from it, and no other image. Within its own image it may reach
-    // further: attention multiplies what a query does not see by 0.
+    // further: attention multiplies the values that a query does not see by 0.
     let images = graph.shape(graph.output("out")).n;
     for (i, name) in names.iter().enumerate().filter(|(_, name)| Element::of(graph, graph.input(name)) == Element::F16)
     {

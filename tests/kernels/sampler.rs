@@ -12,7 +12,7 @@ const SEED: u64 = u64::MAX - 1;
 /// Guidance scales of the images.
 const GUIDANCE: [f32; LATENTS.n] = [7.5, 1.0, 0.25];
 
-/// The images of a request, of which so many draws were made before the first step.
+/// The images of a request, for each of which `drawn` draws were made before the first step.
 fn images(drawn: u32) -> Vec<SampledImage> {
     let image = |i: usize| SampledImage { seed: SEED.wrapping_add(i as u64), guidance: GUIDANCE[i], drawn };
     (0..LATENTS.n).map(image).collect()
@@ -88,9 +88,10 @@ impl Session {
         Session { device: device.clone(), sampler, guided, sample, timestep, out, recordings }
     }
 
-    /// Samples with a "model" that is a random multiple of its input plus random numbers, next to the CPU's sampler,
-    /// which gets the same outputs. Both do the same f32 arithmetic in the same order, so their numbers are equal. For
-    /// noise drawn on the device this holds except for one number in 10^8, whose f64 is almost halfway between two f32.
+    /// Samples with a "model" that is a random multiple of its input plus random numbers, in parallel with the CPU's
+    /// sampler, which gets the same outputs. Both do the same f32 arithmetic in the same order, so their numbers are
+    /// equal. For noise drawn on the device this holds except for one number in 10^8, whose f64 is almost halfway
+    /// between two f32.
     fn check(&self, label: &str, schedule: &Schedule, rng: Rng) {
         let rows = if self.guided { 2 } else { 1 };
         let mut generators = generators(rng);
@@ -148,7 +149,7 @@ fn every_sampler_steps_as_on_the_cpu() {
                 for fields in [r#""clip_sample": false"#, r#""clip_sample": true, "prediction_type": "v_prediction""#] {
                     let choice = SamplerChoice { sampler: Some(sampler), spacing: None };
                     let schedule = Schedule::new(&config(fields), choice, 5).unwrap();
-                    // Where no step wants noise, its generator matters to the first latents alone.
+                    // If no step needs noise, the generator matters to the first latents alone.
                     let noisy = schedule.steps.iter().any(|step| step.needs_noise());
                     for rng in Rng::ALL.into_iter().filter(|rng| noisy || *rng == Rng::TorchCpu) {
                         let label = format!("{name}, {sampler:?}, {fields}, guided {guided}, {rng:?}");

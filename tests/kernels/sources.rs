@@ -20,7 +20,7 @@ fn primitives_come_from_ptx_cuh_alone() {
                 _ => code.contains(what),
             };
             let found = forbidden.iter().find(|what| holds(what));
-            assert!(found.is_none(), "kernels/{name}:{}: {} belongs into ptx.cuh", number + 1, found.unwrap());
+            assert!(found.is_none(), "kernels/{name}:{}: {} belongs in ptx.cuh", number + 1, found.unwrap());
             let local = code.trim_start().strip_prefix("#include").is_none_or(|file| file.trim().starts_with('"'));
             assert!(local, "kernels/{name}:{}: kernels include their own headers only", number + 1);
         }

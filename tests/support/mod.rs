@@ -1,4 +1,4 @@
-//! What the tests share: golden cases, layouts, errors.
+//! Helpers that the tests share: golden cases, layouts, errors.
 
 #![allow(dead_code)] // each test binary uses its own part
 
@@ -12,7 +12,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-/// The repository, or what cargo's variable says at run time: test binaries run on machines without it.
+/// The folder of the repository, or that which cargo's variable names at run time, since test binaries also run on
+/// machines without the repository.
 pub fn root() -> PathBuf {
     std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
 }
@@ -47,7 +48,7 @@ pub fn gpu() -> Option<Arc<dyn cuda::CudaDevice>> {
     asked.then(|| GPU.get_or_init(|| cuda::open(None).unwrap_or_else(|problem| panic!("{problem}"))).clone())
 }
 
-/// Where the CUDA kernels are tested: on the emulator in a hurry, or on the GPU.
+/// The device on which the CUDA kernels are tested: the emulator with its fastest schedule, or the GPU.
 #[cfg(feature = "emulated")]
 pub fn kernels() -> Device {
     Device::kernels(gpu().unwrap_or_else(|| cuda::Emulated::new(cuda::Limits::A100, cuda::Emulated::QUICK)))
@@ -110,7 +111,7 @@ pub fn half_errors(case: &Case, output: &str) -> (f64, f64) {
     (error("median"), error("worst"))
 }
 
-/// Runs a graph; all its outputs, NHWC.
+/// Runs a graph, and returns all of its outputs, NHWC.
 pub fn run(
     device: &Device,
     graph: Graph,
@@ -120,7 +121,7 @@ pub fn run(
     run_all(device, graph, tensors, std::slice::from_ref(inputs)).remove(0)
 }
 
-/// Runs a graph on each set of inputs, with one executor; all outputs of each, NHWC.
+/// Runs a graph on each set of inputs, with one executor, and returns all outputs of each, NHWC.
 pub fn run_all(
     device: &Device,
     graph: Graph,
@@ -171,7 +172,7 @@ fn transpose(x: &[f32], n: usize, rows: usize, columns: usize) -> Vec<f32> {
     (0..x.len()).map(at).collect()
 }
 
-/// What plain loops compute with.
+/// Numbers in float64, in which plain loops compute.
 pub type Numbers = Vec<f64>;
 
 /// Seeded numbers in -1..1.
@@ -190,8 +191,8 @@ pub fn narrow(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&x| x as f32).collect()
 }
 
-/// Weights of a graph in the UNet's place of a checkpoint written for it, so that packing is tested as well; returned
-/// by name, as that format (fp16 or fp32) rounds them.
+/// Writes random weights for a graph as the UNet of a checkpoint, so that packing is tested as well. Returns the
+/// checkpoint's folder and the weights by name, rounded to the given format (fp16 or fp32).
 pub fn weights(graph: &Graph, format: Dtype) -> (tempfile::TempDir, HashMap<String, Numbers>) {
     let folder = tempfile::tempdir().unwrap();
     let mut by_name = HashMap::new();

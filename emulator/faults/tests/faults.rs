@@ -120,7 +120,7 @@ fn product(fault: i32, schedule: &Schedule) -> Outcome {
     outcome(start("product", 1, 256, shared, &params, schedule), &out, &matmul(&a, &b, depth))
 }
 
-/// `layout` is n, the swizzle, and 1 if the operands' contiguous dimension is m and n.
+/// `layout` is n, the swizzle, and 1 if the operands are contiguous along m and n rather than k.
 fn stored(layout: (usize, i32, i32), fault: i32, schedule: &Schedule) -> Outcome {
     let (n, swizzle, mn_major) = layout;
     let (a, b) = (numbers(64 * 64, 1), numbers(n * 64, 2));
@@ -132,7 +132,8 @@ fn stored(layout: (usize, i32, i32), fault: i32, schedule: &Schedule) -> Outcome
     outcome(start("stored", 1, 128, shared, &params, schedule), &out, &matmul(&a, &b, 64))
 }
 
-/// Three launches of a list; the second and the third each work on what the one before left. The last has the fault.
+/// Three launches of a list. The second and the third each work on the results of the one before. The last has the
+/// fault.
 fn chain(fault: i32, schedule: &Schedule) -> Outcome {
     let (length, blocks) = (64, 2);
     let memory_of = |numbers: &[f32]| {

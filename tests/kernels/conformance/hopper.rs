@@ -44,8 +44,8 @@ respodiff::params! {
     }
 }
 
-/// The offset with a swizzle of a byte at `offset` of a tile without one: 16-byte chunks are permuted within a span of
-/// 16 << `swizzle` bytes, by the number of the 128-byte line.
+/// The offset in a swizzled tile of the byte that is at `offset` of a tile without a swizzle: 16-byte chunks are
+/// permuted within a span of 16 << `swizzle` bytes, by the number of the 128-byte line.
 fn swizzled(offset: usize, swizzle: u32) -> usize {
     let line = offset / 128;
     offset ^ ((line % (1 << swizzle)) * 16)
@@ -182,7 +182,7 @@ const DEPTH: usize = 32;
 struct Shared(Vec<u16>);
 
 impl Shared {
-    /// Adds a matrix of `rows` rows of K or, if `across`, of K rows with that many columns, which only B may be.
+    /// Adds a matrix of `rows` rows along K or, if `across`, of K rows with `rows` columns each, which only B may be.
     fn add(&mut self, rows: usize, across: bool, swizzle: u32, of: impl Fn(usize, usize) -> f64) -> Tile {
         let start = self.0.len() * 2;
         let span = 16 << swizzle;

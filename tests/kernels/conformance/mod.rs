@@ -356,8 +356,8 @@ fn named_barriers() {
     exactly("conformance_named_barriers", false, 128, 256, &input, &expected);
 }
 
-/// The launches of a list each work on what the one before left. Those of 9.0 begin early, and without waiting would
-/// see older data.
+/// Each launch of a list works on the results of the one before. On compute capability 9.0, launches begin early, and
+/// would see older data if they did not wait.
 #[test]
 fn griddep() {
     let (input, mut expected) = (noise(32, 11), noise(32, 12));
