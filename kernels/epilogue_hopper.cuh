@@ -5,7 +5,8 @@
 // as long as 20 stages.
 //
 // Accumulators are registers, so that loops over them are unrolled: code that each warp executes once per tile and that
-// takes some five cycles per instruction to fetch. Few instructions per accumulator matter more than anything else here.
+// takes some five cycles per instruction to fetch. Few instructions per accumulator matter more than anything else
+// here.
 //
 // Where group norms read the result, the epilogue computes its moments from the staging buffer: 40 loads of 4 bytes per
 // thread for units of 10 channels, some 400 cycles per tile, in place of a kernel that reads the whole result again.
@@ -20,9 +21,9 @@
 
 namespace conv_hopper {
 
-// The epilogue's operands for a column. If the product normalises its rows: S, by which the row's mean is multiplied and
-// subtracted, and T plus bias, which is added. Otherwise: the numbers that are added in either half of the tile, which
-// differ if they are of different images.
+// The epilogue's operands for a column. If the product normalises its rows: S, by which the row's mean is multiplied
+// and subtracted, and T plus bias, which is added. Otherwise: the numbers that are added in either half of the tile,
+// which differ if they are of different images.
 template <class T> PTX_FN float2 column_operands(const ConvHopperParams& p, const Place& at, int column) {
     const Epilogue& e = p.after;
     // Columns beyond the last channel repeat it; TMA does not store them.
@@ -42,9 +43,9 @@ template <class T> PTX_FN float2 column_operands(const ConvHopperParams& p, cons
     return {added + of_image(0), added + of_image(1)};
 }
 
-// The epilogue's operands for rows that the product normalises: the mean, which is subtracted, and the factor, gain over
-// deviation. They are merged from the moments of the rows' units in one pass, with eight loads in flight. Squares are
-// taken about the mean of the first unit, which is one of those summed, as in group_norm.cu.
+// The epilogue's operands for rows that the product normalises: the mean, which is subtracted, and the factor, gain
+// over deviation. They are merged from the moments of the rows' units in one pass, with eight loads in flight. Squares
+// are taken about the mean of the first unit, which is one of those summed, as in group_norm.cu.
 template <int N> PTX_FN void row_operands(const ConvHopperParams& p, const int (&rows)[N], float2 (&operands)[N]) {
     constexpr int IN_FLIGHT = 8 / N;
     float pivot[N] = {}, sum[N] = {}, between[N] = {}, within[N] = {};
@@ -94,7 +95,8 @@ template <class T> PTX_FN void prepare_operands(const ConvHopperParams& p, uint3
         constexpr int OF_COLUMNS = (T::COLUMNS + HELPERS - 1) / HELPERS, OF_ROWS = (ROWS + HELPERS - 1) / HELPERS;
         float2 of_columns[OF_COLUMNS], of_rows[OF_ROWS];
 #pragma unroll
-        for (int i = 0; i < OF_COLUMNS; i++) of_columns[i] = column_operands<T>(p, at, min(thread + i * HELPERS, T::COLUMNS - 1));
+        for (int i = 0; i < OF_COLUMNS; i++)
+            of_columns[i] = column_operands<T>(p, at, min(thread + i * HELPERS, T::COLUMNS - 1));
         if (p.source_moments) {
             int rows[OF_ROWS];
 #pragma unroll
@@ -124,8 +126,9 @@ template <class T> PTX_FN void prepare_operands(const ConvHopperParams& p, uint3
     }
 }
 
-// Gain, bias and per-image rows: sums become gain * sum + what is added to the columns of the tile's half. If the product
-// normalises its rows, they become (sum - mean S) gain / deviation + T + bias. `upper` is the thread's upper row.
+// Gain, bias and per-image rows: sums become gain * sum + what is added to the columns of the tile's half. If the
+// product normalises its rows, they become (sum - mean S) gain / deviation + T + bias. `upper` is the thread's upper
+// row.
 template <class T>
 PTX_FN void add_operands(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], const float2* operands, int half,
                          int upper) {

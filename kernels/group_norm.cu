@@ -130,7 +130,8 @@ template <int W> struct Place {
 
     // Calls f(channel in the slab, column of the source) for each column of this thread.
     template <class F> __device__ __forceinline__ void each_column(const GroupNormParams& p, F f) const {
-        for (int channel = first_column(); channel < channels; channel += THREADS * W) f(channel, column_at(p, channel));
+        for (int channel = first_column(); channel < channels; channel += THREADS * W)
+            f(channel, column_at(p, channel));
     }
 
     // The channels of the given columns in the thread's next pixels.
@@ -403,8 +404,8 @@ template <int W> __device__ __forceinline__ void whole_kernel(const GroupNormPar
     apply(p, place, groups, loaded);
 }
 
-// Three blocks per multiprocessor keep 48 KB of loads in flight there, and so do two if each loads its next pixels while
-// it computes. Images that are a single stretch do not fill it.
+// Three blocks per multiprocessor keep 48 KB of loads in flight there, and so do two if each loads its next pixels
+// while it computes. Images that are a single stretch do not fill it.
 #define GROUP_NORM(name, body, W, BLOCKS) \
     KERNEL __launch_bounds__(THREADS, BLOCKS) name##_##W(const __grid_constant__ GroupNormParams p) { body<W>(p); } \
     EXPORT(name##_##W)

@@ -77,8 +77,8 @@ template <int W> __device__ __forceinline__ void load_floats(const float* from, 
 }
 
 // By the approximations of one instruction each: __expf and __fdividef would add eight that handle subnormal numbers,
-// and epilogues consist of code that is executed once, so that their time is that of fetching it. The sigmoid is 0 where
-// e^-x exceeds 2^126, that is for x below about -87; there it is 0 in fp16 as well.
+// and epilogues consist of code that is executed once, so that their time is that of fetching it. The sigmoid is 0
+// where e^-x exceeds 2^126, that is for x below about -87; there it is 0 in fp16 as well.
 __device__ __forceinline__ float sigmoid(float x) { return rcp_approx(1.0f + exp2_approx(-1.44269504f * x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 // The upper tail probability of the standard normal distribution, P(X > x) = erfc(x / sqrt 2) / 2, for x >= 0. It is a

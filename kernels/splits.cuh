@@ -10,8 +10,8 @@ template <int QUADS> PTX_FN float4* sums_of(float4* partial, int tile, int split
     return partial + size_t(tile) * splits * QUADS * SUM_THREADS + threadIdx.x;
 }
 
-// Called by all SUM_THREADS threads of a block: writes its partial sums to memory, and returns true to the last block of
-// the tile to arrive. `counters` has one counter per tile, which is 0 before and after. The word of shared memory at
+// Called by all SUM_THREADS threads of a block: writes its partial sums to memory, and returns true to the last block
+// of the tile to arrive. `counters` has one counter per tile, which is 0 before and after. The word of shared memory at
 // `ticket` may be in use until all threads have arrived here. Uses named barrier 3.
 template <int QUADS>
 PTX_FN bool leave_sums(const float (&sums)[4 * QUADS], float4* partial, uint32_t* counters, int tile, int splits,
@@ -36,9 +36,9 @@ PTX_FN bool leave_sums(const float (&sums)[4 * QUADS], float4* partial, uint32_t
     return last;
 }
 
-// For the last block of a tile: the sums of all parts, added in the order of the depth rather than of arrival. IN_FLIGHT
-// loads of 16 bytes are under way together, of several parts if one has fewer; the time of this is that of waiting for
-// them.
+// For the last block of a tile: the sums of all parts, added in the order of the depth rather than of arrival.
+// IN_FLIGHT loads of 16 bytes are under way together, of several parts if one has fewer; the time of this is that of
+// waiting for them.
 template <int QUADS, int IN_FLIGHT>
 PTX_FN void add_parts(float (&sums)[4 * QUADS], float4* partial, int tile, int splits) {
     constexpr int AT_ONCE = QUADS < IN_FLIGHT ? QUADS : IN_FLIGHT, PARTS = IN_FLIGHT / AT_ONCE;

@@ -119,9 +119,9 @@ fn rejected(attention: &Attention, shape: impl Fn(TensorId) -> Shape) -> Option<
     if causal {
         Some("keys are hidden from queries before them")
     } else if !is_aligned(attention, &shape) {
-        Some("its heads are no whole 16 bytes")
+        Some("its heads are not aligned to 16 bytes")
     } else if [q, k, v].into_iter().any(|view| !shape(view.tensor).c.is_multiple_of(head_dim)) {
-        Some("its pixels are no whole number of heads")
+        Some("its pixels do not hold a whole number of heads")
     } else {
         None
     }

@@ -72,21 +72,24 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
     let seen = if halved { shape } else { input };
     let area = Area { height: seen.h, width: seen.w, pixels };
     for (holds, otherwise) in [
-        (conv.stride <= 2, "its stride is more than two"),
-        (!halved || conv.kernel == 3, "it skips pixels of its source"),
-        (!halved || conv.sources.skip.is_none(), "it halves the size of two sources"),
-        (!halved || conv.resize.is_none(), "it halves the size of a resized source"),
-        (conv.kernel % 2 == 1 && conv.pad == conv.kernel / 2, "its kernel has no middle"),
-        (size == result && (upsampled || conv.resize.is_none()), "its source is resized by other than two"),
+        (conv.stride <= 2, "its stride is greater than 2"),
+        (!halved || conv.kernel == 3, "it has stride 2 and is not 3x3"),
+        (!halved || conv.sources.skip.is_none(), "it has stride 2 and two sources"),
+        (!halved || conv.resize.is_none(), "it has stride 2 and a resized source"),
+        (conv.kernel % 2 == 1 && conv.pad == conv.kernel / 2, "its padding is not half of its kernel"),
+        (size == result && (upsampled || conv.resize.is_none()), "its source is resized by a factor other than 2"),
         (
             conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP)),
-            "64 channels are no stage of its sources",
+            "its sources' channels are not multiples of 64",
         ),
-        (shape.c.is_multiple_of(8), "its results are no whole 16 bytes"),
+        (shape.c.is_multiple_of(8), "its result's channels are not a multiple of 8"),
         (Element::of(graph, out) == Element::F16, "its results are fp32"),
-        (plain || !gated, "something is added behind its gate"),
-        (!upsampled || plain, "something follows its upsampled source"),
-        (conv.per_image.is_none() || area.halves_have_one_image(), "half a tile has pixels of several images"),
+        (plain || !gated, "it adds something to the gated values"),
+        (!upsampled || plain, "its source is upsampled and it adds something"),
+        (
+            conv.per_image.is_none() || area.halves_have_one_image(),
+            "its images are so small that half a tile would span several",
+        ),
     ] {
         if !holds {
             return Err(otherwise);
@@ -265,7 +268,7 @@ mod tests {
         outputs: usize,
         kernel: usize,
         activation: Activation,
-        /// True if a per-image row, a residual and a shift are added.
+        /// True if a residual and a shift are added and, to a 3x3 convolution, a per-image row.
         more: bool,
         /// True if the source is upsampled by two.
         upsampled: bool,
@@ -275,8 +278,17 @@ mod tests {
 
     impl Case {
         fn graph(&self) -> Graph {
-            let Case { images, size: (h, w), channels: [x, skip], outputs, kernel, activation, more, upsampled, halved } =
-                *self;
+            let Case {
+                images,
+                size: (h, w),
+                channels: [x, skip],
+                outputs,
+                kernel,
+                activation,
+                more,
+                upsampled,
+                halved,
+            } = *self;
             let gated = activation == Activation::Geglu;
             let made = |side: usize| if upsampled { 2 * side } else { side / if halved { 2 } else { 1 } };
             let result = Shape::new(images, made(h), made(w), if gated { outputs / 2 } else { outputs });
@@ -286,7 +298,7 @@ mod tests {
             let source = g.input("x", Shape::new(images, h, w, x));
             let skip = (skip > 0).then(|| g.input("skip", Shape::new(images, h, w, skip)));
             // The second of two layers' numbers.
-            let per_image = more.then(|| g.input("per_image", Shape::new(images, 1, 1, result.c + 6)));
+            let per_image = (more && kernel == 3).then(|| g.input("per_image", Shape::new(images, 1, 1, result.c + 6)));
             let per_image = per_image.map(|tensor| View { tensor, offset: 6 });
             let residual = more.then(|| g.input("residual", result));
             let geometry = if kernel == 3 { ConvOptions::conv3x3() } else { ConvOptions::default() };
@@ -373,7 +385,7 @@ mod tests {
             case(2, (9, 20), [64, 0], 328, 3, Activation::Silu, true),
             case(1, (3, 140), [128, 0], 88, 3, Activation::None, false),
             // Tiles of several images, and of the same image in both halves.
-            case(5, (3, 5), [64, 0], 88, 3, Activation::None, true),
+            case(5, (3, 5), [64, 0], 88, 3, Activation::None, false),
             case(1, (8, 16), [64, 0], 96, 3, Activation::None, true),
             // Linear layers, whose rows fill no tile.
             case(2, (1, 77), [192, 0], 264, 1, Activation::QuickGelu, true),

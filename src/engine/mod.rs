@@ -263,7 +263,7 @@ impl Engine {
             }
         }
         if batch == 0 || batch > MAX_BATCH {
-            return Err(Error::invalid("batch", format!("{batch} images at once are not possible"))
+            return Err(Error::invalid("batch", format!("a batch of {batch} images is not possible"))
                 .advise(format!("give 1 to {MAX_BATCH}")));
         }
         let rows = if guided { 2 * batch } else { batch };

@@ -119,7 +119,7 @@ impl Session {
     fn check(&self, image: &Image) -> Result<RunImage> {
         let guidance = image.guidance.unwrap_or(self.engine.default_guidance());
         if !guidance.is_finite() {
-            return Err(Error::invalid("guidance", format!("{guidance} is not finite")).advise("give a finite number"));
+            return Err(Error::invalid("guidance", format!("{guidance} is not finite")).advise("7.5 is usual"));
         }
         if guidance > 1.0 && !self.options.guided {
             let problem = format!("{guidance} in a session without guidance");

@@ -227,7 +227,16 @@ fn exp2() {
 fn rcp() {
     // The manual's bound is one unit in the last place, 2^-23 of the result; subnormal numbers are 0.
     let mut input: Vec<f32> = random(24, 31).iter().map(|x| (x * 40.0).exp2() as f32).collect();
-    input.extend([1.0, -3.0, 2f32.powi(125), -(2f32.powi(-125)), f32::INFINITY, f32::NEG_INFINITY, 2f32.powi(127), 0.36]);
+    input.extend([
+        1.0,
+        -3.0,
+        2f32.powi(125),
+        -(2f32.powi(-125)),
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        2f32.powi(127),
+        0.36,
+    ]);
     let truth = |&x: &f32| match 1.0 / f64::from(x) {
         y if y.abs() < 2f64.powi(-126) => (0.0, 0.0),
         y => (y, y.abs() * 2f64.powi(-23)),
