@@ -99,7 +99,7 @@ fn impossible_requests_are_refused() {
         (options.size(Size::new(63, 64)), "width: 63"),
         (options.size(Size::new(64, 0)), "height: 0"),
         (options.size(Size::new(usize::MAX, 64)), "8192"),
-        (options.batch(0), "batch: 0"),
+        (options.batch(0), "batch of 0 images"),
     ] {
         let error = engine.session(bad).err().expect("refused");
         assert!(error.to_string().contains(word) && error.kind() == ErrorKind::Invalid, "{error}");

@@ -281,24 +281,43 @@ fn tile_line(m: [f32; PATCH]) -> [f32; TILE] {
     [m[0] + sum + sum_2, difference + 2.0 * difference_2, sum + 4.0 * sum_2, difference + 8.0 * difference_2 + m[5]]
 }
 
-/// Applies `line` in each of [`LANES`] channels. The compiler vectorises over them.
+/// Applies `line` in each of [`LANES`] channels. The compiler vectorises over them. Here and in the transforms arrays
+/// are filled by loops rather than by closures, whose calls may end up outside the code for the processor's vectors.
 #[inline(always)]
 fn lanes<const N: usize, const M: usize>(
-    from: [&[f32; LANES]; N],
+    from: &[[f32; LANES]; N],
     line: impl Fn([f32; N]) -> [f32; M],
 ) -> [[f32; LANES]; M] {
     let mut to = [[0.0; LANES]; M];
     for lane in 0..LANES {
-        let numbers = line(std::array::from_fn(|i| from[i][lane]));
-        (0..M).for_each(|i| to[i][lane] = numbers[i]);
+        let mut numbers = [0.0; N];
+        for i in 0..N {
+            numbers[i] = from[i][lane];
+        }
+        let numbers = line(numbers);
+        for i in 0..M {
+            to[i][lane] = numbers[i];
+        }
     }
     to
 }
 
 /// The [`LANES`] elements of a slice from `start` on.
 #[inline(always)]
-fn some(numbers: &[f32], start: usize) -> &[f32; LANES] {
+fn some(numbers: &[f32], start: usize) -> [f32; LANES] {
     numbers[start..][..LANES].try_into().expect("as many")
+}
+
+/// Rows and columns exchanged.
+#[inline(always)]
+fn transposed<const N: usize, const M: usize>(from: &[[[f32; LANES]; M]; N]) -> [[[f32; LANES]; N]; M] {
+    let mut to = [[[0.0; LANES]; N]; M];
+    for x in 0..N {
+        for y in 0..M {
+            to[y][x] = from[x][y];
+        }
+    }
+    to
 }
 
 dispatch! {
@@ -306,12 +325,15 @@ dispatch! {
     fn transform_patch(pixels: &[&[f32]; POINTS], points: &mut [&mut [f32]; POINTS]) {
         for c in (0..pixels[0].len()).step_by(LANES) {
             // Indexed by column, then row.
-            let down: [[[f32; LANES]; PATCH]; PATCH] = std::array::from_fn(|x| {
-                lanes(std::array::from_fn(|y| some(pixels[y * PATCH + x], c)), patch_line)
-            });
-            for (y, points) in points.chunks_exact_mut(PATCH).enumerate() {
-                let across = lanes(std::array::from_fn(|x| &down[x][y]), patch_line);
-                for (point, numbers) in points.iter_mut().zip(across) {
+            let mut down = [[[0.0; LANES]; PATCH]; PATCH];
+            for x in 0..PATCH {
+                for y in 0..PATCH {
+                    down[x][y] = some(pixels[y * PATCH + x], c);
+                }
+                down[x] = lanes(&down[x], patch_line);
+            }
+            for (points, row) in points.chunks_exact_mut(PATCH).zip(&transposed(&down)) {
+                for (point, numbers) in points.iter_mut().zip(lanes(row, patch_line)) {
                     point[c..][..LANES].copy_from_slice(&numbers);
                 }
             }
@@ -325,11 +347,14 @@ dispatch! {
         let column = points.len() / PATCH;
         let [top, middle, bottom] = KERNEL[row];
         for i in (0..column).step_by(LANES) {
-            let taps = taps.map(|tap| some(tap, i));
-            let line: [[f32; LANES]; 3] = std::array::from_fn(|x| {
-                std::array::from_fn(|l| top * taps[x][l] + middle * taps[3 + x][l] + bottom * taps[6 + x][l])
-            });
-            for (x, numbers) in lanes(line.each_ref(), kernel_line).iter().enumerate() {
+            let mut line = [[0.0; LANES]; 3];
+            for (x, line) in line.iter_mut().enumerate() {
+                let (first, second, third) = (some(taps[x], i), some(taps[3 + x], i), some(taps[6 + x], i));
+                for l in 0..LANES {
+                    line[l] = top * first[l] + middle * second[l] + bottom * third[l];
+                }
+            }
+            for (x, numbers) in lanes(&line, kernel_line).iter().enumerate() {
                 points[x * column + i..][..LANES].copy_from_slice(numbers);
             }
         }
@@ -341,12 +366,16 @@ dispatch! {
     fn transform_sums(sums: &[f32], pitch: usize, pixels: &mut [[[f32; PANEL]; TILE]; TILE]) {
         for c in (0..PANEL).step_by(LANES) {
             // Indexed by column, then row.
-            let down: [[[f32; LANES]; TILE]; PATCH] = std::array::from_fn(|x| {
-                lanes(std::array::from_fn(|y| some(sums, (y * PATCH + x) * pitch + c)), tile_line)
-            });
-            for (y, pixels) in pixels.iter_mut().enumerate() {
-                let across = lanes(std::array::from_fn(|x| &down[x][y]), tile_line);
-                for (pixel, numbers) in pixels.iter_mut().zip(across) {
+            let mut down = [[[0.0; LANES]; TILE]; PATCH];
+            for (x, down) in down.iter_mut().enumerate() {
+                let mut column = [[0.0; LANES]; PATCH];
+                for (y, points) in column.iter_mut().enumerate() {
+                    *points = some(sums, (y * PATCH + x) * pitch + c);
+                }
+                *down = lanes(&column, tile_line);
+            }
+            for (pixels, row) in pixels.iter_mut().zip(&transposed(&down)) {
+                for (pixel, numbers) in pixels.iter_mut().zip(lanes(row, tile_line)) {
                     pixel[c..][..LANES].copy_from_slice(&numbers);
                 }
             }

@@ -4,7 +4,9 @@
 
 mod packing;
 
-pub(super) use packing::{CHUNK, PackParams, behind, has_phases, has_sums};
+#[cfg(feature = "emulated")]
+pub(super) use packing::PackParams;
+pub(super) use packing::{CHUNK, behind, has_phases, has_sums};
 
 use super::device::{Buffer, CudaDevice, Limits};
 use super::folded;

@@ -462,8 +462,6 @@ pub struct VaeConfig {
     pub norm_num_groups: usize,
     /// Multiplies latents after encoding, divides them before decoding.
     pub scaling_factor: f32,
-    /// True if the weights overflow in fp16 arithmetic.
-    pub force_upcast: bool,
     /// True if a 1x1 convolution follows the encoder.
     pub use_quant_conv: bool,
     /// True if a 1x1 convolution precedes the decoder.
@@ -499,7 +497,6 @@ impl VaeConfig {
             layers_per_block: r.size("layers_per_block", 1, 16)?,
             norm_num_groups,
             scaling_factor: r.positive("scaling_factor", 0.18215)?,
-            force_upcast: r.flag("force_upcast", true)?,
             use_quant_conv: r.flag("use_quant_conv", true)?,
             use_post_quant_conv: r.flag("use_post_quant_conv", true)?,
             mid_block_add_attention: r.flag("mid_block_add_attention", true)?,
