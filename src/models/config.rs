@@ -482,7 +482,8 @@ impl VaeConfig {
         r.only("latents_mean", &[Value::Null])?;
         r.only("latents_std", &[Value::Null])?;
         r.only("shift_factor", &[Value::Null, 0.into()])?;
-        r.ignore(&["sample_size"]);
+        // The networks here keep activations within fp16 (models/vae.rs), so that none need fp32 arithmetic.
+        r.ignore(&["sample_size", "force_upcast"]);
         let channels = r.list("block_out_channels", &[64], MAX_LEVELS, MAX_CHANNELS)?;
         for (key, block) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
             r.names(key, json!([block]), channels.len(), &[(block.into(), ())])?;
