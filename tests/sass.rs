@@ -58,6 +58,9 @@ const FORBIDDEN: &[(&str, &str)] = &[("guide_and_step", "FFMA")];
 /// they read or write global memory or end the thread. TMA loads are permitted, since they may fetch weights.
 const TOO_EARLY: &[&str] = &["LDG", "STG", "ATOM", "RED", "UTMASTG", "EXIT"];
 
+/// Kernels that load weights by LDG before they wait. The emulator finds loads of anything that launches write.
+const EARLY_WEIGHTS: &[&str] = &["group_norm_apply_*", "group_norm_8", "group_norm_1"];
+
 /// Every function of a fatbin: architecture, name, code.
 fn functions(cuobjdump: &Path, fatbin: &[u8]) -> Vec<(String, String, String)> {
     let folder = tempfile::tempdir().unwrap();
@@ -120,7 +123,10 @@ fn fast_instructions_are_there() {
     for (_, name, code) in functions.iter().filter(waits) {
         assert!(code.contains("PREEXIT"), "{name} does not let the next launch begin");
         let (before, _) = code.split_once("ACQBULK").unwrap_or_else(|| panic!("{name} does not wait"));
-        let early = before.split_whitespace().find(|word| TOO_EARLY.iter().any(|early| word.starts_with(early)));
+        let weights = EARLY_WEIGHTS.iter().any(|pattern| matches(pattern, name));
+        let refused =
+            |word: &str| TOO_EARLY.iter().any(|early| word.starts_with(early) && !(weights && *early == "LDG"));
+        let early = before.split_whitespace().find(|word| refused(word));
         assert!(early.is_none(), "{name}: {} before it waits", early.unwrap());
     }
     for (kernel, mnemonic) in FORBIDDEN {
