@@ -312,10 +312,7 @@ template <class T> __device__ __forceinline__ void conv(const ConvParams& p) {
 
     if (p.splits > 1) {
         float(&flat)[MT * NT * 4] = reinterpret_cast<float(&)[MT * NT * 4]>(sums);
-        if (!leave_sums<MT * NT>(flat, p.partial, p.counters, blockIdx.x, p.splits, blockIdx.y, dyn_smem())) return;
-        // Small tiles leave registers for eight loads, large ones for sixteen.
-        constexpr int IN_FLIGHT = MT * NT < 8 ? 8 : MT * NT < 16 ? MT * NT : 16;
-        add_parts<MT * NT, IN_FLIGHT>(flat, p.partial, blockIdx.x, p.splits);
+        if (!add_splits<MT * NT>(flat, p.partial, p.counters, blockIdx.x, p.splits, blockIdx.y, dyn_smem())) return;
     }
     // Transpose the accumulators through shared memory: from fragments to eight adjacent columns per thread.
     __syncthreads();

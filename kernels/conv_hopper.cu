@@ -174,11 +174,9 @@ template <class T> PTX_FN void consume(const ConvHopperParams& p, uint32_t share
         bool last = true;
         if constexpr (!T::PINGPONG) {
             if (splits > 1) {
-                last = leave_sums<T::COLUMNS / 8>(d[0], p.partial, p.counters, tile, splits, split,
+                last = add_splits<T::COLUMNS / 8>(d[0], p.partial, p.counters, tile, splits, split,
                                                   dyn_smem() + T::TICKET);
                 if (last && stores) prepare_staging<T>(p, at, shared, group);
-                __syncwarp();
-                if (last) add_parts<T::COLUMNS / 8, 20>(d[0], p.partial, tile, splits);
             }
         }
         mbar_wait(shared + T::OPERANDS_FULL + 8 * operands_slot, operands_parity);

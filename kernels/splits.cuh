@@ -5,18 +5,15 @@
 
 constexpr int SUM_THREADS = 256;  // threads of a block that hold accumulators, the first ones
 
-// The partial sums of a tile in memory, [splits][QUADS][SUM_THREADS] of the tile, at the thread's first number.
-template <int QUADS> PTX_FN float4* sums_of(float4* partial, int tile, int splits) {
-    return partial + size_t(tile) * splits * QUADS * SUM_THREADS + threadIdx.x;
-}
-
-// Called by all SUM_THREADS threads of a block: writes its partial sums to memory, and returns true to the last block
-// of the tile to arrive. `counters` has one counter per tile, which is 0 before and after. The word of shared memory at
-// `ticket` may be in use until all threads have arrived here. Uses named barrier 3.
+// Called by all SUM_THREADS threads. Each block writes its partial sums to memory. The last block of a tile to arrive
+// receives the sums of all parts, added in the order of the depth rather than of arrival, and true; the others receive
+// false. `partial` is [tiles][splits][QUADS][SUM_THREADS]; `counters` has one counter per tile, which is 0 before and
+// after. The word of shared memory at `ticket` may be in use until all threads have arrived here. Uses named barrier 3.
 template <int QUADS>
-PTX_FN bool leave_sums(const float (&sums)[4 * QUADS], float4* partial, uint32_t* counters, int tile, int splits,
-                       int split, unsigned char* ticket) {
-    float4* own = sums_of<QUADS>(partial, tile, splits) + size_t(split) * QUADS * SUM_THREADS;
+PTX_FN bool add_splits(float (&sums)[4 * QUADS], float4* partial, uint32_t* counters, int tile, int splits, int split,
+                       unsigned char* ticket) {
+    float4* tile_sums = partial + size_t(tile) * splits * QUADS * SUM_THREADS + threadIdx.x;
+    float4* own = tile_sums + size_t(split) * QUADS * SUM_THREADS;
 #pragma unroll
     for (int i = 0; i < QUADS; i++)
         own[i * SUM_THREADS] = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
@@ -32,38 +29,23 @@ PTX_FN bool leave_sums(const float (&sums)[4 * QUADS], float4* partial, uint32_t
     bool last = *arrived == splits - 1;
     // Every thread has read the ticket before another ticket is drawn or its memory is reused.
     named_bar_sync(3, SUM_THREADS);
-    if (last) __threadfence();
-    return last;
-}
-
-// For the last block of a tile: the sums of all parts, added in the order of the depth rather than of arrival.
-// IN_FLIGHT loads of 16 bytes are under way together, of several parts if one has fewer; the time of this is that of
-// waiting for them.
-template <int QUADS, int IN_FLIGHT>
-PTX_FN void add_parts(float (&sums)[4 * QUADS], float4* partial, int tile, int splits) {
-    constexpr int AT_ONCE = QUADS < IN_FLIGHT ? QUADS : IN_FLIGHT, PARTS = IN_FLIGHT / AT_ONCE;
-    const float4* tile_sums = sums_of<QUADS>(partial, tile, splits);
+    if (!last) return false;
+    __threadfence();
+    // Sixteen loads of a part are in flight together; there are registers for that many.
+    constexpr int IN_FLIGHT = 16;
 #pragma unroll
-    for (int i = 0; i < 4 * QUADS; i++) sums[i] = 0.0f;
-#pragma unroll
-    for (int first = 0; first < QUADS; first += AT_ONCE) {
+    for (int first = 0; first < QUADS; first += IN_FLIGHT) {
 #pragma unroll 1
-        for (int part = 0; part < splits; part += PARTS) {
-            float4 more[PARTS][AT_ONCE];
+        for (int part = 0; part < splits; part++) {
+            const float4* part_sums = tile_sums + size_t(part) * QUADS * SUM_THREADS;
 #pragma unroll
-            for (int j = 0; j < PARTS; j++)
-#pragma unroll
-                for (int i = 0; i < AT_ONCE && first + i < QUADS; i++)
-                    if (part + j < splits) more[j][i] = tile_sums[((part + j) * QUADS + first + i) * SUM_THREADS];
-#pragma unroll
-            for (int j = 0; j < PARTS; j++) {
-                if (part + j >= splits) break;
-#pragma unroll
-                for (int i = 0; i < AT_ONCE && first + i < QUADS; i++) {
-                    float* sum = sums + 4 * (first + i);
-                    sum[0] += more[j][i].x, sum[1] += more[j][i].y, sum[2] += more[j][i].z, sum[3] += more[j][i].w;
-                }
+            for (int i = first; i < first + IN_FLIGHT && i < QUADS; i++) {
+                float4 more = part_sums[i * SUM_THREADS];
+                float* sum = sums + 4 * i;
+                if (part == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+                sum[0] += more.x, sum[1] += more.y, sum[2] += more.z, sum[3] += more.w;
             }
         }
     }
+    return true;
 }
