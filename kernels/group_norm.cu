@@ -2,9 +2,9 @@
 //
 // A block has a slab of channels (whole groups and, where vectors of eight are possible, whole 32-byte sectors: 160
 // bytes of a pixel for most layers) and a stretch of one image's pixels. A thread has a column of W channels and visits
-// every `thread_rows`-th pixel of it, with four loads of 16 bytes in flight. Most images are small, so that a kernel's
-// time is that of its loads which wait for each other: weights are loaded before the launches before have ended, and
-// the first pixels before their moments are merged.
+// every `thread_rows`-th pixel of it, with four loads of 16 bytes in flight. Most images are small, so that a kernel
+// takes as long as its chain of dependent loads. Therefore weights are loaded before the preceding launches have ended,
+// and the first pixels before their moments are merged.
 //
 // * group_norm_statistics: one read of the input; writes mean and sum of squared deviations of each group in the
 //   stretch, 8 bytes per group.
@@ -245,7 +245,7 @@ __device__ __forceinline__ Affine<W> load_affine(const GroupNormParams& p, const
     return a;
 }
 
-// Makes of weight and bias the whole norm, given mean and inverse deviation of the groups.
+// Turns weight and bias into the scale and shift of the whole norm, given mean and inverse deviation of the groups.
 template <int W>
 __device__ __forceinline__ void normalise(const GroupNormParams& p, const Place<W>& place, const float2* groups,
                                           int channel, Affine<W>& a) {
@@ -265,7 +265,7 @@ __device__ __forceinline__ void normalise(const GroupNormParams& p, const Place<
     }
 }
 
-// What a thread loads for a column, early: weight and bias before it waits for other launches, and its first pixels.
+// A thread's early loads for a column: weight and bias, before it waits for other launches, and then the first pixels.
 template <int W> struct Loaded {
     Affine<W> affine;
     typename Place<W>::template Pixels<1> pixels;
