@@ -4,9 +4,9 @@
 // numbers per column and two per row. Without that, everything would wait for memory at the end of a tile, which takes
 // as long as 20 stages.
 //
-// Accumulators are registers, so loops over them must be unrolled. Each warp executes that code once per tile, and waits
-// longer for its instructions to be fetched (some five cycles each, estimated from an H200's times) than it computes.
-// The number of instructions per accumulator therefore decides how long an epilogue takes.
+// Accumulators are registers, so loops over them must be unrolled. Each warp executes that code once per tile, and
+// waits longer for its instructions to be fetched (some five cycles each, estimated from an H200's times) than it
+// computes. The number of instructions per accumulator therefore decides how long an epilogue takes.
 //
 // Where group norms read the result, the epilogue computes its moments from the staging buffer: 40 loads of 4 bytes per
 // thread for units of 10 channels, some 400 cycles per tile, in place of a kernel that reads the whole result again.

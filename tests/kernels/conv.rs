@@ -219,6 +219,7 @@ fn tiles_of_warpgroups() {
     Case::conv3x3((8, 8), 64, 160).with(|c| (c.skip, c.residual, c.images) = (64, true, 3)).check();
     Case::conv3x3((19, 17), 64, 96).with(|c| (c.per_image, c.images) = (true, 1)).check();
     Case::conv3x3((3, 131), 64, 40).check();
+    Case::conv3x3((10, 14), 64, 96).with(|c| (c.options.stride, c.images) = (2, 3)).check();
     Case::linear(150, 128, 320).with(|c| (c.per_image, c.residual) = (true, true)).check();
     Case::linear(130, 64, 320).with(|c| c.options.activation = Activation::Geglu).check();
     Case::linear(67, 640, 96).check();
