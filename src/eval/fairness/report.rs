@@ -1,7 +1,7 @@
 //! Results of a run, as JSON, CSV and a web page.
 
-use super::fairness::{Record, Settings, image_name, read_records, read_settings};
-use super::statistics::{count, deviation_ratio, mean_deviation_ratio};
+use super::super::statistics::{count, deviation_ratio, mean_deviation_ratio};
+use super::run::{Record, Settings, image_name, read_records, read_settings};
 use crate::{Error, Result};
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde::Serialize;

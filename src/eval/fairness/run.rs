@@ -1,7 +1,7 @@
 //! Evaluation runs: CLIP judges pictures of every profession, plain and balanced, and each picture's record is written
 //! at once.
 
-use super::clip::{Clip, cosine};
+use super::super::clip::{Clip, cosine};
 use crate::concept::{Group, assign};
 use crate::engine::{Engine, Image, Request};
 use crate::image::Picture;

@@ -1,16 +1,16 @@
-//! `respodiff eval`.
+//! `respodiff eval fairness`.
 
-use super::concepts::group;
-use super::progress::Progress;
-use super::{Place, interrupt_flag, model, say};
+use super::super::concepts::group;
+use super::super::progress::Progress;
+use super::super::{Place, interrupt_flag, model, say};
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
-use crate::eval::{Fairness, Report, Settings, merge, winobias};
+use crate::eval::fairness::{self, Fairness, Report, Settings, winobias};
 use crate::weights::Source;
 use crate::{Error, ErrorKind, Result};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
 /// The CLIP that the published evaluations use.
@@ -18,27 +18,6 @@ const DEFAULT_CLIP: &str = "openai/clip-vit-base-patch32";
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(clap::Subcommand)]
-enum Command {
-    /// Measure whom pictures of professions show, without and with balancing by concepts; continues an interrupted run
-    Fairness(Box<FairnessArgs>),
-    /// Merge the folders of a sharded run
-    Merge {
-        /// Folders of runs with --shard
-        #[arg(required = true)]
-        folders: Vec<PathBuf>,
-        /// Folder to write
-        #[arg(long)]
-        out: PathBuf,
-    },
-}
-
-#[derive(clap::Args)]
-struct FairnessArgs {
     /// Concept files to balance; repeat to cross groups
     #[arg(long, required = true, value_name = "A,B[=SHARE,SHARE]")]
     concepts: Vec<String>,
@@ -92,23 +71,24 @@ struct FairnessArgs {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let folder = match &args.command {
-        Command::Fairness(args) => {
-            fairness(args)?;
-            &args.out
-        }
-        Command::Merge { folders, out } => {
-            merge(folders, out)?;
-            out
-        }
-    };
+    measure(args)?;
+    report(&args.out)
+}
+
+/// Merges the folders of a sharded run, and reports the whole.
+pub(super) fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
+    fairness::merge(folders, out)?;
+    report(out)
+}
+
+fn report(folder: &Path) -> Result<()> {
     let report = Report::read(folder)?;
     say(&report.text());
     report.write(folder)?.iter().for_each(|path| say(&path.display().to_string()));
     Ok(())
 }
 
-fn fairness(args: &FairnessArgs) -> Result<()> {
+fn measure(args: &Args) -> Result<()> {
     let shard = shard(args.shard.as_deref())?;
     let prompts = prompts(args)?;
     if args.images_per_prompt == 0 || args.batch == 0 || !args.weight.is_finite() {
@@ -173,7 +153,7 @@ fn shard(text: Option<&str>) -> Result<(usize, usize)> {
 }
 
 /// Professions and their prompts.
-fn prompts(args: &FairnessArgs) -> Result<Vec<(String, Vec<String>)>> {
+fn prompts(args: &Args) -> Result<Vec<(String, Vec<String>)>> {
     let extended = match args.prompts.as_str() {
         "winobias" => false,
         "winobias-extended" => true,
