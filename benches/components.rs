@@ -6,8 +6,9 @@
 //! not built.
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use respodiff::backend::{Executor, Precision};
 use respodiff::bench::{SD15, SDXL, networks};
-use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32};
 use respodiff::plan::Plan;
 use respodiff::train::{Recipe, Task, Trainer};
 use respodiff::{Engine, weights::Source};
@@ -25,7 +26,7 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
         let plan = Plan::new(graph, respodiff::engine::UNET_CONSTANTS, &Fp32);
         println!("{name} {component}: arena {:.1} MiB", plan.arena_bytes() as f64 / (1 << 20) as f64);
         let tensors = source.tensors(component).expect("weights");
-        let weights = CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).expect("weights");
+        let weights = CpuWeights::load(plan.graph().weights(), &tensors, &[], Precision::Full).expect("weights");
         let plan = Arc::new(plan);
         let mut executor = CpuExecutor::new(plan.clone(), weights).expect("weights of this plan");
         if component == "unet" {
@@ -38,7 +39,7 @@ fn measure(c: &mut Criterion, name: &str, source: &Source) {
             write("timestep", &|_| 500.0);
             write("encoder_hidden_states", &|i| i.cos());
         }
-        executor.prologue();
+        executor.prologue().unwrap();
         group.bench_function(component, |b| b.iter(|| executor.step()));
     }
 }

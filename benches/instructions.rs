@@ -11,7 +11,8 @@
 //! with `components`.
 
 use rayon::prelude::*;
-use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision, isa};
+use respodiff::backend::{Executor, Precision};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, isa};
 use respodiff::graph::{Activation, ConvOptions, Extent, Graph, GraphBuilder, Keep, Shape, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -97,7 +98,7 @@ fn run(wanted: &str) {
     let tensors = Source::folder(folder.path()).expect("a checkpoint").tensors("unet").expect("its weights");
     let plan = Arc::new(Plan::new(graph, &[], &Fp32));
     let weights =
-        CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).expect("weights of this graph");
+        CpuWeights::load(plan.graph().weights(), &tensors, &[], Precision::Full).expect("weights of this graph");
     let mut executor = CpuExecutor::new(plan.clone(), weights).expect("memory");
     for (name, seed) in [("x", 1), ("d.y", 2)] {
         if let Some(input) = plan.graph().find_input(name) {
@@ -106,9 +107,9 @@ fn run(wanted: &str) {
         }
     }
     // The first run allocates scratch memory.
-    executor.step();
-    executor.backward();
-    executor.step();
+    executor.step().unwrap();
+    executor.backward().unwrap();
+    executor.step().unwrap();
     counted(&mut executor, plan.backward().next().is_some());
 }
 

@@ -1,9 +1,9 @@
 //! A network of one's own on the crate's kernels, with the feature `unstable`: a graph of a linear layer and a SiLU is
 //! planned and run: `cargo run --release --features unstable --example 06-kernel-of-ones-own`.
 
-use respodiff::Device;
 use respodiff::graph::{Activation, ConvOptions, GraphBuilder, Shape};
 use respodiff::weights::Tensors;
+use respodiff::{Device, Precision};
 
 fn main() -> respodiff::Result<()> {
     // 77 tokens of 320 channels: a sequence is an image of height 1, and a linear layer is a 1x1 convolution.
@@ -16,7 +16,7 @@ fn main() -> respodiff::Result<()> {
 
     // Random weights, by the names that a checkpoint would have.
     let device = Device::auto();
-    let weights = device.weights(graph.weights(), &Tensors::random())?;
+    let weights = device.weights(graph.weights(), &Tensors::random(), &[], Precision::Full)?;
     let plan = device.plan(graph, &[]);
     println!("{} bytes of activations", plan.arena_bytes());
     let mut executor = device.executor(plan, &weights)?;

@@ -1,10 +1,8 @@
 //! Measures the speed of the operations of a network on a device: every distinct one at its real shape, with random
 //! weights.
 
-use crate::cpu::MatrixPrecision;
-use crate::cuda::{Cache, Element, Launch};
-use crate::device::Backend;
-use crate::device::Executor;
+use crate::backend::{Executor, Precision};
+use crate::cuda::Element;
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{
     Activation, Attention, ConvOptions, Extent, Graph, GraphBuilder, Keep, Node, Op, Shape, TensorId, WeightId,
@@ -268,10 +266,7 @@ impl std::fmt::Display for Case {
 
 /// Bytes that a node must at least read and write, each counted once.
 fn bytes(device: &Device, graph: &Graph, node: &Node) -> f64 {
-    let tensor = |id: TensorId| match &device.0 {
-        Backend::Cpu => 4 * graph.shape(id).len(),
-        Backend::Cuda(_) => Element::of(graph, id).bytes() * graph.shape(id).len(),
-    };
+    let tensor = |id: TensorId| device.number_bytes(graph, id) * graph.shape(id).len();
     let weight = |id: WeightId| {
         let spec = graph.weight(id);
         let half = !device.is_cpu() && spec.kind != WeightKind::Vector;
@@ -380,12 +375,6 @@ impl Table {
     }
 }
 
-/// Launches by kernel and grid, on one line.
-pub fn kernels(launches: &[Launch]) -> String {
-    let named = launches.iter().map(|Launch { kernel, grid: [x, y, z], .. }| format!("{kernel} {x}x{y}x{z}"));
-    named.collect::<Vec<_>>().join(", ")
-}
-
 /// Times the operations of a network for which `wanted` is true. The time of a case is the median over all its
 /// operations in `runs` passes.
 ///
@@ -395,12 +384,12 @@ pub fn measure(
     device: &Device,
     network: &str,
     graph: Graph,
-    precision: MatrixPrecision,
+    precision: Precision,
     runs: usize,
     wanted: impl Fn(&Case) -> bool + Sync,
 ) -> Result<Table> {
     let plan = device.plan(graph, UNET_CONSTANTS);
-    let weights = device.weights_beside(plan.graph().weights(), &Tensors::random(), &[], precision)?;
+    let weights = device.weights(plan.graph().weights(), &Tensors::random(), &[], precision)?;
     let graph = plan.graph().clone();
     let mut executor = device.executor(plan, &weights)?;
     for (name, id) in &graph.inputs {
@@ -412,15 +401,12 @@ pub fn measure(
         };
         executor.write(name, &values)?;
     }
-    let caches: &[Cache] = match &device.0 {
-        Backend::Cpu => &[Cache::Cold],
-        Backend::Cuda(_) => &[Cache::Cold, Cache::Warm],
-    };
     let mut rows: Vec<(Row, [Vec<Duration>; 2])> = Vec::new();
     let mut places: HashMap<Case, usize> = HashMap::new();
+    let caches = executor.caches();
     for cache in (0..runs).flat_map(|_| caches) {
         let wanted = |node: &Node| wanted(&Case::of(&graph, node));
-        executor.timed(*cache, wanted, |node, launches, time| {
+        executor.timed(*cache, &wanted, &mut |node, kernels, time| {
             let case = Case::of(&graph, node);
             let place = *places.entry(case.clone()).or_insert_with(|| {
                 let (label, flops, bytes) = (case.to_string(), case.flops(), bytes(device, &graph, node));
@@ -428,7 +414,7 @@ pub fn measure(
                     case,
                     label,
                     count: 0,
-                    kernels: kernels(launches),
+                    kernels: kernels.to_string(),
                     seconds: 0.0,
                     least: 0.0,
                     p90: 0.0,
@@ -455,15 +441,15 @@ pub fn measure(
     rows.sort_by(|a, b| (b.seconds * b.count as f64).total_cmp(&(a.seconds * a.count as f64)));
 
     let reverse = executor.plan().backward().next().is_some();
-    let step = |executor: &mut Executor| match reverse {
+    let step = |executor: &mut dyn Executor| match reverse {
         true => executor.step().and_then(|()| executor.backward()),
         false => executor.step(),
     };
     // The first one records the launches. All are only queued until `wait` returns.
-    step(&mut executor)?;
+    step(&mut *executor)?;
     executor.wait()?;
     let start = Instant::now();
-    (0..runs).try_for_each(|_| step(&mut executor))?;
+    (0..runs).try_for_each(|_| step(&mut *executor))?;
     executor.wait()?;
     Ok(Table { network: network.into(), rows, step: start.elapsed().as_secs_f64() / runs.max(1) as f64 })
 }
@@ -499,7 +485,7 @@ pub fn peaks(device: &Device) -> Result<Peaks> {
     let best = |graph: &dyn Fn(usize) -> Graph, sizes: &[usize], work: fn(&Row) -> f64| {
         let mut best = 0.0f64;
         for &size in sizes {
-            let table = measure(device, "peak", graph(size), MatrixPrecision::Fp32, 5, |_| true)?;
+            let table = measure(device, "peak", graph(size), Precision::Full, 5, |_| true)?;
             // The operation with the longest time. Of the product and the node that reads it, that is the product,
             // except at tiny sizes.
             let Some(row) = table.rows.first() else { break };
@@ -513,7 +499,7 @@ pub fn peaks(device: &Device) -> Result<Peaks> {
     Ok(Peaks {
         flops: best(&product, &[256, 512, 1024, 2048, 4096, 8192], |row| row.flops)?,
         bytes: best(&copy, &[1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18], |row| row.bytes)?,
-        launch: measure(device, "launch", chain(), MatrixPrecision::Fp32, 20, |_| false)?.step / LAUNCHES as f64,
+        launch: measure(device, "launch", chain(), Precision::Full, 20, |_| false)?.step / LAUNCHES as f64,
     })
 }
 
@@ -545,7 +531,7 @@ mod tests {
             ),
         ];
         for (device, warm) in devices {
-            let table = measure(&device, "chain", chain(), MatrixPrecision::Fp32, 2, |_| true).unwrap();
+            let table = measure(&device, "chain", chain(), Precision::Full, 2, |_| true).unwrap();
             let [row] = &table.rows[..] else { panic!("{:?}", table.rows) };
             assert_eq!((row.count, row.warm.is_some(), row.kernels.is_empty()), (LAUNCHES, warm, !warm));
             assert!(row.seconds > 0.0 && row.warm.is_none_or(|seconds| seconds > 0.0) && table.step > 0.0, "{table:?}");

@@ -39,6 +39,10 @@
 #![cfg_attr(not(feature = "unstable"), allow(dead_code, unused_imports))]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+#[cfg(not(feature = "unstable"))]
+mod backend;
+#[cfg(feature = "unstable")]
+pub mod backend;
 #[cfg(all(feature = "cli", not(feature = "unstable")))]
 mod bench;
 #[cfg(feature = "unstable")]
@@ -100,8 +104,8 @@ mod weights;
 #[cfg(feature = "unstable")]
 pub mod weights;
 
+pub use backend::Precision;
 pub use concept::{Concept, Group, Kind as ConceptKind, Metadata as ConceptMetadata, NumberFormat};
-pub use cpu::MatrixPrecision as Precision;
 pub use device::Device;
 pub use diffusion::noise::Rng;
 pub use diffusion::scheduler::{Sampler, SamplerChoice, Spacing};

@@ -3,7 +3,8 @@
 
 mod support;
 
-use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
+use respodiff::backend::{Executor, Precision};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32};
 use respodiff::graph::{Activation, ConvOptions, Extent, GraphBuilder, Shape, Sources, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -55,7 +56,7 @@ impl Case {
         let (folder, by_name) = weights(&graph, self.format);
         let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
         let plan = Arc::new(Plan::new(graph, &[], &Fp32));
-        let loaded = CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).unwrap();
+        let loaded = CpuWeights::load(plan.graph().weights(), &tensors, &[], Precision::Full).unwrap();
         let mut executor = CpuExecutor::new(plan, loaded).unwrap();
         executor.write("x", &narrow(x)).unwrap();
         if self.skip > 0 {
@@ -66,8 +67,8 @@ impl Case {
             executor.write("residual", &narrow(residual)).unwrap();
             executor.write("vector", &narrow(vector)).unwrap();
         }
-        executor.prologue();
-        executor.step();
+        executor.prologue().unwrap();
+        executor.step().unwrap();
         (executor.output("y").to_vec(), by_name)
     }
 

@@ -3,8 +3,9 @@
 mod support;
 
 use half::f16;
+use respodiff::backend::Cache;
 use respodiff::concept::{Concept, Form, Metadata, Module};
-use respodiff::cuda::{self, Cache, Emulated, Launch, Limits, Recording, TensorTiles, lowered};
+use respodiff::cuda::{self, Emulated, Launch, Limits, Recording, TensorTiles, lowered};
 use respodiff::diffusion::noise::Rng;
 use respodiff::engine::UNET_CONSTANTS;
 use respodiff::graph::Extent;
@@ -386,7 +387,7 @@ fn networks_on_the_kernels_of_an_h100() {
     for (name, graph, output) in graphs {
         let run = |device: &Device| {
             let plan = device.plan(graph.clone(), UNET_CONSTANTS);
-            let weights = device.weights(graph.weights(), &Tensors::random()).unwrap();
+            let weights = device.weights(graph.weights(), &Tensors::random(), &[], respodiff::Precision::Full).unwrap();
             let mut executor = device.executor(plan, &weights).unwrap();
             for input in ["sample", "timestep", "encoder_hidden_states", "shift", "latents"] {
                 let Some(id) = graph.find_input(input) else { continue };

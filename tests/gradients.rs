@@ -3,7 +3,8 @@
 
 mod support;
 
-use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
+use respodiff::backend::{Executor, Precision};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32};
 use respodiff::graph::{Activation, ConvOptions, Extent, GraphBuilder, Keep, Shape, Sources, TensorId, View};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -44,7 +45,7 @@ fn check_around(
     let (folder, by_name) = weights(&graph, Dtype::F32);
     let plan = Plan::new(graph, &[], &Fp32);
     let tensors = Source::folder(folder.path()).unwrap().tensors("unet").unwrap();
-    let loaded = CpuWeights::load(plan.graph().weights(), &tensors, &[], MatrixPrecision::Fp32).unwrap();
+    let loaded = CpuWeights::load(plan.graph().weights(), &tensors, &[], Precision::Full).unwrap();
     let mut executor = CpuExecutor::new(Arc::new(plan), loaded).unwrap();
 
     let x: Numbers = random(x_shape.len(), 5).iter().map(|&v| (v + mean) as f32 as f64).collect();
@@ -53,15 +54,15 @@ fn check_around(
     if other.is_some() {
         executor.write("other", &narrow(&rest)).unwrap();
     }
-    executor.prologue();
-    executor.step();
+    executor.prologue().unwrap();
+    executor.step().unwrap();
     let truth = plain(&x, &rest, &by_name);
     let error = support::relative_l2(executor.output("y"), &narrow(&truth));
     assert!(error < 1e-5 + rounding, "{label}: forward off by {error:e}");
 
     let seed = random(truth.len(), 11);
     executor.write("d.y", &narrow(&seed)).unwrap();
-    executor.backward();
+    executor.backward().unwrap();
     let ours = executor.output("d.x").to_vec();
     let step = 1e-5;
     let value = |x: &[f64]| plain(x, &rest, &by_name).iter().zip(&seed).map(|(y, d)| y * d).sum::<f64>();

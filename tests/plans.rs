@@ -1,7 +1,8 @@
 //! Plans, weights and inputs that do not belong together are errors, on every device, before anything is read or
 //! written.
 
-use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
+use respodiff::backend::{Executor, Precision};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32};
 use respodiff::cuda::Limits;
 use respodiff::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape};
 use respodiff::models::{ClipConfig, text_encoder};
@@ -25,7 +26,7 @@ fn plan(graph: Graph, storage: &dyn Storage) -> Arc<Plan> {
 }
 
 fn on_cpu(graph: &Graph) -> Arc<CpuWeights> {
-    CpuWeights::load(graph.weights(), &Tensors::random(), &[], MatrixPrecision::Fp32).unwrap()
+    CpuWeights::load(graph.weights(), &Tensors::random(), &[], Precision::Full).unwrap()
 }
 
 #[test]
@@ -79,8 +80,8 @@ fn token_ids_are_of_the_vocabulary() {
     let weights = on_cpu(&graph);
     let mut executor = CpuExecutor::new(plan(graph, &Fp32), weights).unwrap();
     refused(|ids| executor.write("input_ids", ids));
-    executor.prologue();
-    executor.step();
+    executor.prologue().unwrap();
+    executor.step().unwrap();
 }
 
 /// If the same indices read several tables, the smallest one limits them.
@@ -109,6 +110,7 @@ fn computed_indices_are_refused() {
 #[cfg(feature = "emulated")]
 mod on_kernels {
     use super::*;
+    use respodiff::backend::PackedWeights;
     use respodiff::cuda::{CudaDevice, CudaExecutor, CudaWeights, Emulated};
 
     fn device(limits: Limits) -> Arc<dyn CudaDevice> {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// The modules from the bottom up.
-const ROOMS: [&str; 21] = [
+const ROOMS: [&str; 22] = [
     "error",
     "json",
     "layout",
@@ -17,6 +17,7 @@ const ROOMS: [&str; 21] = [
     "diffusion",
     "image",
     "weights",
+    "backend",
     "cpu",
     "cuda",
     "device",
@@ -29,7 +30,7 @@ const ROOMS: [&str; 21] = [
 ];
 
 /// Items that the crate's root re-exports, and their modules.
-const ROOT: [(&str, &str); 14] = [
+const ROOT: [(&str, &str); 15] = [
     ("Error", "error"),
     ("ErrorKind", "error"),
     ("Result", "error"),
@@ -37,6 +38,7 @@ const ROOT: [(&str, &str); 14] = [
     ("GenerationInfo", "image"),
     ("Picture", "image"),
     ("Source", "weights"),
+    ("Precision", "backend"),
     ("Device", "device"),
     ("Concept", "concept"),
     ("Engine", "engine"),

@@ -3,7 +3,8 @@
 
 mod support;
 
-use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32, MatrixPrecision};
+use respodiff::backend::{Executor, Precision};
+use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32};
 use respodiff::graph::{Activation, ConvOptions, GraphBuilder, Shape, Sources};
 use respodiff::plan::Plan;
 use respodiff::weights::Source;
@@ -20,7 +21,7 @@ struct Case {
     outputs: usize,
     gated: bool,
     format: Dtype,
-    precision: MatrixPrecision,
+    precision: Precision,
 }
 
 impl Case {
@@ -55,7 +56,7 @@ impl Case {
                 executor.write(name, &narrow(numbers)).unwrap();
             }
         }
-        executor.step();
+        executor.step().unwrap();
         (executor.output("y").to_vec(), by_name)
     }
 
@@ -88,7 +89,7 @@ impl Case {
 }
 
 fn cases() -> Vec<Case> {
-    let precision = MatrixPrecision::Int8;
+    let precision = Precision::Int8;
     let base = Case { x: Shape::new(2, 5, 7, 64), skip: 0, outputs: 40, gated: false, format: Dtype::F32, precision };
     let cases = [
         base,
@@ -100,7 +101,7 @@ fn cases() -> Vec<Case> {
         Case { x: Shape::new(2, 1, 60, 8192), outputs: 65, format: Dtype::F16, ..base },
         Case { x: Shape::new(2, 1, 21, 128), outputs: 160, gated: true, ..base },
     ];
-    let others = cases.map(|case| Case { precision: MatrixPrecision::Bf16, ..case });
+    let others = cases.map(|case| Case { precision: Precision::Bf16, ..case });
     cases.into_iter().chain(others).collect()
 }
 
@@ -115,7 +116,7 @@ fn linear_layers_are_off_by_rounding_alone() {
         // is off by 1/sqrt(12) of a step, and the root mean square of the numbers is 1/sqrt(3). For bf16, a step is
         // 2^-8 to 2^-7 of a number. A product has two rounded factors, and a gate is a further factor.
         let rounding = match case.precision {
-            MatrixPrecision::Int8 => 1.0 / 127.0 / 2.0,
+            Precision::Int8 => 1.0 / 127.0 / 2.0,
             _ => 0.75 * 2f64.powi(-7) / 12f64.sqrt(),
         };
         let expected = 2f64.sqrt() * rounding * if case.gated { 2.0 } else { 1.0 };
@@ -159,8 +160,8 @@ fn nan_stays_visible() {
 #[test]
 fn kernels_have_their_own_precision() {
     let none = respodiff::weights::Tensors::random();
-    for precision in [MatrixPrecision::Bf16, MatrixPrecision::Int8] {
-        let refused = support::kernels().weights_beside(&[], &none, &[], precision);
+    for precision in [Precision::Bf16, Precision::Int8] {
+        let refused = support::kernels().weights(&[], &none, &[], precision);
         assert!(refused.is_err_and(|e| e.kind() == respodiff::ErrorKind::Invalid));
     }
 }

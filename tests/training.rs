@@ -2,9 +2,9 @@
 
 mod support;
 
+use respodiff::backend::Precision;
 use respodiff::bench::{SDXL, networks};
 use respodiff::concept::{Form, Module};
-use respodiff::cpu::MatrixPrecision;
 use respodiff::engine::UNET_CONSTANTS;
 use respodiff::graph::{Keep, Shape};
 use respodiff::models::{UNetConfig, UNetInput, unet, unet_halves};
@@ -212,7 +212,7 @@ fn memory_plans_of_sdxl() {
         support::kernels(),
     ];
     for device in places {
-        let none = device.weights(&[], &Tensors::random()).unwrap();
+        let none = device.weights(&[], &Tensors::random(), &[], Precision::Full).unwrap();
         let input = |rows, shifted| UNetInput { rows, h: 128, w: 128, tokens: 77, shifted };
         let of = |rows, keep| Halves::memory(&device, &config(&source), &none, input(rows, 0), keep);
         let (all, sums) = (of(1, Some(Keep::All)), of(1, Some(Keep::Sums)));
@@ -246,15 +246,14 @@ fn halves_share_weights() {
     for device in places {
         let input = UNetInput { tokens: 77, ..UNetInput::default() };
         let whole = unet(&config, input);
-        let weights = device.weights(whole.weights(), &source.tensors("unet").unwrap()).unwrap();
+        let weights = device.weights(whole.weights(), &source.tensors("unet").unwrap(), &[], Precision::Full).unwrap();
         let added = |gradient| Halves::memory(&device, &config, &weights, input, gradient).weights;
         assert_eq!(added(None), 0);
         let both = added(Some(Keep::All));
         assert!(0 < both && both < weights.bytes(), "{both} bytes beside {}", weights.bytes());
         let halves = unet_halves(&config, input).1;
-        let again = device
-            .weights_beside(halves.weights(), &source.tensors("unet").unwrap(), &[&weights], MatrixPrecision::Fp32)
-            .unwrap();
+        let again =
+            device.weights(halves.weights(), &source.tensors("unet").unwrap(), &[&weights], Precision::Full).unwrap();
         assert!(device.is_cpu() || again.bytes() == 0);
     }
 }

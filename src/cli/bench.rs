@@ -1,8 +1,9 @@
 //! `respodiff bench`.
 
-use super::{Place, Precision, model, say, warn};
-use crate::bench::{Case, Peaks, SD15, SDXL, Table, kernels, measure, networks, peaks, training};
-use crate::cuda::{Limits, Lowered, lowered};
+use super::{Place, model, say, told, warn};
+use crate::backend::Precision;
+use crate::bench::{Case, Peaks, SD15, SDXL, Table, measure, networks, peaks, training};
+use crate::cuda::{Limits, Lowered, lowered, names};
 use crate::engine::UNET_CONSTANTS;
 use crate::files::check_writable;
 use crate::graph::Graph;
@@ -43,7 +44,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
     /// Number format of the networks' linear layers
-    #[arg(long, value_enum, default_value_t = Precision::Full)]
+    #[arg(long, default_value_t = Precision::Full)]
     precision: Precision,
 }
 
@@ -75,7 +76,7 @@ fn print_plans(network: &str, graph: &Graph, limits: Limits, wanted: impl Fn(&st
         let case = Case::of(graph, &node).to_string();
         if wanted(&case) {
             launches[usize::from(in_prologue)] += of_node.len();
-            *lines.entry((case, kernels(&of_node), reason)).or_default() += 1;
+            *lines.entry((case, names(&of_node), reason)).or_default() += 1;
         }
     }
     if lines.is_empty() {
@@ -132,7 +133,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut tables = Vec::new();
     for (network, graph) in networks {
         let wanted = |case: &Case| wanted(network, &case.to_string());
-        let table = measure(&device, network, graph, args.precision.of_matrices(), runs, wanted)?;
+        let table = measure(&device, network, graph, args.precision, runs, wanted)?;
         if !table.rows.is_empty() {
             let measured = rates(&peaks);
             peaks = peaks.with(&table);
@@ -151,7 +152,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
                 // The file is written after every network, so that little is lost if the run is stopped.
                 let report = serde_json::json!({
                     "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "model": args.model,
-                    "batch": args.batch, "precision": args.precision.told(),
+                    "batch": args.batch, "precision": told(args.precision),
                     "runs": runs, "peaks": peaks, "networks": tables,
                 });
                 crate::files::write(file, format!("{report:#}\n").as_bytes())?;
@@ -220,7 +221,7 @@ impl Earlier {
         let all: Report = serde_json::from_str(&text).map_err(|problem| {
             Error::damaged(path, format!("not a report of bench: {problem}")).advise("give a file that --json wrote")
         })?;
-        let precision = args.precision.told();
+        let precision = told(args.precision);
         for (what, before, now) in [
             ("the device", Some(all.device.as_str()), Some(device)),
             ("the model", Some(all.model.as_str()), Some(args.model.as_str())),

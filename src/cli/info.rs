@@ -1,7 +1,6 @@
 //! `respodiff info`.
 
 use super::{Place, model, say};
-use crate::device::Backend;
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{Extent, Graph};
 use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder};
@@ -83,10 +82,7 @@ fn component(device: &Device, source: &Source, name: &str, graph: Graph) -> Resu
     let tensors = source.tensors(name)?;
     let parameters = graph.parameters();
     let plan = device.plan(graph, UNET_CONSTANTS);
-    let (number, format) = match &device.0 {
-        Backend::Cpu => (4, "fp32"),
-        Backend::Cuda(_) => (2, "fp16"),
-    };
+    let (number, format) = if device.is_cpu() { (4, "fp32") } else { (2, "fp16") };
     let files: Vec<String> =
         tensors.files().filter_map(|file| Some(file.file_name()?.to_string_lossy().into_owned())).collect();
     Ok(json!({

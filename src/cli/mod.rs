@@ -16,9 +16,9 @@ mod rerun;
 mod sample;
 mod train;
 
-use crate::cpu::MatrixPrecision;
+use crate::backend::Precision;
 use crate::{Device, Error, ErrorKind, Result, Subject, cuda};
-use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -134,31 +134,9 @@ impl Place {
     }
 }
 
-/// Number format of the UNet's linear layers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Precision {
-    /// The device's own: fp32 on the CPU, fp16 on a GPU
-    Full,
-    /// bf16, on the CPU only: less exact, faster with AMX
-    Bf16,
-    /// 8-bit integers, on the CPU only: still less exact, half the memory, faster with AMX or AVX-512 VNNI
-    Int8,
-}
-
-impl Precision {
-    fn of_matrices(self) -> MatrixPrecision {
-        match self {
-            Precision::Full => MatrixPrecision::Fp32,
-            Precision::Bf16 => MatrixPrecision::Bf16,
-            Precision::Int8 => MatrixPrecision::Int8,
-        }
-    }
-
-    /// The name that files and reports record; `None` for the device's own precision.
-    fn told(self) -> Option<String> {
-        let value = self.to_possible_value()?;
-        (self != Precision::Full).then(|| value.get_name().into())
-    }
+/// The name of a precision in files and reports; `None` for the device's own.
+fn told(precision: Precision) -> Option<String> {
+    (precision != Precision::Full).then(|| precision.to_string())
 }
 
 /// Runs the command line of this process.

@@ -1,9 +1,10 @@
 //! `respodiff probe`: it runs single components, to compare the engine with another implementation.
 
 use super::files::{TensorFile, write};
-use super::{Place, Precision, model, say, tell, warn};
+use super::{Place, model, say, tell, warn};
+use crate::backend::{Executor, Precision};
 use crate::concept::{Form, Module};
-use crate::device::{Device, Executor};
+use crate::device::Device;
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::files::check_writable;
@@ -67,7 +68,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = Place::Cpu)]
     device: Place,
     /// Number format of a network's linear layers; gradients always use the device's own
-    #[arg(long, value_enum, default_value_t = Precision::Full)]
+    #[arg(long, default_value_t = Precision::Full)]
     precision: Precision,
 }
 
@@ -94,12 +95,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn executor(args: &Args, source: &Source, component: &str, graph: Graph) -> Result<Executor> {
+fn executor(args: &Args, source: &Source, component: &str, graph: Graph) -> Result<Box<dyn Executor>> {
     let device: Device = args.device.open()?;
     let plan = device.plan(graph, UNET_CONSTANTS);
     let start = Instant::now();
-    let precision = args.precision.of_matrices();
-    let weights = device.weights_beside(plan.graph().weights(), &source.tensors(component)?, &[], precision)?;
+    let weights = device.weights(plan.graph().weights(), &source.tensors(component)?, &[], args.precision)?;
     let loading = start.elapsed();
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     let (held, arena) = (mib(weights.bytes()), mib(plan.arena_bytes()));
@@ -109,7 +109,7 @@ fn executor(args: &Args, source: &Source, component: &str, graph: Graph) -> Resu
 }
 
 /// Makes the call twice and prints both times, since the first call also pays for one-time work.
-fn call(executor: &mut Executor) -> Result<()> {
+fn call(executor: &mut dyn Executor) -> Result<()> {
     let mut timed = || -> Result<f64> {
         let start = Instant::now();
         executor.prologue()?;
@@ -123,7 +123,7 @@ fn call(executor: &mut Executor) -> Result<()> {
 }
 
 /// An output of the graph, converted from NHWC to NCHW.
-fn image_output(executor: &Executor, name: &'static str) -> Result<Named> {
+fn image_output(executor: &dyn Executor, name: &'static str) -> Result<Named> {
     let graph = executor.plan().graph();
     let shape = graph.shape(graph.output(name));
     let mut values = vec![0.0; shape.len()];
@@ -165,7 +165,7 @@ fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<
         let indices = ids.chunks_exact(width).map(|row| config.pooled_index(row) as f32);
         executor.write("pooled_index", &indices.collect::<Vec<_>>())?;
     }
-    call(&mut executor)?;
+    call(&mut *executor)?;
     let mut results: Vec<Named> = vec![("input_ids", vec![n, width], ids.iter().map(|&id| id as f32).collect())];
     for name in ["last_hidden_state", "penultimate_hidden_state"] {
         results.push((name, vec![n, width, config.layers.width], executor.read(name)?));
@@ -209,8 +209,8 @@ fn probe_unet(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Nam
             executor.write(name, &file.get(name, &[Some(n), Some(width)])?.floats())?;
         }
     }
-    call(&mut executor)?;
-    Ok(vec![image_output(&executor, "sample")?, image_output(&executor, "mid")?])
+    call(&mut *executor)?;
+    Ok(vec![image_output(&*executor, "sample")?, image_output(&*executor, "mid")?])
 }
 
 fn nhwc(nchw: &[f32], channels: usize, pixels: usize) -> Vec<f32> {
@@ -271,8 +271,8 @@ fn decode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>>
     let [n, c, h, w] = latents.shape[..] else { return Err(file.error("`latents` is not [B,C,H,W]")) };
     let mut executor = executor(args, source, "vae", vae_decoder(&config, n, Extent { h, w }))?;
     executor.write("latents", &nhwc(&latents.floats(), c, h * w))?;
-    call(&mut executor)?;
-    Ok(vec![image_output(&executor, "image")?])
+    call(&mut *executor)?;
+    Ok(vec![image_output(&*executor, "image")?])
 }
 
 fn encode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
@@ -284,8 +284,8 @@ fn encode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>>
     }
     let mut executor = executor(args, source, "vae", vae_encoder(&config, n, Extent { h, w }))?;
     executor.write("image", &nhwc(&image.floats(), c, h * w))?;
-    call(&mut executor)?;
-    let (_, shape, moments) = image_output(&executor, "moments")?;
+    call(&mut *executor)?;
+    let (_, shape, moments) = image_output(&*executor, "moments")?;
     let one = moments.len() / n;
     let half =
         |from: usize| moments.chunks_exact(one).flat_map(|m| m[from..from + one / 2].to_vec()).collect::<Vec<_>>();

@@ -2,7 +2,7 @@
 
 use super::progress::Progress as Shown;
 use super::{Place, concepts, interrupt_flag, model, out, say, tell, warn};
-use crate::cpu::MatrixPrecision;
+use crate::backend::Precision;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, EngineOptions, Image, Progress, Request, SessionOptions, Size};
 use crate::files::check_writable;
@@ -119,14 +119,10 @@ fn read(path: &Path) -> Result<GenerationInfo> {
 
 /// Opens the checkpoint that made the picture.
 fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
-    let precision = match info.precision.as_deref() {
-        None => MatrixPrecision::Fp32,
-        Some("bf16") => MatrixPrecision::Bf16,
-        Some("int8") => MatrixPrecision::Int8,
-        Some(other) => {
-            return Err(Error::unsupported(args.picture.as_path(), format!("its precision `{other}` is not known")));
-        }
-    };
+    let precision = info.precision.as_deref().map_or(Ok(Precision::Full), str::parse).map_err(|_| {
+        let problem = format!("its precision `{}` is not known", info.precision.as_deref().unwrap_or_default());
+        Error::unsupported(args.picture.as_path(), problem)
+    })?;
     let source = match &args.model {
         Some(model) => model::source(Some(model))?,
         None if info.model == Source::demo().name() => Source::demo(),

@@ -3,7 +3,8 @@
 use super::out::{self, Named, Pictures};
 use super::progress::Progress as Shown;
 use super::prompts::{self, Item};
-use super::{Place, Precision, concepts, files, interrupt_flag, model, random_seed, say, tell, warn};
+use super::{Place, concepts, files, interrupt_flag, model, random_seed, say, tell, told, warn};
+use crate::backend::Precision;
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Conditioning, Engine, EngineOptions, Image, Progress, Prompt, Request, Size, Start};
@@ -92,7 +93,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
     /// Number format of the UNet's linear layers
-    #[arg(long, value_enum, default_value_t = Precision::Full)]
+    #[arg(long, default_value_t = Precision::Full)]
     precision: Precision,
 }
 
@@ -119,7 +120,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
 
     let source = model::source(args.model.as_deref())?;
     let opening = Instant::now();
-    let engine = Engine::open(&source, EngineOptions::new(device.clone()).precision(args.precision.of_matrices()))?;
+    let engine = Engine::open(&source, EngineOptions::new(device.clone()).precision(args.precision))?;
     let loading = opening.elapsed();
     // Every picture records hashes of the weights. They are computed while the first pictures are made, since all
     // weights have to be read for them.
@@ -173,7 +174,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         model_fingerprint: None,
         device: Some(device.name()),
         given_latents: latents.is_some(),
-        precision: args.precision.told(),
+        precision: told(args.precision),
         concepts: Vec::new(),
         version: env!("CARGO_PKG_VERSION").into(),
     };
@@ -279,7 +280,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         };
         let pictures = (0..made).map(|i| json!({"file": file(i), "seed": plan[i].seed, "prompt": plan[i].item.prompt}));
         let mut report = json!({
-            "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "precision": args.precision.told(),
+            "version": env!("CARGO_PKG_VERSION"), "device": device.name(), "precision": told(args.precision),
             "images": pictures.collect::<Vec<_>>(),
             "load_seconds": loading, "seconds_per_image": each,
             "first_image_seconds": saved.first.map(|first| (first - started).as_secs_f64()),

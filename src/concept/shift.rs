@@ -2,6 +2,7 @@
 //! evaluated in every step.
 
 use super::{Concept, Form, Module};
+use crate::backend::{AddedToBottleneck, OfBottleneck};
 use crate::graph::Shape;
 use crate::{Error, Result};
 use std::sync::Arc;
@@ -46,19 +47,14 @@ impl Shift {
         Shift { constant: sum.repeat(images), networks: Vec::new() }
     }
 
-    /// The part that stays the same from step to step, `[images, h, w, c]`.
-    pub(crate) fn constant(&self) -> &[f32] {
-        &self.constant
+    /// The same for a run.
+    pub(crate) fn added(&self) -> AddedToBottleneck<'_> {
+        AddedToBottleneck { constant: &self.constant, of_bottleneck: (!self.networks.is_empty()).then_some(self) }
     }
+}
 
-    /// True if there are no networks, so that the shift is the same in every step.
-    pub(crate) fn is_constant(&self) -> bool {
-        self.networks.is_empty()
-    }
-
-    /// The whole shift for a step, `[images, h, w, c]`. `mid` is the bottleneck of all CFG rows, of which the last are
-    /// the conditional rows of the images.
-    pub(crate) fn follow(&self, mid: &[f32], out: &mut [f32]) {
+impl OfBottleneck for Shift {
+    fn write(&self, mid: &[f32], out: &mut [f32]) {
         out.copy_from_slice(&self.constant);
         let mid = &mid[mid.len() - out.len()..];
         for (image, module, weight) in &self.networks {

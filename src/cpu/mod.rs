@@ -1,4 +1,4 @@
-//! The CPU executor: runs plans in fp32, in NHWC, on the threads of the rayon pool that it is called from.
+//! The CPU: runs plans in fp32, in NHWC, on the threads of the rayon pool that it is called from.
 //!
 //! There is one file per family of operations. `gemm` holds the only matrix kernel, `simd` the instruction sets.
 
@@ -14,6 +14,7 @@ mod group_norm;
 mod int8;
 mod layer_norm;
 mod rounded;
+mod sampling;
 mod simd;
 mod weights;
 mod winograd;
@@ -22,10 +23,14 @@ pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
 pub use weights::CpuWeights;
 
-use crate::graph::{Graph, Node, Op, Shape, TensorId};
+use crate::backend::{Backend, Cache, Denoiser, Executor, OfBottleneck, Planned, Precision, Weights};
+use crate::graph::{Graph, Node, Op, Shape, TensorId, WeightSpec};
 use crate::plan::{Plan, Storage};
-use crate::{Error, Result, memory};
+use crate::weights::Tensors;
+use crate::{Error, Result, Subject, memory};
 use memmap2::MmapMut;
+use sampling::CpuDenoiser;
+use std::any::Any;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
@@ -33,21 +38,6 @@ use std::time::{Duration, Instant};
 
 /// The storage to make plans with for the CPU: activations in fp32.
 pub struct Fp32;
-
-/// Number format of linear layers and 1x1 convolutions. Everything else is in fp32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MatrixPrecision {
-    /// fp32 arithmetic on the checkpoint's own numbers.
-    #[default]
-    Fp32,
-    /// bf16 operands with fp32 accumulators: a third of the time with AMX. On other machines it may be slower than
-    /// fp32.
-    Bf16,
-    /// 8-bit integers: weights are rounded once with a scale per column, activations in every call with a scale per
-    /// row. A third to half of the time with AMX or AVX-512 VNNI, and half the memory of fp16; pictures differ in
-    /// details.
-    Int8,
-}
 
 impl Storage for Fp32 {
     fn name(&self) -> String {
@@ -70,6 +60,64 @@ impl Storage for Fp32 {
         };
         numbers * size_of::<f32>()
     }
+}
+
+/// This machine's processor.
+pub struct Cpu;
+
+impl Backend for Cpu {
+    fn name(&self) -> String {
+        format!("CPU ({:?})", isa())
+    }
+
+    fn number_bytes(&self, _: &Graph, _: TensorId) -> usize {
+        size_of::<f32>()
+    }
+
+    fn free_bytes(&self) -> Option<usize> {
+        memory::free()
+    }
+
+    fn used_bytes(&self) -> Option<usize> {
+        None
+    }
+
+    fn plan(&self, graph: Graph, constant: &[&str]) -> Plan {
+        Plan::new(graph, constant, &Fp32)
+    }
+
+    fn weights(
+        &self,
+        specs: &[WeightSpec],
+        tensors: &Tensors,
+        others: &[&Weights],
+        precision: Precision,
+    ) -> Result<Weights> {
+        let others: Vec<&CpuWeights> =
+            others.iter().filter_map(|other| (&***other as &dyn Any).downcast_ref()).collect();
+        Ok(CpuWeights::load(specs, tensors, &others, precision)?)
+    }
+
+    fn executor(&self, plan: Plan, weights: &Weights) -> Result<Box<dyn Executor>> {
+        Ok(Box::new(ready((plan, weights))?))
+    }
+
+    fn denoiser(&self, unet: Planned, _: usize, vae: Option<Planned>) -> Result<Box<dyn Denoiser>> {
+        Ok(Box::new(CpuDenoiser { unet: ready(unet)?, vae: vae.map(ready).transpose()?, latents: Vec::new() }))
+    }
+
+    fn denoiser_bytes(&self, _: &Plan, _: usize, _: Option<&Plan>) -> usize {
+        0
+    }
+}
+
+/// An executor of a plan with weights that were loaded here.
+fn ready((plan, weights): Planned) -> Result<CpuExecutor> {
+    let weights: Arc<dyn Any + Send + Sync> = weights.clone();
+    let weights = weights.downcast().map_err(|_| {
+        Error::mismatch(Subject::Run, "the weights were not loaded for the CPU").advise("load them there")
+    })?;
+    CpuExecutor::new(Arc::new(plan), weights)
 }
 
 /// The range of an activation's elements in the arena, counted in fp32 elements.
@@ -97,27 +145,9 @@ impl CpuExecutor {
         Ok(CpuExecutor { plan, weights, arena })
     }
 
-    /// The plan.
-    pub fn plan(&self) -> &Plan {
-        &self.plan
-    }
-
     /// The weights.
     pub fn weights(&self) -> &CpuWeights {
         &self.weights
-    }
-
-    /// Writes the named input, NHWC. It keeps its value from run to run.
-    ///
-    /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for an index beyond what it chooses from.
-    ///
-    /// # Panics
-    /// If the graph has no such input, or one of another length.
-    pub fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
-        self.plan.graph().check_values(name, values)?;
-        self.input_mut(name).copy_from_slice(values);
-        Ok(())
     }
 
     /// The named input itself, for values that are not indices.
@@ -131,52 +161,19 @@ impl CpuExecutor {
         &self.arena.numbers()[range(&self.plan, self.plan.graph().output(name))]
     }
 
-    /// Runs the nodes that depend on constant inputs alone. Needed once after such an input changes.
-    pub fn prologue(&mut self) {
-        let plan = self.plan.clone();
-        self.all(&plan, plan.prologue());
-    }
-
-    /// Runs one step.
-    pub fn step(&mut self) {
-        let plan = self.plan.clone();
-        self.all(&plan, plan.step());
-    }
-
-    /// Runs all nodes, and calls `tell` with the duration of every node for which `wanted` is true.
-    pub fn timed(&mut self, wanted: impl Fn(&Node) -> bool + Send, mut tell: impl FnMut(&Node, Duration) + Send) {
-        let plan = self.plan.clone();
-        rayon::scope(move |_| {
-            for (node, workspace) in plan.all() {
-                let start = Instant::now();
-                self.run(&plan, node, workspace);
-                if wanted(node) {
-                    tell(node, start.elapsed());
-                }
-            }
-        });
-    }
-
-    /// Runs one step. Before an [`Op::Shift`] it calls `fill` with the activation to be shifted and the shift to be
-    /// written.
-    pub fn step_shifting(&mut self, fill: impl Fn(&[f32], &mut [f32]) + Send) {
+    /// Runs one step. Before an [`Op::Shift`], `added` writes the shift for the activation that it is added to.
+    fn step_adding(&mut self, added: &dyn OfBottleneck) {
         let plan = self.plan.clone();
         rayon::scope(move |_| {
             for (node, workspace) in plan.step() {
                 if let Op::Shift { x, shift } = node.op {
-                    // A copy, so that `fill` may read one slice while it writes the other. The bottleneck is small.
+                    // A copy, so that `added` may read one slice while it writes the other. The bottleneck is small.
                     let x = self.arena.numbers()[range(&plan, x)].to_vec();
-                    fill(&x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
+                    added.write(&x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
                 }
                 self.run(&plan, node, workspace);
             }
         });
-    }
-
-    /// Runs the backward half, from the last step's activations and the seed in the input `d.<output>`.
-    pub fn backward(&mut self) {
-        let plan = self.plan.clone();
-        self.all(&plan, plan.backward());
     }
 
     /// Runs nodes from inside the pool. An operation called from outside would have to wake the pool and wait to be
@@ -216,6 +213,67 @@ impl CpuExecutor {
             Op::Shift { x, shift } => elementwise::shift(x, shift, out, &memory),
             Op::SelectToken { x, index } => elementwise::select_token(x, index, out, &memory),
         }
+    }
+}
+
+impl Executor for CpuExecutor {
+    fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        self.plan.graph().check_values(name, values)?;
+        self.input_mut(name).copy_from_slice(values);
+        Ok(())
+    }
+
+    fn read(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.output(name).to_vec())
+    }
+
+    fn prologue(&mut self) -> Result<()> {
+        let plan = self.plan.clone();
+        self.all(&plan, plan.prologue());
+        Ok(())
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let plan = self.plan.clone();
+        self.all(&plan, plan.step());
+        Ok(())
+    }
+
+    fn backward(&mut self) -> Result<()> {
+        let plan = self.plan.clone();
+        self.all(&plan, plan.backward());
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn caches(&self) -> &'static [Cache] {
+        &[Cache::Cold]
+    }
+
+    fn timed(
+        &mut self,
+        _: Cache,
+        wanted: &(dyn Fn(&Node) -> bool + Sync),
+        tell: &mut (dyn FnMut(&Node, &str, Duration) + Send),
+    ) -> Result<()> {
+        let plan = self.plan.clone();
+        rayon::scope(move |_| {
+            for (node, workspace) in plan.all() {
+                let start = Instant::now();
+                self.run(&plan, node, workspace);
+                if wanted(node) {
+                    tell(node, "", start.elapsed());
+                }
+            }
+        });
+        Ok(())
     }
 }
 

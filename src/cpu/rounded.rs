@@ -1,7 +1,7 @@
 //! Number formats of linear layers that are less exact than fp32, one file each: how a panel of weights is packed, how
 //! a row of activations is rounded, and the product of both.
 
-use super::MatrixPrecision;
+use super::Precision;
 use super::bf16::Bf16;
 use super::int8::Int8;
 
@@ -40,13 +40,13 @@ pub struct Block<'a> {
     pub depth: usize,
 }
 
-impl MatrixPrecision {
+impl Precision {
     /// The rounded format, or `None` for fp32.
     pub(super) fn rounded(self) -> Option<&'static dyn Rounded> {
         match self {
-            MatrixPrecision::Fp32 => None,
-            MatrixPrecision::Bf16 => Some(&Bf16),
-            MatrixPrecision::Int8 => Some(&Int8),
+            Precision::Full => None,
+            Precision::Bf16 => Some(&Bf16),
+            Precision::Int8 => Some(&Int8),
         }
     }
 }

@@ -2,9 +2,10 @@
 //! tensors are, which loses nothing. Everything else is in fp32.
 
 use super::gemm::{Matrix, PANEL, packed_len};
+use super::pages;
 use super::rounded::Rounded;
-use super::{MatrixPrecision, pages};
 use crate::Result;
+use crate::backend::{PackedWeights, Precision};
 use crate::graph::{WeightId, WeightKind, WeightSpec};
 use crate::weights::{Format, Number, Stored, Tensors};
 use half::f16;
@@ -45,11 +46,11 @@ enum Form {
     Single,
     Half,
     /// Panels in a rounded format, as bytes.
-    Rounded(MatrixPrecision),
+    Rounded(Precision),
 }
 
 impl Form {
-    fn of(spec: &WeightSpec, parts: &[Stored], precision: MatrixPrecision) -> Self {
+    fn of(spec: &WeightSpec, parts: &[Stored], precision: Precision) -> Self {
         let linear = matches!(spec.kind, WeightKind::Matrix { kernel: 1, .. });
         if linear && precision.rounded().is_some_and(|format| format.suits(spec.width)) {
             return Form::Rounded(precision);
@@ -88,7 +89,7 @@ impl CpuWeights {
         specs: &[WeightSpec],
         tensors: &Tensors,
         others: &[&CpuWeights],
-        precision: MatrixPrecision,
+        precision: Precision,
     ) -> Result<Arc<Self>> {
         let find = |spec: &WeightSpec| others.iter().find_map(|other| other.place(spec).cloned());
         let found: Vec<_> = specs.iter().map(find).collect();
@@ -123,27 +124,6 @@ impl CpuWeights {
         &self.specs
     }
 
-    /// Bytes of memory, excluding weights that another network holds.
-    pub fn bytes(&self) -> usize {
-        self.own.0.len()
-    }
-
-    /// Bytes that `specs` would take in addition to these.
-    pub fn missing(&self, specs: &[WeightSpec]) -> usize {
-        // A mirrored matrix is held in the same format as the matrix is here.
-        let form = |spec: &WeightSpec| {
-            let other = self.specs.iter().zip(&self.places).find(|(other, _)| other.names == spec.names);
-            match other {
-                // Except that mirrored matrices are never rounded; most checkpoints are in fp16.
-                Some((_, Place { form: Form::Rounded(_), .. })) => Form::Half,
-                Some((_, place)) => place.form,
-                None => Form::Single,
-            }
-        };
-        let missing = specs.iter().filter(|spec| self.place(spec).is_none());
-        missing.map(|spec| form(spec).bytes(spec).next_multiple_of(ALIGN)).sum()
-    }
-
     fn place(&self, spec: &WeightSpec) -> Option<&Place> {
         self.by_spec.get(spec).map(|&place| &self.places[place])
     }
@@ -163,6 +143,28 @@ impl CpuWeights {
             Form::Half => Matrix::Half(bytemuck::cast_slice(bytes)),
             Form::Rounded(precision) => Matrix::Rounded(bytes, format(*precision)),
         }
+    }
+}
+
+impl PackedWeights for CpuWeights {
+    /// Bytes of memory, excluding weights that another network holds.
+    fn bytes(&self) -> usize {
+        self.own.0.len()
+    }
+
+    fn missing(&self, specs: &[WeightSpec]) -> usize {
+        // A mirrored matrix is held in the same format as the matrix is here.
+        let form = |spec: &WeightSpec| {
+            let other = self.specs.iter().zip(&self.places).find(|(other, _)| other.names == spec.names);
+            match other {
+                // Except that mirrored matrices are never rounded; most checkpoints are in fp16.
+                Some((_, Place { form: Form::Rounded(_), .. })) => Form::Half,
+                Some((_, place)) => place.form,
+                None => Form::Single,
+            }
+        };
+        let missing = specs.iter().filter(|spec| self.place(spec).is_none());
+        missing.map(|spec| form(spec).bytes(spec).next_multiple_of(ALIGN)).sum()
     }
 }
 
@@ -271,7 +273,7 @@ fn pack_stretch<T: Number>(spec: &WeightSpec, parts: &[Stored], start: usize, ou
 }
 
 /// The format of a rounded matrix.
-fn format(precision: MatrixPrecision) -> &'static dyn Rounded {
+fn format(precision: Precision) -> &'static dyn Rounded {
     precision.rounded().expect("a format: the matrix is rounded")
 }
 
@@ -400,7 +402,7 @@ mod tests {
     fn load(cases: &[Case]) -> Result<Vec<(Vec<f32>, Form)>> {
         fn weight(case: &Case) -> Lacking<'_> {
             let (spec, parts) = (&case.spec, case.stored());
-            Lacking { spec, form: Form::of(spec, &parts, MatrixPrecision::Fp32), parts }
+            Lacking { spec, form: Form::of(spec, &parts, Precision::Full), parts }
         }
         let weights: Vec<_> = cases.iter().map(weight).collect();
         let len: usize = weights.iter().map(|weight| weight.bytes().next_multiple_of(ALIGN)).sum();

@@ -252,6 +252,7 @@ mod tests {
     use super::super::tiles::{GemmTile, Instruction, TILES};
     use super::super::{CudaExecutor, CudaWeights, Emulated, Limits, bound};
     use super::*;
+    use crate::backend::Executor;
     use crate::graph::{ConvOptions, Extent, GraphBuilder, Sources, View};
     use crate::plan::Plan;
     use crate::weights::Tensors;

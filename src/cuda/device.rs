@@ -2,6 +2,7 @@
 //! launches.
 
 use crate::Result;
+use crate::backend::Cache;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -78,15 +79,6 @@ pub struct TensorTiles<'a> {
     /// The swizzle of a tile in shared memory, a `CUtensorMapSwizzle`: 0 for none, 1 to 3 for spans of 32, 64 and 128
     /// bytes.
     pub swizzle: u32,
-}
-
-/// The contents of the L2 cache when a timing begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Cache {
-    /// Nothing that the launches read.
-    Cold,
-    /// What the same launches left there when they ran once before.
-    Warm,
 }
 
 /// A machine that runs kernels: a GPU or the emulator. Work is done in the order in which it was submitted.

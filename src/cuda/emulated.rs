@@ -1,6 +1,7 @@
 //! The emulator as a device: runs every launch of the engine on the CPU, under a hostile schedule.
 
-use super::device::{Cache, CudaDevice, Launch, Limits, Recording, TensorTiles};
+use super::device::{CudaDevice, Launch, Limits, Recording, TensorTiles};
+use crate::backend::Cache;
 use crate::{Error, Result};
 use respodiff_emulated_kernels::{List, Memory, Schedule, TensorMap};
 use std::collections::HashMap;

@@ -7,8 +7,9 @@ mod kernels;
 mod staging;
 
 use super::compiled::{FAMILIES, Family, RESOURCES};
-use super::device::{Cache, CudaDevice, Launch, Limits, Recording, TensorTiles};
+use super::device::{CudaDevice, Launch, Limits, Recording, TensorTiles};
 use super::driver::{self, Card, Version, check, functions::*};
+use crate::backend::Cache;
 use crate::{Error, Result, Subject};
 use cudarc::driver::sys::{
     CUcontext, CUevent, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUresult,

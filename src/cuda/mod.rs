@@ -1,4 +1,4 @@
-//! The CUDA executor: plans as lists of launches of the kernels in `kernels/`, on a GPU or on the emulator.
+//! The CUDA kernels: plans as lists of launches of the kernels in `kernels/`, on a GPU or on the emulator.
 //!
 //! There is one file per operation family, with the same name as its kernels. Storage is fp16, accumulation fp32,
 //! layout NHWC.
@@ -28,11 +28,12 @@ mod moments;
 mod params;
 mod program;
 mod sampler;
+mod sampling;
 mod site;
 mod tiles;
 mod weights;
 
-pub use device::{Buffer, Cache, CudaDevice, Launch, Limits, Recording, TensorTiles};
+pub use device::{Buffer, CudaDevice, Launch, Limits, Recording, TensorTiles};
 pub use driver::{Card, Version};
 #[cfg(feature = "emulated")]
 pub use emulated::Emulated;
@@ -44,13 +45,17 @@ pub use sampler::{DeviceSampler, SampledImage};
 pub use site::Element;
 pub use weights::CudaWeights;
 
-use crate::graph::{Graph, Node, Op, TensorId};
+use crate::backend::{Backend, Cache, Denoiser, Executor, Planned, Precision, Weights};
+use crate::graph::{Graph, Node, Op, TensorId, WeightSpec};
 use crate::plan::{Plan, Storage};
+use crate::weights::Tensors;
 use crate::{Error, Result, Subject};
 use half::f16;
 use moments::Moments;
 use program::Program;
+use sampling::CudaDenoiser;
 use site::{Bindings, COUNTERS};
+use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -82,6 +87,72 @@ impl Storage for Limits {
 
     fn reserved(&self) -> usize {
         COUNTERS * size_of::<u32>()
+    }
+}
+
+/// The kernels on a machine: a GPU or the emulator.
+pub struct Kernels(pub Arc<dyn CudaDevice>);
+
+impl Backend for Kernels {
+    fn name(&self) -> String {
+        self.0.name()
+    }
+
+    fn number_bytes(&self, graph: &Graph, id: TensorId) -> usize {
+        Element::of(graph, id).bytes()
+    }
+
+    fn free_bytes(&self) -> Option<usize> {
+        self.0.free_bytes()
+    }
+
+    fn used_bytes(&self) -> Option<usize> {
+        self.0.used_bytes()
+    }
+
+    fn plan(&self, graph: Graph, constant: &[&str]) -> Plan {
+        Plan::new(graph, constant, &self.0.limits())
+    }
+
+    fn weights(
+        &self,
+        specs: &[WeightSpec],
+        tensors: &Tensors,
+        others: &[&Weights],
+        precision: Precision,
+    ) -> Result<Weights> {
+        if precision != Precision::Full {
+            return Err(Error::invalid("precision", "linear layers in bf16 and int8 exist on the CPU alone")
+                .advise("choose the CPU, or full precision, which is fp16 here"));
+        }
+        let others: Vec<&CudaWeights> =
+            others.iter().filter_map(|other| (&***other as &dyn Any).downcast_ref()).collect();
+        Ok(CudaWeights::load_beside(&self.0, specs, tensors, &others)?)
+    }
+
+    fn executor(&self, plan: Plan, weights: &Weights) -> Result<Box<dyn Executor>> {
+        Ok(Box::new(self.ready((plan, weights))?))
+    }
+
+    fn denoiser(&self, unet: Planned, batch: usize, vae: Option<Planned>) -> Result<Box<dyn Denoiser>> {
+        let vae = vae.map(|vae| self.ready(vae)).transpose()?;
+        Ok(Box::new(CudaDenoiser::new(self.ready(unet)?, batch, vae)?))
+    }
+
+    fn denoiser_bytes(&self, unet: &Plan, batch: usize, vae: Option<&Plan>) -> usize {
+        CudaDenoiser::own_bytes(unet, batch, vae)
+    }
+}
+
+impl Kernels {
+    /// An executor of a plan with weights that were loaded here.
+    fn ready(&self, (plan, weights): Planned) -> Result<CudaExecutor> {
+        let weights: Arc<dyn Any + Send + Sync> = weights.clone();
+        let weights = weights.downcast().map_err(|_| {
+            Error::mismatch(Subject::Run, format!("the weights were not loaded for {}", self.name()))
+                .advise("load them there")
+        })?;
+        CudaExecutor::new(&self.0, Arc::new(plan), weights)
     }
 }
 
@@ -117,11 +188,6 @@ impl CudaExecutor {
         Ok(CudaExecutor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
     }
 
-    /// The plan.
-    pub fn plan(&self) -> &Plan {
-        &self.plan
-    }
-
     /// The device.
     pub fn device(&self) -> &Arc<dyn CudaDevice> {
         &self.device
@@ -141,13 +207,14 @@ impl CudaExecutor {
     pub fn step_launches(&self) -> &[Launch] {
         &self.program.step
     }
+}
 
-    /// Writes the named input, NHWC. It keeps its value from run to run. Numbers beyond fp16's range saturate.
-    ///
-    /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for an index beyond what it chooses from, [`crate::ErrorKind::DeviceLost`] with
-    /// the driver's word.
-    pub fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
+impl Executor for CudaExecutor {
+    fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
         let graph = self.plan.graph();
         graph.check_values(name, values)?;
         let id = graph.input(name);
@@ -160,29 +227,23 @@ impl CudaExecutor {
         }
     }
 
-    /// Writes an output of another executor's last run, which must have the same size, into the named input. If both
-    /// are on one device, the numbers stay there.
-    ///
-    /// # Errors
-    /// As for [`CudaExecutor::write`].
-    pub fn copy(&mut self, input: &str, from: &CudaExecutor, output: &str) -> Result<()> {
-        let (to, of) = (self.plan.graph(), from.plan.graph());
+    fn copy(&mut self, input: &str, from: &dyn Executor, output: &str) -> Result<()> {
+        let (to, of) = (self.plan.graph(), from.plan().graph());
         let (input_id, output_id) = (to.input(input), of.output(output));
         let (length, element) = (to.shape(input_id).len(), Element::of(to, input_id));
         assert_eq!(length, of.shape(output_id).len(), "input `{input}`");
-        let as_they_are = element == Element::of(of, output_id) && from.arena.is_on(&self.device);
-        if !as_they_are || to.choices(input_id).is_some() {
-            return self.write(input, &from.read(output)?);
+        let here = (from as &dyn Any).downcast_ref().filter(|from: &&Self| from.arena.is_on(&self.device));
+        match here {
+            Some(from) if element == Element::of(of, output_id) && to.choices(input_id).is_none() => {
+                let bytes = length * element.bytes();
+                // SAFETY: both are on this device, in the arenas of executors that are borrowed.
+                unsafe { self.device.copy(self.input_address(input), from.output_address(output), bytes) }
+            }
+            _ => self.write(input, &from.read(output)?),
         }
-        // SAFETY: both are on this device, in the arenas of executors that are borrowed.
-        unsafe { self.device.copy(self.input_address(input), from.output_address(output), length * element.bytes()) }
     }
 
-    /// Reads the named output of the last run, NHWC.
-    ///
-    /// # Errors
-    /// [`crate::ErrorKind::DeviceLost`]: the driver's word, also about the run.
-    pub fn read(&self, name: &str) -> Result<Vec<f32>> {
+    fn read(&self, name: &str) -> Result<Vec<f32>> {
         let graph = self.plan.graph();
         let id = graph.output(name);
         let mut bytes = vec![0; graph.shape(id).len() * Element::of(graph, id).bytes()];
@@ -193,49 +254,32 @@ impl CudaExecutor {
         })
     }
 
-    /// Runs the nodes that depend on constant inputs alone; needed once after these change.
-    ///
-    /// # Errors
-    /// [`crate::ErrorKind::DeviceLost`] with the driver's word, or the emulator's about a faulty kernel.
-    pub fn prologue(&mut self) -> Result<()> {
+    fn prologue(&mut self) -> Result<()> {
         // SAFETY: the launches read and write the arena and read the weights, both of which live as long as `self`.
         unsafe { self.device.run(&self.program.prologue) }
     }
 
-    /// Runs one step.
-    ///
-    /// # Errors
-    /// As for [`CudaExecutor::prologue`].
-    pub fn step(&mut self) -> Result<()> {
+    fn step(&mut self) -> Result<()> {
         replay(&self.device, &self.program.step, &mut self.recordings[0])
     }
 
-    /// Runs the backward pass, from the last step's activations and the seed in the input `d.<output>`.
-    ///
-    /// # Errors
-    /// As for [`CudaExecutor::prologue`].
-    pub fn backward(&mut self) -> Result<()> {
+    fn backward(&mut self) -> Result<()> {
         replay(&self.device, &self.program.backward, &mut self.recordings[1])
     }
 
-    /// Waits until all work submitted before is done.
-    ///
-    /// # Errors
-    /// [`crate::ErrorKind::DeviceLost`] with the driver's word about that work.
-    pub fn wait(&self) -> Result<()> {
+    fn wait(&self) -> Result<()> {
         self.arena.read(0, &mut [0])
     }
 
-    /// Runs all nodes one by one, each with the cache as asked. For every node that has launches of its own and for
-    /// which `wanted` is true, `tell` receives its launches and their duration.
-    ///
-    /// # Errors
-    /// As for [`CudaExecutor::prologue`].
-    pub fn timed(
+    fn caches(&self) -> &'static [Cache] {
+        &[Cache::Cold, Cache::Warm]
+    }
+
+    fn timed(
         &mut self,
         cache: Cache,
-        wanted: impl Fn(&Node) -> bool,
-        mut tell: impl FnMut(&Node, &[Launch], Duration),
+        wanted: &(dyn Fn(&Node) -> bool + Sync),
+        tell: &mut (dyn FnMut(&Node, &str, Duration) + Send),
     ) -> Result<()> {
         for (node, workspace) in self.plan.all() {
             let launches = bound(&self.device, &self.weights, &self.arena, |bindings| {
@@ -244,13 +288,19 @@ impl CudaExecutor {
             // SAFETY: as in `prologue`.
             unsafe {
                 match wanted(node) && !launches.is_empty() {
-                    true => tell(node, &launches, self.device.time(&launches, cache)?),
+                    true => tell(node, &names(&launches), self.device.time(&launches, cache)?),
                     false => self.device.run(&launches)?,
                 }
             }
         }
         Ok(())
     }
+}
+
+/// The kernels and grids of launches, such as `conv_128x160 8x4x1`.
+pub fn names(launches: &[Launch]) -> String {
+    let named = launches.iter().map(|Launch { kernel, grid: [x, y, z], .. }| format!("{kernel} {x}x{y}x{z}"));
+    named.collect::<Vec<_>>().join(", ")
 }
 
 /// Calls `lower` with the bindings of an executor on its device.

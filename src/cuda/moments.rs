@@ -78,6 +78,7 @@ pub(super) fn of_rows(row: usize) -> Option<Moments> {
 mod tests {
     use super::super::{CudaExecutor, CudaWeights, Emulated, Limits, conv};
     use super::*;
+    use crate::backend::Executor;
     use crate::graph::{Activation, ConvOptions, Extent, GraphBuilder, Sources};
     use crate::plan::Plan;
     use crate::weights::Tensors;

@@ -10,6 +10,7 @@ pub(super) use packing::{CHUNK, behind, has_phases, has_sums};
 
 use super::device::{Buffer, CudaDevice, Limits};
 use super::folded;
+use crate::backend::PackedWeights;
 use crate::graph::WeightSpec;
 use crate::weights::{Stored, Tensors};
 use crate::{Error, Result};
@@ -84,20 +85,21 @@ impl CudaWeights {
         self.own.is_on(device)
     }
 
-    /// Bytes of device memory, without those that other weights own.
-    pub fn bytes(&self) -> usize {
-        self.own.len()
-    }
-
-    /// Bytes that loading `specs` beside these weights would take.
-    pub fn missing(&self, specs: &[WeightSpec]) -> usize {
-        let as_packed = specs.iter().map(|spec| folded::as_packed(spec, self.limits));
-        as_packed.filter(|spec| !self.by_spec.contains_key(spec)).map(|spec| padded_bytes(&spec)).sum()
-    }
-
     /// The address of each weight, by its number in the network.
     pub(super) fn addresses(&self) -> Vec<u64> {
         self.places.iter().map(|(buffer, offset)| buffer.address() + *offset as u64).collect()
+    }
+}
+
+impl PackedWeights for CudaWeights {
+    /// Bytes of device memory, without those that other weights own.
+    fn bytes(&self) -> usize {
+        self.own.len()
+    }
+
+    fn missing(&self, specs: &[WeightSpec]) -> usize {
+        let as_packed = specs.iter().map(|spec| folded::as_packed(spec, self.limits));
+        as_packed.filter(|spec| !self.by_spec.contains_key(spec)).map(|spec| padded_bytes(&spec)).sum()
     }
 }
 

@@ -1,30 +1,24 @@
 //! The public interface: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
 
-mod on_cpu;
-mod on_cuda;
 mod options;
 mod request;
-mod run;
 mod session;
 mod text;
 
 pub use options::{EngineOptions, MemoryPlan, SessionOptions, Size};
 pub use request::{Image, Output, Progress, Prompt, Request, Start};
-pub(crate) use run::{Denoiser, Run, RunImage};
 pub use session::Session;
 pub use text::Conditioning;
 pub(crate) use text::UNetInputs;
 
-use crate::cpu::MatrixPrecision;
-use crate::device::{Backend, Device, Executor, Weights};
+use crate::backend::{Denoiser, Precision, Weights};
+use crate::device::Device;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Extent, Graph, Shape};
 use crate::models::{UNetConfig, UNetInput, VaeConfig, unet, vae_decoder};
 use crate::plan::Plan;
 use crate::weights::{Source, Tensors};
 use crate::{Error, Result};
-use on_cpu::CpuDenoiser;
-use on_cuda::CudaDenoiser;
 use std::sync::Arc;
 use text::{TextEncoders, time_ids};
 
@@ -87,13 +81,13 @@ impl Engine {
         let vae = read_config(source, "vae", VaeConfig::parse)?;
         check_latents(source, &unet_config, &vae)?;
         let load = |component: &str, graph: Graph, precision| {
-            device.weights_beside(graph.weights(), &source.tensors(component)?, &[], precision)
+            device.weights(graph.weights(), &source.tensors(component)?, &[], precision)
         };
         let (text, (unet_weights, vae_weights)) = rayon::join(
             || TextEncoders::open(source, device, &unet_config),
             || {
                 let unet = || load("unet", unet(&unet_config, UNetInput::default()), precision);
-                let vae = || load("vae", vae_decoder(&vae, 1, Extent::square(8)), MatrixPrecision::Fp32);
+                let vae = || load("vae", vae_decoder(&vae, 1, Extent::square(8)), Precision::Full);
                 rayon::join(unet, vae)
             },
         );
@@ -229,15 +223,7 @@ impl Engine {
             text: parts.text.arena_bytes(),
             unet: plans.unet.arena_bytes(),
             vae: plans.vae.arena_bytes(),
-            sampler: self.own_bytes(&plans.unet, batch, run::picture_shape(&plans.vae).len()),
-        }
-    }
-
-    /// Bytes beside the networks' arenas: a sampler for this UNet, and `picture`. On the CPU they are not counted.
-    fn own_bytes(&self, unet: &Plan, batch: usize, picture: usize) -> usize {
-        match self.0.device.0 {
-            Backend::Cpu => 0,
-            Backend::Cuda(_) => CudaDenoiser::sampler_bytes(unet, batch) + picture,
+            sampler: parts.device.denoiser_bytes(&plans.unet, batch, Some(&plans.vae)),
         }
     }
 
@@ -280,10 +266,7 @@ impl Engine {
     /// short.
     pub(crate) fn denoiser(&self, options: SessionOptions) -> Result<Box<dyn Denoiser>> {
         let Parts { device, unet: network, .. } = &*self.0;
-        Ok(match device.executor(self.unet_plan(options)?, &network.weights)? {
-            Executor::Cpu(unet) => Box::new(CpuDenoiser::new(unet)),
-            Executor::Cuda(unet) => Box::new(CudaDenoiser::new(unet, options.batch)?),
-        })
+        device.denoiser((self.unet_plan(options)?, &network.weights), options.batch, None)
     }
 
     /// Memory of [`Engine::denoiser`] beside the weights.
@@ -292,7 +275,7 @@ impl Engine {
     /// [`crate::ErrorKind::Invalid`] for sizes that are not possible.
     pub(crate) fn denoiser_bytes(&self, options: SessionOptions) -> Result<usize> {
         let unet = self.unet_plan(options)?;
-        Ok(unet.arena_bytes() + self.own_bytes(&unet, options.batch, 0))
+        Ok(unet.arena_bytes() + self.0.device.denoiser_bytes(&unet, options.batch, None))
     }
 
     /// Plans and allocates everything for one size and batch.
@@ -310,18 +293,12 @@ impl Engine {
     /// Bytes of the device's memory that have been taken since it was opened, by the driver's count; not known on the
     /// CPU.
     pub fn used_memory(&self) -> Option<usize> {
-        match &self.0.device.0 {
-            Backend::Cpu => None,
-            Backend::Cuda(device) => device.used_bytes(),
-        }
+        self.0.device.used_bytes()
     }
 
     /// Free memory of the device, if that is known.
     pub(crate) fn free_memory(&self) -> Option<usize> {
-        match &self.0.device.0 {
-            Backend::Cpu => crate::memory::free(),
-            Backend::Cuda(device) => device.free_bytes(),
-        }
+        self.0.device.free_bytes()
     }
 
     /// Checks that `needed` bytes are free for `what`.

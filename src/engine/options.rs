@@ -1,6 +1,6 @@
 //! The options of engines and sessions, and the memory that they take.
 
-use crate::cpu::MatrixPrecision;
+use crate::backend::Precision;
 use crate::device::Device;
 
 /// A picture's width and height in pixels.
@@ -33,18 +33,18 @@ impl std::fmt::Display for Size {
 pub struct EngineOptions {
     /// The device on which the networks run.
     pub device: Device,
-    /// Number format of the UNet's linear layers; only the CPU supports others than [`MatrixPrecision::Fp32`].
-    pub precision: MatrixPrecision,
+    /// Number format of the UNet's linear layers; only the CPU supports others than [`Precision::Full`].
+    pub precision: Precision,
 }
 
 impl EngineOptions {
     /// Full precision on a device.
     pub fn new(device: Device) -> Self {
-        EngineOptions { device, precision: MatrixPrecision::Fp32 }
+        EngineOptions { device, precision: Precision::Full }
     }
 
     /// The same with another number format.
-    pub fn precision(self, precision: MatrixPrecision) -> Self {
+    pub fn precision(self, precision: Precision) -> Self {
         EngineOptions { precision, ..self }
     }
 }

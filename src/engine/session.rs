@@ -1,12 +1,9 @@
 //! Sessions: plans for one size and batch, run from prompts to pictures.
 
-use super::on_cpu::{CpuDenoiser, OnCpu};
-use super::on_cuda::{CudaDenoiser, OnCuda};
-use super::run::{Networks, Run, RunImage};
 use super::text::{Conditioning, time_ids};
 use super::{Engine, Image, Output, Plans, Progress, Prompt, Request, SessionOptions, Size, Start};
+use crate::backend::{Denoiser, Run, RunImage};
 use crate::concept::Shift;
-use crate::device::Executor;
 use crate::graph::Shape;
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::{Error, Result};
@@ -18,7 +15,7 @@ use std::ops::ControlFlow;
 pub struct Session {
     engine: Engine,
     options: SessionOptions,
-    networks: Box<dyn Networks>,
+    denoiser: Box<dyn Denoiser>,
     /// The UNet's rows as they were conditioned last.
     conditioned: Option<(Vec<Conditioning>, [f32; 6])>,
 }
@@ -30,16 +27,9 @@ const AHEAD: usize = 4;
 impl Session {
     pub(super) fn new(engine: Engine, options: SessionOptions, plans: Plans) -> Result<Self> {
         let parts = &*engine.0;
-        let unet = parts.device.executor(plans.unet, &parts.unet.weights)?;
-        let vae = parts.device.executor(plans.vae, &parts.vae.weights)?;
-        let networks: Box<dyn Networks> = match (unet, vae) {
-            (Executor::Cpu(unet), Executor::Cpu(vae)) => Box::new(OnCpu { denoiser: CpuDenoiser::new(unet), vae }),
-            (Executor::Cuda(unet), Executor::Cuda(vae)) => {
-                Box::new(OnCuda::new(CudaDenoiser::new(unet, options.batch)?, vae)?)
-            }
-            _ => return Err(Error::internal("the UNet and the VAE are on different devices")),
-        };
-        Ok(Session { networks, engine, options, conditioned: None })
+        let (unet, vae) = ((plans.unet, &parts.unet.weights), (plans.vae, &parts.vae.weights));
+        let denoiser = parts.device.denoiser(unet, options.batch, Some(vae))?;
+        Ok(Session { denoiser, engine, options, conditioned: None })
     }
 
     /// The options that it was made with.
@@ -82,25 +72,24 @@ impl Session {
             steps: &schedule.steps,
             images: &start(images, schedule.init_noise_sigma),
             guided,
-            shift: shift.as_ref(),
+            added: shift.as_ref().map(Shift::added),
             sigma: schedule.init_noise_sigma,
             rng: request.rng,
             shape,
             ahead: AHEAD,
         };
         let total = schedule.steps.len();
-        let latents =
-            self.networks.denoiser().sample(&run, &mut |done| match progress(Progress::Step { done, total }) {
-                ControlFlow::Break(()) if done < total => {
-                    Err(Error::cancelled(format!("stopped after {done} of {total} steps, with no picture made")))
-                }
-                // After the last step nothing is left to cancel.
-                _ => Ok(()),
-            })?;
+        let latents = self.denoiser.sample(&run, &mut |done| match progress(Progress::Step { done, total }) {
+            ControlFlow::Break(()) if done < total => {
+                Err(Error::cancelled(format!("stopped after {done} of {total} steps, with no picture made")))
+            }
+            // After the last step nothing is left to cancel.
+            _ => Ok(()),
+        })?;
         let mut output = Output { pictures: Vec::new(), latents: vec![0.0; latents.len()] };
         nhwc_to_nchw(&latents, shape.c, shape.tokens(), &mut output.latents);
         for image in 0..batch {
-            output.pictures.push(self.networks.picture(image, self.engine.0.vae.config.scaling_factor)?);
+            output.pictures.push(self.denoiser.picture(image, self.engine.0.vae.config.scaling_factor)?);
             let done = output.pictures.len();
             if progress(Progress::Decoded { done, total: batch }).is_break() && done < batch {
                 break;
@@ -176,7 +165,7 @@ impl Session {
         if !self.conditioned.as_ref().is_some_and(same) {
             // A failure leaves the inputs half written.
             self.conditioned = None;
-            self.networks.denoiser().condition(&text.inputs(&rows, ids)?)?;
+            self.denoiser.condition(&text.inputs(&rows, ids)?)?;
             self.conditioned = Some((rows, ids));
         }
         Ok(())

@@ -2,7 +2,8 @@
 //! 2.x; in SDXL those of two encoders side by side, a pooled prompt and the picture's sizes.
 
 use super::read_config;
-use crate::device::{Device, Executor, Weights};
+use crate::backend::{Executor, Precision, Weights};
+use crate::device::Device;
 use crate::models::tokenizer::Tokenizer;
 use crate::models::{ClipConfig, UNetConfig, text_encoder};
 use crate::weights::Source;
@@ -30,7 +31,7 @@ struct TextEncoder {
     config: ClipConfig,
     weights: Weights,
     /// Ready to run for one prompt.
-    executor: Mutex<Executor>,
+    executor: Mutex<Box<dyn Executor>>,
 }
 
 impl TextEncoders {
@@ -64,7 +65,7 @@ impl TextEncoders {
         }
         let load = |((folder, _), config): (&(&str, &str), &ClipConfig)| {
             let graph = text_encoder(config, 1);
-            let weights = device.weights(graph.weights(), &source.tensors(folder)?)?;
+            let weights = device.weights(graph.weights(), &source.tensors(folder)?, &[], Precision::Full)?;
             Ok((device.executor(device.plan(graph, &[]), &weights)?, weights))
         };
         let networks: Vec<_> = folders.par_iter().zip(&configs).map(load).collect();
@@ -122,7 +123,7 @@ impl TextEncoders {
         let mut lost = String::new();
         for encoder in &self.encoders {
             let mut executor = lock(&encoder.executor);
-            let truncated = encoder.run(&mut executor, prompt.unwrap_or(""))?;
+            let truncated = encoder.run(&mut **executor, prompt.unwrap_or(""))?;
             // The tokenizers of one checkpoint almost always lose the same words.
             if lost.is_empty() {
                 lost = truncated;
@@ -169,13 +170,13 @@ impl TextEncoders {
 }
 
 /// Locks an executor, also after a panic of another thread: every run writes all inputs anew.
-fn lock(executor: &Mutex<Executor>) -> MutexGuard<'_, Executor> {
+fn lock(executor: &Mutex<Box<dyn Executor>>) -> MutexGuard<'_, Box<dyn Executor>> {
     executor.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl TextEncoder {
     /// Encodes a prompt. Returns the words at its end that did not fit.
-    fn run(&self, executor: &mut Executor, prompt: &str) -> Result<String> {
+    fn run(&self, executor: &mut dyn Executor, prompt: &str) -> Result<String> {
         let encoded = self.tokenizer.encode(prompt)?;
         let mut ids = vec![0.0; self.config.tokens];
         encoded.fill(&mut ids);

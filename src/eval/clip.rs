@@ -1,6 +1,7 @@
 //! CLIP (Radford et al., arXiv 2103.00020) as a judge: embeddings of pictures and texts.
 
-use crate::device::{Device, Executor, Weights};
+use crate::backend::{Executor, Precision, Weights};
+use crate::device::Device;
 use crate::image::Picture;
 use crate::models::tokenizer::Tokenizer;
 use crate::models::{ClipConfig, ClipVisionConfig, parse_clip_model, text_encoder, vision_encoder};
@@ -19,7 +20,7 @@ pub struct Clip {
     text_weights: Weights,
     tokenizer: Tokenizer,
     vision: ClipVisionConfig,
-    executor: Executor,
+    executor: Box<dyn Executor>,
     preprocessor: Preprocessor,
 }
 
@@ -53,11 +54,11 @@ impl Clip {
             .map_err(|e| Error::damaged(path, format!("not what CLIP's processor reads: {e}")))?;
         let tensors = source.tensors("")?;
         let plan = device.plan(vision_encoder(&vision, BATCH), &[]);
-        let weights = device.weights(plan.graph().weights(), &tensors)?;
+        let weights = device.weights(plan.graph().weights(), &tensors, &[], Precision::Full)?;
         Ok(Clip {
             name: source.name(),
             fingerprint: tensors.fingerprint()?,
-            text_weights: device.weights(text_encoder(&text, 1).weights(), &tensors)?,
+            text_weights: device.weights(text_encoder(&text, 1).weights(), &tensors, &[], Precision::Full)?,
             tokenizer: source.tokenizer("")?,
             executor: device.executor(plan, &weights)?,
             device: device.clone(),

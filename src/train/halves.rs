@@ -1,9 +1,9 @@
 //! The UNet cut at the bottleneck into a down half (encoder) and an up half (decoder). One run of the down half serves
 //! several runs of the up half, and gradients go through the up half alone.
 
+use crate::backend::{Executor, Precision, Weights};
 use crate::concept::Module;
-use crate::cpu::MatrixPrecision;
-use crate::device::{Device, Executor, Weights};
+use crate::device::Device;
 use crate::engine::UNET_CONSTANTS;
 use crate::graph::{Keep, Shape};
 use crate::models::{UNetConfig, UNetInput, unet_halves};
@@ -13,8 +13,8 @@ use crate::{Error, Result};
 
 /// Both halves of a UNet, planned for a number of rows. All activations are NHWC.
 pub struct Halves {
-    down: Executor,
-    up: Executor,
+    down: Box<dyn Executor>,
+    up: Box<dyn Executor>,
     /// Outputs of the down half that the up half reads: `time` and the skip connections.
     passed: Vec<String>,
     /// The bottleneck as the down half computed it last, `[rows, h, w, c]`.
@@ -58,8 +58,8 @@ impl Halves {
         let graph = down.graph();
         let passed = graph.outputs().filter(|&name| name != "mid").map(str::to_string).collect();
         let mid = vec![0.0; graph.shape(graph.output("mid")).len()];
-        let executor = |plan: Plan| -> Result<Executor> {
-            let weights = device.weights_beside(plan.graph().weights(), tensors, beside, MatrixPrecision::Fp32)?;
+        let executor = |plan: Plan| -> Result<Box<dyn Executor>> {
+            let weights = device.weights(plan.graph().weights(), tensors, beside, Precision::Full)?;
             device.executor(plan, &weights)
         };
         Ok(Halves { down: executor(down)?, up: executor(up)?, passed, mid })
@@ -115,7 +115,7 @@ impl Halves {
         self.down.write("timestep", &vec![timestep; self.mid_shape().n])?;
         self.down.step()?;
         for name in &self.passed {
-            self.up.copy(name, &self.down, name)?;
+            self.up.copy(name, &*self.down, name)?;
         }
         self.mid = self.down.read("mid")?;
         Ok(())

@@ -3,11 +3,12 @@
 
 use super::{Halves, HalvesMemory};
 use crate::Result;
+use crate::backend::{Denoiser, Run, RunImage};
 use crate::concept::{Form, Module, Shift};
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, Spacing, Step};
 use crate::draws::Draws;
-use crate::engine::{Denoiser, Engine, Run, RunImage, SessionOptions, UNetInputs};
+use crate::engine::{Engine, SessionOptions, UNetInputs};
 use crate::graph::Shape;
 use crate::layout::nchw_to_nhwc;
 use crate::models::UNetInput;
@@ -172,11 +173,12 @@ impl Rollout {
                 // No step draws noise.
                 let image = |latents: &[f32]| RunImage { seed: 0, guidance, latents: Some(latents.to_vec()) };
                 let images: Vec<_> = self.latents.chunks_exact(self.shape.len()).map(image).collect();
+                let shift = Shift::of(modules, self.bottleneck, self.batch);
                 let run = Run {
                     steps,
                     images: &images,
                     guided: true,
-                    shift: Some(&Shift::of(modules, self.bottleneck, self.batch)),
+                    added: Some(shift.added()),
                     sigma: 1.0,
                     rng: Rng::TorchCpu,
                     shape: self.shape,

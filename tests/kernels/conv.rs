@@ -1,6 +1,7 @@
 //! `kernels/conv.cu` and `kernels/conv_hopper.cu`.
 
 use super::*;
+use respodiff::backend::Executor;
 use respodiff::graph::{Activation, ConvOptions, Extent, Sources, View};
 
 /// Channels of other layers in front of those that are added per image: not a multiple of 16 bytes.

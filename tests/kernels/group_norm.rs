@@ -1,6 +1,7 @@
 //! `kernels/group_norm.cu`.
 
 use super::*;
+use respodiff::backend::Executor;
 use respodiff::graph::{Activation, View};
 
 /// Channels of other layers in front of those that modulate.

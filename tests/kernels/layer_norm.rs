@@ -2,6 +2,7 @@
 
 use super::group_norm::{EPS, gradient_of};
 use super::*;
+use respodiff::backend::Executor;
 use respodiff::graph::{Activation, ConvOptions};
 
 #[test]

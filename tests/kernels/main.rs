@@ -19,6 +19,7 @@ mod sampler;
 mod sources;
 
 use half::f16;
+use respodiff::backend::Executor;
 use respodiff::cuda::{CudaDevice, CudaExecutor, CudaWeights, Element, Emulated, Limits};
 use respodiff::graph::{Graph, GraphBuilder, Keep, Shape, TensorId, WeightKind};
 use respodiff::plan::Plan;

@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each test binary uses its own part
 
 use half::f16;
+use respodiff::backend::Precision;
 use respodiff::graph::{Graph, WeightKind};
 use respodiff::weights::Tensors;
 use respodiff::{Device, cuda};
@@ -131,7 +132,7 @@ pub fn run_all(
     let names = ["last_hidden_state", "penultimate_hidden_state", "text_embeds", "sample", "mid", "image", "moments"];
     let outputs: Vec<&str> = names.into_iter().filter(|n| graph.find_output(n).is_some()).collect();
     let plan = device.plan(graph, &["encoder_hidden_states", "text_embeds", "time_ids"]);
-    let weights = device.weights(plan.graph().weights(), tensors).expect("weights");
+    let weights = device.weights(plan.graph().weights(), tensors, &[], Precision::Full).expect("weights");
     let mut executor = device.executor(plan, &weights).expect("an executor");
     let call = |inputs: &HashMap<&str, Vec<f32>>| {
         for (name, values) in inputs {

@@ -1,23 +1,18 @@
-//! The [`Denoiser`] and the [`Networks`] of the CPU.
+//! The [`Denoiser`] of the CPU.
 
-use super::run::{Denoiser, Networks, Noise, Run, picture_shape};
-use crate::Result;
-use crate::cpu::CpuExecutor;
+use super::CpuExecutor;
+use crate::backend::{Denoiser, Executor, Noise, Run, picture_shape};
 use crate::diffusion::scheduler::SamplerState;
 use crate::graph::Shape;
 use crate::image::Picture;
+use crate::{Error, Result};
 
-/// The UNet and its sampler on the CPU.
+/// A UNet and its sampler on the CPU, with a session's VAE.
 pub(super) struct CpuDenoiser {
-    unet: CpuExecutor,
+    pub unet: CpuExecutor,
+    pub vae: Option<CpuExecutor>,
     /// The latents of the last run, NHWC.
-    latents: Vec<f32>,
-}
-
-impl CpuDenoiser {
-    pub fn new(unet: CpuExecutor) -> Self {
-        CpuDenoiser { unet, latents: Vec::new() }
-    }
+    pub latents: Vec<f32>,
 }
 
 impl Denoiser for CpuDenoiser {
@@ -25,15 +20,14 @@ impl Denoiser for CpuDenoiser {
         for (name, values) in inputs {
             self.unet.write(name, values)?;
         }
-        self.unet.prologue();
-        Ok(())
+        self.unet.prologue()
     }
 
     fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>> {
         let mut noise = Noise::new(run);
         self.latents = run.start(&mut noise);
-        if let Some(shift) = run.shift {
-            self.unet.write("shift", shift.constant())?;
+        if let Some(added) = run.added {
+            self.unet.write("shift", added.constant)?;
         }
         let (unet, latents) = (&mut self.unet, &mut self.latents);
         let mut state = SamplerState::new(latents.len());
@@ -44,9 +38,9 @@ impl Denoiser for CpuDenoiser {
                 half.iter_mut().zip(&*latents).for_each(|(s, x)| *s = x * step.input_scale);
             }
             unet.input_mut("timestep").fill(step.timestep);
-            match run.shift.filter(|shift| !shift.is_constant()) {
-                None => unet.step(),
-                Some(shift) => unet.step_shifting(|mid, out| shift.follow(mid, out)),
+            match run.added.and_then(|added| added.of_bottleneck) {
+                None => unet.step()?,
+                Some(added) => unet.step_adding(added),
             }
             guide(run, unet.output("sample"), &mut prediction);
             if step.needs_noise() {
@@ -59,6 +53,16 @@ impl Denoiser for CpuDenoiser {
         }
         check(run.steps.len())?;
         Ok(self.latents.clone())
+    }
+
+    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Picture> {
+        let Some(vae) = &mut self.vae else { return Err(Error::internal("this UNet was made without a VAE")) };
+        let input = vae.input_mut("latents");
+        let latents = &self.latents[image * input.len()..][..input.len()];
+        input.iter_mut().zip(latents).for_each(|(v, x)| *v = x / scaling_factor);
+        vae.step()?;
+        let Shape { h, w, .. } = picture_shape(vae.plan());
+        Picture::from_hwc(vae.output("image"), h, w)
     }
 }
 
@@ -81,26 +85,5 @@ fn guide(run: &Run, out: &[f32], prediction: &mut [f32]) {
                 }
             }
         }
-    }
-}
-
-/// The UNet and the VAE on the CPU.
-pub(super) struct OnCpu {
-    pub denoiser: CpuDenoiser,
-    pub vae: CpuExecutor,
-}
-
-impl Networks for OnCpu {
-    fn denoiser(&mut self) -> &mut dyn Denoiser {
-        &mut self.denoiser
-    }
-
-    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Picture> {
-        let input = self.vae.input_mut("latents");
-        let latents = &self.denoiser.latents[image * input.len()..][..input.len()];
-        input.iter_mut().zip(latents).for_each(|(v, x)| *v = x / scaling_factor);
-        self.vae.step();
-        let Shape { h, w, .. } = picture_shape(self.vae.plan());
-        Picture::from_hwc(self.vae.output("image"), h, w)
     }
 }

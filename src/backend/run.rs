@@ -1,51 +1,31 @@
-//! Runs: a UNet takes the steps of a sampler on a device, and a VAE decodes. Sampling and the rollouts of a training
-//! share this, on the CPU (`on_cpu.rs`) and on the kernels (`on_cuda.rs`).
+//! The work of a [`super::Denoiser`], and the random numbers that it starts from. Sampling and the rollouts of a training
+//! share this.
 
-use crate::concept::Shift;
+use crate::Error;
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::Step;
 use crate::graph::Shape;
-use crate::image::Picture;
 use crate::layout::nchw_to_nhwc;
 use crate::plan::Plan;
-use crate::{Error, Result};
-
-/// A UNet with its sampler on a device.
-pub(crate) trait Denoiser: Send {
-    /// Writes the inputs that condition the rows, the unconditional rows first, and runs the nodes that depend on them
-    /// alone.
-    fn condition(&mut self, inputs: &[(&'static str, Vec<f32>)]) -> Result<()>;
-
-    /// Takes the steps. `check` is called with the number of steps done, before each and after the last, and may end
-    /// the run. Returns the latents, `[batch, h, w, c]`.
-    fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>>;
-}
-
-/// The UNet and the VAE of a session, on a device.
-pub(crate) trait Networks: Send {
-    /// The UNet with its sampler.
-    fn denoiser(&mut self) -> &mut dyn Denoiser;
-
-    /// Decodes an image of the denoiser's last run, whose latents are the VAE's times `scaling_factor`.
-    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Picture>;
-}
 
 /// Shape of a picture.
-pub(super) fn picture_shape(vae: &Plan) -> Shape {
+pub fn picture_shape(vae: &Plan) -> Shape {
     vae.graph().shape(vae.graph().output("image"))
 }
 
-/// The work of a [`Denoiser`].
-pub(crate) struct Run<'a> {
+/// The work of a [`super::Denoiser`].
+pub struct Run<'a> {
+    /// The sampler's steps.
     pub steps: &'a [Step],
     /// One for each image of the batch.
     pub images: &'a [RunImage],
     /// True if the UNet has unconditional rows.
     pub guided: bool,
-    /// The numbers that are added to the bottleneck; `None` for a UNet that has no such input.
-    pub shift: Option<&'a Shift>,
+    /// `None` for a UNet whose bottleneck nothing is added to.
+    pub added: Option<AddedToBottleneck<'a>>,
     /// Factor of the noise that images start from.
     pub sigma: f32,
+    /// The generator of the images' noise.
     pub rng: Rng,
     /// Shape of one image's latents.
     pub shape: Shape,
@@ -53,8 +33,25 @@ pub(crate) struct Run<'a> {
     pub ahead: usize,
 }
 
+/// The numbers that are added to the bottleneck.
+#[derive(Clone, Copy)]
+pub struct AddedToBottleneck<'a> {
+    /// Those that are the same in every step, `[images, h, w, c]`.
+    pub constant: &'a [f32],
+    /// If some depend on the bottleneck, the function that computes all of them in each step.
+    pub of_bottleneck: Option<&'a dyn OfBottleneck>,
+}
+
+/// Numbers that depend on the bottleneck which they are added to.
+pub trait OfBottleneck: Sync {
+    /// Writes them for one step, `[images, h, w, c]`. `mid` is the bottleneck of all CFG rows, of which the last are the
+    /// conditional rows of the images.
+    fn write(&self, mid: &[f32], out: &mut [f32]);
+}
+
 /// One image of a [`Run`].
-pub(crate) struct RunImage {
+pub struct RunImage {
+    /// Seed of its noise.
     pub seed: u64,
     /// The prediction is `u + guidance * (c - u)`, with the unconditional prediction u and the conditional prediction
     /// c; at 1 it is c itself.
@@ -65,7 +62,7 @@ pub(crate) struct RunImage {
 
 impl Run<'_> {
     /// The latents before the first step, NHWC.
-    pub(super) fn start(&self, noise: &mut Noise) -> Vec<f32> {
+    pub fn start(&self, noise: &mut Noise) -> Vec<f32> {
         let mut latents = vec![0.0; self.images.len() * self.shape.len()];
         for (index, (image, out)) in self.images.iter().zip(latents.chunks_exact_mut(self.shape.len())).enumerate() {
             match &image.latents {
@@ -87,7 +84,7 @@ impl Run<'_> {
 }
 
 /// Normal random numbers for each image, from its own generator.
-pub(super) struct Noise {
+pub struct Noise {
     generators: Vec<NormalGenerator>,
     shape: Shape,
     /// One image's numbers in NCHW.
@@ -95,6 +92,7 @@ pub(super) struct Noise {
 }
 
 impl Noise {
+    /// A generator for each image of a run.
     pub fn new(run: &Run) -> Self {
         let generators = run.images.iter().map(|image| NormalGenerator::new(run.rng, image.seed)).collect();
         Noise { generators, shape: run.shape, draft: vec![0.0; run.shape.len()] }

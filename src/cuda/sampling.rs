@@ -1,8 +1,8 @@
-//! The [`Denoiser`] and the [`Networks`] of the kernels: the latents stay on the device, and one recording serves every
+//! The [`Denoiser`] of the kernels: the latents stay on the device, and one recording serves every
 //! step of every request.
 
-use super::run::{Denoiser, Networks, Noise, Run, picture_shape};
-use crate::cuda::{Buffer, CudaExecutor, DeviceSampler, Recording, SampledImage};
+use super::{Buffer, CudaExecutor, DeviceSampler, Recording, SampledImage};
+use crate::backend::{Denoiser, Executor, Noise, Run, picture_shape};
 use crate::diffusion::noise::Rng;
 use crate::graph::Shape;
 use crate::image::Picture;
@@ -12,10 +12,12 @@ use crate::{Error, Result, Subject};
 /// Largest number of UNet calls in a run.
 const CAPACITY: usize = 4096;
 
-/// The UNet and its sampler on the kernels.
+/// A UNet and its sampler on the kernels, with a session's VAE.
 pub(super) struct CudaDenoiser {
     unet: CudaExecutor,
     sampler: DeviceSampler,
+    /// The VAE, and memory for one picture's bytes.
+    vae: Option<(CudaExecutor, Buffer)>,
     /// The launches that prepare the UNet's inputs, those of the UNet, and that of guidance and the sampler's step;
     /// recorded at the first run.
     step: Option<Box<dyn Recording>>,
@@ -24,14 +26,16 @@ pub(super) struct CudaDenoiser {
 impl CudaDenoiser {
     /// # Errors
     /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
-    pub fn new(unet: CudaExecutor, batch: usize) -> Result<Self> {
+    pub fn new(unet: CudaExecutor, batch: usize, vae: Option<CudaExecutor>) -> Result<Self> {
         let sampler = DeviceSampler::new(unet.device(), latents_shape(unet.plan(), batch), CAPACITY)?;
-        Ok(CudaDenoiser { unet, sampler, step: None })
+        let picture = |vae: &CudaExecutor| Buffer::new(vae.device(), picture_shape(vae.plan()).len());
+        let vae = vae.map(|vae| picture(&vae).map(|rgb| (vae, rgb))).transpose()?;
+        Ok(CudaDenoiser { unet, sampler, vae, step: None })
     }
 
-    /// Bytes of the sampler's memory, for a UNet of this plan.
-    pub fn sampler_bytes(unet: &Plan, batch: usize) -> usize {
-        DeviceSampler::bytes(latents_shape(unet, batch), CAPACITY)
+    /// Bytes of the sampler's memory and of a picture, for networks of these plans.
+    pub fn own_bytes(unet: &Plan, batch: usize, vae: Option<&Plan>) -> usize {
+        DeviceSampler::bytes(latents_shape(unet, batch), CAPACITY) + vae.map_or(0, |vae| picture_shape(vae).len())
     }
 
     fn record(&self, guided: bool) -> Result<Box<dyn Recording>> {
@@ -64,12 +68,12 @@ impl Denoiser for CudaDenoiser {
             return Err(Error::invalid("steps", format!("{} steps are too many", steps.len()))
                 .advise(format!("take {CAPACITY} at most")));
         }
-        if let Some(shift) = run.shift {
-            if !shift.is_constant() {
+        if let Some(added) = run.added {
+            if added.of_bottleneck.is_some() {
                 let problem = "concepts that are networks (mlp, conv) run on the CPU alone";
                 return Err(Error::unsupported(Subject::Device, problem).advise("choose the CPU"));
             }
-            self.unet.write("shift", shift.constant())?;
+            self.unet.write("shift", added.constant)?;
         }
         let mut noise = Noise::new(run);
         let drawn = run.rng == Rng::TorchCuda;
@@ -108,45 +112,25 @@ impl Denoiser for CudaDenoiser {
         check(steps.len())?;
         self.sampler.read_latents()
     }
-}
-
-/// The UNet and the VAE on the kernels.
-pub(super) struct OnCuda {
-    denoiser: CudaDenoiser,
-    vae: CudaExecutor,
-    /// One picture's bytes.
-    rgb: Buffer,
-}
-
-impl OnCuda {
-    /// # Errors
-    /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
-    pub fn new(denoiser: CudaDenoiser, vae: CudaExecutor) -> Result<Self> {
-        let rgb = Buffer::new(vae.device(), picture_shape(vae.plan()).len())?;
-        Ok(OnCuda { denoiser, vae, rgb })
-    }
-}
-
-impl Networks for OnCuda {
-    fn denoiser(&mut self) -> &mut dyn Denoiser {
-        &mut self.denoiser
-    }
 
     fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Picture> {
-        let (device, sampler) = (self.vae.device().clone(), &self.denoiser.sampler);
-        let first = sampler.latents_for_vae(image, scaling_factor, self.vae.input_address("latents"));
-        let last = sampler.to_rgb8(self.vae.output_address("image"), self.rgb.len(), self.rgb.address());
+        let Some((vae, rgb)) = &mut self.vae else {
+            return Err(Error::internal("this UNet was made without a VAE"));
+        };
+        let device = vae.device().clone();
+        let first = self.sampler.latents_for_vae(image, scaling_factor, vae.input_address("latents"));
+        let last = self.sampler.to_rgb8(vae.output_address("image"), rgb.len(), rgb.address());
         // SAFETY: the launches use the sampler's memory, the VAE's arena and `rgb`, all owned by `self`.
         unsafe { device.run(&[first])? };
-        self.vae.step()?;
+        vae.step()?;
         // SAFETY: as above.
         unsafe { device.run(&[last])? };
-        let mut rgb = vec![0; self.rgb.len()];
-        self.rgb.read(0, &mut rgb)?;
-        if sampler.picture_fault()? {
+        let mut bytes = vec![0; rgb.len()];
+        rgb.read(0, &mut bytes)?;
+        if self.sampler.picture_fault()? {
             return Err(Error::non_finite("the VAE gave NaN or infinity, so no picture is made"));
         }
-        let Shape { h, w, .. } = picture_shape(self.vae.plan());
-        Ok(Picture { width: w as u32, height: h as u32, rgb })
+        let Shape { h, w, .. } = picture_shape(vae.plan());
+        Ok(Picture { width: w as u32, height: h as u32, rgb: bytes })
     }
 }
