@@ -12,7 +12,7 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::{env, fs, thread};
 
-const FLAGS: &[&str] = &["-std=c++17", "-O3", "-lineinfo", "--fatbin", "-Xptxas=-v", "-Xfatbin=-compress-all"];
+const FLAGS: &[&str] = &["-std=c++17", "-O3", "--fatbin", "-Xptxas=-v", "-Xfatbin=-compress-all"];
 
 /// GPUs that get machine code of the portable sources, as far as nvcc knows them: A100, RTX 30, RTX 40, B200, RTX 50.
 /// Other GPUs run the code of an older GPU of their generation, or compile the PTX.
@@ -91,7 +91,10 @@ fn flags(nvcc: &Path) -> Result<Vec<String>, String> {
         format!("-gencode=arch=compute_80,code=[{}]", codes.join(",")),
         "-gencode=arch=compute_90a,code=sm_90a".to_string(),
     ];
-    Ok(FLAGS.iter().map(|flag| flag.to_string()).chain(targets).collect())
+    // Profilers find a kernel's lines only with these tables, which are as large as the code itself. A profile of cargo
+    // that has debug information gets them.
+    let lines = env::var("DEBUG").is_ok_and(|debug| debug != "false").then(|| "-lineinfo".to_string());
+    Ok(FLAGS.iter().map(|flag| flag.to_string()).chain(lines).chain(targets).collect())
 }
 
 /// Compiles all of `kernels/*.cu`, as many at a time as cargo allows.

@@ -1,7 +1,7 @@
 //! Counts the instructions of the CPU executor's inner kernels with valgrind's callgrind and compares them with those
 //! that `instructions.toml` has recorded. So a slower kernel is found even on a machine whose timings are too noisy.
 //!
-//! `NVCC= cargo bench --profile counted --bench instructions` fails if a kernel takes over 3 % more than recorded.
+//! `NVCC= cargo bench --bench instructions` fails if a kernel takes over 3 % more than recorded.
 //! Names after `--` choose kernels; `-- --record` writes the file. Every kernel is one operation of a small graph. It
 //! runs in a process of its own under valgrind, on one thread, and is counted after it has run once.
 //!
@@ -28,7 +28,7 @@ mod support;
 /// Relative change of a count, up or down, that is tolerated.
 const TOLERANCE: f64 = 0.03;
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/instructions.toml");
-const RECORD: &str = "cargo bench --profile counted --bench instructions -- --record";
+const RECORD: &str = "cargo bench --bench instructions -- --record";
 
 /// Content of the file.
 #[derive(Default, Serialize, Deserialize)]

@@ -32,7 +32,7 @@ impl std::fmt::Debug for Picture {
 }
 
 impl Picture {
-    /// Converts the image that a VAE decodes, `[3, height, width]`, with values from -1 (black) to 1 (white). Values
+    /// Converts the image that a VAE decodes, `[height, width, 3]`, with values from -1 (black) to 1 (white). Values
     /// outside are clamped.
     ///
     /// Rounds as diffusers' `VaeImageProcessor` does: `(x / 2 + 0.5) * 255` in f32, halves to even.
@@ -40,21 +40,7 @@ impl Picture {
     /// # Errors
     /// [`crate::ErrorKind::NonFinite`] if a value is NaN or infinite; [`crate::ErrorKind::Invalid`] if the sizes do not
     /// agree.
-    pub fn from_chw(values: &[f32], height: usize, width: usize) -> Result<Self> {
-        let plane = height.saturating_mul(width);
-        Self::from_values(values, height, width, |index| index % 3 * plane + index / 3)
-    }
-
-    /// [`Picture::from_chw`] for `[height, width, 3]`.
-    ///
-    /// # Errors
-    /// As [`Picture::from_chw`].
     pub fn from_hwc(values: &[f32], height: usize, width: usize) -> Result<Self> {
-        Self::from_values(values, height, width, |index| index)
-    }
-
-    /// `source` maps an index of `rgb` to one of `values`.
-    fn from_values(values: &[f32], height: usize, width: usize, source: impl Fn(usize) -> usize) -> Result<Self> {
         let sizes = (u32::try_from(width), u32::try_from(height));
         let (Ok(columns @ 1..), Ok(rows @ 1..)) = sizes else {
             return Err(Error::invalid("size", format!("a picture of {width}x{height} pixels cannot be made")));
@@ -69,9 +55,8 @@ impl Picture {
             return Err(Error::non_finite(format!("the decoded image holds {bad}, so no picture is made of it"))
                 .advise("try another seed, less guidance or f32"));
         }
-        let byte = |value: f32| ((value * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
-        let rgb = (0..values.len()).map(|index| byte(values[source(index)])).collect();
-        Ok(Picture { width: columns, height: rows, rgb })
+        let byte = |value: &f32| ((value * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
+        Ok(Picture { width: columns, height: rows, rgb: values.iter().map(byte).collect() })
     }
 
     /// Encodes as PNG. Each `(keyword, text)` becomes a `tEXt` chunk if the text is Latin-1, else an `iTXt` chunk.
@@ -195,6 +180,9 @@ pub struct GenerationInfo {
     /// Number format of the UNet's linear layers, such as `int8`, unless it was the device's default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub precision: Option<String>,
+    /// The recipe for tokens, such as `slow`, unless it was the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
     /// Concepts that shifted the bottleneck.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub concepts: Vec<UsedConcept>,
@@ -242,6 +230,7 @@ impl GenerationInfo {
             ("Model fingerprint", self.model_fingerprint.clone()),
             ("RNG", Some(self.rng.clone())),
             ("Precision", self.precision.clone()),
+            ("Tokenizer", self.tokenizer.clone()),
             ("Concepts", each(|used| format!("{}:{}", used.name, used.weight))),
             // As A1111 writes "Lora hashes".
             ("Concept hashes", each(|used| format!("{}: {}", used.name, used.fingerprint))),

@@ -115,6 +115,7 @@ pub use engine::{
 };
 pub use error::{Error, ErrorKind, Result, Subject};
 pub use image::{GenerationInfo, Picture, UsedConcept};
+pub use models::tokenizer::TokenizerRules;
 #[cfg(feature = "train")]
 pub use train::{Losses, Recipe, Task, Times as TrainingTimes, Trainer, TrainingMemory, Variant};
 pub use weights::Source;

@@ -25,6 +25,7 @@ fn info() -> GenerationInfo {
         device: None,
         given_latents: false,
         precision: None,
+        tokenizer: None,
         concepts: vec![],
         version: "0.1.0".to_string(),
     }
@@ -34,23 +35,21 @@ fn info() -> GenerationInfo {
 fn values_become_bytes_as_in_diffusers() {
     // Two pixels side by side; numpy's `((x / 2 + 0.5).clip(0, 1) * 255).round()` by hand. 0 becomes 127.5, which
     // rounds to the even 128.
-    let planes = [-1.0, 1.0, 0.0, 0.5, -7.0, 9.0];
     let expected = [0, 128, 0, 255, 191, 255];
-    let image = Picture::from_chw(&planes, 1, 2).unwrap();
+    let pixels = [-1.0, 0.0, -7.0, 1.0, 0.5, 9.0];
+    let image = Picture::from_hwc(&pixels, 1, 2).unwrap();
     assert_eq!((image.width, image.height), (2, 1));
     assert_eq!(image.rgb, expected);
-    let pixels = [-1.0, 0.0, -7.0, 1.0, 0.5, 9.0];
-    assert_eq!(Picture::from_hwc(&pixels, 1, 2).unwrap().rgb, expected);
 }
 
 #[test]
 fn nan_and_wrong_sizes_make_no_picture() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        assert!(Picture::from_chw(&[0.0, bad, 0.0], 1, 1).is_err_and(|e| e.kind() == ErrorKind::NonFinite));
+        assert!(Picture::from_hwc(&[0.0, bad, 0.0], 1, 1).is_err_and(|e| e.kind() == ErrorKind::NonFinite));
     }
     for (height, width) in [(1, 2), (0, 0), (usize::MAX, 2), (1 << 33, 1 << 33)] {
         assert!(
-            Picture::from_chw(&[0.0; 3], height, width).is_err_and(|e| e.kind() == ErrorKind::Invalid),
+            Picture::from_hwc(&[0.0; 3], height, width).is_err_and(|e| e.kind() == ErrorKind::Invalid),
             "{height}x{width}"
         );
     }
@@ -137,6 +136,7 @@ fn parameters_are_those_of_a1111() {
         model_sha256: None,
         model_fingerprint: Some("0a1b".to_string()),
         precision: Some("int8".to_string()),
+        tokenizer: Some("slow".to_string()),
         concepts: [("a woman", 0.5, "2c3d"), ("a cook", 1.0, "4e5f")]
             .map(|(name, weight, fingerprint)| UsedConcept {
                 name: name.to_string(),
@@ -151,7 +151,7 @@ fn parameters_are_those_of_a1111() {
         odd.parameters(),
         "a cat, a hat\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, \
          Seed: 18446744073709551615, Size: 768x512, Original size: 1024x768, Crop: \"8,0\", \
-         Model: \"a: \\\"b\\\", caf\u{e9}\", Model fingerprint: 0a1b, RNG: torch-cuda, Precision: int8, \
+         Model: \"a: \\\"b\\\", caf\u{e9}\", Model fingerprint: 0a1b, RNG: torch-cuda, Precision: int8, Tokenizer: slow, \
          Concepts: \"a woman:0.5, a cook:1\", Concept hashes: \"a woman: 2c3d, a cook: 4e5f\", Version: respodiff 0.1.0"
     );
 }

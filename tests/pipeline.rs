@@ -60,7 +60,7 @@ fn pipelines_match_diffusers() {
         for (i, (ours, theirs)) in
             output.pictures.iter().zip(case.floats("out.image").chunks(3 * height * width)).enumerate()
         {
-            let truth = respodiff::Picture::from_chw(theirs, height, width).unwrap();
+            let truth = respodiff::Picture::from_hwc(&support::nchw_to_nhwc(theirs, 1, 3), height, width).unwrap();
             let far = ours.rgb.iter().zip(&truth.rgb).filter(|(a, b)| a.abs_diff(**b) > 1).count();
             assert_eq!(far, 0, "{}: {far} bytes of image {i} differ by more than rounding", case.name);
         }

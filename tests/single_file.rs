@@ -199,7 +199,8 @@ fn pictures_are_those_of_diffusers() {
         let error = relative_l2(&output.latents, &case.floats("out.latents"));
         println!("{:12} latents {error:.1e}", case.name);
         assert!(error < 1e-4, "{}: latents are off by {error:.2e}", case.name);
-        let truth = respodiff::Picture::from_chw(&case.floats("out.image"), height, width).unwrap();
+        let theirs = support::nchw_to_nhwc(&case.floats("out.image"), 1, 3);
+        let truth = respodiff::Picture::from_hwc(&theirs, height, width).unwrap();
         let far = output.pictures[0].rgb.iter().zip(&truth.rgb).filter(|(a, b)| a.abs_diff(**b) > 1).count();
         assert_eq!(far, 0, "{}: {far} bytes differ by more than rounding", case.name);
     }

@@ -44,7 +44,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
     /// Number format of the networks' linear layers
-    #[arg(long, default_value_t = Precision::Full)]
+    #[arg(long, default_value_t = Precision::Full, value_name = "full|bf16|int8")]
     precision: Precision,
 }
 
@@ -90,7 +90,8 @@ fn print_plans(network: &str, graph: &Graph, limits: Limits, wanted: impl Fn(&st
     }
     let [step, once] = launches;
     let once = if once > 0 { format!(", and {once} once per prompt") } else { String::new() };
-    say(&format!("{:44} {step} launches{once}", "in all"));
+    let plural = if step == 1 { "" } else { "es" };
+    say(&format!("{:44} {step} launch{plural}{once}", "in all"));
     Ok(())
 }
 

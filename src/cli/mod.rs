@@ -6,6 +6,7 @@ mod concepts;
 mod doctor;
 mod eval;
 mod files;
+mod hashes;
 mod info;
 mod model;
 mod out;
@@ -16,7 +17,6 @@ mod rerun;
 mod sample;
 mod train;
 
-use crate::backend::Precision;
 use crate::{Device, Error, ErrorKind, Result, Subject, cuda};
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
@@ -134,9 +134,9 @@ impl Place {
     }
 }
 
-/// The name of a precision in files and reports; `None` for the device's own.
-fn told(precision: Precision) -> Option<String> {
-    (precision != Precision::Full).then(|| precision.to_string())
+/// The name of a choice in files and reports; `None` for the default.
+fn told<T: Default + PartialEq + ToString>(choice: T) -> Option<String> {
+    (choice != T::default()).then(|| choice.to_string())
 }
 
 /// Runs the command line of this process.

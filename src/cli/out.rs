@@ -43,8 +43,8 @@ pub(super) struct Named<'a> {
     pub(super) seed: u64,
 }
 
-/// Chooses a file name for each picture, and checks that it can be written. If `out` ends in a slash, that folder is
-/// created. Names that the user did not choose overwrite no file. `seed` is the run's.
+/// Chooses a file name for each picture, and checks that it can be written. The folder of `out` is created if
+/// it is not there. Names that the user did not choose overwrite no file. `seed` is the run's.
 pub(super) fn pictures(out: Option<&Path>, pictures: &[Named], seed: u64, size: Option<Size>) -> Result<Pictures> {
     let text = out.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
     if text == "-" {
@@ -53,8 +53,10 @@ pub(super) fn pictures(out: Option<&Path>, pictures: &[Named], seed: u64, size: 
             several => Err(Error::invalid("out", format!("{several} pictures cannot go to stdout")).advise("make one")),
         };
     }
-    if text.ends_with(['/', std::path::MAIN_SEPARATOR]) {
-        std::fs::create_dir_all(&text).map_err(Error::io("create", &text))?;
+    // Folders that are not there yet are made now, so that a mistake shows before the work and not after it.
+    let in_folder = text.ends_with(['/', std::path::MAIN_SEPARATOR]);
+    if let Some(folder) = out.and_then(|path| if in_folder { Some(path) } else { path.parent() }) {
+        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     }
     let folder = out.filter(|path| path.is_dir());
     let own_name = out.is_none() || folder.is_some();

@@ -10,6 +10,7 @@ use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::files::check_writable;
 use crate::graph::{Extent, Graph, Keep, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
+use crate::models::tokenizer::TokenizerRules;
 use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
 use crate::train::{Halves, Objective};
 use crate::weights::Source;
@@ -68,8 +69,11 @@ pub(super) struct Args {
     #[arg(long, default_value_t = Place::Cpu)]
     device: Place,
     /// Number format of a network's linear layers; gradients always use the device's own
-    #[arg(long, default_value_t = Precision::Full)]
+    #[arg(long, default_value_t = Precision::Full, value_name = "full|bf16|int8")]
     precision: Precision,
+    /// How --prompt is split into tokens
+    #[arg(long, default_value_t = TokenizerRules::Fast, value_name = "fast|slow")]
+    tokenizer: TokenizerRules,
 }
 
 /// A named result: shape and numbers.
@@ -147,7 +151,8 @@ fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<
             ids.values.iter().map(|&id| id as i64).collect()
         }
         (None, prompt) => {
-            let encoded = source.tokenizer(&format!("tokenizer{suffix}"))?.encode(prompt.as_deref().unwrap_or(""))?;
+            let tokenizer = source.tokenizer(&format!("tokenizer{suffix}"))?.with_rules(args.tokenizer)?;
+            let encoded = tokenizer.encode(prompt.as_deref().unwrap_or(""))?;
             if !encoded.lost.is_empty() {
                 warn(&format!("the prompt is too long; these words are not used: {}", encoded.lost));
             }

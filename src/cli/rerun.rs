@@ -7,10 +7,12 @@ use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, EngineOptions, Image, Progress, Request, SessionOptions, Size};
 use crate::files::check_writable;
 use crate::image::{GenerationInfo, JSON_KEYWORD, read_png_text};
+use crate::models::tokenizer::TokenizerRules;
 use crate::weights::Source;
 use crate::{Error, Result, Subject};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -117,12 +119,17 @@ fn read(path: &Path) -> Result<GenerationInfo> {
     Ok(info)
 }
 
+/// A choice that the picture records; the default if it records none.
+fn recorded<T: Default + FromStr>(args: &Args, what: &str, name: Option<&str>) -> Result<T> {
+    let Some(name) = name else { return Ok(T::default()) };
+    let problem = |_| Error::unsupported(args.picture.as_path(), format!("its {what} `{name}` is not known"));
+    name.parse().map_err(problem)
+}
+
 /// Opens the checkpoint that made the picture.
 fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
-    let precision = info.precision.as_deref().map_or(Ok(Precision::Full), str::parse).map_err(|_| {
-        let problem = format!("its precision `{}` is not known", info.precision.as_deref().unwrap_or_default());
-        Error::unsupported(args.picture.as_path(), problem)
-    })?;
+    let precision: Precision = recorded(args, "precision", info.precision.as_deref())?;
+    let tokenizer: TokenizerRules = recorded(args, "tokenizer", info.tokenizer.as_deref())?;
     let source = match &args.model {
         Some(model) => model::source(Some(model))?,
         None if info.model == Source::demo().name() => Source::demo(),
@@ -141,7 +148,7 @@ fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
     if info.device.as_ref().is_some_and(|device| *device != name) {
         warn(&format!("the picture was made on {}, and this is {name}", info.device.as_deref().unwrap_or_default()));
     }
-    let engine = Engine::open(&source, EngineOptions::new(device).precision(precision))?;
+    let engine = Engine::open(&source, EngineOptions::new(device).precision(precision).tokenizer(tokenizer))?;
     if info.model_sha256.is_some() && engine.sha256()? != info.model_sha256 {
         let problem = format!(
             "other weights than the picture's, whose SHA-256 is {}",

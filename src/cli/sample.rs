@@ -1,5 +1,6 @@
 //! `respodiff sample`.
 
+use super::hashes::{self, Hashes};
 use super::out::{self, Named, Pictures};
 use super::progress::Progress as Shown;
 use super::prompts::{self, Item};
@@ -10,6 +11,7 @@ use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Conditioning, Engine, EngineOptions, Image, Progress, Prompt, Request, Size, Start};
 use crate::files::check_writable;
 use crate::image::{GenerationInfo, UsedConcept};
+use crate::models::tokenizer::TokenizerRules;
 use crate::{Error, ErrorKind, Picture, Result};
 use serde_json::json;
 use std::collections::HashMap;
@@ -93,8 +95,12 @@ pub(super) struct Args {
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
     /// Number format of the UNet's linear layers
-    #[arg(long, default_value_t = Precision::Full)]
+    #[arg(long, default_value_t = Precision::Full, value_name = "full|bf16|int8")]
     precision: Precision,
+    /// How prompts are split into tokens: as transformers does today, or as its slow tokenizer did up to version 4.
+    /// They differ on Chinese characters, emoji and control characters
+    #[arg(long, default_value_t = TokenizerRules::Fast, value_name = "fast|slow")]
+    tokenizer: TokenizerRules,
 }
 
 /// `started` is the time at which the process started.
@@ -120,13 +126,14 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
 
     let source = model::source(args.model.as_deref())?;
     let opening = Instant::now();
-    let engine = Engine::open(&source, EngineOptions::new(device.clone()).precision(args.precision))?;
+    let options = EngineOptions::new(device.clone()).precision(args.precision).tokenizer(args.tokenizer);
+    let engine = Engine::open(&source, options)?;
     let loading = opening.elapsed();
     // Every picture records hashes of the weights. They are computed while the first pictures are made, since all
     // weights have to be read for them.
     let hashing = std::thread::spawn({
         let engine = engine.clone();
-        move || Ok((engine.sha256()?, engine.fingerprint()?))
+        move || hashes::of(&engine)
     });
     let schedule = engine.schedule(sampler, args.steps)?;
     let encoded = encode(&engine, args, &items)?;
@@ -175,6 +182,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         device: Some(device.name()),
         given_latents: latents.is_some(),
         precision: told(args.precision),
+        tokenizer: told(args.tokenizer),
         concepts: Vec::new(),
         version: env!("CARGO_PKG_VERSION").into(),
     };
@@ -401,9 +409,6 @@ impl Args {
     }
 }
 
-/// The weights' SHA-256 and fingerprint.
-type Hashes = (Option<String>, String);
-
 /// The pictures written so far.
 struct Saved<'a> {
     files: &'a Pictures,
@@ -429,7 +434,7 @@ impl Saved<'_> {
     fn add(&mut self, pictures: &[Picture]) -> Result<()> {
         if let Some(hashing) = self.hashing.take() {
             let hashes = hashing.join().map_err(|_| Error::internal("the thread that hashes the weights ended"))?;
-            let (sha256, fingerprint) = hashes?;
+            let Hashes { sha256, fingerprint } = hashes?;
             (self.info.model_sha256, self.info.model_fingerprint) = (sha256, Some(fingerprint));
         }
         for picture in pictures {

@@ -23,7 +23,11 @@ impl Group {
     /// proportions.
     pub fn new(members: Vec<Arc<Concept>>, shares: Option<Vec<f64>>) -> Result<Self> {
         if members.len() < 2 {
-            return Err(Error::invalid("balance", "a group of one concept").advise("give two concepts or more"));
+            return Err(Error::invalid(
+                "balance",
+                format!("a group needs two concepts, and this one has {}", members.len()),
+            )
+            .advise("give two concepts or more"));
         }
         let shares = shares.unwrap_or_else(|| vec![1.0; members.len()]);
         if shares.len() != members.len() {

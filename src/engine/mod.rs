@@ -74,7 +74,7 @@ impl Engine {
     /// [`crate::ErrorKind::OutOfMemory`] when the weights do not fit the device's memory; [`crate::ErrorKind::Invalid`]
     /// for a precision that the device does not have.
     pub fn open(source: &Source, options: impl Into<EngineOptions>) -> Result<Self> {
-        let EngineOptions { device, precision } = &options.into();
+        let EngineOptions { device, precision, tokenizer } = &options.into();
         let precision = *precision;
         crate::memory::start_threads()?;
         let unet_config = read_config(source, "unet", UNetConfig::parse)?;
@@ -84,7 +84,7 @@ impl Engine {
             device.weights(graph.weights(), &source.tensors(component)?, &[], precision)
         };
         let (text, (unet_weights, vae_weights)) = rayon::join(
-            || TextEncoders::open(source, device, &unet_config),
+            || TextEncoders::open(source, device, &unet_config, *tokenizer),
             || {
                 let unet = || load("unet", unet(&unet_config, UNetInput::default()), precision);
                 let vae = || load("vae", vae_decoder(&vae, 1, Extent::square(8)), Precision::Full);
@@ -125,6 +125,14 @@ impl Engine {
     /// Those of opening the files.
     pub fn sha256(&self) -> Result<Option<String>> {
         Ok(self.0.source.tensors("unet")?.sha256())
+    }
+
+    /// The files of the UNet's weights, which [`Engine::sha256`] reads.
+    ///
+    /// # Errors
+    /// Those of opening the files.
+    pub fn weight_files(&self) -> Result<Vec<std::path::PathBuf>> {
+        Ok(self.0.source.tensors("unet")?.files().map(Into::into).collect())
     }
 
     /// Shape of one image's bottleneck.

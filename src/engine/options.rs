@@ -2,6 +2,7 @@
 
 use crate::backend::Precision;
 use crate::device::Device;
+use crate::models::tokenizer::TokenizerRules;
 
 /// A picture's width and height in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,8 +26,7 @@ impl std::fmt::Display for Size {
     }
 }
 
-/// The device of an [`crate::Engine`] and the number format of its UNet's linear layers. A [`Device`] alone converts
-/// into it.
+/// The device of an [`crate::Engine`] and choices about its networks. A [`Device`] alone converts into it.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 #[must_use]
@@ -35,17 +35,24 @@ pub struct EngineOptions {
     pub device: Device,
     /// Number format of the UNet's linear layers; only the CPU supports others than [`Precision::Full`].
     pub precision: Precision,
+    /// The recipe by which prompts are split into tokens.
+    pub tokenizer: TokenizerRules,
 }
 
 impl EngineOptions {
-    /// Full precision on a device.
+    /// The defaults on a device.
     pub fn new(device: Device) -> Self {
-        EngineOptions { device, precision: Precision::Full }
+        EngineOptions { device, ..Self::default() }
     }
 
     /// The same with another number format.
     pub fn precision(self, precision: Precision) -> Self {
         EngineOptions { precision, ..self }
+    }
+
+    /// The same with another recipe for tokens.
+    pub fn tokenizer(self, tokenizer: TokenizerRules) -> Self {
+        EngineOptions { tokenizer, ..self }
     }
 }
 

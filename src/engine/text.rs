@@ -4,7 +4,7 @@
 use super::read_config;
 use crate::backend::{Executor, Precision, Weights};
 use crate::device::Device;
-use crate::models::tokenizer::Tokenizer;
+use crate::models::tokenizer::{Tokenizer, TokenizerRules};
 use crate::models::{ClipConfig, UNetConfig, text_encoder};
 use crate::weights::Source;
 use crate::{Error, Result, Subject};
@@ -40,7 +40,7 @@ impl TextEncoders {
     /// # Errors
     /// Those of reading the files, [`crate::ErrorKind::Mismatch`] for parts that do not belong together, and
     /// [`crate::ErrorKind::OutOfMemory`].
-    pub fn open(source: &Source, device: &Device, unet: &UNetConfig) -> Result<Self> {
+    pub fn open(source: &Source, device: &Device, unet: &UNetConfig, rules: TokenizerRules) -> Result<Self> {
         let has = |folder: &str| source.has(&format!("{folder}/config.json"));
         let index = read_index(source)?;
         if index["requires_aesthetics_score"] == true || (has("text_encoder_2") && !has("text_encoder")) {
@@ -54,8 +54,11 @@ impl TextEncoders {
         let folders = if has("text_encoder_2") { &folders[..] } else { &folders[..1] };
         let mut configs: Vec<ClipConfig> =
             folders.iter().map(|(folder, _)| read_config(source, folder, ClipConfig::parse)).collect::<Result<_>>()?;
-        let tokenizers: Vec<_> =
-            folders.par_iter().zip(&configs).map(|((_, folder), config)| tokenizer(source, folder, config)).collect();
+        let tokenizers: Vec<_> = folders
+            .par_iter()
+            .zip(&configs)
+            .map(|((_, folder), config)| tokenizer(source, folder, config, rules))
+            .collect();
         // Of several problems the first in this order is reported, whichever was found first.
         let tokenizers = tokenizers.into_iter().collect::<Result<Vec<_>>>()?;
         // As in diffusers, a prompt has the tokenizer's length, even if the encoder has more positions.
@@ -265,8 +268,8 @@ fn misfit(encoders: &[ClipConfig], unet: &UNetConfig) -> Option<String> {
     }
 }
 
-fn tokenizer(source: &Source, folder: &str, config: &ClipConfig) -> Result<Tokenizer> {
-    let tokenizer = source.tokenizer(folder)?;
+fn tokenizer(source: &Source, folder: &str, config: &ClipConfig, rules: TokenizerRules) -> Result<Tokenizer> {
+    let tokenizer = source.tokenizer(folder)?.with_rules(rules)?;
     if tokenizer.vocab_size() > config.vocab_size || tokenizer.length() > config.max_position_embeddings {
         let problem = format!(
             "a vocabulary of {} and prompts of {} tokens do not fit the text encoder, which has {} and {}",

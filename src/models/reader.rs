@@ -32,7 +32,8 @@ impl<'a> Reader<'a> {
         if value.len() > 200 {
             value = value.chars().take(200).chain(['…']).collect();
         }
-        self.error(format!("`{key}` is {value}, which is not supported; supported: {}", supported.as_ref()))
+        let problem = format!("`{key}` is {value}, which is not supported; supported: {}", supported.as_ref());
+        Error::unsupported(self.path, problem)
     }
 
     /// True if the key is there and not null.

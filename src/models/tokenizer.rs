@@ -1,16 +1,17 @@
 //! CLIP's tokenizer, which turns a prompt into the ids that a text encoder reads.
 //!
-//! The ids are those of transformers' `CLIPTokenizer` without `ftfy` (the class that a diffusers folder names), rebuilt
-//! here around the byte-pair encoder of the `tokenizers` crate. `CLIPTokenizerFast`, that crate's recipe for the same,
-//! differs on Chinese characters, control characters and special tokens.
+//! transformers has had two recipes for this, which differ on Chinese and control characters, emoji and special tokens.
+//! Both are rebuilt here around the byte-pair encoder of the `tokenizers` crate; [`TokenizerRules`] chooses.
 //!
-//! One difference remains: transformers drops characters that are unassigned in the Unicode version of its Python, and
-//! this module keeps those that newer versions assign.
+//! One difference to the slow recipe remains: transformers drops characters that are unassigned in the Unicode version
+//! of its Python, and this module keeps those that newer versions assign.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Display, Formatter};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
+use std::str::FromStr;
 
 use serde_json::{Value, json};
 use tokenizers::models::bpe::{BPE, BpeBuilder, Merges, Vocab};
@@ -42,6 +43,38 @@ const MAX_LENGTH: u64 = 65_536;
 /// Context length if the configuration gives none: that of every CLIP text encoder.
 const DEFAULT_LENGTH: usize = 77;
 
+/// The recipe by which a prompt is split into words, before the byte-pair encoder splits those into tokens. Most
+/// prompts have the same ids by both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TokenizerRules {
+    /// transformers' `CLIPTokenizerFast`, which is its only one from version 5 on.
+    #[default]
+    Fast,
+    /// transformers' `CLIPTokenizer` up to version 4, without `ftfy`: it drops control characters, and makes each
+    /// ideograph a word.
+    Slow,
+}
+
+impl Display for TokenizerRules {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            TokenizerRules::Fast => "fast",
+            TokenizerRules::Slow => "slow",
+        })
+    }
+}
+
+impl FromStr for TokenizerRules {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let all = [TokenizerRules::Fast, TokenizerRules::Slow];
+        all.into_iter().find(|rules| rules.to_string() == name).ok_or_else(|| {
+            Error::invalid("tokenizer", format!("`{name}` is no recipe of a tokenizer")).advise("give fast or slow")
+        })
+    }
+}
+
 /// A prompt as ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Encoded {
@@ -68,6 +101,7 @@ impl Encoded {
 #[derive(Debug)]
 pub struct Tokenizer {
     bpe: BPE,
+    rules: TokenizerRules,
     words: SysRegex,
     dropped: SysRegex,
     special: BTreeMap<String, u32>,
@@ -142,6 +176,14 @@ impl Tokenizer {
         parts.build(Path::new(""), None, Some(json!({"pad_token": pad}).to_string().as_bytes()))
     }
 
+    /// The same tokenizer with other rules.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Internal`] if the patterns of the rules cannot be compiled.
+    pub fn with_rules(self, rules: TokenizerRules) -> Result<Self> {
+        Ok(Tokenizer { rules, words: words(rules)?, ..self })
+    }
+
     /// The number of ids that [`Tokenizer::encode`] returns: `model_max_length`, 77 for CLIP.
     pub fn length(&self) -> usize {
         self.length
@@ -207,16 +249,21 @@ impl Tokenizer {
             }))
         })?;
         text.normalize(|part| {
-            part.replace(&self.dropped, "")?;
-            part.nfc();
-            lowercase(part);
+            if self.rules == TokenizerRules::Slow {
+                part.replace(&self.dropped, "")?;
+                part.nfc();
+                lowercase(part);
+            } else {
+                part.nfc();
+                part.lowercase();
+            }
             Ok(())
         })?;
         text.split(|_, part| part.split(Invert(&self.words), SplitDelimiterBehavior::Removed))?;
         ByteLevel::new(false, false, false).pre_tokenize(&mut text)?;
         text.tokenize(|word| {
             let word = word.get();
-            if WHOLE.contains(&word) {
+            if self.rules == TokenizerRules::Slow && WHOLE.contains(&word) {
                 return Ok(whole(word, self.bpe.token_to_id(word).unwrap_or(self.unk)));
             }
             self.bpe.tokenize(word)
@@ -371,18 +418,12 @@ impl Parts {
         let mut literals: Vec<&String> = special.keys().filter(|literal| !literal.is_empty()).collect();
         literals.sort_by_key(|literal| std::cmp::Reverse(literal.len()));
         let literals: Vec<String> = literals.into_iter().map(|literal| escape(literal)).collect();
-        // This is `CLIPTokenizer.pat`, in which each ideograph is a word, since `BasicTokenizer` puts spaces around it.
-        // U+0345, a mark whose case folding is a letter, matches none of the ignore-case classes of Python's `regex`.
-        let words = [
-            r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)".to_string(),
-            format!(r"[{IDEOGRAPHS}]|[\p{{L}}--[{IDEOGRAPHS}]]+"),
-            r"\p{N}|[^\s\p{L}\p{N}\x{345}]+".to_string(),
-        ]
-        .join("|");
+        let rules = TokenizerRules::default();
         let regex = |pattern: &str| SysRegex::new(pattern).map_err(|error| malformed(dir, &error));
         Ok(Tokenizer {
             bpe,
-            words: regex(&words)?,
+            rules,
+            words: words(rules)?,
             dropped: regex(DROPPED)?,
             special_words: regex(&literals.join("|"))?,
             special,
@@ -394,6 +435,19 @@ impl Parts {
             vocab_size,
         })
     }
+}
+
+/// The pattern of a word.
+fn words(rules: TokenizerRules) -> Result<SysRegex> {
+    let (letters, others) = match rules {
+        TokenizerRules::Fast => (r"\p{L}+".to_string(), r"[^\s\p{L}\p{N}]+"),
+        // This is `CLIPTokenizer.pat`, in which each ideograph is a word, since `BasicTokenizer` puts spaces around it.
+        // U+0345, a mark whose case folding is a letter, matches none of the ignore-case classes of Python's `regex`.
+        TokenizerRules::Slow => (format!(r"[{IDEOGRAPHS}]|[\p{{L}}--[{IDEOGRAPHS}]]+"), r"[^\s\p{L}\p{N}\x{345}]+"),
+    };
+    let fixed = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)";
+    SysRegex::new(&[fixed, &letters, r"\p{N}", others].join("|"))
+        .map_err(|error| Error::internal(format!("the pattern of a word: {error}")))
 }
 
 /// The text of a special token: a string, or an `AddedToken` object.

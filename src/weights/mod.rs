@@ -125,7 +125,7 @@ impl Source {
     /// A file's bytes.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Io`] if it cannot be read.
+    /// [`crate::ErrorKind::NotFound`] if there is none, [`crate::ErrorKind::Io`] if it cannot be read.
     pub fn read(&self, relative: &str) -> Result<Vec<u8>> {
         let path = self.path(relative);
         match self {
@@ -133,7 +133,7 @@ impl Source {
             Source::Single(file) => file.read(relative),
             Source::Embedded(files) | Source::Random(_, files) => {
                 let file = files.iter().find(|(name, _)| *name == relative);
-                file.map(|(_, bytes)| bytes.to_vec()).ok_or_else(|| Error::damaged(path, "not compiled in"))
+                file.map(|(_, bytes)| bytes.to_vec()).ok_or_else(|| Error::not_found(path, "not compiled in"))
             }
         }
     }
@@ -141,7 +141,7 @@ impl Source {
     /// A text file.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Io`] if it cannot be read, [`crate::ErrorKind::Damaged`] if it is not UTF-8.
+    /// As for [`Source::read`], and [`crate::ErrorKind::Damaged`] if it is not UTF-8.
     pub fn read_text(&self, relative: &str) -> Result<String> {
         String::from_utf8(self.read(relative)?)
             .map_err(|_| Error::damaged(self.path(relative), "not UTF-8 text").advise("download the file again"))

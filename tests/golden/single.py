@@ -55,7 +55,7 @@ def numbers(name, shape):
 def original_unet(name, layers, levels):
     """CompVis' name of a UNet's tensor: blocks in one row, samplers after their level's layers.
 
-    `levels` are those on the way up that attend.
+    `levels` are those of the up half that attend.
     """
     for new, old in [
         ("time_embedding.linear_1", "time_embed.0"),
@@ -94,7 +94,7 @@ def original_unet(name, layers, levels):
 
 
 def original_vae(name, levels):
-    """CompVis' name of a VAE's tensor: the way up counts from the finest level."""
+    """CompVis' name of a VAE's tensor: the up half counts from the finest level."""
     name = name.replace("mid_block.attentions.0.group_norm", "mid.attn_1.norm")
     for new, old in [("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")]:
         name = name.replace(f"mid_block.attentions.0.{new}.", f"mid.attn_1.{old}.")

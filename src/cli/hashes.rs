@@ -1,0 +1,83 @@
+//! The hashes of a checkpoint that pictures record. A large file's SHA-256 is remembered from run to run, by path, size
+//! and time of change: for SD 1.5 it takes longer than a GPU takes for everything up to the first picture.
+
+use crate::Result;
+use crate::engine::Engine;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// SHA-256 of the UNet's files, if there are any, and the fingerprint of the weights.
+pub(super) struct Hashes {
+    pub(super) sha256: Option<String>,
+    pub(super) fingerprint: String,
+}
+
+/// A file's size, and its time of change in nanoseconds since 1970.
+#[derive(Clone, Copy, PartialEq, Serialize, Deserialize)]
+struct Version {
+    bytes: u64,
+    changed: u128,
+}
+
+/// The remembered hash of a checkpoint's files.
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    files: Vec<(PathBuf, Version)>,
+    sha256: String,
+}
+
+/// Remembered checkpoints; beyond this number the list begins anew.
+const MOST: usize = 1000;
+/// A file that changed less than this before it was hashed may change again within the same tick of its file system's
+/// clock, so its hash is not remembered.
+const SETTLED: Duration = Duration::from_secs(3);
+
+/// The hashes of an engine's checkpoint.
+///
+/// # Errors
+/// Those of reading the weights. The list of remembered hashes is only a help: if it cannot be read or written, the
+/// files are hashed.
+pub(super) fn of(engine: &Engine) -> Result<Hashes> {
+    let fingerprint = engine.fingerprint()?;
+    let list = list();
+    let files = engine.weight_files()?.iter().map(|path| version(path)).collect::<Option<Vec<_>>>();
+    let (Some(list), Some(files)) = (list, files.filter(|files| !files.is_empty())) else {
+        return Ok(Hashes { sha256: engine.sha256()?, fingerprint });
+    };
+    let mut known: BTreeMap<PathBuf, Entry> =
+        std::fs::read(&list).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+    let key = files[0].0.clone();
+    if let Some(entry) = known.get(&key).filter(|entry| entry.files == files) {
+        return Ok(Hashes { sha256: Some(entry.sha256.clone()), fingerprint });
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let sha256 = engine.sha256()?;
+    let settled = files.iter().all(|(_, version)| version.changed < now.saturating_sub(SETTLED).as_nanos());
+    if let Some(sha256) = sha256.clone().filter(|_| settled) {
+        if known.len() >= MOST {
+            known.clear();
+        }
+        known.insert(key, Entry { files, sha256 });
+        let text = serde_json::to_string(&known).unwrap_or_default();
+        let folder = list.parent().unwrap_or(Path::new(""));
+        let _ = std::fs::create_dir_all(folder).is_ok() && crate::files::write(&list, text.as_bytes()).is_ok();
+    }
+    Ok(Hashes { sha256, fingerprint })
+}
+
+/// The file of remembered hashes, in the user's folder for caches; `None` if the user has none.
+fn list() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let caches = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
+    Some(caches.join("respodiff").join("hashes.json"))
+}
+
+/// A file's own path, behind all links, and its version.
+fn version(path: &Path) -> Option<(PathBuf, Version)> {
+    let path = path.canonicalize().ok()?;
+    let metadata = path.metadata().ok()?;
+    let changed = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_nanos();
+    Some((path, Version { bytes: metadata.len(), changed }))
+}
