@@ -53,12 +53,8 @@ pub(super) fn pictures(out: Option<&Path>, pictures: &[Named], seed: u64, size: 
             several => Err(Error::invalid("out", format!("{several} pictures cannot go to stdout")).advise("make one")),
         };
     }
-    // Folders that are not there yet are made now, so that a mistake shows before the work and not after it.
-    let in_folder = text.ends_with(['/', std::path::MAIN_SEPARATOR]);
-    if let Some(folder) = out.and_then(|path| if in_folder { Some(path) } else { path.parent() }) {
-        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-    }
-    let folder = out.filter(|path| path.is_dir());
+    let is_folder = text.ends_with(['/', std::path::MAIN_SEPARATOR]);
+    let folder = out.filter(|path| is_folder || path.is_dir());
     let own_name = out.is_none() || folder.is_some();
     let first = pictures.first().map_or("", |picture| picture.prompt);
     let one_prompt = pictures.iter().all(|picture| picture.prompt == first);
@@ -78,6 +74,10 @@ pub(super) fn pictures(out: Option<&Path>, pictures: &[Named], seed: u64, size: 
         let stem = pattern.file_stem().unwrap_or_default().to_string_lossy();
         names = named(&pattern.with_file_name(format!("{stem}_{count}.png")), pictures, size)?;
         count += 1;
+    }
+    // Mistakes show before the work and not after it.
+    if let Some(folder) = pattern.parent() {
+        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     }
     for name in names.first().into_iter().chain(names.last()) {
         files::check_writable(name)?;

@@ -64,14 +64,14 @@ fn bench_compares_with_an_earlier_run() {
         output
     };
     run(&["--json", "b.json"]);
-    // The report is changed: every time is a thousandth, and the device is another.
+    // The report is changed: every time is a millionth, and the device is another.
     let path = folder.path().join("b.json");
     let mut report: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     report["device"] = "another".into();
     for row in report["networks"][0]["rows"].as_array_mut().unwrap() {
         let quantiles = ["least", "seconds", "p90"].map(|key| row[key].as_f64().unwrap());
         assert!(quantiles.is_sorted() && quantiles[0] > 0.0, "{row}");
-        row["seconds"] = (quantiles[1] / 1000.0).into();
+        row["seconds"] = (quantiles[1] / 1e6).into();
     }
     std::fs::write(&path, report.to_string()).unwrap();
     let output = run(&["--compare", "b.json"]);

@@ -17,7 +17,14 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 fn respodiff(folder: &Path, args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_respodiff")).args(args).current_dir(folder).output().expect("runs")
+    command(folder, args).output().expect("runs")
+}
+
+/// The program with a folder for caches that is not the user's.
+fn command(folder: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_respodiff"));
+    command.args(args).current_dir(folder).env("XDG_CACHE_HOME", std::env::temp_dir().join("respodiff-test-caches"));
+    command
 }
 
 fn text(bytes: &[u8]) -> String {

@@ -30,6 +30,8 @@ fn names_choose_formats_folders_and_templates() {
     assert_eq!(output.stdout, std::fs::read(folder.path().join("x.png")).unwrap());
     assert!(run("new/inner/", &["--batch", "2"]).status.success());
     assert_eq!(files(&folder.path().join("new/inner")), ["a-cook-3-0.png", "a-cook-3-1.png"]);
+    assert!(run("new/more/{i}.png", &["--batch", "2"]).status.success());
+    assert_eq!(files(&folder.path().join("new/more")), ["0.png", "1.png"]);
     assert!(run("{prompt}_{seed}_{i}.webp", &["--batch", "2"]).status.success());
     assert!(run("{width}x{height}.png", &["-W", "72", "-H", "64"]).status.success());
     let names = files(folder.path());
@@ -38,7 +40,7 @@ fn names_choose_formats_folders_and_templates() {
     }
     for (out, more, word) in [
         ("x.gif", &[][..], ".webp"),
-        ("{colour}.png", &[], "{seed}"),
+        ("other/{colour}.png", &[], "{seed}"),
         ("{width}.png", &[], "--width"),
         ("-", &["--batch", "2"], "stdout"),
         ("-", &["--json"], "stdout"),

@@ -18,7 +18,7 @@ fn refuses_in_one_line() {
         (&["sample", "x", "--guidance", "NaN"], 2, "guidance"),
         (&["sample", "x", "--rng", "dice"], 2, "torch-cpu"),
         (&["sample", "x", "--device", "cuda"], 1, "CPU"),
-        (&["sample", "x", "--out", "no/such/folder/x.png"], 1, "no/such/folder"),
+        (&["sample", "x", "--out", "/dev/null/x.png"], 1, "/dev/null"),
         (&["sample", "x", "--save-latents", "no/such/folder/l.st"], 1, "no/such/folder"),
         (&["sample", "x", "--save-latents", "."], 1, "directory"),
         (&["sample", "x", "--model", "./nowhere"], 2, "nowhere"),

@@ -1,6 +1,6 @@
 //! `respodiff sample`: pictures, seeds, latents, concepts and the report.
 
-use super::{files, respodiff, tensors, text, write_latents};
+use super::{command, files, respodiff, tensors, text, write_latents};
 use crate::support;
 use respodiff::weights::Source;
 use respodiff::{Device, Engine};
@@ -220,4 +220,43 @@ fn sdxl_balanced_and_cropped() {
         assert!(error > 1e-3, "{flags:?} moves the latents by {error:.1e} of them");
     }
     assert_eq!(latents(&["--original-size", "128x128", "--crop", "0,0"]), plain);
+}
+
+/// The hash of a checkpoint's files is remembered until one of them changes, and what is remembered can be lost.
+#[test]
+fn hashes_are_remembered() {
+    let (folder, checkpoint) = (tempfile::tempdir().unwrap(), support::copy("sd1"));
+    let weights = checkpoint.path().join("unet/diffusion_pytorch_model.safetensors");
+    let touch = |hours: u64| {
+        let time = std::time::SystemTime::now() - std::time::Duration::from_secs(3600 * hours);
+        std::fs::File::options().append(true).open(&weights).unwrap().set_modified(time).unwrap();
+    };
+    let list = folder.path().join("caches/respodiff/hashes.json");
+    let hash = || {
+        let model = checkpoint.path().display().to_string();
+        let args =
+            ["sample", "x", "--model", &model, "--steps", "1", "--width", "16", "--height", "16", "--out", "x.png"];
+        let output =
+            command(folder.path(), &args).env("XDG_CACHE_HOME", folder.path().join("caches")).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let tags = respodiff::image::read_png_text(&folder.path().join("x.png")).unwrap();
+        let info = &tags.iter().find(|(key, _)| key == "respodiff").unwrap().1;
+        let info: serde_json::Value = serde_json::from_str(info).unwrap();
+        info["model_sha256"].as_str().unwrap().to_string()
+    };
+    // A file that was only just written may change again without a trace.
+    touch(0);
+    let truth = hash();
+    assert!(!list.exists());
+    touch(2);
+    assert_eq!(hash(), truth);
+    let remembered = std::fs::read_to_string(&list).unwrap();
+    assert!(remembered.contains(&truth), "{remembered}");
+    let other = "0".repeat(64);
+    std::fs::write(&list, remembered.replace(&truth, &other)).unwrap();
+    assert_eq!(hash(), other);
+    touch(1);
+    assert_eq!(hash(), truth);
+    std::fs::write(&list, "not a list").unwrap();
+    assert_eq!(hash(), truth);
 }
