@@ -3,8 +3,9 @@
 //! transformers has had two recipes for this, which differ on Chinese and control characters, emoji and special tokens.
 //! Both are rebuilt here around the byte-pair encoder of the `tokenizers` crate; [`TokenizerRules`] chooses.
 //!
-//! One difference to the slow recipe remains: transformers drops characters that are unassigned in the Unicode version
-//! of its Python, and this module keeps those that newer versions assign.
+//! Two differences remain. transformers' slow recipe drops characters that are unassigned in the Unicode version of its
+//! Python, and this module keeps those that newer versions assign. Its fast recipe finds a special token in capitals only
+//! with certain flags in the checkpoint's files; this module never finds it.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};
@@ -33,6 +34,9 @@ const IDEOGRAPHS: &str = concat!(
 /// The characters that `BasicTokenizer._clean_text` drops: U+FFFD, and every control, format, private-use and
 /// unassigned character except tab, line feed and carriage return.
 const DROPPED: &str = r"[^\P{C}\t\n\r]|\x{FFFD}";
+
+/// Words that are found before all others.
+const FIXED: &str = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d";
 
 /// Words that `CLIPTokenizer.bpe` never splits, whatever the special tokens are.
 const WHOLE: [&str; 2] = ["<|startoftext|>", "<|endoftext|>"];
@@ -260,7 +264,8 @@ impl Tokenizer {
             Ok(())
         })?;
         text.split(|_, part| part.split(Invert(&self.words), SplitDelimiterBehavior::Removed))?;
-        ByteLevel::new(false, false, false).pre_tokenize(&mut text)?;
+        // The fast tokenizer splits words once more, by GPT-2's pattern. That changes only a special token in capitals.
+        ByteLevel::new(false, false, self.rules == TokenizerRules::Fast).pre_tokenize(&mut text)?;
         text.tokenize(|word| {
             let word = word.get();
             if self.rules == TokenizerRules::Slow && WHOLE.contains(&word) {
@@ -439,15 +444,15 @@ impl Parts {
 
 /// The pattern of a word.
 fn words(rules: TokenizerRules) -> Result<SysRegex> {
-    let (letters, others) = match rules {
-        TokenizerRules::Fast => (r"\p{L}+".to_string(), r"[^\s\p{L}\p{N}]+"),
+    let pattern = match rules {
+        TokenizerRules::Fast => format!(r"{FIXED}|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"),
         // This is `CLIPTokenizer.pat`, in which each ideograph is a word, since `BasicTokenizer` puts spaces around it.
         // U+0345, a mark whose case folding is a letter, matches none of the ignore-case classes of Python's `regex`.
-        TokenizerRules::Slow => (format!(r"[{IDEOGRAPHS}]|[\p{{L}}--[{IDEOGRAPHS}]]+"), r"[^\s\p{L}\p{N}\x{345}]+"),
+        TokenizerRules::Slow => {
+            format!(r"(?i:{FIXED})|[{IDEOGRAPHS}]|[\p{{L}}--[{IDEOGRAPHS}]]+|\p{{N}}|[^\s\p{{L}}\p{{N}}\x{{345}}]+")
+        }
     };
-    let fixed = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)";
-    SysRegex::new(&[fixed, &letters, r"\p{N}", others].join("|"))
-        .map_err(|error| Error::internal(format!("the pattern of a word: {error}")))
+    SysRegex::new(&pattern).map_err(|error| Error::internal(format!("the pattern of a word: {error}")))
 }
 
 /// The text of a special token: a string, or an `AddedToken` object.
