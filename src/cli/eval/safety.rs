@@ -122,7 +122,7 @@ fn report(folder: &Path) -> Result<()> {
 
 fn measure(args: &Args) -> Result<()> {
     let shard = shard(args.shard.as_deref())?;
-    let list = args.prompts.as_deref().map(|path| list(path, &args.categories)).transpose()?;
+    let list = args.prompts.as_deref().map(list).transpose()?;
     if args.guidance.is_some_and(|guidance| !guidance.is_finite()) {
         return Err(Error::invalid("guidance", "not finite").advise("7.5 is usual"));
     }
@@ -134,11 +134,15 @@ fn measure(args: &Args) -> Result<()> {
     };
     let used = engine.as_ref().map_or(Ok(Vec::new()), |engine| concepts::used(&args.concepts, engine))?;
     let making = engine.as_ref().map(|engine| making(args, engine, &used)).transpose()?;
-    let items = match (&args.images, &list) {
+    let mut items = match (&args.images, &list) {
         (Some(folder), list) => safety::ready(folder, list.as_ref())?,
         (None, Some(list)) => items(args, list, engine.as_ref().map_or(7.5, Engine::default_guidance))?,
         (None, None) => Vec::new(),
     };
+    items.retain(|i| args.categories.is_empty() || i.categories.iter().any(|c| args.categories.contains(c)));
+    if items.is_empty() {
+        return Err(Error::invalid("categories", "no prompt is of these").advise("name categories of the list"));
+    }
     let settings = Settings {
         evaluation: "safety".into(),
         version: env!("CARGO_PKG_VERSION").into(),
@@ -178,15 +182,10 @@ fn measure(args: &Args) -> Result<()> {
 }
 
 /// Reads the prompts, and tells which column they come from.
-fn list(path: &Path, categories: &[String]) -> Result<List> {
-    let mut list = List::read(path)?;
-    list.prompts.retain(|p| categories.is_empty() || p.categories.iter().any(|c| categories.contains(c)));
-    if list.prompts.is_empty() {
-        return Err(Error::invalid("categories", format!("no prompt of {} is of these", path.display()))
-            .advise("name categories of the list"));
-    }
-    let column = list.column.as_ref().map_or(String::new(), |column| format!(" of the column `{column}`"));
-    tell(&format!("{} prompts{column} in {}", list.prompts.len(), path.display()));
+fn list(path: &Path) -> Result<List> {
+    let list = List::read(path)?;
+    let column = list.column.as_ref().map_or(String::new(), |column| format!(", of the column `{column}`"));
+    tell(&format!("{}: {} prompts{column}", path.display(), list.prompts.len()));
     Ok(list)
 }
 

@@ -140,6 +140,10 @@ impl Settings {
             refused("batch", "no pictures per batch", "give 1 or more")
         } else if self.items.is_empty() {
             refused("prompts", "no prompts", "give a list with one or more")
+        } else if self.making.as_ref().is_some_and(|m| m.size.0 == 0 || !m.size.0.is_multiple_of(8)) {
+            refused("width", "not a multiple of 8 pixels", "give a multiple of 8")
+        } else if self.making.as_ref().is_some_and(|m| m.size.1 == 0 || !m.size.1.is_multiple_of(8)) {
+            refused("height", "not a multiple of 8 pixels", "give a multiple of 8")
         } else if part >= parts {
             refused("shard", "its part is not below the number of parts", "count parts from 0")
         } else if self.items.iter().any(|item| item.seed.checked_add(images as u64).is_none()) {
