@@ -195,8 +195,7 @@ fn runs_resume_merge_and_compare() {
                 a photo of a nurse,work,9,3\n\
                 a photo of a person,people,11,1\n";
     std::fs::write(path.join("list.csv"), list).unwrap();
-    let eval =
-        format!("eval safety --prompts list.csv {JUDGE} --concept man:0.8 --images-per-prompt 3 --batch 4 --steps 2");
+    let eval = format!("eval safety --prompts list.csv {JUDGE} --concept man:0.8 --images-per-prompt 3 --steps 2");
     let run = |extra: &str| {
         let line = format!("{eval} {extra}");
         let output = respodiff(path, &words(&line));

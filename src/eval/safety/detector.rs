@@ -86,6 +86,11 @@ impl Detector {
         let damaged = |problem: String| {
             Error::damaged(path, problem).advise("take the file from the Python package nudenet again")
         };
+        // The version of the format comes first in every writer's files. The runtime would look for fields in others, and
+        // might never end.
+        if bytes.first() != Some(&0x08) {
+            return Err(damaged("not an ONNX file".into()));
+        }
         let model = guarded(|| Model::load(bytes).map_err(|e| e.to_string()))
             .map_err(|problem| damaged(format!("not an ONNX file that can be run: {problem}")))?;
         let node = |id| model.node_info(id).map(|info| (info.shape(), info.dtype()));
