@@ -30,8 +30,9 @@
 //! | `demo` | [`Source::demo`], the demo checkpoint, 19 MB |
 //! | `download` | `hub`: checkpoints by model id from Hugging Face |
 //! | `train` | `Trainer`, its tasks, recipes and reports |
-//! | `eval` | `eval`: measurement of fairness |
-//! | `cli` | the command `respodiff`, and all of the above |
+//! | `eval` | `eval`: measurement of fairness and safety |
+//! | `detector` | `eval::safety::detector`: NudeNet as a judge of safety; takes a minute or two to compile |
+//! | `cli` | the command `respodiff`, and all of the above but `detector` |
 //! | `emulated` | an emulator that runs the CUDA kernels on the CPU, slowly, for tests; needs a C++ compiler |
 //! | `unstable` | the internal modules: graphs, plans, executors and kernels, without any promise of stability |
 

@@ -139,7 +139,7 @@ fn pickles_made_to_harm_are_refused() {
         ("an empty stack", b".".to_vec(), "empty stack"),
         ("a text beyond the end", b"X\xff\xff\xff\xffa.".to_vec(), "in the middle"),
         ("eval", b"cbuiltins\neval\n(X\x01\0\0\x001tR.".to_vec(), "builtins.eval"),
-        ("a class by the stack", b"X\x02\0\0\0osX\x06\0\0\0system\x93.".to_vec(), "0x93"),
+        ("a class by the stack", b"X\x02\0\0\0osX\x06\0\0\0system\x93.".to_vec(), "os.system"),
         ("a call of a text", b"X\x01\0\0\0a)R.".to_vec(), "nothing was run"),
         ("a storage elsewhere", b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x04\0\0\0../0tQ.".to_vec(), "../0"),
     ] {

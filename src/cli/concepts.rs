@@ -51,9 +51,7 @@ impl Flags {
     /// Reads the files and assigns the concepts to the images.
     pub(super) fn assign(&self, engine: &Engine, prompt: &str, images: usize, seed: u64) -> Result<Assignment> {
         let mut all: Assignment = vec![Vec::new(); images];
-        for text in &self.concepts {
-            let (path, weight) = file_and_weight(text)?;
-            let used = Used { concept: load(&path, engine)?, weight, file: path.display().to_string() };
+        for used in self::used(&self.concepts, engine)? {
             all.iter_mut().for_each(|image| image.push(used.clone()));
         }
         let (mut groups, mut files) = (Vec::new(), Vec::new());
@@ -80,6 +78,15 @@ impl Flags {
         }
         Ok(all)
     }
+}
+
+/// Reads the concepts of `FILE` or `FILE:WEIGHT` arguments.
+pub(super) fn used(texts: &[String], engine: &Engine) -> Result<Vec<Used>> {
+    let read = |text: &String| {
+        let (path, weight) = file_and_weight(text)?;
+        Ok(Used { concept: load(&path, engine)?, weight, file: path.display().to_string() })
+    };
+    texts.iter().map(read).collect()
 }
 
 /// Parses a group, `A,B` or `A,B=0.6,0.4`, and reads its files.

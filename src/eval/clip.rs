@@ -78,6 +78,11 @@ impl Clip {
         &self.name
     }
 
+    /// The number of an embedding's components.
+    pub fn dimension(&self) -> usize {
+        self.vision.projection_dim
+    }
+
     /// Embeddings of texts, each of length 1. A text with more tokens than the text encoder reads is cut.
     ///
     /// # Errors

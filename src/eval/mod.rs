@@ -2,6 +2,8 @@
 
 pub mod clip;
 pub mod fairness;
+mod journal;
+pub mod safety;
 mod statistics;
 
 pub use statistics::{count, deviation_ratio, mean_deviation_ratio};

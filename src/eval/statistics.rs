@@ -1,4 +1,4 @@
-//! Deviation ratios and their confidence intervals.
+//! Deviation ratios, shares, and their confidence intervals.
 
 /// The distance of counts from equal ones, `max_c |N_c / N - 1 / C| / (1 - 1 / C)`: 0 for equal counts, and 1 if one
 /// class has all (the measure of Concept Algebra and RespoDiff).
@@ -30,26 +30,73 @@ pub fn count(answers: impl IntoIterator<Item = usize>, classes: usize) -> Vec<us
 /// normal bootstrap). Percentiles of these means would not do: near 0 the ratio of resampled images is biased upward,
 /// so that they might not even contain the measured ratio.
 pub fn mean_deviation_ratio(answers: &[Vec<usize>], classes: usize) -> (f64, [f64; 2]) {
-    const ROUNDS: usize = 1000;
     let mean = |ratios: &mut dyn Iterator<Item = f64>| ratios.sum::<f64>() / answers.len().max(1) as f64;
     let measured = mean(&mut answers.iter().map(|a| deviation_ratio(&count(a.iter().copied(), classes))));
+    let error = standard_error(|draw| {
+        mean(&mut answers.iter().map(|a| {
+            let draws = (0..a.len()).map(|_| a[draw(a.len())]).collect::<Vec<_>>();
+            deviation_ratio(&count(draws, classes))
+        }))
+    });
+    (measured, [(measured - 1.96 * error).max(0.0), (measured + 1.96 * error).min(1.0)])
+}
+
+/// The standard error of a statistic, as that of 1000 values of it, each from another sample. The statistic is given a
+/// function that draws an index below a number.
+pub(super) fn standard_error(mut statistic: impl FnMut(&mut dyn FnMut(usize) -> usize) -> f64) -> f64 {
+    const ROUNDS: usize = 1000;
     let mut state = 1u64;
-    let mut next = || {
+    let mut draw = |below: usize| {
         // Knuth's MMIX generator: enough for drawing indices, and the same on every machine.
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize
+        (state >> 33) as usize % below
     };
-    let rounds: Vec<f64> = (0..ROUNDS)
-        .map(|_| {
-            mean(&mut answers.iter().map(|a| {
-                let draws = (0..a.len()).map(|_| a[next() % a.len()]).collect::<Vec<_>>();
-                deviation_ratio(&count(draws, classes))
-            }))
-        })
-        .collect();
+    let rounds: Vec<f64> = (0..ROUNDS).map(|_| statistic(&mut draw)).collect();
     let centre = rounds.iter().sum::<f64>() / ROUNDS as f64;
-    let error = (rounds.iter().map(|r| (r - centre).powi(2)).sum::<f64>() / (ROUNDS - 1) as f64).sqrt();
-    (measured, [(measured - 1.96 * error).max(0.0), (measured + 1.96 * error).min(1.0)])
+    (rounds.iter().map(|r| (r - centre).powi(2)).sum::<f64>() / (ROUNDS - 1) as f64).sqrt()
+}
+
+/// Wilson's 95 % interval of a share (Wilson, 1927), for independent trials.
+pub(super) fn wilson(hits: usize, total: usize) -> [f64; 2] {
+    if total == 0 {
+        return [0.0, 1.0];
+    }
+    const Z: f64 = 1.96;
+    let (n, p) = (total as f64, hits as f64 / total as f64);
+    let centre = p + Z * Z / (2.0 * n);
+    let half = Z * (p * (1.0 - p) / n + Z * Z / (4.0 * n * n)).sqrt();
+    let scale = 1.0 + Z * Z / n;
+    [((centre - half) / scale).max(0.0), ((centre + half) / scale).min(1.0)]
+}
+
+/// The two-sided p of McNemar's exact test (McNemar, 1947): of pairs that differ, `a` differ in one direction and `b` in
+/// the other. Without an effect, either direction has probability 1/2.
+pub(super) fn mcnemar(a: usize, b: usize) -> f64 {
+    let n = a + b;
+    let mut log = -(n as f64) * std::f64::consts::LN_2;
+    let mut tail = log.exp();
+    for k in 1..=a.min(b) {
+        log += ((n - k + 1) as f64 / k as f64).ln();
+        tail += log.exp();
+    }
+    (2.0 * tail).min(1.0)
+}
+
+/// The expected maximum of `count` values that are drawn from `values` without replacement; `None` if there are fewer.
+pub(super) fn expected_maximum(values: &[f64], count: usize) -> Option<f64> {
+    if values.len() < count || count == 0 {
+        return None;
+    }
+    let mut sorted = values.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    // The probability that none of the values so far was drawn, times that the next one is.
+    let (mut none, mut sum) = (1.0, 0.0);
+    for (k, value) in sorted.iter().enumerate() {
+        let drawn = count as f64 / (sorted.len() - k) as f64;
+        sum += none * drawn.min(1.0) * value;
+        none *= (1.0 - drawn).max(0.0);
+    }
+    Some(sum)
 }
 
 #[cfg(test)]
@@ -78,5 +125,34 @@ mod tests {
         assert!((mean - 0.8).abs() < 1e-12);
         assert!((high - low - 2.0 * 1.96 * 0.0424).abs() < 0.03, "{low} {high}");
         assert!(low < 0.8 && high > 0.8);
+    }
+
+    #[test]
+    fn known_intervals_and_tests() {
+        // The score equation (p - h)^2 = 1.96^2 p (1 - p) / n, solved by hand.
+        for (hits, total, truth) in [(0, 10, [0.0, 0.2775]), (5, 50, [0.0435, 0.2136]), (20, 20, [0.8389, 1.0])] {
+            let interval = wilson(hits, total);
+            assert!((0..2).all(|i| (interval[i] - truth[i]).abs() < 1e-4), "{hits} of {total}: {interval:?}");
+        }
+        // 2 * sum of binomial(n, k) / 2^n.
+        for (a, b, truth) in [(0, 0, 1.0), (0, 5, 2.0 / 32.0), (3, 10, 2.0 * 378.0 / 8192.0), (4, 4, 1.0)] {
+            assert!((mcnemar(a, b) - truth).abs() < 1e-12, "{a} {b}: {}", mcnemar(a, b));
+            assert_eq!(mcnemar(a, b), mcnemar(b, a));
+        }
+        assert!(mcnemar(10_000, 200) < 1e-300);
+    }
+
+    #[test]
+    fn expected_maxima_are_those_of_all_samples() {
+        let values = [0.1, 0.9, 0.4, 0.4, 0.0];
+        let mut sum = 0.0;
+        for (i, a) in values.iter().enumerate() {
+            for (j, b) in values.iter().enumerate().skip(i + 1) {
+                sum += values.iter().skip(j + 1).map(|c| a.max(*b).max(*c)).sum::<f64>();
+            }
+        }
+        assert!((expected_maximum(&values, 3).unwrap() - sum / 10.0).abs() < 1e-12);
+        assert_eq!(expected_maximum(&values, 5), Some(0.9));
+        assert_eq!(expected_maximum(&values, 6), None);
     }
 }

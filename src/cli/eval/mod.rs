@@ -1,8 +1,9 @@
 //! `respodiff eval`.
 
 mod fairness;
+mod safety;
 
-use crate::Result;
+use crate::{Error, Result};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -15,6 +16,8 @@ pub(super) struct Args {
 enum Command {
     /// Measure whom pictures of professions show, without and with balancing by concepts; continues an interrupted run
     Fairness(Box<fairness::Args>),
+    /// Measure the share of unsafe pictures, without and with concepts; continues an interrupted run
+    Safety(Box<safety::Args>),
     /// Merge the folders of a sharded run
     Merge {
         /// Folders of runs with --shard
@@ -29,6 +32,19 @@ enum Command {
 pub(super) fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Fairness(args) => fairness::run(args),
+        Command::Safety(args) => safety::run(args),
+        Command::Merge { folders, out } if folders.first().is_some_and(|folder| safety::is_run(folder)) => {
+            safety::merge(folders, out)
+        }
         Command::Merge { folders, out } => fairness::merge(folders, out),
     }
+}
+
+/// The part and the number of parts of `--shard i/n`.
+fn shard(text: Option<&str>) -> Result<(usize, usize)> {
+    let Some(text) = text else { return Ok((0, 1)) };
+    let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    parsed.filter(|&(i, n): &(usize, usize)| i < n).ok_or_else(|| {
+        Error::invalid("shard", format!("--shard {text}: write i/n with i from 0 to n - 1, such as 3/8"))
+    })
 }

@@ -1,11 +1,11 @@
 //! Results of a run, as JSON, CSV and a web page.
 
+use super::super::journal::{self, read_records, read_settings};
 use super::super::statistics::{count, deviation_ratio, mean_deviation_ratio};
-use super::run::{Record, Settings, image_name, read_records, read_settings};
+use super::run::{Record, Settings, image_name};
 use crate::{Error, Result};
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde::Serialize;
-use std::collections::HashSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -53,7 +53,7 @@ impl Report {
     /// # Errors
     /// [`crate::ErrorKind::Damaged`] if they are damaged, [`crate::ErrorKind::NotFound`] if there are none.
     pub fn read(folder: &Path) -> Result<Self> {
-        let (settings, records) = (read_settings(folder)?, read_records(folder)?);
+        let (settings, records): (Settings, Vec<Record>) = (read_settings(folder)?, read_records(folder)?);
         if records.is_empty() {
             return Err(Error::not_found(folder, "holds no records yet").advise("run the evaluation first"));
         }
@@ -242,30 +242,15 @@ fn summary(
 /// [`crate::ErrorKind::Invalid`] for no folders, [`crate::ErrorKind::Mismatch`] if they hold runs of different
 /// settings, [`crate::ErrorKind::Damaged`], [`crate::ErrorKind::NotFound`], [`crate::ErrorKind::Io`].
 pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
-    let Some(first) = folders.first() else {
-        return Err(Error::invalid("folders", "nothing to merge").advise("give folders of evaluations"));
-    };
-    let settings = read_settings(first)?;
+    journal::merge::<Settings, _, _>(folders, out, |r: &Record| (r.balanced, r.profession, r.seed))?;
     let images = out.join("images");
     std::fs::create_dir_all(&images).map_err(Error::io("create", &images))?;
-    let mut seen = HashSet::new();
-    let mut lines = String::new();
     for folder in folders {
-        if !read_settings(folder)?.same_run(&settings) {
-            return Err(Error::mismatch(folder, format!("holds another run than {}", first.display())));
-        }
-        for record in read_records(folder)? {
-            if seen.insert((record.balanced, record.profession, record.seed)) {
-                lines += &(serde_json::to_string(&record).unwrap_or_default() + "\n");
-            }
-        }
         let from = folder.join("images");
         for entry in std::fs::read_dir(&from).map_err(Error::io("read", &from))?.flatten() {
             let to = images.join(entry.file_name());
             crate::files::copy(&entry.path(), &to)?;
         }
     }
-    let text = serde_json::to_string_pretty(&settings).unwrap_or_default();
-    crate::files::write(&out.join("settings.json"), text.as_bytes())?;
-    crate::files::write(&out.join("records.jsonl"), lines.as_bytes())
+    Ok(())
 }

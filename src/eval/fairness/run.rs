@@ -2,16 +2,15 @@
 //! at once.
 
 use super::super::clip::{Clip, cosine};
+use super::super::journal::{self, Journal, Settings as _, read_records, read_settings};
 use crate::concept::{Group, assign};
 use crate::engine::{Engine, Image, Request};
 use crate::image::Picture;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Everything that decides the pictures and their judgement. All records of a folder have the same settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -52,13 +51,14 @@ pub struct Settings {
     pub shard: (usize, usize),
 }
 
-impl Settings {
-    /// True if the pictures and their judgement are the same, whatever batch or shard makes them.
-    pub(super) fn same_run(&self, other: &Self) -> bool {
+impl journal::Settings for Settings {
+    fn same_run(&self, other: &Self) -> bool {
         let kept = |s: &Self| Settings { batch: 0, shard: (0, 0), ..s.clone() };
         kept(self) == kept(other)
     }
+}
 
+impl Settings {
     /// Checks that a run of these settings is possible with these groups.
     fn check(&self, groups: &[Group]) -> Result<()> {
         let refused =
@@ -84,7 +84,7 @@ impl Settings {
 
     /// The indices of these groups in the records of another run, whose plain pictures must be the same.
     fn columns(&self, other: &Path) -> Result<Vec<usize>> {
-        let theirs = read_settings(other)?;
+        let theirs: Settings = read_settings(other)?;
         let Settings { groups, concepts, shares, weight, .. } = theirs.clone();
         let columns: Option<Vec<usize>> =
             self.groups.iter().map(|group| groups.iter().position(|theirs| theirs == group)).collect();
@@ -121,10 +121,8 @@ const KEPT: usize = 8;
 
 /// A run and its folder.
 pub struct Fairness {
-    folder: PathBuf,
     settings: Settings,
-    records: Vec<Record>,
-    file: File,
+    journal: Journal<Record>,
 }
 
 impl Fairness {
@@ -143,23 +141,8 @@ impl Fairness {
         let plain = plain.map(|other| settings.columns(other).map(|columns| (other, columns))).transpose()?;
         let images = folder.join("images");
         std::fs::create_dir_all(&images).map_err(Error::io("create", &images))?;
-        let path = folder.join("settings.json");
-        if path.exists() {
-            if !read_settings(folder)?.same_run(&settings) {
-                return Err(Error::mismatch(folder, "holds a run of other settings")
-                    .advise("give another folder, or delete it"));
-            }
-        } else {
-            let text = serde_json::to_string_pretty(&settings).unwrap_or_default();
-            crate::files::write(&path, text.as_bytes())?;
-        }
-        let records = read_records(folder)?;
-        // The records are written again, without a last line that was cut off.
-        let path = folder.join("records.jsonl");
-        let lines: String = records.iter().map(|r| serde_json::to_string(r).unwrap_or_default() + "\n").collect();
-        crate::files::write(&path, lines.as_bytes())?;
-        let file = OpenOptions::new().append(true).open(&path).map_err(Error::io("write", &path))?;
-        let mut run = Fairness { folder: folder.to_path_buf(), settings, records, file };
+        let journal = Journal::open(folder, &settings)?;
+        let mut run = Fairness { settings, journal };
         if let Some((other, columns)) = plain {
             run.take_plain(other, &columns, groups)?;
         }
@@ -169,15 +152,15 @@ impl Fairness {
     /// The number of pictures that are left to make, and the number of all.
     pub fn left(&self) -> (usize, usize) {
         let total = 2 * self.settings.images * self.professions().count();
-        (total.saturating_sub(self.records.len()), total)
+        (total.saturating_sub(self.journal.records().len()), total)
     }
 
     /// Copies another run's judgement of plain pictures, for the groups at the indices `columns` of its records.
     fn take_plain(&mut self, other: &Path, columns: &[usize], groups: &[Group]) -> Result<()> {
         let images = self.settings.images;
         let done: HashSet<(usize, u64)> =
-            self.records.iter().filter(|r| !r.balanced).map(|r| (r.profession, r.seed)).collect();
-        let records = read_records(other)?;
+            self.journal.records().iter().filter(|r| !r.balanced).map(|r| (r.profession, r.seed)).collect();
+        let records: Vec<Record> = read_records(other)?;
         for profession in self.professions() {
             let base = self.settings.seed + (profession * images) as u64;
             let given = assign(groups, images, base, false);
@@ -186,18 +169,18 @@ impl Fairness {
                 let seen: Option<Vec<usize>> = columns.iter().map(|&c| record.seen.get(c).copied()).collect();
                 let (Some(given), Some(seen)) = (given.get(index), seen) else { continue };
                 if !done.contains(&(profession, record.seed)) {
-                    self.push(Record { given: given.clone(), seen, ..record.clone() })?;
+                    self.journal.push(Record { given: given.clone(), seen, ..record.clone() })?;
                 }
             }
             for index in 0..KEPT {
                 let name = Path::new("images").join(image_name(false, profession, index));
                 if other.join(&name).exists() {
-                    let to = self.folder.join(name.clone());
+                    let to = self.journal.folder().join(name.clone());
                     crate::files::copy(&other.join(name), &to)?;
                 }
             }
         }
-        self.file.flush().map_err(Error::io("write", &self.folder))
+        Ok(())
     }
 
     fn professions(&self) -> impl Iterator<Item = usize> + use<> {
@@ -226,7 +209,7 @@ impl Fairness {
         let options = engine.options().batch(batch).guided(self.settings.guidance > 1.0).concepts(true);
         let mut session = engine.session(options)?;
         let done: HashSet<(bool, usize, u64)> =
-            self.records.iter().map(|r| (r.balanced, r.profession, r.seed)).collect();
+            self.journal.records().iter().map(|r| (r.balanced, r.profession, r.seed)).collect();
         for profession in self.professions() {
             let prompts = self.settings.prompts[profession].1.clone();
             let embeds = clip.texts(&prompts)?;
@@ -257,7 +240,7 @@ impl Fairness {
                     let request = Request::new((0..batch).map(image).collect())
                         .steps(self.settings.steps)
                         .sampler(self.settings.sampler.parse()?);
-                    let mut output = session.generate(&request, &mut |_| progress(self.records.len()))?;
+                    let mut output = session.generate(&request, &mut |_| progress(self.journal.records().len()))?;
                     output.pictures.truncate(count);
                     for ((j, image), embed) in range.zip(&output.pictures).zip(clip.images(&output.pictures)?) {
                         let seed = base + j as u64;
@@ -282,7 +265,6 @@ impl Fairness {
                             j,
                         )?;
                     }
-                    self.file.flush().map_err(Error::io("write", &self.folder))?;
                 }
             }
         }
@@ -294,44 +276,15 @@ impl Fairness {
         let every = (self.settings.images / KEPT).max(1);
         if index.is_multiple_of(every) && index / every < KEPT {
             let name = image_name(record.balanced, record.profession, index / every);
-            image.save_png(&self.folder.join("images").join(name), &[])?;
+            image.save_png(&self.journal.folder().join("images").join(name), &[])?;
         }
-        self.push(record)
-    }
-
-    fn push(&mut self, record: Record) -> Result<()> {
-        let line = serde_json::to_string(&record).unwrap_or_default() + "\n";
-        self.file.write_all(line.as_bytes()).map_err(Error::io("write", &self.folder))?;
-        self.records.push(record);
-        Ok(())
+        self.journal.push(record)
     }
 }
 
 /// File name of a picture that is kept for the report.
 pub(super) fn image_name(balanced: bool, profession: usize, index: usize) -> String {
     format!("{}-{profession:02}-{index}.png", if balanced { "balanced" } else { "plain" })
-}
-
-/// Reads the settings of a folder.
-pub(super) fn read_settings(folder: &Path) -> Result<Settings> {
-    let path = folder.join("settings.json");
-    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    serde_json::from_str(&text).map_err(|e| Error::damaged(&path, format!("not an evaluation's settings: {e}")))
-}
-
-/// Reads the records of a folder. A last line without its end is left out; a damaged line is an error.
-pub(super) fn read_records(folder: &Path) -> Result<Vec<Record>> {
-    let path = folder.join("records.jsonl");
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-    let parse = |(i, line): (usize, &str)| {
-        serde_json::from_str(line)
-            .map_err(|e| Error::damaged(&path, format!("line {} is damaged ({e})", i + 1)).advise("delete that line"))
-    };
-    whole.lines().enumerate().map(parse).collect()
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
-//! Reads tensors from `torch.save` files without executing anything.
+//! Reads tensors from `torch.save` files and numpy's arrays from pickles without executing anything.
 //!
-//! A pickle is a program. This reader knows only those instructions that tensors in dictionaries need, and only those
-//! functions that build a tensor. It refuses any other by name.
+//! A pickle is a program. This reader knows only those instructions that tensors in dictionaries and arrays need, and
+//! only those functions that build a tensor or an array. It refuses any other by name.
 
 use crate::{Error, Result};
 use half::{bf16, f16};
@@ -67,6 +67,38 @@ pub fn tensors(path: &Path) -> Result<Vec<Tensor>> {
         Ok(Tensor { name, shape: lazy.shape, values })
     };
     search.found.into_iter().map(|entry| read(entry).map_err(bad)).collect()
+}
+
+/// The array of a file that is one pickled numpy array of floating-point numbers (pickle's protocols 3 to 5).
+///
+/// # Errors
+/// [`crate::ErrorKind::Io`], or [`crate::ErrorKind::Damaged`] if the file is damaged or asks for anything other than one
+/// array.
+pub fn array(path: &Path) -> Result<Tensor> {
+    let bad = |problem: String| {
+        Error::damaged(path, problem).advise("get the file again from a source that you trust; nothing was run")
+    };
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let mut program = Vec::new();
+    file.take(MAX_PICKLE + 1).read_to_end(&mut program).map_err(Error::io("read", path))?;
+    if program.len() as u64 > MAX_PICKLE {
+        return Err(bad(format!("a pickle of more than {MAX_PICKLE} bytes, too large for a small array")));
+    }
+    let mut machine = Machine::new(&program);
+    match machine.run().map_err(bad)? {
+        Value::Array(array) => {
+            let array = array.borrow();
+            let Some((lazy, bytes)) = &*array else { return Err(bad("its array was left without numbers".into())) };
+            if lazy.len().saturating_mul(lazy.kind.size()) != bytes.len() {
+                let problem = format!("its array of shape {:?} has {} bytes", lazy.shape, bytes.len());
+                return Err(bad(problem));
+            }
+            let values = lazy.gather(bytes).map_err(|problem| bad(format!("its array {problem}")))?;
+            Ok(Tensor { name: String::new(), shape: lazy.shape.clone(), values })
+        }
+        _ => Err(Error::damaged(path, "its pickle holds something other than one numpy array")
+            .advise("load it in Python, and save the array alone, as safetensors")),
+    }
 }
 
 fn member(
@@ -164,6 +196,10 @@ enum Value {
     Function(Function),
     Storage(Kind, String),
     Tensor(Rc<Lazy>),
+    Bytes(Rc<[u8]>),
+    NumberType(Kind),
+    /// A numpy array, which gets its shape and its numbers after it is made.
+    Array(Rc<RefCell<Option<(Lazy, Rc<[u8]>)>>>),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -172,6 +208,10 @@ enum Function {
     RebuildTensor,
     RebuildParameter,
     OrderedDict,
+    Reconstruct,
+    FromBuffer,
+    NumpyArray,
+    NumpyType,
 }
 
 impl Function {
@@ -184,6 +224,11 @@ impl Function {
             ("torch._utils", "_rebuild_tensor_v2") => Function::RebuildTensor,
             ("torch._utils", "_rebuild_parameter") => Function::RebuildParameter,
             ("collections", "OrderedDict") => Function::OrderedDict,
+            // Of numpy 1, and since numpy 2.
+            ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct") => Function::Reconstruct,
+            ("numpy.core.numeric" | "numpy._core.numeric", "_frombuffer") => Function::FromBuffer,
+            ("numpy", "ndarray") => Function::NumpyArray,
+            ("numpy", "dtype") => Function::NumpyType,
             _ => return None,
         })
     }
@@ -248,6 +293,11 @@ impl<'a> Machine<'a> {
         Ok(Value::Text(String::from_utf8_lossy(self.take(len)?).into_owned()))
     }
 
+    fn bytes(&mut self, len: u64) -> Outcome<Value> {
+        let len = usize::try_from(len).map_err(|_| "its pickle ends in the middle")?;
+        Ok(Value::Bytes(self.take(len)?.into()))
+    }
+
     fn pop(&mut self) -> Outcome<Value> {
         self.stack.pop().ok_or_else(|| "its pickle is damaged: an empty stack".into())
     }
@@ -300,7 +350,14 @@ impl<'a> Machine<'a> {
                     continue;
                 }
                 b'(' => Value::Mark,
-                b'N' | 0x88 | 0x89 => Value::Nothing,
+                // The length of a frame.
+                0x95 => {
+                    self.take(8)?;
+                    continue;
+                }
+                b'N' => Value::Nothing,
+                0x88 => Value::Int(1),
+                0x89 => Value::Int(0),
                 b'}' => Value::Dict(Rc::default()),
                 b']' => Value::List(Rc::default()),
                 b')' => self.tuple(0)?,
@@ -329,18 +386,32 @@ impl<'a> Machine<'a> {
                     let len = self.number(1)?;
                     self.text(len)?
                 }
+                b'C' | b'B' | 0x8e | 0x96 => {
+                    let width = match instruction {
+                        b'C' => 1,
+                        b'B' => 4,
+                        _ => 8,
+                    };
+                    let len = self.number(width)?;
+                    self.bytes(len)?
+                }
                 b'c' => {
                     let (module, name) = (self.line()?, self.line()?);
-                    let known = Function::named(&module, &name);
-                    Value::Function(
-                        known.ok_or_else(|| format!("asks for `{module}.{name}`, which is not part of a tensor"))?,
-                    )
+                    function(&module, &name)?
                 }
+                0x93 => match (self.pop()?, self.pop()?) {
+                    (Value::Text(name), Value::Text(module)) => function(&module, &name)?,
+                    _ => return Err("its pickle is damaged: a function without a name".into()),
+                },
                 b'Q' => self.persistent()?,
                 b'R' => self.call()?,
                 b'q' | b'r' => {
                     let key = self.number(if instruction == b'q' { 1 } else { 4 })?;
                     self.remember(key)?;
+                    continue;
+                }
+                0x94 => {
+                    self.remember(self.memo.len() as u64)?;
                     continue;
                 }
                 b'h' | b'j' => {
@@ -367,9 +438,8 @@ impl<'a> Machine<'a> {
                     self.append(values)?;
                     continue;
                 }
-                // Attributes of a dictionary, such as the versions in a state dict, are not read.
                 b'b' => {
-                    self.pop()?;
+                    self.build()?;
                     continue;
                 }
                 b'.' => return self.pop(),
@@ -382,7 +452,7 @@ impl<'a> Machine<'a> {
             }
             self.stack.push(value);
         }
-        Err("its pickle is too long for a concept".into())
+        Err("its pickle is too long".into())
     }
 
     /// Reads the identifier of a storage, `("storage", kind, key, device, length)`.
@@ -400,17 +470,31 @@ impl<'a> Machine<'a> {
         }
     }
 
+    /// Gives the value on the stack its state. Attributes of a dictionary, such as the versions in a state dict, are not
+    /// read.
+    fn build(&mut self) -> Outcome<()> {
+        let state = self.pop()?;
+        match (self.stack.last(), &state) {
+            (Some(Value::NumberType(_)), Value::Tuple(state)) => match state.get(1) {
+                Some(Value::Text(order)) if order == "<" => Ok(()),
+                _ => Err("its array's numbers are not in little-endian order".into()),
+            },
+            (Some(Value::Array(array)), Value::Tuple(state)) => match &state[..] {
+                [_, shape, Value::NumberType(kind), Value::Int(fortran), Value::Bytes(bytes)] => {
+                    let lazy = contiguous(*kind, shape, *fortran != 0)?;
+                    array.replace(Some((lazy, bytes.clone())));
+                    Ok(())
+                }
+                _ => Err("its array does not hold floating-point numbers".into()),
+            },
+            (Some(Value::Array(_)), _) => Err("its pickle is damaged: an array's state".into()),
+            _ => Ok(()),
+        }
+    }
+
     fn call(&mut self) -> Outcome<Value> {
         let (Value::Tuple(arguments), function) = (self.pop()?, self.pop()?) else {
             return Err("its pickle is damaged: a call without arguments".into());
-        };
-        let sizes = |value: &Value| -> Option<Vec<usize>> {
-            let Value::Tuple(list) = value else { return None };
-            let size = |v: &Value| match v {
-                Value::Int(i) => usize::try_from(*i).ok(),
-                _ => None,
-            };
-            list.iter().map(size).collect()
         };
         match (function, &arguments[..]) {
             (Value::Function(Function::OrderedDict), []) => Ok(Value::Dict(Rc::default())),
@@ -428,9 +512,58 @@ impl<'a> Machine<'a> {
                 }
                 Ok(Value::Tensor(Rc::new(Lazy { kind: *kind, storage: storage.clone(), offset, shape, strides })))
             }
+            (Value::Function(Function::NumpyType), [Value::Text(name), ..]) => match name.as_str() {
+                "f2" => Ok(Value::NumberType(Kind::Half)),
+                "f4" => Ok(Value::NumberType(Kind::Float)),
+                "f8" => Ok(Value::NumberType(Kind::Double)),
+                other => Err(format!("its array holds `{other}`, not floating-point numbers")),
+            },
+            // The shape and the type of the numbers that these arguments give are replaced by the state.
+            (Value::Function(Function::Reconstruct), [Value::Function(Function::NumpyArray), ..]) => {
+                Ok(Value::Array(Rc::default()))
+            }
+            (
+                Value::Function(Function::FromBuffer),
+                [Value::Bytes(bytes), Value::NumberType(kind), shape, Value::Text(order)],
+            ) => {
+                let lazy = contiguous(*kind, shape, order == "F")?;
+                Ok(Value::Array(Rc::new(RefCell::new(Some((lazy, bytes.clone()))))))
+            }
             _ => Err("its pickle makes a call that tensors do not need".into()),
         }
     }
+}
+
+/// A function by its name.
+fn function(module: &str, name: &str) -> Outcome<Value> {
+    let known = Function::named(module, name).map(Value::Function);
+    known.ok_or_else(|| format!("asks for `{module}.{name}`, which is not part of a tensor"))
+}
+
+/// A tuple of sizes.
+fn sizes(value: &Value) -> Option<Vec<usize>> {
+    let Value::Tuple(list) = value else { return None };
+    let size = |v: &Value| match v {
+        Value::Int(i) => usize::try_from(*i).ok(),
+        _ => None,
+    };
+    list.iter().map(size).collect()
+}
+
+/// A numpy array without gaps, row-major or, in Fortran's order, column-major.
+fn contiguous(kind: Kind, shape: &Value, fortran: bool) -> Outcome<Lazy> {
+    let shape = sizes(shape).ok_or("its pickle is damaged: an array's shape")?;
+    let mut strides = vec![0; shape.len()];
+    let mut step = 1usize;
+    let mut place = |axis: usize| {
+        strides[axis] = step;
+        step = step.saturating_mul(shape[axis]);
+    };
+    match fortran {
+        true => (0..shape.len()).for_each(&mut place),
+        false => (0..shape.len()).rev().for_each(&mut place),
+    }
+    Ok(Lazy { kind, storage: String::new(), offset: 0, shape, strides })
 }
 
 /// The search for tensors in a value.
@@ -454,7 +587,7 @@ impl Search {
                 for (key, value) in dict.borrow().iter() {
                     self.entries += 1;
                     if self.entries > MAX_ENTRIES {
-                        return Err(format!("holds more than {MAX_ENTRIES} entries, too many for a concept"));
+                        return Err(format!("holds more than {MAX_ENTRIES} entries, too many"));
                     }
                     if let Value::Text(key) = key {
                         let name = if name.is_empty() { key.clone() } else { format!("{name}/{key}") };
