@@ -63,8 +63,8 @@ fn runs_resume_and_merge() {
         let output = respodiff(path, &args);
         assert!(output.status.success(), "{}", text(&output));
     }
-    let eval = "eval fairness --concepts w.safetensors,m.safetensors --professions doctor,nurse --images-per-prompt 5 \
-                --batch 2 --steps 2";
+    let eval = "eval fairness --concepts w.safetensors,m.safetensors --images-per-prompt 5 --batch 2 --steps 2 \
+                --professions doctor,nurse";
     let run = |extra: &str| {
         let output = respodiff(path, &format!("{eval} {extra}"));
         assert!(output.status.success(), "{}", text(&output));
@@ -100,7 +100,7 @@ fn runs_resume_and_merge() {
     run("--out taken --weight 0.5 --plain whole");
     assert_eq!(records("taken"), records("light"));
     let page = std::fs::read_to_string(path.join("merged/report.html")).unwrap();
-    assert!(page.contains("doctor") && page.contains("data:image/png;base64,"));
+    assert!(page.contains("doctor") && page.contains("data:image/jpeg;base64,") && page.contains("eval fairness"));
     for (args, code, word) in [
         (format!("{eval} --out whole --guidance 2"), 1, "other settings"),
         (format!("{eval} --out y --plain whole --seed 9"), 1, "other settings"),
@@ -109,6 +109,9 @@ fn runs_resume_and_merge() {
         (format!("{eval} --out x --shard 2/2"), 2, "--shard"),
         (format!("{eval} --out x --clip ./nowhere"), 2, "nowhere"),
         (format!("{eval} --out x --prompts none.txt"), 1, "none.txt"),
+        (format!("{eval},doktor --out x"), 2, "doctor"),
+        (format!("{eval} --out x --calibration none.csv"), 1, "none.csv"),
+        ("eval compare whole nowhere".to_string(), 1, "nowhere"),
         ("eval merge nothing --out y".to_string(), 1, "nothing"),
         ("eval fairness --concepts w.safetensors --out x".to_string(), 2, "two concepts"),
         ("concept show records.txt".to_string(), 1, "records.txt"),
@@ -133,4 +136,68 @@ fn runs_resume_and_merge() {
     assert_eq!((manifest.as_array().unwrap().len(), women), (4, 2), "{manifest}");
     let tags = respodiff::image::read_png_text(&path.join("s-1.png")).unwrap();
     assert!(tags.iter().any(|(k, v)| k == "parameters" && v.contains("Concepts: ")), "{tags:?}");
+}
+
+/// Two judges, of which the second is a CLIP that knows nothing: it agrees with the first by chance, and a calibration
+/// finds that it is right by chance alone. A run beside itself has no difference.
+#[test]
+fn judges_are_judged() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/clip").display().to_string();
+    let noise = support::golden().join("checkpoints/clip").display().to_string();
+    // Pictures of known genders, which the demo draws well.
+    let mut list = "file,gender\n".to_string();
+    for (word, label) in [("woman", "Female"), ("man", "Male")] {
+        let prompt = format!("a photo of a {word}");
+        let args = [
+            "sample",
+            &prompt,
+            "--steps",
+            "8",
+            "--batch",
+            "6",
+            "--seed",
+            "1",
+            "--quiet",
+            "--out",
+            "{prompt}-{seed}.png",
+        ];
+        let output = Command::new(env!("CARGO_BIN_EXE_respodiff")).args(args).current_dir(path).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        (1..7).for_each(|seed| list += &format!("a-photo-of-a-{word}-{seed}.png,{label}\n"));
+    }
+    std::fs::write(path.join("labels.csv"), list).unwrap();
+    let eval = format!(
+        "eval fairness --concepts woman,man=3,1 --professions doctor,nurse --images-per-prompt 6 --batch 6 --steps 8 \
+         --clip {demo} --clip {noise} --calibration labels.csv --out run"
+    );
+    let output = respodiff(path, &eval);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(path.join("run/report.json")).unwrap()).unwrap();
+    let summaries = report["summaries"].as_array().unwrap();
+    assert_eq!(summaries.len(), 2);
+    let number = |value: &serde_json::Value| value.as_f64().unwrap_or_else(|| panic!("{value}"));
+    let accuracy = [0, 1].map(|judge| number(&summaries[judge]["corrected"]["accuracy"]));
+    assert!(accuracy[0] > 0.9 && accuracy[1] < 0.8, "{accuracy:?}");
+    assert_eq!(summaries[0]["shares"], serde_json::json!([0.75, 0.25]));
+    assert!(number(&report["agreement"][0]["kappa"]) < 0.5, "{}", report["agreement"]);
+    for summary in summaries {
+        let p = number(&summary["p"]);
+        let [low, high] = [0, 1].map(|end| number(&summary["deviation_ratio"][1]["interval"][end]));
+        assert!(p > 0.0 && p <= 1.0 && low < high && number(&summary["chance"]) > 0.1, "{summary}");
+        let [counts, ratio] = ["counts", "deviation_ratio"].map(|key| &summary["professions"][0][key][1]);
+        let women = number(&counts[0]) / (number(&counts[0]) + number(&counts[1]));
+        assert!((number(&ratio["value"]) - (women - 0.75).abs() / 0.75).abs() < 1e-9, "{summary}");
+    }
+    let output = respodiff(path, "eval compare run run --json");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let compared: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&compared[0]["balanced"]["p"], &compared[0]["balanced"]["pairs"]), (&1.0.into(), &12.into()));
+    // A label that is missing for a class is named.
+    std::fs::write(path.join("labels.csv"), "file,gender\na-photo-of-a-man-1.png,Male\n").unwrap();
+    let output = respodiff(path, &eval);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(2) && error.contains("woman"), "{error}");
 }

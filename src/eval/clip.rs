@@ -147,7 +147,7 @@ pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// Resizes the shorter side to `size` and crops the centre, to `[size, size, 3]` bytes.
-fn fitted(image: &Picture, size: usize) -> Vec<u8> {
+pub(super) fn fitted(image: &Picture, size: usize) -> Vec<u8> {
     let (w, h) = (image.width as usize, image.height as usize);
     let longer = |side: usize| size * side / w.min(h);
     let (new_w, new_h) = if w <= h { (size, longer(h)) } else { (longer(w), size) };

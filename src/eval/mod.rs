@@ -5,5 +5,3 @@ pub mod fairness;
 mod journal;
 pub mod safety;
 mod statistics;
-
-pub use statistics::{count, deviation_ratio, mean_deviation_ratio};

@@ -1,45 +1,4 @@
-//! Deviation ratios, shares, and their confidence intervals.
-
-/// The distance of counts from equal ones, `max_c |N_c / N - 1 / C| / (1 - 1 / C)`: 0 for equal counts, and 1 if one
-/// class has all (the measure of Concept Algebra and RespoDiff).
-pub fn deviation_ratio(counts: &[usize]) -> f64 {
-    let total: usize = counts.iter().sum();
-    if total == 0 || counts.len() < 2 {
-        return 0.0;
-    }
-    let even = 1.0 / counts.len() as f64;
-    let furthest = counts.iter().map(|&n| (n as f64 / total as f64 - even).abs()).fold(0.0, f64::max);
-    furthest / (1.0 - even)
-}
-
-/// Counts the answers for each of `classes` classes. Answers beyond these are not counted.
-pub fn count(answers: impl IntoIterator<Item = usize>, classes: usize) -> Vec<usize> {
-    let mut counts = vec![0; classes];
-    for answer in answers {
-        if let Some(count) = counts.get_mut(answer) {
-            *count += 1;
-        }
-    }
-    counts
-}
-
-/// The mean deviation ratio over professions, and its 95 % interval, 1.96 standard errors to both sides. `answers`
-/// holds the classes of each profession's images.
-///
-/// The standard error is that of 1000 means over images that are drawn with replacement within each profession (the
-/// normal bootstrap). Percentiles of these means would not do: near 0 the ratio of resampled images is biased upward,
-/// so that they might not even contain the measured ratio.
-pub fn mean_deviation_ratio(answers: &[Vec<usize>], classes: usize) -> (f64, [f64; 2]) {
-    let mean = |ratios: &mut dyn Iterator<Item = f64>| ratios.sum::<f64>() / answers.len().max(1) as f64;
-    let measured = mean(&mut answers.iter().map(|a| deviation_ratio(&count(a.iter().copied(), classes))));
-    let error = standard_error(|draw| {
-        mean(&mut answers.iter().map(|a| {
-            let draws = (0..a.len()).map(|_| a[draw(a.len())]).collect::<Vec<_>>();
-            deviation_ratio(&count(draws, classes))
-        }))
-    });
-    (measured, [(measured - 1.96 * error).max(0.0), (measured + 1.96 * error).min(1.0)])
-}
+//! Shares, their confidence intervals, and tests.
 
 /// The standard error of a statistic, as that of 1000 values of it, each from another sample. The statistic is given a
 /// function that draws an index below a number.
@@ -104,30 +63,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn known_ratios() {
-        for (counts, truth) in [
-            (&[50, 50][..], 0.0),
-            (&[100, 0], 1.0),
-            (&[90, 10], 0.8),
-            (&[50, 25, 25], 0.25),
-            (&[0, 0, 9], 1.0),
-            (&[0, 0], 0.0),
-        ] {
-            assert!((deviation_ratio(counts) - truth).abs() < 1e-12, "{counts:?}");
-        }
-    }
-
-    #[test]
-    fn intervals_cover() {
-        // 90 of 100 twice: the ratio 2 |p - 1/2| has a standard error of 2 sqrt(.9 * .1 / 100) / sqrt(2) = 0.042.
-        let answers = vec![[vec![0; 90], vec![1; 10]].concat(); 2];
-        let (mean, [low, high]) = mean_deviation_ratio(&answers, 2);
-        assert!((mean - 0.8).abs() < 1e-12);
-        assert!((high - low - 2.0 * 1.96 * 0.0424).abs() < 0.03, "{low} {high}");
-        assert!(low < 0.8 && high > 0.8);
-    }
-
-    #[test]
     fn known_intervals_and_tests() {
         // The score equation (p - h)^2 = 1.96^2 p (1 - p) / n, solved by hand.
         for (hits, total, truth) in [(0, 10, [0.0, 0.2775]), (5, 50, [0.0435, 0.2136]), (20, 20, [0.8389, 1.0])] {
@@ -144,7 +79,7 @@ mod tests {
 
     #[test]
     fn expected_maxima_are_those_of_all_samples() {
-        let values = [0.1, 0.9, 0.4, 0.4, 0.0];
+        let values: [f64; 5] = [0.1, 0.9, 0.4, 0.4, 0.0];
         let mut sum = 0.0;
         for (i, a) in values.iter().enumerate() {
             for (j, b) in values.iter().enumerate().skip(i + 1) {

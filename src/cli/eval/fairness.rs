@@ -7,7 +7,7 @@ use super::shard;
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
-use crate::eval::fairness::{self, Fairness, Report, Settings, winobias};
+use crate::eval::fairness::{self, Calibration, Fairness, Judge, Labelled, Report, Settings, winobias};
 use crate::weights::Source;
 use crate::{Error, ErrorKind, Result};
 use std::ops::ControlFlow;
@@ -31,8 +31,8 @@ pub(super) struct Args {
     /// winobias, winobias-extended, or a file with one prompt per line
     #[arg(long, default_value = "winobias")]
     prompts: String,
-    /// Only these professions, separated by commas, or demo for the demo's sixteen [default: all; for the demo, its
-    /// sixteen]
+    /// Only these professions of WinoBias or of the demo, separated by commas, or demo for the demo's sixteen [default:
+    /// all; for the demo, its sixteen]
     #[arg(long, value_delimiter = ',')]
     professions: Vec<String>,
     /// Pictures of each profession (or line), spread over its prompts
@@ -50,9 +50,18 @@ pub(super) struct Args {
     /// Guidance scale [default: 7.5; 5 with SDXL]
     #[arg(long)]
     guidance: Option<f32>,
-    /// Folder or model id of the CLIP that judges the pictures [default: ViT-B/32; for the demo, its own]
+    /// Folder or model id of the CLIP that judges the pictures; repeat for several judges [default: ViT-B/32; for the
+    /// demo, its own]
     #[arg(long)]
-    clip: Option<String>,
+    clip: Vec<String>,
+    /// Correct for the judges' errors by pictures of known classes: a CSV file in FairFace's form, with the columns file,
+    /// gender and race, for example
+    #[arg(long, value_name = "CSV")]
+    calibration: Option<PathBuf>,
+    /// The label in the calibration's list that stands for a class, if it has other words: "a asian-race person=East
+    /// Asian"; repeat for more
+    #[arg(long = "label", value_name = "CLASS=LABEL")]
+    labels: Vec<String>,
     /// First seed
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -98,12 +107,13 @@ fn measure(args: &Args) -> Result<()> {
             "--images-per-prompt and --batch start at 1, and --weight is a number",
         ));
     }
-    let source = match (&args.clip, &args.model) {
-        (None, None) => Source::demo_clip(),
-        (clip, _) => model::source(Some(clip.as_deref().unwrap_or(DEFAULT_CLIP)))?,
+    let sources = match (&args.clip[..], &args.model) {
+        ([], None) => vec![Source::demo_clip()],
+        ([], Some(_)) => vec![model::source(Some(DEFAULT_CLIP))?],
+        (clips, _) => clips.iter().map(|clip| model::source(Some(clip))).collect::<Result<_>>()?,
     };
     let device = args.device.open()?;
-    let mut clip = Clip::load(&source, &device)?;
+    let mut judges = sources.iter().map(|source| Clip::load(source, &device)).collect::<Result<Vec<_>>>()?;
     let engine = Engine::open(&model::source(args.model.as_deref())?, &device)?;
     let groups = args.concepts.iter().map(|text| group(text, &engine)).collect::<Result<Vec<_>>>()?;
     let choice: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
@@ -111,8 +121,7 @@ fn measure(args: &Args) -> Result<()> {
     let settings = Settings {
         model: engine.name(),
         fingerprint: engine.fingerprint()?,
-        clip: clip.name().to_string(),
-        clip_fingerprint: clip.fingerprint().to_string(),
+        judges: judges.iter().map(judge).collect(),
         concepts: groups.iter().map(|g| g.members.iter().map(|m| m.fingerprint()).collect()).collect(),
         groups: groups.iter().map(|g| g.members.iter().map(|m| m.metadata.concept.clone()).collect()).collect(),
         shares: groups.iter().map(|g| g.shares.clone()).collect(),
@@ -123,15 +132,20 @@ fn measure(args: &Args) -> Result<()> {
         steps: args.steps,
         guidance: args.guidance.unwrap_or(engine.default_guidance()),
         seed: args.seed,
+        command: command_line(),
         batch: args.batch,
         shard,
     };
-    let mut run = Fairness::open(&args.out, settings, &groups, args.plain.as_deref())?;
+    let labelled = match &args.calibration {
+        Some(list) => Some((list, labelled(args, list, &settings)?)),
+        None => None,
+    };
+    let mut run = Fairness::open(&args.out, settings.clone(), &groups, args.plain.as_deref())?;
     let cancelled = interrupt_flag();
     let (left, total) = run.left();
     let shown = Progress::new("judging", total as u64, "pictures");
     shown.set((total - left) as u64, "");
-    let outcome = run.run(&engine, &mut clip, &groups, &mut |done| {
+    let outcome = run.run(&engine, &mut judges, &groups, &mut |done| {
         shown.set(done as u64, "");
         if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
@@ -142,7 +156,63 @@ fn measure(args: &Args) -> Result<()> {
                 .advise("run the same command again to continue"))
         }
         other => other,
+    }?;
+    if let Some((list, labelled)) = labelled {
+        let shown = Progress::new("calibrating", labelled.len() as u64, "pictures");
+        let outcome = Calibration::measure(&args.out, &settings, list, &labelled, &mut judges, &mut |done| {
+            shown.set(done as u64, "");
+            if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        shown.finish();
+        outcome?;
     }
+    Ok(())
+}
+
+fn judge(clip: &Clip) -> Judge {
+    Judge { name: clip.name().to_string(), fingerprint: clip.fingerprint().to_string() }
+}
+
+/// The pictures of the calibration's list.
+fn labelled(args: &Args, list: &Path, settings: &Settings) -> Result<Vec<Labelled>> {
+    let pair = |text: &String| -> Result<(String, String)> {
+        let (class, label) = text.split_once('=').ok_or_else(|| {
+            Error::invalid("labels", format!("--label {text}: write CLASS=LABEL, such as \"woman=Female\""))
+        })?;
+        Ok((class.to_string(), label.to_string()))
+    };
+    let labels = args.labels.iter().map(pair).collect::<Result<Vec<_>>>()?;
+    fairness::read_labels(list, &settings.groups, &labels)
+}
+
+/// The command line of this process, with quotes around what a shell would split.
+fn command_line() -> String {
+    let quoted = |word: String| {
+        let plain = |c: char| c.is_alphanumeric() || "-_./=:,+".contains(c);
+        if !word.is_empty() && word.chars().all(plain) { word } else { format!("'{}'", word.replace('\'', "'\\''")) }
+    };
+    let words = std::env::args_os().skip(1).map(|word| quoted(word.to_string_lossy().into_owned()));
+    std::iter::once("respodiff".to_string()).chain(words).collect::<Vec<_>>().join(" ")
+}
+
+/// Checks that professions are known.
+fn known(professions: &[String]) -> Result<()> {
+    let all = || winobias::PROFESSIONS.iter().chain(&winobias::DEMO_PROFESSIONS);
+    let Some(unknown) = professions.iter().find(|name| !all().any(|known| known == name)) else { return Ok(()) };
+    let close = |a: &&&str, b: &&&str| strsim::jaro_winkler(unknown, a).total_cmp(&strsim::jaro_winkler(unknown, b));
+    let nearest = all().max_by(close).copied().unwrap_or_default();
+    Err(Error::invalid("professions", format!("`{unknown}` is not known; the nearest is `{nearest}`"))
+        .advise("for others, give a file of prompts with --prompts"))
+}
+
+/// Compares two runs.
+pub(super) fn compare(first: &Path, second: &Path, json: bool) -> Result<()> {
+    let comparisons = fairness::compare([first, second])?;
+    match json {
+        true => say(&serde_json::to_string_pretty(&comparisons).unwrap_or_default()),
+        false => say(&fairness::comparison_text(&comparisons)),
+    }
+    Ok(())
 }
 
 /// Professions and their prompts.
@@ -164,7 +234,10 @@ fn prompts(args: &Args) -> Result<Vec<(String, Vec<String>)>> {
         ([], None) => winobias::DEMO_PROFESSIONS.map(str::to_string).to_vec(),
         ([demo], _) if demo == "demo" => winobias::DEMO_PROFESSIONS.map(str::to_string).to_vec(),
         ([], Some(_)) => winobias::PROFESSIONS.map(str::to_string).to_vec(),
-        (given, _) => given.to_vec(),
+        (given, _) => {
+            known(given)?;
+            given.to_vec()
+        }
     };
     Ok(known.into_iter().map(|p| (p.clone(), winobias::prompts(&p, extended))).collect())
 }

@@ -18,6 +18,16 @@ enum Command {
     Fairness(Box<fairness::Args>),
     /// Measure the share of unsafe pictures, without and with concepts; continues an interrupted run
     Safety(Box<safety::Args>),
+    /// Compare two runs of fairness: the folders' deviation ratios, and a test over pictures of the same seeds
+    Compare {
+        /// Folder of the first run
+        first: PathBuf,
+        /// Folder of the second run
+        second: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Merge the folders of a sharded run
     Merge {
         /// Folders of runs with --shard
@@ -33,6 +43,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Fairness(args) => fairness::run(args),
         Command::Safety(args) => safety::run(args),
+        Command::Compare { first, second, json } => fairness::compare(first, second, *json),
         Command::Merge { folders, out } if folders.first().is_some_and(|folder| safety::is_run(folder)) => {
             safety::merge(folders, out)
         }

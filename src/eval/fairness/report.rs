@@ -1,11 +1,13 @@
-//! Results of a run, as JSON, CSV and a web page.
+//! The result of a run.
 
 use super::super::journal::{self, read_records, read_settings};
-use super::super::statistics::{count, deviation_ratio, mean_deviation_ratio};
-use super::run::{Record, Settings, image_name};
+use super::calibration::{Calibration, Confusion};
+use super::deviation::{Measure, chance, mean_deviation_ratio, paired_p};
+use super::page;
+use super::run::{Record, Settings};
 use crate::{Error, Result};
-use base64::prelude::{BASE64_STANDARD, Engine as _};
 use serde::Serialize;
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -15,24 +17,48 @@ use std::path::{Path, PathBuf};
 pub struct Report {
     /// The settings of the run.
     pub settings: Settings,
-    /// One summary per group, and if there are several groups, one of their combinations.
+    /// For each judge one summary per group, and if there are several groups, one of their combinations.
     pub summaries: Vec<Summary>,
+    /// The agreement of several judges, for each group.
+    pub agreement: Vec<Agreement>,
 }
 
-/// The result for one group.
+/// The result for one group by one judge.
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Summary {
-    /// The classes that CLIP told apart.
+    /// The judge's name.
+    pub judge: String,
+    /// The classes that it told apart.
     pub classes: Vec<String>,
-    /// Mean deviation ratio over the professions and its 95 % interval, plain and balanced.
-    pub deviation_ratio: [(f64, [f64; 2]); 2],
+    /// The wanted share of each class.
+    pub shares: Vec<f64>,
+    /// Mean deviation ratio over the professions, plain and balanced.
+    pub deviation_ratio: [Measure; 2],
+    /// The mean deviation ratio of as many pictures whose classes are drawn from the shares.
+    pub chance: f64,
+    /// The p of [`paired_p`] for plain against balanced pictures, if there are pairs.
+    pub p: Option<f64>,
+    /// The same corrected for the judge's errors, if it has been calibrated.
+    pub corrected: Option<Corrected>,
     /// Mean of [`Record::alignment`], plain and balanced.
     pub alignment: [f64; 2],
     /// Share of the balanced pictures that show the concept that they were given, 0 to 1.
     pub obeyed: f64,
     /// The professions that have pictures.
     pub professions: Vec<Row>,
+}
+
+/// A judge's errors, and the result without them.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Corrected {
+    /// The judge's answers for pictures of known classes.
+    pub confusion: Confusion,
+    /// [`Confusion::accuracy`].
+    pub accuracy: f64,
+    /// Mean deviation ratio of the corrected shares, plain and balanced.
+    pub deviation_ratio: [Measure; 2],
 }
 
 /// The result for one profession, plain and balanced.
@@ -43,8 +69,68 @@ pub struct Row {
     pub name: String,
     /// Number of pictures of each class.
     pub counts: [Vec<usize>; 2],
-    /// [`deviation_ratio`] of these counts.
-    pub deviation_ratio: [f64; 2],
+    /// The deviation ratio of these counts.
+    pub deviation_ratio: [Measure; 2],
+}
+
+/// The agreement of the judges about one group's classes.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Agreement {
+    /// The classes.
+    pub classes: Vec<String>,
+    /// Share of the pictures in which all judges see the same class.
+    pub share: f64,
+    /// Fleiss' kappa (1971): 1 for full agreement, 0 for that of judges who guess with the same frequencies.
+    pub kappa: f64,
+}
+
+/// A group, or the combination of all groups.
+pub(super) struct Classes {
+    pub names: Vec<String>,
+    /// Wanted shares, which add up to 1.
+    pub shares: Vec<f64>,
+    /// The group's index; `None` for the combination.
+    group: Option<usize>,
+    /// Number of classes of each group.
+    sizes: Vec<usize>,
+}
+
+impl Classes {
+    /// Every group, and if there are several, their combination.
+    pub fn all(settings: &Settings) -> Vec<Self> {
+        let sizes: Vec<usize> = settings.groups.iter().map(Vec::len).collect();
+        let scaled = |shares: &Vec<f64>| {
+            let total: f64 = shares.iter().sum();
+            shares.iter().map(|share| share / total).collect::<Vec<f64>>()
+        };
+        let mut all: Vec<Classes> = (settings.groups.iter().zip(&settings.shares).enumerate())
+            .map(|(g, (names, shares))| Classes {
+                names: names.clone(),
+                shares: scaled(shares),
+                group: Some(g),
+                sizes: sizes.clone(),
+            })
+            .collect();
+        if all.len() > 1 {
+            let mut joint = Classes { names: vec![String::new()], shares: vec![1.0], group: None, sizes };
+            for group in &all {
+                let both = |a: &String, b: &String| if a.is_empty() { b.clone() } else { format!("{a} / {b}") };
+                joint.names = joint.names.iter().flat_map(|a| group.names.iter().map(move |b| both(a, b))).collect();
+                joint.shares = joint.shares.iter().flat_map(|a| group.shares.iter().map(move |b| a * b)).collect();
+            }
+            all.push(joint);
+        }
+        all
+    }
+
+    /// The class among these, of one class for each group.
+    pub fn of(&self, list: &[usize]) -> usize {
+        match self.group {
+            Some(group) => list[group],
+            None => list.iter().zip(&self.sizes).fold(0, |i, (class, size)| i * size + class),
+        }
+    }
 }
 
 impl Report {
@@ -53,29 +139,20 @@ impl Report {
     /// # Errors
     /// [`crate::ErrorKind::Damaged`] if they are damaged, [`crate::ErrorKind::NotFound`] if there are none.
     pub fn read(folder: &Path) -> Result<Self> {
-        let (settings, records): (Settings, Vec<Record>) = (read_settings(folder)?, read_records(folder)?);
-        if records.is_empty() {
-            return Err(Error::not_found(folder, "holds no records yet").advise("run the evaluation first"));
+        let (settings, records): (Settings, Vec<Record>) = read(folder)?;
+        let calibration = Calibration::read(folder, &settings)?;
+        let all = Classes::all(&settings);
+        let mut summaries = Vec::new();
+        for judge in 0..settings.judges.len() {
+            for classes in &all {
+                let confusion = calibration.as_ref().zip(classes.group).map(|(c, group)| &c.confusions[judge][group]);
+                summaries.push(summary(&settings, &records, judge, classes, confusion));
+            }
         }
-        let sizes: Vec<usize> = settings.groups.iter().map(Vec::len).collect();
-        let fits = |r: &Record| {
-            let in_range = |list: &[usize]| list.len() == sizes.len() && list.iter().zip(&sizes).all(|(i, n)| i < n);
-            r.profession < settings.prompts.len() && in_range(&r.seen) && in_range(&r.given)
-        };
-        if !records.iter().all(fits) {
-            return Err(Error::damaged(folder, "the records do not belong to the settings").advise("delete the folder"));
-        }
-        let mut summaries: Vec<Summary> = (0..sizes.len())
-            .map(|g| summary(&settings, &records, settings.groups[g].clone(), |list| list[g]))
-            .collect();
-        if sizes.len() > 1 {
-            let joint = settings.groups.iter().skip(1).fold(settings.groups[0].clone(), |names, group| {
-                names.iter().flat_map(|a| group.iter().map(move |b| format!("{a} / {b}"))).collect()
-            });
-            let index = |list: &[usize]| list.iter().zip(&sizes).fold(0, |i, (m, n)| i * n + m);
-            summaries.push(summary(&settings, &records, joint, index));
-        }
-        Ok(Report { settings, summaries })
+        let several = settings.judges.len() > 1;
+        let groups = all.iter().filter(|classes| several && classes.group.is_some());
+        let agreement = groups.map(|classes| agreement(&settings, &records, classes)).collect();
+        Ok(Report { settings, summaries, agreement })
     }
 
     /// Writes `report.json`, `report.csv` and `report.html` into the folder.
@@ -84,7 +161,8 @@ impl Report {
     /// [`crate::ErrorKind::Io`].
     pub fn write(&self, folder: &Path) -> Result<Vec<PathBuf>> {
         let json = serde_json::to_string_pretty(self).unwrap_or_default() + "\n";
-        let files = [("report.json", json), ("report.csv", self.csv()), ("report.html", self.html(folder))];
+        let page = page::html(self, folder)?;
+        let files = [("report.json", json), ("report.csv", self.csv()), ("report.html", page)];
         let mut paths = Vec::new();
         for (name, text) in files {
             let path = folder.join(name);
@@ -95,13 +173,20 @@ impl Report {
     }
 
     fn csv(&self) -> String {
-        let mut out = String::from("profession,class,plain,balanced,plain_deviation_ratio,balanced_deviation_ratio\n");
+        let mut out = String::from(
+            "judge,profession,class,share,plain,balanced,plain_deviation_ratio,balanced_deviation_ratio\n",
+        );
         for summary in &self.summaries {
             for Row { name, counts: [plain, balanced], deviation_ratio: [before, after] } in &summary.professions {
                 for (i, class) in summary.classes.iter().enumerate() {
                     let quote = |s: &str| format!("\"{}\"", s.replace('"', "\"\""));
-                    let (a, b) = (plain[i], balanced[i]);
-                    let _ = writeln!(out, "{},{},{a},{b},{before:.4},{after:.4}", quote(name), quote(class));
+                    let (judge, name, class) = (quote(&summary.judge), quote(name), quote(class));
+                    let (share, a, b) = (summary.shares[i], plain[i], balanced[i]);
+                    let _ = writeln!(
+                        out,
+                        "{judge},{name},{class},{share:.4},{a},{b},{:.4},{:.4}",
+                        before.value, after.value
+                    );
                 }
             }
         }
@@ -112,128 +197,137 @@ impl Report {
     pub fn text(&self) -> String {
         let mut out = String::new();
         for s in &self.summaries {
-            let [(plain, p), (balanced, b)] = s.deviation_ratio;
-            let _ = writeln!(
-                out,
-                "{}\n  deviation ratio  {plain:.3} [{:.3}, {:.3}] -> {balanced:.3} [{:.3}, {:.3}]\n  alignment        \
-                 {:.2} -> {:.2}\n  shown as given   {:.1} %",
-                s.classes.join(" | "),
-                p[0],
-                p[1],
-                b[0],
-                b[1],
-                s.alignment[0],
-                s.alignment[1],
-                100.0 * s.obeyed
-            );
+            let judge = if self.settings.judges.len() > 1 { format!(", by {}", s.judge) } else { String::new() };
+            let _ = writeln!(out, "{}{judge}", s.classes.join(" | "));
+            let [plain, balanced] = s.deviation_ratio.map(shown);
+            let p = s.p.map_or(String::new(), |p| format!(", p {p:.4}"));
+            let _ = writeln!(out, "  deviation ratio  {plain} -> {balanced}{p}; drawn by chance {:.3}", s.chance);
+            if let Some(corrected) = &s.corrected {
+                let [plain, balanced] = corrected.deviation_ratio.map(shown);
+                let right = 100.0 * corrected.accuracy;
+                let _ = writeln!(out, "  corrected        {plain} -> {balanced}; the judge is right in {right:.1} %");
+            }
+            let _ = writeln!(out, "  alignment        {:.2} -> {:.2}", s.alignment[0], s.alignment[1]);
+            let _ = writeln!(out, "  shown as given   {:.1} %", 100.0 * s.obeyed);
+        }
+        for Agreement { classes, share, kappa } in &self.agreement {
+            let classes = classes.join(" | ");
+            let _ = writeln!(out, "{classes}: the judges agree in {:.1} %, Fleiss' kappa {kappa:.3}", 100.0 * share);
         }
         out.trim_end().to_string()
     }
+}
 
-    fn html(&self, folder: &Path) -> String {
-        let escape = |s: &str| s.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;");
-        let mut out = String::from(
-            "<!doctype html><meta charset=\"utf-8\"><title>Fairness</title><style>body{font:15px/1.5 sans-serif;\
-             max-width:960px;margin:2em auto;color:#222}td,th{padding:2px 20px 2px 0;text-align:left}img{width:64px;\
-             height:64px;margin:1px}svg{display:block;margin-top:1em;max-width:100%}\
-             .plain{color:#c84c3c}.balanced{color:#2a6fbb}</style>\
-             <h1>Fairness</h1>",
-        );
-        let _ = write!(
-            out,
-            "<p>Pictures by {}, judged by the CLIP of {}: {} of each profession, plain and balanced, {} {} steps at \
-             guidance {}, concepts at weight {}. The deviation ratio is 0 if all classes are equally frequent and 1 if \
-             one class has all pictures; brackets hold its 95 % interval.</p>",
-            escape(&self.settings.model),
-            escape(&self.settings.clip),
-            self.settings.images,
-            escape(&self.settings.sampler),
-            self.settings.steps,
-            self.settings.guidance,
-            self.settings.weight
-        );
-        for summary in &self.summaries {
-            let [plain, balanced] =
-                summary.deviation_ratio.map(|(ratio, [low, high])| format!("{ratio:.3} [{low:.3}, {high:.3}]"));
-            let _ = write!(
-                out,
-                "<h2>{}</h2><table><tr><th><th class=\"plain\">plain<th class=\"balanced\">balanced\
-                 <tr><th>deviation ratio<td>{plain}<td>{balanced}<tr><th>alignment<td>{:.2}<td>{:.2}\
-                 <tr><th>shown as given<td><td>{:.1} %</table>",
-                escape(&summary.classes.join(" | ")),
-                summary.alignment[0],
-                summary.alignment[1],
-                100.0 * summary.obeyed
-            );
-            let height = 22 * summary.professions.len();
-            let _ = write!(out, "<svg width=\"900\" height=\"{height}\" font-size=\"13\" fill=\"#222\">");
-            for (i, row) in summary.professions.iter().enumerate() {
-                let y = 22 * i;
-                let _ = write!(out, "<text x=\"0\" y=\"{}\">{}</text>", y + 14, escape(&row.name));
-                for (j, ratio) in row.deviation_ratio.iter().enumerate() {
-                    let (top, class) = (y + 2 + 9 * j, ["plain", "balanced"][j]);
-                    let width = 640.0 * ratio;
-                    let _ = write!(
-                        out,
-                        "<rect x=\"200\" y=\"{top}\" width=\"{width:.1}\" height=\"8\" \
-                         fill=\"currentColor\" class=\"{class}\"/>\
-                         <text x=\"{:.1}\" y=\"{}\" font-size=\"9\">{ratio:.2}</text>",
-                        204.0 + width,
-                        top + 8
-                    );
-                }
-            }
-            out.push_str("</svg>");
-        }
-        out.push_str("<h2>Plain, and balanced with the same seeds</h2><table>");
-        for (p, (name, _)) in self.settings.prompts.iter().enumerate() {
-            let mut cells = [String::new(), String::new()];
-            for (cell, balanced) in cells.iter_mut().zip([false, true]) {
-                for index in 0.. {
-                    let path = folder.join("images").join(image_name(balanced, p, index));
-                    let Ok(bytes) = std::fs::read(path) else { break };
-                    let _ = write!(cell, "<img src=\"data:image/png;base64,{}\">", BASE64_STANDARD.encode(&bytes));
-                }
-            }
-            if !cells[0].is_empty() {
-                let _ = write!(out, "<tr><th>{}<td style=\"line-height:0\">{}<br>{}", escape(name), cells[0], cells[1]);
-            }
-        }
-        out.push_str("</table>\n");
-        out
+/// A value with its interval.
+pub(super) fn shown(Measure { value, interval: [low, high] }: Measure) -> String {
+    format!("{value:.3} [{low:.3}, {high:.3}]")
+}
+
+/// The settings and records of a folder, checked against each other.
+pub(super) fn read(folder: &Path) -> Result<(Settings, Vec<Record>)> {
+    let (settings, records): (Settings, Vec<Record>) = (read_settings(folder)?, read_records(folder)?);
+    if records.is_empty() {
+        return Err(Error::not_found(folder, "holds no records yet").advise("run the evaluation first"));
     }
+    let sizes: Vec<usize> = settings.groups.iter().map(Vec::len).collect();
+    let judged = |scores: &Vec<Vec<f32>>| {
+        scores.iter().map(Vec::len).eq(sizes.iter().copied()) && scores.iter().flatten().all(|score| score.is_finite())
+    };
+    let judges = settings.judges.len();
+    let fits = |r: &Record| {
+        let given = r.given.len() == sizes.len() && r.given.iter().zip(&sizes).all(|(i, n)| i < n);
+        let whole = r.scores.len() == judges && r.alignment.len() == judges && r.scores.iter().all(judged);
+        r.profession < settings.prompts.len() && given && whole
+    };
+    let targets = settings.shares.iter().map(Vec::len).eq(sizes.iter().copied());
+    if judges == 0 || !targets || !records.iter().all(fits) {
+        return Err(Error::damaged(folder, "the records do not belong to the settings").advise("delete the folder"));
+    }
+    Ok((settings, records))
 }
 
 fn summary(
     settings: &Settings,
     records: &[Record],
-    classes: Vec<String>,
-    class: impl Fn(&[usize]) -> usize,
+    judge: usize,
+    classes: &Classes,
+    confusion: Option<&Confusion>,
 ) -> Summary {
+    let Classes { names, shares, .. } = classes;
     let of = |balanced: bool| records.iter().filter(move |r| r.balanced == balanced);
-    let answers = |balanced: bool| -> Vec<Vec<usize>> {
-        let of_profession = |p| of(balanced).filter(move |r| r.profession == p).map(|r| class(&r.seen)).collect();
-        (0..settings.prompts.len()).map(of_profession).collect()
-    };
-    let both = [answers(false), answers(true)];
-    let n = classes.len();
-    let alignment = [false, true].map(|b| of(b).map(|r| r.alignment).sum::<f64>() / of(b).count().max(1) as f64);
-    let obeyed = of(true).filter(|r| class(&r.seen) == class(&r.given)).count() as f64 / of(true).count().max(1) as f64;
-    let professions = settings
-        .prompts
-        .iter()
-        .enumerate()
-        .filter(|(p, _)| both.iter().any(|b| !b[*p].is_empty()))
-        .map(|(p, (name, _))| {
-            let counts = both.each_ref().map(|answers| count(answers[p].iter().copied(), n));
-            Row { name: name.clone(), deviation_ratio: counts.each_ref().map(|c| deviation_ratio(c)), counts }
-        })
-        .collect();
-    let deviation_ratio = both.map(|answers| {
-        let measured: Vec<Vec<usize>> = answers.into_iter().filter(|a| !a.is_empty()).collect();
-        mean_deviation_ratio(&measured, n)
+    let share = |hits: usize, all: usize| hits as f64 / all.max(1) as f64;
+    let alignment = [false, true].map(|b| {
+        let (sum, count) = of(b).fold((0.0, 0), |(sum, n), r| (sum + f64::from(r.alignment[judge]), n + 1));
+        sum / f64::from(count.max(1))
     });
-    Summary { classes, deviation_ratio, alignment, obeyed, professions }
+    let obeyed = of(true).filter(|r| classes.of(&r.seen(judge)) == classes.of(&r.given)).count();
+
+    let mut counts = [false, true].map(|_| vec![vec![0; names.len()]; settings.prompts.len()]);
+    let mut pairs: HashMap<(usize, u64), [Option<usize>; 2]> = HashMap::new();
+    for record in records {
+        let (side, class) = (usize::from(record.balanced), classes.of(&record.seen(judge)));
+        counts[side][record.profession][class] += 1;
+        pairs.entry((record.profession, record.seed)).or_default()[side] = Some(class);
+    }
+    let mut paired = vec![Vec::new(); settings.prompts.len()];
+    for ((profession, _), pair) in pairs {
+        if let [Some(plain), Some(balanced)] = pair {
+            paired[profession].push([plain, balanced]);
+        }
+    }
+    // A map's order changes from run to run, and the test draws in the order of the pairs.
+    paired.iter_mut().for_each(|pairs| pairs.sort_unstable());
+    paired.retain(|pairs| !pairs.is_empty());
+
+    let is_measured = |p: &usize| counts.iter().any(|side| side[*p].iter().sum::<usize>() > 0);
+    let measured: Vec<usize> = (0..settings.prompts.len()).filter(is_measured).collect();
+    let row = |&p: &usize| {
+        let counts = counts.each_ref().map(|side| side[p].clone());
+        let deviation_ratio = counts.each_ref().map(|side| mean_deviation_ratio(std::slice::from_ref(side), shares));
+        Row { name: settings.prompts[p].0.clone(), counts, deviation_ratio }
+    };
+    let professions = measured.iter().map(row).collect();
+    let sides = counts.each_ref().map(|side| {
+        let some = measured.iter().map(|&p| side[p].clone()).filter(|counts| counts.iter().sum::<usize>() > 0);
+        some.collect::<Vec<_>>()
+    });
+    let totals: Vec<usize> = sides[1].iter().map(|counts| counts.iter().sum()).collect();
+    Summary {
+        judge: settings.judges[judge].name.clone(),
+        classes: names.clone(),
+        shares: shares.clone(),
+        deviation_ratio: sides.each_ref().map(|side| mean_deviation_ratio(side, shares)),
+        chance: chance(&totals, shares),
+        p: (!paired.is_empty()).then(|| paired_p(&paired, shares)),
+        corrected: confusion.map(|confusion| Corrected {
+            confusion: confusion.clone(),
+            accuracy: confusion.accuracy(),
+            deviation_ratio: sides.each_ref().map(|side| confusion.mean_deviation_ratio(side, shares)),
+        }),
+        alignment,
+        obeyed: share(obeyed, of(true).count()),
+        professions,
+    }
+}
+
+fn agreement(settings: &Settings, records: &[Record], classes: &Classes) -> Agreement {
+    let judges = settings.judges.len();
+    let (mut all_agree, mut pairs_agree) = (0, 0.0);
+    let mut frequencies = vec![0.0; classes.names.len()];
+    for record in records {
+        let mut votes = vec![0usize; classes.names.len()];
+        (0..judges).for_each(|judge| votes[classes.of(&record.seen(judge))] += 1);
+        all_agree += usize::from(votes.contains(&judges));
+        let same: usize = votes.iter().map(|&n| n * n.saturating_sub(1)).sum();
+        pairs_agree += same as f64 / (judges * (judges - 1)) as f64;
+        frequencies.iter_mut().zip(&votes).for_each(|(sum, &n)| *sum += n as f64);
+    }
+    let pictures = records.len().max(1) as f64;
+    let observed = pairs_agree / pictures;
+    let by_chance: f64 = frequencies.iter().map(|n| (n / (pictures * judges as f64)).powi(2)).sum();
+    // Judges that all see one class everywhere agree, whatever chance would give.
+    let kappa = if by_chance < 1.0 { (observed - by_chance) / (1.0 - by_chance) } else { 1.0 };
+    Agreement { classes: classes.names.clone(), share: all_agree as f64 / pictures, kappa }
 }
 
 /// Merges the records of the parts of a run, in `folders`, into the folder `out`.
@@ -251,6 +345,55 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
             let to = images.join(entry.file_name());
             crate::files::copy(&entry.path(), &to)?;
         }
+        Calibration::copy(folder, out)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(given: usize, scores: [[f32; 2]; 3]) -> Record {
+        let scores = scores.map(|classes| vec![classes.to_vec()]).to_vec();
+        Record {
+            balanced: false,
+            profession: 0,
+            prompt: 0,
+            seed: 0,
+            given: vec![given],
+            scores,
+            alignment: vec![0.0; 3],
+        }
+    }
+
+    /// Fleiss' formula by hand: three judges, four pictures with 3:0, 3:0, 2:1 and 0:3 votes.
+    #[test]
+    fn agreement_is_that_of_fleiss() {
+        let (a, b) = ([2.0, 1.0], [1.0, 2.0]);
+        let records = [[a, a, a], [a, a, a], [a, b, a], [b, b, b]].map(|scores| record(0, scores));
+        let judge = |name: &str| super::super::Judge { name: name.into(), fingerprint: String::new() };
+        let settings = super::super::run::tests::possible();
+        let settings = Settings { judges: ["x", "y", "z"].map(judge).to_vec(), ..settings };
+        let classes =
+            Classes { names: vec!["a".into(), "b".into()], shares: vec![0.5; 2], group: Some(0), sizes: vec![2] };
+        let Agreement { share, kappa, .. } = agreement(&settings, &records, &classes);
+        let observed = (1.0 + 1.0 + 1.0 / 3.0 + 1.0) / 4.0;
+        let by_chance = (8.0f64 / 12.0).powi(2) + (4.0f64 / 12.0).powi(2);
+        assert!((share - 0.75).abs() < 1e-12);
+        assert!((kappa - (observed - by_chance) / (1.0 - by_chance)).abs() < 1e-12, "{kappa}");
+    }
+
+    #[test]
+    fn groups_combine() {
+        let settings = Settings {
+            groups: vec![vec!["woman".into(), "man".into()], vec!["x".into(), "y".into(), "z".into()]],
+            shares: vec![vec![3.0, 1.0], vec![1.0; 3]],
+            ..super::super::run::tests::possible()
+        };
+        let all = Classes::all(&settings);
+        let joint = &all[2];
+        assert_eq!(joint.names[joint.of(&[1, 2])], "man / z");
+        assert!((joint.shares[joint.of(&[0, 1])] - 0.25).abs() < 1e-12 && (all[0].shares[1] - 0.25).abs() < 1e-12);
+    }
 }

@@ -1,7 +1,7 @@
-//! Evaluation runs: CLIP judges pictures of every profession, plain and balanced, and each picture's record is written
-//! at once.
+//! Evaluation runs: one CLIP or several judge pictures of every profession, plain and balanced, and each picture's record
+//! is written at once.
 
-use super::super::clip::{Clip, cosine};
+use super::super::clip::{Clip, cosine, fitted};
 use super::super::journal::{self, Journal, Settings as _, read_records, read_settings};
 use crate::concept::{Group, assign};
 use crate::engine::{Engine, Image, Request};
@@ -12,6 +12,15 @@ use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::path::Path;
 
+/// A CLIP that judges.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Judge {
+    /// Its name.
+    pub name: String,
+    /// Its [`Clip::fingerprint`].
+    pub fingerprint: String,
+}
+
 /// Everything that decides the pictures and their judgement. All records of a folder have the same settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
@@ -19,11 +28,9 @@ pub struct Settings {
     pub model: String,
     /// The checkpoint's [`Engine::fingerprint`].
     pub fingerprint: String,
-    /// Name of the CLIP that judges.
-    pub clip: String,
-    /// Its [`Clip::fingerprint`].
-    pub clip_fingerprint: String,
-    /// The classes of each group, the names of its concepts. CLIP chooses among these texts.
+    /// The CLIPs that judge.
+    pub judges: Vec<Judge>,
+    /// The classes of each group, the names of its concepts. A judge chooses among these texts.
     pub groups: Vec<Vec<String>>,
     /// The [`crate::Concept::fingerprint`]s of each group: a concept that is trained further may keep its name.
     pub concepts: Vec<Vec<String>>,
@@ -43,6 +50,9 @@ pub struct Settings {
     pub guidance: f32,
     /// Seed of the first profession's first picture; each next picture has the next seed.
     pub seed: u64,
+    /// The command that began the run, for the report.
+    #[serde(default)]
+    pub command: String,
     /// Batch size; results do not depend on it.
     #[serde(skip)]
     pub batch: usize,
@@ -53,7 +63,7 @@ pub struct Settings {
 
 impl journal::Settings for Settings {
     fn same_run(&self, other: &Self) -> bool {
-        let kept = |s: &Self| Settings { batch: 0, shard: (0, 0), ..s.clone() };
+        let kept = |s: &Self| Settings { command: String::new(), batch: 0, shard: (0, 0), ..s.clone() };
         kept(self) == kept(other)
     }
 }
@@ -110,14 +120,27 @@ pub struct Record {
     pub seed: u64,
     /// Index of the concept that the picture was given, for each group. A plain picture has that of its balanced twin.
     pub given: Vec<usize>,
-    /// Index of the class that CLIP sees in it, for each group.
-    pub seen: Vec<usize>,
-    /// 100 times the cosine of the embeddings of picture and prompt.
-    pub alignment: f64,
+    /// 100 times the cosine of the embeddings of the picture and of a class's text, for each judge, group and class.
+    pub scores: Vec<Vec<Vec<f32>>>,
+    /// The same of the picture and its prompt, for each judge.
+    pub alignment: Vec<f32>,
+}
+
+impl Record {
+    /// The class that a judge sees in the picture, for each group: the one with the largest score.
+    pub fn seen(&self, judge: usize) -> Vec<usize> {
+        seen(&self.scores[judge])
+    }
+}
+
+/// The class with the largest score, for each group.
+pub(super) fn seen(scores: &[Vec<f32>]) -> Vec<usize> {
+    let best = |scores: &Vec<f32>| (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])).unwrap_or(0);
+    scores.iter().map(best).collect()
 }
 
 /// Pictures of each profession that are kept for the report.
-const KEPT: usize = 8;
+pub(super) const KEPT: usize = 8;
 
 /// A run and its folder.
 pub struct Fairness {
@@ -166,10 +189,11 @@ impl Fairness {
             let given = assign(groups, images, base, false);
             for record in records.iter().filter(|r| !r.balanced && r.profession == profession) {
                 let index = record.seed.wrapping_sub(base) as usize;
-                let seen: Option<Vec<usize>> = columns.iter().map(|&c| record.seen.get(c).copied()).collect();
-                let (Some(given), Some(seen)) = (given.get(index), seen) else { continue };
+                let of_groups = |groups: &Vec<Vec<f32>>| columns.iter().map(|&c| groups.get(c).cloned()).collect();
+                let scores: Option<Vec<Vec<Vec<f32>>>> = record.scores.iter().map(of_groups).collect();
+                let (Some(given), Some(scores)) = (given.get(index), scores) else { continue };
                 if !done.contains(&(profession, record.seed)) {
-                    self.journal.push(Record { given: given.clone(), seen, ..record.clone() })?;
+                    self.journal.push(Record { given: given.clone(), scores, ..record.clone() })?;
                 }
             }
             for index in 0..KEPT {
@@ -196,23 +220,20 @@ impl Fairness {
     pub fn run(
         &mut self,
         engine: &Engine,
-        clip: &mut Clip,
+        judges: &mut [Clip],
         groups: &[Group],
         progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<()> {
         self.settings.check(groups)?;
         let Settings { images, batch, .. } = self.settings;
-        let classes = groups
-            .iter()
-            .map(|group| clip.texts(&group.members.iter().map(|m| m.metadata.concept.clone()).collect::<Vec<_>>()))
-            .collect::<Result<Vec<_>>>()?;
+        let classes = judges.iter().map(|judge| self.settings.classes(judge)).collect::<Result<Vec<_>>>()?;
         let options = engine.options().batch(batch).guided(self.settings.guidance > 1.0).concepts(true);
         let mut session = engine.session(options)?;
         let done: HashSet<(bool, usize, u64)> =
             self.journal.records().iter().map(|r| (r.balanced, r.profession, r.seed)).collect();
         for profession in self.professions() {
             let prompts = self.settings.prompts[profession].1.clone();
-            let embeds = clip.texts(&prompts)?;
+            let texts = judges.iter().map(|judge| judge.texts(&prompts)).collect::<Result<Vec<_>>>()?;
             let encoded = prompts.iter().map(|prompt| engine.encode(prompt)).collect::<Result<Vec<_>>>()?;
             let base = self.settings.seed + (profession * images) as u64;
             let given = assign(groups, images, base, false);
@@ -242,28 +263,25 @@ impl Fairness {
                         .sampler(self.settings.sampler.parse()?);
                     let mut output = session.generate(&request, &mut |_| progress(self.journal.records().len()))?;
                     output.pictures.truncate(count);
-                    for ((j, image), embed) in range.zip(&output.pictures).zip(clip.images(&output.pictures)?) {
+                    let views =
+                        judges.iter_mut().map(|judge| judge.images(&output.pictures)).collect::<Result<Vec<_>>>()?;
+                    for ((row, j), image) in range.enumerate().zip(&output.pictures) {
                         let seed = base + j as u64;
                         if done.contains(&(balanced, profession, seed)) {
                             continue;
                         }
-                        let best = |class: &Vec<Vec<f32>>| {
-                            let scores: Vec<f64> = class.iter().map(|text| cosine(text, &embed)).collect();
-                            (0..scores.len()).max_by(|&a, &b| scores[a].total_cmp(&scores[b])).unwrap_or(0)
+                        let of_judge = |(view, classes): (&Vec<Vec<f32>>, &Classes)| scores(classes, &view[row]);
+                        let alignment = views.iter().zip(&texts).map(|(view, texts)| score(&texts[prompt], &view[row]));
+                        let record = Record {
+                            balanced,
+                            profession,
+                            prompt,
+                            seed,
+                            given: given[j].clone(),
+                            scores: views.iter().zip(&classes).map(of_judge).collect(),
+                            alignment: alignment.collect(),
                         };
-                        self.keep(
-                            Record {
-                                balanced,
-                                profession,
-                                prompt,
-                                seed,
-                                given: given[j].clone(),
-                                seen: classes.iter().map(best).collect(),
-                                alignment: 100.0 * cosine(&embeds[prompt], &embed),
-                            },
-                            image,
-                            j,
-                        )?;
+                        self.keep(record, image, j)?;
                     }
                 }
             }
@@ -276,29 +294,60 @@ impl Fairness {
         let every = (self.settings.images / KEPT).max(1);
         if index.is_multiple_of(every) && index / every < KEPT {
             let name = image_name(record.balanced, record.profession, index / every);
-            image.save_png(&self.journal.folder().join("images").join(name), &[])?;
+            crate::files::write(&self.journal.folder().join("images").join(name), &thumbnail(image)?)?;
         }
         self.journal.push(record)
     }
 }
 
+/// Embeddings of the texts of every class, for each group.
+type Classes = Vec<Vec<Vec<f32>>>;
+
+impl Settings {
+    /// A judge's embeddings of the classes.
+    pub(super) fn classes(&self, judge: &Clip) -> Result<Classes> {
+        self.groups.iter().map(|group| judge.texts(group)).collect()
+    }
+}
+
+/// 100 times the cosine between a picture's embedding and that of each class, for each group.
+pub(super) fn scores(classes: &Classes, view: &[f32]) -> Vec<Vec<f32>> {
+    classes.iter().map(|classes| classes.iter().map(|text| score(text, view)).collect()).collect()
+}
+
+/// 100 times a cosine, to four decimals: embeddings are not more exact.
+fn score(text: &[f32], view: &[f32]) -> f32 {
+    ((cosine(text, view) * 1e6).round() / 1e4) as f32
+}
+
+/// Side of the pictures that are kept for the report.
+const THUMBNAIL: usize = 96;
+
+/// A small square JPEG of a picture.
+fn thumbnail(image: &Picture) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let side = THUMBNAIL as u16;
+    jpeg_encoder::Encoder::new(&mut bytes, 85)
+        .encode(&fitted(image, THUMBNAIL), side, side, jpeg_encoder::ColorType::Rgb)
+        .map_err(|error| Error::internal(format!("a thumbnail cannot be encoded: {error}")))?;
+    Ok(bytes)
+}
+
 /// File name of a picture that is kept for the report.
 pub(super) fn image_name(balanced: bool, profession: usize, index: usize) -> String {
-    format!("{}-{profession:02}-{index}.png", if balanced { "balanced" } else { "plain" })
+    format!("{}-{profession:02}-{index}.jpg", if balanced { "balanced" } else { "plain" })
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::Subject;
 
-    #[test]
-    fn impossible_settings_are_refused() {
-        let possible = Settings {
+    pub(in super::super) fn possible() -> Settings {
+        Settings {
             model: "m".into(),
             fingerprint: String::new(),
-            clip: "c".into(),
-            clip_fingerprint: String::new(),
+            judges: vec![],
             groups: vec![],
             concepts: vec![],
             shares: vec![],
@@ -309,9 +358,15 @@ mod tests {
             steps: 2,
             guidance: 7.5,
             seed: u64::MAX - 6,
+            command: String::new(),
             batch: 1,
             shard: (0, 1),
-        };
+        }
+    }
+
+    #[test]
+    fn impossible_settings_are_refused() {
+        let possible = possible();
         possible.check(&[]).unwrap();
         let refused = |field, change: fn(&mut Settings)| {
             let mut settings = possible.clone();
