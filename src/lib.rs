@@ -30,7 +30,7 @@
 //! | `demo` | [`Source::demo`], the demo checkpoint, 19 MB |
 //! | `download` | `hub`: checkpoints by model id from Hugging Face |
 //! | `train` | `Trainer`, its tasks, recipes and reports |
-//! | `eval` | `eval`: measurement of fairness |
+//! | `eval` | `eval`: measurement of fairness and of the quality of pictures |
 //! | `cli` | the command `respodiff`, and all of the above |
 //! | `emulated` | an emulator that runs the CUDA kernels on the CPU, slowly, for tests; needs a C++ compiler |
 //! | `unstable` | the internal modules: graphs, plans, executors and kernels, without any promise of stability |

@@ -82,6 +82,15 @@ impl Flags {
     }
 }
 
+/// The concepts of `FILE[:WEIGHT]` flags.
+pub(super) fn weighted(texts: &[String], engine: &Engine) -> Result<Vec<(Arc<Concept>, f32)>> {
+    let one = |text: &String| {
+        let (path, weight) = file_and_weight(text)?;
+        Ok((load(&path, engine)?, weight))
+    };
+    texts.iter().map(one).collect()
+}
+
 /// Parses a group, `A,B` or `A,B=0.6,0.4`, and reads its files.
 pub(super) fn group(text: &str, engine: &Engine) -> Result<Group> {
     let shares = match text.rsplit_once('=') {

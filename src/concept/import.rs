@@ -1,9 +1,9 @@
 //! Concepts from the checkpoints of other programs: RespoDiff's official code and SDisc.
 
-use super::pickle::{Tensor, tensors};
 use super::{Concept, Form, Kind, Metadata, Module};
 use crate::graph::Shape;
 use crate::layout::nchw_to_nhwc;
+use crate::weights::pickle::{Tensor, tensors};
 use crate::{Error, Result};
 use std::path::Path;
 

@@ -5,7 +5,6 @@ mod balance;
 mod file;
 mod import;
 mod module;
-mod pickle;
 mod shift;
 
 pub use balance::{Group, assign, quotas};

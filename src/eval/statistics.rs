@@ -1,4 +1,7 @@
-//! Deviation ratios and their confidence intervals.
+//! Deviation ratios, means, and their confidence intervals.
+
+/// Rounds of a bootstrap.
+const ROUNDS: usize = 1000;
 
 /// The distance of counts from equal ones, `max_c |N_c / N - 1 / C| / (1 - 1 / C)`: 0 for equal counts, and 1 if one
 /// class has all (the measure of Concept Algebra and RespoDiff).
@@ -30,15 +33,9 @@ pub fn count(answers: impl IntoIterator<Item = usize>, classes: usize) -> Vec<us
 /// normal bootstrap). Percentiles of these means would not do: near 0 the ratio of resampled images is biased upward,
 /// so that they might not even contain the measured ratio.
 pub fn mean_deviation_ratio(answers: &[Vec<usize>], classes: usize) -> (f64, [f64; 2]) {
-    const ROUNDS: usize = 1000;
     let mean = |ratios: &mut dyn Iterator<Item = f64>| ratios.sum::<f64>() / answers.len().max(1) as f64;
     let measured = mean(&mut answers.iter().map(|a| deviation_ratio(&count(a.iter().copied(), classes))));
-    let mut state = 1u64;
-    let mut next = || {
-        // Knuth's MMIX generator: enough for drawing indices, and the same on every machine.
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize
-    };
+    let mut next = draws();
     let rounds: Vec<f64> = (0..ROUNDS)
         .map(|_| {
             mean(&mut answers.iter().map(|a| {
@@ -47,9 +44,35 @@ pub fn mean_deviation_ratio(answers: &[Vec<usize>], classes: usize) -> (f64, [f6
             }))
         })
         .collect();
-    let centre = rounds.iter().sum::<f64>() / ROUNDS as f64;
-    let error = (rounds.iter().map(|r| (r - centre).powi(2)).sum::<f64>() / (ROUNDS - 1) as f64).sqrt();
-    (measured, [(measured - 1.96 * error).max(0.0), (measured + 1.96 * error).min(1.0)])
+    let [low, high] = interval(measured, &rounds);
+    (measured, [low.max(0.0), high.min(1.0)])
+}
+
+/// The mean of values and its 95 % interval, 1.96 standard errors to both sides. The standard error is that of 1000
+/// means of as many values that are drawn with replacement.
+pub(super) fn mean_interval(values: &[f64]) -> (f64, [f64; 2]) {
+    let count = values.len().max(1);
+    let measured = values.iter().sum::<f64>() / count as f64;
+    let mut next = draws();
+    let mean = |_| values.iter().map(|_| values[next() % count]).sum::<f64>() / count as f64;
+    let rounds: Vec<f64> = (0..ROUNDS).map(mean).collect();
+    (measured, interval(measured, &rounds))
+}
+
+/// Knuth's MMIX generator: enough for drawing indices, and the same on every machine.
+fn draws() -> impl FnMut() -> usize {
+    let mut state = 1u64;
+    move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize
+    }
+}
+
+/// 1.96 standard deviations of the rounds of a bootstrap to both sides of what was measured.
+fn interval(measured: f64, rounds: &[f64]) -> [f64; 2] {
+    let centre = rounds.iter().sum::<f64>() / rounds.len() as f64;
+    let error = (rounds.iter().map(|r| (r - centre).powi(2)).sum::<f64>() / (rounds.len() - 1) as f64).sqrt();
+    [measured - 1.96 * error, measured + 1.96 * error]
 }
 
 #[cfg(test)]

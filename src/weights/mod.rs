@@ -4,6 +4,7 @@
 pub(crate) mod cases;
 #[cfg(feature = "download")]
 pub mod hub;
+pub(crate) mod pickle;
 mod single;
 mod stored;
 mod tensors;

@@ -3,6 +3,7 @@
 use super::super::concepts::group;
 use super::super::progress::Progress;
 use super::super::{Place, interrupt_flag, model, say};
+use super::shard;
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
@@ -142,14 +143,6 @@ fn measure(args: &Args) -> Result<()> {
         }
         other => other,
     }
-}
-
-fn shard(text: Option<&str>) -> Result<(usize, usize)> {
-    let Some(text) = text else { return Ok((0, 1)) };
-    let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-    parsed.filter(|&(i, n): &(usize, usize)| i < n).ok_or_else(|| {
-        Error::invalid("shard", format!("--shard {text}: write i/n with i from 0 to n - 1, such as 3/8"))
-    })
 }
 
 /// Professions and their prompts.

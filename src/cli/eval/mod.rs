@@ -1,8 +1,10 @@
 //! `respodiff eval`.
 
 mod fairness;
+mod quality;
 
-use crate::Result;
+use crate::eval::quality::holds;
+use crate::{Error, Result};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -15,6 +17,8 @@ pub(super) struct Args {
 enum Command {
     /// Measure whom pictures of professions show, without and with balancing by concepts; continues an interrupted run
     Fairness(Box<fairness::Args>),
+    /// Measure the quality of pictures: FID, CMMD and CLIP score; continues an interrupted run
+    Quality(Box<quality::Args>),
     /// Merge the folders of a sharded run
     Merge {
         /// Folders of runs with --shard
@@ -29,6 +33,17 @@ enum Command {
 pub(super) fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Fairness(args) => fairness::run(args),
+        Command::Quality(args) => quality::run(args),
+        Command::Merge { folders, out } if folders.iter().any(|folder| holds(folder)) => quality::merge(folders, out),
         Command::Merge { folders, out } => fairness::merge(folders, out),
     }
+}
+
+/// Parses `i/n`.
+fn shard(text: Option<&str>) -> Result<(usize, usize)> {
+    let Some(text) = text else { return Ok((0, 1)) };
+    let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    parsed.filter(|&(i, n): &(usize, usize)| i < n).ok_or_else(|| {
+        Error::invalid("shard", format!("--shard {text}: write i/n with i from 0 to n - 1, such as 3/8"))
+    })
 }
