@@ -211,6 +211,10 @@ def record(args):
                 for name in COUNTS}
     score = cleanfid.compute_fid(*(str(FOLDER / name) for name in COUNTS), custom_feat_extractor=run, verbose=False,
                                  **options)
+    # The same network in float64, to tell rounding from faults.
+    split = len(files["images"])
+    pixels = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+    exact = extractor(model.double())(pixels.double()).float().split([split, len(resized) - split])
     # As pytorch-fid saves statistics.
     np.savez_compressed(FOLDER / "reference.npz", mu=np.mean(features["reference"], axis=0),
                         sigma=np.cov(features["reference"], rowvar=False))
@@ -229,6 +233,7 @@ def record(args):
     doubles = [side.double().numpy() for side in rows.values()]
     moments = [(np.mean(x, axis=0), np.cov(x, rowvar=False)) for x in doubles]
     tensors = {f"out.features.{name}": torch.from_numpy(features[name]) for name in COUNTS}
+    tensors |= {f"out.exact.{name}": rows64 for name, rows64 in zip(COUNTS, exact)}
     tensors |= {f"out.embeds.{name}": embeds[name] for name in COUNTS}
     save_case("quality", {**tensors, **rows}, {
         "fid_cleanfid": float(score), "fid_float64": frechet(features["images"], features["reference"]),

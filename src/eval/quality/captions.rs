@@ -143,11 +143,15 @@ pub fn assign(captions: &[Caption], pictures: &[impl AsRef<Path>], path: &Path) 
     }
     let mut named: HashMap<&str, &str> = HashMap::new();
     for caption in captions {
-        named.entry(caption.image.as_deref().unwrap_or_default()).or_insert(&caption.text);
+        let name = Path::new(caption.image.as_deref().unwrap_or_default());
+        for key in [name.file_name(), name.file_stem()].into_iter().flatten().filter_map(|key| key.to_str()) {
+            named.entry(key).or_insert(&caption.text);
+        }
     }
+    // A picture that was made for COCO's `x.jpg` may be called `x.png`.
     let of = |picture: &Path| {
-        let parts = [picture.file_name(), picture.file_stem()];
-        let found = parts.into_iter().flatten().find_map(|part| named.get(part.to_str()?));
+        let keys = [picture.file_name(), picture.file_stem()].into_iter().flatten();
+        let found = keys.filter_map(|key| key.to_str()).find_map(|key| named.get(key));
         found.map(|text| (*text).to_string()).ok_or_else(|| {
             Error::mismatch(path, format!("has no caption for the picture {}", picture.display()))
                 .advise("name every picture, or remove the others from the folder")

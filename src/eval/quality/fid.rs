@@ -6,6 +6,7 @@ use std::io::Read;
 use std::path::Path;
 
 /// The mean and the covariance of features.
+#[derive(Debug)]
 pub struct Moments {
     mean: DVector<f64>,
     covariance: DMatrix<f64>,

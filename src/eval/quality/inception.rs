@@ -22,8 +22,8 @@ const EPSILON: f64 = 1e-3;
 const ROW_BLOCK: usize = 16 * ROWS;
 const K_BLOCK: usize = 384;
 
-/// The network's blocks in order: a prefix of names, and branches whose results are concatenated. A branch is a chain of
-/// convolutions (each followed by its batch norm and ReLU) and 3x3 pools. `/2` and `/1` mean that stride without
+/// The network's blocks in order: a prefix of names, and branches whose results are concatenated. A branch is a chain
+/// of convolutions (each followed by its batch norm and ReLU) and 3x3 pools. `/2` and `/1` mean that stride without
 /// padding; otherwise the stride is 1 and the output as large as the input. `a|b` concatenates two convolutions of the
 /// same input. The average pools do not count padding.
 const NETWORK: [(&str, &[&str]); 12] = [

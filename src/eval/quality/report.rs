@@ -57,7 +57,11 @@ impl Report {
                 references.len()
             ));
         }
-        let compared = features > 0 && (run.statistics.is_some() || !references.is_empty());
+        let wanted = features > 0 && (run.statistics.is_some() || !references.is_empty());
+        let compared = wanted && pictures.len() > 1 && (run.statistics.is_some() || references.len() > 1);
+        if wanted && !compared {
+            notes.push("FID takes two pictures and two references or more".into());
+        }
         let fid = match &run.statistics {
             _ if !compared => None,
             Some(statistics) => Some(Moments::of(&cut(&pictures, false))?.distance(statistics)?),
