@@ -201,8 +201,8 @@ fn folders_are_measured() {
         println!("{name}: {ours} for {truth}");
         assert!((ours / truth - 1.0).abs() < tolerance, "{name}: {ours} for {truth}");
     };
-    // Features are within 2e-5 of what distinguishes pictures, and FID is quadratic in that.
-    close("fid", "fid_cleanfid", 4e-5);
+    // Features differ by 1e-4 of what distinguishes pictures (see above), and FID is quadratic in that.
+    close("fid", "fid_cleanfid", 2e-4);
     // Embeddings of length 1 are within 1e-4, as eval.rs has it; theirs are 1e-6 off.
     close("cmmd", "cmmd", 1e-4);
     close("clip", "clip_score", 1e-4);
@@ -246,7 +246,7 @@ fn folders_are_measured() {
         path,
         &["eval", "quality", "--images", &images, "--reference", &statistics, "--inception", &inception, "--json"],
     );
-    assert!((only["fid"].as_f64().unwrap() / whole["fid"].as_f64().unwrap() - 1.0).abs() < 4e-5, "{only}");
+    assert!((only["fid"].as_f64().unwrap() / whole["fid"].as_f64().unwrap() - 1.0).abs() < 2e-4, "{only}");
     assert!(only["cmmd"].is_null() && only["clip"].is_null());
 }
 

@@ -87,7 +87,7 @@ pub(crate) fn tensors(path: &Path) -> Result<Vec<Tensor>> {
 /// Finds the tensors in a file of the old format, and the range of each storage's bytes by its key. After the magic
 /// number there are pickles of the protocol's number, of the saving system's sizes, of the value, and of the storages'
 /// keys. Then follow the storages, each as its length in elements and its numbers.
-fn old_format(bytes: &[u8]) -> Outcome<(Vec<(String, Lazy)>, HashMap<String, Range<usize>>)> {
+fn old_format(bytes: &[u8]) -> Outcome<(Found, HashMap<String, Range<usize>>)> {
     let mut machine = Machine::new(bytes);
     machine.at = OLD_FORMAT.len();
     machine.run()?;
@@ -109,10 +109,7 @@ fn old_format(bytes: &[u8]) -> Outcome<(Vec<(String, Lazy)>, HashMap<String, Ran
     Ok((found, storages))
 }
 
-fn gather_all<'a>(
-    found: Vec<(String, Lazy)>,
-    mut bytes: impl FnMut(&Lazy) -> Outcome<Cow<'a, [u8]>>,
-) -> Outcome<Vec<Tensor>> {
+fn gather_all<'a>(found: Found, mut bytes: impl FnMut(&Lazy) -> Outcome<Cow<'a, [u8]>>) -> Outcome<Vec<Tensor>> {
     let read = |(name, lazy): (String, Lazy)| {
         let values = lazy.gather(&bytes(&lazy)?).map_err(|problem| format!("tensor `{name}` {problem}"))?;
         Ok(Tensor { name, shape: lazy.shape, values })
@@ -150,7 +147,10 @@ impl Kind {
     }
 }
 
-/// A tensor whose numbers are still in the archive.
+/// Tensors by their names.
+type Found = Vec<(String, Lazy)>;
+
+/// A tensor whose numbers are still in the file.
 #[derive(Clone, Debug)]
 struct Lazy {
     kind: Kind,
@@ -490,13 +490,13 @@ impl<'a> Machine<'a> {
 
 /// The search for tensors in a value.
 struct Search {
-    found: Vec<(String, Lazy)>,
+    found: Found,
     entries: usize,
     numbers: usize,
 }
 
 impl Search {
-    fn run(value: &Value) -> Outcome<Vec<(String, Lazy)>> {
+    fn run(value: &Value) -> Outcome<Found> {
         let mut search = Search { found: Vec::new(), entries: 0, numbers: 0 };
         search.collect(value, "", MAX_DEPTH)?;
         Ok(search.found)

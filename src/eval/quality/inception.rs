@@ -92,10 +92,13 @@ struct Map {
     data: Vec<f32>,
 }
 
-/// The tensors of a file by name, while they are taken.
+/// Shapes and numbers of tensors by their names.
+type Named = HashMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// The tensors of a file, while they are taken.
 struct State<'a> {
     path: &'a Path,
-    tensors: HashMap<String, (Vec<usize>, Vec<f32>)>,
+    tensors: Named,
     hash: Sha256,
 }
 
@@ -174,7 +177,7 @@ impl Inception {
 }
 
 /// Reads all tensors of a file.
-fn read(path: &Path) -> Result<HashMap<String, (Vec<usize>, Vec<f32>)>> {
+fn read(path: &Path) -> Result<Named> {
     if path.extension().is_some_and(|extension| extension == "safetensors") {
         let file = Tensors::open_file(path)?;
         let entries: Vec<(&str, &[usize])> = file.entries().collect();
