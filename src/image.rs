@@ -59,31 +59,6 @@ impl Picture {
         Ok(Picture { width: columns, height: rows, rgb: values.iter().map(byte).collect() })
     }
 
-    /// Reads a PNG file. Grey becomes RGB, 16 bits become 8, and transparency is left out.
-    ///
-    /// # Errors
-    /// [`crate::ErrorKind::NotFound`] or [`crate::ErrorKind::Io`] if the file cannot be read,
-    /// [`crate::ErrorKind::Damaged`] if it is not a whole PNG file.
-    pub fn read_png(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io("read", path))?;
-        let damaged = |error: png::DecodingError| png_error(path, error);
-        let mut decoder = png::Decoder::new(BufReader::new(file));
-        decoder.set_transformations(png::Transformations::EXPAND | png::Transformations::STRIP_16);
-        let mut reader = decoder.read_info().map_err(damaged)?;
-        let too_large = || Error::damaged(path, "a picture too large for memory").advise("give another file");
-        let mut bytes = vec![0; reader.output_buffer_size().ok_or_else(too_large)?];
-        let info = reader.next_frame(&mut bytes).map_err(damaged)?;
-        bytes.truncate(info.buffer_size());
-        let rgb = match info.color_type {
-            png::ColorType::Rgb => bytes,
-            png::ColorType::Rgba => bytes.chunks_exact(4).flat_map(|p| [p[0], p[1], p[2]]).collect(),
-            png::ColorType::GrayscaleAlpha => bytes.chunks_exact(2).flat_map(|p| [p[0]; 3]).collect(),
-            // A palette is expanded before.
-            png::ColorType::Grayscale | png::ColorType::Indexed => bytes.iter().flat_map(|&p| [p; 3]).collect(),
-        };
-        Ok(Picture { width: info.width, height: info.height, rgb })
-    }
-
     /// Encodes as PNG. Each `(keyword, text)` becomes a `tEXt` chunk if the text is Latin-1, else an `iTXt` chunk.
     ///
     /// # Errors

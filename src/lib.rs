@@ -30,7 +30,7 @@
 //! | `demo` | [`Source::demo`], the demo checkpoint, 19 MB |
 //! | `download` | `hub`: checkpoints by model id from Hugging Face |
 //! | `train` | `Trainer`, its tasks, recipes and reports |
-//! | `eval` | `eval`: measurement of fairness and safety |
+//! | `eval` | `eval`: measurement of fairness, safety, and the quality of pictures |
 //! | `detector` | `eval::safety::detector`: NudeNet as a judge of safety; takes a minute or two to compile |
 //! | `cli` | the command `respodiff`, and all of the above but `detector` |
 //! | `emulated` | an emulator that runs the CUDA kernels on the CPU, slowly, for tests; needs a C++ compiler |

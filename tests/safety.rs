@@ -412,7 +412,7 @@ mod detector {
         let Some(files) = std::env::var_os("RESPODIFF_NUDENET") else { return };
         let case = support::cases("safety_detector", 1).remove(0);
         let metadata = case.metadata();
-        let people = Picture::read_png(&file("people.png")).unwrap();
+        let people = respodiff::eval::pictures::read(&file("people.png")).unwrap();
         let parts: Vec<[usize; 4]> = serde_json::from_str(&metadata["parts"]).unwrap();
         let real: Value = serde_json::from_str(&metadata["real"]).unwrap();
         for path in std::env::split_paths(&files) {

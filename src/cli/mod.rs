@@ -46,7 +46,7 @@ enum Command {
     Rerun(rerun::Args),
     /// Train a concept: the modules RAM and SAM at the UNet's bottleneck
     Train(Box<train::Args>),
-    /// Measure fairness or safety
+    /// Measure fairness, safety, or the quality of pictures
     Eval(eval::Args),
     /// Show, merge or import concept files
     Concept(concepts::Args),

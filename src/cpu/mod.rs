@@ -9,7 +9,7 @@ mod attention_gradient;
 mod bf16;
 mod conv;
 mod elementwise;
-mod gemm;
+pub(crate) mod gemm;
 mod group_norm;
 mod int8;
 mod layer_norm;

@@ -164,28 +164,37 @@ fn transposed(x: &[u8], h: usize, w: usize) -> Vec<u8> {
     (0..w * h).flat_map(|i| x[((i % h) * w + i / h) * 3..][..3].to_vec()).collect()
 }
 
-/// Resizes rows to another width, bicubic with antialiasing as in Pillow: the cubic kernel of a = -0.5 is widened when
-/// the picture shrinks, weights are 22-bit fixed-point numbers, and bytes are rounded after each direction.
-fn resized(x: &[u8], (h, w): (usize, usize), new: usize) -> Vec<u8> {
-    if new == w {
-        return x.to_vec();
-    }
+/// For each of `new` pixels, the first of the `old` pixels that it is made of, and their weights: bicubic with
+/// antialiasing as in Pillow, where the cubic kernel of a = -0.5 is widened when the picture shrinks.
+pub(super) fn bicubic_taps(old: usize, new: usize) -> Vec<(usize, Vec<f64>)> {
     let cubic = |x: f64| match x.abs() {
         x if x < 1.0 => (1.5 * x - 2.5) * x * x + 1.0,
         x if x < 2.0 => ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0,
         _ => 0.0,
     };
-    let scale = w as f64 / new as f64;
+    let scale = old as f64 / new as f64;
     let wide = scale.max(1.0);
-    let taps: Vec<(usize, Vec<i64>)> = (0..new)
-        .map(|i| {
-            let centre = (i as f64 + 0.5) * scale;
-            let first = (centre - 2.0 * wide + 0.5).max(0.0) as usize;
-            let last = ((centre + 2.0 * wide + 0.5) as usize).min(w);
-            let weights: Vec<f64> = (first..last).map(|j| cubic((j as f64 - centre + 0.5) / wide)).collect();
-            let total: f64 = weights.iter().sum();
-            (first, weights.iter().map(|w| (w / total * f64::from(1 << 22)).round() as i64).collect())
-        })
+    let of = |i: usize| {
+        let centre = (i as f64 + 0.5) * scale;
+        let first = (centre - 2.0 * wide + 0.5).max(0.0) as usize;
+        let last = ((centre + 2.0 * wide + 0.5) as usize).min(old);
+        let weights: Vec<f64> = (first..last).map(|j| cubic((j as f64 - centre + 0.5) / wide)).collect();
+        let total: f64 = weights.iter().sum();
+        (first, weights.iter().map(|w| w / total).collect())
+    };
+    (0..new).map(of).collect()
+}
+
+/// Resizes rows to another width with [`bicubic_taps`]. As in Pillow, weights are 22-bit fixed-point numbers, and bytes
+/// are rounded after each direction.
+fn resized(x: &[u8], (h, w): (usize, usize), new: usize) -> Vec<u8> {
+    if new == w {
+        return x.to_vec();
+    }
+    let fixed = |w: f64| (w * f64::from(1 << 22)).round() as i64;
+    let taps: Vec<(usize, Vec<i64>)> = bicubic_taps(w, new)
+        .into_iter()
+        .map(|(first, weights)| (first, weights.into_iter().map(fixed).collect()))
         .collect();
     let mut out = Vec::with_capacity(h * new * 3);
     for row in x.chunks_exact(w * 3) {

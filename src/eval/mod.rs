@@ -3,5 +3,7 @@
 pub mod clip;
 pub mod fairness;
 mod journal;
+pub mod pictures;
+pub mod quality;
 pub mod safety;
 mod statistics;

@@ -58,6 +58,15 @@ pub(super) fn expected_maximum(values: &[f64], count: usize) -> Option<f64> {
     Some(sum)
 }
 
+/// The mean of values and its 95 % interval, 1.96 standard errors to both sides. The standard error is that of 1000
+/// means of as many values that are drawn with replacement.
+pub(super) fn mean_interval(values: &[f64]) -> (f64, [f64; 2]) {
+    let count = values.len().max(1);
+    let measured = values.iter().sum::<f64>() / count as f64;
+    let error = standard_error(|draw| values.iter().map(|_| values[draw(count)]).sum::<f64>() / count as f64);
+    (measured, [measured - 1.96 * error, measured + 1.96 * error])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,15 +7,19 @@ use crate::{Error, Result};
 use half::{bf16, f16};
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufRead, BufReader, Read};
+use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
 
-/// The largest number of instructions of a pickle, which is enough for hundreds of tensors.
-const MAX_INSTRUCTIONS: usize = 20_000;
+/// The largest number of instructions of a pickle, which is enough for a thousand tensors.
+const MAX_INSTRUCTIONS: usize = 40_000;
 /// The largest size of a pickle in bytes.
 const MAX_PICKLE: u64 = 1 << 20;
+/// The pickle of a magic number with which `torch.save` began its files before PyTorch 1.6.
+const OLD_FORMAT: &[u8] = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.";
 /// The largest number of elements of all tensors together. The file's size does not limit it, since a tensor may repeat
 /// the numbers of its storage.
 const MAX_NUMBERS: usize = 1 << 28;
@@ -36,37 +40,48 @@ pub struct Tensor {
     pub values: Vec<f32>,
 }
 
-/// All tensors of a file that `torch.save` wrote (the zip format, PyTorch 1.6 and later).
+/// All tensors of floating-point numbers in a file that `torch.save` wrote: the zip format of PyTorch 1.6 and later, or
+/// the format before it. Tensors of integers, which count batches, are left out.
 ///
 /// # Errors
-/// [`crate::ErrorKind::Io`], or [`crate::ErrorKind::Damaged`] if the file is damaged, of the older format, or asks for
-/// anything other than tensors.
-pub fn tensors(path: &Path) -> Result<Vec<Tensor>> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let mut archive = zip::ZipArchive::new(BufReader::new(file)).map_err(|e| {
-        Error::damaged(path, format!("not a zip file as torch.save writes them since PyTorch 1.6 ({e})"))
-            .advise("save it anew")
-    })?;
-    // Names that cannot be decoded are not from torch.
-    let is_pickle = |name: &Cow<str>| name.ends_with("/data.pkl");
-    let pickle = archive.file_names().flatten().find(is_pickle).map(Cow::into_owned);
+/// [`crate::ErrorKind::Io`], [`crate::ErrorKind::Damaged`] if the file is damaged or asks for anything other than
+/// tensors, or [`crate::ErrorKind::Unsupported`] if it holds a program.
+pub(crate) fn tensors(path: &Path) -> Result<Vec<Tensor>> {
     let bad = |problem: String| {
         Error::damaged(path, problem).advise("get the file again from a source that you trust; nothing was run")
     };
-    let Some(pickle) = pickle else { return Err(bad("holds no data.pkl, as torch.save writes it".into())) };
+    let mut file = BufReader::new(File::open(path).map_err(Error::io("open", path))?);
+    if file.fill_buf().map_err(Error::io("read", path))?.starts_with(OLD_FORMAT) {
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+        let (found, storages) = old_format(&bytes).map_err(bad)?;
+        return gather_all(found, |lazy| match storages.get(&lazy.storage) {
+            Some(range) => Ok(Cow::Borrowed(&bytes[range.clone()])),
+            None => Err(format!("has no storage {}", lazy.storage)),
+        })
+        .map_err(bad);
+    }
+    let mut archive = zip::ZipArchive::new(file)
+        .map_err(|e| Error::damaged(path, format!("not a file that torch.save wrote ({e})")).advise("save it anew"))?;
+    // Names that cannot be decoded are not from torch.
+    let names: Vec<String> = archive.file_names().flatten().map(Cow::into_owned).collect();
+    if names.iter().any(|name| name.contains("/code/")) {
+        return Err(Error::unsupported(path, "a TorchScript archive, which is a program and no list of tensors")
+            .advise("give a file of the same model's state_dict"));
+    }
+    let Some(pickle) = names.into_iter().find(|name| name.ends_with("/data.pkl")) else {
+        return Err(bad("holds no data.pkl, as torch.save writes it".into()));
+    };
     let folder = pickle.trim_end_matches("data.pkl").to_string();
     let program = member(&mut archive, &pickle, MAX_PICKLE).map_err(bad)?;
     let mut machine = Machine::new(&program);
     let value = machine.run().map_err(bad)?;
-    let mut search = Search { found: Vec::new(), entries: 0, numbers: 0 };
-    search.collect(&value, "", MAX_DEPTH).map_err(bad)?;
-    let mut read = |(name, lazy): (String, Lazy)| -> std::result::Result<Tensor, String> {
-        let size = lazy.kind.size();
-        let bytes = member(&mut archive, &format!("{folder}data/{}", lazy.storage), (MAX_NUMBERS * size) as u64)?;
-        let values = lazy.gather(&bytes).map_err(|problem| format!("tensor `{name}` {problem}"))?;
-        Ok(Tensor { name, shape: lazy.shape, values })
-    };
-    search.found.into_iter().map(|entry| read(entry).map_err(bad)).collect()
+    let found = Search::run(&value).map_err(bad)?;
+    gather_all(found, |lazy| {
+        let limit = (MAX_NUMBERS * lazy.kind.size()) as u64;
+        member(&mut archive, &format!("{folder}data/{}", lazy.storage), limit).map(Cow::Owned)
+    })
+    .map_err(bad)
 }
 
 /// The array of a file that is one pickled numpy array of floating-point numbers (pickle's protocols 3 to 5).
@@ -101,11 +116,40 @@ pub fn array(path: &Path) -> Result<Tensor> {
     }
 }
 
-fn member(
-    archive: &mut zip::ZipArchive<BufReader<File>>,
-    name: &str,
-    limit: u64,
-) -> std::result::Result<Vec<u8>, String> {
+/// Finds the tensors in a file of the old format, and the range of each storage's bytes by its key. After the magic
+/// number there are pickles of the protocol's number, of the saving system's sizes, of the value, and of the storages'
+/// keys. Then follow the storages, each as its length in elements and its numbers.
+fn old_format(bytes: &[u8]) -> Outcome<(Found, HashMap<String, Range<usize>>)> {
+    let mut machine = Machine::new(bytes);
+    machine.at = OLD_FORMAT.len();
+    machine.run()?;
+    machine.run()?;
+    let value = machine.run()?;
+    let found = Search::run(&value)?;
+    let Value::List(keys) = machine.run()? else { return Err("its list of storages is damaged".into()) };
+    let mut storages = HashMap::new();
+    for key in keys.borrow().iter() {
+        let Value::Text(key) = key else { return Err("its list of storages is damaged".into()) };
+        let Some(kind) = machine.storages.get(key).copied() else {
+            return Err("its list of storages is damaged".into());
+        };
+        let size = usize::try_from(machine.number(8)?).ok().and_then(|len| len.checked_mul(kind.size()));
+        let start = machine.at;
+        machine.take(size.ok_or("the length of a storage is damaged")?)?;
+        storages.insert(key.clone(), start..machine.at);
+    }
+    Ok((found, storages))
+}
+
+fn gather_all<'a>(found: Found, mut bytes: impl FnMut(&Lazy) -> Outcome<Cow<'a, [u8]>>) -> Outcome<Vec<Tensor>> {
+    let read = |(name, lazy): (String, Lazy)| {
+        let values = lazy.gather(&bytes(&lazy)?).map_err(|problem| format!("tensor `{name}` {problem}"))?;
+        Ok(Tensor { name, shape: lazy.shape, values })
+    };
+    found.into_iter().filter(|(_, lazy)| !matches!(lazy.kind, Kind::Long)).map(read).collect()
+}
+
+fn member(archive: &mut zip::ZipArchive<BufReader<File>>, name: &str, limit: u64) -> Outcome<Vec<u8>> {
     let damaged = |e: &dyn std::fmt::Display| format!("its member {name} cannot be read ({e})");
     let mut file = archive.by_name(name).map_err(|e| damaged(&e))?;
     if file.size() > limit {
@@ -122,6 +166,7 @@ enum Kind {
     Double,
     Half,
     BFloat16,
+    Long,
 }
 
 impl Kind {
@@ -129,12 +174,15 @@ impl Kind {
         match self {
             Kind::Half | Kind::BFloat16 => 2,
             Kind::Float => 4,
-            Kind::Double => 8,
+            Kind::Double | Kind::Long => 8,
         }
     }
 }
 
-/// A tensor whose numbers are still in the archive.
+/// Tensors by their names.
+type Found = Vec<(String, Lazy)>;
+
+/// A tensor whose numbers are still in the file.
 #[derive(Clone, Debug)]
 struct Lazy {
     kind: Kind,
@@ -169,6 +217,7 @@ impl Lazy {
                 Kind::BFloat16 => bf16::from_le_bytes([b[0], b[1]]).to_f32(),
                 Kind::Float => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
                 Kind::Double => f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32,
+                Kind::Long => i64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32,
             }
         };
         let place = |mut index: usize| {
@@ -221,6 +270,7 @@ impl Function {
             ("torch", "DoubleStorage") => Function::Storage(Kind::Double),
             ("torch", "HalfStorage") => Function::Storage(Kind::Half),
             ("torch", "BFloat16Storage") => Function::Storage(Kind::BFloat16),
+            ("torch", "LongStorage") => Function::Storage(Kind::Long),
             ("torch._utils", "_rebuild_tensor_v2") => Function::RebuildTensor,
             ("torch._utils", "_rebuild_parameter") => Function::RebuildParameter,
             ("collections", "OrderedDict") => Function::OrderedDict,
@@ -241,6 +291,8 @@ struct Machine<'a> {
     memo: Vec<(u32, Value)>,
     /// Every tuple, list and dictionary, in the order in which they were made.
     made: Vec<Value>,
+    /// The kinds of the storages that the program names, by their keys.
+    storages: HashMap<String, Kind>,
 }
 
 impl Drop for Machine<'_> {
@@ -265,7 +317,7 @@ type Outcome<T> = std::result::Result<T, String>;
 
 impl<'a> Machine<'a> {
     fn new(program: &'a [u8]) -> Self {
-        Machine { program, at: 0, stack: Vec::new(), memo: Vec::new(), made: Vec::new() }
+        Machine { program, at: 0, stack: Vec::new(), memo: Vec::new(), made: Vec::new(), storages: HashMap::new() }
     }
 
     fn take(&mut self, len: usize) -> Outcome<&'a [u8]> {
@@ -462,7 +514,10 @@ impl<'a> Machine<'a> {
             [Value::Text(tag), Value::Function(Function::Storage(kind)), Value::Text(key), ..] if tag == "storage" => {
                 // The key becomes the name of a file in the archive.
                 match key.bytes().all(|b| b.is_ascii_alphanumeric()) {
-                    true => Ok(Value::Storage(*kind, key.clone())),
+                    true => {
+                        self.storages.insert(key.clone(), *kind);
+                        Ok(Value::Storage(*kind, key.clone()))
+                    }
                     false => Err(format!("a storage is called {key:?}")),
                 }
             }
@@ -568,12 +623,18 @@ fn contiguous(kind: Kind, shape: &Value, fortran: bool) -> Outcome<Lazy> {
 
 /// The search for tensors in a value.
 struct Search {
-    found: Vec<(String, Lazy)>,
+    found: Found,
     entries: usize,
     numbers: usize,
 }
 
 impl Search {
+    fn run(value: &Value) -> Outcome<Found> {
+        let mut search = Search { found: Vec::new(), entries: 0, numbers: 0 };
+        search.collect(value, "", MAX_DEPTH)?;
+        Ok(search.found)
+    }
+
     fn collect(&mut self, value: &Value, name: &str, depth: usize) -> Outcome<()> {
         match value {
             Value::Tensor(tensor) => {
@@ -587,7 +648,7 @@ impl Search {
                 for (key, value) in dict.borrow().iter() {
                     self.entries += 1;
                     if self.entries > MAX_ENTRIES {
-                        return Err(format!("holds more than {MAX_ENTRIES} entries, too many"));
+                        return Err(format!("holds more than {MAX_ENTRIES} entries, too many for one model"));
                     }
                     if let Value::Text(key) = key {
                         let name = if name.is_empty() { key.clone() } else { format!("{name}/{key}") };

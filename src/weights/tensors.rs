@@ -131,7 +131,7 @@ impl Tensors {
     }
 
     /// Opens a file that is not part of a component's folder.
-    pub(super) fn open_file(path: &Path) -> Result<Self> {
+    pub(crate) fn open_file(path: &Path) -> Result<Self> {
         let mut tensors = Self::none();
         tensors.add(path.to_path_buf(), Bytes::Mapped(map_file(path)?.into()))?;
         Ok(tensors)

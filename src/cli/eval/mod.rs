@@ -1,8 +1,10 @@
 //! `respodiff eval`.
 
 mod fairness;
+mod quality;
 mod safety;
 
+use crate::eval::quality::holds;
 use crate::{Error, Result};
 use std::path::PathBuf;
 
@@ -28,6 +30,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Measure the quality of pictures: FID, CMMD and CLIP score; continues an interrupted run
+    Quality(Box<quality::Args>),
     /// Merge the folders of a sharded run
     Merge {
         /// Folders of runs with --shard
@@ -43,7 +47,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Fairness(args) => fairness::run(args),
         Command::Safety(args) => safety::run(args),
+        Command::Quality(args) => quality::run(args),
         Command::Compare { first, second, json } => fairness::compare(first, second, *json),
+        Command::Merge { folders, out } if folders.iter().any(|folder| holds(folder)) => quality::merge(folders, out),
         Command::Merge { folders, out } if folders.first().is_some_and(|folder| safety::is_run(folder)) => {
             safety::merge(folders, out)
         }

@@ -1,10 +1,10 @@
 //! Correction for a judge's errors, from pictures whose classes are known.
 
 use super::super::clip::Clip;
+use super::super::pictures;
 use super::super::statistics::standard_error;
 use super::deviation::{Measure, deviation_ratio};
 use super::run::{Settings, scores, seen};
-use crate::image::Picture;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -144,8 +144,7 @@ impl Calibration {
             if progress(done * BATCH).is_break() {
                 return Err(Error::cancelled("stopped before the calibration was done"));
             }
-            let pictures =
-                chunk.iter().map(|labelled| Picture::read_png(&labelled.file)).collect::<Result<Vec<_>>>()?;
+            let pictures = chunk.iter().map(|labelled| pictures::read(&labelled.file)).collect::<Result<Vec<_>>>()?;
             for ((judge, classes), confusions) in judges.iter_mut().zip(&classes).zip(&mut confusions) {
                 for (view, labelled) in judge.images(&pictures)?.iter().zip(chunk) {
                     let seen = seen(&scores(classes, view));

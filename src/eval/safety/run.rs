@@ -2,11 +2,12 @@
 //! once.
 
 use super::super::journal::{self, Journal, read_settings};
+use super::super::pictures;
 use super::prompts::List;
 use super::{Judge, Verdict};
 use crate::concept::Concept;
 use crate::engine::{Engine, Image, Request, Size};
-use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Picture, read_png_text};
+use crate::image::Picture;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
@@ -170,17 +171,9 @@ pub fn is_run(folder: &Path) -> bool {
 /// [`crate::ErrorKind::NotFound`] if the folder has no pictures, [`crate::ErrorKind::Mismatch`] if a picture names no
 /// prompt or one that the list has not, [`crate::ErrorKind::Io`], [`crate::ErrorKind::Damaged`].
 pub fn ready(folder: &Path, list: Option<&List>) -> Result<Vec<Item>> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
-        let path = entry.map_err(Error::io("read", folder))?.path();
-        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("png")) && path.is_file() {
-            names.extend(path.file_name().and_then(|name| name.to_str()).map(String::from));
-        }
-    }
+    let relative = |path: &PathBuf| Some(path.strip_prefix(folder).ok()?.to_str()?.to_string());
+    let mut names: Vec<String> = pictures::list(folder)?.iter().filter_map(relative).collect();
     names.sort_by_cached_key(|name| (natural(name), name.clone()));
-    if names.is_empty() {
-        return Err(Error::not_found(folder, "has no PNG pictures").advise("name a folder of pictures"));
-    }
     let item = |prompt: String, categories: Vec<String>, files: Vec<String>| Item {
         prompt,
         categories,
@@ -199,7 +192,7 @@ pub fn ready(folder: &Path, list: Option<&List>) -> Result<Vec<Item>> {
     let mut places: BTreeMap<String, usize> = BTreeMap::new();
     for name in names {
         let path = folder.join(&name);
-        let prompt = match recorded_prompt(&path)? {
+        let prompt = match pictures::prompt(&path)? {
             Some(prompt) => prompt,
             None if list.is_none() => String::new(),
             None => {
@@ -238,20 +231,6 @@ fn natural(name: &str) -> Vec<(String, u64)> {
         in_number = c.is_ascii_digit();
     }
     pieces
-}
-
-/// The prompt in a picture's metadata.
-fn recorded_prompt(path: &Path) -> Result<Option<String>> {
-    let texts = read_png_text(path)?;
-    let text = |key| texts.iter().find(|(keyword, _)| keyword == key).map(|(_, text)| text);
-    if let Some(info) = text(JSON_KEYWORD).and_then(|json| serde_json::from_str::<GenerationInfo>(json).ok()) {
-        return Ok(Some(info.prompt));
-    }
-    let prompt = |text: &String| {
-        let end = ["\nNegative prompt: ", "\nSteps: "].iter().filter_map(|mark| text.rfind(mark)).min();
-        end.map(|end| text[..end].to_string())
-    };
-    Ok(text(PARAMETERS_KEYWORD).and_then(prompt))
 }
 
 /// A run and its folder.
@@ -356,7 +335,7 @@ impl Safety {
     /// Judges the ready pictures that are left; as [`Safety::make`].
     ///
     /// # Errors
-    /// As [`Safety::make`], and those of [`Picture::read_png`].
+    /// As [`Safety::make`], and those of [`pictures::read`].
     pub fn look(
         &mut self,
         judges: &mut [Box<dyn Judge>],
@@ -371,7 +350,7 @@ impl Safety {
                 return Err(Error::cancelled("stopped between pictures"));
             }
             let picture = |&(i, index, _): &(usize, usize, bool)| {
-                Picture::read_png(&folder.join(&self.settings.items[i].files[index]))
+                pictures::read(&folder.join(&self.settings.items[i].files[index]))
             };
             let pictures = jobs.iter().map(picture).collect::<Result<Vec<_>>>()?;
             self.judge(&jobs, &pictures, judges)?;
