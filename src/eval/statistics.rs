@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn expected_maxima_are_those_of_all_samples() {
-        let values = [0.1, 0.9, 0.4, 0.4, 0.0];
+        let values: [f64; 5] = [0.1, 0.9, 0.4, 0.4, 0.0];
         let mut sum = 0.0;
         for (i, a) in values.iter().enumerate() {
             for (j, b) in values.iter().enumerate().skip(i + 1) {
