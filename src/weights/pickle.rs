@@ -232,6 +232,9 @@ impl Lazy {
     }
 }
 
+/// A tensor and its numbers.
+type Whole = (Lazy, Rc<[u8]>);
+
 /// A value on the stack or in the memo. Dictionaries and lists are shared, since they are filled after they are stored.
 #[derive(Clone, Debug)]
 enum Value {
@@ -248,7 +251,7 @@ enum Value {
     Bytes(Rc<[u8]>),
     NumberType(Kind),
     /// A numpy array, which gets its shape and its numbers after it is made.
-    Array(Rc<RefCell<Option<(Lazy, Rc<[u8]>)>>>),
+    Array(Rc<RefCell<Option<Whole>>>),
 }
 
 #[derive(Clone, Copy, Debug)]
