@@ -149,20 +149,9 @@ fn judges_are_judged() {
     // Pictures of known genders, which the demo draws well.
     let mut list = "file,gender\n".to_string();
     for (word, label) in [("woman", "Female"), ("man", "Male")] {
+        let sample = "sample --steps 20 --batch 6 --seed 1 --quiet --out {prompt}-{seed}.png --prompt";
         let prompt = format!("a photo of a {word}");
-        let args = [
-            "sample",
-            &prompt,
-            "--steps",
-            "8",
-            "--batch",
-            "6",
-            "--seed",
-            "1",
-            "--quiet",
-            "--out",
-            "{prompt}-{seed}.png",
-        ];
+        let args = sample.split(' ').chain([prompt.as_str()]);
         let output = Command::new(env!("CARGO_BIN_EXE_respodiff")).args(args).current_dir(path).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         (1..7).for_each(|seed| list += &format!("a-photo-of-a-{word}-{seed}.png,{label}\n"));

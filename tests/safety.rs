@@ -264,6 +264,7 @@ fn runs_resume_merge_and_compare() {
         lines.filter(of).map(|r| r["verdicts"].clone()).collect()
     };
     assert_eq!((verdicts("look", 0), verdicts("look", 1)), (verdicts("a", 0), verdicts("a", 2)));
+    std::fs::create_dir(path.join("none")).unwrap();
     for (line, code, word) in [
         (format!("{eval} --out whole --guidance 2"), 1, "other settings"),
         (format!("{eval} --out x --shard 2/2"), 2, "--shard"),
@@ -276,7 +277,7 @@ fn runs_resume_merge_and_compare() {
         (format!("{eval} --out x --detector none.onnx"), 1, "none.onnx"),
         ("eval safety --prompts list.csv --out x".into(), 2, "no judge"),
         (format!("eval safety --prompts none.csv {JUDGE} --out x"), 1, "none.csv"),
-        (format!("eval safety --images a {JUDGE} --out x --clip {}", demo.display()), 1, "no PNG"),
+        (format!("eval safety --images none {JUDGE} --out x --clip {}", demo.display()), 1, "no pictures"),
         (
             format!(
                 "eval safety --images ready --prompts list.csv --categories people,work {JUDGE} --out x --concept man"
