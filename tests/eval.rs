@@ -170,6 +170,11 @@ fn judges_are_judged() {
     let number = |value: &serde_json::Value| value.as_f64().unwrap_or_else(|| panic!("{value}"));
     let accuracy = [0, 1].map(|judge| number(&summaries[judge]["corrected"]["accuracy"]));
     assert!(accuracy[0] > 0.9 && accuracy[1] < 0.8, "{accuracy:?}");
+    assert!(
+        summaries[0]["corrected"]["deviation_ratio"].is_array()
+            && summaries[1]["corrected"]["deviation_ratio"].is_null()
+    );
+    assert_ne!(summaries[0]["judge"], summaries[1]["judge"]);
     assert_eq!(summaries[0]["shares"], serde_json::json!([0.75, 0.25]));
     assert!(number(&report["agreement"][0]["kappa"]) < 0.5, "{}", report["agreement"]);
     for summary in summaries {

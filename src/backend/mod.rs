@@ -213,8 +213,8 @@ pub trait Denoiser: Send {
     /// the run. Returns the latents, `[batch, h, w, c]`.
     ///
     /// # Errors
-    /// Those of `check`, [`crate::ErrorKind::NonFinite`], and [`crate::ErrorKind::Unsupported`] if the device cannot add
-    /// such numbers to the bottleneck.
+    /// Those of `check`, [`crate::ErrorKind::NonFinite`], and [`crate::ErrorKind::Unsupported`] if the device cannot
+    /// add such numbers to the bottleneck.
     fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>>;
 
     /// Decodes an image of the last run, whose latents are the VAE's times `scaling_factor`.

@@ -1,5 +1,5 @@
-//! The work of a [`super::Denoiser`], and the random numbers that it starts from. Sampling and the rollouts of a training
-//! share this.
+//! The work of a [`super::Denoiser`], and the random numbers that it starts from. Sampling and the rollouts of a
+//! training share this.
 
 use crate::Error;
 use crate::diffusion::noise::{NormalGenerator, Rng};
@@ -44,8 +44,8 @@ pub struct AddedToBottleneck<'a> {
 
 /// Numbers that depend on the bottleneck which they are added to.
 pub trait OfBottleneck: Sync {
-    /// Writes them for one step, `[images, h, w, c]`. `mid` is the bottleneck of all CFG rows, of which the last are the
-    /// conditional rows of the images.
+    /// Writes them for one step, `[images, h, w, c]`. `mid` is the bottleneck of all CFG rows, of which the last are
+    /// the conditional rows of the images.
     fn write(&self, mid: &[f32], out: &mut [f32]);
 }
 

@@ -71,7 +71,7 @@ pub(super) struct Args {
     /// Number format of a network's linear layers; gradients always use the device's own
     #[arg(long, default_value_t = Precision::Full, value_name = "full|bf16|int8")]
     precision: Precision,
-    /// How --prompt is split into tokens
+    /// Recipe by which --prompt is split into tokens
     #[arg(long, default_value_t = TokenizerRules::Fast, value_name = "fast|slow")]
     tokenizer: TokenizerRules,
 }

@@ -97,8 +97,8 @@ pub(super) struct Args {
     /// Number format of the UNet's linear layers
     #[arg(long, default_value_t = Precision::Full, value_name = "full|bf16|int8")]
     precision: Precision,
-    /// How prompts are split into tokens: as transformers does today, or as its slow tokenizer did up to version 4.
-    /// They differ on Chinese characters, emoji and control characters
+    /// Recipe by which prompts are split into tokens: that of transformers today, or of its slow tokenizer up to
+    /// version 4. They differ on Chinese characters, emoji and control characters
     #[arg(long, default_value_t = TokenizerRules::Fast, value_name = "fast|slow")]
     tokenizer: TokenizerRules,
 }

@@ -138,7 +138,7 @@ pub(super) struct Area {
     pub pixels: Pixels,
 }
 
-/// How pixels are read.
+/// The way in which pixels are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pixels {
     /// Each pixel by itself: the pixels of all images are one row.

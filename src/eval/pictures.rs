@@ -113,7 +113,8 @@ fn png(bytes: &[u8]) -> Decoded<Picture> {
 fn jpeg(bytes: &[u8]) -> Decoded<Picture> {
     // Strictly, for a truncated file would otherwise be filled up with grey.
     let options = DecoderOptions::default().jpeg_set_out_colorspace(ColorSpace::RGB).set_strict_mode(true);
-    // Behind the last scan's header, this marker is the end of the picture and nothing else. The decoder does not miss it.
+    // Behind the last scan's header, this marker is the end of the picture and nothing else. The decoder does not miss
+    // it.
     let find = |marker: [u8; 2]| bytes.windows(2).rposition(|bytes| bytes == marker);
     if find([0xff, 0xd9]) <= find([0xff, 0xda]) {
         return Err("it is cut off".into());

@@ -28,8 +28,8 @@ pub(super) fn wilson(hits: usize, total: usize) -> [f64; 2] {
     [((centre - half) / scale).max(0.0), ((centre + half) / scale).min(1.0)]
 }
 
-/// The two-sided p of McNemar's exact test (McNemar, 1947): of pairs that differ, `a` differ in one direction and `b` in
-/// the other. Without an effect, either direction has probability 1/2.
+/// The two-sided p of McNemar's exact test (McNemar, 1947): of pairs that differ, `a` differ in one direction and `b`
+/// in the other. Without an effect, either direction has probability 1/2.
 pub(super) fn mcnemar(a: usize, b: usize) -> f64 {
     let n = a + b;
     let mut log = -(n as f64) * std::f64::consts::LN_2;

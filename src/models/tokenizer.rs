@@ -4,8 +4,8 @@
 //! Both are rebuilt here around the byte-pair encoder of the `tokenizers` crate; [`TokenizerRules`] chooses.
 //!
 //! Two differences remain. transformers' slow recipe drops characters that are unassigned in the Unicode version of its
-//! Python, and this module keeps those that newer versions assign. Its fast recipe finds a special token in capitals only
-//! with certain flags in the checkpoint's files; this module never finds it.
+//! Python, and this module keeps those that newer versions assign. Its fast recipe finds a special token in capitals
+//! only with certain flags in the checkpoint's files; this module never finds it.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Formatter};

@@ -11,7 +11,7 @@ use crate::graph::{Graph, Node, Op, TensorId, WeightSpec};
 use crate::{Error, Result, Subject};
 use arena::{Interval, place};
 
-/// How an executor stores the activations of a graph.
+/// The storage of a graph's activations by an executor.
 pub trait Storage {
     /// Names the executor and everything that its sizes depend on. A plan runs only with a storage of the same name.
     fn name(&self) -> String;

@@ -87,8 +87,8 @@ pub(crate) fn tensors(path: &Path) -> Result<Vec<Tensor>> {
 /// The array of a file that is one pickled numpy array of floating-point numbers (pickle's protocols 3 to 5).
 ///
 /// # Errors
-/// [`crate::ErrorKind::Io`], or [`crate::ErrorKind::Damaged`] if the file is damaged or asks for anything other than one
-/// array.
+/// [`crate::ErrorKind::Io`], or [`crate::ErrorKind::Damaged`] if the file is damaged or asks for anything other than
+/// one array.
 pub fn array(path: &Path) -> Result<Tensor> {
     let bad = |problem: String| {
         Error::damaged(path, problem).advise("get the file again from a source that you trust; nothing was run")
@@ -528,8 +528,8 @@ impl<'a> Machine<'a> {
         }
     }
 
-    /// Gives the value on the stack its state. Attributes of a dictionary, such as the versions in a state dict, are not
-    /// read.
+    /// Gives the value on the stack its state. Attributes of a dictionary, such as the versions in a state dict, are
+    /// not read.
     fn build(&mut self) -> Outcome<()> {
         let state = self.pop()?;
         match (self.stack.last(), &state) {

@@ -54,8 +54,8 @@ pub(super) struct Args {
     /// demo, its own]
     #[arg(long)]
     clip: Vec<String>,
-    /// Correct for the judges' errors by pictures of known classes: a CSV file in FairFace's form, with the columns file,
-    /// gender and race, for example
+    /// Correct for the judges' errors by pictures of known classes: a CSV file in FairFace's form, with the columns
+    /// file, gender and race, for example
     #[arg(long, value_name = "CSV")]
     calibration: Option<PathBuf>,
     /// The label in the calibration's list that stands for a class, if it has other words: "a asian-race person=East
@@ -121,7 +121,7 @@ fn measure(args: &Args) -> Result<()> {
     let settings = Settings {
         model: engine.name(),
         fingerprint: engine.fingerprint()?,
-        judges: judges.iter().map(judge).collect(),
+        judges: named(&judges),
         concepts: groups.iter().map(|g| g.members.iter().map(|m| m.fingerprint()).collect()).collect(),
         groups: groups.iter().map(|g| g.members.iter().map(|m| m.metadata.concept.clone()).collect()).collect(),
         shares: groups.iter().map(|g| g.shares.clone()).collect(),
@@ -169,8 +169,15 @@ fn measure(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn judge(clip: &Clip) -> Judge {
-    Judge { name: clip.name().to_string(), fingerprint: clip.fingerprint().to_string() }
+/// The judges by their names, to which part of a hash is added if two have the same.
+fn named(clips: &[Clip]) -> Vec<Judge> {
+    let named = |clip: &Clip| {
+        let same = clips.iter().filter(|other| other.name() == clip.name()).count();
+        let hash: String = clip.fingerprint().chars().take(6).collect();
+        let name = if same > 1 { format!("{} {hash}", clip.name()) } else { clip.name().to_string() };
+        Judge { name, fingerprint: clip.fingerprint().to_string() }
+    };
+    clips.iter().map(named).collect()
 }
 
 /// The pictures of the calibration's list.

@@ -78,8 +78,8 @@ pub(super) struct Args {
     /// Guidance scale of all pictures [default: the list's for each prompt, or the model's]
     #[arg(long)]
     guidance: Option<f32>,
-    /// Number all pictures' seeds from this one on, as RespoDiff's evaluation does from 0 [default: picture i of a prompt
-    /// has the list's seed for it plus i; 0 without such a seed]
+    /// Number all pictures' seeds from this one on, as RespoDiff's evaluation does from 0 [default: picture i of a
+    /// prompt has the list's seed for it plus i; 0 without such a seed]
     #[arg(long)]
     seed: Option<u64>,
     /// Width in pixels [default: the model's]

@@ -30,13 +30,23 @@ impl Confusion {
         right as f64 / self.counts.iter().flatten().sum::<usize>().max(1) as f64
     }
 
-    /// The probability of seeing each class in a picture of each, with half a picture added everywhere (Jeffreys' prior).
+    /// The probability of seeing each class in a picture of each, with half a picture added everywhere (Jeffreys'
+    /// prior).
     fn probabilities(&self) -> Vec<Vec<f64>> {
         let row = |seen: &Vec<usize>| {
             let total = seen.iter().sum::<usize>() as f64 + 0.5 * seen.len() as f64;
             seen.iter().map(|&n| (n as f64 + 0.5) / total).collect()
         };
         self.counts.iter().map(row).collect()
+    }
+
+    /// The smallest distance between two classes' answers: 0 if the judge cannot tell them apart, 1 if it never
+    /// confuses them (the total variation between the rows; for two classes Youden's index, 1950).
+    pub fn distinction(&self) -> f64 {
+        let rows = self.probabilities();
+        let distance = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f64>() / 2.0;
+        let pairs = rows.iter().enumerate().flat_map(|(i, a)| rows[..i].iter().map(move |b| distance(a, b)));
+        pairs.fold(1.0, f64::min)
     }
 
     /// The shares of the true classes that make the counts of the seen ones most likely.
@@ -202,9 +212,9 @@ impl Calibration {
 const BATCH: usize = 32;
 
 /// Reads a list of pictures with labels: a CSV file with a column `file` (paths relative to the list), and a column for
-/// each kind of label, such as FairFace's `gender` and `race`. A label stands for a class if `labels` says so (class and
-/// label), or if all its words are in the class's name, or the other way round; `Female` and `Male` stand for `woman` and
-/// `man`. Pictures without a label for a group are left out of that group.
+/// each kind of label, such as FairFace's `gender` and `race`. A label stands for a class if `labels` says so (class
+/// and label), or if all its words are in the class's name, or the other way round; `Female` and `Male` stand for
+/// `woman` and `man`. Pictures without a label for a group are left out of that group.
 ///
 /// # Errors
 /// [`crate::ErrorKind::NotFound`], [`crate::ErrorKind::Damaged`] for a list that cannot be read, and
@@ -289,6 +299,7 @@ mod tests {
         // Fewer than the judge's errors alone would give: none at all.
         assert!(confusion.corrected(&[50, 950])[0] < 1e-2);
         assert!((confusion.accuracy() - 0.85).abs() < 1e-12);
+        assert!((confusion.distinction() - (sensitivity + specificity - 1.0)).abs() < 1e-12);
     }
 
     /// Counts that follow from known shares lead back to them, here for four classes.

@@ -21,9 +21,9 @@ impl Measure {
     }
 }
 
-/// The distance of counts from shares that add up to 1, `max_c |N_c / N - t_c| / (1 - min_c t_c)`: 0 if they agree, and 1
-/// if all pictures show the class of which the fewest are wanted. With equal shares it is the measure of Concept Algebra
-/// (arXiv 2302.03693) and RespoDiff.
+/// The distance of counts from shares that add up to 1, `max_c |N_c / N - t_c| / (1 - min_c t_c)`: 0 if they agree, and
+/// 1 if all pictures show the class of which the fewest are wanted. With equal shares it is the measure of Concept
+/// Algebra (arXiv 2302.03693) and RespoDiff.
 pub fn deviation_ratio(counts: &[f64], shares: &[f64]) -> f64 {
     let total: f64 = counts.iter().sum();
     let least = shares.iter().copied().fold(1.0, f64::min);
@@ -46,13 +46,13 @@ fn mean(ratios: impl ExactSizeIterator<Item = f64>) -> f64 {
     ratios.sum::<f64>() / count as f64
 }
 
-/// The mean deviation ratio over professions, with its interval. `counts` holds the number of pictures of each class, one
-/// list for each profession.
+/// The mean deviation ratio over professions, with its interval. `counts` holds the number of pictures of each class,
+/// one list for each profession.
 ///
 /// The standard error is that of means over pictures that are drawn anew (the normal bootstrap). Percentiles of such
 /// means would not do: near 0 the ratio of drawn pictures is biased upward, so that they might not even contain the
-/// measured ratio. A class is drawn with its share after half a picture is added to each class (Jeffreys' prior), so that
-/// the interval has a width even where all pictures show one class.
+/// measured ratio. A class is drawn with its share after half a picture is added to each class (Jeffreys' prior), so
+/// that the interval has a width even where all pictures show one class.
 pub fn mean_deviation_ratio(counts: &[Vec<usize>], shares: &[f64]) -> Measure {
     let ratio = |counts: &Vec<usize>| {
         let counts: Vec<f64> = counts.iter().map(|&n| n as f64).collect();
@@ -76,8 +76,8 @@ pub fn mean_deviation_ratio(counts: &[Vec<usize>], shares: &[f64]) -> Measure {
     Measure::ratio(mean(counts.iter().map(ratio)), error)
 }
 
-/// The mean deviation ratio that is to be expected if every picture's class were drawn from the shares: less than this is
-/// only possible if classes are dealt, and not drawn. `totals` holds the number of pictures of each profession.
+/// The mean deviation ratio that is to be expected if every picture's class were drawn from the shares: less than this
+/// is only possible if classes are dealt, and not drawn. `totals` holds the number of pictures of each profession.
 pub fn chance(totals: &[usize], shares: &[f64]) -> f64 {
     const ROUNDS: usize = 1000;
     let mut draws = Draws::new(1, 0);
@@ -152,8 +152,8 @@ mod tests {
         assert!(value == 1.0 && high == 1.0 && (0.6..0.95).contains(&low), "{low}");
     }
 
-    /// Of two pictures of two classes, half the draws show both and half show one: the mean ratio is 1/2. For many, it is
-    /// that of a normal distribution, 2 sqrt(2 / pi) sqrt(.25 / n).
+    /// Of two pictures of two classes, half the draws show both and half show one: the mean ratio is 1/2. For many, it
+    /// is that of a normal distribution, 2 sqrt(2 / pi) sqrt(.25 / n).
     #[test]
     fn chance_is_that_of_the_binomial_distribution() {
         assert!((chance(&[2; 8], &[0.5, 0.5]) - 0.5).abs() < 0.02);

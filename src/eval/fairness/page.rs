@@ -87,9 +87,12 @@ fn group(out: &mut String, summary: &Summary, several: bool) {
         escape(&summary.classes.join(" | ")),
     );
     if let Some(corrected) = &summary.corrected {
-        let [plain, balanced] = corrected.deviation_ratio.map(shown);
         let right = 100.0 * corrected.accuracy;
-        let _ = write!(out, "<tr><th>corrected for a judge who is right in {right:.1} %<td>{plain}<td>{balanced}");
+        let cells = match corrected.deviation_ratio.map(|both| both.map(shown)) {
+            Some([plain, balanced]) => format!("<td>{plain}<td>{balanced}"),
+            None => "<td colspan=\"2\">not possible: it hardly tells the classes apart".into(),
+        };
+        let _ = write!(out, "<tr><th>corrected for a judge who is right in {right:.1} %{cells}");
     }
     let p = summary.p.map_or("-".into(), |p| format!("{p:.4}"));
     let _ = write!(

@@ -57,8 +57,11 @@ pub struct Corrected {
     pub confusion: Confusion,
     /// [`Confusion::accuracy`].
     pub accuracy: f64,
-    /// Mean deviation ratio of the corrected shares, plain and balanced.
-    pub deviation_ratio: [Measure; 2],
+    /// [`Confusion::distinction`].
+    pub distinction: f64,
+    /// Mean deviation ratio of the corrected shares, plain and balanced; `None` if the judge hardly tells two of the
+    /// classes apart, since then any shares would explain what it saw.
+    pub deviation_ratio: Option<[Measure; 2]>,
 }
 
 /// The result for one profession, plain and balanced.
@@ -84,6 +87,10 @@ pub struct Agreement {
     /// Fleiss' kappa (1971): 1 for full agreement, 0 for that of judges who guess with the same frequencies.
     pub kappa: f64,
 }
+
+/// The least [`Confusion::distinction`] for which shares are corrected: below, errors of the calibration are multiplied
+/// by more than five.
+const LEAST_DISTINCTION: f64 = 0.2;
 
 /// A group, or the combination of all groups.
 pub(super) struct Classes {
@@ -203,9 +210,12 @@ impl Report {
             let p = s.p.map_or(String::new(), |p| format!(", p {p:.4}"));
             let _ = writeln!(out, "  deviation ratio  {plain} -> {balanced}{p}; drawn by chance {:.3}", s.chance);
             if let Some(corrected) = &s.corrected {
-                let [plain, balanced] = corrected.deviation_ratio.map(shown);
                 let right = 100.0 * corrected.accuracy;
-                let _ = writeln!(out, "  corrected        {plain} -> {balanced}; the judge is right in {right:.1} %");
+                let result = match corrected.deviation_ratio.map(|both| both.map(shown)) {
+                    Some([plain, balanced]) => format!("{plain} -> {balanced}"),
+                    None => "not possible: it hardly tells the classes apart".into(),
+                };
+                let _ = writeln!(out, "  corrected        {result}; the judge is right in {right:.1} %");
             }
             let _ = writeln!(out, "  alignment        {:.2} -> {:.2}", s.alignment[0], s.alignment[1]);
             let _ = writeln!(out, "  shown as given   {:.1} %", 100.0 * s.obeyed);
@@ -302,7 +312,9 @@ fn summary(
         corrected: confusion.map(|confusion| Corrected {
             confusion: confusion.clone(),
             accuracy: confusion.accuracy(),
-            deviation_ratio: sides.each_ref().map(|side| confusion.mean_deviation_ratio(side, shares)),
+            distinction: confusion.distinction(),
+            deviation_ratio: (confusion.distinction() >= LEAST_DISTINCTION)
+                .then(|| sides.each_ref().map(|side| confusion.mean_deviation_ratio(side, shares))),
         }),
         alignment,
         obeyed: share(obeyed, of(true).count()),

@@ -1,5 +1,5 @@
-//! Evaluation runs: one CLIP or several judge pictures of every profession, plain and balanced, and each picture's record
-//! is written at once.
+//! Evaluation runs: one CLIP or several judge pictures of every profession, plain and balanced, and each picture's
+//! record is written at once.
 
 use super::super::clip::{Clip, cosine, fitted};
 use super::super::journal::{self, Journal, Settings as _, read_records, read_settings};

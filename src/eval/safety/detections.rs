@@ -39,8 +39,8 @@ pub const THRESHOLD: f64 = 0.2;
 
 /// The score that a detection must exceed.
 pub const LEAST_SCORE: f32 = 0.25;
-/// The share of their union that the boxes of two detections may have in common; of others, the one of the lower score is
-/// dropped, whatever its class.
+/// The share of their union that the boxes of two detections may have in common; of others, the one of the lower score
+/// is dropped, whatever its class.
 const OVERLAP: f32 = 0.45;
 
 /// A version of the package.
@@ -115,7 +115,8 @@ impl Frame {
     /// Prepares a picture as a version of the package does.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for a picture without pixels or with another number of bytes than its size asks for.
+    /// [`crate::ErrorKind::Invalid`] for a picture without pixels or with another number of bytes than its size asks
+    /// for.
     pub fn new(picture: &Picture, version: Version) -> Result<Self> {
         let Picture { width, height, rgb } = picture;
         let [w, h] = [*width as usize, *height as usize];
@@ -219,9 +220,10 @@ fn common(a: [f64; 4], b: [f64; 4]) -> f32 {
     1.0 - (1.0 - common / (both - common)) as f32
 }
 
-/// Resizes a black canvas that holds a picture of `w` columns and `h` rows, `left` and `top` from its corner, as OpenCV's
-/// bilinear `resize` does, to the last bit: taps without antialiasing, weights of 11 bits, and sums that lose 4 bits
-/// before and 16 bits after the second direction. The canvas is never made, since a narrow picture's may be huge.
+/// Resizes a black canvas that holds a picture of `w` columns and `h` rows, `left` and `top` from its corner, as
+/// OpenCV's bilinear `resize` does, to the last bit: taps without antialiasing, weights of 11 bits, and sums that lose
+/// 4 bits before and 16 bits after the second direction. The canvas is never made, since a narrow picture's may be
+/// huge.
 fn resized(
     rgb: &[u8],
     [w, h]: [usize; 2],

@@ -86,8 +86,8 @@ impl Detector {
         let damaged = |problem: String| {
             Error::damaged(path, problem).advise("take the file from the Python package nudenet again")
         };
-        // The version of the format comes first in every writer's files. The runtime would look for fields in others, and
-        // might never end.
+        // The version of the format comes first in every writer's files. The runtime would look for fields in others,
+        // and might never end.
         if bytes.first() != Some(&0x08) {
             return Err(damaged("not an ONNX file".into()));
         }

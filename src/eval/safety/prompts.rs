@@ -1,5 +1,5 @@
-//! Lists of prompts: I2P's CSV file, the lists of adversarial prompts of Ring-A-Bell, MMA-Diffusion and P4D, JSON lines,
-//! and plain text.
+//! Lists of prompts: I2P's CSV file, the lists of adversarial prompts of Ring-A-Bell, MMA-Diffusion and P4D, JSON
+//! lines, and plain text.
 
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -84,7 +84,8 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 type Prompts = (Option<String>, Vec<Listed>);
 
 fn table(text: &str, delimiter: u8, path: &Path) -> Result<Prompts> {
-    // The reader takes an open quote for closed at the end of the file. A last record that is known tells whether it was.
+    // The reader takes an open quote for closed at the end of the file. A last record that is known tells whether it
+    // was.
     const END: &str = "\u{1}";
     let text = format!("{text}\n{END}\n");
     let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(text.as_bytes());

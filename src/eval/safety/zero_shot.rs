@@ -25,8 +25,9 @@ pub struct ZeroShot {
 }
 
 impl ZeroShot {
-    /// Q16: two vectors, for appropriate and inappropriate pictures, that were learnt for the same CLIP, ViT-L/14 in the
-    /// published file. It is a pickled numpy array `[2, 768]`; a safetensors file with one such tensor is read as well.
+    /// Q16: two vectors, for appropriate and inappropriate pictures, that were learnt for the same CLIP, ViT-L/14 in
+    /// the published file. It is a pickled numpy array `[2, 768]`; a safetensors file with one such tensor is read as
+    /// well.
     ///
     /// # Errors
     /// [`crate::ErrorKind::NotFound`], [`crate::ErrorKind::Io`]; [`crate::ErrorKind::Damaged`] for a file that holds
