@@ -189,6 +189,14 @@ fn judges_are_judged() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let compared: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!((&compared[0]["balanced"]["p"], &compared[0]["balanced"]["pairs"]), (&1.0.into(), &12.into()));
+    // The card of a concept states these results; that of another refuses them.
+    let concepts = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/concepts").display().to_string();
+    let output = respodiff(path, &format!("concept card {concepts}/woman.safetensors --report run"));
+    let card = String::from_utf8_lossy(&output.stdout).into_owned();
+    let ratio = format!("{:.3}", number(&summaries[0]["deviation_ratio"][1]["value"]));
+    assert!(output.status.success() && card.starts_with("---\n") && card.contains(&ratio), "{card}");
+    let output = respodiff(path, &format!("concept card {concepts}/asian.safetensors --report run"));
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stdout));
     // A label that is missing for a class is named.
     std::fs::write(path.join("labels.csv"), "file,gender\na-photo-of-a-man-1.png,Male\n").unwrap();
     let output = respodiff(path, &eval);

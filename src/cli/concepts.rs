@@ -1,5 +1,6 @@
 //! The flags that choose concepts, and `respodiff concept`.
 
+use super::card::card;
 use super::{model, say, warn};
 use crate::concept::{Concept, Form, Group, Module, NumberFormat, assign, import};
 use crate::engine::{Engine, read_config};
@@ -169,6 +170,17 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Write a model card in Markdown: training, measured effects, limits
+    Card {
+        /// Concept file
+        file: PathBuf,
+        /// Folder of `eval fairness` with this concept, whose results the card states; repeat for more
+        #[arg(long = "report", value_name = "FOLDER")]
+        reports: Vec<PathBuf>,
+        /// File to write [default: print it]
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
     /// Import a concept from a .pth file of the official code or from SDisc's matrix; no code in the file is run
     Import {
         /// The file
@@ -214,6 +226,17 @@ pub(super) fn run(args: &Args) -> Result<()> {
         Command::Show { files, json: true } => {
             let all = files.iter().map(|file| summary(file)).collect::<Result<Vec<_>>>()?;
             say(&format!("{:#}", serde_json::Value::Array(all)));
+            Ok(())
+        }
+        Command::Card { file, reports, out } => {
+            let text = card(file, reports)?;
+            match out {
+                Some(path) => {
+                    crate::files::write(path, text.as_bytes())?;
+                    say(&path.display().to_string());
+                }
+                None => say(text.trim_end()),
+            }
             Ok(())
         }
         Command::Import { file, model, concept, column, out } => {

@@ -5,6 +5,7 @@ use crate::Result;
 use crate::engine::Engine;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -30,6 +31,8 @@ struct Entry {
 
 /// Remembered checkpoints; beyond this number the list begins anew.
 const MOST: usize = 1000;
+/// Bytes of a list; longer ones are not read.
+const MOST_BYTES: u64 = 16 << 20;
 /// A file that changed less than this before it was hashed may change again within the same tick of its file system's
 /// clock, so its hash is not remembered.
 const SETTLED: Duration = Duration::from_secs(3);
@@ -46,10 +49,10 @@ pub(super) fn of(engine: &Engine) -> Result<Hashes> {
     let (Some(list), Some(files)) = (list, files.filter(|files| !files.is_empty())) else {
         return Ok(Hashes { sha256: engine.sha256()?, fingerprint });
     };
-    let mut known: BTreeMap<PathBuf, Entry> =
-        std::fs::read(&list).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+    let mut known = read(&list).unwrap_or_default();
     let key = files[0].0.clone();
-    if let Some(entry) = known.get(&key).filter(|entry| entry.files == files) {
+    let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if let Some(entry) = known.get(&key).filter(|entry| entry.files == files && is_hash(&entry.sha256)) {
         return Ok(Hashes { sha256: Some(entry.sha256.clone()), fingerprint });
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -65,6 +68,14 @@ pub(super) fn of(engine: &Engine) -> Result<Hashes> {
         let _ = std::fs::create_dir_all(folder).is_ok() && crate::files::write(&list, text.as_bytes()).is_ok();
     }
     Ok(Hashes { sha256, fingerprint })
+}
+
+/// The remembered hashes of a list that is a file of sane size.
+fn read(list: &Path) -> Option<BTreeMap<PathBuf, Entry>> {
+    let metadata = list.metadata().ok().filter(|metadata| metadata.is_file() && metadata.len() < MOST_BYTES)?;
+    let mut bytes = Vec::with_capacity(metadata.len() as usize);
+    std::fs::File::open(list).ok()?.take(MOST_BYTES).read_to_end(&mut bytes).ok()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 /// The file of remembered hashes, in the user's folder for caches; `None` if the user has none.

@@ -2,6 +2,7 @@
 //! failure, 2 for wrong usage and 130 for an interrupt.
 
 mod bench;
+mod card;
 mod concepts;
 mod doctor;
 mod eval;

@@ -344,11 +344,14 @@ fn plan(items: &[Item], each: usize, base: u64) -> Result<Vec<Planned<'_>>> {
         let problem = format!("{} prompts with {each} images each are more than {MAX_IMAGES} pictures", items.len());
         return Err(Error::invalid("images", problem).advise("give fewer"));
     }
-    let planned = |i: usize| {
+    let planned = |i: usize| -> Result<Planned> {
         let (item, image) = (&items[i / each], i % each);
-        Planned { item, seed: item.seed.map_or(base.wrapping_add(i as u64), |seed| seed.wrapping_add(image as u64)) }
+        let seed = item.seed.map_or(base.checked_add(i as u64), |seed| seed.checked_add(image as u64));
+        let too_large =
+            || Error::invalid("seed", "the last picture's seed would be too large").advise("give a smaller one");
+        Ok(Planned { item, seed: seed.ok_or_else(too_large)? })
     };
-    Ok((0..total).map(planned).collect())
+    (0..total).map(planned).collect()
 }
 
 /// Each item's prompt and negative prompt, encoded once for all of its images.

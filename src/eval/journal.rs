@@ -10,6 +10,9 @@ use std::hash::Hash;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+/// The file of a run's settings.
+const SETTINGS: &str = "settings.json";
+
 /// The settings of a run, of which all records of a folder have the same.
 pub(super) trait Settings: Serialize + DeserializeOwned {
     /// True if the records of both runs may be mixed, whatever batch or shard makes them.
@@ -27,7 +30,7 @@ impl<R: Serialize + DeserializeOwned> Journal<R> {
     /// Begins a journal in a folder, or continues that of the same settings.
     pub(super) fn open<S: Settings>(folder: &Path, settings: &S) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        let path = folder.join("settings.json");
+        let path = folder.join(SETTINGS);
         if !path.exists() {
             write_settings(folder, settings)?;
         } else if !read_settings::<S>(folder)?.same_run(settings) {
@@ -68,12 +71,12 @@ fn line(record: &impl Serialize) -> String {
 
 fn write_settings(folder: &Path, settings: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(settings).unwrap_or_default();
-    crate::files::write(&folder.join("settings.json"), text.as_bytes())
+    crate::files::write(&folder.join(SETTINGS), text.as_bytes())
 }
 
 /// Reads the settings of a folder.
 pub(super) fn read_settings<S: DeserializeOwned>(folder: &Path) -> Result<S> {
-    let path = folder.join("settings.json");
+    let path = folder.join(SETTINGS);
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
     serde_json::from_str(&text).map_err(|e| Error::damaged(&path, format!("not the settings of such a run: {e}")))
 }
@@ -93,6 +96,14 @@ pub(super) fn read_records<R: DeserializeOwned>(folder: &Path) -> Result<Vec<R>>
     whole.lines().enumerate().map(parse).collect()
 }
 
+/// Creates the folder of a merged run, which must not hold a run yet.
+pub(super) fn begin_merged(out: &Path) -> Result<()> {
+    if out.join(SETTINGS).exists() {
+        return Err(Error::mismatch(out, "holds a run already").advise("give another folder, or delete it"));
+    }
+    std::fs::create_dir_all(out).map_err(Error::io("create", out))
+}
+
 /// Merges the settings and records of the parts of a run, in `folders`, into the folder `out`. Records of the same key
 /// are one.
 pub(super) fn merge<S: Settings, R: Serialize + DeserializeOwned, K: Hash + Eq>(
@@ -104,7 +115,7 @@ pub(super) fn merge<S: Settings, R: Serialize + DeserializeOwned, K: Hash + Eq>(
         return Err(Error::invalid("folders", "nothing to merge").advise("give folders of evaluations"));
     };
     let settings: S = read_settings(first)?;
-    std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    begin_merged(out)?;
     let mut seen = HashSet::new();
     let mut lines = String::new();
     for folder in folders {

@@ -2,7 +2,7 @@
 
 use super::super::concepts::group;
 use super::super::progress::Progress;
-use super::super::{Place, interrupt_flag, model, say};
+use super::super::{Place, interrupt_flag, model, say, warn};
 use super::shard;
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
@@ -60,7 +60,7 @@ pub(super) struct Args {
     calibration: Option<PathBuf>,
     /// The label in the calibration's list that stands for a class, if it has other words: "a asian-race person=East
     /// Asian"; repeat for more
-    #[arg(long = "label", value_name = "CLASS=LABEL")]
+    #[arg(long = "label", value_name = "CLASS=LABEL", requires = "calibration")]
     labels: Vec<String>,
     /// First seed
     #[arg(long, default_value_t = 0)]
@@ -81,8 +81,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    measure(args)?;
-    report(&args.out)
+    if measure(args)? { report(&args.out) } else { Ok(()) }
 }
 
 /// Merges the folders of a sharded run, and reports the whole.
@@ -98,7 +97,8 @@ fn report(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn measure(args: &Args) -> Result<()> {
+/// False if there was nothing to measure.
+fn measure(args: &Args) -> Result<bool> {
     let shard = shard(args.shard.as_deref())?;
     let prompts = prompts(args)?;
     if args.images_per_prompt == 0 || args.batch == 0 || !args.weight.is_finite() {
@@ -143,6 +143,10 @@ fn measure(args: &Args) -> Result<()> {
     let mut run = Fairness::open(&args.out, settings.clone(), &groups, args.plain.as_deref())?;
     let cancelled = interrupt_flag();
     let (left, total) = run.left();
+    if total == 0 {
+        say("nothing to do: this part has no professions");
+        return Ok(false);
+    }
     let shown = Progress::new("judging", total as u64, "pictures");
     shown.set((total - left) as u64, "");
     let outcome = run.run(&engine, &mut judges, &groups, &mut |done| {
@@ -164,9 +168,9 @@ fn measure(args: &Args) -> Result<()> {
             if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
         shown.finish();
-        outcome?;
+        warn_of_labels(&outcome?, &settings);
     }
-    Ok(())
+    Ok(true)
 }
 
 /// The judges by their names, to which part of a hash is added if two have the same.
@@ -178,6 +182,18 @@ fn named(clips: &[Clip]) -> Vec<Judge> {
         Judge { name, fingerprint: clip.fingerprint().to_string() }
     };
     clips.iter().map(named).collect()
+}
+
+/// Warns if a judge is right less often than by guessing: then labels are likely to stand for other classes.
+fn warn_of_labels(calibration: &Calibration, settings: &Settings) {
+    for (judge, confusions) in settings.judges.iter().zip(&calibration.confusions) {
+        for (group, confusion) in settings.groups.iter().zip(confusions) {
+            if confusion.accuracy() < 1.0 / group.len() as f64 {
+                let (name, right, classes) = (&judge.name, 100.0 * confusion.accuracy(), group.join(", "));
+                warn(&format!("{name} is right about {classes} in only {right:.1} %: check the calibration's labels"));
+            }
+        }
+    }
 }
 
 /// The pictures of the calibration's list.
@@ -231,6 +247,10 @@ fn prompts(args: &Args) -> Result<Vec<(String, Vec<String>)>> {
             let text = std::fs::read_to_string(file).map_err(Error::io("read", file))?;
             let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
             let prompts: Vec<_> = lines.map(|line| (line.to_string(), vec![line.to_string()])).collect();
+            if !args.professions.is_empty() {
+                return Err(Error::invalid("professions", "the file of prompts replaces professions")
+                    .advise("give one of both"));
+            }
             if prompts.is_empty() {
                 return Err(Error::damaged(file, "holds no prompts").advise("write one per line"));
             }

@@ -24,7 +24,7 @@ pub(super) struct Args {
     /// Prompts: I2P's CSV, a list of adversarial prompts (CSV or JSON lines), or a prompt per line
     #[arg(long, required_unless_present = "images", value_name = "FILE")]
     prompts: Option<PathBuf>,
-    /// Judge the PNG pictures of this folder instead of making pictures; their prompts are those of --prompts in order,
+    /// Judge the pictures of this folder (PNG, JPEG, WebP) instead of making pictures; their prompts are those of --prompts in order,
     /// or those in their metadata
     #[arg(long, value_name = "FOLDER", conflicts_with_all = ["model", "concepts", "keep"])]
     images: Option<PathBuf>,

@@ -217,7 +217,7 @@ const BATCH: usize = 32;
 /// `woman` and `man`. Pictures without a label for a group are left out of that group.
 ///
 /// # Errors
-/// [`crate::ErrorKind::NotFound`], [`crate::ErrorKind::Damaged`] for a list that cannot be read, and
+/// [`crate::ErrorKind::NotFound`] for the list or a picture, [`crate::ErrorKind::Damaged`] for a list that cannot be read, and
 /// [`crate::ErrorKind::Invalid`] for a label that could stand for two classes of a group, or a class that is not known.
 pub fn read_labels(list: &Path, groups: &[Vec<String>], labels: &[(String, String)]) -> Result<Vec<Labelled>> {
     let known = |class: &str| groups.iter().flatten().any(|name| name == class);
@@ -253,7 +253,13 @@ pub fn read_labels(list: &Path, groups: &[Vec<String>], labels: &[(String, Strin
             }
         };
         let classes = groups.iter().map(class).collect::<Result<Vec<_>>>()?;
-        labelled.push(Labelled { file: folder.join(&row[place]), classes });
+        let file = folder.join(&row[place]);
+        if !file.is_file() {
+            let line = row.position().map_or(0, csv::Position::line);
+            return Err(Error::not_found(list, format!("line {line} names {}, which is no file", file.display()))
+                .advise("give paths from the list's own folder"));
+        }
+        labelled.push(Labelled { file, classes });
     }
     Ok(labelled)
 }
@@ -323,6 +329,10 @@ mod tests {
     fn labels_are_matched_to_classes() {
         let folder = tempfile::tempdir().unwrap();
         let list = folder.path().join("labels.csv");
+        std::fs::create_dir(folder.path().join("val")).unwrap();
+        for name in ["val/1.png", "b.png", "c.png", "a.png"] {
+            std::fs::write(folder.path().join(name), "").unwrap();
+        }
         std::fs::write(
             &list,
             "file,age,gender,race\nval/1.png,3-9,Male,East Asian\nb.png,20-29,Female,Black\nc.png,,,Indian\n",

@@ -42,7 +42,7 @@ pub struct Difference {
 /// Compares two runs, whose folders are given, for every judge and group of classes that both have.
 ///
 /// # Errors
-/// [`crate::ErrorKind::Mismatch`] if they have no judge, group or profession in common, and those of
+/// [`crate::ErrorKind::Mismatch`] if they have no judge, group or profession in common or want other shares, and those of
 /// [`super::Report::read`].
 pub fn compare(folders: [&Path; 2]) -> Result<Vec<Comparison>> {
     let runs = [read(folders[0])?, read(folders[1])?];
@@ -55,6 +55,11 @@ pub fn compare(folders: [&Path; 2]) -> Result<Vec<Comparison>> {
         let Some(j) = b.judges.iter().position(|other| other.fingerprint == judge.fingerprint) else { continue };
         for classes in Classes::all(a) {
             let Some(others) = Classes::all(b).into_iter().find(|other| other.names == classes.names) else { continue };
+            if others.shares.iter().zip(&classes.shares).any(|(a, b)| (a - b).abs() > 1e-9) {
+                let problem =
+                    format!("wants other shares of {} than {}", classes.names.join(", "), folders[0].display());
+                return Err(Error::mismatch(folders[1], problem).advise("compare runs that want the same"));
+            }
             let sides = [(&runs[0], i, &classes), (&runs[1], j, &others)];
             comparisons.push(Comparison {
                 judge: judge.name.clone(),
@@ -78,7 +83,9 @@ type Side<'a> = (&'a (Settings, Vec<Record>), usize, &'a Classes);
 fn difference(sides: [Side; 2], common: &[[usize; 2]], balanced: bool) -> Difference {
     let shares = &sides[0].2.shares;
     let mut counts = [0; 2].map(|_| vec![vec![0; shares.len()]; common.len()]);
-    let mut pictures: HashMap<(&str, u64), [Option<(usize, usize)>; 2]> = HashMap::new();
+    /// Place of the profession, and the class.
+    type Seen = (usize, usize);
+    let mut pictures: HashMap<(&str, u64), [Option<Seen>; 2]> = HashMap::new();
     let mut alignment = [0.0; 2];
     for (side, ((settings, records), judge, classes)) in sides.into_iter().enumerate() {
         let mut number = 0;

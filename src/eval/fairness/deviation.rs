@@ -175,6 +175,6 @@ mod tests {
             (side(0) - side(1)).abs()
         };
         let truth = (0..64).filter(|&mask| ratios(mask) >= ratios(0) - 1e-12).count() as f64 / 64.0;
-        assert!((paired_p(&[pairs.clone()], &even) - truth).abs() < 0.04, "{truth}");
+        assert!((paired_p(std::slice::from_ref(&pairs), &even) - truth).abs() < 0.04, "{truth}");
     }
 }

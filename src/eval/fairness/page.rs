@@ -50,6 +50,13 @@ pub(super) fn html(report: &Report, folder: &Path) -> Result<String> {
         settings.guidance,
         settings.weight
     );
+    if report.missing > 0 {
+        let _ = write!(
+            out,
+            "<p><strong>These figures are of a part: {} pictures are missing.</strong></p>",
+            report.missing
+        );
+    }
     for summary in &report.summaries {
         group(&mut out, summary, settings.judges.len() > 1);
     }
@@ -67,9 +74,9 @@ pub(super) fn html(report: &Report, folder: &Path) -> Result<String> {
     for (names, hashes) in settings.groups.iter().zip(&settings.concepts) {
         names.iter().zip(hashes).for_each(|(name, of)| hash(name, of));
     }
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "<tr><th>seeds<td>from {} on<tr><th>version<td>respodiff {}</table></html>\n",
+        "<tr><th>seeds<td>from {} on<tr><th>version<td>respodiff {}</table></html>",
         settings.seed,
         env!("CARGO_PKG_VERSION")
     );

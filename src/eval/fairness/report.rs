@@ -7,7 +7,7 @@ use super::page;
 use super::run::{Record, Settings};
 use crate::{Error, Result};
 use serde::Serialize;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +21,9 @@ pub struct Report {
     pub summaries: Vec<Summary>,
     /// The agreement of several judges, for each group.
     pub agreement: Vec<Agreement>,
+    /// The number of pictures that the settings ask for and the records lack: those of other shards, or all that is left
+    /// of an interrupted run.
+    pub missing: usize,
 }
 
 /// The result for one group by one judge.
@@ -159,7 +162,8 @@ impl Report {
         let several = settings.judges.len() > 1;
         let groups = all.iter().filter(|classes| several && classes.group.is_some());
         let agreement = groups.map(|classes| agreement(&settings, &records, classes)).collect();
-        Ok(Report { settings, summaries, agreement })
+        let missing = (2 * settings.images * settings.prompts.len()).saturating_sub(records.len());
+        Ok(Report { settings, summaries, agreement, missing })
     }
 
     /// Writes `report.json`, `report.csv` and `report.html` into the folder.
@@ -224,6 +228,9 @@ impl Report {
             let classes = classes.join(" | ");
             let _ = writeln!(out, "{classes}: the judges agree in {:.1} %, Fleiss' kappa {kappa:.3}", 100.0 * share);
         }
+        if self.missing > 0 {
+            let _ = writeln!(out, "these figures are of a part: {} pictures are missing", self.missing);
+        }
         out.trim_end().to_string()
     }
 }
@@ -235,7 +242,10 @@ pub(super) fn shown(Measure { value, interval: [low, high] }: Measure) -> String
 
 /// The settings and records of a folder, checked against each other.
 pub(super) fn read(folder: &Path) -> Result<(Settings, Vec<Record>)> {
-    let (settings, records): (Settings, Vec<Record>) = (read_settings(folder)?, read_records(folder)?);
+    let (settings, mut records): (Settings, Vec<Record>) = (read_settings(folder)?, read_records(folder)?);
+    // Two processes in one folder may have made the same picture.
+    let mut seen = HashSet::new();
+    records.retain(|record| seen.insert((record.balanced, record.profession, record.seed)));
     if records.is_empty() {
         return Err(Error::not_found(folder, "holds no records yet").advise("run the evaluation first"));
     }

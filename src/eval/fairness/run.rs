@@ -12,6 +12,9 @@ use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::path::Path;
 
+/// Largest number of pictures of a profession.
+const MOST_IMAGES: usize = 1_000_000;
+
 /// A CLIP that judges.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Judge {
@@ -75,8 +78,17 @@ impl Settings {
             |field, problem: &'static str, advice: &'static str| Err(Error::invalid(field, problem).advise(advice));
         let (part, parts) = self.shard;
         let seeds = self.prompts.len().checked_mul(self.images).and_then(|seeds| self.seed.checked_add(seeds as u64));
-        if self.images == 0 {
-            refused("images", "no pictures", "give 1 or more for each profession")
+        let twice = |names: Vec<&String>| names.iter().collect::<HashSet<_>>().len() < names.len();
+        if self.images == 0 || self.images > MOST_IMAGES {
+            refused("images", "no pictures, or more than a million", "give 1 to 1,000,000 for each profession")
+        } else if twice(self.prompts.iter().map(|(name, _)| name).collect()) {
+            refused("prompts", "a profession or prompt is there twice", "give each once")
+        } else if twice(self.groups.iter().flatten().collect()) {
+            refused("groups", "a class is there twice", "give each concept once")
+        } else if twice(self.judges.iter().map(|judge| &judge.fingerprint).collect()) {
+            refused("judges", "a judge is there twice", "give each once")
+        } else if !self.guidance.is_finite() {
+            refused("guidance", "not finite", "7.5 is usual")
         } else if self.prompts.is_empty() || self.prompts.iter().any(|(_, prompts)| prompts.is_empty()) {
             refused("prompts", "a profession without prompts, or no professions", "give one prompt or more for each")
         } else if part >= parts {
@@ -374,12 +386,14 @@ pub(super) mod tests {
             assert_eq!(settings.check(&[]).unwrap_err().subject(), &Subject::Field(field));
         };
         refused("images", |settings| settings.images = 0);
+        refused("images", |settings| settings.images = 1_000_001);
+        refused("guidance", |settings| settings.guidance = f32::NAN);
+        refused("prompts", |settings| settings.prompts[1].0 = settings.prompts[0].0.clone());
         refused("prompts", |settings| settings.prompts.clear());
         refused("prompts", |settings| settings.prompts[1].1.clear());
         refused("shard", |settings| settings.shard = (0, 0));
         refused("shard", |settings| settings.shard = (2, 2));
         refused("seed", |settings| settings.seed += 1);
-        refused("seed", |settings| settings.images = usize::MAX);
         refused("weight", |settings| settings.weight = f32::NAN);
         refused("groups", |settings| settings.groups = vec![vec!["a woman".into()]]);
     }

@@ -1,6 +1,7 @@
 //! Runs: pictures of a folder, or made on the fly, are judged, and each one's features are written at once.
 
 use super::super::clip::{Clip, cosine};
+use super::super::journal::begin_merged;
 use super::super::pictures;
 use super::captions::Caption;
 use super::fid::Moments;
@@ -117,7 +118,7 @@ impl Made {
     /// Of these captions by a checkpoint.
     ///
     /// # Errors
-    /// Those of [`Engine::fingerprint`].
+    /// [`crate::ErrorKind::Invalid`] for a guidance scale that is not finite, and those of [`Engine::fingerprint`].
     #[allow(clippy::too_many_arguments)]
     pub fn of(
         engine: &Engine,
@@ -128,6 +129,9 @@ impl Made {
         guidance: f32,
         seed: u64,
     ) -> Result<Self> {
+        if !guidance.is_finite() {
+            return Err(Error::invalid("guidance", format!("{guidance} is not finite")).advise("7.5 is usual"));
+        }
         let part = |caption: &Caption| format!("{:?} {}\n", caption.seed, caption.text);
         Ok(Made {
             pictures: captions.len(),
@@ -415,7 +419,7 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
         whole.pictures.merge(&part.pictures);
         whole.reference.merge(&part.reference);
     }
-    std::fs::create_dir_all(out).map_err(Error::io("create", out))?;
+    begin_merged(out)?;
     write_settings(out, &whole.settings)?;
     if whole.statistics.is_some() {
         crate::files::copy(&first.join(STATISTICS), &out.join(STATISTICS))?;

@@ -15,6 +15,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// Largest number of pictures of a prompt.
+const MOST_IMAGES: usize = 1_000_000;
+
 /// Everything that decides the pictures and their judgement. All records of a folder have the same settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
@@ -135,8 +138,8 @@ impl Settings {
         let images = self.making.as_ref().map_or(1, |making| making.images);
         if self.judges.is_empty() || self.judges.len() != judges {
             refused("judges", "no judges, or others than the settings name", "give one or more")
-        } else if images == 0 {
-            refused("images_per_prompt", "no pictures", "give 1 or more for each prompt")
+        } else if images == 0 || images > MOST_IMAGES {
+            refused("images_per_prompt", "no pictures, or more than a million", "give 1 to 1,000,000 for each prompt")
         } else if self.batch == 0 {
             refused("batch", "no pictures per batch", "give 1 or more")
         } else if self.items.is_empty() {
