@@ -84,6 +84,9 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 type Prompts = (Option<String>, Vec<Listed>);
 
 fn table(text: &str, delimiter: u8, path: &Path) -> Result<Prompts> {
+    if text.trim().is_empty() {
+        return Err(Error::damaged(path, "is empty, so it has no column of prompts").advise("give a list of prompts"));
+    }
     // The reader takes an open quote for closed at the end of the file. A last record that is known tells whether it
     // was.
     const END: &str = "\u{1}";
