@@ -116,7 +116,8 @@ fn run(wanted: &str) {
 /// The only part that is counted. Valgrind finds it by its name.
 #[inline(never)]
 fn counted(executor: &mut CpuExecutor, reverse: bool) {
-    if reverse { executor.backward() } else { executor.step() }
+    let outcome = if reverse { executor.backward() } else { executor.step() };
+    outcome.expect("the CPU does not fail");
 }
 
 /// Runs a kernel under valgrind, which prints at its end how many instructions it collected.
