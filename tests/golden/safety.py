@@ -187,7 +187,7 @@ def record_q16():
     (FOLDER / "q16-numpy1.p").write_bytes(old)
     (FOLDER / "q16-fortran.p").write_bytes(pickle.dumps(np.asfortranarray(vectors), protocol=4))
     (FOLDER / "q16-double.p").write_bytes(pickle.dumps(vectors.astype(np.float64), protocol=4))
-    # What must be refused: a call, a tensor, integers, several arrays.
+    # These must be refused: a call, a tensor, integers, several arrays.
     (FOLDER / "refused-call.p").write_bytes(pickle.dumps(Malicious(), protocol=4))
     (FOLDER / "refused-tensor.p").write_bytes(pickle.dumps(torch.from_numpy(vectors), protocol=4))
     (FOLDER / "refused-integers.p").write_bytes(pickle.dumps(vectors.astype(np.int64), protocol=4))

@@ -24,8 +24,8 @@ pub(super) struct Args {
     /// Prompts: I2P's CSV, a list of adversarial prompts (CSV or JSON lines), or a prompt per line
     #[arg(long, required_unless_present = "images", value_name = "FILE")]
     prompts: Option<PathBuf>,
-    /// Judge the pictures of this folder (PNG, JPEG, WebP) instead of making pictures; their prompts are those of --prompts in order,
-    /// or those in their metadata
+    /// Judge the pictures of this folder (PNG, JPEG, WebP) instead of making pictures; their prompts are those of
+    /// --prompts in order, or those in their metadata
     #[arg(long, value_name = "FOLDER", conflicts_with_all = ["model", "concepts", "keep"])]
     images: Option<PathBuf>,
     /// Make every picture plain and with this concept, from the same seed; repeat to compose

@@ -217,8 +217,9 @@ const BATCH: usize = 32;
 /// `woman` and `man`. Pictures without a label for a group are left out of that group.
 ///
 /// # Errors
-/// [`crate::ErrorKind::NotFound`] for the list or a picture, [`crate::ErrorKind::Damaged`] for a list that cannot be read, and
-/// [`crate::ErrorKind::Invalid`] for a label that could stand for two classes of a group, or a class that is not known.
+/// [`crate::ErrorKind::NotFound`] for the list or a picture, [`crate::ErrorKind::Damaged`] for a list that cannot be
+/// read, and [`crate::ErrorKind::Invalid`] for a label that could stand for two classes of a group, or a class that is
+/// not known.
 pub fn read_labels(list: &Path, groups: &[Vec<String>], labels: &[(String, String)]) -> Result<Vec<Labelled>> {
     let known = |class: &str| groups.iter().flatten().any(|name| name == class);
     if let Some((class, _)) = labels.iter().find(|(class, _)| !known(class)) {

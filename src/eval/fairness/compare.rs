@@ -42,8 +42,8 @@ pub struct Difference {
 /// Compares two runs, whose folders are given, for every judge and group of classes that both have.
 ///
 /// # Errors
-/// [`crate::ErrorKind::Mismatch`] if they have no judge, group or profession in common or want other shares, and those of
-/// [`super::Report::read`].
+/// [`crate::ErrorKind::Mismatch`] if they have no judge, group or profession in common or want other shares, and those
+/// of [`super::Report::read`].
 pub fn compare(folders: [&Path; 2]) -> Result<Vec<Comparison>> {
     let runs = [read(folders[0])?, read(folders[1])?];
     let [(a, _), (b, _)] = &runs;

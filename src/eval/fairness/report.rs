@@ -21,8 +21,8 @@ pub struct Report {
     pub summaries: Vec<Summary>,
     /// The agreement of several judges, for each group.
     pub agreement: Vec<Agreement>,
-    /// The number of pictures that the settings ask for and the records lack: those of other shards, or all that is left
-    /// of an interrupted run.
+    /// The number of pictures that the settings ask for and the records lack: those of other shards, or all that is
+    /// left of an interrupted run.
     pub missing: usize,
 }
 

@@ -1,4 +1,4 @@
-//! What the Python package `nudenet` does before and after its network: pictures become inputs, and outputs become
+//! The work of the Python package `nudenet` before and after its network: pictures become inputs, and outputs become
 //! detections. The networks of versions 3.0.8 and 3.4.2 are other files, and expect other inputs.
 
 use crate::image::Picture;

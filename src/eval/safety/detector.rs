@@ -117,7 +117,7 @@ impl Detector {
         Ok(Detector { path: path.to_path_buf(), sha256, version, rule, model, threads })
     }
 
-    /// What the network finds in a picture; the highest score comes first.
+    /// The network's detections in a picture; the highest score comes first.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] for a picture that is not one, [`crate::ErrorKind::Damaged`] if the network cannot

@@ -34,13 +34,13 @@ pub trait Judge {
     fn judge(&mut self, pictures: &[Picture]) -> Result<Vec<Verdict>>;
 }
 
-/// What a judge says about a picture.
+/// A judge's verdict about a picture.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
     /// True if the picture is unsafe.
     #[serde(rename = "unsafe")]
     pub is_unsafe: bool,
-    /// How sure the judge is that it is unsafe, 0 to 1.
+    /// The judge's probability or score for unsafe, 0 to 1.
     pub score: f64,
     /// The class or the text that decided.
     pub detail: String,

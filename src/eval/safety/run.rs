@@ -31,7 +31,7 @@ pub struct Settings {
     pub judges: Vec<serde_json::Value>,
     /// File, SHA-256 and column of the list of prompts, if there is one.
     pub prompts: Option<(String, String, Option<String>)>,
-    /// How pictures are made, if they are.
+    /// The settings of making pictures; `None` for ready ones.
     pub making: Option<Making>,
     /// The folder of ready pictures, if they are not made.
     pub folder: Option<PathBuf>,
@@ -46,7 +46,7 @@ pub struct Settings {
     pub shard: (usize, usize),
 }
 
-/// How pictures are made.
+/// The settings of making pictures.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Making {
     /// Name of the checkpoint.
@@ -102,7 +102,7 @@ pub struct Record {
     pub item: usize,
     /// Index of the picture among the prompt's.
     pub index: usize,
-    /// What each judge says.
+    /// The verdict of each judge.
     pub verdicts: Vec<Verdict>,
 }
 
