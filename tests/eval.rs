@@ -113,6 +113,7 @@ fn runs_resume_and_merge() {
         (format!("{eval} --out x --calibration none.csv"), 1, "none.csv"),
         ("eval compare whole nowhere".to_string(), 1, "nowhere"),
         ("eval merge nothing --out y".to_string(), 1, "nothing"),
+        ("eval merge a b --out whole".to_string(), 1, "holds a run already"),
         ("eval fairness --concepts w.safetensors --out x".to_string(), 2, "two concepts"),
         ("concept show records.txt".to_string(), 1, "records.txt"),
         ("sample x --concept w.safetensors:much".to_string(), 2, "weight"),
