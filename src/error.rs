@@ -108,6 +108,15 @@ impl Error {
         self
     }
 
+    /// The same error about the field that a caller knows; errors about files and the like are left alone.
+    #[cfg(feature = "cli")]
+    pub(crate) fn of_field(mut self, field: &'static str) -> Self {
+        if matches!(self.0.subject, Subject::Field(_)) {
+            self.0.subject = Subject::Field(field);
+        }
+        self
+    }
+
     /// The kind of failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind

@@ -234,7 +234,7 @@ fn message(error: &Error) -> String {
     let flag = match *field {
         "prompt" => "the prompt".into(),
         "command" => "man".into(),
-        "model" => "--model".into(),
+        flag if flag.starts_with("--") => flag.into(),
         "sampler" => "--scheduler".into(),
         "concepts" => "--concept".into(),
         "init" | "target_guidance" | "rollout_guidance" | "rollout_steps" | "timestep_offset" | "recipe" => {

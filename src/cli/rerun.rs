@@ -37,6 +37,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let info = read(path)?;
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let again = args.out.clone().unwrap_or_else(|| path.with_file_name(format!("{stem}-again.png")));
+    if again.as_os_str() == "-" {
+        return Err(Error::invalid("out", "the picture made again goes to a file").advise("give a file's name"));
+    }
+    if again.is_dir() || again.as_os_str().to_string_lossy().ends_with('/') {
+        return Err(Error::invalid("out", format!("{} is a folder", again.display())).advise("give a file's name"));
+    }
     check_writable(&again)?;
     let engine = open(args, &info)?;
     let mut image = Image::new(info.prompt.as_str()).seed(info.seed).guidance(info.guidance);

@@ -67,6 +67,11 @@ fn checkpoints_are_found_and_other_formats_written() {
     let output = respodiff(folder.path(), &["rerun", "x.png"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("--model"), "{}", text(&output.stderr));
+    for out in ["-", "new/", "."] {
+        let output = respodiff(folder.path(), &["rerun", "x.png", "--model", golden, "-o", out]);
+        assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("--out"), "{}", text(&output.stderr));
+    }
     let output = respodiff(folder.path(), &["rerun", "x.png", "--model", golden, "-o", "y.jpg"]);
     assert!(text(&output.stderr).contains("the same picture"), "{}", text(&output.stderr));
     assert!(std::fs::read(folder.path().join("y.jpg")).unwrap().starts_with(b"\xff\xd8\xff"));

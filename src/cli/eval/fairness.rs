@@ -3,7 +3,7 @@
 use super::super::concepts::group;
 use super::super::progress::Progress;
 use super::super::{Place, interrupt_flag, model, say, warn};
-use super::shard;
+use super::{clip_source, shard};
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
@@ -101,21 +101,27 @@ fn report(folder: &Path) -> Result<()> {
 fn measure(args: &Args) -> Result<bool> {
     let shard = shard(args.shard.as_deref())?;
     let prompts = prompts(args)?;
-    if args.images_per_prompt == 0 || args.batch == 0 || !args.weight.is_finite() {
-        return Err(Error::invalid(
-            "images_per_prompt",
-            "--images-per-prompt and --batch start at 1, and --weight is a number",
-        ));
+    if args.images_per_prompt == 0 {
+        return Err(
+            Error::invalid("images_per_prompt", "there are no pictures of 0 per profession").advise("give 1 or more")
+        );
+    }
+    if args.batch == 0 {
+        return Err(Error::invalid("batch", "a batch of 0 holds no pictures").advise("give 1 or more"));
+    }
+    if !args.weight.is_finite() {
+        return Err(Error::invalid("weight", format!("{} is not a finite number", args.weight)));
     }
     let sources = match (&args.clip[..], &args.model) {
         ([], None) => vec![Source::demo_clip()],
         ([], Some(_)) => vec![model::source(Some(DEFAULT_CLIP))?],
-        (clips, _) => clips.iter().map(|clip| model::source(Some(clip))).collect::<Result<_>>()?,
+        (clips, _) => clips.iter().map(|clip| clip_source(clip)).collect::<Result<_>>()?,
     };
     let device = args.device.open()?;
     let mut judges = sources.iter().map(|source| Clip::load(source, &device)).collect::<Result<Vec<_>>>()?;
     let engine = Engine::open(&model::source(args.model.as_deref())?, &device)?;
-    let groups = args.concepts.iter().map(|text| group(text, &engine)).collect::<Result<Vec<_>>>()?;
+    let groups = args.concepts.iter().map(|text| group(text, &engine).map_err(|e| e.of_field("--concepts")));
+    let groups = groups.collect::<Result<Vec<_>>>()?;
     let choice: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
     let own = engine.schedule(choice, args.steps)?.sampler;
     let settings = Settings {
@@ -199,13 +205,13 @@ fn warn_of_labels(calibration: &Calibration, settings: &Settings) {
 /// The pictures of the calibration's list.
 fn labelled(args: &Args, list: &Path, settings: &Settings) -> Result<Vec<Labelled>> {
     let pair = |text: &String| -> Result<(String, String)> {
-        let (class, label) = text.split_once('=').ok_or_else(|| {
-            Error::invalid("labels", format!("--label {text}: write CLASS=LABEL, such as \"woman=Female\""))
-        })?;
+        let (class, label) = text
+            .split_once('=')
+            .ok_or_else(|| Error::invalid("label", format!("{text}: write CLASS=LABEL, such as \"woman=Female\"")))?;
         Ok((class.to_string(), label.to_string()))
     };
     let labels = args.labels.iter().map(pair).collect::<Result<Vec<_>>>()?;
-    fairness::read_labels(list, &settings.groups, &labels)
+    fairness::read_labels(list, &settings.groups, &labels).map_err(|e| e.of_field("label"))
 }
 
 /// The command line of this process, with quotes around what a shell would split.

@@ -4,7 +4,9 @@ mod fairness;
 mod quality;
 mod safety;
 
+use super::model;
 use crate::eval::quality::holds;
+use crate::weights::Source;
 use crate::{Error, Result};
 use std::path::PathBuf;
 
@@ -57,11 +59,16 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
 }
 
+/// The CLIP of `--clip`.
+fn clip_source(text: &str) -> Result<Source> {
+    model::source(Some(text)).map_err(|error| error.of_field("clip"))
+}
+
 /// The part and the number of parts of `--shard i/n`.
 fn shard(text: Option<&str>) -> Result<(usize, usize)> {
     let Some(text) = text else { return Ok((0, 1)) };
     let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-    parsed.filter(|&(i, n): &(usize, usize)| i < n).ok_or_else(|| {
-        Error::invalid("shard", format!("--shard {text}: write i/n with i from 0 to n - 1, such as 3/8"))
-    })
+    parsed
+        .filter(|&(i, n): &(usize, usize)| i < n)
+        .ok_or_else(|| Error::invalid("shard", format!("{text}: write i/n with i from 0 to n - 1, such as 3/8")))
 }

@@ -3,7 +3,7 @@
 use super::super::concepts;
 use super::super::progress::Progress;
 use super::super::{Place, interrupt_flag, model, say};
-use super::shard;
+use super::{clip_source, shard};
 use crate::concept::Concept;
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
@@ -110,8 +110,11 @@ fn measure(args: &Args) -> Result<Run> {
     if args.inception.is_none() && args.clip.is_none() {
         return Err(Error::invalid("inception", "neither --inception nor --clip is given, so nothing can be measured"));
     }
-    if args.batch == 0 || args.count == Some(0) {
-        return Err(Error::invalid("batch", "--batch and --count start at 1"));
+    if args.batch == 0 {
+        return Err(Error::invalid("batch", "a batch of 0 holds no pictures").advise("give 1 or more"));
+    }
+    if args.count == Some(0) {
+        return Err(Error::invalid("count", "0 pictures cannot be measured").advise("give 1 or more"));
     }
     // Everything that can be wrong with the files is found before the work begins.
     let is_statistics = |path: &&PathBuf| path.extension().is_some_and(|extension| extension == "npz");
@@ -133,7 +136,7 @@ fn measure(args: &Args) -> Result<Run> {
         Some(folder) => ready(folder, args.prompts.as_deref())?,
         None => made(args, &device)?,
     };
-    let clip = args.clip.as_deref().map(|clip| Clip::load(&model::source(Some(clip))?, &device)).transpose()?;
+    let clip = args.clip.as_deref().map(|clip| Clip::load(&clip_source(clip)?, &device)).transpose()?;
     let mut judges = Judges { inception: args.inception.as_deref().map(Inception::load).transpose()?, clip };
     let settings = Settings::new(&judges, origin, reference);
     let mut run = Run::open(args.out.as_deref(), settings, statistics.map(PathBuf::as_path), shard)?;

@@ -3,7 +3,7 @@
 use super::super::concepts::{self, Used};
 use super::super::progress::Progress;
 use super::super::{Place, interrupt_flag, model, say, tell};
-use super::shard;
+use super::{clip_source, shard};
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
@@ -237,7 +237,7 @@ fn judges(args: &Args, device: &Device) -> Result<Vec<Box<dyn Judge>>> {
         let demo = args.model.is_none() && args.images.is_none() && args.q16.is_none();
         let source = match &args.clip {
             None if demo => Source::demo_clip(),
-            clip => model::source(Some(clip.as_deref().unwrap_or(DEFAULT_CLIP)))?,
+            clip => clip_source(clip.as_deref().unwrap_or(DEFAULT_CLIP))?,
         };
         Clip::load(&source, device)
     };
