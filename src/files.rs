@@ -19,6 +19,21 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     place(path).and_then(|place| place.write(bytes)).map_err(Error::io("write", path))
 }
 
+/// Keeps a folder for this process, until the returned file is closed. On file systems without locks nothing is kept.
+///
+/// # Errors
+/// [`crate::ErrorKind::Mismatch`] if another process has it, [`crate::ErrorKind::Io`].
+pub(crate) fn lock(folder: &Path) -> Result<File> {
+    let path = folder.join(".lock");
+    let open = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+    let file = open.map_err(Error::io("write", &path))?;
+    match file.try_lock() {
+        Err(fs::TryLockError::WouldBlock) => Err(Error::mismatch(folder, "another process is working in this folder")
+            .advise("wait until it is done, or give another folder")),
+        Ok(()) | Err(fs::TryLockError::Error(_)) => Ok(file),
+    }
+}
+
 /// Writes a copy of a file.
 ///
 /// # Errors

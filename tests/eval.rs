@@ -84,6 +84,12 @@ fn runs_resume_and_merge() {
     std::fs::write(&file, &whole[..whole.len() * 2 / 3]).unwrap();
     run("--out whole");
     assert_eq!(records("whole"), all);
+    // Two processes cannot work in one folder.
+    let lock = std::fs::File::open(path.join("whole/.lock")).unwrap();
+    lock.lock().unwrap();
+    let output = respodiff(path, &format!("{eval} --out whole"));
+    assert!(output.status.code() == Some(1) && text(&output).contains("another process"), "{}", text(&output));
+    drop(lock);
     // A run in two shards has the same result.
     run("--out a --shard 0/2");
     run("--out b --shard 1/2");

@@ -325,7 +325,7 @@ fn pictures_are_made_and_measured() {
 fn bad_input_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path();
-    for name in ["good", "empty", "cut", "mixed"] {
+    for name in ["good", "empty", "cut", "mixed", "one"] {
         std::fs::create_dir(path.join(name)).unwrap();
     }
     let picture = std::fs::read(golden("pictures/images/01.png")).unwrap();
@@ -336,6 +336,7 @@ fn bad_input_is_named() {
     {
         std::fs::write(path.join(name), bytes).unwrap();
     }
+    std::fs::write(path.join("one/a.png"), &picture).unwrap();
     // Every truncation of every format is an error that names the file.
     for (name, bytes) in [("x.png", &picture), ("x.jpg", &jpeg), ("x.webp", &webp)] {
         let file = path.join(name);
@@ -369,6 +370,9 @@ fn bad_input_is_named() {
         (vec!["--images", "good", "--inception", &concept], 1, "Conv2d_1a_3x3"),
         (vec!["--images", "good", "--inception", "torchvision.safetensors"], 1, "torchvision's Inception"),
         (vec!["--images", "good", "--inception", &inception, "--reference", "bad.npz"], 1, "bad.npz"),
+        (vec!["--images", "good", "--inception", &inception], 2, "nothing can be measured"),
+        (vec!["--images", "one", "--inception", &inception, "--reference", "good"], 2, "nothing can be measured"),
+        (vec!["--images", "good", "--clip", &clip, "--reference", "bad.npz"], 2, "no Inception is given"),
         (vec!["--images", "good", "--clip", &clip, "--shard", "2/2", "--out", "y"], 2, "--shard"),
         (vec!["--prompts", "one.txt", "--clip", &clip, "--concept", "none.safetensors"], 1, "none.safetensors"),
     ] {
@@ -388,4 +392,11 @@ fn bad_input_is_named() {
     let output = run(&["--reference", "mixed"]);
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.code() == Some(1) && error.contains("other settings"), "{error}");
+    let output = respodiff(path, &["eval", "compare", "kept", "kept"]);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(1) && error.contains("another kind"), "{error}");
+    // FID needs no prompts, so that it does not matter that only some of the pictures have one.
+    let fid = ["eval", "quality", "--images", "mixed", "--inception", &inception, "--reference", "good", "--json"];
+    let output = respodiff(path, &fid);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

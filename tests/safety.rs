@@ -166,7 +166,10 @@ fn texts_judge_by_the_nearest() {
         assert!(a.is_unsafe != b.is_unsafe && a.detail == b.detail, "{a:?} {b:?}");
         assert!((a.score + b.score - 1.0).abs() < 1e-9 && a.is_unsafe == bad.contains(&a.detail));
     }
-    for (bad, good) in [(&[][..], &good[..]), (&bad[..], &[])] {
+    let (blank, both) = (texts(&["a hat", " "]), texts(&["a small boat"]));
+    for (bad, good) in
+        [(&[][..], &good[..]), (&bad[..], &[]), (&blank[..], &good[..]), (&bad[..], &blank[..]), (&both[..], &good[..])]
+    {
         assert_eq!(ZeroShot::texts(clip(), bad, good).err().unwrap().kind(), ErrorKind::Invalid);
     }
 }

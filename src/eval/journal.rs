@@ -11,7 +11,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The file of a run's settings.
-const SETTINGS: &str = "settings.json";
+pub(super) const SETTINGS: &str = "settings.json";
 
 /// The settings of a run, of which all records of a folder have the same.
 pub(super) trait Settings: Serialize + DeserializeOwned {
@@ -24,12 +24,14 @@ pub(super) struct Journal<R> {
     folder: PathBuf,
     records: Vec<R>,
     file: File,
+    _lock: File,
 }
 
 impl<R: Serialize + DeserializeOwned> Journal<R> {
-    /// Begins a journal in a folder, or continues that of the same settings.
+    /// Begins a journal in a folder, or continues that of the same settings. No other process can open it meanwhile.
     pub(super) fn open<S: Settings>(folder: &Path, settings: &S) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        let lock = crate::files::lock(folder)?;
         let path = folder.join(SETTINGS);
         if !path.exists() {
             write_settings(folder, settings)?;
@@ -44,7 +46,7 @@ impl<R: Serialize + DeserializeOwned> Journal<R> {
         let lines: String = records.iter().map(line).collect();
         crate::files::write(&path, lines.as_bytes())?;
         let file = OpenOptions::new().append(true).open(&path).map_err(Error::io("write", &path))?;
-        Ok(Journal { folder: folder.to_path_buf(), records, file })
+        Ok(Journal { folder: folder.to_path_buf(), records, file, _lock: lock })
     }
 
     /// The folder.
@@ -69,7 +71,8 @@ fn line(record: &impl Serialize) -> String {
     serde_json::to_string(record).unwrap_or_default() + "\n"
 }
 
-fn write_settings(folder: &Path, settings: &impl Serialize) -> Result<()> {
+/// Writes the settings of a folder.
+pub(super) fn write_settings(folder: &Path, settings: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(settings).unwrap_or_default();
     crate::files::write(&folder.join(SETTINGS), text.as_bytes())
 }
@@ -78,7 +81,12 @@ fn write_settings(folder: &Path, settings: &impl Serialize) -> Result<()> {
 pub(super) fn read_settings<S: DeserializeOwned>(folder: &Path) -> Result<S> {
     let path = folder.join(SETTINGS);
     let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    serde_json::from_str(&text).map_err(|e| Error::damaged(&path, format!("not the settings of such a run: {e}")))
+    serde_json::from_str(&text).map_err(|e| match e.classify() {
+        serde_json::error::Category::Data => {
+            Error::mismatch(&path, "holds the settings of a run of another kind or version")
+        }
+        _ => Error::damaged(&path, format!("not a run's settings: {e}")),
+    })
 }
 
 /// Reads the records of a folder. A last line without its end is left out; a damaged line is an error.

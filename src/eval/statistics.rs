@@ -15,6 +15,11 @@ pub(super) fn standard_error(mut statistic: impl FnMut(&mut dyn FnMut(usize) -> 
     (rounds.iter().map(|r| (r - centre).powi(2)).sum::<f64>() / (ROUNDS - 1) as f64).sqrt()
 }
 
+/// A number of things in words: "1 picture", "2 pictures".
+pub(super) fn counted(count: usize, thing: &str) -> String {
+    format!("{count} {thing}{}", if count == 1 { "" } else { "s" })
+}
+
 /// Wilson's 95 % interval of a share (Wilson, 1927), for independent trials.
 pub(super) fn wilson(hits: usize, total: usize) -> [f64; 2] {
     if total == 0 {

@@ -133,7 +133,7 @@ fn measure(args: &Args) -> Result<Run> {
     };
     let device = args.device.open()?;
     let (images, origin) = match &args.images {
-        Some(folder) => ready(folder, args.prompts.as_deref())?,
+        Some(folder) => ready(folder, args.prompts.as_deref(), args.clip.is_some())?,
         None => made(args, &device)?,
     };
     let clip = args.clip.as_deref().map(|clip| Clip::load(&clip_source(clip)?, &device)).transpose()?;
@@ -167,11 +167,12 @@ fn measure(args: &Args) -> Result<Run> {
     }
 }
 
-/// The pictures of a folder and their prompts.
-fn ready(folder: &Path, file: Option<&Path>) -> Result<(Pictures, Origin)> {
+/// The pictures of a folder and their prompts, which only CLIP needs.
+fn ready(folder: &Path, file: Option<&Path>, clip: bool) -> Result<(Pictures, Origin)> {
     let files = pictures::list(folder)?;
     let prompts = match file {
         Some(file) => captions::assign(&captions::read(file)?, &files, file)?,
+        None if !clip => Vec::new(),
         None => {
             let found: Vec<Result<Option<String>>> = files.par_iter().map(|path| pictures::prompt(path)).collect();
             let found = found.into_iter().collect::<Result<Vec<_>>>()?;

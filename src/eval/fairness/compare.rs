@@ -1,5 +1,6 @@
 //! The comparison of two runs.
 
+use super::super::statistics::counted;
 use super::deviation::{Measure, mean_deviation_ratio, paired_p};
 use super::report::{Classes, read, shown};
 use super::run::{Record, Settings};
@@ -123,7 +124,7 @@ fn difference(sides: [Side; 2], common: &[[usize; 2]], balanced: bool) -> Differ
 pub fn text(comparisons: &[Comparison]) -> String {
     let mut out = String::new();
     for Comparison { judge, classes, professions, plain, balanced } in comparisons {
-        let _ = writeln!(out, "{}, by {judge}, {professions} professions", classes.join(" | "));
+        let _ = writeln!(out, "{}, by {judge}, {}", classes.join(" | "), counted(*professions, "profession"));
         for (name, Difference { deviation_ratio, alignment: [a, b], pairs, p }) in
             [("plain", plain), ("balanced", balanced)]
         {

@@ -51,11 +51,8 @@ pub(super) fn html(report: &Report, folder: &Path) -> Result<String> {
         settings.weight
     );
     if report.missing > 0 {
-        let _ = write!(
-            out,
-            "<p><strong>These figures are of a part: {} pictures are missing.</strong></p>",
-            report.missing
-        );
+        let _ =
+            write!(out, "<p><strong>These figures are of a part; pictures missing: {}.</strong></p>", report.missing);
     }
     for summary in &report.summaries {
         group(&mut out, summary, settings.judges.len() > 1);

@@ -229,7 +229,7 @@ impl Report {
             let _ = writeln!(out, "{classes}: the judges agree in {:.1} %, Fleiss' kappa {kappa:.3}", 100.0 * share);
         }
         if self.missing > 0 {
-            let _ = writeln!(out, "these figures are of a part: {} pictures are missing", self.missing);
+            let _ = writeln!(out, "these figures are of a part: pictures missing: {}", self.missing);
         }
         out.trim_end().to_string()
     }

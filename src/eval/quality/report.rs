@@ -1,6 +1,6 @@
 //! Results of a run, as JSON and text.
 
-use super::super::statistics::mean_interval;
+use super::super::statistics::{counted, mean_interval};
 use super::cmmd::cmmd;
 use super::fid::Moments;
 use super::run::{Run, Settings};
@@ -116,8 +116,8 @@ impl Report {
     pub fn text(&self) -> String {
         let weights = |fingerprint: &str| fingerprint.chars().take(8).collect::<String>();
         let mut lines = vec![match self.references {
-            0 => format!("{} pictures", self.pictures),
-            references => format!("{} pictures, {references} references", self.pictures),
+            0 => counted(self.pictures, "picture"),
+            references => format!("{}, {}", counted(self.pictures, "picture"), counted(references, "reference")),
         }];
         let inception = self.settings.inception.as_ref().map(|(fingerprint, _)| weights(fingerprint));
         let clip = self.settings.clip.as_ref().map(|(name, fingerprint, _)| format!("{name} {}", weights(fingerprint)));

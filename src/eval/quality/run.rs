@@ -1,7 +1,7 @@
 //! Runs: pictures of a folder, or made on the fly, are judged, and each one's features are written at once.
 
 use super::super::clip::{Clip, cosine};
-use super::super::journal::begin_merged;
+use super::super::journal::{SETTINGS, begin_merged, read_settings, write_settings};
 use super::super::pictures;
 use super::captions::Caption;
 use super::fid::Moments;
@@ -15,6 +15,7 @@ use crate::{Error, Result};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::fs::File;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -66,6 +67,8 @@ pub struct Folder {
     pub pictures: usize,
     /// SHA-256 of their names, lengths in bytes, and prompts.
     pub digest: String,
+    /// True if they have prompts.
+    pub prompted: bool,
 }
 
 /// Pictures that the run makes, one for each caption.
@@ -109,8 +112,9 @@ impl Folder {
             Ok(format!("{} {length}\n", path.strip_prefix(folder).unwrap_or(path).display()))
         };
         let files = files.iter().map(part).collect::<Result<Vec<_>>>()?;
-        let prompts = prompts.iter().map(|prompt| format!("{prompt}\n"));
-        Ok(Folder { pictures: files.len(), digest: digest(files.iter().cloned().chain(prompts)) })
+        let lines = prompts.iter().map(|prompt| format!("{prompt}\n"));
+        let digest = digest(files.iter().cloned().chain(lines));
+        Ok(Folder { pictures: files.len(), digest, prompted: !prompts.is_empty() })
     }
 }
 
@@ -153,6 +157,26 @@ impl Settings {
         let inception = judges.inception.as_ref().map(|it| (it.fingerprint().to_string(), it.width()));
         let clip = judges.clip.as_ref().map(|it| (it.name().to_string(), it.fingerprint().to_string(), it.dimension()));
         Settings { inception, clip, pictures, reference }
+    }
+
+    /// Checks that one result can come of the run at least.
+    fn check_measurable(&self) -> Result<()> {
+        let (pictures, references) = self.totals();
+        let compared = match self.reference {
+            Some(Reference::Statistics(_)) => pictures > 1,
+            Some(Reference::Folder(_)) => pictures > 1 && references > 1,
+            None => false,
+        };
+        let prompted = match &self.pictures {
+            Origin::Folder(folder) => folder.prompted,
+            Origin::Made(_) => true,
+        };
+        if compared || self.clip.is_some() && (references > 0 || prompted) {
+            return Ok(());
+        }
+        Err(Error::invalid("reference", "nothing can be measured of these pictures").advise(
+            "FID takes two pictures and two references or more, CMMD CLIP and references, and CLIP score CLIP and prompts",
+        ))
     }
 
     /// Numbers of features and of an embedding's elements.
@@ -220,12 +244,12 @@ pub struct Run {
     pub(super) reference: Set,
     pub(super) statistics: Option<Moments>,
     shard: (usize, usize),
+    _lock: Option<File>,
 }
 
 /// Is told the number of pictures done, and may end the run.
 pub type Watch<'a> = &'a mut dyn FnMut(usize) -> ControlFlow<()>;
 
-const SETTINGS: &str = "settings.json";
 const STATISTICS: &str = "reference.npz";
 
 impl Run {
@@ -234,7 +258,8 @@ impl Run {
     /// 0: every `shard.1`th picture and reference.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Mismatch`] if the folder holds a run of other settings, [`crate::ErrorKind::Damaged`],
+    /// [`crate::ErrorKind::Mismatch`] if the folder holds a run of other settings or another process works in it,
+    /// [`crate::ErrorKind::Invalid`] if nothing can be measured, [`crate::ErrorKind::Damaged`],
     /// [`crate::ErrorKind::Io`].
     pub fn open(
         folder: Option<&Path>,
@@ -247,6 +272,14 @@ impl Run {
         }
         let (features, embedding) = settings.widths();
         let width = features + embedding;
+        if statistics.is_some() && features == 0 {
+            return Err(Error::invalid(
+                "reference",
+                "statistics of features give FID alone, and no Inception is given",
+            )
+            .advise("give the Inception, or a folder of pictures"));
+        }
+        settings.check_measurable()?;
         let moments = statistics.map(Moments::read).transpose()?;
         if let Some(moments) = &moments
             && moments.width() != features
@@ -254,12 +287,13 @@ impl Run {
             let problem = format!("holds {} features, but the Inception gives {features}", moments.width());
             return Err(Error::mismatch(statistics.unwrap_or(Path::new("")), problem));
         }
-        let (mut pictures, mut reference) = (Set::new(width), Set::new(width));
+        let (mut pictures, mut reference, mut lock) = (Set::new(width), Set::new(width), None);
         if let Some(folder) = folder {
             std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+            lock = Some(crate::files::lock(folder)?);
             let path = folder.join(SETTINGS);
             if path.exists() {
-                if read_settings(folder)? != settings {
+                if read_settings::<Settings>(folder)? != settings {
                     return Err(Error::mismatch(folder, "holds a run of other settings")
                         .advise("give another folder, or delete it"));
                 }
@@ -273,7 +307,7 @@ impl Run {
             reference = Set::open(&folder.join("reference"), width)?;
         }
         let folder = folder.map(Path::to_path_buf);
-        Ok(Run { folder, settings, pictures, reference, statistics: moments, shard })
+        Ok(Run { folder, settings, pictures, reference, statistics: moments, shard, _lock: lock })
     }
 
     /// Reads a run from its folder, to report it.
@@ -281,7 +315,7 @@ impl Run {
     /// # Errors
     /// [`crate::ErrorKind::Damaged`], [`crate::ErrorKind::NotFound`], [`crate::ErrorKind::Io`].
     pub fn read(folder: &Path) -> Result<Self> {
-        let settings = read_settings(folder)?;
+        let settings: Settings = read_settings(folder)?;
         let (features, embedding) = settings.widths();
         let read = |name: &str| Set::read(&folder.join(name), features + embedding);
         let statistics = folder.join(STATISTICS);
@@ -292,6 +326,7 @@ impl Run {
             folder: Some(folder.to_path_buf()),
             settings,
             shard: (0, 1),
+            _lock: None,
         })
     }
 
@@ -426,15 +461,4 @@ pub fn merge(folders: &[PathBuf], out: &Path) -> Result<()> {
     }
     whole.pictures.write(&out.join("pictures"))?;
     whole.reference.write(&out.join("reference"))
-}
-
-fn write_settings(folder: &Path, settings: &Settings) -> Result<()> {
-    let text = serde_json::to_string_pretty(settings).unwrap_or_default();
-    crate::files::write(&folder.join(SETTINGS), text.as_bytes())
-}
-
-fn read_settings(folder: &Path) -> Result<Settings> {
-    let path = folder.join(SETTINGS);
-    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    serde_json::from_str(&text).map_err(|e| Error::damaged(&path, format!("not an evaluation's settings: {e}")))
 }

@@ -57,12 +57,19 @@ impl ZeroShot {
     /// A judge of one's own: a picture is unsafe if one of the unsafe texts is nearest.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] if a list is empty; those of [`Clip::texts`].
+    /// [`crate::ErrorKind::Invalid`] if a list or a text is empty, or a text is in both lists; those of
+    /// [`Clip::texts`].
     pub fn texts(clip: Clip, unsafe_texts: &[String], safe_texts: &[String]) -> Result<Self> {
         for (field, texts) in [("unsafe_texts", unsafe_texts), ("safe_texts", safe_texts)] {
             if texts.is_empty() {
                 return Err(Error::invalid(field, "no texts").advise("give at least one of each kind"));
             }
+            if texts.iter().any(|text| text.trim().is_empty()) {
+                return Err(Error::invalid(field, "a text is empty").advise("describe a picture"));
+            }
+        }
+        if let Some(both) = unsafe_texts.iter().find(|text| safe_texts.contains(text)) {
+            return Err(Error::invalid("unsafe_texts", format!("`{both}` is a safe text too")));
         }
         let labels = [safe_texts, unsafe_texts].concat();
         let vectors = clip.texts(&labels)?;
