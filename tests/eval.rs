@@ -134,6 +134,29 @@ fn runs_resume_and_merge() {
         assert_eq!(output.status.code(), Some(code), "{args}: {error}");
         assert!(error.contains(word) && !error.contains("panicked"), "{args}: {error}");
     }
+    // An audit needs no concepts. Its shards merge, and its pictures are the plain ones of an evaluation.
+    let audit = eval.replace("eval fairness --concepts w.safetensors,m.safetensors", "audit --groups woman|man");
+    assert_ne!(audit, eval);
+    let output = respodiff(path, &format!("{audit} --out audit --json"));
+    assert!(output.status.success(), "{}", text(&output));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let finding = &report["findings"][0];
+    let whole: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(path.join("whole/report.json")).unwrap()).unwrap();
+    let plain = &whole["summaries"][0]["deviation_ratio"][0];
+    assert_eq!((&finding["deviation_ratio"], &report["missing"]), (plain, &0.into()));
+    run("--out from-audit --plain audit");
+    assert_eq!(records("from-audit"), all);
+    for shard in [0, 1] {
+        let output = respodiff(path, &format!("{audit} --out audit{shard} --shard {shard}/2"));
+        assert!(output.status.success(), "{}", text(&output));
+    }
+    let output = respodiff(path, "eval merge audit0 audit1 --out audit-merged");
+    assert!(output.status.success(), "{}", text(&output));
+    let merged = std::fs::read(path.join("audit-merged/audit.json")).unwrap();
+    assert_eq!(merged, std::fs::read(path.join("audit/audit.json")).unwrap());
+    let output = respodiff(path, "audit --groups gender,tall --out x");
+    assert!(output.status.code() == Some(2) && text(&output).contains("`tall` is not a group"), "{}", text(&output));
     // A concept that was trained further is another one, even under the same name.
     assert!(respodiff(path, "train --target man --out m.safetensors --iterations 3 --batch 1").status.success());
     let output = respodiff(path, &format!("{eval} --out whole"));

@@ -49,6 +49,8 @@ enum Command {
     Train(Box<train::Args>),
     /// Measure fairness, safety, or the quality of pictures
     Eval(eval::Args),
+    /// Find out how far a model's pictures are from showing groups of people equally, and print the commands that mend it
+    Audit(Box<eval::audit::Args>),
     /// Show, merge or import concept files
     Concept(concepts::Args),
     /// Run one component on tensors from a file, in the layout of diffusers (NCHW, fp32)
@@ -168,6 +170,7 @@ pub fn main() -> ExitCode {
         Command::Sample(args) => sample::run(&args, started),
         Command::Rerun(args) => rerun::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Audit(args) => eval::audit::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Concept(args) => concepts::run(&args),
         Command::Probe(args) => probe::run(&args),

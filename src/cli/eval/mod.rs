@@ -1,8 +1,10 @@
 //! `respodiff eval`.
 
+pub(super) mod audit;
 mod fairness;
 mod quality;
 mod safety;
+mod survey;
 
 use super::model;
 use crate::eval::quality::holds;

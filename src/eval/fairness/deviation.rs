@@ -79,6 +79,19 @@ pub fn mean_deviation_ratio(counts: &[Vec<usize>], shares: &[f64]) -> Measure {
 /// The mean deviation ratio that is to be expected if every picture's class were drawn from the shares: less than this
 /// is only possible if classes are dealt, and not drawn. `totals` holds the number of pictures of each profession.
 pub fn chance(totals: &[usize], shares: &[f64]) -> f64 {
+    let drawn = drawn(totals, shares);
+    drawn.iter().sum::<f64>() / drawn.len() as f64
+}
+
+/// The p of a measured ratio: the share of ratios by chance that are as large, the measured one among them.
+pub(super) fn share_as_far(drawn: &[f64], measured: f64) -> f64 {
+    // Sums in another order may differ in their last bits.
+    let as_far = drawn.iter().filter(|&&ratio| ratio >= measured - 1e-12).count();
+    (1 + as_far) as f64 / (1 + drawn.len()) as f64
+}
+
+/// A thousand mean deviation ratios of pictures whose classes are drawn from the shares.
+pub(super) fn drawn(totals: &[usize], shares: &[f64]) -> Vec<f64> {
     const ROUNDS: usize = 1000;
     let mut draws = Draws::new(1, 0);
     let mut class = || {
@@ -90,7 +103,7 @@ pub fn chance(totals: &[usize], shares: &[f64]) -> f64 {
         drawn.unwrap_or(shares.len() - 1)
     };
     let mut round = || mean(totals.iter().map(|&total| of_classes((0..total).map(|_| class()), shares)));
-    (0..ROUNDS).map(|_| round()).sum::<f64>() / ROUNDS as f64
+    (0..ROUNDS).map(|_| round()).collect()
 }
 
 /// The two-sided p of a permutation test for a difference between two mean deviation ratios. `pairs` holds, for each

@@ -162,7 +162,7 @@ impl Report {
         let several = settings.judges.len() > 1;
         let groups = all.iter().filter(|classes| several && classes.group.is_some());
         let agreement = groups.map(|classes| agreement(&settings, &records, classes)).collect();
-        let missing = (2 * settings.images * settings.prompts.len()).saturating_sub(records.len());
+        let missing = (settings.sides().len() * settings.images * settings.prompts.len()).saturating_sub(records.len());
         Ok(Report { settings, summaries, agreement, missing })
     }
 
@@ -255,7 +255,7 @@ pub(super) fn read(folder: &Path) -> Result<(Settings, Vec<Record>)> {
     };
     let judges = settings.judges.len();
     let fits = |r: &Record| {
-        let given = r.given.len() == sizes.len() && r.given.iter().zip(&sizes).all(|(i, n)| i < n);
+        let given = r.given.len() == settings.concepts.len() && r.given.iter().zip(&sizes).all(|(i, n)| i < n);
         let whole = r.scores.len() == judges && r.alignment.len() == judges && r.scores.iter().all(judged);
         r.profession < settings.prompts.len() && given && whole
     };

@@ -35,7 +35,8 @@ pub struct Settings {
     pub judges: Vec<Judge>,
     /// The classes of each group, the names of its concepts. A judge chooses among these texts.
     pub groups: Vec<Vec<String>>,
-    /// The [`crate::Concept::fingerprint`]s of each group: a concept that is trained further may keep its name.
+    /// The [`crate::Concept::fingerprint`]s of each group: a concept that is trained further may keep its name. Without
+    /// concepts no pictures are balanced.
     pub concepts: Vec<Vec<String>>,
     /// The wanted shares of each group's classes.
     pub shares: Vec<Vec<f64>>,
@@ -78,6 +79,8 @@ impl Settings {
             |field, problem: &'static str, advice: &'static str| Err(Error::invalid(field, problem).advise(advice));
         let (part, parts) = self.shard;
         let seeds = self.prompts.len().checked_mul(self.images).and_then(|seeds| self.seed.checked_add(seeds as u64));
+        let sizes = |lists: &[Vec<String>]| lists.iter().map(Vec::len).collect::<Vec<_>>();
+        let members: Vec<usize> = groups.iter().map(|group| group.members.len()).collect();
         let twice = |names: Vec<&String>| names.iter().collect::<HashSet<_>>().len() < names.len();
         if self.images == 0 || self.images > MOST_IMAGES {
             refused("images", "no pictures, or more than a million", "give 1 to 1,000,000 for each profession")
@@ -97,11 +100,16 @@ impl Settings {
             refused("seed", "the last picture's seed would be too large", "give a smaller first seed")
         } else if !self.weight.is_finite() {
             refused("weight", "not finite", "give a number")
-        } else if !self.groups.iter().map(Vec::len).eq(groups.iter().map(|group| group.members.len())) {
+        } else if sizes(&self.concepts) != members || !members.is_empty() && sizes(&self.groups) != members {
             refused("groups", "the groups are not the settings' own", "give the groups that the settings name")
         } else {
             Ok(())
         }
+    }
+
+    /// The kinds of pictures that are made: plain and, if there are concepts, balanced.
+    pub(super) fn sides(&self) -> &'static [bool] {
+        if self.concepts.is_empty() { &[false] } else { &[false, true] }
     }
 
     /// The indices of these groups in the records of another run, whose plain pictures must be the same.
@@ -186,7 +194,7 @@ impl Fairness {
 
     /// The number of pictures that are left to make, and the number of all.
     pub fn left(&self) -> (usize, usize) {
-        let total = 2 * self.settings.images * self.professions().count();
+        let total = self.settings.sides().len() * self.settings.images * self.professions().count();
         (total.saturating_sub(self.journal.records().len()), total)
     }
 
@@ -239,7 +247,7 @@ impl Fairness {
         self.settings.check(groups)?;
         let Settings { images, batch, .. } = self.settings;
         let classes = judges.iter().map(|judge| self.settings.classes(judge)).collect::<Result<Vec<_>>>()?;
-        let options = engine.options().batch(batch).guided(self.settings.guidance > 1.0).concepts(true);
+        let options = engine.options().batch(batch).guided(self.settings.guidance > 1.0).concepts(!groups.is_empty());
         let mut session = engine.session(options)?;
         let done: HashSet<(bool, usize, u64)> =
             self.journal.records().iter().map(|r| (r.balanced, r.profession, r.seed)).collect();
@@ -249,7 +257,7 @@ impl Fairness {
             let encoded = prompts.iter().map(|prompt| engine.encode(prompt)).collect::<Result<Vec<_>>>()?;
             let base = self.settings.seed + (profession * images) as u64;
             let given = assign(groups, images, base, false);
-            for balanced in [false, true] {
+            for &balanced in self.settings.sides() {
                 // Pictures of one prompt are neighbours: image i has prompt i * prompts / images.
                 let prompt_of = |i: usize| i * prompts.len() / images;
                 let mut i = 0;
@@ -395,6 +403,6 @@ pub(super) mod tests {
         refused("shard", |settings| settings.shard = (2, 2));
         refused("seed", |settings| settings.seed += 1);
         refused("weight", |settings| settings.weight = f32::NAN);
-        refused("groups", |settings| settings.groups = vec![vec!["a woman".into()]]);
+        refused("groups", |settings| settings.concepts = vec![vec!["a hash".into()]]);
     }
 }
