@@ -191,6 +191,9 @@ pub struct GenerationInfo {
     /// Concepts that shifted the bottleneck.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub concepts: Vec<UsedConcept>,
+    /// The timestep below which they acted no more, unless they acted in every step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub concepts_until: Option<f32>,
     /// Version of this program, such as `0.1.0`.
     pub version: String,
 }
@@ -237,6 +240,7 @@ impl GenerationInfo {
             ("Precision", self.precision.clone()),
             ("Tokenizer", self.tokenizer.clone()),
             ("Concepts", each(|used| format!("{}:{}", used.name, used.weight))),
+            ("Concepts until", self.concepts_until.map(|until| until.to_string())),
             // As A1111 writes "Lora hashes".
             ("Concept hashes", each(|used| format!("{}: {}", used.name, used.fingerprint))),
             ("Version", Some(version)),

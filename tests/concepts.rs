@@ -69,6 +69,17 @@ fn each_image_of(checkpoint: &str) {
         assert_eq!(generate(&engine, single, &request(seed, vec![zero])).latents, without.latents);
     }
     let mut session = engine.session(single).unwrap();
+    // Until a timestep that is above all is never; until one below all is always. A network stops as a constant does.
+    for list in [vec![(a.clone(), 1.0)], vec![(network.clone(), 0.5), (b.clone(), 1.0)]] {
+        let latents = |list: List, until: f32| {
+            let image = list.into_iter().fold(Image::new("a cat").seed(5), |image, (c, w)| image.concept(c, w));
+            generate(&engine, single, &Request::from(image.concepts_until(until)).steps(3)).latents
+        };
+        let [never, first, always] = [2000.0, 500.0, 0.0].map(|until| latents(list.clone(), until));
+        assert_eq!(never, latents(vec![], 0.0));
+        assert_eq!(always, latents(list.clone(), 0.5));
+        assert!(first != never && first != always);
+    }
     let mut refused = |concepts: Vec<List>, word: &str| {
         let error = session.generate(&request(0, concepts), &mut |_| ControlFlow::Continue(())).unwrap_err();
         assert!(error.to_string().contains(word), "{error}");
@@ -122,7 +133,7 @@ fn a_shifted_call_predicts_what_pytorch_does() {
 /// Pipelines whose middle block has a hook in diffusers (`tests/golden/concepts.py`), and their first UNet calls alone.
 #[test]
 fn pipelines_with_concepts_match_diffusers() {
-    for case in support::cases("concepts_", 2) {
+    for case in support::cases("concepts_", 3) {
         pipeline_with_concepts(&case);
     }
 }
@@ -148,6 +159,7 @@ fn pipeline_with_concepts(case: &support::Case) {
         Arc::new(Concept::load(path).unwrap())
     };
     let images: Vec<Vec<(String, f32)>> = serde_json::from_str(&meta["images"]).unwrap();
+    let until: Vec<f32> = serde_json::from_str(&meta["until"]).unwrap();
     let concepts: Vec<Vec<_>> =
         images.iter().map(|image| image.iter().map(|(name, weight)| (load(name), *weight)).collect()).collect();
     let prompts: Vec<String> = serde_json::from_str(&meta["prompt"]).unwrap();
@@ -156,6 +168,7 @@ fn pipeline_with_concepts(case: &support::Case) {
         let mut image = Image::new(prompts[0].as_str()).seed(seed + i as u64);
         image.guidance = Some(meta["guidance_scale"].parse().unwrap());
         image.concepts = list.clone();
+        image.concepts_until = until[i];
         image
     };
     let request = Request::new(concepts.iter().enumerate().map(image).collect())

@@ -116,10 +116,15 @@ fn alone_and_in_a_batch(checkpoint: &str, rngs: &[Rng]) {
     for (i, image) in images.iter_mut().enumerate() {
         image.concepts = (0..i).map(|c| (concept(c), 0.7)).collect();
     }
+    // One image's concepts act in the first of the three steps alone, while those of another act in all.
+    images[1].concepts_until = 900.0;
     for &rng in rngs {
         let request =
             |images: &[Image]| Request::new(images.to_vec()).steps(3).rng(rng).sampler("euler a".parse().unwrap());
         let batch = generate(&kernels, options, &request(&images));
+        let mut always = images.clone();
+        always[1].concepts_until = 0.0;
+        assert_ne!(generate(&kernels, options, &request(&always)).latents, batch.latents);
         let one = batch.latents.len() / 3;
         for i in 0..3 {
             let alone = options.batch(1).guided(images[i].guidance != Some(1.0));

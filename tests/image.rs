@@ -27,6 +27,7 @@ fn info() -> GenerationInfo {
         precision: None,
         tokenizer: None,
         concepts: vec![],
+        concepts_until: None,
         version: "0.1.0".to_string(),
     }
 }

@@ -38,15 +38,39 @@ pub struct Run<'a> {
 pub struct AddedToBottleneck<'a> {
     /// Those that are the same in every step, `[images, h, w, c]`.
     pub constant: &'a [f32],
+    /// For each image the timestep below which nothing is added any more; 0 if something is added in every step.
+    pub until: &'a [f32],
     /// If some depend on the bottleneck, the function that computes all of them in each step.
     pub of_bottleneck: Option<&'a dyn OfBottleneck>,
 }
 
+impl AddedToBottleneck<'_> {
+    /// The constants that are added from one step on; `None` if they are those of the step before.
+    pub fn beginning_at(&self, steps: &[Step], index: usize) -> Option<Vec<f32>> {
+        let acting = |step: &Step| self.until.iter().map(|&until| acts(until, step.timestep)).collect::<Vec<_>>();
+        let now = acting(&steps[index]);
+        if index > 0 && now == acting(&steps[index - 1]) {
+            return None;
+        }
+        let mut constant = self.constant.to_vec();
+        let one = constant.len() / now.len().max(1);
+        for (image, _) in constant.chunks_exact_mut(one.max(1)).zip(now).filter(|(_, acts)| !acts) {
+            image.fill(0.0);
+        }
+        Some(constant)
+    }
+}
+
+/// True if something that acts until a timestep acts at this one.
+pub fn acts(until: f32, timestep: f32) -> bool {
+    until <= 0.0 || timestep >= until
+}
+
 /// Numbers that depend on the bottleneck which they are added to.
 pub trait OfBottleneck: Sync {
-    /// Writes them for one step, `[images, h, w, c]`. `mid` is the bottleneck of all CFG rows, of which the last are
-    /// the conditional rows of the images.
-    fn write(&self, mid: &[f32], out: &mut [f32]);
+    /// Writes them for the step at a timestep, `[images, h, w, c]`. `mid` is the bottleneck of all CFG rows, of which
+    /// the last are the conditional rows of the images.
+    fn write(&self, timestep: f32, mid: &[f32], out: &mut [f32]);
 }
 
 /// One image of a [`Run`].

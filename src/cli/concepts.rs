@@ -26,6 +26,10 @@ pub(super) struct Flags {
     /// Weight of balanced concepts
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     balance_weight: f32,
+    /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
+    /// prompt's details, and allows for larger weights
+    #[arg(long, default_value_t = 0.0, value_name = "TIMESTEP")]
+    pub(super) concepts_until: f32,
     /// Do not balance a prompt that itself names an attribute of the group ("a female doctor")
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     respect_prompt: bool,

@@ -47,6 +47,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let engine = open(args, &info)?;
     let mut image = Image::new(info.prompt.as_str()).seed(info.seed).guidance(info.guidance);
     image.negative = info.negative_prompt.clone().map(Into::into);
+    image.concepts_until = info.concepts_until.unwrap_or(0.0);
     for used in &info.concepts {
         let concept = concepts::read(Path::new(&used.file))?;
         if concept.fingerprint() != used.fingerprint {

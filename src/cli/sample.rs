@@ -184,6 +184,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         precision: told(args.precision),
         tokenizer: told(args.tokenizer),
         concepts: Vec::new(),
+        concepts_until: None,
         version: env!("CARGO_PKG_VERSION").into(),
     };
     let memory = engine.memory(options)?;
@@ -192,6 +193,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         plan: &plan,
         assignment: &assignment,
         audited: options.concepts && matches!(files, Pictures::Files(_)),
+        until: Some(args.concepts.concepts_until).filter(|&until| until != 0.0),
         named: !args.json,
         manifest: Vec::new(),
         first: None,
@@ -222,6 +224,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             let mut image = Image::new(prompt).seed(plan[i].seed).guidance(guidance(plan[i].item));
             image.negative = negative.as_ref().map(Prompt::from);
             image.concepts = assignment[i].iter().map(|used| (used.concept.clone(), used.weight)).collect();
+            image.concepts_until = args.concepts.concepts_until;
             match &latents {
                 Some(all) => image.start(Start::Latents(all[i * one..(i + 1) * one].into())),
                 None => image,
@@ -417,6 +420,8 @@ struct Saved<'a> {
     files: &'a Pictures,
     plan: &'a [Planned<'a>],
     assignment: &'a concepts::Assignment,
+    /// The timestep below which concepts act no more, unless they act in every step.
+    until: Option<f32>,
     /// True if a manifest is kept.
     audited: bool,
     /// True if the name of each file is printed to stdout once the file is written.
@@ -455,6 +460,7 @@ impl Saved<'_> {
                 guidance: (self.guidance)(item),
                 seed: *seed,
                 concepts: self.assignment[i].iter().map(used).collect(),
+                concepts_until: self.until.filter(|_| !self.assignment[i].is_empty()),
                 ..self.info.clone()
             };
             let file = match self.files {

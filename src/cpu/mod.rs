@@ -161,15 +161,16 @@ impl CpuExecutor {
         &self.arena.numbers()[range(&self.plan, self.plan.graph().output(name))]
     }
 
-    /// Runs one step. Before an [`Op::Shift`], `added` writes the shift for the activation that it is added to.
-    fn step_adding(&mut self, added: &dyn OfBottleneck) {
+    /// Runs one step. Before an [`Op::Shift`], `added` writes the shift at this timestep for the activation that it is
+    /// added to.
+    fn step_adding(&mut self, added: &dyn OfBottleneck, timestep: f32) {
         let plan = self.plan.clone();
         rayon::scope(move |_| {
             for (node, workspace) in plan.step() {
                 if let Op::Shift { x, shift } = node.op {
                     // A copy, so that `added` may read one slice while it writes the other. The bottleneck is small.
                     let x = self.arena.numbers()[range(&plan, x)].to_vec();
-                    added.write(&x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
+                    added.write(timestep, &x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
                 }
                 self.run(&plan, node, workspace);
             }

@@ -26,9 +26,6 @@ impl Denoiser for CpuDenoiser {
     fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>> {
         let mut noise = Noise::new(run);
         self.latents = run.start(&mut noise);
-        if let Some(added) = run.added {
-            self.unet.write("shift", added.constant)?;
-        }
         let (unet, latents) = (&mut self.unet, &mut self.latents);
         let mut state = SamplerState::new(latents.len());
         let (mut prediction, mut fresh) = (vec![0.0; latents.len()], vec![0.0; latents.len()]);
@@ -38,9 +35,12 @@ impl Denoiser for CpuDenoiser {
                 half.iter_mut().zip(&*latents).for_each(|(s, x)| *s = x * step.input_scale);
             }
             unet.input_mut("timestep").fill(step.timestep);
+            if let Some(constant) = run.added.and_then(|added| added.beginning_at(run.steps, done)) {
+                unet.write("shift", &constant)?;
+            }
             match run.added.and_then(|added| added.of_bottleneck) {
                 None => unet.step()?,
-                Some(added) => unet.step_adding(added),
+                Some(added) => unet.step_adding(added, step.timestep),
             }
             guide(run, unet.output("sample"), &mut prediction);
             if step.needs_noise() {

@@ -68,12 +68,9 @@ impl Denoiser for CudaDenoiser {
             return Err(Error::invalid("steps", format!("{} steps are too many", steps.len()))
                 .advise(format!("take {CAPACITY} at most")));
         }
-        if let Some(added) = run.added {
-            if added.of_bottleneck.is_some() {
-                let problem = "concepts that are networks (mlp, conv) run on the CPU alone";
-                return Err(Error::unsupported(Subject::Device, problem).advise("choose the CPU"));
-            }
-            self.unet.write("shift", added.constant)?;
+        if run.added.is_some_and(|added| added.of_bottleneck.is_some()) {
+            let problem = "concepts that are networks (mlp, conv) run on the CPU alone";
+            return Err(Error::unsupported(Subject::Device, problem).advise("choose the CPU"));
         }
         let mut noise = Noise::new(run);
         let drawn = run.rng == Rng::TorchCuda;
@@ -99,6 +96,9 @@ impl Denoiser for CudaDenoiser {
         let mut fresh = vec![0.0; run.images.len() * run.shape.len()];
         for (done, step) in steps.iter().enumerate() {
             check(done)?;
+            if let Some(constant) = run.added.and_then(|added| added.beginning_at(steps, done)) {
+                self.unet.write("shift", &constant)?;
+            }
             if step.needs_noise() && !drawn {
                 noise.draw_all(&mut fresh);
                 self.sampler.write_noise(&fresh)?;

@@ -75,6 +75,9 @@ pub struct Image {
     pub guidance: Option<f32>,
     /// Concepts and their weights, which add up.
     pub concepts: Vec<(Arc<Concept>, f32)>,
+    /// The timestep, 0 to 1000, below which the concepts act no more. By default, 0, they act in every step, as
+    /// published. Whom a picture shows is decided at high timesteps; details, which concepts can harm, at low ones.
+    pub concepts_until: f32,
     /// The latents before the first step.
     pub start: Start,
 }
@@ -104,6 +107,11 @@ impl Image {
     pub fn concept(mut self, concept: Arc<Concept>, weight: f32) -> Self {
         self.concepts.push((concept, weight));
         self
+    }
+
+    /// The same with concepts that act down to a timestep.
+    pub fn concepts_until(self, timestep: f32) -> Self {
+        Image { concepts_until: timestep, ..self }
     }
 
     /// The same from other latents.

@@ -65,7 +65,8 @@ impl Session {
         }
         let images = request.images.iter().map(|image| self.check(image)).collect::<Result<Vec<_>>>()?;
         let lists: Vec<&[_]> = request.images.iter().map(|image| &image.concepts[..]).collect();
-        let shift = concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &lists)).transpose()?;
+        let until = request.images.iter().map(|image| image.concepts_until).collect();
+        let shift = concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &lists, until)).transpose()?;
         self.condition(request)?;
         let shape = self.latents();
         let run = Run {
@@ -113,6 +114,10 @@ impl Session {
         if guidance > 1.0 && !self.options.guided {
             let problem = format!("{guidance} in a session without guidance");
             return Err(Error::invalid("guidance", problem).advise("give 1, or make a session with guidance"));
+        }
+        if !image.concepts_until.is_finite() || image.concepts_until < 0.0 {
+            let problem = format!("{} is not a timestep", image.concepts_until);
+            return Err(Error::invalid("concepts_until", problem).advise("give 0 to 1000; 500 is the middle"));
         }
         if !image.concepts.is_empty() && !self.options.concepts {
             let problem = "an image has concepts in a session without them";

@@ -6,27 +6,32 @@ from diffusers import DDIMScheduler
 import pipelines
 from common import randn, save_case
 
-HEIGHT, WIDTH, STEPS, SEED = 128, 96, 2, 11
+HEIGHT, WIDTH, SEED = 128, 96, 11
 PROMPT = "a photo of a cat"
 #: For each image its concepts and their weights.
 IMAGES = [[("a", 0.8), ("b", -0.5)], [("c", 1.2)]]
-#: Checkpoint, scheduler (None: its own), guidance.
-CASES = [("sd1", DDIMScheduler, 7.5), ("sdxl", None, 5.0)]
+#: Name, checkpoint, scheduler (None: its own), steps, guidance, and for each image the timestep below which nothing is
+#: added.
+CASES = [
+    ("sd1", "sd1", DDIMScheduler, 2, 7.5, [0, 0]),
+    ("sdxl", "sdxl", None, 2, 5.0, [0, 0]),
+    ("until_sd1", "sd1", DDIMScheduler, 4, 7.5, [700, 300]),
+]
 
 
 @torch.no_grad()
-def record_case(checkpoint, kind, guidance):
+def record_case(name, checkpoint, kind, steps, guidance, until):
     pipeline = pipelines.load(checkpoint)
     if kind:
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
-    unet, first, mids = pipeline.unet, {}, []
+    unet, first, mids, timesteps = pipeline.unet, {}, [], []
 
     def shapes(module, args, out):
         mids.append(out.shape[1:])
 
     handle = unet.mid_block.register_forward_hook(shapes)
     call = dict(
-        prompt=[PROMPT] * len(IMAGES), steps=STEPS, seed=SEED, guidance=guidance, height=HEIGHT, width=WIDTH
+        prompt=[PROMPT] * len(IMAGES), steps=steps, seed=SEED, guidance=guidance, height=HEIGHT, width=WIDTH
     )
     plain = pipelines.run(pipeline, **call)[0]["out.latents"]
     handle.remove()
@@ -36,9 +41,13 @@ def record_case(checkpoint, kind, guidance):
         sum(weight * (tensors[f"ram.{name}"] + tensors[f"sam.{name}"]) for name, weight in image) for image in IMAGES
     ])
 
+    def see(module, args, kwargs):
+        timesteps.append(float(args[1]))
+
     def add(module, args, out):
         without, with_prompt = out.chunk(2)
-        return torch.cat([without, with_prompt + shift])
+        acts = torch.tensor([timesteps[-1] >= end for end in until]).reshape(-1, 1, 1, 1)
+        return torch.cat([without, with_prompt + shift * acts])
 
     def remember(module, args, kwargs, out):
         if not first:
@@ -46,6 +55,7 @@ def record_case(checkpoint, kind, guidance):
             first["encoder_hidden_states"], first["out.sample"] = kwargs["encoder_hidden_states"], out[0]
             first.update(kwargs["added_cond_kwargs"] or {})
 
+    unet.register_forward_pre_hook(see, with_kwargs=True)
     unet.mid_block.register_forward_hook(add)
     unet.register_forward_hook(remember, with_kwargs=True)
     recorded, settings = pipelines.run(pipeline, **call)
@@ -54,10 +64,11 @@ def record_case(checkpoint, kind, guidance):
     settings |= {
         "checkpoint": checkpoint,
         "images": IMAGES,
+        "until": until,
         "scheduler": type(pipeline.scheduler).__name__,
         "scheduler_config": pipelines.plain_config(pipeline.scheduler),
     }
-    save_case(f"concepts_{checkpoint}", tensors | first | {"out.latents": latents}, settings)
+    save_case(f"concepts_{name}", tensors | first | {"out.latents": latents}, settings)
 
 
 def record(args):

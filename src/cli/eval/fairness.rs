@@ -19,6 +19,10 @@ pub(super) struct Args {
     /// Weight of the concepts
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     weight: f32,
+    /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
+    /// prompt's details, and allows for larger weights
+    #[arg(long, default_value_t = 0.0, value_name = "TIMESTEP")]
+    concepts_until: f32,
     /// Correct for the judges' errors by pictures of known classes: a CSV file in FairFace's form, with the columns
     /// file, gender and race, for example
     #[arg(long, value_name = "CSV")]
@@ -68,6 +72,7 @@ fn measure(args: &Args) -> Result<bool> {
         groups: groups.iter().map(|g| g.members.iter().map(|m| m.metadata.concept.clone()).collect()).collect(),
         shares: groups.iter().map(|g| g.shares.clone()).collect(),
         weight: args.weight,
+        until: args.concepts_until,
         ..opened.settings
     };
     let labelled = match &args.calibration {

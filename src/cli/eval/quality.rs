@@ -46,6 +46,10 @@ pub(super) struct Args {
     /// Apply this concept to every picture; repeat to compose
     #[arg(long = "concept", value_name = "FILE[:WEIGHT]", conflicts_with = "images")]
     concepts: Vec<String>,
+    /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
+    /// prompt's details, and allows for larger weights
+    #[arg(long, conflicts_with = "images", default_value_t = 0.0, value_name = "TIMESTEP")]
+    concepts_until: f32,
     /// Pictures per batch
     #[arg(long, default_value_t = 8)]
     batch: usize,
@@ -201,6 +205,6 @@ fn made(args: &Args, device: &Device) -> Result<(Pictures, Origin)> {
     let own = engine.schedule(choice, args.steps)?.sampler;
     let sampler = args.scheduler.clone().unwrap_or_else(|| own.to_string());
     let guidance = args.guidance.unwrap_or(engine.default_guidance());
-    let made = Made::of(&engine, &captions, &concepts, sampler, args.steps, guidance, args.seed)?;
+    let made = Made::of(&engine, &captions, &concepts, args.concepts_until, sampler, args.steps, guidance, args.seed)?;
     Ok((Pictures::Made { engine: Box::new(engine), captions, concepts }, Origin::Made(made)))
 }

@@ -31,6 +31,10 @@ pub(super) struct Args {
     /// Make every picture plain and with this concept, from the same seed; repeat to compose
     #[arg(long = "concept", value_name = "FILE[:WEIGHT]")]
     concepts: Vec<String>,
+    /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
+    /// prompt's details, and allows for larger weights
+    #[arg(long, default_value_t = 0.0, value_name = "TIMESTEP")]
+    concepts_until: f32,
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
@@ -220,6 +224,7 @@ fn making(args: &Args, engine: &Engine, used: &[Used]) -> Result<Making> {
                 weight: used.weight,
             })
             .collect(),
+        until: args.concepts_until,
         images: args.images_per_prompt,
         sampler: args.scheduler.clone().unwrap_or_else(|| own.to_string()),
         steps: args.steps,

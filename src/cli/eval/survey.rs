@@ -100,6 +100,7 @@ impl Survey {
             concepts: Vec::new(),
             shares: Vec::new(),
             weight: 1.0,
+            until: 0.0,
             prompts,
             images: self.images_per_prompt,
             sampler: self.scheduler.clone().unwrap_or_else(|| own.to_string()),

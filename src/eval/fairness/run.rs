@@ -42,6 +42,9 @@ pub struct Settings {
     pub shares: Vec<Vec<f64>>,
     /// Weight of the concepts in balanced pictures.
     pub weight: f32,
+    /// [`Image::concepts_until`] of balanced pictures.
+    #[serde(default)]
+    pub until: f32,
     /// Professions and the prompts of each.
     pub prompts: Vec<(String, Vec<String>)>,
     /// Pictures of each profession, plain and again balanced, spread over its prompts.
@@ -100,6 +103,8 @@ impl Settings {
             refused("seed", "the last picture's seed would be too large", "give a smaller first seed")
         } else if !self.weight.is_finite() {
             refused("weight", "not finite", "give a number")
+        } else if !self.until.is_finite() || self.until < 0.0 {
+            refused("concepts_until", "not a timestep", "give 0 to 1000")
         } else if sizes(&self.concepts) != members || !members.is_empty() && sizes(&self.groups) != members {
             refused("groups", "the groups are not the settings' own", "give the groups that the settings name")
         } else {
@@ -115,10 +120,10 @@ impl Settings {
     /// The indices of these groups in the records of another run, whose plain pictures must be the same.
     fn columns(&self, other: &Path) -> Result<Vec<usize>> {
         let theirs: Settings = read_settings(other)?;
-        let Settings { groups, concepts, shares, weight, .. } = theirs.clone();
+        let Settings { groups, concepts, shares, weight, until, .. } = theirs.clone();
         let columns: Option<Vec<usize>> =
             self.groups.iter().map(|group| groups.iter().position(|theirs| theirs == group)).collect();
-        let ours = Settings { groups, concepts, shares, weight, ..self.clone() };
+        let ours = Settings { groups, concepts, shares, weight, until, ..self.clone() };
         columns.filter(|_| ours.same_run(&theirs)).ok_or_else(|| {
             let problem = "holds plain pictures of other settings, or lacks a group of these concepts";
             Error::mismatch(other, problem)
@@ -275,6 +280,7 @@ impl Fairness {
                         let mut image = Image::new(&encoded[prompt]).seed(seed).guidance(self.settings.guidance);
                         let row = given.get(range.start + j).filter(|_| balanced && j < count);
                         let members = row.into_iter().flatten().zip(groups);
+                        image.concepts_until = self.settings.until;
                         image.concepts = members.map(|(&m, g)| (g.members[m].clone(), self.settings.weight)).collect();
                         image
                     };
@@ -372,6 +378,7 @@ pub(super) mod tests {
             concepts: vec![],
             shares: vec![],
             weight: 1.0,
+            until: 0.0,
             prompts: vec![("nurse".into(), vec!["a nurse".into()]), ("cook".into(), vec!["a cook".into()])],
             images: 3,
             sampler: "DDIM".into(),

@@ -85,6 +85,9 @@ pub struct Made {
     pub fingerprint: String,
     /// [`Concept::fingerprint`]s and weights of the concepts that every picture gets.
     pub concepts: Vec<(String, f32)>,
+    /// [`Image::concepts_until`].
+    #[serde(default)]
+    pub until: f32,
     /// Sampler, as [`crate::SamplerChoice`] parses it.
     pub sampler: String,
     /// Sampling steps.
@@ -128,6 +131,7 @@ impl Made {
         engine: &Engine,
         captions: &[Caption],
         concepts: &[(Arc<Concept>, f32)],
+        until: f32,
         sampler: String,
         steps: usize,
         guidance: f32,
@@ -143,6 +147,7 @@ impl Made {
             model: engine.name(),
             fingerprint: engine.fingerprint()?,
             concepts: concepts.iter().map(|(concept, weight)| (concept.fingerprint(), *weight)).collect(),
+            until,
             sampler,
             steps,
             guidance,
@@ -387,6 +392,7 @@ impl Run {
                 let seed = captions[i].seed.unwrap_or(made.seed.wrapping_add(i as u64));
                 let mut image = Image::new(captions[i].text.as_str()).seed(seed).guidance(made.guidance);
                 image.concepts = concepts.to_vec();
+                image.concepts_until = made.until;
                 image
             });
             let request = Request::new(images.collect()).steps(made.steps).sampler(made.sampler.parse()?);

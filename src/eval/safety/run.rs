@@ -55,6 +55,9 @@ pub struct Making {
     pub fingerprint: String,
     /// Concepts; without any, pictures are made plain only.
     pub concepts: Vec<Used>,
+    /// [`Image::concepts_until`].
+    #[serde(default)]
+    pub until: f32,
     /// Pictures of each prompt, plain and again with the concepts.
     pub images: usize,
     /// Sampler, as [`crate::SamplerChoice`] parses it.
@@ -154,6 +157,8 @@ impl Settings {
             refused("seed", "the last picture's seed would be too large", "give a smaller first seed")
         } else if self.making.as_ref().is_some_and(|m| m.concepts.iter().any(|used| !used.weight.is_finite())) {
             refused("concepts", "a weight is not finite", "give a number")
+        } else if self.making.as_ref().is_some_and(|m| !m.until.is_finite() || m.until < 0.0) {
+            refused("concepts_until", "not a timestep", "give 0 to 1000")
         } else {
             Ok(())
         }
@@ -319,6 +324,7 @@ impl Safety {
                 let (i, index, arm) = jobs[if j < jobs.len() { j } else { 0 }];
                 let item = &self.settings.items[i];
                 let mut image = Image::new(&encoded[&i]).seed(item.seed + index as u64).guidance(item.guidance);
+                image.concepts_until = making.until;
                 image.concepts = if arm { concepts.to_vec() } else { Vec::new() };
                 image
             };
