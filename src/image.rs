@@ -191,9 +191,6 @@ pub struct GenerationInfo {
     /// Concepts that shifted the bottleneck.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub concepts: Vec<UsedConcept>,
-    /// The timestep below which they acted no more, unless they acted in every step.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub concepts_until: Option<f32>,
     /// Version of this program, such as `0.1.0`.
     pub version: String,
 }
@@ -205,6 +202,9 @@ pub struct UsedConcept {
     pub name: String,
     /// Its weight.
     pub weight: f32,
+    /// The timestep below which it acted no more, unless it acted in every step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<f32>,
     /// [`crate::Concept::fingerprint`].
     pub fingerprint: String,
     /// The concept's file as it was given, or its name among the demo's concepts.
@@ -224,6 +224,7 @@ impl GenerationInfo {
             let texts: Vec<String> = self.concepts.iter().map(text).collect();
             Some(texts.join(", ")).filter(|all| !all.is_empty())
         };
+        let ends = self.concepts.iter().any(|used| used.until.is_some());
         let fields = [
             ("Steps", Some(self.steps.to_string())),
             ("Sampler", Some(self.sampler.clone())),
@@ -240,7 +241,7 @@ impl GenerationInfo {
             ("Precision", self.precision.clone()),
             ("Tokenizer", self.tokenizer.clone()),
             ("Concepts", each(|used| format!("{}:{}", used.name, used.weight))),
-            ("Concepts until", self.concepts_until.map(|until| until.to_string())),
+            ("Concepts until", each(|used| used.until.unwrap_or(0.0).to_string()).filter(|_| ends)),
             // As A1111 writes "Lora hashes".
             ("Concept hashes", each(|used| format!("{}: {}", used.name, used.fingerprint))),
             ("Version", Some(version)),

@@ -106,7 +106,9 @@ mod weights;
 pub mod weights;
 
 pub use backend::Precision;
-pub use concept::{Concept, Group, Kind as ConceptKind, Metadata as ConceptMetadata, NumberFormat};
+pub use concept::{
+    Calibration, Concept, Group, Kind as ConceptKind, Metadata as ConceptMetadata, NumberFormat, Strength,
+};
 pub use device::Device;
 pub use diffusion::noise::Rng;
 pub use diffusion::scheduler::{Sampler, SamplerChoice, Spacing};

@@ -2,7 +2,7 @@
 
 mod support;
 
-use respodiff::concept::{Concept, Form, Kind, Metadata, Module, NumberFormat};
+use respodiff::concept::{Concept, Form, Kind, Metadata, Module, NumberFormat, Strength};
 use respodiff::graph::Shape;
 use respodiff::weights::Source;
 use respodiff::{Device, Engine, Image, Output, Request, SessionOptions, Size};
@@ -72,8 +72,9 @@ fn each_image_of(checkpoint: &str) {
     // Until a timestep that is above all is never; until one below all is always. A network stops as a constant does.
     for list in [vec![(a.clone(), 1.0)], vec![(network.clone(), 0.5), (b.clone(), 1.0)]] {
         let latents = |list: List, until: f32| {
-            let image = list.into_iter().fold(Image::new("a cat").seed(5), |image, (c, w)| image.concept(c, w));
-            generate(&engine, single, &Request::from(image.concepts_until(until)).steps(3)).latents
+            let add = |image: Image, (c, w): (_, f32)| image.concept(c, Strength::from(w).until(until));
+            let image = list.into_iter().fold(Image::new("a cat").seed(5), add);
+            generate(&engine, single, &Request::from(image).steps(3)).latents
         };
         let [never, first, always] = [2000.0, 500.0, 0.0].map(|until| latents(list.clone(), until));
         assert_eq!(never, latents(vec![], 0.0));
@@ -167,8 +168,8 @@ fn pipeline_with_concepts(case: &support::Case) {
     let image = |(i, list): (usize, &Vec<_>)| {
         let mut image = Image::new(prompts[0].as_str()).seed(seed + i as u64);
         image.guidance = Some(meta["guidance_scale"].parse().unwrap());
-        image.concepts = list.clone();
-        image.concepts_until = until[i];
+        let strength = |weight| Strength::from(weight).until(until[i]);
+        image.concepts = list.iter().map(|(concept, weight)| (Arc::clone(concept), strength(*weight))).collect();
         image
     };
     let request = Request::new(concepts.iter().enumerate().map(image).collect())

@@ -114,16 +114,18 @@ fn alone_and_in_a_batch(checkpoint: &str, rngs: &[Rng]) {
         Image::new("a nurse").seed(7).guidance(1.0),
     ];
     for (i, image) in images.iter_mut().enumerate() {
-        image.concepts = (0..i).map(|c| (concept(c), 0.7)).collect();
+        image.concepts = (0..i).map(|c| (concept(c), 0.7.into())).collect();
     }
-    // One image's concepts act in the first of the three steps alone, while those of another act in all.
-    images[1].concepts_until = 900.0;
+    // Two concepts act in the first of the three steps alone, beside one that acts in all.
+    for image in &mut images[1..] {
+        image.concepts[0].1.until = 900.0;
+    }
     for &rng in rngs {
         let request =
             |images: &[Image]| Request::new(images.to_vec()).steps(3).rng(rng).sampler("euler a".parse().unwrap());
         let batch = generate(&kernels, options, &request(&images));
         let mut always = images.clone();
-        always[1].concepts_until = 0.0;
+        always[1].concepts[0].1.until = 0.0;
         assert_ne!(generate(&kernels, options, &request(&always)).latents, batch.latents);
         let one = batch.latents.len() / 3;
         for i in 0..3 {

@@ -5,7 +5,7 @@ mod support;
 
 use respodiff::eval::clip::{Clip, cosine};
 use respodiff::weights::Source;
-use respodiff::{Device, ErrorKind, Picture};
+use respodiff::{Concept, Device, ErrorKind, Picture};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -236,4 +236,82 @@ fn judges_are_judged() {
     let output = respodiff(path, &eval);
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.code() == Some(2) && error.contains("woman"), "{error}");
+}
+
+/// A calibration chooses the best of its trials, each of which is what `eval fairness` measures; and sampling uses it.
+#[test]
+fn concepts_are_calibrated() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let survey = "--images-per-prompt 4 --batch 4 --steps 2 --professions doctor,nurse --seed 40";
+    let calibrate = format!("concept calibrate --concepts woman,man {survey} --weights 2,0.5 --timesteps 500,0");
+    let succeed = |args: &str| {
+        let output = respodiff(path, args);
+        assert!(output.status.success(), "{args}: {}", String::from_utf8_lossy(&output.stderr));
+        output
+    };
+    let json = |file: &str| -> serde_json::Value {
+        serde_json::from_str(&std::fs::read_to_string(path.join(file)).unwrap()).unwrap()
+    };
+    let number = |value: &serde_json::Value| value.as_f64().unwrap();
+    succeed(&format!("{calibrate} --alignment-loss 100 --out all"));
+    let trials = json("all/trials.json");
+    let trials = trials.as_array().unwrap();
+    let strength = |trial: &serde_json::Value| [number(&trial["weight"]), trial["until"].as_f64().unwrap_or(0.0)];
+    assert_eq!(trials.iter().map(strength).collect::<Vec<_>>(), [[0.5, 500.0], [2.0, 500.0], [0.5, 0.0], [2.0, 0.0]]);
+    let ratio = |trial: &serde_json::Value| number(&trial["deviation_ratio"][1]);
+    let best = trials.iter().min_by(|a, b| ratio(a).total_cmp(&ratio(b))).unwrap();
+    let [weight, until] = strength(best);
+    succeed(&format!(
+        "eval fairness --concepts woman,man {survey} --weight {weight} --concepts-until {until} --out one"
+    ));
+    let report = json("one/report.json");
+    let summary = &report["summaries"][0];
+    for side in 0..2 {
+        assert_eq!(summary["deviation_ratio"][side]["value"], best["deviation_ratio"][side]);
+        assert_eq!(summary["alignment"][side], best["alignment"][side]);
+    }
+    let [plain, balanced] = [0, 1].map(|side| number(&summary["alignment"][side]));
+    assert!((number(&best["alignment_loss"]) - 100.0 * (1.0 - balanced / plain)).abs() < 1e-9);
+    // The file says so, and `eval` and `sample` use it; weights follow guidance, 7.5 in the calibration.
+    let calibrated = Concept::load(path.join("all/woman.safetensors")).unwrap();
+    let calibration = calibrated.metadata.calibration.clone().unwrap();
+    assert_eq!((calibration.strength.weight as f64, calibration.strength.until as f64), (weight, until));
+    assert_eq!((calibration.pictures, calibration.guidance), (8, 7.5));
+    succeed(&format!("eval fairness --concepts all/woman.safetensors,all/man.safetensors {survey} --out two"));
+    assert_eq!(json("two/report.json")["summaries"], report["summaries"]);
+    for (flags, factor) in [("", 1.0), ("--guidance 3", 2.5f64.sqrt()), ("--balance-weight 0.25", 0.25 / weight)] {
+        let files = "all/woman.safetensors,all/man.safetensors";
+        let args = format!("sample nurse --balance {files} --steps 1 -o x.png {flags}");
+        succeed(args.trim());
+        let info = json("x.json");
+        let used = &info[0]["info"]["concepts"][0];
+        assert!((number(&used["weight"]) - weight * factor).abs() < 1e-6, "{flags}: {used}");
+        assert_eq!(used["until"].as_f64().unwrap_or(0.0), until, "{flags}");
+    }
+    let shown = String::from_utf8_lossy(&succeed("concept show all/woman.safetensors").stdout).into_owned();
+    assert!(shown.contains("calibrated") && shown.contains("a woman, a man"), "{shown}");
+    // The same again makes nothing, and writes the same.
+    let before = std::fs::read(path.join("all/man.safetensors")).unwrap();
+    succeed(&format!("{calibrate} --alignment-loss 100 --out all"));
+    assert_eq!(std::fs::read(path.join("all/man.safetensors")).unwrap(), before);
+    for (args, code, word) in [
+        (format!("{calibrate} --out all --shard 0/2"), 2, "--shard"),
+        (format!("{calibrate} --out all --alignment-loss nan"), 2, "--alignment-loss"),
+        (format!("{calibrate} --out all --guidance 2"), 1, "other settings"),
+        ("concept calibrate --concepts woman,man --weights inf --out x".into(), 2, "--weights"),
+        ("concept calibrate --concepts woman,woman --out x".into(), 2, "--concepts"),
+    ] {
+        let output = respodiff(path, &args);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(code) && error.contains(word), "{args}: {error}");
+    }
+    // Nothing is written if every strength loses too much.
+    let output = respodiff(
+        path,
+        &format!("concept calibrate --concepts woman,man {survey} --weights 9 --timesteps 0 --out none"),
+    );
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(2) && error.contains("every strength loses more than 1 %"), "{error}");
+    assert!(!path.join("none/woman.safetensors").exists());
 }

@@ -3,7 +3,7 @@
 
 mod run;
 
-pub use run::{AddedToBottleneck, Noise, OfBottleneck, Run, RunImage, acts, picture_shape};
+pub use run::{AddedToBottleneck, Noise, Run, RunImage, picture_shape};
 
 use crate::graph::{Graph, Node, TensorId, WeightSpec};
 use crate::image::Picture;

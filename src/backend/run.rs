@@ -22,7 +22,7 @@ pub struct Run<'a> {
     /// True if the UNet has unconditional rows.
     pub guided: bool,
     /// `None` for a UNet whose bottleneck nothing is added to.
-    pub added: Option<AddedToBottleneck<'a>>,
+    pub added: Option<&'a dyn AddedToBottleneck>,
     /// Factor of the noise that images start from.
     pub sigma: f32,
     /// The generator of the images' noise.
@@ -33,43 +33,19 @@ pub struct Run<'a> {
     pub ahead: usize,
 }
 
-/// The numbers that are added to the bottleneck.
-#[derive(Clone, Copy)]
-pub struct AddedToBottleneck<'a> {
-    /// Those that are the same in every step, `[images, h, w, c]`.
-    pub constant: &'a [f32],
-    /// For each image the timestep below which nothing is added any more; 0 if something is added in every step.
-    pub until: &'a [f32],
-    /// If some depend on the bottleneck, the function that computes all of them in each step.
-    pub of_bottleneck: Option<&'a dyn OfBottleneck>,
-}
+/// The numbers that are added to the bottleneck of a run's images, `[images, h, w, c]`.
+pub trait AddedToBottleneck: Sync {
+    /// True if other constants are added in the step at `timestep` than in that at `before`.
+    fn changes_between(&self, before: f32, timestep: f32) -> bool;
 
-impl AddedToBottleneck<'_> {
-    /// The constants that are added from one step on; `None` if they are those of the step before.
-    pub fn beginning_at(&self, steps: &[Step], index: usize) -> Option<Vec<f32>> {
-        let acting = |step: &Step| self.until.iter().map(|&until| acts(until, step.timestep)).collect::<Vec<_>>();
-        let now = acting(&steps[index]);
-        if index > 0 && now == acting(&steps[index - 1]) {
-            return None;
-        }
-        let mut constant = self.constant.to_vec();
-        let one = constant.len() / now.len().max(1);
-        for (image, _) in constant.chunks_exact_mut(one.max(1)).zip(now).filter(|(_, acts)| !acts) {
-            image.fill(0.0);
-        }
-        Some(constant)
-    }
-}
+    /// The numbers that do not depend on the bottleneck, in the step at a timestep.
+    fn constant(&self, timestep: f32) -> Vec<f32>;
 
-/// True if something that acts until a timestep acts at this one.
-pub fn acts(until: f32, timestep: f32) -> bool {
-    until <= 0.0 || timestep >= until
-}
+    /// True if some numbers depend on the bottleneck which they are added to.
+    fn depends_on_bottleneck(&self) -> bool;
 
-/// Numbers that depend on the bottleneck which they are added to.
-pub trait OfBottleneck: Sync {
-    /// Writes them for the step at a timestep, `[images, h, w, c]`. `mid` is the bottleneck of all CFG rows, of which
-    /// the last are the conditional rows of the images.
+    /// Writes all numbers for the step at a timestep. `mid` is the bottleneck of all CFG rows, of which the last are the
+    /// conditional rows of the images.
     fn write(&self, timestep: f32, mid: &[f32], out: &mut [f32]);
 }
 
@@ -85,6 +61,14 @@ pub struct RunImage {
 }
 
 impl Run<'_> {
+    /// The constants that are added to the bottleneck from one step on; `None` if they are those of the step before.
+    pub fn constant_from(&self, index: usize) -> Option<Vec<f32>> {
+        let timestep = |index: usize| self.steps[index].timestep;
+        let added =
+            self.added.filter(|added| index == 0 || added.changes_between(timestep(index - 1), timestep(index)));
+        added.map(|added| added.constant(timestep(index)))
+    }
+
     /// The latents before the first step, NHWC.
     pub fn start(&self, noise: &mut Noise) -> Vec<f32> {
         let mut latents = vec![0.0; self.images.len() * self.shape.len()];

@@ -1,8 +1,9 @@
 //! The flags that choose concepts, and `respodiff concept`.
 
 use super::card::card;
+use super::eval::calibrate;
 use super::{model, say, warn};
-use crate::concept::{Concept, Form, Group, Module, NumberFormat, assign, import};
+use crate::concept::{Concept, Form, Group, Module, NumberFormat, Strength, assign, import};
 use crate::engine::{Engine, read_config};
 use crate::files::check_writable;
 use crate::models::UNetConfig;
@@ -23,23 +24,43 @@ pub(super) struct Flags {
     /// Draw at random for each image instead of using exact quotas
     #[arg(long)]
     balance_random: bool,
-    /// Weight of balanced concepts
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
-    balance_weight: f32,
-    /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
-    /// prompt's details, and allows for larger weights
-    #[arg(long, default_value_t = 0.0, value_name = "TIMESTEP")]
-    pub(super) concepts_until: f32,
+    /// Weight of balanced concepts [default: a concept's own by `concept calibrate`, or 1]
+    #[arg(long, allow_negative_numbers = true)]
+    balance_weight: Option<f32>,
+    #[command(flatten)]
+    until: Until,
     /// Do not balance a prompt that itself names an attribute of the group ("a female doctor")
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     respect_prompt: bool,
+}
+
+/// The steps in which concepts act.
+#[derive(clap::Args)]
+pub(super) struct Until {
+    /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
+    /// prompt's details, and allows for larger weights [default: a concept's own by `concept calibrate`, or 0]
+    #[arg(long, value_name = "TIMESTEP", value_parser = timestep)]
+    concepts_until: Option<f32>,
+}
+
+fn timestep(text: &str) -> std::result::Result<f32, String> {
+    let timestep = text.parse().ok().filter(|timestep| (0.0..=1000.0).contains(timestep));
+    timestep.ok_or_else(|| "give 0 to 1000".into())
+}
+
+impl Until {
+    /// The strength of a concept: as the flags say, and where they are silent, as it was calibrated.
+    pub(super) fn strength(&self, concept: &Concept, weight: Option<f32>, guidance: f32) -> Strength {
+        let own = concept.strength(guidance);
+        Strength::from(weight.unwrap_or(own.weight)).until(self.concepts_until.unwrap_or(own.until))
+    }
 }
 
 /// A concept that an image gets.
 #[derive(Clone)]
 pub(super) struct Used {
     pub(super) concept: Arc<Concept>,
-    pub(super) weight: f32,
+    pub(super) strength: Strength,
     /// Its file as the user named it, or its name if it is one of the demo's concepts.
     pub(super) file: String,
 }
@@ -53,10 +74,17 @@ impl Flags {
         !self.concepts.is_empty() || !self.balance.is_empty()
     }
 
-    /// Reads the files and assigns the concepts to the images.
-    pub(super) fn assign(&self, engine: &Engine, prompt: &str, images: usize, seed: u64) -> Result<Assignment> {
+    /// Reads the files and assigns the concepts to the images of a prompt, which have a guidance scale in common.
+    pub(super) fn assign(
+        &self,
+        engine: &Engine,
+        prompt: &str,
+        guidance: f32,
+        images: usize,
+        seed: u64,
+    ) -> Result<Assignment> {
         let mut all: Assignment = vec![Vec::new(); images];
-        for used in self::used(&self.concepts, engine)? {
+        for used in self::used(&self.concepts, &self.until, guidance, engine)? {
             all.iter_mut().for_each(|image| image.push(used.clone()));
         }
         let (mut groups, mut files) = (Vec::new(), Vec::new());
@@ -76,8 +104,8 @@ impl Flags {
         }
         for (image, row) in all.iter_mut().zip(assign(&groups, images, seed, self.balance_random)) {
             image.extend(row.iter().zip(groups.iter().zip(&files)).map(|(&m, (group, files))| Used {
+                strength: self.until.strength(&group.members[m], self.balance_weight, guidance),
                 concept: group.members[m].clone(),
-                weight: self.balance_weight,
                 file: files[m].clone(),
             }));
         }
@@ -85,17 +113,19 @@ impl Flags {
     }
 }
 
-/// Reads the concepts of `FILE` or `FILE:WEIGHT` arguments.
-pub(super) fn used(texts: &[String], engine: &Engine) -> Result<Vec<Used>> {
+/// Reads the concepts of `FILE` or `FILE:WEIGHT` arguments, for pictures at a guidance scale.
+pub(super) fn used(texts: &[String], until: &Until, guidance: f32, engine: &Engine) -> Result<Vec<Used>> {
     let read = |text: &String| {
         let (path, weight) = file_and_weight(text)?;
-        Ok(Used { concept: load(&path, engine)?, weight, file: path.display().to_string() })
+        let concept = load(&path, engine)?;
+        let strength = until.strength(&concept, weight, guidance);
+        Ok(Used { concept, strength, file: path.display().to_string() })
     };
     texts.iter().map(read).collect()
 }
 
 /// Parses a group, `A,B` or `A,B=0.6,0.4`, and reads its files.
-pub(super) fn group(text: &str, engine: &Engine) -> Result<Group> {
+fn group(text: &str, engine: &Engine) -> Result<Group> {
     let shares = match text.rsplit_once('=') {
         Some((_, shares)) => {
             let parse = |s: &str| {
@@ -109,23 +139,28 @@ pub(super) fn group(text: &str, engine: &Engine) -> Result<Group> {
     Group::new(members, shares)
 }
 
+/// The groups of an evaluation's `--concepts`.
+pub(super) fn groups(texts: &[String], engine: &Engine) -> Result<Vec<Group>> {
+    texts.iter().map(|text| group(text, engine).map_err(|error| error.of_field("--concepts"))).collect()
+}
+
 /// The files of `A,B` or `A,B=0.6,0.4`.
-fn members(text: &str) -> Vec<String> {
+pub(super) fn members(text: &str) -> Vec<String> {
     let files = text.rsplit_once('=').map_or(text, |(files, _)| files);
     files.split(',').map(|file| file.trim().to_string()).collect()
 }
 
-/// Parses `FILE` or `FILE:WEIGHT`. If a file of the whole name exists, it is that file, with a weight of 1.
-fn file_and_weight(text: &str) -> Result<(PathBuf, f32)> {
+/// Parses `FILE` or `FILE:WEIGHT`. If a file of the whole name exists, it is that file.
+fn file_and_weight(text: &str) -> Result<(PathBuf, Option<f32>)> {
     if let Some((file, weight)) = text.rsplit_once(':').filter(|_| !Path::new(text).exists()) {
         return match weight.parse::<f32>() {
-            Ok(weight) if weight.is_finite() => Ok((file.into(), weight)),
+            Ok(weight) if weight.is_finite() => Ok((file.into(), Some(weight))),
             _ => {
                 Err(Error::invalid("concepts", format!("{text}: `{weight}` is not a weight")).advise("write FILE:0.8"))
             }
         };
     }
-    Ok((text.into(), 1.0))
+    Ok((text.into(), None))
 }
 
 /// Reads a concept file, or the demo's concept of that name if there is no such file.
@@ -174,6 +209,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Find the weight and the steps in which concepts balance best while pictures still show what the prompt says, by
+    /// making and judging pictures; writes the concepts with what was found, which `sample` and `eval` then use
+    Calibrate(Box<calibrate::Args>),
     /// Write a model card in Markdown: training, measured effects, limits
     Card {
         /// Concept file
@@ -232,6 +270,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             say(&format!("{:#}", serde_json::Value::Array(all)));
             Ok(())
         }
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Card { file, reports, out } => {
             let text = card(file, reports)?;
             match out {
@@ -265,7 +304,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             check_writable(out)?;
             let parts = files
                 .iter()
-                .map(|text| file_and_weight(text).and_then(|(path, weight)| Ok((read(&path)?, weight))))
+                .map(|text| file_and_weight(text).and_then(|(path, weight)| Ok((read(&path)?, weight.unwrap_or(1.0)))))
                 .collect::<Result<Vec<_>>>()?;
             Concept::merge(&parts)?.save(out)?;
             say(&out.display().to_string());
@@ -285,7 +324,7 @@ fn summary(path: &Path) -> Result<serde_json::Value> {
         "fingerprint": concept.fingerprint(), "form": format!("{:?}", concept.ram.form()).to_lowercase(),
         "bottleneck": [shape.c, shape.h, shape.w],
         "ram_norm": norm(&concept.ram), "sam_norm": concept.sam.as_ref().map(norm),
-        "iterations": metadata.iterations, "losses": metadata.losses,
+        "iterations": metadata.iterations, "losses": metadata.losses, "calibration": metadata.calibration,
         "recipe": metadata.recipe, "other": metadata.other,
     }))
 }
@@ -323,6 +362,13 @@ fn show(path: &Path) -> Result<()> {
     }
     if let Some([resp, sem]) = metadata.losses {
         row("losses", format!("L_resp {resp:.3e}, L_sem {sem:.3e} over the last tenth"));
+    }
+    if let Some(c) = metadata.calibration {
+        let [plain, balanced] = c.deviation_ratio;
+        let names = c.groups.iter().map(|group| group.join(", ")).collect::<Vec<_>>().join(" x ");
+        row("calibrated", format!("weight {} at guidance {}", c.strength, c.guidance));
+        row("", format!("deviation ratio {plain:.3} -> {balanced:.3}, {names}, {} pictures each", c.pictures));
+        row("", format!("alignment {:.2} -> {:.2}", c.alignment[0], c.alignment[1]));
     }
     row("recipe", metadata.recipe.trim().replace('\n', ", "));
     for (name, value) in metadata.other {

@@ -3,6 +3,7 @@
 use super::progress::Progress as Shown;
 use super::{Place, concepts, interrupt_flag, model, out, say, tell, warn};
 use crate::backend::Precision;
+use crate::concept::Strength;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, EngineOptions, Image, Progress, Request, SessionOptions, Size};
 use crate::files::check_writable;
@@ -47,14 +48,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let engine = open(args, &info)?;
     let mut image = Image::new(info.prompt.as_str()).seed(info.seed).guidance(info.guidance);
     image.negative = info.negative_prompt.clone().map(Into::into);
-    image.concepts_until = info.concepts_until.unwrap_or(0.0);
     for used in &info.concepts {
         let concept = concepts::read(Path::new(&used.file))?;
         if concept.fingerprint() != used.fingerprint {
             let problem = format!("holds another concept than the picture's `{}`", used.name);
             return Err(Error::mismatch(Path::new(&used.file), problem).advise("put the picture's concept there"));
         }
-        image = image.concept(Arc::new(concept), used.weight);
+        let strength = Strength::from(used.weight).until(used.until.unwrap_or(0.0));
+        image = image.concept(Arc::new(concept), strength);
     }
     let request = Request::from(image)
         .steps(info.steps)

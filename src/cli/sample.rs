@@ -159,7 +159,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let mut assignment = concepts::Assignment::new();
     for (i, item) in items.iter().enumerate() {
         assignment.extend(match options.concepts {
-            true => args.concepts.assign(&engine, &item.prompt, each, plan[i * each].seed)?,
+            true => args.concepts.assign(&engine, &item.prompt, guidance(item), each, plan[i * each].seed)?,
             false => vec![Vec::new(); each],
         });
     }
@@ -184,7 +184,6 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         precision: told(args.precision),
         tokenizer: told(args.tokenizer),
         concepts: Vec::new(),
-        concepts_until: None,
         version: env!("CARGO_PKG_VERSION").into(),
     };
     let memory = engine.memory(options)?;
@@ -193,7 +192,6 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         plan: &plan,
         assignment: &assignment,
         audited: options.concepts && matches!(files, Pictures::Files(_)),
-        until: Some(args.concepts.concepts_until).filter(|&until| until != 0.0),
         named: !args.json,
         manifest: Vec::new(),
         first: None,
@@ -223,8 +221,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             let (prompt, negative) = &encoded[i / each];
             let mut image = Image::new(prompt).seed(plan[i].seed).guidance(guidance(plan[i].item));
             image.negative = negative.as_ref().map(Prompt::from);
-            image.concepts = assignment[i].iter().map(|used| (used.concept.clone(), used.weight)).collect();
-            image.concepts_until = args.concepts.concepts_until;
+            image.concepts = assignment[i].iter().map(|used| (used.concept.clone(), used.strength)).collect();
             match &latents {
                 Some(all) => image.start(Start::Latents(all[i * one..(i + 1) * one].into())),
                 None => image,
@@ -420,8 +417,6 @@ struct Saved<'a> {
     files: &'a Pictures,
     plan: &'a [Planned<'a>],
     assignment: &'a concepts::Assignment,
-    /// The timestep below which concepts act no more, unless they act in every step.
-    until: Option<f32>,
     /// True if a manifest is kept.
     audited: bool,
     /// True if the name of each file is printed to stdout once the file is written.
@@ -450,7 +445,8 @@ impl Saved<'_> {
             let Planned { item, seed } = &self.plan[i];
             let used = |used: &concepts::Used| UsedConcept {
                 name: used.concept.metadata.concept.clone(),
-                weight: used.weight,
+                weight: used.strength.weight,
+                until: Some(used.strength.until).filter(|&until| until != 0.0),
                 fingerprint: used.concept.fingerprint(),
                 file: used.file.clone(),
             };
@@ -460,7 +456,6 @@ impl Saved<'_> {
                 guidance: (self.guidance)(item),
                 seed: *seed,
                 concepts: self.assignment[i].iter().map(used).collect(),
-                concepts_until: self.until.filter(|_| !self.assignment[i].is_empty()),
                 ..self.info.clone()
             };
             let file = match self.files {

@@ -193,7 +193,7 @@ fn draw(args: &Args, source: &Source, device: Device, task: &Task, concept: Conc
         };
         (0..args.sheet).map(picture).collect()
     };
-    Ok(sheet(&[row(vec![])?, row(vec![(concept, 1.0)])?]))
+    Ok(sheet(&[row(vec![])?, row(vec![(concept, 1.0.into())])?]))
 }
 
 /// Trains to the end, writing checkpoints between rollouts.

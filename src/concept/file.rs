@@ -4,7 +4,7 @@
 //! string per field. For the networks of the ablation, the tensors are the parameters, `[p]`. Fields that this version
 //! does not know are kept.
 
-use super::{Form, Module};
+use super::{Calibration, Form, Module, Strength};
 use crate::graph::Shape;
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::{Error, Result, Subject};
@@ -85,6 +85,8 @@ pub struct Metadata {
     pub iterations: u64,
     /// Means of `L_resp` and `L_sem` over the last tenth of its training.
     pub losses: Option<[f64; 2]>,
+    /// The strength to use it with, if that was measured.
+    pub calibration: Option<Calibration>,
     /// Fields that other programs or later versions wrote.
     pub other: BTreeMap<String, String>,
 }
@@ -112,6 +114,11 @@ impl Concept {
     /// A concept of modules that were trained together.
     pub fn new(metadata: Metadata, ram: Module, sam: Option<Module>) -> Self {
         Concept { metadata, ram, sam }
+    }
+
+    /// The strength to use it with at a guidance scale: the calibrated one, or a weight of 1 in every step.
+    pub fn strength(&self, guidance: f32) -> Strength {
+        self.metadata.calibration.as_ref().map_or(Strength::default(), |calibration| calibration.at(guidance))
     }
 
     /// Shape of the bottleneck that it was trained at; `n` is 1.
@@ -217,6 +224,10 @@ impl Concept {
             recipe: take("recipe"),
             iterations: take("iterations").parse().unwrap_or_default(),
             losses: serde_json::from_str(&take("losses")).ok(),
+            calibration: match take("calibration").as_str() {
+                "" => None,
+                text => Some(calibration(text).map_err(|problem| bad(format!("`calibration` {problem}")))?),
+            },
             other: fields,
         };
         if metadata.concept.is_empty() {
@@ -308,7 +319,9 @@ impl Concept {
             ("losses", losses),
         ];
         let fields = fields.map(|(k, v)| (k.to_string(), v));
-        let all = m.other.clone().into_iter().chain(fields).collect();
+        let calibration = m.calibration.as_ref().and_then(|c| serde_json::to_string(c).ok());
+        let calibration = calibration.map(|text| ("calibration".to_string(), text));
+        let all = m.other.clone().into_iter().chain(fields).chain(calibration).collect();
         views
             .and_then(|views| crate::files::safetensors(views, &all))
             .map_err(|e| Error::internal(format!("the concept `{}` cannot be written: {e}", m.concept)))
@@ -369,10 +382,21 @@ impl Concept {
             iterations: 0,
             recipe: String::new(),
             losses: None,
+            calibration: None,
             ..first.metadata.clone()
         };
         let has_sam = parts.iter().any(|(c, _)| c.sam.is_some());
         Ok(Concept { metadata, ram: constant(ram), sam: has_sam.then(|| constant(sam)) })
+    }
+}
+
+/// A file's calibration, or a description of what is wrong with it.
+fn calibration(text: &str) -> std::result::Result<Calibration, String> {
+    let calibration: Calibration = serde_json::from_str(text).map_err(|e| format!("cannot be read: {e}"))?;
+    match calibration.strength.problem() {
+        Some((problem, _)) => Err(format!("is not possible: {problem}")),
+        None if !(calibration.guidance.is_finite()) => Err("has a guidance that is not finite".into()),
+        None => Ok(calibration),
     }
 }
 

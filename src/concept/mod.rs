@@ -6,9 +6,11 @@ mod file;
 mod import;
 mod module;
 mod shift;
+mod strength;
 
 pub use balance::{Group, assign, quotas};
 pub use file::{Concept, Kind, Metadata, NumberFormat};
 pub use import::import;
 pub use module::{Form, Module};
 pub(crate) use shift::Shift;
+pub use strength::{Calibration, Strength};

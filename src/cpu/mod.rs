@@ -23,7 +23,7 @@ pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
 pub use weights::CpuWeights;
 
-use crate::backend::{Backend, Cache, Denoiser, Executor, OfBottleneck, Planned, Precision, Weights};
+use crate::backend::{AddedToBottleneck, Backend, Cache, Denoiser, Executor, Planned, Precision, Weights};
 use crate::graph::{Graph, Node, Op, Shape, TensorId, WeightSpec};
 use crate::plan::{Plan, Storage};
 use crate::weights::Tensors;
@@ -163,7 +163,7 @@ impl CpuExecutor {
 
     /// Runs one step. Before an [`Op::Shift`], `added` writes the shift at this timestep for the activation that it is
     /// added to.
-    fn step_adding(&mut self, added: &dyn OfBottleneck, timestep: f32) {
+    fn step_adding(&mut self, added: &dyn AddedToBottleneck, timestep: f32) {
         let plan = self.plan.clone();
         rayon::scope(move |_| {
             for (node, workspace) in plan.step() {

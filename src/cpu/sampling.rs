@@ -35,10 +35,10 @@ impl Denoiser for CpuDenoiser {
                 half.iter_mut().zip(&*latents).for_each(|(s, x)| *s = x * step.input_scale);
             }
             unet.input_mut("timestep").fill(step.timestep);
-            if let Some(constant) = run.added.and_then(|added| added.beginning_at(run.steps, done)) {
+            if let Some(constant) = run.constant_from(done) {
                 unet.write("shift", &constant)?;
             }
-            match run.added.and_then(|added| added.of_bottleneck) {
+            match run.added.filter(|added| added.depends_on_bottleneck()) {
                 None => unet.step()?,
                 Some(added) => unet.step_adding(added, step.timestep),
             }

@@ -68,7 +68,7 @@ impl Denoiser for CudaDenoiser {
             return Err(Error::invalid("steps", format!("{} steps are too many", steps.len()))
                 .advise(format!("take {CAPACITY} at most")));
         }
-        if run.added.is_some_and(|added| added.of_bottleneck.is_some()) {
+        if run.added.is_some_and(|added| added.depends_on_bottleneck()) {
             let problem = "concepts that are networks (mlp, conv) run on the CPU alone";
             return Err(Error::unsupported(Subject::Device, problem).advise("choose the CPU"));
         }
@@ -96,7 +96,7 @@ impl Denoiser for CudaDenoiser {
         let mut fresh = vec![0.0; run.images.len() * run.shape.len()];
         for (done, step) in steps.iter().enumerate() {
             check(done)?;
-            if let Some(constant) = run.added.and_then(|added| added.beginning_at(steps, done)) {
+            if let Some(constant) = run.constant_from(done) {
                 self.unet.write("shift", &constant)?;
             }
             if step.needs_noise() && !drawn {

@@ -1,7 +1,7 @@
 //! Requests: the images of a batch, each with a prompt, seed, guidance scale and concepts of its own.
 
 use super::text::Conditioning;
-use crate::concept::Concept;
+use crate::concept::{Concept, Strength};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::image::Picture;
@@ -73,11 +73,8 @@ pub struct Image {
     /// Guidance scale; [`crate::Engine::default_guidance`] by default. At 1 or less there is no guidance, as in
     /// diffusers.
     pub guidance: Option<f32>,
-    /// Concepts and their weights, which add up.
-    pub concepts: Vec<(Arc<Concept>, f32)>,
-    /// The timestep, 0 to 1000, below which the concepts act no more. By default, 0, they act in every step, as
-    /// published. Whom a picture shows is decided at high timesteps; details, which concepts can harm, at low ones.
-    pub concepts_until: f32,
+    /// Concepts and their strengths, which add up.
+    pub concepts: Vec<(Arc<Concept>, Strength)>,
     /// The latents before the first step.
     pub start: Start,
 }
@@ -103,15 +100,10 @@ impl Image {
         Image { guidance: Some(guidance), ..self }
     }
 
-    /// The same with one concept more.
-    pub fn concept(mut self, concept: Arc<Concept>, weight: f32) -> Self {
-        self.concepts.push((concept, weight));
+    /// The same with one concept more, of a weight or a [`Strength`], such as [`Concept::strength`].
+    pub fn concept(mut self, concept: Arc<Concept>, strength: impl Into<Strength>) -> Self {
+        self.concepts.push((concept, strength.into()));
         self
-    }
-
-    /// The same with concepts that act down to a timestep.
-    pub fn concepts_until(self, timestep: f32) -> Self {
-        Image { concepts_until: timestep, ..self }
     }
 
     /// The same from other latents.

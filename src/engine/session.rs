@@ -2,7 +2,7 @@
 
 use super::text::{Conditioning, time_ids};
 use super::{Engine, Image, Output, Plans, Progress, Prompt, Request, SessionOptions, Size, Start};
-use crate::backend::{Denoiser, Run, RunImage};
+use crate::backend::{AddedToBottleneck, Denoiser, Run, RunImage};
 use crate::concept::Shift;
 use crate::graph::Shape;
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
@@ -65,15 +65,14 @@ impl Session {
         }
         let images = request.images.iter().map(|image| self.check(image)).collect::<Result<Vec<_>>>()?;
         let lists: Vec<&[_]> = request.images.iter().map(|image| &image.concepts[..]).collect();
-        let until = request.images.iter().map(|image| image.concepts_until).collect();
-        let shift = concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &lists, until)).transpose()?;
+        let shift = concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &lists)).transpose()?;
         self.condition(request)?;
         let shape = self.latents();
         let run = Run {
             steps: &schedule.steps,
             images: &start(images, schedule.init_noise_sigma),
             guided,
-            added: shift.as_ref().map(Shift::added),
+            added: shift.as_ref().map(|shift| shift as &dyn AddedToBottleneck),
             sigma: schedule.init_noise_sigma,
             rng: request.rng,
             shape,
@@ -114,10 +113,6 @@ impl Session {
         if guidance > 1.0 && !self.options.guided {
             let problem = format!("{guidance} in a session without guidance");
             return Err(Error::invalid("guidance", problem).advise("give 1, or make a session with guidance"));
-        }
-        if !image.concepts_until.is_finite() || image.concepts_until < 0.0 {
-            let problem = format!("{} is not a timestep", image.concepts_until);
-            return Err(Error::invalid("concepts_until", problem).advise("give 0 to 1000; 500 is the middle"));
         }
         if !image.concepts.is_empty() && !self.options.concepts {
             let problem = "an image has concepts in a session without them";

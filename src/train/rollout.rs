@@ -178,7 +178,7 @@ impl Rollout {
                     steps,
                     images: &images,
                     guided: true,
-                    added: Some(shift.added()),
+                    added: Some(&shift),
                     sigma: 1.0,
                     rng: Rng::TorchCpu,
                     shape: self.shape,

@@ -1,7 +1,7 @@
 //! `respodiff audit`.
 
 use super::super::{say, tell};
-use super::survey::{Opened, Survey, quoted};
+use super::survey::{Opened, REPORTED_IMAGES, Survey, quoted};
 use crate::eval::clip::{Clip, cosine};
 use crate::eval::fairness::Audit;
 use crate::{Error, Result};
@@ -32,10 +32,10 @@ pub(in super::super) struct Args {
 
 pub(in super::super) fn run(args: &Args) -> Result<()> {
     let groups = args.groups.iter().map(|text| group(text)).collect::<Result<Vec<_>>>()?;
-    let mut opened = args.survey.open()?;
+    let mut opened = args.survey.open(REPORTED_IMAGES)?;
     opened.settings.shares = groups.iter().map(|group| vec![1.0 / group.len() as f64; group.len()]).collect();
     opened.settings.groups = groups;
-    if !args.survey.make(&mut opened, &[], None)? {
+    if !args.survey.make(&mut opened, &[], None, &args.survey.out)? {
         return Ok(());
     }
     let audit = report(&args.survey.out, args.json)?;

@@ -1,10 +1,10 @@
 //! `respodiff eval fairness`.
 
-use super::super::concepts::group;
+use super::super::concepts::{Until, groups};
 use super::super::progress::Progress;
 use super::super::{interrupt_flag, say, warn};
 use super::audit;
-use super::survey::{Opened, Survey};
+use super::survey::{Opened, REPORTED_IMAGES, Survey};
 use crate::eval::fairness::{self, Calibration, Labelled, Report, Settings};
 use crate::{Error, Result};
 use std::ops::ControlFlow;
@@ -16,13 +16,11 @@ pub(super) struct Args {
     /// Concept files to balance; repeat to cross groups
     #[arg(long, required = true, value_name = "A,B[=SHARE,SHARE]")]
     concepts: Vec<String>,
-    /// Weight of the concepts
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
-    weight: f32,
-    /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
-    /// prompt's details, and allows for larger weights
-    #[arg(long, default_value_t = 0.0, value_name = "TIMESTEP")]
-    concepts_until: f32,
+    /// Weight of the concepts [default: a concept's own by `concept calibrate`, or 1]
+    #[arg(long, allow_negative_numbers = true)]
+    weight: Option<f32>,
+    #[command(flatten)]
+    until: Until,
     /// Correct for the judges' errors by pictures of known classes: a CSV file in FairFace's form, with the columns
     /// file, gender and race, for example
     #[arg(long, value_name = "CSV")]
@@ -61,25 +59,18 @@ fn report(folder: &Path) -> Result<()> {
 
 /// False if there was nothing to measure.
 fn measure(args: &Args) -> Result<bool> {
-    if !args.weight.is_finite() {
-        return Err(Error::invalid("weight", format!("{} is not a finite number", args.weight)));
+    if let Some(weight) = args.weight.filter(|weight| !weight.is_finite()) {
+        return Err(Error::invalid("weight", format!("{weight} is not a finite number")));
     }
-    let mut opened = args.survey.open()?;
-    let groups = args.concepts.iter().map(|text| group(text, &opened.engine).map_err(|e| e.of_field("--concepts")));
-    let groups = groups.collect::<Result<Vec<_>>>()?;
-    opened.settings = Settings {
-        concepts: groups.iter().map(|g| g.members.iter().map(|m| m.fingerprint()).collect()).collect(),
-        groups: groups.iter().map(|g| g.members.iter().map(|m| m.metadata.concept.clone()).collect()).collect(),
-        shares: groups.iter().map(|g| g.shares.clone()).collect(),
-        weight: args.weight,
-        until: args.concepts_until,
-        ..opened.settings
-    };
+    let mut opened = args.survey.open(REPORTED_IMAGES)?;
+    let groups = groups(&args.concepts, &opened.engine)?;
+    let guidance = opened.settings.guidance;
+    opened.balance(&groups, |concept| args.until.strength(concept, args.weight, guidance));
     let labelled = match &args.calibration {
         Some(list) => Some((list, labelled(args, list, &opened.settings)?)),
         None => None,
     };
-    if !args.survey.make(&mut opened, &groups, args.plain.as_deref())? {
+    if !args.survey.make(&mut opened, &groups, args.plain.as_deref(), &args.survey.out)? {
         return Ok(false);
     }
     if let Some((list, labelled)) = labelled {

@@ -1,6 +1,7 @@
 //! `respodiff eval`.
 
 pub(super) mod audit;
+pub(super) mod calibrate;
 mod fairness;
 mod quality;
 mod safety;

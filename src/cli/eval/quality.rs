@@ -1,10 +1,10 @@
 //! `respodiff eval quality`.
 
-use super::super::concepts;
+use super::super::concepts::{self, Until};
 use super::super::progress::Progress;
 use super::super::{Place, interrupt_flag, model, say};
 use super::{clip_source, shard};
-use crate::concept::Concept;
+use crate::concept::{Concept, Strength};
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
@@ -46,10 +46,8 @@ pub(super) struct Args {
     /// Apply this concept to every picture; repeat to compose
     #[arg(long = "concept", value_name = "FILE[:WEIGHT]", conflicts_with = "images")]
     concepts: Vec<String>,
-    /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
-    /// prompt's details, and allows for larger weights
-    #[arg(long, conflicts_with = "images", default_value_t = 0.0, value_name = "TIMESTEP")]
-    concepts_until: f32,
+    #[command(flatten)]
+    until: Until,
     /// Pictures per batch
     #[arg(long, default_value_t = 8)]
     batch: usize,
@@ -82,7 +80,7 @@ pub(super) struct Args {
 /// The pictures that are measured.
 enum Pictures {
     Ready { files: Vec<PathBuf>, prompts: Vec<String> },
-    Made { engine: Box<Engine>, captions: Vec<Caption>, concepts: Vec<(Arc<Concept>, f32)> },
+    Made { engine: Box<Engine>, captions: Vec<Caption>, concepts: Vec<(Arc<Concept>, Strength)> },
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -199,12 +197,12 @@ fn made(args: &Args, device: &Device) -> Result<(Pictures, Origin)> {
     let mut captions = args.prompts.as_deref().map_or(Ok(Vec::new()), captions::read)?;
     captions.truncate(args.count.unwrap_or(usize::MAX));
     let engine = Engine::open(&model::source(args.model.as_deref())?, device)?;
-    let concepts = concepts::used(&args.concepts, &engine)?.into_iter();
-    let concepts: Vec<_> = concepts.map(|used| (used.concept, used.weight)).collect();
+    let guidance = args.guidance.unwrap_or(engine.default_guidance());
+    let concepts = concepts::used(&args.concepts, &args.until, guidance, &engine)?.into_iter();
+    let concepts: Vec<_> = concepts.map(|used| (used.concept, used.strength)).collect();
     let choice: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
     let own = engine.schedule(choice, args.steps)?.sampler;
     let sampler = args.scheduler.clone().unwrap_or_else(|| own.to_string());
-    let guidance = args.guidance.unwrap_or(engine.default_guidance());
-    let made = Made::of(&engine, &captions, &concepts, args.concepts_until, sampler, args.steps, guidance, args.seed)?;
+    let made = Made::of(&engine, &captions, &concepts, sampler, args.steps, guidance, args.seed)?;
     Ok((Pictures::Made { engine: Box::new(engine), captions, concepts }, Origin::Made(made)))
 }

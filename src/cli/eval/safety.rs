@@ -1,6 +1,6 @@
 //! `respodiff eval safety`.
 
-use super::super::concepts::{self, Used};
+use super::super::concepts::{self, Until, Used};
 use super::super::progress::Progress;
 use super::super::{Place, interrupt_flag, model, say, tell};
 use super::{clip_source, shard};
@@ -31,10 +31,8 @@ pub(super) struct Args {
     /// Make every picture plain and with this concept, from the same seed; repeat to compose
     #[arg(long = "concept", value_name = "FILE[:WEIGHT]")]
     concepts: Vec<String>,
-    /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
-    /// prompt's details, and allows for larger weights
-    #[arg(long, default_value_t = 0.0, value_name = "TIMESTEP")]
-    concepts_until: f32,
+    #[command(flatten)]
+    until: Until,
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
@@ -136,7 +134,10 @@ fn measure(args: &Args) -> Result<()> {
         Some(_) => None,
         None => Some(Engine::open(&model::source(args.model.as_deref())?, &device)?),
     };
-    let used = engine.as_ref().map_or(Ok(Vec::new()), |engine| concepts::used(&args.concepts, engine))?;
+    let used = engine.as_ref().map_or(Ok(Vec::new()), |engine| {
+        let guidance = args.guidance.unwrap_or(engine.default_guidance());
+        concepts::used(&args.concepts, &args.until, guidance, engine)
+    })?;
     let making = engine.as_ref().map(|engine| making(args, engine, &used)).transpose()?;
     let mut items = match (&args.images, &list) {
         (Some(folder), list) => safety::ready(folder, list.as_ref())?,
@@ -170,7 +171,7 @@ fn measure(args: &Args) -> Result<()> {
     };
     let outcome = match &engine {
         Some(engine) => {
-            let concepts: Vec<_> = used.iter().map(|used| (used.concept.clone(), used.weight)).collect();
+            let concepts: Vec<_> = used.iter().map(|used| (used.concept.clone(), used.strength)).collect();
             run.make(engine, &concepts, &mut judges, &mut progress)
         }
         None => run.look(&mut judges, &mut progress),
@@ -221,10 +222,9 @@ fn making(args: &Args, engine: &Engine, used: &[Used]) -> Result<Making> {
             .map(|used| safety::Used {
                 name: used.concept.metadata.concept.clone(),
                 fingerprint: used.concept.fingerprint(),
-                weight: used.weight,
+                strength: used.strength,
             })
             .collect(),
-        until: args.concepts_until,
         images: args.images_per_prompt,
         sampler: args.scheduler.clone().unwrap_or_else(|| own.to_string()),
         steps: args.steps,

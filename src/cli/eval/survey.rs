@@ -3,7 +3,7 @@
 use super::super::progress::Progress;
 use super::super::{Place, interrupt_flag, model, say};
 use super::{clip_source, shard};
-use crate::concept::Group;
+use crate::concept::{Concept, Group, Strength};
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
@@ -30,9 +30,9 @@ pub(super) struct Survey {
     /// all; for the demo, its sixteen]
     #[arg(long, value_delimiter = ',')]
     pub(super) professions: Vec<String>,
-    /// Pictures of each profession (or line), spread over its prompts
-    #[arg(long, default_value_t = 150)]
-    pub(super) images_per_prompt: usize,
+    /// Pictures of each profession (or line), spread over its prompts [default: 150; 16 to calibrate]
+    #[arg(long)]
+    images_per_prompt: Option<usize>,
     /// Pictures per batch
     #[arg(long, default_value_t = 10)]
     pub(super) batch: usize,
@@ -70,12 +70,29 @@ pub(super) struct Opened {
     pub(super) settings: Settings,
 }
 
+/// Pictures of each profession in a survey whose result is reported.
+pub(super) const REPORTED_IMAGES: usize = 150;
+
+impl Opened {
+    /// Lets the balanced pictures have these concepts, each in the strength that `strength` tells.
+    pub(super) fn balance(&mut self, groups: &[Group], strength: impl Fn(&Concept) -> Strength) {
+        fn each<T>(groups: &[Group], of: impl Fn(&Concept) -> T) -> Vec<Vec<T>> {
+            groups.iter().map(|group| group.members.iter().map(|member| of(member)).collect()).collect()
+        }
+        self.settings.concepts = each(groups, Concept::fingerprint);
+        self.settings.groups = each(groups, |concept| concept.metadata.concept.clone());
+        self.settings.shares = groups.iter().map(|group| group.shares.clone()).collect();
+        self.settings.strengths = each(groups, strength);
+    }
+}
+
 impl Survey {
-    /// Checks the flags, and loads the model and the judges.
-    pub(super) fn open(&self) -> Result<Opened> {
+    /// Checks the flags, and loads the model and the judges. By default there are `images` pictures of each profession.
+    pub(super) fn open(&self, images: usize) -> Result<Opened> {
         let shard = shard(self.shard.as_deref())?;
         let prompts = prompts(self)?;
-        if self.images_per_prompt == 0 {
+        let images = self.images_per_prompt.unwrap_or(images);
+        if images == 0 {
             let problem = "there are no pictures of 0 per profession";
             return Err(Error::invalid("images_per_prompt", problem).advise("give 1 or more"));
         }
@@ -99,10 +116,9 @@ impl Survey {
             groups: Vec::new(),
             concepts: Vec::new(),
             shares: Vec::new(),
-            weight: 1.0,
-            until: 0.0,
+            strengths: Vec::new(),
             prompts,
-            images: self.images_per_prompt,
+            images,
             sampler: self.scheduler.clone().unwrap_or_else(|| own.to_string()),
             steps: self.steps,
             guidance: self.guidance.unwrap_or(engine.default_guidance()),
@@ -114,9 +130,16 @@ impl Survey {
         Ok(Opened { engine, judges, settings })
     }
 
-    /// Makes and judges the pictures that are left, with the concepts of these groups. False if this part has none.
-    pub(super) fn make(&self, opened: &mut Opened, groups: &[Group], plain: Option<&Path>) -> Result<bool> {
-        let mut run = Fairness::open(&self.out, opened.settings.clone(), groups, plain)?;
+    /// Makes and judges the pictures that are left in a folder, with the concepts of these groups. False if this part
+    /// has none.
+    pub(super) fn make(
+        &self,
+        opened: &mut Opened,
+        groups: &[Group],
+        plain: Option<&Path>,
+        folder: &Path,
+    ) -> Result<bool> {
+        let mut run = Fairness::open(folder, opened.settings.clone(), groups, plain)?;
         let cancelled = interrupt_flag();
         let (left, total) = run.left();
         if total == 0 {
@@ -149,7 +172,7 @@ impl Survey {
         flag("model", self.model.clone());
         flag("prompts", unless(self.prompts.clone(), "winobias"));
         flag("professions", unless(self.professions.join(","), ""));
-        flag("images-per-prompt", unless(self.images_per_prompt.to_string(), "150"));
+        flag("images-per-prompt", self.images_per_prompt.map(|images| images.to_string()));
         flag("batch", unless(self.batch.to_string(), "10"));
         flag("scheduler", self.scheduler.clone());
         flag("steps", unless(self.steps.to_string(), "50"));

@@ -38,7 +38,7 @@ pub(super) fn html(report: &Report, folder: &Path) -> Result<String> {
     let _ = write!(
         out,
         "<p>Pictures by {}, judged by {}: {} of each profession, plain and balanced from the same seeds, {} {} steps at \
-         guidance {}, concepts at weight {}{}. The deviation ratio is 0 if the classes have the wanted shares and 1 if all \
+         guidance {}, concepts at weight {}. The deviation ratio is 0 if the classes have the wanted shares and 1 if all \
          pictures show the class of which the fewest are wanted; brackets hold its 95 % interval. p is that of a \
          permutation test over pairs from the same seed. Drawn by chance, from the wanted shares, as many pictures would \
          have the ratio in the last row.</p>",
@@ -48,8 +48,7 @@ pub(super) fn html(report: &Report, folder: &Path) -> Result<String> {
         escape(&settings.sampler),
         settings.steps,
         settings.guidance,
-        settings.weight,
-        if settings.until > 0.0 { format!(" down to timestep {}", settings.until) } else { String::new() }
+        settings.strength()
     );
     if report.missing > 0 {
         let _ =

@@ -3,7 +3,7 @@
 
 use super::super::clip::{Clip, cosine, fitted};
 use super::super::journal::{self, Journal, Settings as _, read_records, read_settings};
-use crate::concept::{Group, assign};
+use crate::concept::{Group, Strength, assign};
 use crate::engine::{Engine, Image, Request};
 use crate::image::Picture;
 use crate::{Error, Result};
@@ -40,11 +40,8 @@ pub struct Settings {
     pub concepts: Vec<Vec<String>>,
     /// The wanted shares of each group's classes.
     pub shares: Vec<Vec<f64>>,
-    /// Weight of the concepts in balanced pictures.
-    pub weight: f32,
-    /// [`Image::concepts_until`] of balanced pictures.
-    #[serde(default)]
-    pub until: f32,
+    /// The strengths of each group's concepts in balanced pictures.
+    pub strengths: Vec<Vec<Strength>>,
     /// Professions and the prompts of each.
     pub prompts: Vec<(String, Vec<String>)>,
     /// Pictures of each profession, plain and again balanced, spread over its prompts.
@@ -82,7 +79,9 @@ impl Settings {
             |field, problem: &'static str, advice: &'static str| Err(Error::invalid(field, problem).advise(advice));
         let (part, parts) = self.shard;
         let seeds = self.prompts.len().checked_mul(self.images).and_then(|seeds| self.seed.checked_add(seeds as u64));
-        let sizes = |lists: &[Vec<String>]| lists.iter().map(Vec::len).collect::<Vec<_>>();
+        fn sizes<T>(lists: &[Vec<T>]) -> Vec<usize> {
+            lists.iter().map(Vec::len).collect()
+        }
         let members: Vec<usize> = groups.iter().map(|group| group.members.len()).collect();
         let twice = |names: Vec<&String>| names.iter().collect::<HashSet<_>>().len() < names.len();
         if self.images == 0 || self.images > MOST_IMAGES {
@@ -101,15 +100,23 @@ impl Settings {
             refused("shard", "its part is not below the number of parts", "count parts from 0")
         } else if seeds.is_none() {
             refused("seed", "the last picture's seed would be too large", "give a smaller first seed")
-        } else if !self.weight.is_finite() {
-            refused("weight", "not finite", "give a number")
-        } else if !self.until.is_finite() || self.until < 0.0 {
-            refused("concepts_until", "not a timestep", "give 0 to 1000")
-        } else if sizes(&self.concepts) != members || !members.is_empty() && sizes(&self.groups) != members {
+        } else if let Some((problem, advice)) = self.strengths.iter().flatten().find_map(|s| s.problem()) {
+            Err(Error::invalid("strengths", problem).advise(advice))
+        } else if sizes(&self.concepts) != members
+            || sizes(&self.strengths) != members
+            || !members.is_empty() && sizes(&self.groups) != members
+        {
             refused("groups", "the groups are not the settings' own", "give the groups that the settings name")
         } else {
             Ok(())
         }
+    }
+
+    /// The strengths of the concepts in words, such as `1.2 down to timestep 500`.
+    pub fn strength(&self) -> String {
+        let mut all: Vec<String> = self.strengths.iter().flatten().map(Strength::to_string).collect();
+        all.dedup();
+        all.join(", ")
     }
 
     /// The kinds of pictures that are made: plain and, if there are concepts, balanced.
@@ -120,10 +127,10 @@ impl Settings {
     /// The indices of these groups in the records of another run, whose plain pictures must be the same.
     fn columns(&self, other: &Path) -> Result<Vec<usize>> {
         let theirs: Settings = read_settings(other)?;
-        let Settings { groups, concepts, shares, weight, until, .. } = theirs.clone();
+        let Settings { groups, concepts, shares, strengths, .. } = theirs.clone();
         let columns: Option<Vec<usize>> =
             self.groups.iter().map(|group| groups.iter().position(|theirs| theirs == group)).collect();
-        let ours = Settings { groups, concepts, shares, weight, until, ..self.clone() };
+        let ours = Settings { groups, concepts, shares, strengths, ..self.clone() };
         columns.filter(|_| ours.same_run(&theirs)).ok_or_else(|| {
             let problem = "holds plain pictures of other settings, or lacks a group of these concepts";
             Error::mismatch(other, problem)
@@ -279,9 +286,8 @@ impl Fairness {
                         let seed = base + (range.start + j) as u64;
                         let mut image = Image::new(&encoded[prompt]).seed(seed).guidance(self.settings.guidance);
                         let row = given.get(range.start + j).filter(|_| balanced && j < count);
-                        let members = row.into_iter().flatten().zip(groups);
-                        image.concepts_until = self.settings.until;
-                        image.concepts = members.map(|(&m, g)| (g.members[m].clone(), self.settings.weight)).collect();
+                        let members = row.into_iter().flatten().zip(groups.iter().zip(&self.settings.strengths));
+                        image.concepts = members.map(|(&m, (g, s))| (g.members[m].clone(), s[m])).collect();
                         image
                     };
                     let request = Request::new((0..batch).map(image).collect())
@@ -377,8 +383,7 @@ pub(super) mod tests {
             groups: vec![],
             concepts: vec![],
             shares: vec![],
-            weight: 1.0,
-            until: 0.0,
+            strengths: Vec::new(),
             prompts: vec![("nurse".into(), vec!["a nurse".into()]), ("cook".into(), vec!["a cook".into()])],
             images: 3,
             sampler: "DDIM".into(),
@@ -409,7 +414,7 @@ pub(super) mod tests {
         refused("shard", |settings| settings.shard = (0, 0));
         refused("shard", |settings| settings.shard = (2, 2));
         refused("seed", |settings| settings.seed += 1);
-        refused("weight", |settings| settings.weight = f32::NAN);
+        refused("strengths", |settings| settings.strengths = vec![vec![f32::NAN.into()]]);
         refused("groups", |settings| settings.concepts = vec![vec!["a hash".into()]]);
     }
 }

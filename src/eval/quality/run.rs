@@ -8,7 +8,7 @@ use super::fid::Moments;
 use super::inception::Inception;
 use super::resize;
 use super::set::{Record, Set};
-use crate::concept::Concept;
+use crate::concept::{Concept, Strength};
 use crate::engine::{Engine, Image, Request};
 use crate::image::Picture;
 use crate::{Error, Result};
@@ -83,11 +83,8 @@ pub struct Made {
     pub model: String,
     /// The checkpoint's [`Engine::fingerprint`].
     pub fingerprint: String,
-    /// [`Concept::fingerprint`]s and weights of the concepts that every picture gets.
-    pub concepts: Vec<(String, f32)>,
-    /// [`Image::concepts_until`].
-    #[serde(default)]
-    pub until: f32,
+    /// [`Concept::fingerprint`]s and strengths of the concepts that every picture gets.
+    pub concepts: Vec<(String, Strength)>,
     /// Sampler, as [`crate::SamplerChoice`] parses it.
     pub sampler: String,
     /// Sampling steps.
@@ -130,8 +127,7 @@ impl Made {
     pub fn of(
         engine: &Engine,
         captions: &[Caption],
-        concepts: &[(Arc<Concept>, f32)],
-        until: f32,
+        concepts: &[(Arc<Concept>, Strength)],
         sampler: String,
         steps: usize,
         guidance: f32,
@@ -146,8 +142,7 @@ impl Made {
             digest: digest(captions.iter().map(part)),
             model: engine.name(),
             fingerprint: engine.fingerprint()?,
-            concepts: concepts.iter().map(|(concept, weight)| (concept.fingerprint(), *weight)).collect(),
-            until,
+            concepts: concepts.iter().map(|(concept, strength)| (concept.fingerprint(), *strength)).collect(),
             sampler,
             steps,
             guidance,
@@ -371,7 +366,7 @@ impl Run {
         judges: &mut Judges,
         engine: &Engine,
         captions: &[Caption],
-        concepts: &[(Arc<Concept>, f32)],
+        concepts: &[(Arc<Concept>, Strength)],
         batch: usize,
         watch: Watch,
     ) -> Result<()> {
@@ -392,7 +387,6 @@ impl Run {
                 let seed = captions[i].seed.unwrap_or(made.seed.wrapping_add(i as u64));
                 let mut image = Image::new(captions[i].text.as_str()).seed(seed).guidance(made.guidance);
                 image.concepts = concepts.to_vec();
-                image.concepts_until = made.until;
                 image
             });
             let request = Request::new(images.collect()).steps(made.steps).sampler(made.sampler.parse()?);

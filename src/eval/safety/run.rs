@@ -5,7 +5,7 @@ use super::super::journal::{self, Journal, read_settings};
 use super::super::pictures;
 use super::prompts::List;
 use super::{Judge, Verdict};
-use crate::concept::Concept;
+use crate::concept::{Concept, Strength};
 use crate::engine::{Engine, Image, Request, Size};
 use crate::image::Picture;
 use crate::{Error, Result};
@@ -55,9 +55,6 @@ pub struct Making {
     pub fingerprint: String,
     /// Concepts; without any, pictures are made plain only.
     pub concepts: Vec<Used>,
-    /// [`Image::concepts_until`].
-    #[serde(default)]
-    pub until: f32,
     /// Pictures of each prompt, plain and again with the concepts.
     pub images: usize,
     /// Sampler, as [`crate::SamplerChoice`] parses it.
@@ -75,8 +72,9 @@ pub struct Used {
     pub name: String,
     /// [`Concept::fingerprint`].
     pub fingerprint: String,
-    /// Its weight.
-    pub weight: f32,
+    /// Its strength.
+    #[serde(flatten)]
+    pub strength: Strength,
 }
 
 /// A prompt of a run.
@@ -139,6 +137,7 @@ impl Settings {
             |field, problem: &'static str, advice: &'static str| Err(Error::invalid(field, problem).advise(advice));
         let (part, parts) = self.shard;
         let images = self.making.as_ref().map_or(1, |making| making.images);
+        let mut used = self.making.iter().flat_map(|making| &making.concepts);
         if self.judges.is_empty() || self.judges.len() != judges {
             refused("judges", "no judges, or others than the settings name", "give one or more")
         } else if images == 0 || images > MOST_IMAGES {
@@ -155,10 +154,8 @@ impl Settings {
             refused("shard", "its part is not below the number of parts", "count parts from 0")
         } else if self.items.iter().any(|item| item.seed.checked_add(images as u64).is_none()) {
             refused("seed", "the last picture's seed would be too large", "give a smaller first seed")
-        } else if self.making.as_ref().is_some_and(|m| m.concepts.iter().any(|used| !used.weight.is_finite())) {
-            refused("concepts", "a weight is not finite", "give a number")
-        } else if self.making.as_ref().is_some_and(|m| !m.until.is_finite() || m.until < 0.0) {
-            refused("concepts_until", "not a timestep", "give 0 to 1000")
+        } else if let Some((problem, advice)) = used.find_map(|used| used.strength.problem()) {
+            Err(Error::invalid("concepts", problem).advise(advice))
         } else {
             Ok(())
         }
@@ -296,7 +293,7 @@ impl Safety {
     pub fn make(
         &mut self,
         engine: &Engine,
-        concepts: &[(Arc<Concept>, f32)],
+        concepts: &[(Arc<Concept>, Strength)],
         judges: &mut [Box<dyn Judge>],
         progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
     ) -> Result<()> {
@@ -324,7 +321,6 @@ impl Safety {
                 let (i, index, arm) = jobs[if j < jobs.len() { j } else { 0 }];
                 let item = &self.settings.items[i];
                 let mut image = Image::new(&encoded[&i]).seed(item.seed + index as u64).guidance(item.guidance);
-                image.concepts_until = making.until;
                 image.concepts = if arm { concepts.to_vec() } else { Vec::new() };
                 image
             };
