@@ -2,9 +2,11 @@
 // One number per thread (four of a picture). Arrays are 64 KB to 1 MB, so that launches and latencies are all they
 // cost: 2 to 3 us each.
 //
-// All that differs from step to step is read from a table by an index in device memory, so one recorded graph serves
-// all steps. `prepare` reads `next` and writes `current`; `guide_and_step` reads `current` and writes `next`. No kernel
-// reads what it writes itself, and the order of the stream does the rest.
+// Images are independent of each other: each has a slot with its own steps and its own index of the next one, so that
+// images may begin and end at any step of the others. `places` tells which slot a row of the UNet's batch serves. All
+// that differs from step to step is read from device memory, so one recorded graph serves all of them. `prepare` reads
+// `next` and writes `current`; `guide_and_step` reads `current` and writes `next`. No kernel reads what it writes
+// itself, and the order of the stream does the rest.
 #include "numeric.cuh"
 
 // diffusion::scheduler::Step; its documentation has the formulas.
@@ -15,33 +17,28 @@ struct DeviceStep {
     float next_base, next_out, next_m, next_history[3], next_noise;
     uint32_t draw;  // index of this step's noise among the draws from the first step on
     int32_t save, push;
-    uint32_t faults;  // number of warps that found latents that are not finite
 };
 LAYOUT(DeviceStep, timestep, input_scale, convert_x, convert_out, clip, base_x, base_saved, base_m, base_history,
-       next_base, next_out, next_m, next_history, next_noise, draw, save, push, faults)
+       next_base, next_out, next_m, next_history, next_noise, draw, save, push)
 
-// The state of a request.
-struct Run {
-    int32_t philox;  // 1 if noise is drawn here rather than read
-    int32_t steps;
-    int32_t next, current;
-    uint32_t picture_faults;  // number of warps that found pixels that are not finite
-};
-LAYOUT(Run, philox, steps, next, current, picture_faults)
-
-// The numbers of a request that one image has for itself.
-struct SampledImage {
+// An image between its first and its last step.
+struct Slot {
     uint64_t seed;
     float guidance;
     uint32_t drawn;  // draws of the seed before the first step
+    int32_t philox;  // 1 if noise is drawn here rather than read
+    int32_t steps;
+    int32_t next, current;
+    uint32_t fault;  // the first step that gave latents that are not finite; 2^32 - 1 if none did
+    uint32_t picture_faults;  // number of warps that found pixels that are not finite
 };
-LAYOUT(SampledImage, seed, guidance, drawn)
+LAYOUT(Slot, seed, guidance, drawn, philox, steps, next, current, fault, picture_faults)
 
-// [batch, pixels, channels]
+// One image's latents, [pixels, channels].
 struct LatentSize {
-    int32_t length, channels, pixels;
+    int32_t channels, pixels;
 };
-LAYOUT(LatentSize, length, channels, pixels)
+LAYOUT(LatentSize, channels, pixels)
 
 __device__ __forceinline__ int index() { return blockIdx.x * 256 + threadIdx.x; }
 
@@ -64,82 +61,90 @@ __device__ __forceinline__ uint2 philox(uint32_t draw, uint32_t element, uint64_
     return make_uint2(c0, c1);
 }
 
-// Draws number i of the latents as Rng::TorchCuda does; every image has a seed of its own and draws in NCHW order.
-// Computed in f64 as there: equal except for the last place of libm's functions, which the rounding to f32 hides nearly
-// always.
+// Draws number i of an image's latents as Rng::TorchCuda does, in NCHW order. Computed in f64 as there: equal except for
+// the last place of libm's functions, which the rounding to f32 hides nearly always.
 __device__ __forceinline__ float normal(uint64_t seed, uint32_t draw, int i, const LatentSize& size) {
-    int one = size.channels * size.pixels;
-    int pixel = i % one / size.channels, channel = i % size.channels;
+    int pixel = i / size.channels, channel = i % size.channels;
     uint2 word = philox(draw, channel * size.pixels + pixel, seed);
     constexpr double TAU = 6.283185307179586477;
     double radius = sqrt(-2.0 * log((word.x + 0.5) / 4294967296.0));
     return float(radius * sin(TAU * ((word.y + 0.5) / 4294967296.0)));
 }
 
-// The image that number i of the latents belongs to.
-__device__ __forceinline__ const SampledImage& image_of(const SampledImage* images, int i, const LatentSize& size) {
-    return images[i / (size.channels * size.pixels)];
-}
-
 struct NoiseParams {
     float* out;
-    const SampledImage* images;
+    const Slot* slot;
     LatentSize size;
     float scale;
+    int32_t padding;
 };
-LAYOUT(NoiseParams, out, images, size, scale)
+LAYOUT(NoiseParams, out, slot, size, scale, padding)
 
-// out = scale * normally distributed numbers, each image's from the first draw of its seed.
+// out = scale * normally distributed numbers, the first draw of an image's seed.
 KERNEL __launch_bounds__(256) noise(const __grid_constant__ NoiseParams p) {
     griddep_launch_dependents();
     griddep_wait();
     int i = index();
-    if (i < p.size.length) p.out[i] = normal(image_of(p.images, i, p.size).seed, 0, i, p.size) * p.scale;
+    if (i < p.size.channels * p.size.pixels) p.out[i] = normal(p.slot->seed, 0, i, p.size) * p.scale;
 }
 EXPORT(noise)
 
 struct PrepareParams {
-    Run* run;
-    const DeviceStep* steps;
-    const float* latents;
-    __half* sample;  // the latents once, or twice in a row
-    float* timestep;  // one per image
-    int32_t length;
-    int32_t copies;
+    Slot* slots;
+    const int32_t* places;  // one per row: its slot, or -1 for none
+    const DeviceStep* steps;  // `capacity` for each slot
+    const float* latents;  // of all slots
+    __half* sample;  // the rows once, or twice one after the other
+    float* timestep;  // one per row of `sample`
+    int32_t one;  // numbers per image
     int32_t rows;
-    int32_t padding;
+    int32_t copies;
+    int32_t capacity;
 };
-LAYOUT(PrepareParams, run, steps, latents, sample, timestep, length, copies, rows, padding)
+LAYOUT(PrepareParams, slots, places, steps, latents, sample, timestep, one, rows, copies, capacity)
 
-// The UNet's inputs: the scaled latents for each half of a guided batch, and the timestep. Beyond the last step it does
-// nothing.
+// The UNet's inputs: each row's scaled latents, for each half of a guided batch, and its timestep. The inputs of a row
+// without an image are zeros; those of an image after its last step stay.
 KERNEL __launch_bounds__(256) prepare(const __grid_constant__ PrepareParams p) {
     griddep_launch_dependents();
     griddep_wait();
-    int i = index(), step = p.run->next;
-    if (i == 0) p.run->current = step;
-    if (step >= p.run->steps) return;
-    if (i < p.length) {
-        __half x = to_half(p.latents[i] * p.steps[step].input_scale);
-        for (int copy = 0; copy < p.copies; copy++) p.sample[copy * p.length + i] = x;
+    int i = index(), row = i / p.one;
+    if (row >= p.rows) return;
+    int place = p.places[row], within = i % p.one;
+    float x = 0.0f, timestep = 0.0f;
+    if (place >= 0) {
+        Slot& slot = p.slots[place];
+        int next = slot.next;
+        if (within == 0) slot.current = next;
+        if (next >= slot.steps) return;
+        const DeviceStep& step = p.steps[int64_t(place) * p.capacity + next];
+        x = p.latents[int64_t(place) * p.one + within] * step.input_scale;
+        timestep = step.timestep;
     }
-    if (i < p.rows) p.timestep[i] = p.steps[step].timestep;
+    for (int copy = 0; copy < p.copies; copy++) {
+        p.sample[copy * p.rows * p.one + i] = to_half(x);
+        if (within == 0) p.timestep[copy * p.rows + row] = timestep;
+    }
 }
 EXPORT(prepare)
 
 struct GuideAndStepParams {
-    Run* run;
-    const SampledImage* images;
-    DeviceStep* steps;
+    Slot* slots;
+    const int32_t* places;
+    const DeviceStep* steps;
     const float* out;  // the UNet's output; if guided, unconditional rows come first
-    const float* noise;  // read where noise is not drawn here
-    float* latents;
+    const float* noise;  // of all slots, read where noise is not drawn here
+    float* latents;  // of all slots, as the following
     float* saved;
     float* history;  // three arrays, the latest first
     LatentSize size;
+    int32_t rows;
     int32_t guided;
+    int32_t capacity;
+    int32_t stride;  // numbers of all slots
 };
-LAYOUT(GuideAndStepParams, run, images, steps, out, noise, latents, saved, history, size, guided)
+LAYOUT(GuideAndStepParams, slots, places, steps, out, noise, latents, saved, history, size, rows, guided, capacity,
+       stride)
 
 // sum + coefficient * x with two roundings, as the CPU computes it. Written with operators, the compiler would fuse the
 // two, which shows where large terms cancel, as the noise does in the last steps of LCM.
@@ -164,40 +169,40 @@ __device__ __forceinline__ float dot(const float (&coefficients)[3], const float
 KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndStepParams p) {
     griddep_launch_dependents();
     griddep_wait();
-    int i = index(), current = p.run->current, length = p.size.length;
-    if (current >= p.run->steps) return;
-    DeviceStep& step = p.steps[current];
-    bool finite = true;
-    if (i < length) {
-        const SampledImage& image = image_of(p.images, i, p.size);
-        float x = p.latents[i], out = p.out[i];
-        if (p.guided) {
-            float conditional = p.out[length + i];
-            // At 1 the prediction is exactly that of a batch without guidance.
-            out = image.guidance == 1.0f ? conditional : plus(out, image.guidance, __fsub_rn(conditional, out));
-        }
-        float m = plus(__fmul_rn(step.convert_x, x), step.convert_out, out);
-        // Comparisons, so that NaN stays NaN.
-        m = m > step.clip ? step.clip : m < -step.clip ? -step.clip : m;
-        float base = plus_kept(__fmul_rn(step.base_x, x), step.base_saved, p.saved, i);
-        base = __fadd_rn(plus(base, step.base_m, m), dot(step.base_history, p.history, i, length));
-        float next = plus(__fmul_rn(step.next_base, base), step.next_out, out);
-        next = __fadd_rn(plus(next, step.next_m, m), dot(step.next_history, p.history, i, length));
-        if (step.next_noise != 0.0f) {
-            float noise = p.run->philox ? normal(image.seed, image.drawn + step.draw, i, p.size) : p.noise[i];
-            next = plus(next, step.next_noise, noise);
-        }
-        p.latents[i] = next;
-        if (step.save) p.saved[i] = base;
-        if (step.push) {
-            p.history[2 * length + i] = p.history[length + i];
-            p.history[length + i] = p.history[i];
-            p.history[i] = m;
-        }
-        finite = is_finite(next);
+    int one = p.size.channels * p.size.pixels, i = index(), row = i / one, within = i % one;
+    if (row >= p.rows || p.places[row] < 0) return;
+    int place = p.places[row];
+    Slot& slot = p.slots[place];
+    int current = slot.current;
+    if (current >= slot.steps) return;
+    const DeviceStep& step = p.steps[int64_t(place) * p.capacity + current];
+    int at = place * one + within;
+    float x = p.latents[at], out = p.out[i];
+    if (p.guided) {
+        float conditional = p.out[p.rows * one + i];
+        // At 1 the prediction is exactly that of a batch without guidance.
+        out = slot.guidance == 1.0f ? conditional : plus(out, slot.guidance, __fsub_rn(conditional, out));
     }
-    if (__any_sync(0xffffffffu, !finite) && threadIdx.x % 32 == 0) atomicAdd(&step.faults, 1u);
-    if (i == 0) p.run->next = current + 1;
+    float m = plus(__fmul_rn(step.convert_x, x), step.convert_out, out);
+    // Comparisons, so that NaN stays NaN.
+    m = m > step.clip ? step.clip : m < -step.clip ? -step.clip : m;
+    float base = plus_kept(__fmul_rn(step.base_x, x), step.base_saved, p.saved, at);
+    base = __fadd_rn(plus(base, step.base_m, m), dot(step.base_history, p.history, at, p.stride));
+    float next = plus(__fmul_rn(step.next_base, base), step.next_out, out);
+    next = __fadd_rn(plus(next, step.next_m, m), dot(step.next_history, p.history, at, p.stride));
+    if (step.next_noise != 0.0f) {
+        float noise = slot.philox ? normal(slot.seed, slot.drawn + step.draw, within, p.size) : p.noise[at];
+        next = plus(next, step.next_noise, noise);
+    }
+    p.latents[at] = next;
+    if (step.save) p.saved[at] = base;
+    if (step.push) {
+        p.history[2 * p.stride + at] = p.history[p.stride + at];
+        p.history[p.stride + at] = p.history[at];
+        p.history[at] = m;
+    }
+    if (!is_finite(next)) atomicMin(&slot.fault, uint32_t(current));
+    if (within == 0) slot.next = current + 1;
 }
 EXPORT(guide_and_step)
 
@@ -218,12 +223,12 @@ KERNEL __launch_bounds__(256) latents_for_vae(const __grid_constant__ LatentsFor
 EXPORT(latents_for_vae)
 
 struct ToRgb8Params {
-    Run* run;
+    Slot* slot;
     const float* x;
     uint8_t* out;
     int64_t length;
 };
-LAYOUT(ToRgb8Params, run, x, out, length)
+LAYOUT(ToRgb8Params, slot, x, out, length)
 
 // Maps -1..1 to bytes, rounded as in Picture::from_hwc; numbers that are not finite become 0 and are counted.
 __device__ __forceinline__ uint32_t to_byte(float x) {
@@ -246,6 +251,6 @@ KERNEL __launch_bounds__(256) to_rgb8(const __grid_constant__ ToRgb8Params p) {
             p.out[i] = to_byte(p.x[i]);
         }
     }
-    if (__any_sync(0xffffffffu, !finite) && threadIdx.x % 32 == 0) atomicAdd(&p.run->picture_faults, 1u);
+    if (__any_sync(0xffffffffu, !finite) && threadIdx.x % 32 == 0) atomicAdd(&p.slot->picture_faults, 1u);
 }
 EXPORT(to_rgb8)

@@ -34,6 +34,28 @@ pub(crate) fn lock(folder: &Path) -> Result<File> {
     }
 }
 
+/// Reads a text, without the mark at its beginning that some editors write (a BOM).
+///
+/// # Errors
+/// [`crate::ErrorKind::Io`] or [`crate::ErrorKind::NotFound`].
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    Ok(text.strip_prefix('\u{feff}').map(str::to_string).unwrap_or(text))
+}
+
+/// Refuses to write a file over one that the same run reads.
+///
+/// # Errors
+/// [`crate::ErrorKind::Invalid`].
+pub(crate) fn check_not_input(path: &Path, inputs: &[impl AsRef<Path>]) -> Result<()> {
+    let whole = |path: &Path| fs::canonicalize(path).ok();
+    match whole(path).is_some_and(|path| inputs.iter().any(|input| whole(input.as_ref()).as_ref() == Some(&path))) {
+        true => Err(Error::invalid("out", format!("{} is read by this run and would be overwritten", path.display()))
+            .advise("give another name")),
+        false => Ok(()),
+    }
+}
+
 /// Writes a copy of a file.
 ///
 /// # Errors

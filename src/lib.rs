@@ -113,8 +113,8 @@ pub use device::Device;
 pub use diffusion::noise::Rng;
 pub use diffusion::scheduler::{Sampler, SamplerChoice, Spacing};
 pub use engine::{
-    Conditioning, Engine, EngineOptions, Image, MemoryPlan, Output, Progress, Prompt, Request, Session, SessionOptions,
-    Size, Start,
+    Conditioning, Engine, EngineOptions, Event, Image, ImageId, MemoryPlan, Output, Progress, Prompt, Request,
+    RunningBatch, Session, SessionOptions, Size, Start,
 };
 pub use error::{Error, ErrorKind, Result, Subject};
 pub use image::{GenerationInfo, Picture, UsedConcept};

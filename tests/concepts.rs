@@ -76,7 +76,7 @@ fn each_image_of(checkpoint: &str) {
             let image = list.into_iter().fold(Image::new("a cat").seed(5), add);
             generate(&engine, single, &Request::from(image).steps(3)).latents
         };
-        let [never, first, always] = [2000.0, 500.0, 0.0].map(|until| latents(list.clone(), until));
+        let [never, first, always] = [1000.0, 500.0, 0.0].map(|until| latents(list.clone(), until));
         assert_eq!(never, latents(vec![], 0.0));
         assert_eq!(always, latents(list.clone(), 0.5));
         assert!(first != never && first != always);

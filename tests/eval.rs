@@ -298,6 +298,8 @@ fn concepts_are_calibrated() {
     for (args, code, word) in [
         (format!("{calibrate} --out all --shard 0/2"), 2, "--shard"),
         (format!("{calibrate} --out all --alignment-loss nan"), 2, "--alignment-loss"),
+        // Nothing balances better than plain pictures if concepts do nothing.
+        (format!("concept calibrate --concepts woman,man {survey} --weights 0 --timesteps 0 --out no"), 1, "plain"),
         (format!("{calibrate} --out all --guidance 2"), 1, "other settings"),
         ("concept calibrate --concepts woman,man --weights inf --out x".into(), 2, "--weights"),
         ("concept calibrate --concepts woman,woman --out x".into(), 2, "--concepts"),

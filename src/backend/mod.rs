@@ -1,9 +1,9 @@
 //! The face that the CPU and the CUDA kernels share: weights, executors of plans, and networks that sample. The modules
 //! `cpu` and `cuda` implement it, and everything above them sees these traits alone.
 
-mod run;
+mod slots;
 
-pub use run::{AddedToBottleneck, Noise, Run, RunImage, picture_shape};
+pub use slots::{Active, AddedToBottleneck, RunImage, Slots, capacity, picture_shape};
 
 use crate::graph::{Graph, Node, TensorId, WeightSpec};
 use crate::image::Picture;
@@ -90,14 +90,17 @@ pub trait Backend: Send + Sync {
     /// [`crate::ErrorKind::Mismatch`] for a plan or weights of another device or network.
     fn executor(&self, plan: Plan, weights: &Weights) -> Result<Box<dyn Executor>>;
 
-    /// Makes a UNet ready to sample batches of `batch` images, and with it the VAE of a session if one is given.
+    /// Makes a UNet ready to sample, and with it the VAE of a session if one is given. The UNet's plans are for batches
+    /// of rising size, given in images; they share the memory of the largest.
     ///
     /// # Errors
     /// As for [`Backend::executor`].
-    fn denoiser(&self, unet: Planned, batch: usize, vae: Option<Planned>) -> Result<Box<dyn Denoiser>>;
+    fn denoiser(&self, plans: Vec<(usize, Plan)>, weights: &Weights, vae: Option<Planned>)
+    -> Result<Box<dyn Denoiser>>;
 
-    /// Bytes that [`Backend::denoiser`] takes beside the arenas of the networks. On the CPU they are not counted.
-    fn denoiser_bytes(&self, unet: &Plan, batch: usize, vae: Option<&Plan>) -> usize;
+    /// Bytes that [`Backend::denoiser`] takes beside the arenas of the networks, for `images` images at most. On the CPU
+    /// they are not counted.
+    fn denoiser_bytes(&self, unet: &Plan, images: usize, vae: Option<&Plan>) -> usize;
 }
 
 /// A plan and the weights that it runs with.
@@ -200,26 +203,47 @@ pub enum Cache {
     Warm,
 }
 
-/// A UNet with its sampler, and the VAE of a session.
+/// A UNet with its samplers, and the VAE of a session. Every image has a slot, in which it begins and ends at any step
+/// of the others; what it becomes does not depend on them.
 pub trait Denoiser: Send {
-    /// Writes the inputs that condition the rows, the unconditional rows first, and runs the nodes that depend on them
-    /// alone.
+    /// The size of the UNet's batch, in images, with which `images` images are served.
+    fn capacity(&self, images: usize) -> usize;
+
+    /// Puts an image into a slot, in place of the one that was there.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] for too many steps, [`crate::ErrorKind::Unsupported`] if the device cannot add such
+    /// numbers to the bottleneck, [`crate::ErrorKind::DeviceLost`].
+    fn begin(&mut self, slot: usize, image: RunImage) -> Result<()>;
+
+    /// Gives the rows of the UNet's batch to slots, writes the inputs that condition the rows, and runs the nodes that
+    /// depend on these alone. `inputs` are for a batch of [`Denoiser::capacity`] images, the unconditional rows first.
     ///
     /// # Errors
     /// As for [`Executor::prologue`].
-    fn condition(&mut self, inputs: &[(&'static str, Vec<f32>)]) -> Result<()>;
+    fn place(&mut self, slots: &[usize], inputs: &[(&'static str, Vec<f32>)]) -> Result<()>;
 
-    /// Takes the steps. `check` is called with the number of steps done, before each and after the last, and may end
-    /// the run. Returns the latents, `[batch, h, w, c]`.
+    /// Takes the next step of every image that has a row and is not done. The device may still be at work afterwards.
     ///
     /// # Errors
-    /// Those of `check`, [`crate::ErrorKind::NonFinite`], and [`crate::ErrorKind::Unsupported`] if the device cannot
-    /// add such numbers to the bottleneck.
-    fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>>;
+    /// As for [`Executor::prologue`].
+    fn step(&mut self) -> Result<()>;
 
-    /// Decodes an image of the last run, whose latents are the VAE's times `scaling_factor`.
+    /// An image's first step, counted from 0, that gave latents that are not finite. This waits for the device.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::DeviceLost`].
+    fn fault(&mut self, slot: usize) -> Result<Option<usize>>;
+
+    /// An image's latents, `[h, w, c]`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::DeviceLost`].
+    fn latents(&mut self, slot: usize) -> Result<Vec<f32>>;
+
+    /// Decodes an image, whose latents are the VAE's times `scaling_factor`.
     ///
     /// # Errors
     /// [`crate::ErrorKind::NonFinite`] for a picture with numbers that are not finite.
-    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Picture>;
+    fn picture(&mut self, slot: usize, scaling_factor: f32) -> Result<Picture>;
 }

@@ -64,6 +64,7 @@ pub(super) fn card(path: &Path, reports: &[PathBuf]) -> Result<String> {
         );
     }
     match measured.is_empty() {
+        true if metadata.calibration.is_some() => (),
         true => out.push_str("None are recorded: measure with `respodiff eval fairness` or `eval safety`.\n"),
         false => measured.iter().for_each(|text| out.push_str(text)),
     }

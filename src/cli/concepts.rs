@@ -39,7 +39,7 @@ pub(super) struct Flags {
 pub(super) struct Until {
     /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
     /// prompt's details, and allows for larger weights [default: a concept's own by `concept calibrate`, or 0]
-    #[arg(long, value_name = "TIMESTEP", value_parser = timestep)]
+    #[arg(long, value_name = "TIMESTEP", value_parser = timestep, allow_negative_numbers = true)]
     concepts_until: Option<f32>,
 }
 
@@ -72,6 +72,13 @@ impl Flags {
     /// True if any concept is asked for.
     pub(super) fn any(&self) -> bool {
         !self.concepts.is_empty() || !self.balance.is_empty()
+    }
+
+    /// The concepts' files, as they are named.
+    pub(super) fn files(&self) -> Result<Vec<PathBuf>> {
+        let alone = self.concepts.iter().map(|text| Ok(file_and_weight(text)?.0));
+        let balanced = self.balance.iter().flat_map(|text| members(text)).map(|file| Ok(file.into()));
+        alone.chain(balanced).collect()
     }
 
     /// Reads the files and assigns the concepts to the images of a prompt, which have a guidance scale in common.
@@ -135,6 +142,10 @@ fn group(text: &str, engine: &Engine) -> Result<Group> {
         }
         None => None,
     };
+    if members(text).iter().any(String::is_empty) {
+        return Err(Error::invalid("balance", format!("`{text}` names no concept between two commas"))
+            .advise("write A,B or A,B=0.6,0.4"));
+    }
     let members = members(text).iter().map(|file| load(Path::new(file), engine)).collect::<Result<_>>()?;
     Group::new(members, shares)
 }
@@ -251,7 +262,7 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
-    /// Add concepts up to one, each multiplied by its weight
+    /// Add concepts up to one, each multiplied by its weight, 1 by default; what `calibrate` found for them is left out
     Merge {
         /// Concept files and their weights
         #[arg(required = true, value_name = "FILE[:WEIGHT]")]
@@ -275,6 +286,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             let text = card(file, reports)?;
             match out {
                 Some(path) => {
+                    crate::files::check_not_input(path, &[file])?;
                     crate::files::write(path, text.as_bytes())?;
                     say(&path.display().to_string());
                 }

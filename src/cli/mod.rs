@@ -22,7 +22,7 @@ use crate::{Device, Error, ErrorKind, Result, Subject, cuda};
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Once, OnceLock};
 use std::time::Instant;
 
 /// Text to image with Stable Diffusion: fast, fair and safe.
@@ -51,7 +51,7 @@ enum Command {
     Eval(eval::Args),
     /// Find out how far a model's pictures are from showing groups of people equally, and print the commands that mend it
     Audit(Box<eval::audit::Args>),
-    /// Show, merge or import concept files
+    /// Show, calibrate, describe, convert, merge or import concept files
     Concept(concepts::Args),
     /// Run one component on tensors from a file, in the layout of diffusers (NCHW, fp32)
     Probe(probe::Args),
@@ -249,18 +249,19 @@ fn message(error: &Error) -> String {
     format!("{flag}: {}{advice}", error.problem())
 }
 
-/// A flag that Ctrl-C and SIGTERM raise; a second Ctrl-C ends the process at once.
-fn interrupt_flag() -> Arc<AtomicBool> {
-    let flag = Arc::new(AtomicBool::new(false));
-    let raised = flag.clone();
-    // A process can have only one handler. If this one is refused, a signal ends the run by the system's default
-    // action.
-    let _ = ctrlc::set_handler(move || {
-        if raised.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
+/// The flag that Ctrl-C and SIGTERM raise; a second Ctrl-C ends the process at once.
+fn interrupt_flag() -> &'static AtomicBool {
+    static RAISED: AtomicBool = AtomicBool::new(false);
+    static HANDLER: Once = Once::new();
+    // If the handler is refused, a signal ends the run by the system's default action.
+    HANDLER.call_once(|| {
+        let _ = ctrlc::set_handler(|| {
+            if RAISED.swap(true, Ordering::Relaxed) {
+                std::process::exit(130);
+            }
+        });
     });
-    flag
+    &RAISED
 }
 
 /// A seed from the clock. It only has to differ from run to run, and it is printed.
@@ -281,7 +282,7 @@ fn complain(kind: &str, text: &str) {
 /// Prints a line to stderr.
 fn note(line: &str) {
     use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "{line}");
+    let _ = writeln!(std::io::stderr(), "{}", printable(line));
 }
 
 /// Prints a line with times, memory or tips to stderr, unless the user asked for quiet.
@@ -291,6 +292,11 @@ fn tell(line: &str) {
     }
 }
 
+/// The text without characters that a terminal obeys: names in files of others may hold some.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
+}
+
 /// The first line that could not be printed.
 static UNPRINTED: OnceLock<std::io::Error> = OnceLock::new();
 
@@ -298,7 +304,7 @@ static UNPRINTED: OnceLock<std::io::Error> = OnceLock::new();
 /// after all work is done.
 fn say(line: &str) {
     use std::io::Write;
-    if let Err(problem) = writeln!(std::io::stdout(), "{line}")
+    if let Err(problem) = writeln!(std::io::stdout(), "{}", printable(line))
         && problem.kind() != std::io::ErrorKind::BrokenPipe
     {
         let _ = UNPRINTED.set(problem);

@@ -57,7 +57,8 @@ pub(super) fn pictures(out: Option<&Path>, pictures: &[Named], seed: u64, size: 
     let folder = out.filter(|path| is_folder || path.is_dir());
     let own_name = out.is_none() || folder.is_some();
     let first = pictures.first().map_or("", |picture| picture.prompt);
-    let one_prompt = pictures.iter().all(|picture| picture.prompt == first);
+    let one_prompt = pictures.iter().all(|picture| picture.prompt == first)
+        && pictures.first().is_none_or(|picture| picture.seed == seed);
     let default = match one_prompt {
         true => PathBuf::from(format!("{}-{seed}.png", slug(first))),
         false => PathBuf::from("{prompt}-{seed}.png"),
@@ -68,6 +69,10 @@ pub(super) fn pictures(out: Option<&Path>, pictures: &[Named], seed: u64, size: 
         (None, None) => default,
     };
     Format::of(&pattern)?;
+    if let Some(folder) = pattern.parent().filter(|folder| folder.to_string_lossy().contains(['{', '}'])) {
+        let problem = format!("{}: only the file's own name is a template, not its folder's", folder.display());
+        return Err(Error::invalid("out", problem).advise("leave braces out of the folder"));
+    }
     let mut names = named(&pattern, pictures, size)?;
     let mut count = 1;
     while own_name && names.iter().any(|name| name.exists()) {
@@ -93,7 +98,9 @@ fn named(pattern: &Path, pictures: &[Named], size: Option<Size>) -> Result<Vec<P
         let mut name = String::new();
         let mut rest = file.as_str();
         while let Some((before, after)) = rest.split_once('{') {
-            let Some((key, after)) = after.split_once('}') else { break };
+            let Some((key, after)) = after.split_once('}') else {
+                return Err(Error::invalid("out", format!("`{{{after}` is not closed")).advise("write {seed}"));
+            };
             let value = match (key, size) {
                 ("prompt", _) => slug(picture.prompt),
                 ("seed", _) => picture.seed.to_string(),

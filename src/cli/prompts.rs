@@ -23,7 +23,10 @@ impl Item {
 
 /// Reads a file with a prompt per line, or with a JSON object per line. Empty lines are skipped.
 pub(super) fn read(path: &Path) -> Result<Vec<Item>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let text = crate::files::read_text(path)?;
+    if serde_json::from_str::<Vec<serde_json::Value>>(&text).is_ok() {
+        return Err(Error::damaged(path, "is one JSON array").advise("write a JSON object per line"));
+    }
     let lines = text.lines().enumerate().map(|(i, line)| (i, line.trim())).filter(|(_, line)| !line.is_empty());
     let item = |(i, line): (usize, &str)| match line.starts_with('{') {
         false => Ok(Item::new(line)),
@@ -33,6 +36,12 @@ pub(super) fn read(path: &Path) -> Result<Vec<Item>> {
         }),
     };
     let items = lines.map(item).collect::<Result<Vec<Item>>>()?;
+    let with_nul = |text: &String| text.contains('\0');
+    if let Some(item) =
+        items.iter().position(|i| with_nul(&i.prompt) || i.negative_prompt.as_ref().is_some_and(with_nul))
+    {
+        return Err(Error::damaged(path, format!("prompt {} holds a NUL character", item + 1)));
+    }
     if items.is_empty() {
         return Err(Error::damaged(path, "holds no prompts").advise("write one per line"));
     }

@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// A PNG file made by `respodiff sample`
+    /// A PNG file made by `respodiff sample`. Its concepts are read from where its record says, seen from this folder
     picture: PathBuf,
     /// The checkpoint that made it [default: the one that its record names]
     #[arg(long)]

@@ -9,7 +9,7 @@ use crate::backend::Precision;
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Conditioning, Engine, EngineOptions, Image, Progress, Prompt, Request, Size, Start};
-use crate::files::check_writable;
+use crate::files::{check_not_input, check_writable};
 use crate::image::{GenerationInfo, UsedConcept};
 use crate::models::tokenizer::TokenizerRules;
 use crate::{Error, ErrorKind, Picture, Result};
@@ -120,8 +120,15 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     if args.json && matches!(files, Pictures::Stdout) {
         return Err(Error::invalid("json", "stdout already takes the picture").advise("name a file with --out"));
     }
+    let inputs: Vec<PathBuf> =
+        args.concepts.files()?.into_iter().chain(args.prompts.clone()).chain(args.latents.clone()).collect();
+    if let Pictures::Files(names) = &files {
+        let manifest = manifest_path(names).filter(|_| args.concepts.any());
+        names.iter().chain(&manifest).try_for_each(|path| check_not_input(path, &inputs))?;
+    }
     if let Some(path) = &args.save_latents {
         check_writable(path)?;
+        check_not_input(path, &inputs).map_err(|error| error.of_field("save_latents"))?;
     }
 
     let source = model::source(args.model.as_deref())?;
@@ -363,7 +370,7 @@ fn encode(engine: &Engine, args: &Args, items: &[Item]) -> Result<Vec<(Condition
         }
         let encoded = engine.encode(text)?;
         if !encoded.truncated().is_empty() {
-            warn(&format!("the {what} is too long; these words are not used: {}", encoded.truncated()));
+            warn(&format!("the {what} is too long; these words are not used: {}", shortened(encoded.truncated())));
         }
         known.insert(text.to_string(), encoded.clone());
         Ok(encoded)
@@ -409,6 +416,20 @@ impl Args {
             (None, None) => self.batch.max(1),
         };
         Ok((items, each))
+    }
+}
+
+/// The manifest's file beside pictures of these names.
+fn manifest_path(pictures: &[PathBuf]) -> Option<PathBuf> {
+    pictures.first().map(|file| file.with_extension("json"))
+}
+
+/// The beginning of a text, for a message.
+fn shortened(text: &str) -> String {
+    const SHOWN: usize = 1000;
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{} ... ({} bytes more)", &text[..end], text.len() - end),
+        None => text.to_string(),
     }
 }
 
@@ -484,7 +505,7 @@ impl Saved<'_> {
     /// The manifest's file, if one is kept.
     fn manifest_path(&self) -> Option<PathBuf> {
         match self.files {
-            Pictures::Files(files) if self.audited => files.first().map(|file| file.with_extension("json")),
+            Pictures::Files(files) if self.audited => manifest_path(files),
             _ => None,
         }
     }

@@ -13,7 +13,7 @@ use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 #[derive(clap::Args)]
@@ -198,7 +198,7 @@ fn draw(args: &Args, source: &Source, device: Device, task: &Task, concept: Conc
 
 /// Trains to the end, writing checkpoints between rollouts.
 fn train(trainer: &mut Trainer, iterations: u64, checkpoint: &Path) -> Result<()> {
-    let cancelled: Arc<AtomicBool> = interrupt_flag();
+    let cancelled = interrupt_flag();
     let shown = Progress::new("training", iterations, "iterations");
     shown.set(trainer.history().len() as u64, "");
     let mut saved = Instant::now();

@@ -375,6 +375,10 @@ impl Concept {
                 sum.iter_mut().zip(&module.parameters).for_each(|(s, p)| *s += weight * p);
             }
         }
+        if !ram.iter().chain(&sam).all(|x| x.is_finite()) {
+            let problem = "the weighted sum leaves the range of numbers";
+            return Err(Error::invalid("concepts", problem).advise("give smaller weights"));
+        }
         let name: Vec<String> = parts.iter().map(|(c, w)| format!("{}:{w}", c.metadata.concept)).collect();
         let constant = |parameters| Module::with_parameters(Form::Constant, shape, parameters).expect("its own size");
         let metadata = Metadata {

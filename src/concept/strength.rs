@@ -50,7 +50,7 @@ impl Strength {
         if !self.weight.is_finite() {
             return Some((format!("the weight {} is not finite", self.weight), "give a number"));
         }
-        let is_timestep = self.until.is_finite() && self.until >= 0.0;
+        let is_timestep = (0.0..=1000.0).contains(&self.until);
         (!is_timestep).then(|| (format!("{} is not a timestep", self.until), "give 0 to 1000; 500 is the middle"))
     }
 }

@@ -23,7 +23,7 @@ pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
 pub use weights::CpuWeights;
 
-use crate::backend::{AddedToBottleneck, Backend, Cache, Denoiser, Executor, Planned, Precision, Weights};
+use crate::backend::{Backend, Cache, Denoiser, Executor, Planned, Precision, Weights};
 use crate::graph::{Graph, Node, Op, Shape, TensorId, WeightSpec};
 use crate::plan::{Plan, Storage};
 use crate::weights::Tensors;
@@ -102,8 +102,16 @@ impl Backend for Cpu {
         Ok(Box::new(ready((plan, weights))?))
     }
 
-    fn denoiser(&self, unet: Planned, _: usize, vae: Option<Planned>) -> Result<Box<dyn Denoiser>> {
-        Ok(Box::new(CpuDenoiser { unet: ready(unet)?, vae: vae.map(ready).transpose()?, latents: Vec::new() }))
+    fn denoiser(
+        &self,
+        plans: Vec<(usize, Plan)>,
+        weights: &Weights,
+        vae: Option<Planned>,
+    ) -> Result<Box<dyn Denoiser>> {
+        let plans: Vec<_> = plans.into_iter().map(|(images, plan)| (images, Arc::new(plan))).collect();
+        let (_, largest) = plans.last().ok_or_else(|| Error::internal("a denoiser without a UNet"))?;
+        let unet = CpuExecutor::new(largest.clone(), loaded(weights)?)?;
+        Ok(Box::new(CpuDenoiser::new(unet, plans, vae.map(ready).transpose()?)))
     }
 
     fn denoiser_bytes(&self, _: &Plan, _: usize, _: Option<&Plan>) -> usize {
@@ -113,11 +121,15 @@ impl Backend for Cpu {
 
 /// An executor of a plan with weights that were loaded here.
 fn ready((plan, weights): Planned) -> Result<CpuExecutor> {
+    CpuExecutor::new(Arc::new(plan), loaded(weights)?)
+}
+
+/// Weights that were loaded here.
+fn loaded(weights: &Weights) -> Result<Arc<CpuWeights>> {
     let weights: Arc<dyn Any + Send + Sync> = weights.clone();
-    let weights = weights.downcast().map_err(|_| {
-        Error::mismatch(Subject::Run, "the weights were not loaded for the CPU").advise("load them there")
-    })?;
-    CpuExecutor::new(Arc::new(plan), weights)
+    weights
+        .downcast()
+        .map_err(|_| Error::mismatch(Subject::Run, "the weights were not loaded for the CPU").advise("load them there"))
 }
 
 /// The range of an activation's elements in the arena, counted in fp32 elements.
@@ -145,6 +157,15 @@ impl CpuExecutor {
         Ok(CpuExecutor { plan, weights, arena })
     }
 
+    /// Runs another plan from now on, in the same memory and with the same weights.
+    ///
+    /// # Panics
+    /// If the plan needs more memory.
+    pub(crate) fn switch(&mut self, plan: &Arc<Plan>) {
+        assert!(plan.arena_bytes() <= self.arena.0.len(), "a plan that needs more memory than this executor has");
+        self.plan = plan.clone();
+    }
+
     /// The weights.
     pub fn weights(&self) -> &CpuWeights {
         &self.weights
@@ -161,16 +182,15 @@ impl CpuExecutor {
         &self.arena.numbers()[range(&self.plan, self.plan.graph().output(name))]
     }
 
-    /// Runs one step. Before an [`Op::Shift`], `added` writes the shift at this timestep for the activation that it is
-    /// added to.
-    fn step_adding(&mut self, added: &dyn AddedToBottleneck, timestep: f32) {
+    /// Runs one step. Before an [`Op::Shift`], `write` writes the shift for the activation that it is added to.
+    fn step_adding(&mut self, write: &(dyn Fn(&[f32], &mut [f32]) + Sync)) {
         let plan = self.plan.clone();
         rayon::scope(move |_| {
             for (node, workspace) in plan.step() {
                 if let Op::Shift { x, shift } = node.op {
-                    // A copy, so that `added` may read one slice while it writes the other. The bottleneck is small.
+                    // A copy, so that `write` may read one slice while it writes the other. The bottleneck is small.
                     let x = self.arena.numbers()[range(&plan, x)].to_vec();
-                    added.write(timestep, &x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
+                    write(&x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
                 }
                 self.run(&plan, node, workspace);
             }

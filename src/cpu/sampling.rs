@@ -1,88 +1,173 @@
 //! The [`Denoiser`] of the CPU.
 
 use super::CpuExecutor;
-use crate::backend::{Denoiser, Executor, Noise, Run, picture_shape};
+use crate::backend::{AddedToBottleneck, Denoiser, Executor, RunImage, Slots, capacity, picture_shape};
 use crate::diffusion::scheduler::SamplerState;
 use crate::graph::Shape;
 use crate::image::Picture;
+use crate::plan::Plan;
 use crate::{Error, Result};
+use std::sync::Arc;
 
-/// A UNet and its sampler on the CPU, with a session's VAE.
+/// A UNet and its samplers on the CPU, with a session's VAE.
 pub(super) struct CpuDenoiser {
-    pub unet: CpuExecutor,
-    pub vae: Option<CpuExecutor>,
-    /// The latents of the last run, NHWC.
-    pub latents: Vec<f32>,
+    unet: CpuExecutor,
+    /// The UNet for batches of rising size, and those sizes in images.
+    plans: Vec<(usize, Arc<Plan>)>,
+    /// The number of images in the batch of the present plan.
+    capacity: usize,
+    vae: Option<CpuExecutor>,
+    slots: Slots,
+    samples: Vec<Sample>,
+    /// One image's noise and prediction.
+    noise: Vec<f32>,
+    prediction: Vec<f32>,
+}
+
+/// An image's latents.
+struct Sample {
+    /// NHWC.
+    latents: Vec<f32>,
+    state: SamplerState,
+    /// The first step that gave latents that are not finite.
+    fault: Option<usize>,
+}
+
+impl CpuDenoiser {
+    /// `unet` has memory for the largest of `plans`.
+    pub fn new(unet: CpuExecutor, plans: Vec<(usize, Arc<Plan>)>, vae: Option<CpuExecutor>) -> Self {
+        let graph = unet.plan().graph();
+        let shape = Shape { n: 1, ..graph.shape(graph.input("sample")) };
+        let bottleneck = graph.find_input("shift").map_or(0, |shift| Shape { n: 1, ..graph.shape(shift) }.len());
+        let slots = plans.last().map_or(0, |(images, _)| *images);
+        let sample = || Sample { latents: vec![0.0; shape.len()], state: SamplerState::new(shape.len()), fault: None };
+        CpuDenoiser {
+            capacity: slots,
+            plans,
+            vae,
+            slots: Slots::new(slots, shape, bottleneck),
+            samples: (0..slots).map(|_| sample()).collect(),
+            noise: vec![0.0; shape.len()],
+            prediction: vec![0.0; shape.len()],
+            unet,
+        }
+    }
+
+    /// True if the UNet has unconditional rows.
+    fn guided(&self) -> bool {
+        let graph = self.unet.plan().graph();
+        graph.shape(graph.input("sample")).n > self.capacity
+    }
 }
 
 impl Denoiser for CpuDenoiser {
-    fn condition(&mut self, inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
+    fn capacity(&self, images: usize) -> usize {
+        capacity(&self.plans, images)
+    }
+
+    fn begin(&mut self, slot: usize, image: RunImage) -> Result<()> {
+        let sample = &mut self.samples[slot];
+        sample.fault = None;
+        sample.state.reset();
+        if let Some(latents) = self.slots.begin(slot, image, false) {
+            sample.latents.copy_from_slice(&latents);
+        }
+        Ok(())
+    }
+
+    fn place(&mut self, slots: &[usize], inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
+        self.slots.place(slots);
+        self.capacity = self.capacity(slots.len());
+        if let Some((_, plan)) = self.plans.iter().find(|(images, _)| *images == self.capacity) {
+            self.unet.switch(plan);
+        }
         for (name, values) in inputs {
             self.unet.write(name, values)?;
         }
         self.unet.prologue()
     }
 
-    fn sample(&mut self, run: &Run, check: &mut dyn FnMut(usize) -> Result<()>) -> Result<Vec<f32>> {
-        let mut noise = Noise::new(run);
-        self.latents = run.start(&mut noise);
-        let (unet, latents) = (&mut self.unet, &mut self.latents);
-        let mut state = SamplerState::new(latents.len());
-        let (mut prediction, mut fresh) = (vec![0.0; latents.len()], vec![0.0; latents.len()]);
-        for (done, step) in run.steps.iter().enumerate() {
-            check(done)?;
-            for half in unet.input_mut("sample").chunks_exact_mut(latents.len()) {
-                half.iter_mut().zip(&*latents).for_each(|(s, x)| *s = x * step.input_scale);
-            }
-            unet.input_mut("timestep").fill(step.timestep);
-            if let Some(constant) = run.constant_from(done) {
-                unet.write("shift", &constant)?;
-            }
-            match run.added.filter(|added| added.depends_on_bottleneck()) {
-                None => unet.step()?,
-                Some(added) => unet.step_adding(added, step.timestep),
-            }
-            guide(run, unet.output("sample"), &mut prediction);
-            if step.needs_noise() {
-                noise.draw_all(&mut fresh);
-            }
-            state.step(step, &prediction, latents, if step.needs_noise() { &fresh } else { &[] });
-            if !latents.iter().all(|x| x.is_finite()) {
-                return Err(run.non_finite(done));
+    fn step(&mut self) -> Result<()> {
+        let (guided, one) = (self.guided(), self.noise.len());
+        // The rows without an image have zeros for inputs, as on a GPU.
+        self.unet.input_mut("sample").fill(0.0);
+        self.unet.input_mut("timestep").fill(0.0);
+        for (row, slot, _, step) in self.slots.active() {
+            let copies = if guided { 2 } else { 1 };
+            for row in (0..copies).map(|copy| copy * self.capacity + row) {
+                let input = &mut self.unet.input_mut("sample")[row * one..][..one];
+                input.iter_mut().zip(&self.samples[slot].latents).for_each(|(s, x)| *s = x * step.input_scale);
+                self.unet.input_mut("timestep")[row] = step.timestep;
             }
         }
-        check(run.steps.len())?;
-        Ok(self.latents.clone())
+        if let Some(constant) = self.slots.added(self.capacity) {
+            self.unet.write("shift", &constant)?;
+        }
+        let networks = |added: &dyn AddedToBottleneck| added.depends_on_bottleneck();
+        let any = self.slots.active().any(|(_, _, active, _)| active.image.added.as_deref().is_some_and(networks));
+        match any {
+            false => self.unet.step()?,
+            true => {
+                let (slots, capacity) = (&self.slots, self.capacity);
+                self.unet.step_adding(&|mid, out| {
+                    let (mid, one) = (&mid[mid.len() - out.len()..], out.len() / capacity);
+                    for (row, _, active, step) in slots.active() {
+                        if let Some(added) = &active.image.added {
+                            let range = row * one..(row + 1) * one;
+                            added.write(step.timestep, &mid[range.clone()], &mut out[range]);
+                        }
+                    }
+                });
+            }
+        }
+        let rows: Vec<_> = self.slots.active().map(|(row, slot, _, step)| (row, slot, *step)).collect();
+        for (row, slot, step) in rows {
+            let out = self.unet.output("sample");
+            let guidance = self.slots.get(slot).map_or(1.0, |active| active.image.guidance);
+            let first = &out[row * one..][..one];
+            match guided {
+                false => self.prediction.copy_from_slice(first),
+                true => guide(guidance, first, &out[(self.capacity + row) * one..][..one], &mut self.prediction),
+            }
+            if step.needs_noise() {
+                self.slots.draw(slot, &mut self.noise);
+            }
+            let done = self.slots.get(slot).map_or(0, |active| active.done);
+            let Sample { latents, state, fault } = &mut self.samples[slot];
+            state.step(&step, &self.prediction, latents, if step.needs_noise() { &self.noise } else { &[] });
+            if fault.is_none() && !latents.iter().all(|x| x.is_finite()) {
+                *fault = Some(done);
+            }
+        }
+        self.slots.advance();
+        Ok(())
     }
 
-    fn picture(&mut self, image: usize, scaling_factor: f32) -> Result<Picture> {
+    fn fault(&mut self, slot: usize) -> Result<Option<usize>> {
+        Ok(self.samples[slot].fault)
+    }
+
+    fn latents(&mut self, slot: usize) -> Result<Vec<f32>> {
+        Ok(self.samples[slot].latents.clone())
+    }
+
+    fn picture(&mut self, slot: usize, scaling_factor: f32) -> Result<Picture> {
         let Some(vae) = &mut self.vae else { return Err(Error::internal("this UNet was made without a VAE")) };
         let input = vae.input_mut("latents");
-        let latents = &self.latents[image * input.len()..][..input.len()];
-        input.iter_mut().zip(latents).for_each(|(v, x)| *v = x / scaling_factor);
+        input.iter_mut().zip(&self.samples[slot].latents).for_each(|(v, x)| *v = x / scaling_factor);
         vae.step()?;
         let Shape { h, w, .. } = picture_shape(vae.plan());
         Picture::from_hwc(vae.output("image"), h, w)
     }
 }
 
-/// Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): the batch's predictions from the UNet's output, whose
-/// first half is unconditional.
-fn guide(run: &Run, out: &[f32], prediction: &mut [f32]) {
-    if !run.guided {
-        prediction.copy_from_slice(out);
-        return;
-    }
-    let one = run.shape.len();
-    let (without, with) = out.split_at(prediction.len());
-    let halves = without.chunks_exact(one).zip(with.chunks_exact(one));
-    for ((image, (without, with)), prediction) in run.images.iter().zip(halves).zip(prediction.chunks_exact_mut(one)) {
-        match image.guidance == 1.0 {
-            true => prediction.copy_from_slice(with),
-            false => {
-                for ((p, u), c) in prediction.iter_mut().zip(without).zip(with) {
-                    *p = u + image.guidance * (c - u);
-                }
+/// Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): the prediction from those without and with the prompt.
+fn guide(guidance: f32, without: &[f32], with: &[f32], prediction: &mut [f32]) {
+    match guidance == 1.0 {
+        true => prediction.copy_from_slice(with),
+        false => {
+            for ((p, u), c) in prediction.iter_mut().zip(without).zip(with) {
+                *p = u + guidance * (c - u);
             }
         }
     }

@@ -134,13 +134,22 @@ impl Backend for Kernels {
         Ok(Box::new(self.ready((plan, weights))?))
     }
 
-    fn denoiser(&self, unet: Planned, batch: usize, vae: Option<Planned>) -> Result<Box<dyn Denoiser>> {
-        let vae = vae.map(|vae| self.ready(vae)).transpose()?;
-        Ok(Box::new(CudaDenoiser::new(self.ready(unet)?, batch, vae)?))
+    fn denoiser(
+        &self,
+        mut plans: Vec<(usize, Plan)>,
+        weights: &Weights,
+        vae: Option<Planned>,
+    ) -> Result<Box<dyn Denoiser>> {
+        let (images, plan) = plans.pop().ok_or_else(|| Error::internal("a denoiser without a UNet"))?;
+        let largest = self.ready((plan, weights))?;
+        let beside = |(images, plan)| Ok((images, largest.sharing_memory(Arc::new(plan))?));
+        let mut unets = plans.into_iter().map(beside).collect::<Result<Vec<_>>>()?;
+        unets.push((images, largest));
+        Ok(Box::new(CudaDenoiser::new(unets, vae.map(|vae| self.ready(vae)).transpose()?)?))
     }
 
-    fn denoiser_bytes(&self, unet: &Plan, batch: usize, vae: Option<&Plan>) -> usize {
-        CudaDenoiser::own_bytes(unet, batch, vae)
+    fn denoiser_bytes(&self, unet: &Plan, images: usize, vae: Option<&Plan>) -> usize {
+        CudaDenoiser::own_bytes(unet, images, vae)
     }
 }
 
@@ -165,7 +174,7 @@ pub struct CudaExecutor {
     /// Kept alive because the launches point into it.
     weights: Arc<CudaWeights>,
     device: Arc<dyn CudaDevice>,
-    arena: Buffer,
+    arena: Arc<Buffer>,
     program: Program,
     /// The recorded launches of the step and of the backward nodes; each is made at its first run.
     recordings: [Option<Box<dyn Recording>>; 2],
@@ -183,7 +192,32 @@ impl CudaExecutor {
             return Err(Error::mismatch(Subject::Device, format!("the weights are not on {}", device.name()))
                 .advise("load them there"));
         }
-        let arena = Buffer::zeroed(device, plan.arena_bytes())?;
+        let arena = Arc::new(Buffer::zeroed(device, plan.arena_bytes())?);
+        Self::in_arena(device, plan, weights, arena)
+    }
+
+    /// An executor of another plan with the same weights and in the same memory: a run of one overwrites what the other
+    /// holds.
+    ///
+    /// # Errors
+    /// Those of [`CudaExecutor::new`], and [`crate::ErrorKind::Mismatch`] if the memory is too small.
+    pub fn sharing_memory(&self, plan: Arc<Plan>) -> Result<Self> {
+        plan.check(&self.device.limits(), self.weights.specs())?;
+        if plan.arena_bytes() > self.arena.len() {
+            return Err(Error::mismatch(
+                Subject::Run,
+                "the plan needs more memory than the one whose memory it shares",
+            ));
+        }
+        Self::in_arena(&self.device, plan, self.weights.clone(), self.arena.clone())
+    }
+
+    fn in_arena(
+        device: &Arc<dyn CudaDevice>,
+        plan: Arc<Plan>,
+        weights: Arc<CudaWeights>,
+        arena: Arc<Buffer>,
+    ) -> Result<Self> {
         let program = bound(device, &weights, &arena, |bindings| Program::new(&plan, bindings))?;
         Ok(CudaExecutor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
     }

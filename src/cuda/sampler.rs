@@ -1,15 +1,16 @@
 //! Launches of `kernels/sampler.cu`: a sampler that runs on the device.
 //!
 //! ```text
-//! once per session    sampler = DeviceSampler::new(device, latents' shape, capacity)
+//! once per session    sampler = DeviceSampler::new(device, latents' shape, steps at most)
 //!                     recording = prepare(..), the UNet's step, guide_and_step(..)
-//! once per request    begin(steps, images, drawn); run draw(..), or write_latents(..)
-//! every step          write_noise(..) if the step needs it and the host draws it; replay the recording
-//! afterwards          fault(); for each image: latents_for_vae(..), the VAE's step, to_rgb8(..); picture_fault()
+//! once per image      begin(slot, ..); run draw(slot, ..), or write_latents(slot, ..)
+//! when rows change    place(slot of each row)
+//! every step          write_noise(slot, ..) if its step needs it and the host draws it; replay the recording
+//! afterwards          fault(slot); latents_for_vae(slot, ..), the VAE's step, to_rgb8(slot, ..); picture_fault(slot)
 //! ```
 //!
-//! All that differs between steps and requests is read from device memory, so one recording serves every request of a
-//! session.
+//! Every image has a slot, in which it begins and ends without regard to the others. All that differs between steps,
+//! images and requests is read from device memory, so one recording serves every request of a session.
 
 use super::device::{Buffer, CudaDevice, Launch};
 use crate::Result;
@@ -42,7 +43,6 @@ crate::params! {
         draw: u32,
         save: i32,
         push: i32,
-        faults: u32,
     }
 }
 
@@ -67,59 +67,52 @@ impl DeviceStep {
             draw,
             save: save.into(),
             push: push.into(),
-            faults: 0,
         }
     }
 }
 
 crate::params! {
-    pub(super) struct Run {
+    pub(super) struct Slot {
+        seed: u64,
+        guidance: f32,
+        drawn: u32,
         philox: i32,
         steps: i32,
         next: i32,
         current: i32,
+        fault: u32,
         picture_faults: u32,
     }
 
-    /// The numbers of a request that one image has for itself.
-    pub struct SampledImage {
-        /// Seed of its noise.
-        pub seed: u64,
-        /// The prediction is `u + guidance * (c - u)` of the unconditional one u and the conditional one c; c itself at
-        /// 1.
-        pub guidance: f32,
-        /// Draws of the seed that were made before the first step: 1 for latents by [`DeviceSampler::draw`], else 0.
-        pub drawn: u32,
-    }
-
     pub(super) struct LatentSize {
-        length: i32,
         channels: i32,
         pixels: i32,
     }
 
     pub(super) struct NoiseParams {
         out: u64,
-        images: u64,
+        slot: u64,
         size: LatentSize,
         scale: f32,
+        padding: i32,
     }
 
     pub(super) struct PrepareParams {
-        run: u64,
+        slots: u64,
+        places: u64,
         steps: u64,
         latents: u64,
         sample: u64,
         timestep: u64,
-        length: i32,
-        copies: i32,
+        one: i32,
         rows: i32,
-        padding: i32,
+        copies: i32,
+        capacity: i32,
     }
 
     pub(super) struct GuideAndStepParams {
-        run: u64,
-        images: u64,
+        slots: u64,
+        places: u64,
         steps: u64,
         out: u64,
         noise: u64,
@@ -127,7 +120,10 @@ crate::params! {
         saved: u64,
         history: u64,
         size: LatentSize,
+        rows: i32,
         guided: i32,
+        capacity: i32,
+        stride: i32,
     }
 
     pub(super) struct LatentsForVaeParams {
@@ -138,18 +134,32 @@ crate::params! {
     }
 
     pub(super) struct ToRgb8Params {
-        run: u64,
+        slot: u64,
         x: u64,
         out: u64,
         length: i64,
     }
 }
 
+/// The numbers of an image that the kernels read.
+#[derive(Clone, Copy, Debug)]
+pub struct SampledImage {
+    /// Seed of its noise.
+    pub seed: u64,
+    /// The prediction is `u + guidance * (c - u)` of the unconditional one u and the conditional one c; c itself at 1.
+    pub guidance: f32,
+    /// Draws of the seed that were made before the first step: 1 for latents by [`DeviceSampler::draw`], else 0.
+    pub drawn: u32,
+    /// True if the noise of steps is drawn on the device, as [`crate::diffusion::noise::Rng::TorchCuda`] does; else
+    /// [`DeviceSampler::write_noise`] goes before every step that needs it.
+    pub philox: bool,
+}
+
 /// The parts of the sampler's memory, in order.
 #[derive(Clone, Copy)]
 enum Part {
-    Run,
-    Images,
+    Slots,
+    Places,
     Latents,
     Noise,
     Saved,
@@ -160,10 +170,11 @@ enum Part {
 /// The offset of a part.
 fn offset(shape: Shape, part: Part) -> usize {
     let array = (shape.len() * size_of::<f32>()).next_multiple_of(ALIGN);
-    let latents = ALIGN + (shape.n * size_of::<SampledImage>()).next_multiple_of(ALIGN);
+    let places = (shape.n * size_of::<Slot>()).next_multiple_of(ALIGN);
+    let latents = places + (shape.n * size_of::<i32>()).next_multiple_of(ALIGN);
     match part {
-        Part::Run => 0,
-        Part::Images => ALIGN,
+        Part::Slots => 0,
+        Part::Places => places,
         Part::Latents => latents,
         Part::Noise => latents + array,
         Part::Saved => latents + 2 * array,
@@ -172,8 +183,9 @@ fn offset(shape: Shape, part: Part) -> usize {
     }
 }
 
-/// The latents of a batch with everything that sampling them needs, in one allocation of device memory: the steps'
-/// coefficients, the state that the sampler keeps between steps, and the step counter that the kernels advance.
+/// The latents of images with everything that sampling them needs, in one allocation of device memory: the steps'
+/// coefficients, the state that a sampler keeps between steps, and the index of the next step, which the kernels
+/// advance.
 pub struct DeviceSampler {
     buffer: Buffer,
     shape: Shape,
@@ -181,130 +193,158 @@ pub struct DeviceSampler {
 }
 
 impl DeviceSampler {
-    /// For latents of `shape` (`[batch, h, w, c]`) and schedules of up to `capacity` steps.
+    /// For latents of `shape` (`[slots, h, w, c]`) and schedules of up to `capacity` steps.
     ///
     /// # Errors
     /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
     pub fn new(device: &Arc<dyn CudaDevice>, shape: Shape, capacity: usize) -> Result<Self> {
-        Ok(DeviceSampler { buffer: Buffer::new(device, Self::bytes(shape, capacity))?, shape, capacity })
+        let sampler = DeviceSampler { buffer: Buffer::new(device, Self::bytes(shape, capacity))?, shape, capacity };
+        sampler.place(&[])?;
+        Ok(sampler)
     }
 
     /// Bytes of a sampler's device memory.
     pub fn bytes(shape: Shape, capacity: usize) -> usize {
-        offset(shape, Part::Steps) + capacity * size_of::<DeviceStep>()
+        offset(shape, Part::Steps) + shape.n * capacity * size_of::<DeviceStep>()
     }
 
-    /// Begins a request: the next `prepare` is that of the first of `steps`. With `drawn` the noise of steps is drawn
-    /// on the device, as [`crate::diffusion::noise::Rng::TorchCuda`] does; else [`DeviceSampler::write_noise`] goes
-    /// before every step that needs it.
+    /// The number of slots.
+    pub fn slots(&self) -> usize {
+        self.shape.n
+    }
+
+    /// Begins an image: the next `prepare` of its row is that of the first of `steps`.
     ///
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     ///
     /// # Panics
-    /// If there are more steps than the sampler was made for, or not as many images as its batch has.
-    pub fn begin(&self, steps: &[Step], images: &[SampledImage], drawn: bool) -> Result<()> {
+    /// If there are more steps than the sampler was made for, or no such slot.
+    pub fn begin(&self, slot: usize, steps: &[Step], image: SampledImage) -> Result<()> {
         assert!(steps.len() <= self.capacity, "{} steps of at most {}", steps.len(), self.capacity);
-        assert_eq!(images.len(), self.shape.n);
         let mut draw = 0u32;
         let mut table = Vec::with_capacity(steps.len());
         for step in steps {
             table.push(DeviceStep::new(step, draw));
             draw = draw.wrapping_add(step.needs_noise().into());
         }
-        self.buffer.write(offset(self.shape, Part::Steps), bytemuck::cast_slice(&table))?;
-        self.buffer.write(offset(self.shape, Part::Images), bytemuck::cast_slice(images))?;
-        let run = Run { philox: drawn.into(), steps: steps.len() as i32, next: 0, current: 0, picture_faults: 0 };
-        self.buffer.write(offset(self.shape, Part::Run), bytemuck::bytes_of(&run))
+        let first = slot * self.capacity * size_of::<DeviceStep>();
+        self.buffer.write(offset(self.shape, Part::Steps) + first, bytemuck::cast_slice(&table))?;
+        let SampledImage { seed, guidance, drawn, philox } = image;
+        let state = Slot {
+            seed,
+            guidance,
+            drawn,
+            philox: philox.into(),
+            steps: steps.len() as i32,
+            next: 0,
+            current: 0,
+            fault: u32::MAX,
+            picture_faults: 0,
+        };
+        self.buffer.write(self.slot_offset(slot), bytemuck::bytes_of(&state))
     }
 
-    /// Writes the latents, NHWC.
+    /// Assigns slots to the rows of the UNet's batch; rows beyond `slots` have none.
     ///
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
-    pub fn write_latents(&self, latents: &[f32]) -> Result<()> {
-        self.write(Part::Latents, latents)
+    ///
+    /// # Panics
+    /// If there are more rows than slots.
+    pub fn place(&self, slots: &[usize]) -> Result<()> {
+        let mut places = vec![-1i32; self.shape.n];
+        places[..slots.len()].iter_mut().zip(slots).for_each(|(place, &slot)| *place = slot as i32);
+        self.buffer.write(offset(self.shape, Part::Places), bytemuck::cast_slice(&places))
     }
 
-    /// Writes the noise of the next step, NHWC.
+    /// Writes an image's latents, NHWC.
     ///
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
-    pub fn write_noise(&self, noise: &[f32]) -> Result<()> {
-        self.write(Part::Noise, noise)
+    pub fn write_latents(&self, slot: usize, latents: &[f32]) -> Result<()> {
+        self.write(Part::Latents, slot, latents)
     }
 
-    fn write(&self, part: Part, values: &[f32]) -> Result<()> {
-        assert_eq!(values.len(), self.shape.len());
-        self.buffer.write(offset(self.shape, part), bytemuck::cast_slice(values))
+    /// Writes the noise of an image's next step, NHWC.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
+    pub fn write_noise(&self, slot: usize, noise: &[f32]) -> Result<()> {
+        self.write(Part::Noise, slot, noise)
     }
 
-    /// Reads the latents, NHWC.
+    fn write(&self, part: Part, slot: usize, values: &[f32]) -> Result<()> {
+        assert_eq!(values.len(), self.one());
+        self.buffer.write(self.image_offset(part, slot), bytemuck::cast_slice(values))
+    }
+
+    /// Reads an image's latents, NHWC.
     ///
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`]: the driver's word, also about work given before.
-    pub fn read_latents(&self) -> Result<Vec<f32>> {
-        let mut latents = vec![0f32; self.shape.len()];
-        self.buffer.read(offset(self.shape, Part::Latents), bytemuck::cast_slice_mut(&mut latents))?;
+    pub fn read_latents(&self, slot: usize) -> Result<Vec<f32>> {
+        let mut latents = vec![0f32; self.one()];
+        self.buffer.read(self.image_offset(Part::Latents, slot), bytemuck::cast_slice_mut(&mut latents))?;
         Ok(latents)
     }
 
-    /// The first step, counted from 0, that gave latents that are not finite.
+    /// An image's first step, counted from 0, that gave latents that are not finite.
     ///
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`]: the driver's word, also about work given before.
-    pub fn fault(&self) -> Result<Option<usize>> {
-        let mut steps = vec![DeviceStep::zeroed(); self.run()?.steps as usize];
-        self.buffer.read(offset(self.shape, Part::Steps), bytemuck::cast_slice_mut(&mut steps))?;
-        Ok(steps.iter().position(|step| step.faults > 0))
+    pub fn fault(&self, slot: usize) -> Result<Option<usize>> {
+        let fault = self.slot(slot)?.fault;
+        Ok((fault != u32::MAX).then_some(fault as usize))
     }
 
-    /// True if [`DeviceSampler::to_rgb8`] has met a number that is not finite since the request began.
+    /// True if [`DeviceSampler::to_rgb8`] has met a number that is not finite since the image began.
     ///
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`]: the driver's word, also about work given before.
-    pub fn picture_fault(&self) -> Result<bool> {
-        Ok(self.run()?.picture_faults > 0)
+    pub fn picture_fault(&self, slot: usize) -> Result<bool> {
+        Ok(self.slot(slot)?.picture_faults > 0)
     }
 
-    fn run(&self) -> Result<Run> {
-        let mut run = Run::zeroed();
-        self.buffer.read(offset(self.shape, Part::Run), bytemuck::bytes_of_mut(&mut run))?;
-        Ok(run)
+    fn slot(&self, slot: usize) -> Result<Slot> {
+        let mut state = Slot::zeroed();
+        self.buffer.read(self.slot_offset(slot), bytemuck::bytes_of_mut(&mut state))?;
+        Ok(state)
     }
 
-    /// Draws the first latents as [`crate::diffusion::noise::Rng::TorchCuda`] does, times `sigma`
+    /// Draws an image's first latents as [`crate::diffusion::noise::Rng::TorchCuda`] does, times `sigma`
     /// ([`crate::diffusion::scheduler::Schedule::init_noise_sigma`]).
-    pub fn draw(&self, sigma: f32) -> Launch {
-        let (out, images) = (self.address(Part::Latents), self.address(Part::Images));
-        let params = NoiseParams { out, images, size: self.size(), scale: sigma };
-        launch("noise", self.shape.len(), &params)
+    pub fn draw(&self, slot: usize, sigma: f32) -> Launch {
+        let out = self.buffer.address() + self.image_offset(Part::Latents, slot) as u64;
+        let slot = self.buffer.address() + self.slot_offset(slot) as u64;
+        let params = NoiseParams { out, slot, size: self.size(), scale: sigma, padding: 0 };
+        launch("noise", self.one(), &params)
     }
 
-    /// Writes the UNet's inputs for the next step: `sample`, fp16 `[images, h, w, c]`, and `timestep`, f32 `[images]`,
-    /// where `images` is the batch, or twice the batch when `guided`.
-    pub fn prepare(&self, sample: u64, timestep: u64, guided: bool) -> Launch {
-        let copies = if guided { 2 } else { 1 };
+    /// Writes the UNet's inputs for the next step of `rows` images: `sample`, fp16 `[n, h, w, c]`, and `timestep`, f32
+    /// `[n]`, where `n` is `rows`, or twice as many when `guided`.
+    pub fn prepare(&self, rows: usize, sample: u64, timestep: u64, guided: bool) -> Launch {
         let params = PrepareParams {
-            run: self.address(Part::Run),
+            slots: self.address(Part::Slots),
+            places: self.address(Part::Places),
             steps: self.address(Part::Steps),
             latents: self.address(Part::Latents),
             sample,
             timestep,
-            length: self.shape.len() as i32,
-            copies,
-            rows: copies * self.shape.n as i32,
-            padding: 0,
+            one: self.one() as i32,
+            rows: rows as i32,
+            copies: if guided { 2 } else { 1 },
+            capacity: self.capacity as i32,
         };
-        launch("prepare", self.shape.len().max(params.rows as usize), &params)
+        launch("prepare", rows * self.one(), &params)
     }
 
     /// Takes the step whose inputs `prepare` wrote, from the UNet's output, f32: as many images as in `prepare`, the
     /// unconditional ones first.
-    pub fn guide_and_step(&self, out: u64, guided: bool) -> Launch {
+    pub fn guide_and_step(&self, rows: usize, out: u64, guided: bool) -> Launch {
         let params = GuideAndStepParams {
-            run: self.address(Part::Run),
-            images: self.address(Part::Images),
+            slots: self.address(Part::Slots),
+            places: self.address(Part::Places),
             steps: self.address(Part::Steps),
             out,
             noise: self.address(Part::Noise),
@@ -312,23 +352,26 @@ impl DeviceSampler {
             saved: self.address(Part::Saved),
             history: self.address(Part::History),
             size: self.size(),
+            rows: rows as i32,
             guided: guided.into(),
+            capacity: self.capacity as i32,
+            stride: self.shape.len() as i32,
         };
-        launch("guide_and_step", self.shape.len(), &params)
+        launch("guide_and_step", rows * self.one(), &params)
     }
 
     /// Writes the VAE's input, fp16 `[1, h, w, c]`: one image's latents divided by `scaling_factor`.
-    pub fn latents_for_vae(&self, image: usize, scaling_factor: f32, out: u64) -> Launch {
-        let length = self.shape.len() / self.shape.n;
-        let latents = self.address(Part::Latents) + (image * length * size_of::<f32>()) as u64;
-        let params = LatentsForVaeParams { latents, out, length: length as i32, scaling_factor };
-        launch("latents_for_vae", length, &params)
+    pub fn latents_for_vae(&self, slot: usize, scaling_factor: f32, out: u64) -> Launch {
+        let latents = self.buffer.address() + self.image_offset(Part::Latents, slot) as u64;
+        let params = LatentsForVaeParams { latents, out, length: self.one() as i32, scaling_factor };
+        launch("latents_for_vae", self.one(), &params)
     }
 
     /// Converts `length` numbers of the VAE's output, f32 `[h, w, 3]`, to bytes in the same way as
-    /// [`crate::Picture::from_hwc`]. `x` and `out` must be multiples of 16.
-    pub fn to_rgb8(&self, x: u64, length: usize, out: u64) -> Launch {
-        let params = ToRgb8Params { run: self.address(Part::Run), x, out, length: length as i64 };
+    /// [`crate::Picture::from_hwc`], for the image in a slot. `x` and `out` must be multiples of 16.
+    pub fn to_rgb8(&self, slot: usize, x: u64, length: usize, out: u64) -> Launch {
+        let slot = self.buffer.address() + self.slot_offset(slot) as u64;
+        let params = ToRgb8Params { slot, x, out, length: length as i64 };
         launch("to_rgb8", length.div_ceil(4), &params)
     }
 
@@ -336,9 +379,25 @@ impl DeviceSampler {
         self.buffer.address() + offset(self.shape, part) as u64
     }
 
+    fn slot_offset(&self, slot: usize) -> usize {
+        assert!(slot < self.shape.n, "slot {slot} of {}", self.shape.n);
+        offset(self.shape, Part::Slots) + slot * size_of::<Slot>()
+    }
+
+    /// The offset of an image's numbers in an array of all slots.
+    fn image_offset(&self, part: Part, slot: usize) -> usize {
+        assert!(slot < self.shape.n, "slot {slot} of {}", self.shape.n);
+        offset(self.shape, part) + slot * self.one() * size_of::<f32>()
+    }
+
+    /// Numbers of one image.
+    fn one(&self) -> usize {
+        self.shape.len() / self.shape.n
+    }
+
     fn size(&self) -> LatentSize {
         let Shape { c, .. } = self.shape;
-        LatentSize { length: self.shape.len() as i32, channels: c as i32, pixels: self.shape.tokens() as i32 }
+        LatentSize { channels: c as i32, pixels: self.shape.tokens() as i32 }
     }
 }
 

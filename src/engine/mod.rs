@@ -2,11 +2,14 @@
 
 mod options;
 mod request;
+mod rows;
+mod running;
 mod session;
 mod text;
 
 pub use options::{EngineOptions, MemoryPlan, SessionOptions, Size};
 pub use request::{Image, Output, Progress, Prompt, Request, Start};
+pub use running::{Event, ImageId, RunningBatch};
 pub use session::Session;
 pub use text::Conditioning;
 pub(crate) use text::UNetInputs;
@@ -52,7 +55,8 @@ struct Network<C> {
 
 /// The plans of a session's UNet and VAE.
 struct Plans {
-    unet: Plan,
+    /// For batches of rising size, and those sizes in images.
+    unet: Vec<(usize, Plan)>,
     vae: Plan,
 }
 
@@ -169,9 +173,10 @@ impl Engine {
     /// Those of [`Engine::encode`].
     pub(crate) fn inputs(&self, prompts: &[Option<&str>], rows: usize, size: Size) -> Result<UNetInputs> {
         let encoded = prompts.iter().map(|prompt| self.0.text.encode(*prompt)).collect::<Result<Vec<_>>>()?;
-        let rows: Vec<_> = encoded.iter().flat_map(|row| std::iter::repeat_n(row.clone(), rows)).collect();
         let size = (size.width, size.height);
-        self.0.text.inputs(&rows, time_ids(size, (0, 0), size))
+        let row = |row: Conditioning| (row, time_ids(size, (0, 0), size));
+        let rows: Vec<_> = encoded.into_iter().flat_map(|e| std::iter::repeat_n(row(e), rows)).collect();
+        self.0.text.inputs(&rows)
     }
 
     /// Tokens of a prompt, padding included.
@@ -221,25 +226,30 @@ impl Engine {
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] for sizes that are not possible.
     pub fn memory(&self, options: SessionOptions) -> Result<MemoryPlan> {
-        Ok(self.memory_of(&self.plans(options)?, options.batch))
+        Ok(self.memory_of(&self.plans(options, &[options.batch])?))
     }
 
-    fn memory_of(&self, plans: &Plans, batch: usize) -> MemoryPlan {
+    fn memory_of(&self, plans: &Plans) -> MemoryPlan {
         let parts = &*self.0;
+        let (unet, sampler) = plans.unet.last().map_or((0, 0), |(images, unet)| {
+            (unet.arena_bytes(), parts.device.denoiser_bytes(unet, *images, Some(&plans.vae)))
+        });
         MemoryPlan {
             weights: parts.text.weight_bytes() + parts.unet.weights.bytes() + parts.vae.weights.bytes(),
             text: parts.text.arena_bytes(),
-            unet: plans.unet.arena_bytes(),
+            unet,
             vae: plans.vae.arena_bytes(),
-            sampler: parts.device.denoiser_bytes(&plans.unet, batch, Some(&plans.vae)),
+            sampler,
         }
     }
 
-    fn plans(&self, options: SessionOptions) -> Result<Plans> {
+    /// The plans for batches of these sizes.
+    fn plans(&self, options: SessionOptions, batches: &[usize]) -> Result<Plans> {
         let Parts { device, vae, .. } = &*self.0;
         let [_, _, h, w] = self.latent_shape(options);
         // This checks the sizes.
-        let unet = self.unet_plan(options)?;
+        let unet = batches.iter().map(|&batch| Ok((batch, self.unet_plan(options.batch(batch))?)));
+        let unet = unet.collect::<Result<_>>()?;
         Ok(Plans { unet, vae: device.plan(vae_decoder(&vae.config, 1, Extent { h, w }), &[]) })
     }
 
@@ -274,7 +284,7 @@ impl Engine {
     /// short.
     pub(crate) fn denoiser(&self, options: SessionOptions) -> Result<Box<dyn Denoiser>> {
         let Parts { device, unet: network, .. } = &*self.0;
-        device.denoiser((self.unet_plan(options)?, &network.weights), options.batch, None)
+        device.denoiser(vec![(options.batch, self.unet_plan(options)?)], &network.weights, None)
     }
 
     /// Memory of [`Engine::denoiser`] beside the weights.
@@ -292,10 +302,27 @@ impl Engine {
     /// [`crate::ErrorKind::Invalid`] for sizes that are not possible, [`crate::ErrorKind::OutOfMemory`] for those that
     /// do not fit into the device's free memory.
     pub fn session(&self, options: SessionOptions) -> Result<Session> {
-        let plans = self.plans(options)?;
+        Session::new(self.clone(), options, self.affordable(options, &[options.batch])?)
+    }
+
+    /// Plans and allocates a batch of up to [`SessionOptions::batch`] images that join and leave between steps.
+    ///
+    /// # Errors
+    /// Those of [`Engine::session`].
+    pub fn running_batch(&self, options: SessionOptions) -> Result<RunningBatch> {
+        // This checks the batch before sizes are made of it.
+        self.unet_plan(options)?;
+        let mut batches: Vec<usize> = (0..).map(|i| 1 << i).take_while(|&batch| batch < options.batch).collect();
+        batches.push(options.batch);
+        RunningBatch::new(self.clone(), options, self.affordable(options, &batches)?)
+    }
+
+    /// Plans that fit into the device's free memory.
+    fn affordable(&self, options: SessionOptions, batches: &[usize]) -> Result<Plans> {
+        let plans = self.plans(options, batches)?;
         let SessionOptions { size, batch, .. } = options;
-        self.afford(self.memory_of(&plans, batch).session(), &format!("{size} in a batch of {batch}"))?;
-        Session::new(self.clone(), options, plans)
+        self.afford(self.memory_of(&plans).session(), &format!("{size} in a batch of {batch}"))?;
+        Ok(plans)
     }
 
     /// Bytes of the device's memory that have been taken since it was opened, by the driver's count; not known on the

@@ -152,21 +152,20 @@ impl TextEncoders {
         })
     }
 
-    /// The UNet's inputs for these rows: those of [`super::UNET_CONSTANTS`] that it reads, `[rows, ...]`. `time_ids` is
-    /// the result of [`time_ids`] for the picture's sizes.
+    /// The UNet's inputs for these rows: those of [`super::UNET_CONSTANTS`] that it reads, `[rows, ...]`.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Mismatch`] for a prompt that another checkpoint has encoded.
-    pub fn inputs(&self, rows: &[Conditioning], time_ids: [f32; 6]) -> Result<UNetInputs> {
-        if !rows.iter().all(|row| Arc::ptr_eq(&row.0.encoders, &self.identity)) {
+    pub fn inputs(&self, rows: &[Row]) -> Result<UNetInputs> {
+        if !rows.iter().all(|(row, _)| Arc::ptr_eq(&row.0.encoders, &self.identity)) {
             let problem = "a prompt was encoded by another engine, whose states this UNet cannot read";
             return Err(Error::mismatch(Subject::Field("prompt"), problem).advise("encode it by the session's engine"));
         }
-        let all = |part: fn(&Encoding) -> &Vec<f32>| rows.iter().flat_map(|row| part(&row.0)).copied().collect();
+        let all = |part: fn(&Encoding) -> &Vec<f32>| rows.iter().flat_map(|(row, _)| part(&row.0)).copied().collect();
         let mut inputs: UNetInputs = vec![("encoder_hidden_states", all(|encoding| &encoding.states))];
         if self.sized {
             inputs.push(("text_embeds", all(|encoding| &encoding.pooled)));
-            inputs.push(("time_ids", time_ids.repeat(rows.len())));
+            inputs.push(("time_ids", rows.iter().flat_map(|(_, ids)| *ids).collect()));
         }
         Ok(inputs)
     }
@@ -191,6 +190,9 @@ impl TextEncoder {
         Ok(encoded.lost)
     }
 }
+
+/// What a row of the UNet's batch is conditioned on: a prompt, and the result of [`time_ids`] for its picture's sizes.
+pub(super) type Row = (Conditioning, [f32; 6]);
 
 /// Inputs of a UNet by name.
 pub(crate) type UNetInputs = Vec<(&'static str, Vec<f32>)>;

@@ -2,8 +2,7 @@
 //! noise levels that are trained at, and compute the responsible target there.
 
 use super::{Halves, HalvesMemory};
-use crate::Result;
-use crate::backend::{Denoiser, Run, RunImage};
+use crate::backend::{AddedToBottleneck, Denoiser, RunImage};
 use crate::concept::{Form, Module, Shift};
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, Spacing, Step};
@@ -12,6 +11,7 @@ use crate::engine::{Engine, SessionOptions, UNetInputs};
 use crate::graph::Shape;
 use crate::layout::nchw_to_nhwc;
 use crate::models::UNetInput;
+use crate::{Error, Result};
 use std::collections::VecDeque;
 
 /// The networks that make a batch's guided predictions. The unconditional rows come first, and the modules shift the
@@ -169,22 +169,24 @@ impl Rollout {
     ) -> Result<Vec<f32>> {
         match &mut self.guided {
             Guided::Whole(denoiser) => {
-                denoiser.condition(conditioning)?;
-                // No step draws noise.
-                let image = |latents: &[f32]| RunImage { seed: 0, guidance, latents: Some(latents.to_vec()) };
-                let images: Vec<_> = self.latents.chunks_exact(self.shape.len()).map(image).collect();
-                let shift = Shift::of(modules, self.bottleneck, self.batch);
-                let run = Run {
-                    steps,
-                    images: &images,
-                    guided: true,
-                    added: Some(&shift),
-                    sigma: 1.0,
-                    rng: Rng::TorchCpu,
-                    shape: self.shape,
-                    ahead: steps.len(),
-                };
-                denoiser.sample(&run, &mut |_| Ok(()))
+                denoiser.place(&(0..self.batch).collect::<Vec<_>>(), conditioning)?;
+                for (slot, latents) in self.latents.chunks_exact(self.shape.len()).enumerate() {
+                    let shift: Box<dyn AddedToBottleneck> = Box::new(Shift::of(modules, self.bottleneck));
+                    // No step draws noise.
+                    let (rng, seed, sigma) = (Rng::TorchCpu, 0, 1.0);
+                    let (steps, latents, added) = (steps.into(), Some(latents.to_vec()), Some(shift));
+                    denoiser.begin(slot, RunImage { steps, rng, seed, guidance, sigma, latents, added })?;
+                }
+                steps.iter().try_for_each(|_| denoiser.step())?;
+                let mut all = Vec::with_capacity(self.latents.len());
+                for slot in 0..self.batch {
+                    if let Some(step) = denoiser.fault(slot)? {
+                        let problem = format!("step {} of {} gave NaN or infinite latents", step + 1, steps.len());
+                        return Err(Error::non_finite(problem).advise("lower the learning rates or the guidance"));
+                    }
+                    all.extend(denoiser.latents(slot)?);
+                }
+                Ok(all)
             }
             Guided::Halves(halves) => {
                 halves.condition(conditioning)?;

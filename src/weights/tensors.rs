@@ -159,7 +159,7 @@ impl Tensors {
     fn add(&mut self, path: PathBuf, bytes: Bytes) -> Result<()> {
         let damaged = |e: safetensors::SafeTensorError| {
             Error::damaged(&path, format!("not a whole safetensors file ({e})"))
-                .advise("delete it and download it again")
+                .advise("give a whole one, downloaded or saved again")
         };
         let data = bytes.as_ref();
         let (header, metadata) = SafeTensors::read_metadata(data).map_err(damaged)?;
@@ -170,7 +170,7 @@ impl Tensors {
             let entry = Entry { file: self.files.len(), dtype: info.dtype, shape, range, transposed: false };
             if entry.range.end > data.len() || entry.range.start > entry.range.end {
                 return Err(Error::damaged(&path, format!("tensor `{name}` ends beyond the file"))
-                    .advise("delete the file and download it again"));
+                    .advise("give a whole file, downloaded or saved again"));
             }
             if self.index.insert(name.clone(), entry).is_some() {
                 return Err(Error::damaged(&path, format!("tensor `{name}` is in two files of the component")));

@@ -1,6 +1,6 @@
 //! Signals, closed pipes, full disks, and progress without a terminal.
 
-use super::{files, text};
+use super::{files, respodiff, text};
 use std::path::Path;
 use std::process::Command;
 
@@ -57,6 +57,34 @@ fn interrupted_runs_keep_what_they_saved() {
     let manifest: Vec<serde_json::Value> =
         serde_json::from_slice(&std::fs::read(folder.path().join("x-0.json")).unwrap()).unwrap();
     assert_eq!((manifest.len(), files(folder.path()).len()), (printed, printed + 1));
+}
+
+/// An interrupt ends a command in every one of its runs, and the same command goes on afterwards.
+#[cfg(unix)]
+#[test]
+fn interrupted_calibrations_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let args =
+        ["concept", "calibrate", "--concepts", "woman,man", "--out", "c", "--professions", "doctor", "--steps", "6"];
+    let more = ["--weights", "0.5,1", "--timesteps", "500", "--images-per-prompt", "8", "--batch", "4"];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_respodiff"))
+        .args(args)
+        .args(more)
+        .current_dir(folder.path())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let second = folder.path().join("c/weight-0.5-until-500/records.jsonl");
+    while !second.exists() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let error = text(&output.stderr);
+    assert!(output.status.code() == Some(130) && error.contains("run the same command again"), "{error}");
+    let output = respodiff(folder.path(), &[&args[..], &more, &["--alignment-loss", "100"]].concat());
+    let error = text(&output.stderr);
+    assert!(output.status.success() || error.contains("balances better"), "{error}");
 }
 
 #[cfg(unix)]

@@ -20,9 +20,19 @@ fn prompts_from_a_file_are_mixed_in_batches() {
     assert_eq!(picture(0), alone(&["a cook", "--seed", "5"]));
     assert_eq!(picture(1), alone(&["a nurse", "--seed", "9", "--cfg-scale", "2", "-n", "a hat"]));
     assert_eq!(picture(2), alone(&["a cook", "--seed", "7"]));
-    std::fs::write(folder.path().join("prompts.txt"), "{\"prompt\": 3}").unwrap();
-    let output = respodiff(folder.path(), &all);
-    assert!(text(&output.stderr).contains("line 1"), "{}", text(&output.stderr));
+    // A mark at the beginning, which some editors write, is no part of the prompt.
+    std::fs::write(folder.path().join("prompts.txt"), "\u{feff}{\"prompt\": \"a cook\"}").unwrap();
+    assert!(respodiff(folder.path(), &[&all[..], &base].concat()).status.success());
+    assert_eq!(picture(0), alone(&["a cook", "--seed", "5"]));
+    for (lines, word) in [
+        ("{\"prompt\": 3}", "line 1"),
+        ("a\n{\"prompt\": \"b\\u0000\"}", "prompt 2"),
+        ("[{\"prompt\": \"b\"}]", "array"),
+    ] {
+        std::fs::write(folder.path().join("prompts.txt"), lines).unwrap();
+        let output = respodiff(folder.path(), &all);
+        assert!(text(&output.stderr).contains(word), "{}", text(&output.stderr));
+    }
 }
 
 /// Prompts and numbers that begin with a dash, and flags under the names that other programs give them.

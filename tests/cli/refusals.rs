@@ -19,6 +19,13 @@ fn refuses_in_one_line() {
         (&["sample", "x", "--rng", "dice"], 2, "torch-cpu"),
         (&["sample", "x", "--device", "cuda"], 1, "CPU"),
         (&["sample", "x", "--out", "/dev/null/x.png"], 1, "/dev/null"),
+        (&["sample", "x", "--out", "{seed}/{i}.png"], 2, "folder"),
+        (&["sample", "x", "--out", "{seed.png"], 2, "not closed"),
+        (&["sample", "x", "--balance", "woman,"], 2, "no concept"),
+        (&["sample", "x", "--concept", "woman", "--concepts-until", "-5"], 2, "0 to 1000"),
+        (&["concept", "calibrate", "--concepts", "woman,man", "--out", "c", "--timesteps", "5000"], 2, "--timesteps"),
+        (&["concept", "calibrate", "--concepts", "woman,man", "--out", "c", "--weights=-1,inf"], 2, "--weights"),
+        (&["concept", "merge", "woman:3e38", "woman:3e38", "--out", "c"], 2, "smaller weights"),
         (&["sample", "x", "--save-latents", "no/such/folder/l.st"], 1, "no/such/folder"),
         (&["sample", "x", "--save-latents", "."], 1, "directory"),
         (&["sample", "x", "--model", "./nowhere"], 2, "nowhere"),
@@ -44,5 +51,26 @@ fn refuses_in_one_line() {
         assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
         assert!(error.contains(word) && !error.contains("panicked"), "{args:?}: {error}");
         assert!(files(folder.path()).is_empty(), "{args:?} left {:?}", files(folder.path()));
+    }
+}
+
+/// A run never writes over what it reads.
+#[test]
+fn inputs_are_not_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let concept = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/concepts/man.safetensors");
+    std::fs::copy(concept, folder.path().join("m.safetensors")).unwrap();
+    std::fs::write(folder.path().join("p.json"), "a cook\n").unwrap();
+    let before = ["m.safetensors", "p.json"].map(|name| std::fs::read(folder.path().join(name)).unwrap());
+    for args in [
+        &["sample", "--prompts", "p.json", "--concept", "woman", "--out", "p.png"][..],
+        &["sample", "a cook", "--concept", "m.safetensors", "--save-latents", "./m.safetensors"],
+        &["sample", "a cook", "--balance", "woman,m.safetensors", "--save-latents", "m.safetensors"],
+        &["concept", "card", "m.safetensors", "--out", "m.safetensors"],
+    ] {
+        let output = respodiff(folder.path(), args);
+        let error = text(&output.stderr);
+        assert!(output.status.code() == Some(2) && error.contains("overwritten"), "{args:?}: {error}");
+        assert_eq!(before, ["m.safetensors", "p.json"].map(|name| std::fs::read(folder.path().join(name)).unwrap()));
     }
 }

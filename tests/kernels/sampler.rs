@@ -4,7 +4,7 @@ use super::*;
 use respodiff::Picture;
 use respodiff::cuda::{Buffer, DeviceSampler, Launch, SampledImage};
 use respodiff::diffusion::noise::{NormalGenerator, Rng};
-use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig};
+use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Step};
 
 /// An odd size, with more threads than a block has.
 const LATENTS: Shape = Shape { n: 3, h: 9, w: 5, c: 4 };
@@ -12,10 +12,35 @@ const SEED: u64 = u64::MAX - 1;
 /// Guidance scales of the images.
 const GUIDANCE: [f32; LATENTS.n] = [7.5, 1.0, 0.25];
 
-/// The images of a request, for each of which `drawn` draws were made before the first step.
-fn images(drawn: u32) -> Vec<SampledImage> {
-    let image = |i: usize| SampledImage { seed: SEED.wrapping_add(i as u64), guidance: GUIDANCE[i], drawn };
-    (0..LATENTS.n).map(image).collect()
+/// The slot of each row: not in order, so that a mistake of one for the other shows.
+const PLACES: [usize; LATENTS.n] = [2, 0, 1];
+
+/// An image of a row, for which `drawn` draws were made before the first step.
+fn image(row: usize, drawn: u32, philox: bool) -> SampledImage {
+    SampledImage { seed: SEED.wrapping_add(row as u64), guidance: GUIDANCE[row], drawn, philox }
+}
+
+/// Begins an image in every row.
+fn begin(sampler: &DeviceSampler, steps: &[Step], drawn: u32, philox: bool) {
+    for (row, slot) in PLACES.into_iter().enumerate() {
+        sampler.begin(slot, steps, image(row, drawn, philox)).unwrap();
+    }
+    sampler.place(&PLACES).unwrap();
+}
+
+/// The latents of all rows.
+fn latents(sampler: &DeviceSampler) -> Vec<f32> {
+    PLACES.iter().flat_map(|&slot| sampler.read_latents(slot).unwrap()).collect()
+}
+
+/// Writes latents or noise of all rows.
+fn write(sampler: &DeviceSampler, values: &[f32], write: impl Fn(&DeviceSampler, usize, &[f32])) {
+    let rows = values.chunks_exact(values.len() / LATENTS.n);
+    PLACES.into_iter().zip(rows).for_each(|(slot, values)| write(sampler, slot, values));
+}
+
+fn write_latents(sampler: &DeviceSampler, values: &[f32]) {
+    write(sampler, values, |sampler, slot, values| sampler.write_latents(slot, values).unwrap());
 }
 
 fn config(fields: &str) -> SchedulerConfig {
@@ -82,8 +107,8 @@ impl Session {
             unsafe { device.clone().record(&[launch]) }.unwrap()
         };
         let recordings = [
-            record(sampler.prepare(sample.address(), timestep.address(), guided)),
-            record(sampler.guide_and_step(out.address(), guided)),
+            record(sampler.prepare(LATENTS.n, sample.address(), timestep.address(), guided)),
+            record(sampler.guide_and_step(LATENTS.n, out.address(), guided)),
         ];
         Session { device: device.clone(), sampler, guided, sample, timestep, out, recordings }
     }
@@ -95,12 +120,14 @@ impl Session {
     fn check(&self, label: &str, schedule: &Schedule, rng: Rng) {
         let rows = if self.guided { 2 } else { 1 };
         let mut generators = generators(rng);
-        self.sampler.begin(&schedule.steps, &images(1), rng == Rng::TorchCuda).unwrap();
+        begin(&self.sampler, &schedule.steps, 1, rng == Rng::TorchCuda);
         let mut x = draw(&mut generators);
         x.iter_mut().for_each(|x| *x *= schedule.init_noise_sigma);
         match rng {
-            Rng::TorchCpu => self.sampler.write_latents(&x).unwrap(),
-            Rng::TorchCuda => run(&self.device, self.sampler.draw(schedule.init_noise_sigma)),
+            Rng::TorchCpu => write_latents(&self.sampler, &x),
+            Rng::TorchCuda => {
+                PLACES.iter().for_each(|&slot| run(&self.device, self.sampler.draw(slot, schedule.init_noise_sigma)));
+            }
         }
         let mut state = SamplerState::new(x.len());
         for (i, step) in schedule.steps.iter().enumerate() {
@@ -127,15 +154,15 @@ impl Session {
             };
             let noise = if step.needs_noise() { draw(&mut generators) } else { Vec::new() };
             if step.needs_noise() && rng == Rng::TorchCpu {
-                self.sampler.write_noise(&noise).unwrap();
+                write(&self.sampler, &noise, |sampler, slot, noise| sampler.write_noise(slot, noise).unwrap());
             }
             self.recordings[1].replay().unwrap();
             state.step(step, &prediction, &mut x, &noise);
-            for (i, (ours, theirs)) in self.sampler.read_latents().unwrap().iter().zip(&x).enumerate() {
+            for (i, (ours, theirs)) in latents(&self.sampler).iter().zip(&x).enumerate() {
                 assert_eq!(ours, theirs, "{label}, number {i}");
             }
         }
-        assert_eq!(self.sampler.fault().unwrap(), None, "{label}");
+        assert!(PLACES.iter().all(|&slot| self.sampler.fault(slot).unwrap().is_none()), "{label}");
     }
 }
 
@@ -161,15 +188,94 @@ fn every_sampler_steps_as_on_the_cpu() {
     }
 }
 
+/// Images with samplers, seeds and lengths of their own join between the steps of others, in batches of changing size.
+/// Each becomes what it is alone: the CPU's sampler with the same predictions.
+#[test]
+fn images_join_and_leave() {
+    let one = Shape { n: 1, ..LATENTS }.len();
+    // The slot, the call of the UNet before which it joins, its sampler and its steps.
+    let joining = [(1, 0, "DPM++ 2M", 6), (0, 2, "PNDM", 3), (2, 3, "Euler a", 2), (0, 7, "UniPC", 4)];
+    for (name, device) in devices(Limits::A100) {
+        let sampler = DeviceSampler::new(&device, LATENTS, 20).unwrap();
+        let sample = Buffer::new(&device, 2 * LATENTS.len() * 2).unwrap();
+        let timestep = Buffer::new(&device, 2 * LATENTS.n * 4).unwrap();
+        let out = Buffer::new(&device, 2 * LATENTS.len() * 4).unwrap();
+        struct Truth {
+            slot: usize,
+            schedule: Schedule,
+            done: usize,
+            x: Vec<f32>,
+            state: SamplerState,
+            noise: NormalGenerator,
+        }
+        let mut truths: Vec<Truth> = Vec::new();
+        for call in 0..12 {
+            for (i, (slot, _, choice, steps)) in joining.into_iter().enumerate().filter(|(_, (_, at, ..))| *at == call)
+            {
+                let schedule =
+                    Schedule::new(&config(r#""clip_sample": false"#), choice.parse().unwrap(), steps).unwrap();
+                let x: Vec<f32> = random(one, 90 + i as u64).iter().map(|&x| x as f32).collect();
+                sampler.begin(slot, &schedule.steps, image(slot, 0, false)).unwrap();
+                sampler.write_latents(slot, &x).unwrap();
+                let noise = NormalGenerator::new(Rng::TorchCpu, i as u64);
+                truths.push(Truth { slot, schedule, done: 0, x, state: SamplerState::new(one), noise });
+            }
+            let active = |truth: &&mut Truth| truth.done < truth.schedule.steps.len();
+            let mut active: Vec<&mut Truth> = truths.iter_mut().filter(active).collect();
+            // The last rows of a batch that is larger than needed have no image.
+            let rows = active.len().next_power_of_two().min(LATENTS.n);
+            sampler.place(&active.iter().map(|truth| truth.slot).collect::<Vec<_>>()).unwrap();
+            run(&device, sampler.prepare(rows, sample.address(), timestep.address(), true));
+            let input = halves(&sample, 2 * rows * one);
+            let mut predicted = vec![0f32; 2 * rows * one];
+            for (row, truth) in active.iter_mut().enumerate() {
+                let step = &truth.schedule.steps[truth.done];
+                for copy in [row, rows + row] {
+                    assert_eq!(floats(&timestep, 2 * rows)[copy], step.timestep, "{name}, call {call}");
+                    let theirs = truth.x.iter().map(|x| f16::from_f32(x * step.input_scale));
+                    assert!(input[copy * one..][..one].iter().copied().eq(theirs), "{name}, call {call}, row {row}");
+                    let seed = (1000 * truth.slot + 10 * truth.done + copy.min(rows)) as u64;
+                    let values = random(one, seed);
+                    predicted[copy * one..][..one].iter_mut().zip(values).for_each(|(p, x)| *p = x as f32);
+                }
+            }
+            assert!(input[active.len() * one..rows * one].iter().all(|x| x.to_f32() == 0.0), "{name}, call {call}");
+            out.write(0, bytemuck::cast_slice(&predicted)).unwrap();
+            for (row, truth) in active.iter_mut().enumerate() {
+                let step = truth.schedule.steps[truth.done];
+                let guidance = GUIDANCE[truth.slot];
+                let (without, with) = (&predicted[row * one..][..one], &predicted[(rows + row) * one..][..one]);
+                let guide = |(u, c): (&f32, &f32)| if guidance == 1.0 { *c } else { u + guidance * (c - u) };
+                let prediction: Vec<f32> = without.iter().zip(with).map(guide).collect();
+                let mut noise = vec![0f32; one];
+                if step.needs_noise() {
+                    truth.noise.fill(&mut noise);
+                    sampler.write_noise(truth.slot, &noise).unwrap();
+                }
+                truth.state.step(&step, &prediction, &mut truth.x, &noise);
+                truth.done += 1;
+            }
+            run(&device, sampler.guide_and_step(rows, out.address(), true));
+            // A slot holds the image that began there last.
+            for (i, Truth { slot, x, .. }) in truths.iter().enumerate() {
+                if truths[i + 1..].iter().all(|later| later.slot != *slot) {
+                    assert_eq!(sampler.read_latents(*slot).unwrap(), *x, "{name}, call {call}, slot {slot}");
+                }
+            }
+        }
+        assert!(truths.iter().all(|truth| truth.done == truth.schedule.steps.len()));
+    }
+}
+
 /// The numbers of the CPU's generator, within an error in the last place.
 #[test]
 fn noise() {
     for (name, device) in devices(Limits::A100) {
         let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
-        sampler.begin(&[], &images(0), true).unwrap();
-        run(&device, sampler.draw(14.6146));
+        begin(&sampler, &[], 0, true);
+        PLACES.iter().for_each(|&slot| run(&device, sampler.draw(slot, 14.6146)));
         let theirs: Vec<f32> = draw(&mut generators(Rng::TorchCuda)).iter().map(|x| x * 14.6146).collect();
-        let ours = sampler.read_latents().unwrap();
+        let ours = latents(&sampler);
         for (i, (a, b)) in ours.iter().zip(&theirs).enumerate() {
             assert!((a - b).abs() <= b.abs() * 2.5e-7, "{name}: number {i} is {a} where {b} is right");
         }
@@ -182,8 +288,8 @@ fn latents_that_are_not_finite_are_found_in_their_step() {
     for (name, device) in devices(Limits::A100) {
         for bad in [f32::NAN, f32::INFINITY] {
             let session = Session::new(&device, true);
-            session.sampler.begin(&schedule.steps, &images(0), false).unwrap();
-            session.sampler.write_latents(&vec![0.5; LATENTS.len()]).unwrap();
+            begin(&session.sampler, &schedule.steps, 0, false);
+            write_latents(&session.sampler, &vec![0.5; LATENTS.len()]);
             let mut out = vec![0.25f32; 2 * LATENTS.len()];
             for step in 0..5 {
                 if step == 3 {
@@ -191,8 +297,12 @@ fn latents_that_are_not_finite_are_found_in_their_step() {
                 }
                 session.out.write(0, bytemuck::cast_slice(&out)).unwrap();
                 session.recordings.iter().for_each(|recording| recording.replay().unwrap());
-                let expected = (step >= 3).then_some(3);
-                assert_eq!(session.sampler.fault().unwrap(), expected, "{name}: {bad} in step 3, after step {step}");
+                // The number is one of the second row.
+                for (row, slot) in PLACES.into_iter().enumerate() {
+                    let expected = (step >= 3 && row == 1).then_some(3);
+                    let fault = session.sampler.fault(slot).unwrap();
+                    assert_eq!(fault, expected, "{name}: {bad} in step 3, row {row} after step {step}");
+                }
             }
         }
     }
@@ -204,26 +314,26 @@ fn a_finished_sampler_stays() {
     let schedule = Schedule::new(&config(r#""clip_sample": false"#), "Euler".parse().unwrap(), 2).unwrap();
     let (_, device) = devices(Limits::A100).remove(0);
     let session = Session::new(&device, false);
-    session.sampler.begin(&schedule.steps, &images(0), false).unwrap();
-    session.sampler.write_latents(&vec![0.5; LATENTS.len()]).unwrap();
+    begin(&session.sampler, &schedule.steps, 0, false);
+    write_latents(&session.sampler, &vec![0.5; LATENTS.len()]);
     session.out.write(0, bytemuck::cast_slice(&vec![0.25f32; LATENTS.len()])).unwrap();
     let replay = || session.recordings.iter().for_each(|recording| recording.replay().unwrap());
     (0..2).for_each(|_| replay());
-    let done = session.sampler.read_latents().unwrap();
+    let done = latents(&session.sampler);
     replay();
-    assert!(session.sampler.read_latents().unwrap() == done);
+    assert!(latents(&session.sampler) == done);
 }
 
 #[test]
 fn latents_for_vae() {
-    let latents: Vec<f32> = random(LATENTS.len(), 4).iter().map(|&x| 3.0 * x as f32).collect();
+    let all: Vec<f32> = random(LATENTS.len(), 4).iter().map(|&x| 3.0 * x as f32).collect();
     let one = LATENTS.len() / LATENTS.n;
     for (name, device) in devices(Limits::A100) {
         let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
-        sampler.write_latents(&latents).unwrap();
+        write_latents(&sampler, &all);
         let out = Buffer::new(&device, one * 2).unwrap();
-        for (image, latents) in latents.chunks_exact(one).enumerate() {
-            run(&device, sampler.latents_for_vae(image, 0.18215, out.address()));
+        for (image, latents) in all.chunks_exact(one).enumerate() {
+            run(&device, sampler.latents_for_vae(PLACES[image], 0.18215, out.address()));
             let theirs: Vec<f16> = latents.iter().map(|x| f16::from_f32(x / 0.18215)).collect();
             assert_eq!(halves(&out, one), theirs, "{name}, image {image}");
         }
@@ -239,20 +349,20 @@ fn to_rgb8() {
             // Halfway between bytes, which round to the even one.
             values.iter_mut().step_by(5).enumerate().for_each(|(i, x)| *x = (i % 255) as f32 / 127.5 - 254.0 / 255.0);
             let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
-            sampler.begin(&[], &images(0), false).unwrap();
+            begin(&sampler, &[], 0, false);
             let x = Buffer::from_bytes(&device, bytemuck::cast_slice(&values)).unwrap();
             let out = Buffer::new(&device, length).unwrap();
-            run(&device, sampler.to_rgb8(x.address(), length, out.address()));
+            run(&device, sampler.to_rgb8(1, x.address(), length, out.address()));
             let mut rgb = vec![0; length];
             out.read(0, &mut rgb).unwrap();
             assert_eq!(rgb, Picture::from_hwc(&values, height, width).unwrap().rgb, "{name}, {width}x{height}");
-            assert!(!sampler.picture_fault().unwrap(), "{name}");
+            assert!(!sampler.picture_fault(1).unwrap(), "{name}");
             for bad in [f32::NAN, f32::NEG_INFINITY] {
-                sampler.begin(&[], &images(0), false).unwrap();
+                begin(&sampler, &[], 0, false);
                 values[length - 1] = bad;
                 x.write(0, bytemuck::cast_slice(&values)).unwrap();
-                run(&device, sampler.to_rgb8(x.address(), length, out.address()));
-                assert!(sampler.picture_fault().unwrap(), "{name}: {bad}");
+                run(&device, sampler.to_rgb8(1, x.address(), length, out.address()));
+                assert!(sampler.picture_fault(1).unwrap() && !sampler.picture_fault(0).unwrap(), "{name}: {bad}");
             }
         }
     }

@@ -6,7 +6,7 @@ use super::survey::{Opened, Survey};
 use crate::concept::{Calibration, Strength};
 use crate::eval::fairness::{Report, Summary};
 use crate::files;
-use crate::{Concept, Error, Result};
+use crate::{Concept, Error, Result, Subject};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -20,10 +20,22 @@ pub(in super::super) struct Args {
     #[arg(long, required = true, value_name = "A,B[=SHARE,SHARE]")]
     concepts: Vec<String>,
     /// Weights to try
-    #[arg(long, value_delimiter = ',', default_values_t = [0.8, 1.0, 1.2, 1.5, 2.0], value_name = "WEIGHT,WEIGHT")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_values_t = [0.8, 1.0, 1.2, 1.5, 2.0],
+        value_name = "WEIGHT,WEIGHT",
+        allow_negative_numbers = true
+    )]
     weights: Vec<f32>,
     /// Timesteps to try, until which concepts act; 0 for all steps
-    #[arg(long, value_delimiter = ',', default_values_t = [0.0, 400.0, 500.0, 600.0], value_name = "TIMESTEP,TIMESTEP")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_values_t = [0.0, 400.0, 500.0, 600.0],
+        value_name = "TIMESTEP,TIMESTEP",
+        allow_negative_numbers = true
+    )]
     timesteps: Vec<f32>,
     /// The alignment with the prompt that may be lost, in percent
     #[arg(long, default_value_t = 1.0, value_name = "PERCENT")]
@@ -58,8 +70,11 @@ pub(in super::super) fn run(args: &Args) -> Result<()> {
 
     let mut trials: Vec<Trial> = Vec::new();
     for strength in strengths(args) {
-        // Larger weights change more of the picture.
-        let hopeless = |trial: &Trial| trial.strength.until == strength.until && !allowed(trial, args);
+        // Larger weights of the same sign change more of the picture.
+        let hopeless = |trial: &Trial| {
+            let smaller = trial.strength.weight.signum() == strength.weight.signum();
+            smaller && trial.strength.until == strength.until && !allowed(trial, args)
+        };
         if trials.iter().any(hopeless) {
             continue;
         }
@@ -109,9 +124,12 @@ fn check(args: &Args, files: &[PathBuf]) -> Result<()> {
         let problem = format!("{} is not a loss in percent", args.alignment_loss);
         return Err(Error::invalid("alignment_loss", problem).advise("1 is usual"));
     }
-    if let Some((problem, advice)) = strengths(args).iter().find_map(|strength| strength.problem()) {
-        return Err(Error::invalid("weights", problem).advise(advice));
-    }
+    let problem = |strength: Strength, field| match strength.problem() {
+        Some((problem, advice)) => Err(Error::invalid(field, problem).advise(advice)),
+        None => Ok(()),
+    };
+    args.weights.iter().try_for_each(|&weight| problem(weight.into(), "weights"))?;
+    args.timesteps.iter().try_for_each(|&until| problem(Strength::from(1.0).until(until), "timesteps"))?;
     if let Some(twice) = (1..files.len()).find(|&i| files[..i].contains(&files[i])) {
         let problem = format!("two concepts would be written to {}", files[twice].display());
         return Err(Error::invalid("--concepts", problem).advise("rename one of the files"));
@@ -122,7 +140,7 @@ fn check(args: &Args, files: &[PathBuf]) -> Result<()> {
 /// The strengths to try, small weights first.
 fn strengths(args: &Args) -> Vec<Strength> {
     let mut weights = args.weights.clone();
-    weights.sort_by(f32::total_cmp);
+    weights.sort_by(|a, b| a.abs().total_cmp(&b.abs()));
     let of_until = |&until: &f32| weights.iter().map(move |&weight| Strength::from(weight).until(until));
     args.timesteps.iter().flat_map(of_until).collect()
 }
@@ -142,11 +160,19 @@ fn allowed(trial: &Trial, args: &Args) -> bool {
 fn best<'a>(trials: &'a [Trial], args: &Args) -> Result<&'a Trial> {
     let ratio = |trial: &&Trial| trial.deviation_ratio[1];
     let candidates = trials.iter().filter(|trial| allowed(trial, args));
-    candidates.min_by(|a, b| ratio(a).total_cmp(&ratio(b))).ok_or_else(|| {
+    let Some(best) = candidates.min_by(|a, b| ratio(a).total_cmp(&ratio(b))) else {
         let least = trials.iter().map(|trial| trial.alignment_loss).fold(f64::INFINITY, f64::min);
         let problem = format!("every strength loses more than {} %, {least:.1} % at least", args.alignment_loss);
-        Error::invalid("alignment_loss", problem).advise("allow more, try smaller weights, or train the concepts again")
-    })
+        return Err(Error::invalid("alignment_loss", problem)
+            .advise("allow more, try smaller weights, or train the concepts again"));
+    };
+    let [plain, balanced] = best.deviation_ratio;
+    if balanced >= plain {
+        let problem = format!("no strength balances better than plain pictures, whose deviation ratio is {plain:.3}");
+        return Err(Error::mismatch(Subject::Field("--concepts"), problem)
+            .advise("make more pictures, try larger weights, or train the concepts again"));
+    }
+    Ok(best)
 }
 
 impl Trial {
@@ -164,7 +190,7 @@ impl Trial {
             strength,
             deviation_ratio: both(&|s, side| s.deviation_ratio[side].value),
             alignment,
-            alignment_loss: 100.0 * (plain - balanced) / plain,
+            alignment_loss: 100.0 * (plain - balanced) / plain.abs(),
         })
     }
 

@@ -223,7 +223,7 @@ fn prompts(args: &Survey) -> Result<Vec<(String, Vec<String>)>> {
         "winobias" => false,
         "winobias-extended" => true,
         file => {
-            let text = std::fs::read_to_string(file).map_err(Error::io("read", file))?;
+            let text = crate::files::read_text(Path::new(file))?;
             let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
             let prompts: Vec<_> = lines.map(|line| (line.to_string(), vec![line.to_string()])).collect();
             if !args.professions.is_empty() {

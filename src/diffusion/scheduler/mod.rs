@@ -298,6 +298,12 @@ impl SamplerState {
         Self { saved: vec![0.0; len], history: std::array::from_fn(|_| vec![0.0; len]) }
     }
 
+    /// Goes back to the state before the first step.
+    pub fn reset(&mut self) {
+        self.saved.fill(0.0);
+        self.history.iter_mut().for_each(|kept| kept.fill(0.0));
+    }
+
     /// Takes `x` one step further, given the model's output. `noise` is read only if [`Step::needs_noise`].
     ///
     /// # Panics

@@ -1,0 +1,247 @@
+//! The images that a UNet works on at once: what a [`super::Session`] and a [`super::RunningBatch`] have in common.
+
+use super::text::{Conditioning, Row, time_ids};
+use super::{Engine, Image, Plans, Prompt, Request, SessionOptions, Start};
+use crate::backend::{AddedToBottleneck, Denoiser, RunImage};
+use crate::concept::Shift;
+use crate::diffusion::noise::Rng;
+use crate::diffusion::scheduler::Schedule;
+use crate::graph::Shape;
+use crate::image::Picture;
+use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
+use crate::{Error, Result};
+
+/// Steps that the host may run ahead of the device. They are few, so that reported progress is nearly true and a
+/// cancelled run ends soon.
+pub(super) const AHEAD: usize = 4;
+
+/// The settings of a request that all its images share.
+pub(super) struct Settings {
+    pub schedule: Schedule,
+    pub rng: Rng,
+    /// The UNet's size conditioning.
+    pub time_ids: [f32; 6],
+}
+
+impl Settings {
+    /// # Errors
+    /// Those of [`Engine::schedule`], and [`crate::ErrorKind::Invalid`] for sizes that the UNet does not read.
+    pub fn new(engine: &Engine, options: SessionOptions, request: &Request) -> Result<Self> {
+        if !engine.0.text.sized() && (request.original_size.is_some() || request.crop != (0, 0)) {
+            let problem = "this checkpoint does not read the picture's sizes, as SDXL does";
+            return Err(Error::invalid("original_size", problem).advise("leave original size and crop out"));
+        }
+        let size = (options.size.width, options.size.height);
+        Ok(Settings {
+            schedule: engine.schedule(request.sampler, request.steps)?,
+            rng: request.rng,
+            time_ids: time_ids(request.original_size.unwrap_or(size), request.crop, size),
+        })
+    }
+}
+
+/// An image in a slot.
+struct InWork {
+    /// The encoded prompt and, for a UNet with guidance, the negative prompt.
+    prompt: Conditioning,
+    negative: Option<Conditioning>,
+    time_ids: [f32; 6],
+    done: usize,
+    total: usize,
+}
+
+/// The slots of the images, and the rows of the UNet's batch that serve them.
+pub(super) struct Rows {
+    engine: Engine,
+    options: SessionOptions,
+    denoiser: Box<dyn Denoiser>,
+    images: Vec<Option<InWork>>,
+    /// The slots of the rows, and the encodings of all rows, as they were conditioned last.
+    placed: Option<(Vec<usize>, Vec<Row>)>,
+}
+
+impl Rows {
+    /// # Errors
+    /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
+    pub fn new(engine: Engine, options: SessionOptions, plans: Plans) -> Result<Self> {
+        let parts = &*engine.0;
+        let vae = (plans.vae, &parts.vae.weights);
+        let denoiser = parts.device.denoiser(plans.unet, &parts.unet.weights, Some(vae))?;
+        let images = (0..options.batch).map(|_| None).collect();
+        Ok(Rows { denoiser, engine, options, images, placed: None })
+    }
+
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    pub fn options(&self) -> SessionOptions {
+        self.options
+    }
+
+    /// A slot without an image.
+    pub fn free(&self) -> Option<usize> {
+        self.images.iter().position(Option::is_none)
+    }
+
+    /// The slots with an image that has steps to take.
+    pub fn active(&self) -> Vec<usize> {
+        let unfinished = |image: &InWork| image.done < image.total;
+        (0..self.images.len()).filter(|&slot| self.images[slot].as_ref().is_some_and(unfinished)).collect()
+    }
+
+    /// The steps that an image has taken, and all that it takes.
+    pub fn progress(&self, slot: usize) -> (usize, usize) {
+        self.images[slot].as_ref().map_or((0, 0), |image| (image.done, image.total))
+    }
+
+    /// Checks an image's settings. What cannot be checked before an image joins is checked by [`Rows::join`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`].
+    pub fn check(&self, image: &Image) -> Result<()> {
+        let guidance = image.guidance.unwrap_or(self.engine.default_guidance());
+        if !guidance.is_finite() {
+            return Err(Error::invalid("guidance", format!("{guidance} is not finite")).advise("7.5 is usual"));
+        }
+        if guidance > 1.0 && !self.options.guided {
+            let problem = format!("{guidance} in a session without guidance");
+            return Err(Error::invalid("guidance", problem).advise("give 1, or make a session with guidance"));
+        }
+        if !image.concepts.is_empty() && !self.options.concepts {
+            let problem = "an image has concepts in a session without them";
+            return Err(Error::invalid("concepts", problem).advise("make a session with concepts"));
+        }
+        let wanted = self.latents_shape().len();
+        match &image.start {
+            Start::Latents(given) if given.len() != wanted => {
+                let problem = format!("{} numbers, but an image of this size has {wanted}", given.len());
+                Err(Error::invalid("latents", problem).advise("give [c, height / 8, width / 8] numbers"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts an image into a slot.
+    ///
+    /// # Errors
+    /// Those of [`Rows::check`], of the concepts and the text encoder, and [`crate::ErrorKind::DeviceLost`].
+    pub fn join(&mut self, slot: usize, image: &Image, settings: &Settings) -> Result<()> {
+        self.check(image)?;
+        let encode = |prompt: Option<&Prompt>| match prompt {
+            Some(Prompt::Encoded(conditioning)) => Ok(conditioning.clone()),
+            Some(Prompt::Text(words)) => self.engine.0.text.encode(Some(words)),
+            None => self.engine.0.text.encode(None),
+        };
+        let prompt = encode(Some(&image.prompt))?;
+        let negative = self.options.guided.then(|| encode(image.negative.as_ref())).transpose()?;
+        let shift = self.options.concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &image.concepts));
+        let guidance = image.guidance.unwrap_or(self.engine.default_guidance());
+        let Schedule { steps, init_noise_sigma, .. } = &settings.schedule;
+        let run = RunImage {
+            steps: steps.as_slice().into(),
+            rng: settings.rng,
+            seed: image.seed,
+            guidance: guidance.max(1.0),
+            sigma: *init_noise_sigma,
+            latents: self.first_latents(&image.start, *init_noise_sigma),
+            added: shift.transpose()?.map(|shift| Box::new(shift) as Box<dyn AddedToBottleneck>),
+        };
+        self.denoiser.begin(slot, run)?;
+        let (time_ids, total) = (settings.time_ids, steps.len());
+        self.images[slot] = Some(InWork { prompt, negative, time_ids, done: 0, total });
+        Ok(())
+    }
+
+    /// The latents that an image brings, NHWC, at the first noise level.
+    fn first_latents(&self, start: &Start, sigma: f32) -> Option<Vec<f32>> {
+        match start {
+            Start::Noise => None,
+            Start::Latents(given) => {
+                let shape = self.latents_shape();
+                let mut latents = vec![0.0; shape.len()];
+                nchw_to_nhwc(given, shape.c, shape.tokens(), &mut latents);
+                latents.iter_mut().for_each(|x| *x *= sigma);
+                Some(latents)
+            }
+        }
+    }
+
+    /// Empties a slot.
+    pub fn leave(&mut self, slot: usize) {
+        self.images[slot] = None;
+    }
+
+    /// Takes a step of every image that has one to take.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::DeviceLost`], and [`crate::ErrorKind::Mismatch`] for a prompt that another engine encoded.
+    pub fn step(&mut self) -> Result<()> {
+        let active = self.active();
+        self.place(&active)?;
+        self.denoiser.step()?;
+        for slot in active {
+            self.images[slot].iter_mut().for_each(|image| image.done += 1);
+        }
+        Ok(())
+    }
+
+    /// Gives rows to slots and conditions them, the unconditional rows first, unless they are so already.
+    fn place(&mut self, slots: &[usize]) -> Result<()> {
+        let images = || slots.iter().filter_map(|&slot| self.images[slot].as_ref());
+        // Rows without an image are conditioned as the last one with an image.
+        let capacity = self.denoiser.capacity(slots.len());
+        let filled = || images().chain(images().next_back().into_iter().cycle()).take(capacity);
+        let without = filled().filter_map(|image| Some((image.negative.clone()?, image.time_ids)));
+        let rows: Vec<_> = without.chain(filled().map(|image| (image.prompt.clone(), image.time_ids))).collect();
+        let same = |(last_slots, last): &(Vec<usize>, Vec<Row>)| {
+            let equal = |((last, last_ids), (row, ids)): (&Row, &Row)| last.is(row) && last_ids == ids;
+            last_slots == slots && last.len() == rows.len() && last.iter().zip(&rows).all(equal)
+        };
+        if !self.placed.as_ref().is_some_and(same) {
+            // A failure leaves the inputs half written.
+            self.placed = None;
+            self.denoiser.place(slots, &self.engine.0.text.inputs(&rows)?)?;
+            self.placed = Some((slots.to_vec(), rows));
+        }
+        Ok(())
+    }
+
+    /// Waits for the device, and checks an image's latents.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::NonFinite`], [`crate::ErrorKind::DeviceLost`].
+    pub fn check_latents(&mut self, slot: usize) -> Result<()> {
+        let (_, total) = self.progress(slot);
+        match self.denoiser.fault(slot)? {
+            None => Ok(()),
+            Some(step) => Err(Error::non_finite(format!("step {} of {total} gave NaN or infinite latents", step + 1))
+                .advise("lower the guidance or the weights of concepts, take more steps or another sampler")),
+        }
+    }
+
+    /// An image's latents, `[c, height / 8, width / 8]`.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::DeviceLost`].
+    pub fn latents(&mut self, slot: usize) -> Result<Vec<f32>> {
+        let (shape, latents) = (self.latents_shape(), self.denoiser.latents(slot)?);
+        let mut nchw = vec![0.0; latents.len()];
+        nhwc_to_nchw(&latents, shape.c, shape.tokens(), &mut nchw);
+        Ok(nchw)
+    }
+
+    /// Decodes an image.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::NonFinite`], [`crate::ErrorKind::DeviceLost`].
+    pub fn picture(&mut self, slot: usize) -> Result<Picture> {
+        self.denoiser.picture(slot, self.engine.0.vae.config.scaling_factor)
+    }
+
+    /// Shape of one image's latents.
+    fn latents_shape(&self) -> Shape {
+        let [_, c, h, w] = self.engine.latent_shape(self.options);
+        Shape::new(1, h, w, c)
+    }
+}

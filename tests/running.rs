@@ -1,0 +1,172 @@
+//! Running batches: images that join and leave become the pictures that they are alone, bit for bit.
+
+mod support;
+
+use respodiff::concept::{Concept, Form, Metadata, Module, Strength};
+use respodiff::diffusion::noise::Rng;
+use respodiff::weights::Source;
+use respodiff::{
+    Device, Engine, ErrorKind, Event, Image, ImageId, Picture, Request, RunningBatch, Sampler, SamplerChoice,
+    SessionOptions, Size, Start,
+};
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+fn engine(checkpoint: &str, device: &Device) -> Engine {
+    Engine::open(&Source::folder(support::golden().join("checkpoints").join(checkpoint)).unwrap(), device).unwrap()
+}
+
+/// The devices that run here, and if they can evaluate concepts that are networks.
+fn devices() -> Vec<(Device, bool)> {
+    vec![
+        (Device::cpu(), true),
+        #[cfg(feature = "emulated")]
+        (
+            Device::kernels(respodiff::cuda::Emulated::new(
+                respodiff::cuda::Limits::A100,
+                respodiff::cuda::Emulated::QUICK,
+            )),
+            false,
+        ),
+    ]
+}
+
+const OPTIONS: SessionOptions = SessionOptions::new(Size::new(40, 56)).concepts(true);
+
+/// Requests that have as little as possible in common: every sampler, and everything that an image may have.
+fn requests(engine: &Engine, networks: bool, xl: bool) -> Vec<Request> {
+    let shape = engine.bottleneck(OPTIONS);
+    let module = |form: Form, seed: u32| {
+        let mut state = seed;
+        let mut draw = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let mut module = Module::new(form, shape, &mut draw);
+        module.parameters.iter_mut().for_each(|p| *p += 0.4 * draw());
+        module
+    };
+    let concept = |form, seed| Arc::new(Concept::new(Metadata::new("a"), module(form, seed), None));
+    let [_, c, h, w] = engine.latent_shape(OPTIONS);
+    let latents: Arc<[f32]> = (0..c * h * w).map(|i| (i as f32 * 0.37).sin()).collect();
+    let image = |i: usize, sampler: Sampler| {
+        let image = Image::new(["a doctor", "a cat", "a portrait of a chef"][i % 3]).seed(7 * i as u64);
+        let image = if i % 2 == 1 { image.negative("a hat") } else { image };
+        let image = image.guidance([2.0, 1.0, 1.5][i % 3]);
+        let image = match i % 4 {
+            1 => image.concept(concept(Form::Constant, 3), 0.7),
+            2 => image
+                .concept(concept(Form::Constant, 4), Strength::from(0.5).until(600.0))
+                .concept(concept(if networks { Form::Conv } else { Form::Constant }, 5), 0.4),
+            _ => image,
+        };
+        let image = if i == 3 { image.start(Start::Latents(latents.clone())) } else { image };
+        let choice = SamplerChoice { sampler: Some(sampler), spacing: None };
+        let request = Request::from(image).steps(2 + i % 4).sampler(choice).rng(Rng::ALL[i % 2]);
+        if xl && i % 3 == 1 { request.conditioned_on_size(Some((64, 48)), (8, 0)) } else { request }
+    };
+    Sampler::ALL.into_iter().enumerate().map(|(i, sampler)| image(i, sampler)).collect()
+}
+
+fn alone(engine: &Engine, request: &Request) -> Picture {
+    let guided = request.images[0].guidance != Some(1.0);
+    let options = OPTIONS.guided(guided).concepts(!request.images[0].concepts.is_empty());
+    let mut output = engine.session(options).unwrap().generate(request, &mut |_| ControlFlow::Continue(())).unwrap();
+    output.pictures.remove(0)
+}
+
+/// Steps once, and takes what is finished.
+fn step(batch: &mut RunningBatch, finished: &mut HashMap<ImageId, Picture>) {
+    for (id, event) in batch.step().unwrap() {
+        match event {
+            Event::Step { done, total } => assert!(done < total),
+            Event::Finished(picture) => assert!(finished.insert(id, picture).is_none()),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn pictures_do_not_depend_on_who_joins() {
+    for (device, networks) in devices() {
+        // The emulator is slow, and SDXL differs in its inputs alone.
+        for checkpoint in if networks { &["sd1", "sdxl"][..] } else { &["sd1"] } {
+            let engine = engine(checkpoint, &device);
+            let requests = requests(&engine, networks, *checkpoint == "sdxl");
+            let truths: Vec<Picture> = requests.iter().map(|request| alone(&engine, request)).collect();
+            // Images join one after the other, as soon as there is a row and at most one before each step, in batches
+            // of two sizes.
+            for (capacity, order) in if networks { &[(3, false), (8, true)][..] } else { &[(4, false)] } {
+                let mut batch = engine.running_batch(OPTIONS.batch(*capacity)).unwrap();
+                let mut waiting: Vec<usize> = (0..requests.len()).collect();
+                if *order {
+                    waiting.reverse();
+                }
+                let (mut ids, mut finished) = (HashMap::new(), HashMap::new());
+                while !waiting.is_empty() || !batch.is_empty() {
+                    if batch.free() > 0 && !waiting.is_empty() {
+                        let i = waiting.remove(0);
+                        ids.insert(batch.join(&requests[i]).unwrap(), i);
+                    }
+                    step(&mut batch, &mut finished);
+                }
+                assert_eq!(finished.len(), requests.len());
+                for (id, picture) in finished {
+                    let i = ids[&id];
+                    let place = format!("{checkpoint} on {}, {capacity} rows, image {i}", device.name());
+                    assert!(picture == truths[i], "{place} is another picture than alone");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn cancelled_and_failed_images_leave_the_others_alone() {
+    for (device, networks) in devices() {
+        let engine = engine("sd1", &device);
+        let requests = requests(&engine, networks, false);
+        let mut batch = engine.running_batch(OPTIONS.batch(3)).unwrap();
+        assert!(batch.is_empty() && batch.step().unwrap().is_empty());
+        let kept = batch.join(&requests[3]).unwrap();
+        let cancelled = batch.join(&requests[1]).unwrap();
+        let huge = Request::from(Image::new("a doctor").guidance(3e38)).steps(9);
+        let broken = batch.join(&huge).unwrap();
+        assert_eq!(batch.free(), 0);
+        let refused = batch.join(&requests[0]).unwrap_err();
+        assert!(refused.kind() == ErrorKind::Invalid && refused.to_string().contains("3 rows"), "{refused}");
+        let (mut finished, mut failed) = (None, None);
+        let mut steps = 0;
+        while !batch.is_empty() {
+            for (id, event) in batch.step().unwrap() {
+                assert!(id != cancelled || steps == 0);
+                match event {
+                    Event::Finished(picture) => finished = Some((id, picture)),
+                    Event::Failed(error) => failed = Some((id, error)),
+                    _ => (),
+                }
+            }
+            steps += 1;
+            if steps == 1 {
+                assert_eq!(batch.latents(cancelled).unwrap().unwrap().len(), 4 * 7 * 5);
+                assert!(batch.cancel(cancelled) && !batch.cancel(cancelled) && batch.free() == 1);
+                assert!(batch.latents(cancelled).unwrap().is_none());
+            }
+        }
+        let (id, picture) = finished.unwrap();
+        assert!(id == kept && picture == alone(&engine, &requests[3]), "{}", device.name());
+        let (id, error) = failed.unwrap();
+        assert!(id == broken && error.kind() == ErrorKind::NonFinite);
+        assert!(error.to_string().contains("of 10 gave NaN"), "{error}");
+        for (request, word) in [
+            (Request::new(vec![]), "0 images"),
+            (Request::from(Image::new("a").guidance(f32::NAN)), "NaN"),
+            (Request::from(Image::new("a")).steps(0), "0 steps"),
+            (Request::from(Image::new("a").start(Start::Latents([0.0].into()))), "1 numbers"),
+        ] {
+            let error = batch.join(&request).unwrap_err();
+            assert!(error.to_string().contains(word) && batch.is_empty(), "{error}");
+        }
+    }
+}
