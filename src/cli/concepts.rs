@@ -6,6 +6,7 @@ use super::{model, say, warn};
 use crate::concept::{Concept, Form, Group, Module, NumberFormat, Strength, assign, import};
 use crate::engine::{Engine, read_config};
 use crate::files::check_writable;
+use crate::image::UsedConcept;
 use crate::models::UNetConfig;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -63,6 +64,19 @@ pub(super) struct Used {
     pub(super) strength: Strength,
     /// Its file as the user named it, or its name if it is one of the demo's concepts.
     pub(super) file: String,
+}
+
+impl Used {
+    /// The record in a picture's file.
+    pub(super) fn record(&self) -> UsedConcept {
+        UsedConcept {
+            name: self.concept.metadata.concept.clone(),
+            weight: self.strength.weight,
+            until: Some(self.strength.until).filter(|&until| until != 0.0),
+            fingerprint: self.concept.fingerprint(),
+            file: self.file.clone(),
+        }
+    }
 }
 
 /// The concepts of each image.

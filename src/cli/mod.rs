@@ -16,6 +16,7 @@ mod progress;
 mod prompts;
 mod rerun;
 mod sample;
+mod serve;
 mod train;
 
 use crate::{Device, Error, ErrorKind, Result, Subject, cuda};
@@ -45,6 +46,8 @@ enum Command {
     Sample(Box<sample::Args>),
     /// Generate a picture again from the record in its PNG file
     Rerun(rerun::Args),
+    /// Serve pictures over HTTP, in OpenAI's dialect and that of A1111's front-ends
+    Serve(serve::Args),
     /// Train a concept: the modules RAM and SAM at the UNet's bottleneck
     Train(Box<train::Args>),
     /// Measure fairness, safety, or the quality of pictures
@@ -169,6 +172,7 @@ pub fn main() -> ExitCode {
     let result = match command {
         Command::Sample(args) => sample::run(&args, started),
         Command::Rerun(args) => rerun::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Audit(args) => eval::audit::run(&args),
         Command::Eval(args) => eval::run(&args),

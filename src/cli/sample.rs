@@ -10,7 +10,7 @@ use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Conditioning, Engine, EngineOptions, Image, Progress, Prompt, Request, Size, Start};
 use crate::files::{check_not_input, check_writable};
-use crate::image::{GenerationInfo, UsedConcept};
+use crate::image::GenerationInfo;
 use crate::models::tokenizer::TokenizerRules;
 use crate::{Error, ErrorKind, Picture, Result};
 use serde_json::json;
@@ -464,19 +464,12 @@ impl Saved<'_> {
         for picture in pictures {
             let i = self.manifest.len();
             let Planned { item, seed } = &self.plan[i];
-            let used = |used: &concepts::Used| UsedConcept {
-                name: used.concept.metadata.concept.clone(),
-                weight: used.strength.weight,
-                until: Some(used.strength.until).filter(|&until| until != 0.0),
-                fingerprint: used.concept.fingerprint(),
-                file: used.file.clone(),
-            };
             let info = GenerationInfo {
                 prompt: item.prompt.clone(),
                 negative_prompt: item.negative_prompt.as_deref().or(self.negative).map(str::to_string),
                 guidance: (self.guidance)(item),
                 seed: *seed,
-                concepts: self.assignment[i].iter().map(used).collect(),
+                concepts: self.assignment[i].iter().map(concepts::Used::record).collect(),
                 ..self.info.clone()
             };
             let file = match self.files {

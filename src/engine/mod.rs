@@ -253,8 +253,12 @@ impl Engine {
         Ok(Plans { unet, vae: device.plan(vae_decoder(&vae.config, 1, Extent { h, w }), &[]) })
     }
 
-    fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {
-        let SessionOptions { size: Size { width, height }, batch, guided, concepts } = options;
+    /// Checks that pictures of this size and batch are possible, whatever memory there is.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`].
+    pub(crate) fn check_size(&self, options: SessionOptions) -> Result<()> {
+        let SessionOptions { size: Size { width, height }, batch, .. } = options;
         let scale = self.0.vae.config.scale();
         for (name, size) in [("width", width), ("height", height)] {
             if size == 0 || size % scale != 0 || size > MAX_SIZE {
@@ -270,6 +274,13 @@ impl Engine {
             return Err(Error::invalid("batch", format!("a batch of {batch} images is not possible"))
                 .advise(format!("give 1 to {MAX_BATCH}")));
         }
+        Ok(())
+    }
+
+    fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {
+        self.check_size(options)?;
+        let SessionOptions { size: Size { width, height }, batch, guided, concepts } = options;
+        let scale = self.0.vae.config.scale();
         let rows = if guided { 2 * batch } else { batch };
         let shifted = if concepts { batch } else { 0 };
         let Parts { device, text, unet: network, .. } = &*self.0;
@@ -310,8 +321,7 @@ impl Engine {
     /// # Errors
     /// Those of [`Engine::session`].
     pub fn running_batch(&self, options: SessionOptions) -> Result<RunningBatch> {
-        // This checks the batch before sizes are made of it.
-        self.unet_plan(options)?;
+        self.check_size(options)?;
         let mut batches: Vec<usize> = (0..).map(|i| 1 << i).take_while(|&batch| batch < options.batch).collect();
         batches.push(options.batch);
         RunningBatch::new(self.clone(), options, self.affordable(options, &batches)?)

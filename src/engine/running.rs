@@ -159,6 +159,15 @@ impl RunningBatch {
         Ok(events)
     }
 
+    /// An image as it is at the moment, for previews; `None` if it is not there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NonFinite`], [`ErrorKind::DeviceLost`].
+    pub fn picture(&mut self, id: ImageId) -> Result<Option<Picture>> {
+        let slot = self.ids.iter().position(|other| *other == Some(id));
+        slot.map(|slot| self.rows.picture(slot)).transpose()
+    }
+
     /// An image's latents of the moment, `[c, height / 8, width / 8]`, for previews; `None` if it is not there.
     ///
     /// # Errors

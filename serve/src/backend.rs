@@ -1,0 +1,195 @@
+//! What the server needs of an engine: plans of requests, and a running batch of images.
+
+use serde::Serialize;
+use std::any::Any;
+
+/// A request for pictures, with every field that a client may leave out. One dialect of HTTP or another made it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Request {
+    /// Id of the model; the first one of [`Backend::models`] by default.
+    pub model: Option<String>,
+    /// The words that say what to show.
+    pub prompt: String,
+    /// The words that say what to avoid.
+    pub negative_prompt: Option<String>,
+    /// Number of pictures.
+    pub n: usize,
+    /// Width and height in pixels.
+    pub size: Option<(usize, usize)>,
+    /// Seed of the first picture; each next picture has the next one.
+    pub seed: Option<u64>,
+    /// Sampling steps.
+    pub steps: Option<usize>,
+    /// Guidance scale.
+    pub guidance: Option<f32>,
+    /// Name of the sampler.
+    pub sampler: Option<String>,
+    /// Concepts that every picture gets: names, with `:WEIGHT` behind them or without.
+    pub concepts: Vec<String>,
+    /// Groups of concepts, of which each picture gets one by exact quotas: `woman,man` or `woman,man=0.6,0.4`.
+    pub balance: Vec<String>,
+}
+
+/// One picture to be made. Only the engine that planned it looks inside.
+pub struct Work {
+    /// Id of the model.
+    pub model: String,
+    /// Width and height in pixels. Images of one model and size run in one batch.
+    pub size: (usize, usize),
+    /// Seed of the picture.
+    pub seed: u64,
+    /// Calls of the UNet.
+    pub steps: usize,
+    /// Everything else.
+    pub image: Box<dyn Any + Send>,
+}
+
+/// A model that can be asked for.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Model {
+    /// Its id.
+    pub id: String,
+    /// Width and height of its pictures by default.
+    pub size: (usize, usize),
+    /// Names of the samplers.
+    pub samplers: Vec<String>,
+    /// Names of the concepts that it may be asked for.
+    pub concepts: Vec<String>,
+    /// SHA-256 of its weights, if it is known.
+    pub sha256: Option<String>,
+}
+
+/// What a request would take.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// Bytes of memory of the model and of a batch of this size.
+    pub memory_bytes: usize,
+    /// Calls of the UNet, of all pictures.
+    pub steps: usize,
+}
+
+/// An engine.
+pub trait Backend: Send + Sync + 'static {
+    /// The models, the default one first.
+    fn models(&self) -> Vec<Model>;
+
+    /// Checks a request, and plans its pictures.
+    ///
+    /// # Errors
+    /// What is wrong with which field.
+    fn plan(&self, request: &Request) -> Result<Vec<Work>, Problem>;
+
+    /// The memory and steps of a request, which is checked but not run.
+    ///
+    /// # Errors
+    /// As for [`Backend::plan`].
+    fn estimate(&self, request: &Request) -> Result<Estimate, Problem>;
+
+    /// Makes a batch for pictures of a model and size. It is called on the thread that runs the batch.
+    ///
+    /// # Errors
+    /// A lack of memory, mostly.
+    fn open(&self, model: &str, size: (usize, usize)) -> Result<Box<dyn Batch>, Problem>;
+}
+
+/// A batch that images join and leave between steps.
+pub trait Batch: Send {
+    /// The number of images that may join.
+    fn free(&self) -> usize;
+
+    /// Lets an image join, and names it.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    fn join(&mut self, work: &Work) -> Result<u64, Problem>;
+
+    /// Takes a step of every image, and tells what became of each.
+    ///
+    /// # Errors
+    /// A fault after which the batch is of no use.
+    fn step(&mut self) -> Result<Vec<(u64, Event)>, Problem>;
+
+    /// Takes an image out; its place is free at once.
+    fn cancel(&mut self, image: u64);
+
+    /// A PNG of an image as it is at the moment.
+    ///
+    /// # Errors
+    /// A fault after which the batch is of no use.
+    fn preview(&mut self, image: u64) -> Result<Option<Vec<u8>>, Problem>;
+}
+
+/// What became of an image in a step.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// It has taken this many steps of `total`.
+    Step {
+        /// Steps done.
+        done: usize,
+        /// Steps in all.
+        total: usize,
+    },
+    /// It is done.
+    Finished(Picture),
+    /// It cannot be made.
+    Failed(Problem),
+}
+
+/// A finished picture.
+#[derive(Clone, Debug)]
+pub struct Picture {
+    /// The file.
+    pub png: Vec<u8>,
+    /// Its seed.
+    pub seed: u64,
+    /// The parameters from which it was made, as the file records them.
+    pub parameters: serde_json::Value,
+}
+
+/// The kinds of problems, by what a client can do about them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The request can never work: 400.
+    Invalid,
+    /// No or a wrong key: 401.
+    Unauthorized,
+    /// Something that is named is not there: 404.
+    NotFound,
+    /// The client or a deadline ended it: 408.
+    Cancelled,
+    /// The body is too large: 413.
+    TooLarge,
+    /// The request is valid and does not fit this server: 422.
+    Impossible,
+    /// The queue is full: 429.
+    Busy,
+    /// A fault of the server: 500.
+    Internal,
+    /// The server is about to end: 503.
+    Unavailable,
+}
+
+/// A problem, with what to do about it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Problem {
+    /// Its kind.
+    pub kind: Kind,
+    /// The field of the request that it is about.
+    pub field: Option<String>,
+    /// What is wrong.
+    pub message: String,
+    /// Seconds after which to try again, if that helps.
+    pub retry_after: Option<u64>,
+}
+
+impl Problem {
+    /// A problem without a field.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Problem { kind, field: None, message: message.into(), retry_after: None }
+    }
+
+    /// A value that can never work.
+    pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Problem { field: Some(field.into()), ..Problem::new(Kind::Invalid, message) }
+    }
+}

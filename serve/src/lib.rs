@@ -1,0 +1,243 @@
+//! respodiff's HTTP server: a bounded queue before a running batch, and the routes of several dialects. It knows nothing
+//! of networks; an engine is whatever implements [`Backend`].
+//!
+//! | route | |
+//! | --- | --- |
+//! | `POST /v1/images/generations` | OpenAI's; its clients work. `seed`, `num_inference_steps`, `guidance_scale`, `negative_prompt`, `sampler`, `concepts` and `balance` lie flat beside its fields; `stream` gives server-sent events; `Accept: image/png` gives the file |
+//! | `GET /v1/models`, `POST /v1/estimate` | the models; memory and time of a request that is not run |
+//! | `POST /v1/jobs`, `GET` and `DELETE /v1/jobs/{id}`, `GET /v1/jobs/{id}/events` | requests that outlive their connection |
+//! | `/sdapi/v1/txt2img`, `progress`, `interrupt`, `samplers`, `sd-models`, `options` | what A1111's front-ends use |
+//! | `GET /health/live`, `/health/ready`, `/metrics` | probes, and Prometheus' text |
+//!
+//! Every error has the form of OpenAI's error object, with the field that it is about.
+
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
+
+mod backend;
+mod fields;
+mod jobs;
+mod metrics;
+mod openai;
+mod problem;
+mod queue;
+mod webui;
+
+pub use backend::{Backend, Batch, Estimate, Event, Kind, Model, Picture, Problem, Request, Work};
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, MatchedPath, State};
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::{get, post};
+use jobs::Jobs;
+use metrics::Metrics;
+use queue::{Queue, Wishes};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use subtle::ConstantTimeEq;
+use webui::WebUi;
+
+/// The settings of a server.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The most images that wait.
+    pub queue: usize,
+    /// The key that every request but those of probes must bring, as `Authorization: Bearer KEY`.
+    pub key: Option<String>,
+    /// The most bytes of a body.
+    pub body_limit: usize,
+    /// The time after which an image that is not done is given up.
+    pub timeout: Option<Duration>,
+    /// Threads that speak HTTP.
+    pub threads: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings { queue: 64, key: None, body_limit: 1 << 20, timeout: None, threads: 1 }
+    }
+}
+
+/// What every route has at hand.
+#[derive(Clone)]
+struct App {
+    backend: Arc<dyn Backend>,
+    queue: Queue,
+    metrics: Arc<Metrics>,
+    jobs: Arc<Jobs>,
+    webui: Arc<WebUi>,
+    settings: Arc<Settings>,
+    numbers: Arc<AtomicU64>,
+    closing: Arc<AtomicBool>,
+}
+
+impl App {
+    /// Does work that takes longer than a task should.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let outcome = tokio::task::spawn_blocking(work).await;
+        outcome.unwrap_or_else(|problem| Err(Problem::new(Kind::Internal, problem.to_string())))
+    }
+
+    async fn plan(&self, request: Request) -> Result<Vec<Work>, Problem> {
+        let backend = self.backend.clone();
+        self.blocking(move || backend.plan(&request)).await
+    }
+
+    fn wishes(&self) -> Wishes {
+        Wishes { deadline: self.settings.timeout.map(|timeout| Instant::now() + timeout), previews: 0 }
+    }
+
+    /// A number that no other call gets.
+    fn number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// A server that is ready to listen.
+pub struct Server {
+    app: App,
+    batch: std::thread::JoinHandle<()>,
+}
+
+impl Server {
+    /// Starts the thread of the batch.
+    ///
+    /// # Errors
+    /// The system's, if no thread can be started.
+    pub fn new(backend: Arc<dyn Backend>, settings: Settings) -> std::io::Result<Self> {
+        let metrics = Arc::new(Metrics::default());
+        let (queue, batch) = Queue::start(backend.clone(), settings.queue, metrics.clone())?;
+        let app = App {
+            backend,
+            queue,
+            metrics,
+            jobs: Arc::default(),
+            webui: Arc::default(),
+            settings: Arc::new(settings),
+            numbers: Arc::default(),
+            closing: Arc::default(),
+        };
+        Ok(Server { app, batch })
+    }
+
+    /// The routes.
+    pub fn router(&self) -> Router {
+        let app = self.app.clone();
+        Router::new()
+            .route("/", get(page))
+            .route("/v1/images/generations", post(openai::generate))
+            .route("/v1/models", get(openai::models))
+            .route("/v1/estimate", post(openai::estimate))
+            .route("/v1/jobs", post(jobs::create))
+            .route("/v1/jobs/{id}", get(jobs::show).delete(jobs::cancel))
+            .route("/v1/jobs/{id}/events", get(jobs::events))
+            .route("/sdapi/v1/txt2img", post(webui::txt2img))
+            .route("/sdapi/v1/progress", get(webui::progress))
+            .route("/sdapi/v1/interrupt", post(webui::interrupt))
+            .route("/sdapi/v1/samplers", get(webui::samplers))
+            .route("/sdapi/v1/sd-models", get(webui::models))
+            .route("/sdapi/v1/options", get(webui::options))
+            .route("/metrics", get(metrics))
+            .route("/health", get(ready))
+            .route("/health/live", get(live))
+            .route("/health/ready", get(ready))
+            .fallback(async || {
+                Problem::new(Kind::NotFound, "there is no such route; see the list in the documentation")
+            })
+            .method_not_allowed_fallback(async || {
+                let problem = Problem::new(Kind::Invalid, "this route has no such method");
+                (StatusCode::METHOD_NOT_ALLOWED, axum::Json(problem.json()))
+            })
+            .layer(DefaultBodyLimit::max(app.settings.body_limit))
+            .layer(from_fn_with_state(app.clone(), around))
+            .with_state(app)
+    }
+
+    /// Serves until `stop` is ready. Then it takes no more requests, finishes those that it has, and returns.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn run(self, listener: TcpListener, stop: impl Future<Output = ()> + Send + 'static) -> std::io::Result<()> {
+        let threads = self.app.settings.threads.max(1);
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
+        let (router, app) = (self.router(), self.app.clone());
+        runtime.block_on(async move {
+            listener.set_nonblocking(true)?;
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            let closing = app.closing.clone();
+            let stopped = async move {
+                stop.await;
+                closing.store(true, Ordering::Relaxed);
+            };
+            axum::serve(listener, router).with_graceful_shutdown(stopped).await
+        })?;
+        self.app.queue.close();
+        // A panic of that thread has been reported where it happened.
+        let _ = self.batch.join();
+        Ok(())
+    }
+}
+
+/// Waits for Ctrl-C or SIGTERM.
+pub async fn interrupted() {
+    #[cfg(unix)]
+    if let Ok(mut terminate) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+        tokio::select! {
+            _ = terminate.recv() => (),
+            _ = tokio::signal::ctrl_c() => (),
+        }
+        return;
+    }
+    let _ = tokio::signal::ctrl_c().await;
+}
+
+/// What happens to every request: its key is checked, it gets an id, and its answer is counted.
+async fn around(State(app): State<App>, request: axum::extract::Request, next: Next) -> Response {
+    const ID: HeaderName = HeaderName::from_static("x-request-id");
+    let own = || HeaderValue::from_str(&format!("req-{:016x}", app.number())).ok();
+    let id = request.headers().get(&ID).filter(|id| id.len() <= 128).cloned().or_else(own);
+    let route = request.extensions().get::<MatchedPath>().map_or("none".to_string(), |path| path.as_str().into());
+    let open = route.starts_with("/health") || route == "/";
+    let mut response = match open || allowed(&app, request.headers().get(header::AUTHORIZATION)) {
+        true => next.run(request).await,
+        false => Problem::new(Kind::Unauthorized, "send the key as `Authorization: Bearer KEY`").into_response(),
+    };
+    app.metrics.answered(&route, response.status().as_u16());
+    if let Some(id) = id {
+        response.headers_mut().insert(ID, id);
+    }
+    response
+}
+
+/// True if a request brings the server's key, or if none is needed. The time that this takes does not depend on the
+/// place of the first difference.
+fn allowed(app: &App, header: Option<&HeaderValue>) -> bool {
+    let Some(key) = &app.settings.key else { return true };
+    let given = header.and_then(|value| value.as_bytes().strip_prefix(b"Bearer ")).unwrap_or_default();
+    given.ct_eq(key.as_bytes()).into()
+}
+
+async fn live() -> &'static str {
+    "alive\n"
+}
+
+async fn ready(State(app): State<App>) -> Response {
+    match app.closing.load(Ordering::Relaxed) {
+        false => "ready\n".into_response(),
+        true => Problem::new(Kind::Unavailable, "the server is about to end").into_response(),
+    }
+}
+
+async fn metrics(State(app): State<App>) -> ([(HeaderName, &'static str); 1], String) {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.text())
+}
+
+async fn page() -> Html<&'static str> {
+    Html(include_str!("page.html"))
+}
