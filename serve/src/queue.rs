@@ -123,6 +123,14 @@ impl Queue {
         if state.closing {
             return Err(Problem::new(Kind::Unavailable, "the server is about to end; ask another one"));
         }
+        // The places of clients that have left are free.
+        state.waiting.retain(|waiting| {
+            let left = waiting.updates.is_closed();
+            if left {
+                self.0.metrics.cancelled("client");
+            }
+            !left
+        });
         if state.waiting.len() + works.len() > self.0.capacity {
             let wait = (state.mean_seconds * (1 + state.waiting.len()) as f64).ceil().clamp(1.0, 3600.0);
             let message =

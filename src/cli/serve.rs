@@ -33,7 +33,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 64)]
     queue: usize,
     /// Seconds after which an image that is not done is given up
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     timeout: Option<f64>,
     /// File with the key that clients must send as `Authorization: Bearer KEY`
     #[arg(long, value_name = "FILE")]
