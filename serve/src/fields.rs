@@ -38,6 +38,12 @@ impl Fields {
         }
     }
 
+    /// The names of the fields that were asked for.
+    #[cfg(test)]
+    pub fn known(&self) -> &[&'static str] {
+        &self.known
+    }
+
     /// Drops fields that mean nothing here.
     pub fn ignore(&mut self, names: &[&'static str]) {
         for name in names {

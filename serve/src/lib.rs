@@ -8,6 +8,7 @@
 //! | `POST /v1/jobs`, `GET` and `DELETE /v1/jobs/{id}`, `GET /v1/jobs/{id}/events` | requests that outlive their connection |
 //! | `/sdapi/v1/txt2img`, `progress`, `interrupt`, `samplers`, `sd-models`, `options` | what A1111's front-ends use |
 //! | `GET /health/live`, `/health/ready`, `/metrics` | probes, and Prometheus' text |
+//! | `GET /openapi.json`, `/` | [the routes as OpenAPI 3.1](OPENAPI), and a page to try them |
 //!
 //! Every error has the form of OpenAI's error object, with the field that it is about.
 
@@ -39,6 +40,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use subtle::ConstantTimeEq;
 use webui::WebUi;
+
+/// The OpenAPI document of the routes.
+pub const OPENAPI: &str = include_str!("openapi.json");
 
 /// The settings of a server.
 #[derive(Clone, Debug)]
@@ -131,6 +135,7 @@ impl Server {
         let app = self.app.clone();
         Router::new()
             .route("/", get(page))
+            .route("/openapi.json", get(openapi))
             .route("/v1/images/generations", post(openai::generate))
             .route("/v1/models", get(openai::models))
             .route("/v1/estimate", post(openai::estimate))
@@ -236,6 +241,10 @@ async fn ready(State(app): State<App>) -> Response {
 
 async fn metrics(State(app): State<App>) -> ([(HeaderName, &'static str); 1], String) {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.text())
+}
+
+async fn openapi() -> ([(HeaderName, &'static str); 1], &'static str) {
+    ([(header::CONTENT_TYPE, "application/json")], OPENAPI)
 }
 
 async fn page() -> Html<&'static str> {

@@ -68,6 +68,13 @@ impl Balance {
 /// [`crate::Kind::Invalid`] with the field.
 pub fn parse(body: &[u8]) -> Result<(Request, Answer), Problem> {
     let mut fields = Fields::parse(body)?;
+    let parsed = take(&mut fields)?;
+    fields.finish()?;
+    Ok(parsed)
+}
+
+/// Takes the fields of a request.
+fn take(fields: &mut Fields) -> Result<(Request, Answer), Problem> {
     let prompt: Option<String> = fields.take("prompt", "a text")?;
     let n: Option<usize> = fields.take("n", "a whole number")?;
     let size: Option<String> = fields.take("size", "a text such as 512x512")?;
@@ -93,7 +100,6 @@ pub fn parse(body: &[u8]) -> Result<(Request, Answer), Problem> {
     };
     let stream: Option<bool> = fields.take("stream", "true or false")?;
     fields.ignore(&["quality", "style", "user", "background", "moderation", "output_compression"]);
-    fields.finish()?;
     if !(1..=MOST_PICTURES).contains(&request.n) {
         return Err(Problem::invalid(
             "n",
@@ -258,4 +264,24 @@ pub async fn estimate(State(app): State<App>, body: Result<Bytes, BytesRejection
         "memory_bytes": estimate.memory_bytes, "steps": estimate.steps, "seconds": seconds, "waiting": waiting,
         "working": working,
     })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The document has the fields that are parsed, and no others.
+    #[test]
+    fn the_document_names_every_field() {
+        let document: Value = serde_json::from_str(crate::OPENAPI).unwrap();
+        let properties = document["components"]["schemas"]["Generation"]["properties"].as_object().unwrap();
+        for name in properties.keys().filter(|name| *name != "prompt") {
+            parse(format!("{{\"prompt\": \"x\", \"{name}\": null}}").as_bytes()).unwrap();
+        }
+        let mut fields = Fields::parse(b"{\"prompt\": \"x\"}").unwrap();
+        take(&mut fields).unwrap();
+        for name in fields.known() {
+            assert!(properties.contains_key(*name), "{name}");
+        }
+    }
 }

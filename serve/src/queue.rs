@@ -280,8 +280,8 @@ impl Worker {
             let Some(image) = self.images.get_mut(&id) else { continue };
             let update = match event {
                 Event::Step { done, total } => {
-                    // Previews are spread evenly over the steps.
-                    let due = image.wishes.previews * done / total.max(1);
+                    // Previews are spread evenly between the first step and the last.
+                    let due = (image.wishes.previews + 1) * done / total.max(1);
                     let preview = match due > image.shown {
                         true => {
                             image.shown = due;

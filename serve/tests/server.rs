@@ -319,7 +319,7 @@ async fn streams_tell_steps_previews_and_pictures() {
     let of = |name: &str| events.iter().filter(|(n, _)| n == name).map(|(_, body)| body.clone()).collect::<Vec<_>>();
     assert_eq!(of("progress").len(), 10);
     let previews = of("image_generation.partial_image");
-    assert_eq!(previews.iter().map(decoded).collect::<Vec<_>>(), ["step 3", "step 3"]);
+    assert_eq!(previews.iter().map(decoded).collect::<Vec<_>>(), ["step 2", "step 4", "step 2", "step 4"]);
     let pictures = of("image_generation.completed");
     assert_eq!(pictures.iter().map(decoded).collect::<Vec<_>>(), ["5 in 6", "6 in 6"]);
     assert!(pictures.iter().all(|body| body["type"] == "image_generation.completed" && body["size"] == "64x64"));
@@ -382,6 +382,24 @@ async fn a1111s_front_ends_are_served() {
     assert_eq!(json(&router, "GET", "/sdapi/v1/samplers", json!({})).await.1[0]["name"], "Euler");
     assert_eq!(json(&router, "GET", "/sdapi/v1/sd-models", json!({})).await.1[0]["model_name"], "fake");
     assert_eq!(json(&router, "GET", "/sdapi/v1/options", json!({})).await.1["sd_model_checkpoint"], "fake");
+}
+
+/// Every route of the OpenAPI document is there, and answers one of the statuses that it names.
+#[tokio::test]
+async fn the_document_tells_the_routes() {
+    let (router, _) = server(Settings::default());
+    let (_, document) = json(&router, "GET", "/openapi.json", json!({})).await;
+    let paths = document["paths"].as_object().unwrap();
+    assert!(paths.len() > 15);
+    for (path, methods) in paths {
+        for (method, described) in methods.as_object().unwrap().iter().filter(|(method, _)| *method != "parameters") {
+            for body in ["", "{\"prompt\": \"x\"}"] {
+                let (status, _) = send(&router, &method.to_uppercase(), path, body).await;
+                let named = described["responses"].as_object().unwrap().contains_key(status.as_str());
+                assert!(named, "{method} {path}: {status}");
+            }
+        }
+    }
 }
 
 /// Whatever bytes a client sends, the answer is one of the client's errors or a picture, and the server goes on.
