@@ -173,6 +173,68 @@ fn what_was_accepted_is_finished() {
     assert!(server.child.wait().unwrap().success());
 }
 
+/// Quotas hold over a stream of requests of one picture each, also across a server that is killed; a prompt that names
+/// an attribute, and a client that balances for itself, are left alone.
+#[test]
+fn quotas_hold_over_the_stream() {
+    let folder = tempfile::tempdir().unwrap();
+    let policy = folder.path().join("policy.toml");
+    let text = "[[always]]\nconcept = \"asian\"\nweight = 0.25\n\n[[quota]]\nconcepts = [\"woman\", \"man\"]\n\
+                shares = [0.25, 0.75]\n";
+    std::fs::write(&policy, text).unwrap();
+    let flags = ["--policy", policy.to_str().unwrap()];
+    // The concepts of the answer's pictures, but for the one that all have.
+    let concepts = |server: &Server, body: &Value| -> Vec<String> {
+        let (status, answer) = server.json("/v1/images/generations", body);
+        assert_eq!(status, 200, "{answer}");
+        let one = |datum: &Value| {
+            let used: Vec<Value> = datum["parameters"]["concepts"].as_array().unwrap().clone();
+            assert_eq!((&used[0]["file"], &used[0]["weight"]), (&json!("asian"), &json!(0.25)));
+            used[1..].iter().map(|used| used["file"].as_str().unwrap()).collect::<Vec<_>>().join("+")
+        };
+        answer["data"].as_array().unwrap().iter().map(one).collect()
+    };
+    let body = |prompt: &str| json!({"prompt": prompt, "num_inference_steps": 1, "sampler": "Euler"});
+    let mut stream = Vec::new();
+    for _ in 0..3 {
+        let server = Server::start(&flags);
+        for _ in 0..3 {
+            stream.extend(concepts(&server, &body("a doctor")));
+            assert_eq!(concepts(&server, &body("a female doctor")), [""]);
+        }
+        let mut own = body("a doctor");
+        own["balance"] = json!(["white", "black"]);
+        own["n"] = json!(2);
+        let mut pair = concepts(&server, &own);
+        pair.sort();
+        assert_eq!(pair, ["black", "white"]);
+        let mut several = body("a cook");
+        several["n"] = json!(5);
+        stream.extend(concepts(&server, &several));
+        // Dropped, the server is killed at once.
+    }
+    assert_eq!(stream.len(), 24);
+    for window in stream.windows(4) {
+        assert_eq!(window.iter().filter(|name| *name == "woman").count(), 1, "{stream:?}");
+    }
+    let refused = |text: &str, word: &str| {
+        std::fs::write(&policy, text).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_respodiff"));
+        let output = command.arg("serve").args(flags).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            output.status.code() == Some(1) && error.contains(word) && error.lines().count() == 1,
+            "{text}: {error}"
+        );
+    };
+    refused("[[quotas]]", "quotas");
+    refused("[[quota]]\nconcepts = [\"woman\"]", "two concepts");
+    refused("[[quota]]\nconcepts = [\"woman\", \"nobody\"]", "nobody");
+    refused("[[always]]\nconcept = \"woman\"\nweight = nan", "finite");
+    std::fs::write(folder.path().join("policy.toml.counts"), "{").unwrap();
+    refused("[[quota]]\nconcepts = [\"woman\", \"man\"]", "delete it");
+}
+
 #[test]
 fn servers_that_cannot_be_are_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -57,11 +57,13 @@ pub struct Settings {
     pub timeout: Option<Duration>,
     /// Threads that speak HTTP.
     pub threads: usize,
+    /// Gets a line of JSON for every request that was answered.
+    pub log: Option<fn(&str)>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { queue: 64, key: None, body_limit: 1 << 20, timeout: None, threads: 1 }
+        Settings { queue: 64, key: None, body_limit: 1 << 20, timeout: None, threads: 1, log: None }
     }
 }
 
@@ -209,11 +211,20 @@ async fn around(State(app): State<App>, request: axum::extract::Request, next: N
     let id = request.headers().get(&ID).filter(|id| id.len() <= 128).cloned().or_else(own);
     let route = request.extensions().get::<MatchedPath>().map_or("none".to_string(), |path| path.as_str().into());
     let open = route.starts_with("/health") || route == "/";
+    let (method, began) = (request.method().clone(), Instant::now());
     let mut response = match open || allowed(&app, request.headers().get(header::AUTHORIZATION)) {
         true => next.run(request).await,
         false => Problem::new(Kind::Unauthorized, "send the key as `Authorization: Bearer KEY`").into_response(),
     };
-    app.metrics.answered(&route, response.status().as_u16());
+    let status = response.status().as_u16();
+    app.metrics.answered(&route, status);
+    if let Some(log) = app.settings.log {
+        let line = serde_json::json!({
+            "time": openai::now(), "id": id.as_ref().and_then(|id| id.to_str().ok()), "method": method.as_str(),
+            "route": route, "status": status, "ms": began.elapsed().as_millis() as u64,
+        });
+        log(&line.to_string());
+    }
     if let Some(id) = id {
         response.headers_mut().insert(ID, id);
     }

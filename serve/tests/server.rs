@@ -276,6 +276,21 @@ async fn a_full_queue_says_when_to_come_again() {
     );
 }
 
+static LOGGED: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
+
+#[tokio::test]
+async fn every_request_is_logged() {
+    let (router, _) =
+        server(Settings { log: Some(|line| LOGGED.lock().unwrap().push(line.into())), ..Settings::default() });
+    let request = HttpRequest::builder().method("POST").uri(GENERATE).header("x-request-id", "mine\"\\");
+    let response = router.clone().oneshot(request.body(Body::from("{}")).unwrap()).await.unwrap();
+    assert_eq!(response.headers()["x-request-id"], "mine\"\\");
+    let lines = LOGGED.lock().unwrap().clone();
+    let line: Value = serde_json::from_str(&lines[0]).unwrap();
+    assert_eq!((lines.len(), &line["id"], &line["status"]), (1, &json!("mine\"\\"), &json!(400)));
+    assert_eq!((&line["method"], &line["route"]), (&json!("POST"), &json!(GENERATE)));
+}
+
 #[tokio::test]
 async fn deadlines_keys_and_lost_devices() {
     let timeout = Some(Duration::from_millis(50));

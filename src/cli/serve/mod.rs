@@ -1,18 +1,21 @@
 //! `respodiff serve`: the engine behind the HTTP server of the crate `respodiff-serve`.
 
+mod policy;
+
 use super::concepts::{Used, read};
 use super::hashes::{self, Hashes};
-use super::{Place, model, out, random_seed, say, tell, warn};
+use super::{Place, model, note, out, random_seed, say, tell, warn};
 use crate::concept::{Concept, Group, Strength, assign};
 use crate::diffusion::scheduler::{Sampler, SamplerChoice, Spacing};
 use crate::engine::{Engine, Event, Image, ImageId, Prompt, Request, RunningBatch, Size};
 use crate::image::GenerationInfo;
 use crate::{Error, ErrorKind, Picture, Result, Subject};
+use policy::Policy;
 use respodiff_serve::{self as http, Backend, Batch, Estimate, Kind, Model, Problem, Server, Settings, Work};
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 #[derive(clap::Args)]
@@ -42,6 +45,13 @@ pub(super) struct Args {
     /// own]
     #[arg(long, value_name = "FOLDER")]
     concepts: Option<PathBuf>,
+    /// Policy: a TOML file with concepts that every picture gets (`[[always]]`), and quotas over the stream of all
+    /// pictures whose prompts name no attribute (`[[quota]]`); counts are kept in FILE.counts
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
+    /// Write a line of JSON to stderr for every request: time, id, method, route, status, milliseconds
+    #[arg(long)]
+    log: bool,
     /// Device to compute on
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
@@ -66,11 +76,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
         [] => vec![None],
         models => models.iter().map(|model| Some(model.as_str())).collect(),
     };
+    if args.policy.is_some() && ids.len() > 1 {
+        return Err(Error::invalid("policy", "a policy counts the pictures of one model").advise("serve one model"));
+    }
     let mut engines = Vec::new();
     for id in ids {
         let engine = Engine::open(&model::source(id)?, &device)?;
         let concepts = concepts(args.concepts.as_deref(), id, &engine)?;
-        engines.push(Arc::new(Served { engine, concepts, max_batch: args.max_batch, hashes: OnceLock::new() }));
+        let policy = args.policy.as_deref().map(|path| Policy::read(path, &concepts)).transpose()?.map(Mutex::new);
+        engines.push(Arc::new(Served { engine, concepts, policy, max_batch: args.max_batch, hashes: OnceLock::new() }));
     }
     // The first batch is planned before the server says that it is ready.
     for served in &engines {
@@ -86,7 +100,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
     let listener = TcpListener::bind(address).map_err(refused)?;
     let bound = listener.local_addr().map_err(refused)?;
-    let settings = Settings { queue: args.queue, key, timeout, ..Settings::default() };
+    let log = args.log.then_some(note as fn(&str));
+    let settings = Settings { queue: args.queue, key, timeout, log, ..Settings::default() };
     let server = Server::new(Arc::new(Engines(engines)), settings).map_err(refused)?;
     say(&format!("http://{bound}"));
     tell("ready; Ctrl-C or SIGTERM finishes what was accepted, and ends");
@@ -127,6 +142,7 @@ fn concepts(folder: Option<&Path>, model: Option<&str>, engine: &Engine) -> Resu
 struct Served {
     engine: Engine,
     concepts: BTreeMap<String, Arc<Concept>>,
+    policy: Option<Mutex<Policy>>,
     max_batch: usize,
     /// The hashes of its weights, once they are known.
     hashes: OnceLock<Option<Hashes>>,
@@ -206,9 +222,13 @@ impl Served {
         options.batch(self.max_batch).concepts(!self.concepts.is_empty())
     }
 
-    fn open(&self, size: (usize, usize)) -> std::result::Result<Box<dyn Batch>, Problem> {
+    fn open(self: &Arc<Self>, size: (usize, usize)) -> std::result::Result<Box<dyn Batch>, Problem> {
         let batch = self.engine.running_batch(self.options(size)).map_err(|error| problem(&error))?;
-        Ok(Box::new(Running { batch, images: HashMap::new(), next: 0 }))
+        Ok(Box::new(Running { served: self.clone(), batch, images: HashMap::new(), next: 0 }))
+    }
+
+    fn policy(&self) -> Option<MutexGuard<'_, Policy>> {
+        self.policy.as_ref().map(|policy| policy.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 
     fn plan(self: &Arc<Self>, request: &http::Request) -> std::result::Result<Vec<Work>, Problem> {
@@ -237,6 +257,8 @@ impl Served {
         let seed = request.seed.unwrap_or_else(random_seed);
         let concepts = self.assign(request, seed, guidance)?;
         let hashes = self.hashes.get().and_then(Option::as_ref);
+        // A client that balances its own pictures takes no part in the quotas.
+        let in_stream = request.balance.is_empty();
         let work = |(i, concepts): (usize, Vec<Used>)| {
             let seed = seed.wrapping_add(i as u64);
             let info = GenerationInfo {
@@ -267,7 +289,7 @@ impl Served {
             image.concepts = concepts.into_iter().map(|used| (used.concept, used.strength)).collect();
             let request = Request::from(image).steps(asked).sampler(choice);
             let (model, steps) = (engine.name(), schedule.steps.len());
-            Work { model, size, seed, steps, image: Box::new(Planned { request, info }) }
+            Work { model, size, seed, steps, image: Box::new(Planned { request, info, in_stream }) }
         };
         Ok(concepts.into_iter().enumerate().map(work).collect())
     }
@@ -292,7 +314,7 @@ impl Served {
                 }
             })
         };
-        let mut all = Vec::new();
+        let mut all: Vec<Used> = self.policy().iter().flat_map(|policy| policy.always(guidance)).collect();
         for text in &request.concepts {
             let (name, weight) = match text.rsplit_once(':') {
                 None => (text.as_str(), None),
@@ -345,10 +367,13 @@ impl Served {
 struct Planned {
     request: Request,
     info: GenerationInfo,
+    /// True if it counts in the policy's quotas.
+    in_stream: bool,
 }
 
 /// A running batch with the records of its pictures.
 struct Running {
+    served: Arc<Served>,
     batch: RunningBatch,
     images: HashMap<u64, (ImageId, GenerationInfo)>,
     next: u64,
@@ -366,12 +391,20 @@ impl Batch for Running {
     }
 
     fn join(&mut self, work: &Work) -> std::result::Result<u64, Problem> {
-        let Some(Planned { request, info }) = work.image.downcast_ref() else {
+        let Some(Planned { request, info, in_stream }) = work.image.downcast_ref() else {
             return Err(Problem::new(Kind::Internal, "another engine planned this picture"));
         };
-        let id = self.batch.join(request).map_err(|error| problem(&error))?;
+        let (mut request, mut info) = (request.clone(), info.clone());
+        // The stream is that of the pictures which are begun, in the order in which they are.
+        if let Some(mut policy) = self.served.policy().filter(|_| *in_stream) {
+            for used in policy.next(&info.prompt, info.guidance).map_err(|error| problem(&error))? {
+                info.concepts.push(used.record());
+                request.images.iter_mut().for_each(|i| i.concepts.push((used.concept.clone(), used.strength)));
+            }
+        }
+        let id = self.batch.join(&request).map_err(|error| problem(&error))?;
         self.next += 1;
-        self.images.insert(self.next, (id, info.clone()));
+        self.images.insert(self.next, (id, info));
         Ok(self.next)
     }
 
