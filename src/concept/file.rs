@@ -77,7 +77,7 @@ pub struct Metadata {
     pub neutral: String,
     /// Name of the checkpoint that it was trained on.
     pub base_model: String,
-    /// That checkpoint's [`crate::weights::Tensors::fingerprint`]; empty if unknown.
+    /// That checkpoint's [`crate::Engine::fingerprint`]; empty if unknown.
     pub fingerprint: String,
     /// The recipe of its training, as TOML.
     pub recipe: String,

@@ -35,7 +35,7 @@ pub struct CudaWeights {
 }
 
 impl CudaWeights {
-    /// Uploads and packs all of `specs`. The device holds them once, and [`STAGE`] bytes more while this runs.
+    /// Uploads and packs all of `specs`. The device holds them once, and a stage of 64 MiB more while this runs.
     ///
     /// # Errors
     /// Those of [`Tensors::stored`], [`crate::ErrorKind::Damaged`] for NaN and infinity, or

@@ -18,9 +18,9 @@ pub enum Variant {
     RamOnly,
     /// One tensor for both losses.
     Shared,
-    /// RAM and SAM as two layers at each pixel ([`super::Form::Mlp`]).
+    /// RAM and SAM as two layers at each pixel.
     Mlp,
-    /// RAM and SAM as three convolutions ([`super::Form::Conv`]).
+    /// RAM and SAM as three convolutions.
     Conv,
 }
 

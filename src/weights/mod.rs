@@ -63,7 +63,7 @@ impl Source {
         .advise("give the folder that save_pretrained wrote"))
     }
 
-    /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL; see [`SingleFile`].
+    /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`] if it is anything else, [`crate::ErrorKind::Damaged`] if it is not whole,
