@@ -131,8 +131,10 @@ fn cancelled_and_failed_images_leave_the_others_alone() {
         assert!(batch.is_empty() && batch.step().unwrap().is_empty());
         let kept = batch.join(&requests[3]).unwrap();
         let cancelled = batch.join(&requests[1]).unwrap();
-        let huge = Request::from(Image::new("a doctor").guidance(3e38)).steps(9);
-        let broken = batch.join(&huge).unwrap();
+        let mut latents = vec![0.5; 4 * 7 * 5];
+        latents[60] = f32::NAN;
+        let broken = Image::new("a doctor").guidance(1.5).start(Start::Latents(latents.into()));
+        let broken = batch.join(&Request::from(broken).steps(9)).unwrap();
         assert_eq!(batch.free(), 0);
         let refused = batch.join(&requests[0]).unwrap_err();
         assert!(refused.kind() == ErrorKind::Invalid && refused.to_string().contains("3 rows"), "{refused}");
@@ -158,7 +160,7 @@ fn cancelled_and_failed_images_leave_the_others_alone() {
         assert!(id == kept && picture == alone(&engine, &requests[3]), "{}", device.name());
         let (id, error) = failed.unwrap();
         assert!(id == broken && error.kind() == ErrorKind::NonFinite);
-        assert!(error.to_string().contains("of 10 gave NaN"), "{error}");
+        assert!(error.to_string().contains("step 1 of 10 gave NaN"), "{error}");
         for (request, word) in [
             (Request::new(vec![]), "0 images"),
             (Request::from(Image::new("a").guidance(f32::NAN)), "NaN"),
