@@ -61,8 +61,8 @@ __device__ __forceinline__ uint2 philox(uint32_t draw, uint32_t element, uint64_
     return make_uint2(c0, c1);
 }
 
-// Draws number i of an image's latents as Rng::TorchCuda does, in NCHW order. Computed in f64 as there: equal except for
-// the last place of libm's functions, which the rounding to f32 hides nearly always.
+// Draws number i of an image's latents as Rng::TorchCuda does, in NCHW order. Computed in f64 as there: equal except
+// for the last place of libm's functions, which the rounding to f32 hides nearly always.
 __device__ __forceinline__ float normal(uint64_t seed, uint32_t draw, int i, const LatentSize& size) {
     int pixel = i / size.channels, channel = i % size.channels;
     uint2 word = philox(draw, channel * size.pixels + pixel, seed);

@@ -1,14 +1,14 @@
-//! respodiff's HTTP server: a bounded queue before a running batch, and the routes of several dialects. It knows nothing
-//! of networks; an engine is whatever implements [`Backend`].
+//! respodiff's HTTP server: a bounded queue before a running batch, and the routes of several dialects. It knows
+//! nothing of networks; an engine is whatever implements [`Backend`].
 //!
 //! | route | |
 //! | --- | --- |
-//! | `POST /v1/images/generations` | OpenAI's; its clients work. `seed`, `num_inference_steps`, `guidance_scale`, `negative_prompt`, `sampler`, `concepts` and `balance` lie flat beside its fields; `stream` gives server-sent events; `Accept: image/png` gives the file |
+//! | `POST /v1/images/generations` | OpenAI's, with `stream`, and `accept: image/png` for the file itself |
 //! | `GET /v1/models`, `POST /v1/estimate` | the models; memory and time of a request that is not run |
-//! | `POST /v1/jobs`, `GET` and `DELETE /v1/jobs/{id}`, `GET /v1/jobs/{id}/events` | requests that outlive their connection |
-//! | `/sdapi/v1/txt2img`, `progress`, `interrupt`, `samplers`, `sd-models`, `options` | what A1111's front-ends use |
+//! | `POST /v1/jobs`, `/v1/jobs/{id}`, `/v1/jobs/{id}/events` | requests that outlive their connection |
+//! | `/sdapi/v1/txt2img`, `progress`, `interrupt` and others | what A1111's front-ends use |
 //! | `GET /health/live`, `/health/ready`, `/metrics` | probes, and Prometheus' text |
-//! | `GET /openapi.json`, `/` | [the routes as OpenAPI 3.1](OPENAPI), and a page to try them |
+//! | `GET /openapi.json`, `/` | [the routes and their fields as OpenAPI 3.1](OPENAPI), and a page to try them |
 //!
 //! Every error has the form of OpenAI's error object, with the field that it is about.
 
@@ -244,7 +244,7 @@ async fn live() -> &'static str {
 }
 
 async fn ready(State(app): State<App>) -> Response {
-    match app.closing.load(Ordering::Relaxed) {
+    match app.closing.load(Ordering::Relaxed) || app.queue.is_closed() {
         false => "ready\n".into_response(),
         true => Problem::new(Kind::Unavailable, "the server is about to end").into_response(),
     }

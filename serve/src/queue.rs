@@ -105,7 +105,12 @@ impl Queue {
     ) -> std::io::Result<(Self, std::thread::JoinHandle<()>)> {
         let queue = Queue(Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), capacity, metrics }));
         let worker = Worker { queue: queue.clone(), backend, running: None, images: HashMap::new() };
-        let thread = std::thread::Builder::new().name("batch".into()).spawn(move || worker.run())?;
+        let ended = Ended(queue.clone());
+        let work = move || {
+            let _ended = ended;
+            worker.run();
+        };
+        let thread = std::thread::Builder::new().name("batch".into()).spawn(work)?;
         Ok((queue, thread))
     }
 
@@ -120,6 +125,10 @@ impl Queue {
     /// [`Kind::Busy`] with the time after which to try again, [`Kind::Unavailable`].
     pub fn submit(&self, works: Vec<Work>, wishes: Wishes) -> Result<Vec<Receiver>, Problem> {
         let mut state = self.lock();
+        if works.len() > self.0.capacity {
+            let message = format!("{} pictures are more than the queue of {} holds", works.len(), self.0.capacity);
+            return Err(Problem::invalid("n", message));
+        }
         if state.closing {
             return Err(Problem::new(Kind::Unavailable, "the server is about to end; ask another one"));
         }
@@ -155,6 +164,11 @@ impl Queue {
         (state.waiting.len(), state.working)
     }
 
+    /// True if no more images are taken: the server is about to end, or the thread of the batch has ended.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closing
+    }
+
     /// Takes no more images. The thread ends when those that it has are done.
     pub fn close(&self) {
         self.lock().closing = true;
@@ -167,6 +181,15 @@ struct Running {
     model: String,
     size: (usize, usize),
     batch: Box<dyn Batch>,
+}
+
+/// Closes the queue when the thread of the batch ends, whatever ended it.
+struct Ended(Queue);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 struct Worker {

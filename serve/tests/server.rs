@@ -105,6 +105,7 @@ impl Batch for FakeBatch {
         if self.images.iter().any(|(_, prompt, ..)| prompt == "poison") {
             return Err(Problem::new(Kind::Internal, "the device is lost"));
         }
+        assert!(!self.images.iter().any(|(_, prompt, ..)| prompt == "panic"), "a fault of the engine");
         let mut events = Vec::new();
         for (id, prompt, seed, done, total) in &mut self.images {
             *done += 1;
@@ -259,6 +260,8 @@ async fn a_full_queue_says_when_to_come_again() {
     assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
     let seconds: u64 = refused.headers()["retry-after"].to_str().unwrap().parse().unwrap();
     assert!((1..=3600).contains(&seconds));
+    let (status, answer) = json(&router, "POST", GENERATE, json!({"prompt": "x", "n": 7})).await;
+    assert_eq!((status, &answer["error"]["param"]), (StatusCode::BAD_REQUEST, &json!("n")), "it can never fit");
     // A client that leaves frees its places, in the queue and in the batch.
     for task in [second, first] {
         task.abort();
@@ -311,6 +314,11 @@ async fn deadlines_keys_and_lost_devices() {
     assert_eq!(with("Bearer secret", json!({"prompt": "poison"})).await, 500);
     assert_eq!(with("Bearer secret", json!({"prompt": "x"})).await, 200);
     assert_eq!(fake.opened.load(Ordering::Relaxed), 2);
+    // If the engine's thread is gone, the server says so, and a supervisor starts it again.
+    assert_eq!(with("Bearer secret", json!({"prompt": "panic"})).await, 500);
+    assert_eq!(with("Bearer secret", json!({"prompt": "x"})).await, 503);
+    assert_eq!(send(&router, "GET", "/health/ready", "").await.0, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(send(&router, "GET", "/health/live", "").await.0, StatusCode::OK);
 }
 
 /// The events of a stream: names and bodies.

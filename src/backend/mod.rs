@@ -98,8 +98,8 @@ pub trait Backend: Send + Sync {
     fn denoiser(&self, plans: Vec<(usize, Plan)>, weights: &Weights, vae: Option<Planned>)
     -> Result<Box<dyn Denoiser>>;
 
-    /// Bytes that [`Backend::denoiser`] takes beside the arenas of the networks, for `images` images at most. On the CPU
-    /// they are not counted.
+    /// Bytes that [`Backend::denoiser`] takes beside the arenas of the networks, for `images` images at most. On the
+    /// CPU they are not counted.
     fn denoiser_bytes(&self, unet: &Plan, images: usize, vae: Option<&Plan>) -> usize;
 }
 
@@ -212,8 +212,8 @@ pub trait Denoiser: Send {
     /// Puts an image into a slot, in place of the one that was there.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for too many steps, [`crate::ErrorKind::Unsupported`] if the device cannot add such
-    /// numbers to the bottleneck, [`crate::ErrorKind::DeviceLost`].
+    /// [`crate::ErrorKind::Invalid`] for too many steps, [`crate::ErrorKind::Unsupported`] if the device cannot add
+    /// such numbers to the bottleneck, [`crate::ErrorKind::DeviceLost`].
     fn begin(&mut self, slot: usize, image: RunImage) -> Result<()>;
 
     /// Gives the rows of the UNet's batch to slots, writes the inputs that condition the rows, and runs the nodes that

@@ -136,8 +136,8 @@ impl Slots {
         }
     }
 
-    /// The constants that are added to the bottleneck in the next step, for `capacity` rows; `None` if they are those of
-    /// the step before.
+    /// The constants that are added to the bottleneck in the next step, for `capacity` rows; `None` if they are those
+    /// of the step before.
     pub fn added(&mut self, capacity: usize) -> Option<Vec<f32>> {
         let changes = |active: &Active, step: &Step| match active.done {
             0 => true,

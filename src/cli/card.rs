@@ -58,9 +58,9 @@ pub(super) fn card(path: &Path, reports: &[PathBuf]) -> Result<String> {
         let names = groups.iter().map(|group| group.join(", ")).collect::<Vec<_>>().join(" x ");
         let _ = write!(
             out,
-            "By default it acts with weight {strength} at guidance {guidance}. Of the strengths that were tried, this one \
-             balances {names} best: a deviation ratio of {a:.3} plain and {b:.3} balanced, alignment {c:.2} and {d:.2}, on \
-             {pictures} pictures each. These pictures chose the strength, so others will show a little less.\n\n"
+            "By default it acts with weight {strength} at guidance {guidance}. Of the strengths that were tried, this \
+             one balances {names} best: a deviation ratio of {a:.3} plain and {b:.3} balanced, alignment {c:.2} and \
+             {d:.2}, on {pictures} pictures each. These pictures chose the strength, so others will show a little less.\n\n"
         );
     }
     match measured.is_empty() {

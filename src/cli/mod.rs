@@ -52,7 +52,8 @@ enum Command {
     Train(Box<train::Args>),
     /// Measure fairness, safety, or the quality of pictures
     Eval(eval::Args),
-    /// Find out how far a model's pictures are from showing groups of people equally, and print the commands that mend it
+    /// Find out how far a model's pictures are from showing groups of people equally, and print the commands that mend
+    /// it
     Audit(Box<eval::audit::Args>),
     /// Show, calibrate, describe, convert, merge or import concept files
     Concept(concepts::Args),

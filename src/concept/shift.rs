@@ -1,5 +1,5 @@
-//! Shifts: the sums of what an image's concepts add to the bottleneck. Constants are summed once per image; networks are
-//! evaluated in every step.
+//! Shifts: the sums of what an image's concepts add to the bottleneck. Constants are summed once per image; networks
+//! are evaluated in every step.
 
 use super::{Concept, Form, Module, Strength};
 use crate::backend::AddedToBottleneck;

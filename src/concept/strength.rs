@@ -85,9 +85,9 @@ pub struct Calibration {
 }
 
 impl Calibration {
-    /// The strength at a guidance scale. Guidance multiplies what a concept changes in the prediction, but also what the
-    /// prompt itself says against it, so weights fall with the square root of guidance. The exponent is an observation
-    /// on the demo, from 3 to 12.
+    /// The strength at a guidance scale. Guidance multiplies what a concept changes in the prediction, but also what
+    /// the prompt itself says against it, so weights fall with the square root of guidance. The exponent is an
+    /// observation on the demo, from 3 to 12.
     pub fn at(&self, guidance: f32) -> Strength {
         let (least, most) = FOLLOWED_GUIDANCE;
         let ratio = self.guidance.clamp(least, most) / guidance.clamp(least, most);

@@ -113,8 +113,8 @@ impl Engine {
         self.0.source.name()
     }
 
-    /// Identifies the UNet, whatever its file format and precision: a SHA-256 of the names and shapes of its tensors, and
-    /// of the short ones (biases, norms) rounded to fp16.
+    /// Identifies the UNet, whatever its file format and precision: a SHA-256 of the names and shapes of its tensors,
+    /// and of the short ones (biases, norms) rounded to fp16.
     ///
     /// # Errors
     /// Those of reading the weights.

@@ -28,8 +28,8 @@ pub enum Event {
 
 /// A batch that runs all the time. Images of one size join it between steps, each with its own prompt, seed, guidance
 /// scale, concepts, sampler and number of steps, and leave it when they are done. Everything is planned and allocated
-/// for batches of 1, 2, 4 and so on up to [`SessionOptions::batch`] when the batch is made, and a step is as fast as the
-/// smallest of these that holds the images of the moment.
+/// for batches of 1, 2, 4 and so on up to [`SessionOptions::batch`] when the batch is made, and a step is as fast as
+/// the smallest of these that holds the images of the moment.
 ///
 /// A picture is the same to the last bit whether it was alone, joined others, or was joined.
 ///

@@ -41,8 +41,8 @@ pub(super) struct Args {
     /// File with the key that clients must send as `Authorization: Bearer KEY`
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
-    /// Folder of concept files that clients may ask for, by their names without .safetensors [default: for the demo, its
-    /// own]
+    /// Folder of concept files that clients may ask for, by their names without .safetensors [default: for the demo,
+    /// its own]
     #[arg(long, value_name = "FOLDER")]
     concepts: Option<PathBuf>,
     /// Policy: a TOML file with concepts that every picture gets (`[[always]]`), and quotas over the stream of all

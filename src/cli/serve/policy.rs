@@ -43,8 +43,8 @@ struct Quota {
     shares: Option<Vec<f64>>,
 }
 
-/// The pictures that each combination of concepts has had, by the groups that were free: those of which the prompt names
-/// no attribute.
+/// The pictures that each combination of concepts has had, by the groups that were free: those of which the prompt
+/// names no attribute.
 #[derive(Default, Serialize, Deserialize)]
 struct Counts(BTreeMap<String, Vec<u64>>);
 
@@ -166,7 +166,8 @@ fn combined(groups: &[Vec<f64>]) -> Vec<f64> {
 }
 
 /// The combination to which the stream owes most: the one furthest behind its share once this picture is counted. For
-/// shares that are multiples of 1/N, the choice has a period of N, so any N pictures in a row have exactly these shares.
+/// shares that are multiples of 1/N, the choice has a period of N, so any N pictures in a row have exactly these
+/// shares.
 fn owed(counts: &[u64], shares: &[f64]) -> usize {
     let total = counts.iter().sum::<u64>() + 1;
     let behind = |i: usize| shares[i] * total as f64 - counts[i] as f64;
