@@ -119,7 +119,7 @@ pub trait Batch: Send {
     fn preview(&mut self, image: u64) -> Result<Option<Vec<u8>>, Problem>;
 }
 
-/// What became of an image in a step.
+/// The outcome of a step for one image.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// It has taken this many steps of `total`.

@@ -48,7 +48,7 @@ pub struct RunImage {
     pub sigma: f32,
     /// The latents before the first step, NHWC; `None` for the seed's noise times `sigma`.
     pub latents: Option<Vec<f32>>,
-    /// What is added to its bottleneck, if anything is.
+    /// The numbers that are added to its bottleneck; `None` for none.
     pub added: Option<Box<dyn AddedToBottleneck>>,
 }
 

@@ -45,7 +45,7 @@ impl Strength {
         self.until <= 0.0 || timestep >= self.until
     }
 
-    /// What is wrong with it, and advice, if anything is.
+    /// A description of the fault and advice, if the strength is not possible.
     pub(crate) fn problem(self) -> Option<(String, &'static str)> {
         if !self.weight.is_finite() {
             return Some((format!("the weight {} is not finite", self.weight), "give a number"));

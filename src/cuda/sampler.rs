@@ -298,7 +298,16 @@ impl DeviceSampler {
         Ok((fault != u32::MAX).then_some(fault as usize))
     }
 
-    /// True if [`DeviceSampler::to_rgb8`] has met a number that is not finite since the image began.
+    /// Forgets the faults of earlier pictures of an image, such as previews.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
+    pub fn begin_picture(&self, slot: usize) -> Result<()> {
+        let offset = self.slot_offset(slot) + std::mem::offset_of!(Slot, picture_faults);
+        self.buffer.write(offset, bytemuck::bytes_of(&0u32))
+    }
+
+    /// True if [`DeviceSampler::to_rgb8`] has met a number that is not finite since the image's picture began.
     ///
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`]: the driver's word, also about work given before.

@@ -155,6 +155,7 @@ impl Denoiser for CudaDenoiser {
             return Err(Error::internal("this UNet was made without a VAE"));
         };
         let device = vae.device().clone();
+        self.sampler.begin_picture(slot)?;
         let first = self.sampler.latents_for_vae(slot, scaling_factor, vae.input_address("latents"));
         let last = self.sampler.to_rgb8(slot, vae.output_address("image"), rgb.len(), rgb.address());
         // SAFETY: the launches use the samplers' memory, the VAE's arena and `rgb`, all owned by `self`.

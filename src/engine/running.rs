@@ -9,7 +9,7 @@ use crate::{Error, ErrorKind, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ImageId(u64);
 
-/// What became of an image in a step.
+/// The outcome of a step for one image.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event {

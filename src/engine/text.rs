@@ -191,7 +191,7 @@ impl TextEncoder {
     }
 }
 
-/// What a row of the UNet's batch is conditioned on: a prompt, and the result of [`time_ids`] for its picture's sizes.
+/// The conditioning of a row of the UNet's batch: a prompt, and the result of [`time_ids`] for its picture's sizes.
 pub(super) type Row = (Conditioning, [f32; 6]);
 
 /// Inputs of a UNet by name.

@@ -363,6 +363,9 @@ fn to_rgb8() {
                 x.write(0, bytemuck::cast_slice(&values)).unwrap();
                 run(&device, sampler.to_rgb8(1, x.address(), length, out.address()));
                 assert!(sampler.picture_fault(1).unwrap() && !sampler.picture_fault(0).unwrap(), "{name}: {bad}");
+                // A preview that fails does not condemn the picture after it.
+                sampler.begin_picture(1).unwrap();
+                assert!(!sampler.picture_fault(1).unwrap(), "{name}: {bad}");
             }
         }
     }
