@@ -12,20 +12,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-fn module(form: Form, shape: Shape, seed: u32) -> Module {
-    let mut state = seed;
-    let mut draw = || {
-        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-    };
-    let mut module = Module::new(form, shape, &mut draw);
-    module.parameters.iter_mut().for_each(|p| *p += 0.4 * draw());
-    module
-}
-
 fn concept(form: Form, shape: Shape, seed: u32) -> Arc<Concept> {
     let metadata = Metadata::new(format!("number {seed}"));
-    Arc::new(Concept::new(metadata, module(form, shape, seed), Some(module(form, shape, seed + 1))))
+    Arc::new(Concept::new(metadata, support::module(form, shape, seed), Some(support::module(form, shape, seed + 1))))
 }
 
 fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Output {
@@ -90,7 +79,7 @@ fn each_image_of(checkpoint: &str) {
     cut.ram.parameters.pop();
     refused(vec![vec![(Arc::new(cut), 1.0)]], "too few");
     let mut mixed = Concept::clone(&a);
-    mixed.sam = Some(module(Form::Constant, Shape { c: 5, ..shape }, 4));
+    mixed.sam = Some(support::module(Form::Constant, Shape { c: 5, ..shape }, 4));
     refused(vec![vec![(Arc::new(mixed), 1.0)]], "a bottleneck of 5 channels");
     refused(vec![vec![(a, f32::NAN)]], "NaN");
     let other = concept(Form::Constant, Shape { c: 7, ..shape }, 4);
@@ -274,7 +263,11 @@ fn files_read_back() {
         metadata.iterations = 7;
         metadata.losses = Some([0.25, 0.125]);
         metadata.other = [("author".to_string(), "someone".to_string())].into();
-        let saved = Concept::new(metadata, module(form, shape, 1), (form != Form::Mlp).then(|| module(form, shape, 2)));
+        let saved = Concept::new(
+            metadata,
+            support::module(form, shape, 1),
+            (form != Form::Mlp).then(|| support::module(form, shape, 2)),
+        );
         saved.save(&path).unwrap();
         let read = Concept::load(&path).unwrap();
         assert_eq!(read.metadata, saved.metadata);

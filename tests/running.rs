@@ -2,7 +2,7 @@
 
 mod support;
 
-use respodiff::concept::{Concept, Form, Metadata, Module, Strength};
+use respodiff::concept::{Concept, Form, Metadata, Strength};
 use respodiff::diffusion::noise::Rng;
 use respodiff::weights::Source;
 use respodiff::{
@@ -37,17 +37,7 @@ const OPTIONS: SessionOptions = SessionOptions::new(Size::new(40, 56)).concepts(
 /// Requests that have as little as possible in common: every sampler, and everything that an image may have.
 fn requests(engine: &Engine, networks: bool, xl: bool) -> Vec<Request> {
     let shape = engine.bottleneck(OPTIONS);
-    let module = |form: Form, seed: u32| {
-        let mut state = seed;
-        let mut draw = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        let mut module = Module::new(form, shape, &mut draw);
-        module.parameters.iter_mut().for_each(|p| *p += 0.4 * draw());
-        module
-    };
-    let concept = |form, seed| Arc::new(Concept::new(Metadata::new("a"), module(form, seed), None));
+    let concept = |form, seed| Arc::new(Concept::new(Metadata::new("a"), support::module(form, shape, seed), None));
     let [_, c, h, w] = engine.latent_shape(OPTIONS);
     let latents: Arc<[f32]> = (0..c * h * w).map(|i| (i as f32 * 0.37).sin()).collect();
     let image = |i: usize, sampler: Sampler| {

@@ -4,7 +4,8 @@
 
 use half::f16;
 use respodiff::backend::Precision;
-use respodiff::graph::{Graph, WeightKind};
+use respodiff::concept::{Form, Module};
+use respodiff::graph::{Graph, Shape, WeightKind};
 use respodiff::weights::Tensors;
 use respodiff::{Device, cuda};
 use safetensors::tensor::TensorView;
@@ -224,4 +225,16 @@ pub fn weights(graph: &Graph, format: Dtype) -> (tempfile::TempDir, HashMap<Stri
     let bytes = safetensors::serialize(views, None).unwrap();
     std::fs::write(folder.path().join("unet/diffusion_pytorch_model.safetensors"), bytes).unwrap();
     (folder, by_name)
+}
+
+/// A concept's module whose numbers all differ.
+pub fn module(form: Form, shape: Shape, seed: u32) -> Module {
+    let mut state = seed;
+    let mut draw = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let mut module = Module::new(form, shape, &mut draw);
+    module.parameters.iter_mut().for_each(|p| *p += 0.4 * draw());
+    module
 }
