@@ -134,6 +134,10 @@ fn runs_resume_and_merge() {
         assert_eq!(output.status.code(), Some(code), "{args}: {error}");
         assert!(error.contains(word) && !error.contains("panicked"), "{args}: {error}");
     }
+    // Parts of different runs leave nothing behind.
+    run("--out other --guidance 2");
+    assert!(!respodiff(path, "eval merge a other --out none").status.success());
+    assert!(!path.join("none").exists());
     // An audit needs no concepts. Its shards merge, and its pictures are the plain ones of an evaluation.
     let audit = eval.replace("eval fairness --concepts w.safetensors,m.safetensors", "audit --groups woman|man");
     assert_ne!(audit, eval);

@@ -123,7 +123,6 @@ pub(super) fn merge<S: Settings, R: Serialize + DeserializeOwned, K: Hash + Eq>(
         return Err(Error::invalid("folders", "nothing to merge").advise("give folders of evaluations"));
     };
     let settings: S = read_settings(first)?;
-    begin_merged(out)?;
     let mut seen = HashSet::new();
     let mut lines = String::new();
     for folder in folders {
@@ -136,6 +135,8 @@ pub(super) fn merge<S: Settings, R: Serialize + DeserializeOwned, K: Hash + Eq>(
             }
         }
     }
+    // Nothing is created before all parts have been read.
+    begin_merged(out)?;
     write_settings(out, &settings)?;
     crate::files::write(&out.join("records.jsonl"), lines.as_bytes())
 }
