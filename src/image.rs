@@ -188,6 +188,9 @@ pub struct GenerationInfo {
     /// The recipe for tokens, such as `slow`, unless it was the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
+    /// Every how many steps the whole UNet was computed, unless it was computed in every step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reuse: Option<usize>,
     /// Concepts that shifted the bottleneck.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub concepts: Vec<UsedConcept>,
@@ -240,6 +243,7 @@ impl GenerationInfo {
             ("RNG", Some(self.rng.clone())),
             ("Precision", self.precision.clone()),
             ("Tokenizer", self.tokenizer.clone()),
+            ("Reuse", self.reuse.map(|reuse| reuse.to_string())),
             ("Concepts", each(|used| format!("{}:{}", used.name, used.weight))),
             ("Concepts until", each(|used| used.until.unwrap_or(0.0).to_string()).filter(|_| ends)),
             // As A1111 writes "Lora hashes".

@@ -26,6 +26,7 @@ fn info() -> GenerationInfo {
         given_latents: false,
         precision: None,
         tokenizer: None,
+        reuse: None,
         concepts: vec![],
         version: "0.1.0".to_string(),
     }
@@ -137,6 +138,7 @@ fn parameters_are_those_of_a1111() {
         model_fingerprint: Some("0a1b".to_string()),
         precision: Some("int8".to_string()),
         tokenizer: Some("slow".to_string()),
+        reuse: Some(3),
         concepts: [("a woman", 0.5, Some(400.0), "2c3d"), ("a cook", 1.0, None, "4e5f")]
             .map(|(name, weight, until, fingerprint)| UsedConcept {
                 name: name.to_string(),
@@ -153,7 +155,7 @@ fn parameters_are_those_of_a1111() {
         "a cat, a hat\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, \
          Seed: 18446744073709551615, Size: 768x512, Original size: 1024x768, Crop: \"8,0\", \
          Model: \"a: \\\"b\\\", caf\u{e9}\", Model fingerprint: 0a1b, RNG: torch-cuda, Precision: int8, Tokenizer: slow, \
-         Concepts: \"a woman:0.5, a cook:1\", Concepts until: \"400, 0\", \
+         Reuse: 3, Concepts: \"a woman:0.5, a cook:1\", Concepts until: \"400, 0\", \
          Concept hashes: \"a woman: 2c3d, a cook: 4e5f\", Version: respodiff 0.1.0"
     );
 }

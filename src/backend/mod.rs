@@ -223,11 +223,12 @@ pub trait Denoiser: Send {
     /// As for [`Executor::prologue`].
     fn place(&mut self, slots: &[usize], inputs: &[(&'static str, Vec<f32>)]) -> Result<()>;
 
-    /// Takes the next step of every image that has a row and is not done. The device may still be at work afterwards.
+    /// Takes the next step of every image that has a row and is not done. The device may still be at work afterwards. If
+    /// `reusing`, the UNet takes the activations that its graph keeps from the step before, which had the same rows.
     ///
     /// # Errors
     /// As for [`Executor::prologue`].
-    fn step(&mut self) -> Result<()>;
+    fn step(&mut self, reusing: bool) -> Result<()>;
 
     /// An image's first step, counted from 0, that gave latents that are not finite. This waits for the device.
     ///

@@ -64,6 +64,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         .conditioned_on_size(info.original_size, info.crop.unwrap_or((0, 0)));
     let options = SessionOptions::new(Size::new(info.width as usize, info.height as usize))
         .guided(info.guidance > 1.0)
+        .reuse(info.reuse.unwrap_or(1))
         .concepts(!info.concepts.is_empty());
     let cancelled = interrupt_flag();
     let shown = Shown::new("sampling", info.steps as u64, "steps");

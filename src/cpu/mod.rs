@@ -138,6 +138,9 @@ fn range(plan: &Plan, id: TensorId) -> Range<usize> {
     start..start + plan.graph().shape(id).len()
 }
 
+/// Writes a shift, given the activation that it is added to.
+type WriteShift<'a> = dyn Fn(&[f32], &mut [f32]) + Sync + 'a;
+
 /// A plan (made with [`Fp32`]) with its arena and weights. Writes inputs, runs, and reads outputs.
 pub struct CpuExecutor {
     plan: Arc<Plan>,
@@ -182,17 +185,23 @@ impl CpuExecutor {
         &self.arena.numbers()[range(&self.plan, self.plan.graph().output(name))]
     }
 
-    /// Runs one step. Before an [`Op::Shift`], `write` writes the shift for the activation that it is added to.
-    fn step_adding(&mut self, write: &(dyn Fn(&[f32], &mut [f32]) + Sync)) {
+    /// Runs one step, `reusing` the kept activations or not. Before an [`Op::Shift`], `write` writes the shift for the
+    /// activation that it is added to.
+    fn run_step(&mut self, reusing: bool, write: Option<&WriteShift<'_>>) {
         let plan = self.plan.clone();
+        // From inside the pool: see `all`.
         rayon::scope(move |_| {
-            for (node, workspace) in plan.step() {
-                if let Op::Shift { x, shift } = node.op {
+            let mut run = |(node, workspace): (&Node, (usize, usize))| {
+                if let (Op::Shift { x, shift }, Some(write)) = (&node.op, write) {
                     // A copy, so that `write` may read one slice while it writes the other. The bottleneck is small.
-                    let x = self.arena.numbers()[range(&plan, x)].to_vec();
-                    write(&x, &mut self.arena.numbers_mut()[range(&plan, shift)]);
+                    let x = self.arena.numbers()[range(&plan, *x)].to_vec();
+                    write(&x, &mut self.arena.numbers_mut()[range(&plan, *shift)]);
                 }
                 self.run(&plan, node, workspace);
+            };
+            match reusing {
+                true => plan.reusing_step().for_each(&mut run),
+                false => plan.step().for_each(&mut run),
             }
         });
     }
@@ -259,8 +268,7 @@ impl Executor for CpuExecutor {
     }
 
     fn step(&mut self) -> Result<()> {
-        let plan = self.plan.clone();
-        self.all(&plan, plan.step());
+        self.run_step(false, None);
         Ok(())
     }
 

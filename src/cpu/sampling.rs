@@ -87,7 +87,7 @@ impl Denoiser for CpuDenoiser {
         self.unet.prologue()
     }
 
-    fn step(&mut self) -> Result<()> {
+    fn step(&mut self, reusing: bool) -> Result<()> {
         let (guided, one) = (self.guided(), self.noise.len());
         // The rows without an image have zeros for inputs, as on a GPU.
         self.unet.input_mut("sample").fill(0.0);
@@ -106,10 +106,10 @@ impl Denoiser for CpuDenoiser {
         let networks = |added: &dyn AddedToBottleneck| added.depends_on_bottleneck();
         let any = self.slots.active().any(|(_, _, active, _)| active.image.added.as_deref().is_some_and(networks));
         match any {
-            false => self.unet.step()?,
+            false => self.unet.run_step(reusing, None),
             true => {
                 let (slots, capacity) = (&self.slots, self.capacity);
-                self.unet.step_adding(&|mid, out| {
+                let write = |mid: &[f32], out: &mut [f32]| {
                     let (mid, one) = (&mid[mid.len() - out.len()..], out.len() / capacity);
                     for (row, _, active, step) in slots.active() {
                         if let Some(added) = &active.image.added {
@@ -117,7 +117,8 @@ impl Denoiser for CpuDenoiser {
                             added.write(step.timestep, &mid[range.clone()], &mut out[range]);
                         }
                     }
-                });
+                };
+                self.unet.run_step(reusing, Some(&write));
             }
         }
         let rows: Vec<_> = self.slots.active().map(|(row, slot, _, step)| (row, slot, *step)).collect();

@@ -241,6 +241,11 @@ impl CudaExecutor {
     pub fn step_launches(&self) -> &[Launch] {
         &self.program.step
     }
+
+    /// The launches of a step that reuses the activations which the graph keeps.
+    pub fn reusing_step_launches(&self) -> &[Launch] {
+        &self.program.reusing
+    }
 }
 
 impl Executor for CudaExecutor {

@@ -12,6 +12,8 @@ use crate::{Error, Result, Subject};
 pub(super) struct Program {
     pub prologue: Vec<Launch>,
     pub step: Vec<Launch>,
+    /// Those of a step that reuses kept activations; empty if the graph keeps none.
+    pub reusing: Vec<Launch>,
     pub backward: Vec<Launch>,
 }
 
@@ -28,6 +30,7 @@ impl Program {
         Ok(Program {
             prologue: all(&mut plan.prologue())?,
             step: all(&mut plan.step())?,
+            reusing: if plan.graph().keeps() { all(&mut plan.reusing_step())? } else { Vec::new() },
             backward: all(&mut plan.backward())?,
         })
     }

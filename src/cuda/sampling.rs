@@ -29,8 +29,8 @@ pub(super) struct CudaDenoiser {
 struct Unet {
     executor: CudaExecutor,
     /// The launches that prepare the UNet's inputs, those of the UNet, and that of guidance and the samplers' steps;
-    /// recorded at the first step.
-    step: Option<Box<dyn Recording>>,
+    /// recorded at the first step. The second recording is that of a step that reuses activations.
+    steps: [Option<Box<dyn Recording>>; 2],
 }
 
 impl CudaDenoiser {
@@ -51,7 +51,7 @@ impl CudaDenoiser {
             vae: vae.map(|vae| picture(&vae).map(|rgb| (vae, rgb))).transpose()?,
             noise: vec![0.0; one.len()],
             current: unets.len() - 1,
-            unets: unets.into_iter().map(|(n, executor)| (n, Unet { executor, step: None })).collect(),
+            unets: unets.into_iter().map(|(n, executor)| (n, Unet { executor, steps: [None, None] })).collect(),
         })
     }
 
@@ -64,9 +64,10 @@ impl CudaDenoiser {
 }
 
 impl Unet {
-    /// The recorded step of `images` images.
-    fn recording(&mut self, images: usize, sampler: &DeviceSampler) -> Result<&dyn Recording> {
-        let recording = match self.step.take() {
+    /// The recorded step of `images` images, `reusing` activations or not.
+    fn recording(&mut self, images: usize, sampler: &DeviceSampler, reusing: bool) -> Result<&dyn Recording> {
+        let step = &mut self.steps[usize::from(reusing)];
+        let recording = match step.take() {
             Some(recording) => recording,
             None => {
                 let unet = &self.executor;
@@ -74,14 +75,17 @@ impl Unet {
                 let guided = graph.shape(graph.input("sample")).n > images;
                 let (sample, timestep) = (unet.input_address("sample"), unet.input_address("timestep"));
                 let mut launches = vec![sampler.prepare(images, sample, timestep, guided)];
-                launches.extend_from_slice(unet.step_launches());
+                launches.extend_from_slice(match reusing {
+                    true => unet.reusing_step_launches(),
+                    false => unet.step_launches(),
+                });
                 launches.push(sampler.guide_and_step(images, unet.output_address("sample"), guided));
                 // SAFETY: the launches use the UNet's arena and weights and the samplers' memory, all of which live as
                 // long as the recording.
                 unsafe { unet.device().clone().record(&launches)? }
             }
         };
-        Ok(&**self.step.insert(recording))
+        Ok(&**step.insert(recording))
     }
 }
 
@@ -126,7 +130,7 @@ impl Denoiser for CudaDenoiser {
         unet.prologue()
     }
 
-    fn step(&mut self) -> Result<()> {
+    fn step(&mut self, reusing: bool) -> Result<()> {
         let (images, unet) = &mut self.unets[self.current];
         if let Some(constant) = self.slots.added(*images) {
             unet.executor.write("shift", &constant)?;
@@ -137,7 +141,7 @@ impl Denoiser for CudaDenoiser {
             self.slots.draw(slot, &mut self.noise);
             self.sampler.write_noise(slot, &self.noise)?;
         }
-        unet.recording(*images, &self.sampler)?.replay()?;
+        unet.recording(*images, &self.sampler, reusing)?.replay()?;
         self.slots.advance();
         Ok(())
     }

@@ -18,7 +18,7 @@ use crate::backend::{Denoiser, Precision, Weights};
 use crate::device::Device;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Extent, Graph, Shape};
-use crate::models::{UNetConfig, UNetInput, VaeConfig, unet, vae_decoder};
+use crate::models::{UNetConfig, UNetInput, VaeConfig, unet, unet_with_reuse, vae_decoder};
 use crate::plan::Plan;
 use crate::weights::{Source, Tensors};
 use crate::{Error, Result};
@@ -275,17 +275,22 @@ impl Engine {
             return Err(Error::invalid("batch", format!("a batch of {batch} images is not possible"))
                 .advise(format!("give 1 to {MAX_BATCH}")));
         }
+        if options.reuse == 0 {
+            return Err(Error::invalid("reuse", "the whole UNet has to be computed sometimes")
+                .advise("give 1 to compute it in every step, or 2 or more"));
+        }
         Ok(())
     }
 
     fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {
         self.check_size(options)?;
-        let SessionOptions { size: Size { width, height }, batch, guided, concepts } = options;
+        let SessionOptions { size: Size { width, height }, batch, guided, concepts, reuse } = options;
         let scale = self.0.vae.config.scale();
         let rows = if guided { 2 * batch } else { batch };
         let shifted = if concepts { batch } else { 0 };
         let Parts { device, text, unet: network, .. } = &*self.0;
         let input = UNetInput { rows, h: height / scale, w: width / scale, tokens: text.tokens(), shifted };
+        let unet = if reuse > 1 { unet_with_reuse } else { unet };
         Ok(device.plan(unet(&network.config, input), UNET_CONSTANTS))
     }
 
@@ -323,6 +328,11 @@ impl Engine {
     /// Those of [`Engine::session`].
     pub fn running_batch(&self, options: SessionOptions) -> Result<RunningBatch> {
         self.check_size(options)?;
+        if options.reuse > 1 {
+            // The images of a running batch are at different steps, and a picture must not depend on its neighbours.
+            return Err(Error::invalid("reuse", "steps of images that join and leave cannot reuse activations")
+                .advise("give 1, or make a session"));
+        }
         let mut batches: Vec<usize> = (0..).map(|i| 1 << i).take_while(|&batch| batch < options.batch).collect();
         batches.push(options.batch);
         RunningBatch::new(self.clone(), options, self.affordable(options, &batches)?)

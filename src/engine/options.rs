@@ -83,12 +83,16 @@ pub struct SessionOptions {
     pub guided: bool,
     /// True if images may have concepts.
     pub concepts: bool,
+    /// Every how many steps the whole UNet is computed; 1 for all steps. The steps between take the activations deep in
+    /// the UNet from the step before, which is faster and less exact (DeepCache, arXiv 2312.00858). If images may have
+    /// concepts, they take only the down half (Faster Diffusion, arXiv 2312.09608), so that concepts act in every step.
+    pub reuse: usize,
 }
 
 impl SessionOptions {
     /// One image at a time, with guidance and without concepts.
     pub const fn new(size: Size) -> Self {
-        SessionOptions { size, batch: 1, guided: true, concepts: false }
+        SessionOptions { size, batch: 1, guided: true, concepts: false, reuse: 1 }
     }
 
     /// The same for pictures of another size.
@@ -109,6 +113,11 @@ impl SessionOptions {
     /// The same with concepts or without.
     pub const fn concepts(self, concepts: bool) -> Self {
         SessionOptions { concepts, ..self }
+    }
+
+    /// The same with the whole UNet in every `reuse`-th step alone.
+    pub const fn reuse(self, reuse: usize) -> Self {
+        SessionOptions { reuse, ..self }
     }
 }
 

@@ -179,7 +179,9 @@ impl Rows {
     pub fn step(&mut self) -> Result<()> {
         let active = self.active();
         self.place(&active)?;
-        self.denoiser.step()?;
+        let reuse = self.options.reuse;
+        let reusing = reuse > 1 && active.iter().all(|&slot| self.progress(slot).0 % reuse != 0);
+        self.denoiser.step(reusing)?;
         for slot in active {
             self.images[slot].iter_mut().for_each(|image| image.done += 1);
         }

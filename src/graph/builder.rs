@@ -111,6 +111,12 @@ impl GraphBuilder {
         self.graph.outputs.push((name.to_string(), id));
     }
 
+    /// Keeps an activation from step to step, for steps that take it from the step before: see
+    /// [`crate::plan::Plan::reusing_step`].
+    pub fn keep(&mut self, id: TensorId) {
+        self.graph.kept.push(id);
+    }
+
     /// A convolution `name.weight`, `name.bias`.
     pub fn conv(&mut self, name: &str, sources: impl Into<Sources>, outputs: usize, options: ConvOptions) -> TensorId {
         self.fused(name, &[name.to_string()], sources, &[outputs], options)

@@ -483,6 +483,8 @@ pub struct Graph {
     pub(crate) nodes: Vec<Node>,
     pub(crate) inputs: Vec<(String, TensorId)>,
     pub(crate) outputs: Vec<(String, TensorId)>,
+    /// Activations that later steps may reuse; see [`GraphBuilder::keep`].
+    pub(crate) kept: Vec<TensorId>,
     /// Index of the first node of the backward half; see [`Graph::with_gradient`].
     pub(crate) backward: Option<usize>,
     /// Maker and readers of each activation, once the graph is finished.
@@ -500,6 +502,11 @@ impl Graph {
     /// Shape of an activation.
     pub fn shape(&self, id: TensorId) -> Shape {
         self.shapes[id.0]
+    }
+
+    /// True if it keeps activations for later steps.
+    pub fn keeps(&self) -> bool {
+        !self.kept.is_empty()
     }
 
     /// A weight's description.

@@ -16,5 +16,5 @@ pub use clip::{text_encoder, vision_encoder};
 pub use config::{
     ClipConfig, ClipLayers, ClipVisionConfig, TextTime, UNetConfig, UNetLevel, VaeConfig, parse_clip_model,
 };
-pub use unet::{UNetInput, unet, unet_halves};
+pub use unet::{UNetInput, unet, unet_halves, unet_with_reuse};
 pub use vae::{vae_decoder, vae_encoder};

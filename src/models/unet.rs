@@ -39,16 +39,37 @@ impl Default for UNetInput {
 /// `[rows, 1, 1, 6]`; unless `shifted` is 0 also `shift` `[shifted, h', w', c]`. Outputs: `sample`
 /// `[rows, h, w, out_channels]`, and `mid` `[rows, h', w', c]`, the bottleneck before the shift.
 pub fn unet(config: &UNetConfig, input: UNetInput) -> Graph {
+    whole(config, input, false)
+}
+
+/// The same UNet, without the output `mid`, for steps that reuse activations of the step before
+/// ([`crate::plan::Plan::reusing_step`]). Neighbouring steps differ least in them.
+///
+/// Without a shift, such a step takes what the residual block before the last one reads, and computes the first block
+/// of the down half and the last two of the up half (DeepCache, arXiv 2312.00858). With a shift it takes the down half,
+/// and computes the bottleneck with its shift and the up half (Faster Diffusion, arXiv 2312.09608), so that a shift
+/// acts in every step.
+pub fn unet_with_reuse(config: &UNetConfig, input: UNetInput) -> Graph {
+    whole(config, input, true)
+}
+
+fn whole(config: &UNetConfig, input: UNetInput, reuse: bool) -> Graph {
     let mut g = GraphBuilder::new();
     let sample = sample(&mut g, config, input);
     let time = time_embedding(&mut g, config, input.rows);
     let context = context(&mut g, config, input);
     let mut net = UNet { config, g, time, context, projected: time.into() };
     let (x, mut skips) = net.down(sample);
+    if reuse && input.shifted > 0 {
+        skips.iter().for_each(|&skip| net.g.keep(skip));
+        net.g.keep(x);
+    }
     let x = net.middle(x);
-    net.g.output("mid", x);
+    if !reuse {
+        net.g.output("mid", x);
+    }
     let x = net.shift(x, input.shifted);
-    net.up(x, &mut skips);
+    net.up(x, &mut skips, reuse && input.shifted == 0);
     net.g.finish()
 }
 
@@ -79,7 +100,7 @@ pub fn unet_halves(config: &UNetConfig, input: UNetInput) -> (Graph, Graph) {
     let mut skips: Vec<TensorId> =
         skips.iter().enumerate().map(|(i, &skip)| g.input(&format!("skip.{i}"), first.shape(skip))).collect();
     let mut second = UNet { config, g, time, context, projected: time.into() };
-    second.up(x, &mut skips);
+    second.up(x, &mut skips, false);
     (first, second.g.finish())
 }
 
@@ -183,8 +204,9 @@ impl UNet<'_> {
         self.g.shift("mid_block.shift", x, shift) // [n, h, w, c]
     }
 
-    /// Builds the up half, from the bottleneck to the output `sample`.
-    fn up(&mut self, mut x: TensorId, skips: &mut Vec<TensorId>) {
+    /// Builds the up half, from the bottleneck to the output `sample`. If `keep`, the activation that the residual block
+    /// before the last one reads is kept.
+    fn up(&mut self, mut x: TensorId, skips: &mut Vec<TensorId>, keep: bool) {
         let resnets = self.config.levels.iter().rev().enumerate().flat_map(|(i, level)| {
             (0..=level.layers).map(move |j| (format!("up_blocks.{i}.resnets.{j}"), level.channels))
         });
@@ -192,6 +214,9 @@ impl UNet<'_> {
         for (i, level) in self.config.levels.iter().rev().enumerate() {
             let name = format!("up_blocks.{i}");
             for j in 0..=level.layers {
+                if keep && skips.len() == 2 {
+                    self.g.keep(x);
+                }
                 let sources = Sources { x, skip: skips.pop() };
                 x = self.resnet(&format!("{name}.resnets.{j}"), sources, level.channels, 1.0);
                 if level.up_attention {

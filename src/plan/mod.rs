@@ -2,7 +2,7 @@
 //!
 //! A plan orders the nodes, gives each activation an offset in one arena by its lifetime, and splits off the
 //! *prologue*: the nodes that depend only on inputs which stay the same from step to step (a UNet's prompt keys and
-//! values). For training it also splits off the *backward* nodes, which need the gradient that follows from a step's
+//! values). A step that reuses activations which the graph keeps needs only some of the nodes. For training it also splits off the *backward* nodes, which need the gradient that follows from a step's
 //! result. After that a step needs no further memory for activations and cannot run out of it. Plans know no device.
 
 mod arena;
@@ -44,6 +44,8 @@ pub struct Plan {
     prologue: usize,
     /// Position in `order` where the backward nodes begin.
     backward: usize,
+    /// Positions in `order` of the nodes of a step that reuses the kept activations.
+    reusing: Vec<usize>,
     offsets: Vec<usize>,
     workspaces: Vec<(usize, usize)>,
     /// Offset of the bytes that the storage reserved.
@@ -77,6 +79,10 @@ impl Plan {
                 life.last = life.last.max(if life.first < prologue && position >= prologue { last } else { position });
             }
         }
+        // So do kept activations.
+        for id in &graph.kept {
+            (lives[id.0].first, lives[id.0].last) = (0, last);
+        }
         // Activations whose nodes the backward half dropped as unread have a shape but no node.
         lives.iter_mut().filter(|life| life.first == usize::MAX).for_each(|life| life.len = 0);
         // The output of a shift may be written by the kernel that writes its input, so it must be live from there on.
@@ -96,7 +102,10 @@ impl Plan {
         let arena_bytes = reserved + storage.reserved();
         let workspaces = (0..steps).map(|i| (offsets[graph.shapes.len() + i], lives[graph.shapes.len() + i].len));
         let workspaces = workspaces.collect();
-        Plan { order, prologue, backward, offsets, workspaces, reserved, arena_bytes, storage: storage.name(), graph }
+        let reusing = reusing(&graph, storage, &order[prologue..backward]);
+        let reusing = reusing.into_iter().map(|position| prologue + position).collect();
+        let storage = storage.name();
+        Plan { order, prologue, backward, reusing, offsets, workspaces, reserved, arena_bytes, storage, graph }
     }
 
     /// The graph that the plan was made from.
@@ -147,6 +156,13 @@ impl Plan {
         self.range(self.prologue..self.backward)
     }
 
+    /// The nodes of a step that takes the activations which the graph keeps ([`crate::graph::GraphBuilder::keep`]) from
+    /// the step before: those on which the outputs depend otherwise. Outputs that depend on a kept activation alone
+    /// stay as they were.
+    pub fn reusing_step(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
+        self.reusing.iter().map(|&i| (&self.graph.nodes[self.order[i]], self.workspaces[i]))
+    }
+
     /// The nodes of the backward half (see [`Graph::with_gradient`]), likewise with their scratch memory.
     pub fn backward(&self) -> impl Iterator<Item = (&Node, (usize, usize))> {
         self.range(self.backward..self.order.len())
@@ -160,6 +176,23 @@ impl Plan {
     fn range(&self, range: std::ops::Range<usize>) -> impl Iterator<Item = (&Node, (usize, usize))> {
         range.map(|i| (&self.graph.nodes[self.order[i]], self.workspaces[i]))
     }
+}
+
+/// Positions in `step`, which holds node indices, of the nodes that the outputs depend on if the kept activations are
+/// given.
+fn reusing(graph: &Graph, storage: &dyn Storage, step: &[usize]) -> Vec<usize> {
+    let mut needed = vec![false; graph.shapes.len()];
+    graph.outputs.iter().for_each(|(_, id)| needed[id.0] = true);
+    let mut positions = Vec::new();
+    for (position, &node) in step.iter().enumerate().rev() {
+        let node = &graph.nodes[node];
+        if needed[node.output.0] && !graph.kept.contains(&node.output) {
+            positions.push(position);
+            node.op.inputs().chain(storage.reads(graph, node)).for_each(|id| needed[id.0] = true);
+        }
+    }
+    positions.reverse();
+    positions
 }
 
 /// Node indices in three phases, and the positions where the second and the third begin. The phases are nodes whose

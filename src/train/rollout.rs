@@ -177,7 +177,7 @@ impl Rollout {
                     let (steps, latents, added) = (steps.into(), Some(latents.to_vec()), Some(shift));
                     denoiser.begin(slot, RunImage { steps, rng, seed, guidance, sigma, latents, added })?;
                 }
-                steps.iter().try_for_each(|_| denoiser.step())?;
+                steps.iter().try_for_each(|_| denoiser.step(false))?;
                 let mut all = Vec::with_capacity(self.latents.len());
                 for slot in 0..self.batch {
                     if let Some(step) = denoiser.fault(slot)? {

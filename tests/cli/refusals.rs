@@ -16,6 +16,7 @@ fn refuses_in_one_line() {
         (&["sample", "x", "--scheduler", "nonsense"], 2, "DDIM"),
         (&["sample", "x", "--spacing", "nonsense"], 2, "karras"),
         (&["sample", "x", "--guidance", "NaN"], 2, "guidance"),
+        (&["sample", "x", "--reuse", "0"], 2, "--reuse"),
         (&["sample", "x", "--rng", "dice"], 2, "torch-cpu"),
         (&["sample", "x", "--device", "cuda"], 1, "CPU"),
         (&["sample", "x", "--out", "/dev/null/x.png"], 1, "/dev/null"),

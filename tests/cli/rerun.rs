@@ -7,7 +7,7 @@ use std::path::Path;
 fn pictures_are_made_again() {
     let folder = tempfile::tempdir().unwrap();
     let make = ["sample", "a doctor", "--steps", "2", "--seed", "4", "--batch", "2", "--balance", "woman,man"];
-    let make = [&make[..], &["--concepts-until", "400", "-o", "x.png", "-q"]].concat();
+    let make = [&make[..], &["--concepts-until", "400", "--reuse", "2", "-o", "x.png", "-q"]].concat();
     let output = respodiff(folder.path(), &make);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let output = respodiff(folder.path(), &["rerun", "x-1.png"]);

@@ -281,6 +281,7 @@ impl Served {
                 given_latents: false,
                 precision: None,
                 tokenizer: None,
+                reuse: None,
                 concepts: concepts.iter().map(Used::record).collect(),
                 version: env!("CARGO_PKG_VERSION").into(),
             };
