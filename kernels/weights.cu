@@ -12,7 +12,7 @@
 // deviation + T. A file that holds the matrix transposed is packed in pieces of inputs, whose sums accumulate from
 // launch to launch.
 //
-// Memory traffic: each number is read once (2 to 8 bytes) and written once (2 or 4). The numbers of a 3x3 kernel's line
+// Memory traffic: each number is read once (1 to 8 bytes) and written once (2 or 4). The numbers of a 3x3 kernel's line
 // are nine apart in the file, so a line of it is fetched from L2 nine times; those of mirrored kernels are rows apart,
 // and 32 bytes are fetched for each number.
 //
@@ -48,22 +48,34 @@ struct PackParams {
     // Taps that are summed, in rows and columns of a 3x3 kernel; 1 and 1 for a copy.
     int32_t down;
     int32_t across;
-    // Inputs from one line and from one element to the next, and columns from one line to the next.
-    int32_t input_line;
-    int32_t input_element;
+    // True if a line's elements are inputs, false if the lines are; and columns from one line to the next.
+    int32_t inputs_across;
     int32_t column_line;
+    // Multiplies every number of the file.
+    float scale;
 };
 LAYOUT(PackParams, from, to, fault, norm_scale, norm_shift, sums, from_line, from_group, from_element, to_line,
-       to_group, to_element, length, format, full, down, across, input_line, input_element, column_line)
+       to_group, to_element, length, format, full, down, across, inputs_across, column_line, scale)
 
 // weights::Format, in its order.
-enum Format { F16, BF16, F32, F64 };
+enum Format { F16, BF16, F32, F64, F8_E4M3, F8_E5M2 };
+
+// Four bits of exponent with a bias of 7 and three of mantissa; no infinities, and NaN if all of them are set.
+__device__ __forceinline__ float from_e4m3(uint32_t byte) {
+    uint32_t sign = (byte & 0x80) << 24, exponent = byte >> 3 & 15, mantissa = byte & 7;
+    if ((byte & 0x7f) == 0x7f) return __uint_as_float(sign | 0x7fc00000);
+    float x = exponent ? __uint_as_float((exponent + 120) << 23 | mantissa << 20) : float(mantissa) / 512;
+    return sign ? -x : x;
+}
 
 __device__ __forceinline__ float number_at(const unsigned char* from, int64_t index, int format) {
     switch (format) {
         case F16: return __half2float(reinterpret_cast<const __half*>(from)[index]);
         case BF16: return __uint_as_float(uint32_t(reinterpret_cast<const uint16_t*>(from)[index]) << 16);
         case F32: return reinterpret_cast<const float*>(from)[index];
+        case F8_E4M3: return from_e4m3(from[index]);
+        // The upper half of a number in fp16.
+        case F8_E5M2: return __half2float(__ushort_as_half(uint16_t(from[index]) << 8));
         default: return float(reinterpret_cast<const double*>(from)[index]);
     }
 }
@@ -89,12 +101,12 @@ KERNEL __launch_bounds__(128) pack_weights(const __grid_constant__ PackParams p)
     float2 sums = {};
     for (int i = threadIdx.x; i < p.length; i += 128) {
         int64_t place = from + i * p.from_element;
-        float x = number_at(p.from, place, p.format);
+        float x = __fmul_rn(number_at(p.from, place, p.format), p.scale);
         for (int k = 1; k < p.down * p.across; k++)
-            x += number_at(p.from, place + k / p.across * 3 + k % p.across, p.format);
+            x += __fmul_rn(number_at(p.from, place + k / p.across * 3 + k % p.across, p.format), p.scale);
         finite = finite && fabsf(x) < INFINITY;
         if (p.norm_scale) {
-            int64_t input = int64_t(blockIdx.x) * p.input_line + int64_t(i) * p.input_element;
+            int64_t input = p.inputs_across ? i : int64_t(blockIdx.x);
             if (p.sums) sums.y = fmaf(x, p.norm_shift[input], sums.y);
             x *= p.norm_scale[input];
             sums.x += __half2float(to_half(x));

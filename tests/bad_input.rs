@@ -148,13 +148,6 @@ fn tensors_that_are_not_what_they_should_be() {
 }
 
 #[test]
-fn pickles_are_not_opened() {
-    let folder = copy("sd1");
-    fs::rename(folder.path().join(UNET), folder.path().join("unet/diffusion_pytorch_model.bin")).unwrap();
-    refused(folder.path(), &["unet", ".bin", "safe_serialization"]);
-}
-
-#[test]
 fn tokenizers_of_another_model() {
     let folder = copy("sd1");
     let vocabulary = folder.path().join("tokenizer/vocab.json");

@@ -169,7 +169,7 @@ fn text_encoders_without_a_prefix() {
 
 #[test]
 fn unets() {
-    let runs = runs("unet_", 25);
+    let runs = runs("unet_", 31);
     // The cases run in parallel, since most launches of these small networks are too small to be shared among
     // processors.
     let errors: Vec<_> = runs.par_iter().map(|(place, case)| unet_errors(place, case)).collect();
@@ -190,14 +190,14 @@ fn unet_errors(place: &Place, case: &Case) -> [(&'static str, f64); 2] {
     let [n, c, h, w] = case.shape("sample")[..] else { panic!("sample is NCHW") };
     let tokens = case.shape("encoder_hidden_states")[1];
     let graph = unet(&config, UNetInput { rows: n, h, w, tokens, shifted: 0 });
-    let channels = [("mid", graph.shape(graph.output("mid")).c), ("sample", c)];
+    let channels = [("mid", graph.shape(graph.output("mid")).c), ("sample", case.shape("out.sample")[1])];
     let timestep = case.floats("timestep");
     let mut inputs = HashMap::from([
         ("sample", nchw_to_nhwc(&case.floats("sample"), n, c)),
         ("timestep", (0..n).map(|i| timestep[i % timestep.len()]).collect()),
         ("encoder_hidden_states", case.floats("encoder_hidden_states")),
     ]);
-    for name in ["text_embeds", "time_ids"] {
+    for name in ["text_embeds", "time_ids", "timestep_cond"] {
         if case.has(name) {
             inputs.insert(name, case.floats(name));
         }

@@ -32,6 +32,45 @@ fn layouts_agree() {
     assert!(sdisc.sam.is_none() && sdisc.ram.parameters.iter().all(|x| x.is_finite()));
 }
 
+/// What trainers leave beside the weights is passed over: counters, callbacks, the optimizer's state.
+#[test]
+fn checkpoints_of_trainers() {
+    assert_eq!(
+        read("lightning.ckpt", "a woman", None).ram.parameters,
+        read("official.pth", "a woman", None).ram.parameters
+    );
+}
+
+/// A part of a diffusers folder in either format of `torch.save`: the same numbers as in safetensors.
+#[test]
+fn parts_of_folders() {
+    let source = |folder: &tempfile::TempDir| respodiff::Source::folder(folder.path()).unwrap();
+    let folder = support::copy("sd1");
+    let place = folder.path().join("text_encoder");
+    let before = source(&folder).tensors("text_encoder").unwrap();
+    let names: Vec<(String, Vec<usize>)> = before
+        .entries()
+        .map(|(name, shape)| (name.to_string(), shape.to_vec()))
+        .filter(|(name, _)| !name.ends_with("position_ids"))
+        .collect();
+    assert!(names.len() > 40);
+    std::fs::remove_file(place.join("model.safetensors")).unwrap();
+    for name in ["text_encoder.bin", "text_encoder_old.bin"] {
+        std::fs::copy(file(name), place.join("pytorch_model.bin")).unwrap();
+        let after = source(&folder).tensors("text_encoder").unwrap();
+        for (name, shape) in &names {
+            assert_eq!(after.read(name, &[shape]).unwrap(), before.read(name, &[shape]).unwrap(), "{name}");
+        }
+        assert!(respodiff::Engine::open(&source(&folder), respodiff::Device::cpu()).is_ok());
+        let whole = std::fs::read(file(name)).unwrap();
+        for len in (0..whole.len()).step_by(whole.len() / 40) {
+            std::fs::write(place.join("pytorch_model.bin"), &whole[..len]).unwrap();
+            let error = source(&folder).tensors("text_encoder").err().expect("refused").to_string();
+            assert!(error.contains("pytorch_model.bin") && !error.contains('\n'), "{error}");
+        }
+    }
+}
+
 #[test]
 fn values_are_torchs() {
     // Column 0 of the matrix from its top. Row 4 r + p is pixel p of channel r.
@@ -112,6 +151,11 @@ fn dictionary(count: usize, value: &[u8]) -> Vec<u8> {
     b"}(".iter().copied().chain(entries).chain(*b"u").collect()
 }
 
+/// The instruction for a text of this length.
+fn text(len: u32) -> Vec<u8> {
+    [b"X", &len.to_le_bytes()[..], &vec![b'a'; len as usize]].concat()
+}
+
 #[test]
 fn pickles_made_to_harm_are_refused() {
     // The parts of the programs below are valid: they give SDisc's layout with one column.
@@ -140,7 +184,9 @@ fn pickles_made_to_harm_are_refused() {
         ("deep lists", [&[b']'; 19_950][..], &[b'a'; 19_949], b"."].concat(), "neither"),
         ("deep dictionaries", [&b"}K\0".repeat(13_200)[..], b"}", &[b's'; 13_200], b"."].concat(), "neither"),
         ("deep tuples at an error", [b")", &[0x85; 39_900][..], b"R"].concat(), "empty stack"),
-        ("endless tuples", [b")", &[0x85; 500_000][..], b"."].concat(), "too long"),
+        ("endless tuples", [b")", &[0x85; 2_100_000][..], b"."].concat(), "too long"),
+        ("a key without end", [b"}", &text(2_000)[..], &tensor(1), b"s."].concat(), "2000 bytes"),
+        ("a name without end", [b"c", &[b'a'; 5_000][..], b"\nb\n."].concat(), "aaa…"),
         ("a memo it has not", b"h\x07.".to_vec(), "memo"),
         ("an empty stack", b".".to_vec(), "empty stack"),
         ("a text beyond the end", b"X\xff\xff\xff\xffa.".to_vec(), "in the middle"),

@@ -36,6 +36,23 @@ fn numbers(name: &str, shape: &[usize]) -> Vec<f32> {
     (0..shape.iter().product::<usize>() as u32).map(number).collect()
 }
 
+/// The byte of an 8-bit format whose number is nearest, and this number, by the formats' definition (arXiv 2209.05433).
+fn eight_bits(x: f32, format: Dtype) -> (u8, f32) {
+    let mantissa = if format == Dtype::F8_E4M3 { 3 } else { 2 };
+    let (bias, steps) = (if mantissa == 3 { 7 } else { 15 }, f32::from(1u8 << mantissa));
+    let number = |byte: u8| {
+        let (exponent, fraction) = (i32::from(byte & 127) >> mantissa, f32::from(byte & ((1 << mantissa) - 1)) / steps);
+        let magnitude = match exponent {
+            0 => fraction * 2f32.powi(1 - bias),
+            _ => (1.0 + fraction) * 2f32.powi(exponent - bias),
+        };
+        if byte < 128 { magnitude } else { -magnitude }
+    };
+    let finite = (0..=255u8).filter(|byte| byte & 127 < if mantissa == 3 { 0x7f } else { 0x7c });
+    let byte = finite.min_by(|a, b| (number(*a) - x).abs().total_cmp(&(number(*b) - x).abs())).unwrap();
+    (byte, number(byte))
+}
+
 /// The content of a single file that is to be written: the shape, numbers and format of each tensor, and the metadata
 /// of the header.
 struct Original {
@@ -90,6 +107,7 @@ impl Original {
             match dtype {
                 Dtype::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
                 Dtype::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+                Dtype::F8_E4M3 | Dtype::F8_E5M2 => values.iter().map(|&x| eight_bits(x, *dtype).0).collect(),
                 _ => values.iter().flat_map(|&x| (x as i64).to_le_bytes()).collect(),
             }
         };
@@ -277,6 +295,56 @@ fn other_spellings() {
     assert_eq!(read(&original), before);
 }
 
+/// Files of ComfyUI hold matrices in eight bits, some with a scale beside them. The numbers are read as they are.
+#[test]
+fn eight_bit_numbers() {
+    let mut small = Original::named("sd1");
+    let mut plain = Original::named("sd1");
+    let unet = |name: &str| name.starts_with("model.diffusion_model.");
+    let matrices: Vec<String> = small
+        .tensors
+        .iter()
+        .filter(|(name, (shape, ..))| unet(name) && shape.len() > 1 && shape.iter().product::<usize>() < 10_000)
+        .map(|(name, _)| name.clone())
+        .collect();
+    assert!(matrices.len() > 100);
+    for (i, name) in matrices.iter().enumerate() {
+        let format = [Dtype::F8_E4M3, Dtype::F8_E5M2][i % 2];
+        let scale = [1.0, 0.03, 7.5][i % 3];
+        let (_, values, dtype) = small.tensors.get_mut(name).unwrap();
+        *dtype = format;
+        let held: Vec<f32> = values.iter().map(|&x| eight_bits(x, format).1).collect();
+        *plain.tensors.get_mut(name).unwrap() =
+            (plain.tensors[name].0.clone(), held.iter().map(|x| x * scale).collect(), Dtype::F32);
+        if scale != 1.0 {
+            let stem = name.strip_suffix("weight").unwrap();
+            let shape = if i % 2 == 0 { vec![] } else { vec![1] };
+            small.tensors.insert(format!("{stem}scale_weight"), (shape, vec![scale], Dtype::F32));
+            small.tensors.insert(format!("{stem}scale_input"), (vec![], vec![2.0], Dtype::F32));
+        }
+    }
+    small.tensors.insert("model.diffusion_model.scaled_fp8".into(), (vec![0], vec![], Dtype::F8_E4M3));
+    let (small, plain) = (small.open().unwrap(), plain.open().unwrap());
+    let tensors = [&small, &plain].map(|source| source.tensors("unet").unwrap());
+    let mut names: Vec<_> = tensors[0].entries().collect();
+    names.sort();
+    for &(name, shape) in &names {
+        let [ours, truth] = [0, 1].map(|i| tensors[i].read(name, &[shape]).unwrap());
+        assert_eq!(ours, truth, "{name}");
+    }
+    assert_eq!(names.len(), tensors[1].entries().count());
+    assert_eq!(tensors[0].fingerprint().unwrap(), tensors[1].fingerprint().unwrap());
+
+    // A scale of each row is another format, and one that is not finite is damage.
+    let name = "model.diffusion_model.out.2.";
+    let mut odd = Original::named("sd1");
+    odd.tensors.get_mut(&format!("{name}weight")).unwrap().2 = Dtype::F8_E4M3;
+    odd.add(&format!("{name}scale_weight"), &[4]);
+    odd.refused(&["scale_weight", "[4]"]);
+    odd.tensors.insert(format!("{name}scale_weight"), (vec![], vec![f32::NAN], Dtype::F32));
+    odd.refused(&["scale_weight", "NaN"]);
+}
+
 #[test]
 fn truncated() {
     let original = Original::named("sd1");
@@ -362,8 +430,13 @@ fn files_that_are_something_else() {
     for (content, words) in [
         (&b"\x89PNG\r\n\x1a\n, and more bytes than a header's length takes"[..], &["not a whole"][..]),
         (b"\x08\0\0\0\0\0\0\0{}      ", &["`nothing`"]),
-        (b"PK\x03\x04\0\0\x08\x08\0\0", &["pickled", "convert it to safetensors"]),
-        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9", &["pickled", "convert it to safetensors"]),
+        (b"PK\x03\x04\0\0\x08\x08\0\0", &["torch.save", "save it anew"]),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9", &["before PyTorch 1.6", "nothing was run"]),
+        (b"GGUF\x03\0\0\0\x10\0\0\0\0\0\0\0", &["GGUF", "safetensors file that it was made from"]),
+        (b"<!DOCTYPE html><html><head>", &["web page", "download it again"]),
+        (b"{\"error\": \"Unauthorized\"}", &["JSON", "download"]),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", &["Git LFS", "git lfs pull"]),
+        (b"", &["not a whole"]),
     ] {
         for name in ["a model.safetensors", "a model.ckpt"] {
             std::fs::write(folder.path().join(name), content).unwrap();

@@ -23,8 +23,8 @@ use std::time::Instant;
 enum Component {
     /// input_ids [B,77] -> last_hidden_state, penultimate_hidden_state, text_embeds
     Text,
-    /// sample [B,4,H,W], timestep [1] or [B], encoder_hidden_states [B,77,D] (text_embeds, time_ids; ram, sam [C,R,R],
-    /// added to the bottleneck) -> sample, mid
+    /// sample [B,4,H,W], timestep [1] or [B], encoder_hidden_states [B,77,D] (text_embeds, time_ids, timestep_cond;
+    /// ram, sam [C,R,R], added to the bottleneck) -> sample, mid
     Unet,
     /// latents [B,4,H,W], already divided by the scaling factor -> image
     VaeDecode,
@@ -207,7 +207,7 @@ fn probe_unet(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Nam
     executor.write("sample", &nhwc(&sample.floats(), c, h * w))?;
     executor.write("timestep", &(0..n).map(|i| timestep[i % timestep.len()]).collect::<Vec<_>>())?;
     executor.write("encoder_hidden_states", &states.floats())?;
-    for name in ["text_embeds", "time_ids"] {
+    for name in ["text_embeds", "time_ids", "timestep_cond"] {
         if executor.plan().graph().find_input(name).is_some() {
             let graph = executor.plan().graph();
             let width = graph.shape(graph.input(name)).len() / n;

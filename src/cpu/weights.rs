@@ -1,5 +1,5 @@
 //! Weights as the CPU's operations read them. Matrices are packed for [`super::gemm`], in fp16 if all of a matrix's
-//! tensors are, which loses nothing. Everything else is in fp32.
+//! tensors fit into it, which loses nothing. Everything else is in fp32.
 
 use super::gemm::{Matrix, PANEL, packed_len};
 use super::pages;
@@ -7,7 +7,7 @@ use super::rounded::Rounded;
 use crate::Result;
 use crate::backend::{PackedWeights, Precision};
 use crate::graph::{WeightId, WeightKind, WeightSpec};
-use crate::weights::{Format, Number, Stored, Tensors};
+use crate::weights::{Number, Stored, Tensors};
 use half::f16;
 use memmap2::MmapMut;
 use rayon::prelude::*;
@@ -56,7 +56,7 @@ impl Form {
             return Form::Rounded(precision);
         }
         let matrix = matches!(spec.kind, WeightKind::Matrix { .. } | WeightKind::Mirrored { .. });
-        let half = matrix && parts.iter().all(|part| part.format == Format::F16);
+        let half = matrix && parts.iter().all(Stored::fits_half);
         if half { Form::Half } else { Form::Single }
     }
 
@@ -461,7 +461,9 @@ mod tests {
             for place in [5, 9] {
                 cases[place] = Case::new(kind.clone(), vec![20, 50], 360, &mut random);
                 cases[place].spec.names[1] = format!("bad {place}");
-                [17_000, 7_777].into_iter().for_each(|position| cases[place].damage(1, position, f64::NAN));
+                for position in [17_000, 7_777] {
+                    cases[place].damage(1, position, f64::NAN);
+                }
             }
             let problem = "tensor `bad 5` holds NaN at position 7777";
             assert_eq!(load(&cases).map(drop).unwrap_err().problem(), problem, "{:?}", cases[5]);

@@ -18,7 +18,9 @@ use crate::backend::{Denoiser, Precision, Weights};
 use crate::device::Device;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Extent, Graph, Shape};
-use crate::models::{UNetConfig, UNetInput, VaeConfig, unet, unet_with_reuse, vae_decoder};
+use crate::models::{
+    MidBlock, UNetConfig, UNetInput, VaeConfig, guidance_embedding, unet, unet_with_reuse, vae_decoder,
+};
 use crate::plan::Plan;
 use crate::weights::{Source, Tensors};
 use crate::{Error, Result};
@@ -26,7 +28,7 @@ use std::sync::Arc;
 use text::{TextEncoders, time_ids};
 
 /// Inputs of a UNet that stay the same over the steps of an image. Nodes that depend on them alone run once per image.
-pub const UNET_CONSTANTS: &[&str] = &["encoder_hidden_states", "text_embeds", "time_ids"];
+pub const UNET_CONSTANTS: &[&str] = &["encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"];
 
 /// Largest width and height.
 const MAX_SIZE: usize = 8192;
@@ -180,6 +182,38 @@ impl Engine {
         self.0.text.inputs(&rows)
     }
 
+    /// True if the UNet reads the guidance scale as an input, as latent consistency models do. Then it is called once
+    /// for an image at any scale, and negative prompts have no effect.
+    pub fn reads_guidance(&self) -> bool {
+        self.0.unet.config.time_cond_proj_dim.is_some()
+    }
+
+    /// The UNet's input for rows of these guidance scales, if it reads them.
+    fn guidance_input(&self, rows: impl Iterator<Item = f32>) -> Option<(&'static str, Vec<f32>)> {
+        let width = self.0.unet.config.time_cond_proj_dim?;
+        Some(("timestep_cond", rows.flat_map(|guidance| guidance_embedding(guidance, width)).collect()))
+    }
+
+    /// True if a session with these options has unconditional rows.
+    fn has_negatives(&self, options: SessionOptions) -> bool {
+        options.guided && !self.reads_guidance()
+    }
+
+    /// Checks that the UNet has a bottleneck to which concepts can be added.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Unsupported`].
+    pub(crate) fn check_concepts(&self) -> Result<()> {
+        match self.0.unet.config.mid {
+            MidBlock::None => Err(Error::unsupported(
+                self.0.source.path("unet/config.json"),
+                "concepts are added to the output of the UNet's middle block, and this UNet has none",
+            )
+            .advise("use the model that it was distilled from")),
+            _ => Ok(()),
+        }
+    }
+
     /// Tokens of a prompt, padding included.
     pub(crate) fn tokens(&self) -> usize {
         self.0.text.tokens()
@@ -217,9 +251,14 @@ impl Engine {
         [options.batch, vae.latent_channels, height / vae.scale(), width / vae.scale()]
     }
 
-    /// The guidance scale that is diffusers' default for such a checkpoint: 7.5, and for SDXL 5.
+    /// The guidance scale that is diffusers' default for such a checkpoint: 7.5, for SDXL 5, and 8.5 if the UNet reads
+    /// it.
     pub fn default_guidance(&self) -> f32 {
-        if self.0.text.sized() { 5.0 } else { 7.5 }
+        match (self.reads_guidance(), self.0.text.sized()) {
+            (true, _) => 8.5,
+            (false, true) => 5.0,
+            (false, false) => 7.5,
+        }
     }
 
     /// The memory plan of a session, without making the session.
@@ -284,9 +323,12 @@ impl Engine {
 
     fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {
         self.check_size(options)?;
-        let SessionOptions { size: Size { width, height }, batch, guided, concepts, reuse } = options;
+        let SessionOptions { size: Size { width, height }, batch, concepts, reuse, .. } = options;
+        if concepts {
+            self.check_concepts()?;
+        }
         let scale = self.0.vae.config.scale();
-        let rows = if guided { 2 * batch } else { batch };
+        let rows = if self.has_negatives(options) { 2 * batch } else { batch };
         let shifted = if concepts { batch } else { 0 };
         let Parts { device, text, unet: network, .. } = &*self.0;
         let input = UNetInput { rows, h: height / scale, w: width / scale, tokens: text.tokens(), shifted };

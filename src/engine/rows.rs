@@ -46,6 +46,7 @@ struct InWork {
     prompt: Conditioning,
     negative: Option<Conditioning>,
     time_ids: [f32; 6],
+    guidance: f32,
     done: usize,
     total: usize,
 }
@@ -56,8 +57,8 @@ pub(super) struct Rows {
     options: SessionOptions,
     denoiser: Box<dyn Denoiser>,
     images: Vec<Option<InWork>>,
-    /// The slots of the rows, and the encodings of all rows, as they were conditioned last.
-    placed: Option<(Vec<usize>, Vec<Row>)>,
+    /// The slots of the rows, and the encodings and guidance scales of all rows, as they were conditioned last.
+    placed: Option<(Vec<usize>, Vec<Row>, Vec<f32>)>,
 }
 
 impl Rows {
@@ -104,7 +105,7 @@ impl Rows {
         if !guidance.is_finite() {
             return Err(Error::invalid("guidance", format!("{guidance} is not finite")).advise("7.5 is usual"));
         }
-        if guidance > 1.0 && !self.options.guided {
+        if guidance > 1.0 && !self.options.guided && !self.engine.reads_guidance() {
             let problem = format!("{guidance} in a session without guidance");
             return Err(Error::invalid("guidance", problem).advise("give 1, or make a session with guidance"));
         }
@@ -134,7 +135,7 @@ impl Rows {
             None => self.engine.0.text.encode(None),
         };
         let prompt = encode(Some(&image.prompt))?;
-        let negative = self.options.guided.then(|| encode(image.negative.as_ref())).transpose()?;
+        let negative = self.engine.has_negatives(self.options).then(|| encode(image.negative.as_ref())).transpose()?;
         let shift = self.options.concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &image.concepts));
         let guidance = image.guidance.unwrap_or(self.engine.default_guidance());
         let Schedule { steps, init_noise_sigma, .. } = &settings.schedule;
@@ -149,7 +150,7 @@ impl Rows {
         };
         self.denoiser.begin(slot, run)?;
         let (time_ids, total) = (settings.time_ids, steps.len());
-        self.images[slot] = Some(InWork { prompt, negative, time_ids, done: 0, total });
+        self.images[slot] = Some(InWork { prompt, negative, time_ids, guidance, done: 0, total });
         Ok(())
     }
 
@@ -196,15 +197,22 @@ impl Rows {
         let filled = || images().chain(images().next_back().into_iter().cycle()).take(capacity);
         let without = filled().filter_map(|image| Some((image.negative.clone()?, image.time_ids)));
         let rows: Vec<_> = without.chain(filled().map(|image| (image.prompt.clone(), image.time_ids))).collect();
-        let same = |(last_slots, last): &(Vec<usize>, Vec<Row>)| {
+        let guidance: Vec<f32> = match self.engine.reads_guidance() {
+            true => filled().map(|image| image.guidance).collect(),
+            false => Vec::new(),
+        };
+        let same = |(last_slots, last, scales): &(Vec<usize>, Vec<Row>, Vec<f32>)| {
             let equal = |((last, last_ids), (row, ids)): (&Row, &Row)| last.is(row) && last_ids == ids;
-            last_slots == slots && last.len() == rows.len() && last.iter().zip(&rows).all(equal)
+            let alike = last_slots == slots && last.len() == rows.len() && *scales == guidance;
+            alike && last.iter().zip(&rows).all(equal)
         };
         if !self.placed.as_ref().is_some_and(same) {
             // A failure leaves the inputs half written.
             self.placed = None;
-            self.denoiser.place(slots, &self.engine.0.text.inputs(&rows)?)?;
-            self.placed = Some((slots.to_vec(), rows));
+            let mut inputs = self.engine.0.text.inputs(&rows)?;
+            inputs.extend(self.engine.guidance_input(guidance.iter().copied()));
+            self.denoiser.place(slots, &inputs)?;
+            self.placed = Some((slots.to_vec(), rows, guidance));
         }
         Ok(())
     }

@@ -223,16 +223,25 @@ pub struct UNetLevel {
     pub channels: usize,
     /// `layers_per_block`: resnets of the down half; the up half has one more.
     pub layers: usize,
-    /// `transformer_layers_per_block`: blocks of each transformer.
-    pub transformer_layers: usize,
+    /// Blocks of the transformer after each resnet of the down half; empty if there are no transformers.
+    pub down: Vec<usize>,
+    /// The same for the up half.
+    pub up: Vec<usize>,
     /// Attention heads.
     pub heads: usize,
     /// True if the first attention of a block reads the prompt instead of the image.
     pub only_cross_attention: bool,
-    /// True if there are transformers in the down half.
-    pub down_attention: bool,
-    /// True if there are transformers in the up half.
-    pub up_attention: bool,
+}
+
+/// The block between a UNet's halves.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum MidBlock {
+    /// There is none, as in BK-SDM.
+    None,
+    /// One resnet, as in SSD-1B.
+    Resnet,
+    /// Two resnets, and between them a transformer of so many blocks.
+    Attention(usize),
 }
 
 /// SDXL's `addition_embed_type: text_time`: a pooled prompt and six numbers about the picture's size.
@@ -249,12 +258,14 @@ pub struct TextTime {
 pub struct UNetConfig {
     /// Rows and columns of the latents it was trained on, if the configuration gives them.
     pub sample_size: Option<(usize, usize)>,
-    /// Channels of the latents.
+    /// Channels of the input: those of the latents, and in a UNet for inpainting those of a mask and a masked picture.
     pub in_channels: usize,
     /// Channels of the prediction.
     pub out_channels: usize,
     /// From the finest to the coarsest.
     pub levels: Vec<UNetLevel>,
+    /// The block between the halves.
+    pub mid: MidBlock,
     /// Channels of a prompt's token.
     pub cross_attention_dim: usize,
     /// Groups of the group norms.
@@ -267,6 +278,9 @@ pub struct UNetConfig {
     pub freq_shift: f32,
     /// Channels of the projected timestep.
     pub time_embedding_dim: usize,
+    /// Channels of the guidance scale's embedding, if the UNet reads one in place of being guided (Meng et al., arXiv
+    /// 2210.03142; Luo et al., arXiv 2310.04378).
+    pub time_cond_proj_dim: Option<usize>,
     /// Divides the output of the mid block's resnets.
     pub mid_block_scale_factor: f32,
     /// True if the timestep scales and shifts inside a resnet (`resnet_time_scale_shift`), false if it is only added.
@@ -289,8 +303,6 @@ impl UNetConfig {
             "encoder_hid_dim",
             "encoder_hid_dim_type",
             "num_class_embeds",
-            "reverse_transformer_layers_per_block",
-            "time_cond_proj_dim",
             "time_embedding_act_fn",
             "timestep_post_act",
         ] {
@@ -304,7 +316,6 @@ impl UNetConfig {
         r.only("conv_in_kernel", &[3.into()])?;
         r.only("conv_out_kernel", &[3.into()])?;
         r.only("downsample_padding", &[1.into()])?;
-        r.only("mid_block_type", &["UNetMidBlock2DCrossAttn".into()])?;
         r.only("time_embedding_type", &["positional".into()])?;
         r.ignore(&[
             "addition_embed_type_num_heads",
@@ -328,7 +339,7 @@ impl UNetConfig {
         ]);
 
         let norm_num_groups = r.size("norm_num_groups", 32, MAX_CHANNELS)?;
-        let (levels, cross_attention_dim) = levels(&mut r, norm_num_groups)?;
+        let (levels, mid, cross_attention_dim) = levels(&mut r, norm_num_groups)?;
         let text_time = text_time(&mut r)?;
         let first = levels[0].channels;
         let config = UNetConfig {
@@ -350,23 +361,43 @@ impl UNetConfig {
                 "default".into(),
                 &[("default".into(), false), ("scale_shift".into(), true)],
             )?,
+            time_cond_proj_dim: match r.has("time_cond_proj_dim") {
+                true => Some(r.size("time_cond_proj_dim", 0, MAX_CHANNELS)?),
+                false => None,
+            },
             text_time,
             levels,
+            mid,
         };
         if first % 2 != 0 || first < 4 {
             return Err(r.error(format!("`block_out_channels` begins with {first}; supported: an even number from 4")));
+        }
+        if let Some(width) = config.time_cond_proj_dim
+            && (width % 2 != 0 || width < 4)
+        {
+            return Err(r.error(format!("`time_cond_proj_dim` is {width}; supported: an even number from 4")));
         }
         r.finish()?;
         Ok(config)
     }
 }
 
-/// The settings that are given for each level, and the width of the prompt's tokens.
-fn levels(r: &mut Reader, groups: usize) -> Result<(Vec<UNetLevel>, usize)> {
+/// The settings that are given for each level, the middle block, and the width of the prompt's tokens.
+fn levels(r: &mut Reader, groups: usize) -> Result<(Vec<UNetLevel>, MidBlock, usize)> {
     let channels = r.list("block_out_channels", &[320, 640, 1280, 1280], MAX_LEVELS, MAX_CHANNELS)?;
     let count = channels.len();
     let layers = r.sizes("layers_per_block", 2, count, 16)?;
-    let transformer_layers = r.sizes("transformer_layers_per_block", 1, count, MAX_LAYERS)?;
+    let up_layers: Vec<usize> = layers.iter().rev().map(|resnets| resnets + 1).collect();
+    let down_depths = r.depths("transformer_layers_per_block", &layers, MAX_LAYERS)?;
+    let up_depths = match r.has("reverse_transformer_layers_per_block") {
+        true => r.depths("reverse_transformer_layers_per_block", &up_layers, MAX_LAYERS)?,
+        false if down_depths.iter().any(|depths| depths.iter().any(|&depth| depth != depths[0])) => {
+            let problem = "`transformer_layers_per_block` differs within a block, so that the up half needs \
+                           `reverse_transformer_layers_per_block`";
+            return Err(r.error(problem));
+        }
+        false => down_depths.iter().rev().zip(&up_layers).map(|(depths, &resnets)| vec![depths[0]; resnets]).collect(),
+    };
     // `attention_head_dim` has always held the number of heads; its name is a mistake too widespread to undo.
     let default_heads = r.sizes("attention_head_dim", 8, count, MAX_CHANNELS)?;
     let heads = match r.has("num_attention_heads") {
@@ -379,8 +410,12 @@ fn levels(r: &mut Reader, groups: usize) -> Result<(Vec<UNetLevel>, usize)> {
     let default = json!([cross_down, cross_down, cross_down, down]);
     let down_attention = r.names("down_block_types", default, count, &[(cross_down, true), (down, false)])?;
     let default = json!([up, cross_up, cross_up, cross_up]);
-    let mut up_attention = r.names("up_block_types", default, count, &[(cross_up, true), (up, false)])?;
-    up_attention.reverse();
+    let up_attention = r.names("up_block_types", default, count, &[(cross_up, true), (up, false)])?;
+    let only = |depths: &[usize], attends: bool| if attends { depths.to_vec() } else { Vec::new() };
+    let cross_mid = MidBlock::Attention(down_depths.last().map_or(1, |depths| depths[0]));
+    let mids = [("UNetMidBlock2DCrossAttn".into(), cross_mid), ("UNetMidBlock2D".into(), MidBlock::Resnet)];
+    let mids = [&mids[..], &[(Value::Null, MidBlock::None)]].concat();
+    let mid = r.choice("mid_block_type", "UNetMidBlock2DCrossAttn".into(), &mids)?;
 
     let widths = r.sizes("cross_attention_dim", 1280, count, MAX_CHANNELS)?;
     if widths.iter().any(|w| *w != widths[0]) {
@@ -390,16 +425,16 @@ fn levels(r: &mut Reader, groups: usize) -> Result<(Vec<UNetLevel>, usize)> {
         .map(|i| UNetLevel {
             channels: channels[i],
             layers: layers[i],
-            transformer_layers: transformer_layers[i],
+            down: only(&down_depths[i], down_attention[i]),
+            up: only(&up_depths[count - 1 - i], up_attention[count - 1 - i]),
             heads: heads[i],
             only_cross_attention: only_cross_attention[i],
-            down_attention: down_attention[i],
-            up_attention: up_attention[i],
         })
         .collect();
     check_groups(r, &channels, groups)?;
     for (i, level) in levels.iter().enumerate() {
-        let attends = level.down_attention || level.up_attention || i + 1 == count;
+        let in_middle = i + 1 == count && matches!(mid, MidBlock::Attention(_));
+        let attends = !level.down.is_empty() || !level.up.is_empty() || in_middle;
         if attends && level.channels % level.heads != 0 {
             let UNetLevel { channels, heads, .. } = level;
             return Err(r.error(format!(
@@ -407,7 +442,7 @@ fn levels(r: &mut Reader, groups: usize) -> Result<(Vec<UNetLevel>, usize)> {
             )));
         }
     }
-    Ok((levels, widths[0]))
+    Ok((levels, mid, widths[0]))
 }
 
 fn check_groups(r: &Reader, channels: &[usize], groups: usize) -> Result<()> {

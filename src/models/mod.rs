@@ -14,7 +14,7 @@ mod vae;
 
 pub use clip::{text_encoder, vision_encoder};
 pub use config::{
-    ClipConfig, ClipLayers, ClipVisionConfig, TextTime, UNetConfig, UNetLevel, VaeConfig, parse_clip_model,
+    ClipConfig, ClipLayers, ClipVisionConfig, MidBlock, TextTime, UNetConfig, UNetLevel, VaeConfig, parse_clip_model,
 };
-pub use unet::{UNetInput, unet, unet_halves, unet_with_reuse};
+pub use unet::{UNetInput, guidance_embedding, unet, unet_halves, unet_with_reuse};
 pub use vae::{vae_decoder, vae_encoder};

@@ -60,6 +60,23 @@ impl<'a> Reader<'a> {
         self.each(key, default, count, |r, v| r.as_size(key, v, max))
     }
 
+    /// A whole number for each layer of each level: one from 1 that all share, or a list with an entry for each level,
+    /// which is a number for all of its layers, 0 included, or a list with one for each of them.
+    pub(super) fn depths(&mut self, key: &str, layers: &[usize], max: usize) -> Result<Vec<Vec<usize>>> {
+        let value = self.keys.remove(key).unwrap_or_else(|| 1.into());
+        let Value::Array(_) = value else {
+            let depth = self.as_size(key, &value, max)?;
+            return Ok(layers.iter().map(|&layers| vec![depth; layers]).collect());
+        };
+        let depth = |value: &Value| if value == 0 { Ok(0) } else { self.as_size(key, value, max) };
+        let level = |(value, &layers): (&Value, &usize)| match value {
+            Value::Array(list) if list.len() == layers => list.iter().map(depth).collect(),
+            Value::Array(_) => Err(self.unsupported(key, value, format!("a list of {layers}, one for each layer"))),
+            _ => Ok(vec![depth(value)?; layers]),
+        };
+        self.as_list(key, &value, layers.len())?.iter().zip(layers).map(level).collect()
+    }
+
     fn as_size(&self, key: &str, value: &Value, max: usize) -> Result<usize> {
         let size = value.as_u64().and_then(|v| usize::try_from(v).ok()).filter(|v| (1..=max).contains(v));
         size.ok_or_else(|| self.unsupported(key, value, format!("a whole number from 1 to {max}")))

@@ -2,7 +2,7 @@
 //! arXiv 2307.01952).
 
 use super::blocks::{Resnet, Time, attention, downsample, upsample};
-use super::{UNetConfig, UNetLevel};
+use super::{MidBlock, UNetConfig, UNetLevel};
 use crate::graph::{Activation, ConvOptions, Graph, GraphBuilder, Shape, Sources, TensorId, View};
 
 /// Added to the variance in the group norm that begins a transformer.
@@ -36,7 +36,8 @@ impl Default for UNetInput {
 ///
 /// Inputs: `sample` `[rows, h, w, in_channels]`, `timestep` `[rows, 1, 1, 1]`, `encoder_hidden_states`
 /// `[rows, 1, tokens, cross_attention_dim]`; for SDXL also `text_embeds` `[rows, 1, 1, text_embed_dim]` and `time_ids`
-/// `[rows, 1, 1, 6]`; unless `shifted` is 0 also `shift` `[shifted, h', w', c]`. Outputs: `sample`
+/// `[rows, 1, 1, 6]`; for one that reads the guidance scale `timestep_cond` `[rows, 1, 1, time_cond_proj_dim]`
+/// ([`guidance_embedding`]); unless `shifted` is 0 also `shift` `[shifted, h', w', c]`. Outputs: `sample`
 /// `[rows, h, w, out_channels]`, and `mid` `[rows, h', w', c]`, the bottleneck before the shift.
 pub fn unet(config: &UNetConfig, input: UNetInput) -> Graph {
     whole(config, input, false)
@@ -104,6 +105,16 @@ pub fn unet_halves(config: &UNetConfig, input: UNetInput) -> (Graph, Graph) {
     (first, second.g.finish())
 }
 
+/// The embedding of a guidance scale of which a UNet reads `width` channels (Meng et al., arXiv 2210.03142): sines and
+/// cosines of `1000 (guidance - 1)`, in fp32 as diffusers' `get_guidance_scale_embedding` computes them.
+pub fn guidance_embedding(guidance: f32, width: usize) -> Vec<f32> {
+    let half = width / 2;
+    let scaled = (f64::from(guidance) - 1.0) as f32 * 1000.0;
+    let step = 10_000f32.ln() / (half - 1) as f32;
+    let angles = move |i: usize| scaled * f64::from(i as f32 * -step).exp() as f32;
+    (0..half).map(move |i| angles(i).sin()).chain((0..half).map(move |i| angles(i).cos())).collect()
+}
+
 /// The latents.
 fn sample(g: &mut GraphBuilder, config: &UNetConfig, input: UNetInput) -> TensorId {
     g.input("sample", Shape::new(input.rows, input.h, input.w, config.in_channels))
@@ -119,7 +130,13 @@ fn context(g: &mut GraphBuilder, config: &UNetConfig, input: UNetInput) -> Tenso
 fn time_embedding(g: &mut GraphBuilder, config: &UNetConfig, rows: usize) -> TensorId {
     let (flip, shift) = (config.flip_sin_to_cos, config.freq_shift);
     let timestep = g.input("timestep", Shape::new(rows, 1, 1, 1));
-    let time = g.sinusoid("time_proj", timestep, config.levels[0].channels, flip, shift); // [n, 1, 1, c]
+    let channels = config.levels[0].channels;
+    let mut time = g.sinusoid("time_proj", timestep, channels, flip, shift); // [n, 1, 1, c]
+    if let Some(width) = config.time_cond_proj_dim {
+        let guidance = g.input("timestep_cond", Shape::new(rows, 1, 1, width));
+        let options = ConvOptions { bias: false, residual: Some(time), ..ConvOptions::default() };
+        time = g.linear("time_embedding.cond_proj", guidance, channels, options); // [n, 1, 1, c]
+    }
     let embed = |g: &mut GraphBuilder, name: &str, x: Sources, residual| {
         let silu = ConvOptions { activation: Activation::Silu, ..ConvOptions::default() };
         let x = g.linear(&format!("{name}.linear_1"), x, config.time_embedding_dim, silu); // [n, 1, 1, time]
@@ -163,10 +180,15 @@ impl UNet<'_> {
         let resnets = levels.iter().enumerate().flat_map(|(i, level)| {
             (0..level.layers).map(move |j| (format!("down_blocks.{i}.resnets.{j}"), level.channels))
         });
+        let resnets_in_middle = match self.config.mid {
+            MidBlock::None => 0,
+            MidBlock::Resnet => 1,
+            MidBlock::Attention(_) => 2,
+        };
         let middle = levels
             .last()
             .into_iter()
-            .flat_map(|level| (0..2).map(|j| (format!("mid_block.resnets.{j}"), level.channels)));
+            .flat_map(|level| (0..resnets_in_middle).map(move |j| (format!("mid_block.resnets.{j}"), level.channels)));
         self.project_time(resnets.chain(middle).collect());
         let mut x = self.g.conv("conv_in", sample, levels[0].channels, ConvOptions::conv3x3()); // [n, h, w, c]
         let mut skips = vec![x];
@@ -174,8 +196,14 @@ impl UNet<'_> {
             let name = format!("down_blocks.{i}");
             for j in 0..level.layers {
                 x = self.resnet(&format!("{name}.resnets.{j}"), x, level.channels, 1.0);
-                if level.down_attention {
-                    x = self.transformer(&format!("{name}.attentions.{j}"), x, level, level.only_cross_attention);
+                if let Some(&depth) = level.down.get(j) {
+                    x = self.transformer(
+                        &format!("{name}.attentions.{j}"),
+                        x,
+                        level,
+                        depth,
+                        level.only_cross_attention,
+                    );
                 }
                 skips.push(x);
             }
@@ -190,9 +218,14 @@ impl UNet<'_> {
     fn middle(&mut self, mut x: TensorId) -> TensorId {
         let scale = self.config.mid_block_scale_factor.recip();
         let Some(level) = self.config.levels.last() else { return x };
-        x = self.resnet("mid_block.resnets.0", x, level.channels, scale);
-        x = self.transformer("mid_block.attentions.0", x, level, false);
-        self.resnet("mid_block.resnets.1", x, level.channels, scale)
+        if self.config.mid != MidBlock::None {
+            x = self.resnet("mid_block.resnets.0", x, level.channels, scale);
+        }
+        if let MidBlock::Attention(depth) = self.config.mid {
+            x = self.transformer("mid_block.attentions.0", x, level, depth, false);
+            x = self.resnet("mid_block.resnets.1", x, level.channels, scale);
+        }
+        x
     }
 
     /// Adds the input `shift` to the bottleneck of the last `shifted` rows, if there are any.
@@ -219,8 +252,14 @@ impl UNet<'_> {
                 }
                 let sources = Sources { x, skip: skips.pop() };
                 x = self.resnet(&format!("{name}.resnets.{j}"), sources, level.channels, 1.0);
-                if level.up_attention {
-                    x = self.transformer(&format!("{name}.attentions.{j}"), x, level, level.only_cross_attention);
+                if let Some(&depth) = level.up.get(j) {
+                    x = self.transformer(
+                        &format!("{name}.attentions.{j}"),
+                        x,
+                        level,
+                        depth,
+                        level.only_cross_attention,
+                    );
                 }
             }
             // The size is that of the next level in the down half, which need not be twice the current one.
@@ -246,12 +285,20 @@ impl UNet<'_> {
         resnet.build(&mut self.g, name, sources, channels)
     }
 
-    fn transformer(&mut self, name: &str, image: TensorId, level: &UNetLevel, only_cross: bool) -> TensorId {
+    /// A transformer of `depth` blocks.
+    fn transformer(
+        &mut self,
+        name: &str,
+        image: TensorId,
+        level: &UNetLevel,
+        depth: usize,
+        only_cross: bool,
+    ) -> TensorId {
         let channels = level.channels;
         let groups = self.config.norm_num_groups;
         let x = self.g.group_norm(&format!("{name}.norm"), image, groups, TRANSFORMER_EPS, false, None); // [n, h, w, c]
         let mut x = self.g.linear(&format!("{name}.proj_in"), x, channels, ConvOptions::default()); // [n, h, w, c]
-        for i in 0..level.transformer_layers {
+        for i in 0..depth {
             x = self.transformer_block(&format!("{name}.transformer_blocks.{i}"), x, level.heads, only_cross);
         }
         let add = ConvOptions { residual: Some(image), ..ConvOptions::default() };

@@ -11,7 +11,7 @@ use crate::draws::Draws;
 use crate::engine::{Engine, SessionOptions, Size};
 use crate::graph::Keep;
 use crate::models::UNetInput;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, Subject};
 use std::time::{Duration, Instant};
 
 /// The goal of a training: the prompts.
@@ -124,6 +124,11 @@ impl Trainer {
     /// those of the weights.
     pub fn new(engine: &Engine, task: Task, recipe: Recipe, seed: u64, size: Size) -> Result<Self> {
         recipe.check()?;
+        if engine.reads_guidance() {
+            let problem = "its UNet reads the guidance scale, and concepts are trained with guidance";
+            return Err(Error::unsupported(Subject::Model(engine.name()), problem)
+                .advise("train on the model that it was distilled from; the concept may serve both"));
+        }
         let options = SessionOptions::new(size).batch(recipe.batch).concepts(true);
         engine.memory(options)?;
         let [batch, _, h, w] = engine.latent_shape(options);

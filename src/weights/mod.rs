@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 pub(crate) mod cases;
+mod foreign;
 #[cfg(feature = "download")]
 pub mod hub;
 pub(crate) mod pickle;
@@ -177,7 +178,7 @@ impl Source {
         match self {
             Source::Single(file) => file.tensors(component),
             Source::Random(..) => Ok(Tensors::random()),
-            _ => Tensors::open(self, component),
+            _ => Tensors::open(self, component, component),
         }
     }
 }

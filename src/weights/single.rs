@@ -1,4 +1,4 @@
-//! Single-file checkpoints: one safetensors file with all weights under the names of the original code (CompVis',
+//! Single-file checkpoints: one file of safetensors or of `torch.save` with all weights under the names of the original code (CompVis',
 //! Stability AI's, OpenCLIP's), and no configurations.
 
 mod configs;
@@ -15,8 +15,6 @@ pub(super) use names::text_model;
 use prediction::Prediction;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 const UNET: &str = "model.diffusion_model.";
@@ -31,10 +29,6 @@ const TOWERS: [(&str, &str, bool); 5] = [
     ("text_encoder", "conditioner.embedders.0.model.", true),
     ("text_encoder_2", "conditioner.embedders.1.model.", true),
 ];
-
-/// The first bytes of files of `torch.save`: of a zip file, or before torch 1.6 of a pickle. No safetensors file begins
-/// with them, because its first bytes are the header's length, and no header is that long.
-const PICKLES: [&[u8; 4]; 2] = [b"PK\x03\x04", b"\x80\x02\x8a\x0a"];
 
 /// Layers of OpenCLIP-H that Stable Diffusion 2.x computes: it reads the output of the last but one of the 24.
 const OPEN_CLIP_H_LAYERS: usize = 23;
@@ -65,13 +59,6 @@ impl fmt::Debug for SingleFile {
 impl SingleFile {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let refuse = |problem: &'static str| Error::unsupported(path, problem);
-        let mut start = [0; 4];
-        File::open(path).and_then(|mut file| file.read(&mut start)).map_err(Error::io("open", path))?;
-        if PICKLES.contains(&&start) {
-            return Err(refuse("pickled checkpoints are not supported, as reading one can run code").advise(
-                "convert it to safetensors (safetensors.torch.save_file of its state_dict) and give that file",
-            ));
-        }
         let all = Tensors::open_file(path)?;
         let under = |prefix: &str| {
             all.renamed(|name| {

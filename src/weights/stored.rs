@@ -21,12 +21,17 @@ pub enum Format {
     F32,
     /// IEEE double precision.
     F64,
+    /// Eight bits with four of exponent, no infinities, and one NaN of each sign (Micikevicius et al., arXiv 2209.05433).
+    F8E4M3,
+    /// Eight bits with five of exponent: the upper half of a number in half precision.
+    F8E5M2,
 }
 
 impl Format {
     /// Bytes per number.
     pub fn bytes(self) -> usize {
         match self {
+            Format::F8E4M3 | Format::F8E5M2 => 1,
             Format::F16 | Format::BF16 => 2,
             Format::F32 => 4,
             Format::F64 => 8,
@@ -45,6 +50,8 @@ pub struct Stored<'a> {
     pub format: Format,
     /// True if the file holds the matrix with rows and columns exchanged, as `[width, outputs]`.
     pub transposed: bool,
+    /// Multiplies every number of the file.
+    pub scale: f32,
     /// Rows of the matrix or table, or elements of the vector.
     pub outputs: usize,
     /// Numbers per row (`inputs * kernel * kernel`); 1 for vectors.
@@ -79,6 +86,11 @@ impl Number for f32 {
                     Format::BF16 => convert(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
                     Format::F32 => convert(bytes, out, f32::from_le_bytes),
                     Format::F64 => convert(bytes, out, |b| f64::from_le_bytes(b) as f32),
+                    Format::F8E4M3 => convert(bytes, out, |[b]| E4M3[usize::from(b)].to_f32()),
+                    Format::F8E5M2 => convert(bytes, out, |[b]| e5m2(b).to_f32()),
+                }
+                if stored.scale != 1.0 {
+                    out.iter_mut().for_each(|x| *x *= stored.scale);
                 }
             }
             Data::Random { seed, center, scale } => {
@@ -94,15 +106,20 @@ impl Number for f32 {
     }
 }
 
-/// Reads the numbers of a file in fp16 as they are.
+/// Reads the numbers of a file for which [`Stored::fits_half`] holds.
 ///
-/// Panics for any other format.
+/// Panics for any other.
 impl Number for f16 {
     fn in_file(stored: &Stored, start: usize, out: &mut [f16]) -> bool {
-        let (Data::File(bytes), Format::F16) = (stored.data, stored.format) else {
+        let (Data::File(bytes), true) = (stored.data, stored.fits_half()) else {
             panic!("{} is not held in fp16", stored.name)
         };
-        convert(&bytes[start * size_of::<f16>()..], out, f16::from_le_bytes);
+        let bytes = &bytes[start * stored.format.bytes()..];
+        match stored.format {
+            Format::F8E4M3 => convert(bytes, out, |[b]| E4M3[usize::from(b)]),
+            Format::F8E5M2 => convert(bytes, out, |[b]| e5m2(b)),
+            _ => convert(bytes, out, f16::from_le_bytes),
+        }
         out.iter().fold(true, |finite, x| finite & x.is_finite())
     }
 }
@@ -116,6 +133,11 @@ impl<'a> Stored<'a> {
     /// True if there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// True if fp16 holds every number exactly.
+    pub fn fits_half(&self) -> bool {
+        matches!(self.format, Format::F16 | Format::F8E4M3 | Format::F8E5M2) && self.scale == 1.0
     }
 
     /// The number of bytes that [`Stored::bytes`] returns.
@@ -187,6 +209,33 @@ impl<'a> Stored<'a> {
         }
         Ok(out)
     }
+}
+
+/// The number of every byte in [`Format::F8E4M3`]. Fp16 holds all of them.
+static E4M3: [f16; 256] = {
+    let mut numbers = [f16::ZERO; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let (sign, exponent, mantissa) = (byte as u16 >> 7, byte as u16 >> 3 & 15, byte as u16 & 7);
+        let bits = match (exponent, mantissa) {
+            (15, 7) => f16::NAN.to_bits(),
+            // Fp16's bias is larger by 8.
+            (1.., _) => (exponent + 8) << 10 | mantissa << 7,
+            // Multiples of 2^-9, which are normal in fp16.
+            (0, 0) => 0,
+            (0, 1) => 6 << 10,
+            (0, 2 | 3) => 7 << 10 | (mantissa & 1) << 9,
+            (0, _) => 8 << 10 | (mantissa & 3) << 8,
+        };
+        numbers[byte] = f16::from_bits(sign << 15 | bits);
+        byte += 1;
+    }
+    numbers
+};
+
+/// The number of a byte in [`Format::F8E5M2`].
+fn e5m2(byte: u8) -> f16 {
+    f16::from_bits(u16::from(byte) << 8)
 }
 
 /// Converts numbers of `N` bytes each.

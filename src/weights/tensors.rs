@@ -1,12 +1,13 @@
-//! The safetensors files of one component, mapped into memory and never read whole.
+//! The files of one component, of safetensors or of `torch.save`, mapped into memory and never read whole.
 
 use super::single::text_model;
 use super::stored::{Data, Format, Stored};
-use super::{Source, inside};
+use super::{Source, foreign, inside, pickle};
 use crate::graph::{WeightKind, WeightSpec};
 use crate::{Error, Result};
 use half::f16;
 use memmap2::Mmap;
+use safetensors::tensor::TensorInfo;
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -48,6 +49,15 @@ struct Entry {
     range: std::ops::Range<usize>,
     /// True if the file holds the matrix with rows and columns exchanged.
     transposed: bool,
+    /// Multiplies every number.
+    scale: f32,
+}
+
+impl Entry {
+    /// A tensor of a component's first file.
+    fn new(dtype: Dtype, shape: Vec<usize>, range: std::ops::Range<usize>, transposed: bool) -> Self {
+        Entry { file: 0, dtype, shape, range, transposed, scale: 1.0 }
+    }
 }
 
 /// The part of a tensor of the original layout that is a tensor of the diffusers layout.
@@ -86,6 +96,11 @@ impl Part {
     }
 }
 
+/// Ends of the names of tensors that lie beside an 8-bit matrix, in files of ComfyUI and of others, and true for those
+/// that multiply the matrix.
+const SCALES: [(&str, bool); 4] =
+    [(".scale_weight", true), (".weight_scale", true), (".scale_input", false), (".input_scale", false)];
+
 /// The names of attention layers in VAEs that were saved before diffusers 0.18.
 const LEGACY: [(&str, &str); 4] =
     [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")];
@@ -96,45 +111,44 @@ impl Tensors {
         Tensors { files: Vec::new(), index: HashMap::new(), random: true }
     }
 
-    /// Finds and maps the weights of `component`. Full precision is preferred to fp16, and one file to shards.
-    pub(super) fn open(source: &Source, component: &str) -> Result<Self> {
+    /// Finds and maps the weights of `component` in the folder `place`. Full precision is preferred to fp16, one file to
+    /// shards, and safetensors to files of `torch.save`.
+    pub(super) fn open(source: &Source, place: &str, component: &str) -> Result<Self> {
         if component.starts_with("text_encoder") {
-            let tensors = Self::find_files(source, component, "model")?;
+            let tensors = Self::find_files(source, place, "model")?;
             return tensors.renamed(|name| vec![(text_model(name).unwrap_or_else(|| name.into()), Part::Whole)]);
         }
-        Self::find_files(source, component, if component.is_empty() { "model" } else { "diffusion_pytorch_model" })
+        Self::find_files(source, place, if component.is_empty() { "model" } else { "diffusion_pytorch_model" })
     }
 
-    fn find_files(source: &Source, component: &str, stem: &str) -> Result<Self> {
-        for variant in ["", ".fp16", ".bf16"] {
-            let whole = inside(component, &format!("{stem}{variant}.safetensors"));
-            if source.has(&whole) {
-                return Self::map(source, &[whole]);
-            }
-            // diffusers writes the variant in either place.
-            for index in [
-                inside(component, &format!("{stem}.safetensors.index{variant}.json")),
-                inside(component, &format!("{stem}{variant}.safetensors.index.json")),
-            ] {
-                if source.has(&index) {
-                    return Self::map(source, &shards(source, component, &index)?);
+    fn find_files(source: &Source, place: &str, stem: &str) -> Result<Self> {
+        let pickled = if stem == "model" { "pytorch_model" } else { stem };
+        for (stem, ending) in [(stem, "safetensors"), (pickled, "bin")] {
+            for variant in ["", ".fp16", ".bf16"] {
+                let whole = inside(place, &format!("{stem}{variant}.{ending}"));
+                if source.has(&whole) {
+                    return Self::map(source, &[whole]);
+                }
+                // diffusers writes the variant in either place.
+                for index in [
+                    inside(place, &format!("{stem}.{ending}.index{variant}.json")),
+                    inside(place, &format!("{stem}{variant}.{ending}.index.json")),
+                ] {
+                    if source.has(&index) {
+                        return Self::map(source, &shards(source, place, &index)?);
+                    }
                 }
             }
         }
-        let remedy = if source.has(&inside(component, &format!("{stem}.bin"))) {
-            "save the model again with safe_serialization=True: the .bin here is a pickle, which can run code when read"
-        } else {
-            "give a whole checkpoint"
-        };
-        Err(Error::damaged(source.path(component), format!("no {stem}.safetensors, fp16 variant or shard index here"))
-            .advise(remedy))
+        let problem = format!("no {stem}.safetensors, {pickled}.bin, fp16 variant or shard index here");
+        Err(Error::damaged(source.path(place), problem).advise("give a whole checkpoint"))
     }
 
     /// Opens a file that is not part of a component's folder.
     pub(crate) fn open_file(path: &Path) -> Result<Self> {
         let mut tensors = Self::none();
         tensors.add(path.to_path_buf(), Bytes::Mapped(map_file(path)?.into()))?;
-        Ok(tensors)
+        tensors.scaled()
     }
 
     fn none() -> Self {
@@ -153,31 +167,52 @@ impl Tensors {
             };
             tensors.add(path, bytes)?;
         }
-        Ok(tensors)
+        tensors.scaled()
     }
 
     fn add(&mut self, path: PathBuf, bytes: Bytes) -> Result<()> {
-        let damaged = |e: safetensors::SafeTensorError| {
-            Error::damaged(&path, format!("not a whole safetensors file ({e})"))
-                .advise("give a whole one, downloaded or saved again")
+        let entries = match pickle::is_pickled(bytes.as_ref()) {
+            true => pickled(bytes.as_ref(), &path)?,
+            false => safetensors(bytes.as_ref(), &path)?,
         };
-        let data = bytes.as_ref();
-        let (header, metadata) = SafeTensors::read_metadata(data).map_err(damaged)?;
-        let start = header + 8;
-        for (name, info) in metadata.tensors() {
-            let range = start + info.data_offsets.0..start + info.data_offsets.1;
-            let shape = info.shape.clone();
-            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape, range, transposed: false };
-            if entry.range.end > data.len() || entry.range.start > entry.range.end {
-                return Err(Error::damaged(&path, format!("tensor `{name}` ends beyond the file"))
-                    .advise("give a whole file, downloaded or saved again"));
-            }
-            if self.index.insert(name.clone(), entry).is_some() {
+        let file = self.files.len();
+        for (name, entry) in entries {
+            if self.index.get(&name).is_some_and(|other| other.file != file) {
                 return Err(Error::damaged(&path, format!("tensor `{name}` is in two files of the component")));
             }
+            self.index.insert(name, Entry { file, ..entry });
         }
         self.files.push((path, bytes));
         Ok(())
+    }
+
+    /// The same tensors, with each scale of an 8-bit matrix, which lies beside it as a tensor of one number, made a
+    /// property of the matrix. The scales of activations, which only 8-bit arithmetic reads, and the mark of such files
+    /// are dropped.
+    fn scaled(mut self) -> Result<Self> {
+        let is_small = |entry: &Entry| matches!(entry.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2);
+        if !self.index.values().any(is_small) {
+            return Ok(self);
+        }
+        let mut names: Vec<String> = self.index.keys().cloned().collect();
+        names.sort_unstable();
+        for name in names {
+            if name.rsplit('.').next() == Some("scaled_fp8") {
+                self.index.remove(&name);
+            }
+            let Some((matrix, is_weight)) = SCALES.iter().find_map(|(end, is_weight)| {
+                let matrix = format!("{}.weight", name.strip_suffix(end)?);
+                self.index.get(&matrix).is_some_and(is_small).then_some((matrix, *is_weight))
+            }) else {
+                continue;
+            };
+            if is_weight {
+                let scale = self.find(&name, &[&[], &[1]])?.read()?[0];
+                self.index.entry(matrix).and_modify(|entry| entry.scale = scale);
+            }
+            self.index.remove(&name);
+        }
+        Ok(self)
     }
 
     /// The files, for messages and reports.
@@ -369,9 +404,11 @@ impl Tensors {
             Dtype::BF16 => Format::BF16,
             Dtype::F32 => Format::F32,
             Dtype::F64 => Format::F64,
+            Dtype::F8_E4M3 => Format::F8E4M3,
+            Dtype::F8_E5M2 => Format::F8E5M2,
             other => {
                 return Err(Error::unsupported(path, format!("tensor `{name}` holds {other:?} numbers"))
-                    .advise("convert it to F16, BF16, F32 or F64"));
+                    .advise("convert it to F16, BF16, F32, F64, F8_E4M3 or F8_E5M2"));
             }
         };
         let outputs = entry.shape.first().copied().unwrap_or(1);
@@ -380,6 +417,7 @@ impl Tensors {
             path,
             format,
             transposed: entry.transposed,
+            scale: entry.scale,
             outputs,
             width: entry.shape.iter().skip(1).product(),
             data: Data::File(&bytes.as_ref()[entry.range.clone()]),
@@ -407,18 +445,57 @@ fn random<'a>(spec: &WeightSpec, name: &'a str, outputs: usize) -> Stored<'a> {
     };
     let seed = name.bytes().fold(0u32, |seed, byte| seed.wrapping_mul(0x0100_0193) ^ u32::from(byte));
     let data = Data::Random { seed, center, scale };
-    Stored { name, path: "<random>".as_ref(), format: Format::F32, transposed: false, outputs, width: spec.width, data }
+    Stored {
+        name,
+        path: "<random>".as_ref(),
+        format: Format::F32,
+        transposed: false,
+        scale: 1.0,
+        outputs,
+        width: spec.width,
+        data,
+    }
 }
 
-fn map_file(path: &Path) -> Result<Mmap> {
+/// The tensors of a safetensors file with these bytes.
+fn safetensors(bytes: &[u8], path: &Path) -> Result<Vec<(String, Entry)>> {
+    let again = "give a whole one, downloaded or saved again";
+    let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| {
+        foreign::named(bytes, path)
+            .unwrap_or_else(|| Error::damaged(path, format!("not a whole safetensors file ({e})")).advise(again))
+    })?;
+    let start = header + 8;
+    let entry = |(name, info): (String, &TensorInfo)| {
+        let range = start + info.data_offsets.0..start + info.data_offsets.1;
+        if range.end > bytes.len() || range.start > range.end {
+            return Err(Error::damaged(path, format!("tensor `{name}` ends beyond the file")).advise(again));
+        }
+        Ok((name, Entry::new(info.dtype, info.shape.clone(), range, false)))
+    };
+    metadata.tensors().into_iter().map(entry).collect()
+}
+
+/// The tensors of a file of `torch.save` with these bytes.
+fn pickled(bytes: &[u8], path: &Path) -> Result<Vec<(String, Entry)>> {
+    let entry = |placed: pickle::Placed| {
+        let pickle::Placed { name, dtype, shape, transposed, range } = placed;
+        (name, Entry::new(dtype, shape, range, transposed))
+    };
+    Ok(pickle::placed(bytes, path)?.into_iter().map(entry).collect())
+}
+
+pub(super) fn map_file(path: &Path) -> Result<Mmap> {
     let file = File::open(path).map_err(Error::io("open", path))?;
+    if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
+        return Err(Error::unsupported(path, "a folder, where a file is expected").advise("give a file"));
+    }
     // SAFETY: the map is only read. Should another process shorten the file meanwhile, the system ends this process,
     // as it does to every user of mapped files.
     unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))
 }
 
 /// The shard files that an index names.
-fn shards(source: &Source, component: &str, index: &str) -> Result<Vec<String>> {
+fn shards(source: &Source, place: &str, index: &str) -> Result<Vec<String>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: std::collections::BTreeMap<String, String>,
@@ -432,7 +509,7 @@ fn shards(source: &Source, component: &str, index: &str) -> Result<Vec<String>> 
         if name.contains(['/', '\\']) || name.starts_with('.') {
             return Err(Error::damaged(&path, format!("`{name}` is not the name of a shard beside the index")));
         }
-        *name = inside(component, name);
+        *name = inside(place, name);
         if !source.has(name) {
             return Err(Error::not_found(&path, format!("the shard `{name}` that it names is missing"))
                 .advise("download the checkpoint again"));

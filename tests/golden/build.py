@@ -297,4 +297,58 @@ def odd(folder):
     ).save_pretrained(folder / "text_encoder")
 
 
-BUILDERS = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "turbo": turbo, "odd": odd}
+def small(folder):
+    """A UNet without a mid block, as those of BK-SDM, and with nine channels, as those for inpainting."""
+    unet(
+        "small/unet",
+        sample_size=8,
+        in_channels=9,
+        block_out_channels=(8, 16),
+        down_block_types=(CROSS, CROSS),
+        mid_block_type=None,
+        up_block_types=(UP_CROSS, UP_CROSS),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=24,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "unet")
+
+
+def ssd(folder):
+    """A UNet distilled from SDXL's as SSD-1B is: transformers of a depth of their own, no attention in the middle."""
+    unet(
+        "ssd/unet",
+        sample_size=16,
+        block_out_channels=(8, 8, 16),
+        down_block_types=(PLAIN, CROSS, CROSS),
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=(UP_CROSS, UP_CROSS, UP_PLAIN),
+        attention_head_dim=[1, 2, 4],
+        transformer_layers_per_block=[0, [1, 2], [2, 1]],
+        reverse_transformer_layers_per_block=[[1, 2, 3], [2, 1, 1], 1],
+        cross_attention_dim=24,
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+    ).save_pretrained(folder / "unet")
+
+
+def lcm(folder):
+    """A latent consistency model: sd1 with a UNet that reads the guidance scale."""
+    unet(
+        "lcm/unet",
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=(CROSS, PLAIN),
+        up_block_types=(UP_PLAIN, UP_CROSS),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        norm_num_groups=4,
+        time_cond_proj_dim=12,
+    ).save_pretrained(folder / "unet")
+
+
+BUILDERS = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "turbo": turbo, "odd": odd, "small": small, "ssd": ssd, "lcm": lcm}

@@ -16,6 +16,8 @@ UNET_CASES = [
     ((2, 5, 7), [499.3, 13.75]),
     ((1, 20, 13), [999.0]),
 ]
+#: UNets of unusual shapes, and their cases of those above.
+UNUSUAL = {"small": (1, 3), "ssd": (1, 3), "lcm": (1, 3)}
 #: Batch and latent size of the VAE cases; the image is eight times as large.
 VAE_CASES = [(1, 4, 4), (2, 3, 5), (1, 5, 7)]
 TEXT_ENCODERS = [
@@ -69,16 +71,24 @@ def record_text(checkpoint, part, kind):
     save_case(f"text_{checkpoint}_{part}", tensors, {"checkpoint": checkpoint, "part": part})
 
 
-def record_unet(checkpoint):
+def watch_middle(model, seen):
+    """Puts what the middle block gives into `seen` at every call; without one, what the down half gives."""
+    if model.mid_block:
+        return model.mid_block.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    return model.down_blocks[-1].register_forward_hook(lambda module, inputs, out: seen.append(out[0]))
+
+
+def record_unet(checkpoint, cases=range(len(UNET_CASES))):
     model = load(UNet2DConditionModel, checkpoint, "unet")
     width = model.config.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
     middle = []
-    model.mid_block.register_forward_hook(lambda module, inputs, out: middle.append(out))
-    for index, ((batch, height, columns), timestep) in enumerate(UNET_CASES):
+    watch_middle(model, middle)
+    for index in cases:
+        (batch, height, columns), timestep = UNET_CASES[index]
         label = f"unet_{checkpoint}_{index}"
         inputs = {
-            "sample": randn(f"{label}/sample", batch, 4, height, columns),
+            "sample": randn(f"{label}/sample", batch, model.config.in_channels, height, columns),
             "timestep": torch.tensor(timestep),
             "encoder_hidden_states": randn(f"{label}/states", batch, 77, width),
         }
@@ -88,6 +98,8 @@ def record_unet(checkpoint):
             embeds = model.config.projection_class_embeddings_input_dim - 6 * model.config.addition_time_embed_dim
             added["text_embeds"] = randn(f"{label}/embeds", batch, embeds)
             added["time_ids"] = torch.tensor([sizes] * batch) + torch.arange(batch)[:, None]
+        if model.config.time_cond_proj_dim:
+            inputs["timestep_cond"] = randn(f"{label}/cond", batch, model.config.time_cond_proj_dim)
         out = model(**inputs, added_cond_kwargs=added or None).sample
         outputs = {"out.sample": out, "out.mid": middle.pop()}
         save_case(label, inputs | added | outputs, {"checkpoint": checkpoint})
@@ -116,5 +128,7 @@ def record():
         record_text(checkpoint, part, kind)
     for checkpoint in ("sd1", "sd2", "sdxl", "turbo", "odd"):
         record_unet(checkpoint)
+    for checkpoint, cases in UNUSUAL.items():
+        record_unet(checkpoint, cases)
     for checkpoint in ("sd1", "sd2", "sdxl"):
         record_vae(checkpoint)

@@ -41,10 +41,10 @@ def text(model, case):
 
 def unet(model, case):
     middle = []
-    hook = model.mid_block.register_forward_hook(lambda module, inputs, out: middle.append(out))
+    hook = calls.watch_middle(model, middle)
     added = {key: case[key] for key in ("text_embeds", "time_ids") if key in case}
     inputs = [case[key] for key in ("sample", "timestep", "encoder_hidden_states")]
-    out = model(*inputs, added_cond_kwargs=added or None).sample
+    out = model(*inputs, timestep_cond=case.get("timestep_cond"), added_cond_kwargs=added or None).sample
     hook.remove()
     return {"sample": out, "mid": middle.pop()}
 

@@ -13,6 +13,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
 
@@ -93,11 +94,17 @@ RECORDINGS = [
     ),
     # Neither the offset nor the clipping that StableDiffusionPipeline would force.
     ("turbo_ddim", "turbo", DDIMScheduler, {"timestep_spacing": "leading"}, dict(prompt=[CAT], steps=3, guidance=3.0, seed=1)),
+    # The UNet reads the guidance scale, and negative prompts have no effect.
+    ("lcm", "lcm", LCMScheduler, {}, dict(prompt=[CAT, BOAT], steps=4, guidance=8.5, seed=3)),
 ]
 
 
 def load(checkpoint):
-    """The checkpoint's pipeline in fp32, without a progress bar."""
+    """The checkpoint's pipeline in fp32, without a progress bar. `lcm` is `sd1` with another UNet."""
+    if checkpoint == "lcm":
+        pipeline = load("sd1")
+        pipeline.unet = UNet2DConditionModel.from_pretrained(CHECKPOINTS / "lcm/unet")
+        return pipeline
     pipeline = DiffusionPipeline.from_pretrained(
         CHECKPOINTS / checkpoint,
         torch_dtype=torch.float32,

@@ -27,6 +27,11 @@ pub fn golden() -> PathBuf {
 
 /// A copy of a golden checkpoint to change.
 pub fn copy(checkpoint: &str) -> tempfile::TempDir {
+    copies(&[checkpoint])
+}
+
+/// A copy of a golden checkpoint over another one.
+pub fn copies(checkpoints: &[&str]) -> tempfile::TempDir {
     fn tree(from: &Path, to: &Path) {
         std::fs::create_dir_all(to).unwrap();
         for entry in std::fs::read_dir(from).unwrap().map(|e| e.unwrap()) {
@@ -39,7 +44,9 @@ pub fn copy(checkpoint: &str) -> tempfile::TempDir {
         }
     }
     let folder = tempfile::tempdir().unwrap();
-    tree(&golden().join("checkpoints").join(checkpoint), folder.path());
+    for checkpoint in checkpoints {
+        tree(&golden().join("checkpoints").join(checkpoint), folder.path());
+    }
     folder
 }
 

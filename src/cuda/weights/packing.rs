@@ -81,9 +81,9 @@ crate::params! {
         full: i32,
         down: i32,
         across: i32,
-        input_line: i32,
-        input_element: i32,
+        inputs_across: i32,
         column_line: i32,
+        scale: f32,
     }
 }
 
@@ -159,8 +159,7 @@ struct Folded {
     norm_scale: u64,
     norm_shift: u64,
     sums: u64,
-    input_line: i32,
-    input_element: i32,
+    inputs_across: bool,
     column_line: i32,
 }
 
@@ -204,8 +203,7 @@ impl Packing {
                 norm_scale: norm + (inputs.start * size_of::<f32>()) as u64,
                 norm_shift: norm + ((part.width + inputs.start) * size_of::<f32>()) as u64,
                 sums: self.sums.map_or(0, |sums| sums.wrapping_add_signed(column * SUMS as i64)),
-                input_line: i32::from(!across_inputs),
-                input_element: i32::from(across_inputs),
+                inputs_across: across_inputs,
                 column_line: spread as i32,
             });
             self.launch(part, from, to, [1, 1], dimensions, folded.unwrap_or_default())
@@ -267,9 +265,9 @@ impl Packing {
             full: self.form.full.into(),
             down,
             across,
-            input_line: folded.input_line,
-            input_element: folded.input_element,
+            inputs_across: folded.inputs_across.into(),
             column_line: folded.column_line,
+            scale: part.scale,
         };
         let shared = if folded.sums == 0 { 0 } else { THREADS / 32 * SUMS };
         let any = line.length * group.length * element.length > 0;

@@ -129,15 +129,14 @@ fn damaged_numbers_are_found() {
     let device = Emulated::new(Limits::A100, Emulated::QUICK);
     let mut random = Random(2);
     let kind = WeightKind::Matrix { kernel: 1, inputs: 300, gated: false, resized: false };
-    for (position, value, text) in
-        [(0, f64::NAN, "NaN"), (299, f64::INFINITY, "inf"), (11_999, f64::NEG_INFINITY, "-inf")]
-    {
+    for (position, value) in [(0, f64::NAN), (299, f64::INFINITY), (11_999, f64::NEG_INFINITY)] {
         for _ in 0..4 {
             let mut cases = [(); 3].map(|()| Case::new(kind.clone(), vec![40], 300, &mut random));
             cases[1].spec.names[0] = "damaged".into();
-            cases[1..].iter_mut().for_each(|case| case.damage(0, position, value));
+            let held = cases[1].damage(0, position, value);
+            cases[2].damage(0, position, value);
             let problem = load(&device, &cases, 1000).unwrap_err().to_string();
-            let words = format!("tensor `damaged` holds {text} at position {position};");
+            let words = format!("tensor `damaged` holds {held} at position {position};");
             assert!(problem.contains(&words), "{problem}: {:?}", cases[1]);
         }
     }

@@ -23,7 +23,11 @@ pub(super) enum Family {
 impl Family {
     /// The family of a UNet, whose tensors have diffusers' names.
     pub(super) fn of(unet: &Tensors) -> Result<Self> {
-        let linear = unet.shape("mid_block.attentions.0.proj_in.weight")?.len() == 2;
+        let projections = unet.entries().filter(|(name, _)| name.ends_with(".attentions.0.proj_in.weight"));
+        let Some((_, shape)) = projections.min() else {
+            return Err(problem(unet, "has no cross attention in its UNet, so that no prompt could act".into()));
+        };
+        let linear = shape.len() == 2;
         Ok(match (linear, unet.has("add_embedding.linear_1.weight")) {
             (false, false) => Family::Sd1,
             (true, false) => Family::Sd2,
@@ -35,14 +39,14 @@ impl Family {
         let levels = count(t, |i| format!("down_blocks.{i}.resnets.0.conv1.weight"));
         let each = |level: &dyn Fn(usize) -> Result<Value>| (0..levels).map(level).collect::<Result<Vec<_>>>();
         let channels = |i: usize| size(t, &format!("down_blocks.{i}.resnets.0.conv1.weight"), 0);
-        let depth = |i: usize| {
-            let place = if i + 1 == levels { "mid_block".into() } else { format!("down_blocks.{i}") };
-            count(t, |k| format!("{place}.attentions.0.transformer_blocks.{k}.norm1.weight")).max(1)
-        };
+        let layers = |i: usize| count(t, |j| format!("down_blocks.{i}.resnets.{j}.conv1.weight"));
+        let (depths, up_depths) = depths(t, &(0..levels).map(layers).collect::<Vec<_>>());
         let types = |way: &str, kinds: [&str; 2]| {
             let attends = |i: &usize| t.has(&format!("{way}_blocks.{i}.attentions.0.proj_in.weight"));
             (0..levels).map(|i| kinds[usize::from(attends(&i))].to_string()).collect::<Vec<_>>()
         };
+        let keys = t.entries().map(|(name, _)| name).filter(|name| name.ends_with(".attn2.to_k.weight"));
+        let keys = keys.min().unwrap_or("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight");
         let mut config = json!({
             "_class_name": "UNet2DConditionModel",
             "sample_size": match (self, prediction) {
@@ -53,17 +57,22 @@ impl Family {
             "in_channels": size(t, "conv_in.weight", 1)?,
             "out_channels": size(t, "conv_out.weight", 0)?,
             "block_out_channels": each(&|i| Ok(channels(i)?.into()))?,
-            "layers_per_block": each(&|i| Ok(count(t, |j| format!("down_blocks.{i}.resnets.{j}.conv1.weight")).into()))?,
-            "transformer_layers_per_block": each(&|i| Ok(depth(i).into()))?,
+            "layers_per_block": each(&|i| Ok(layers(i).into()))?,
+            "transformer_layers_per_block": depths,
+            "reverse_transformer_layers_per_block": up_depths,
+            "mid_block_type": middle(t),
             "attention_head_dim": match self {
                 Family::Sd1 => json!(8),
                 _ => each(&|i| heads(t, channels(i)?).map(Value::from))?.into(),
             },
             "down_block_types": types("down", ["DownBlock2D", "CrossAttnDownBlock2D"]),
             "up_block_types": types("up", ["UpBlock2D", "CrossAttnUpBlock2D"]),
-            "cross_attention_dim": size(t, "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", 1)?,
+            "cross_attention_dim": size(t, keys, 1)?,
             "use_linear_projection": self != Family::Sd1,
         });
+        if t.has("time_embedding.cond_proj.weight") {
+            config["time_cond_proj_dim"] = size(t, "time_embedding.cond_proj.weight", 1)?.into();
+        }
         if self == Family::Xl {
             let width = size(t, "add_embedding.linear_1.weight", 1)?;
             config["addition_embed_type"] = "text_time".into();
@@ -126,6 +135,42 @@ impl Family {
             Family::Xl => json!({"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": true}),
             _ => json!({"_class_name": "StableDiffusionPipeline"}),
         }
+    }
+}
+
+/// The class of the middle block; null if there is none.
+fn middle(t: &Tensors) -> Value {
+    let has = |part: &str| t.entries().any(|(name, _)| name.starts_with(&format!("mid_block.{part}")));
+    match (has("resnets."), has("attentions.")) {
+        (_, true) => "UNetMidBlock2DCrossAttn".into(),
+        (true, false) => "UNetMidBlock2D".into(),
+        (false, false) => Value::Null,
+    }
+}
+
+/// `transformer_layers_per_block` and `reverse_transformer_layers_per_block` of a UNet with so many resnets in each
+/// level of the down half: a number for each level and null, or if they differ within a level, a list for each.
+fn depths(t: &Tensors, layers: &[usize]) -> (Value, Value) {
+    let depth =
+        |place: &str, j: usize| count(t, |k| format!("{place}.attentions.{j}.transformer_blocks.{k}.norm1.weight"));
+    let each = |way: &str, i: usize, layers: usize| -> Vec<usize> {
+        (0..layers).map(|j| depth(&format!("{way}_blocks.{i}"), j)).collect()
+    };
+    let last = layers.len().saturating_sub(1);
+    let mut down: Vec<Vec<usize>> = layers.iter().enumerate().map(|(i, &layers)| each("down", i, layers)).collect();
+    let up: Vec<Vec<usize>> = layers.iter().rev().enumerate().map(|(i, &layers)| each("up", i, layers + 1)).collect();
+    // The middle block's is the last level's.
+    if let Some(depths) = down.last_mut().filter(|depths| depths.iter().all(|&depth| depth == 0)) {
+        depths.fill(depth("mid_block", 0));
+    }
+    let level = |i: usize| {
+        let mut found = down[i].iter().chain(&up[last - i]).copied().filter(|&depth| depth > 0);
+        let first = found.next().unwrap_or(1);
+        found.all(|depth| depth == first).then_some(first)
+    };
+    match (0..layers.len()).map(level).collect::<Option<Vec<usize>>>() {
+        Some(depths) => (depths.into(), Value::Null),
+        None => (json!(down), json!(up)),
     }
 }
 

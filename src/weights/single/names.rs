@@ -40,6 +40,7 @@ impl Blocks {
         Some(match parts[..] {
             ["time_embed", "0", leaf] => format!("time_embedding.linear_1.{leaf}"),
             ["time_embed", "2", leaf] => format!("time_embedding.linear_2.{leaf}"),
+            ["time_embed", "cond_proj", leaf] => format!("time_embedding.cond_proj.{leaf}"),
             ["label_emb", "0", "0", leaf] => format!("add_embedding.linear_1.{leaf}"),
             ["label_emb", "0", "2", leaf] => format!("add_embedding.linear_2.{leaf}"),
             ["input_blocks", "0", "0", leaf] => format!("conv_in.{leaf}"),
