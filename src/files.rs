@@ -1,6 +1,6 @@
 //! Writing files whole or not at all, and safetensors files whose bytes follow from their content.
 
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 use safetensors::SafeTensorError;
 use safetensors::tensor::TensorView;
 use std::collections::BTreeMap;
@@ -100,6 +100,76 @@ pub(crate) fn safetensors<'a>(
     Ok([&(header.len() as u64).to_le_bytes(), &header[..], numbers].concat())
 }
 
+/// A folder beside a destination, in which the destination's content is made. It is removed with all that is in it,
+/// unless it is kept.
+pub(crate) struct Draft {
+    folder: PathBuf,
+    destination: PathBuf,
+}
+
+impl Draft {
+    /// Makes the folder.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] if something other than an empty folder is at the destination,
+    /// [`crate::ErrorKind::Io`] or [`crate::ErrorKind::NotFound`].
+    pub(crate) fn new(destination: &Path) -> Result<Self> {
+        if fs::symlink_metadata(destination).is_ok() {
+            let is_empty = fs::read_dir(destination).is_ok_and(|mut entries| entries.next().is_none());
+            if !is_empty || destination.file_name().is_none() {
+                let problem = "is there already, and is no empty folder";
+                return Err(Error::new(ErrorKind::Invalid, destination, problem).advise("give another name"));
+            }
+        }
+        loop {
+            let folder = beside(destination);
+            match fs::create_dir(&folder) {
+                Ok(()) => return Ok(Draft { folder, destination: destination.to_path_buf() }),
+                Err(problem) if problem.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(problem) => return Err(Error::io("write", destination)(problem)),
+            }
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Makes the folder the destination.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`].
+    pub(crate) fn keep(self) -> Result<()> {
+        self.put(&self.folder)
+    }
+
+    /// Makes a file in the folder the destination.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Io`].
+    pub(crate) fn keep_file(self, file: &Path) -> Result<()> {
+        self.put(file)
+    }
+
+    fn put(&self, what: &Path) -> Result<()> {
+        // Only an empty folder is removed.
+        let _ = fs::remove_dir(&self.destination);
+        match fs::symlink_metadata(&self.destination) {
+            Ok(_) => {
+                let problem = "was made by another program meanwhile";
+                Err(Error::new(ErrorKind::Invalid, self.destination.as_path(), problem).advise("give another name"))
+            }
+            Err(_) => fs::rename(what, &self.destination).map_err(Error::io("write", &self.destination)),
+        }
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
 /// The thing that a path leads to.
 enum Place {
     /// A device, a pipe or a socket.
@@ -162,13 +232,18 @@ impl Place {
     }
 }
 
-/// A new file beside `path`, under a name that nobody has.
-fn draft(path: &Path) -> io::Result<(PathBuf, File)> {
+/// A name beside `path` for a draft, another one in every call.
+fn beside(path: &Path) -> PathBuf {
     // Distinguishes threads; the process id distinguishes programs, but not those of two machines that share a folder.
     static COUNT: AtomicU64 = AtomicU64::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    path.with_file_name(format!(".respodiff-{}-{count}.partial", std::process::id()))
+}
+
+/// A new file beside `path`, under a name that nobody has.
+fn draft(path: &Path) -> io::Result<(PathBuf, File)> {
     loop {
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let draft = path.with_file_name(format!(".respodiff-{}-{count}.partial", std::process::id()));
+        let draft = beside(path);
         match OpenOptions::new().write(true).create_new(true).open(&draft) {
             Ok(file) => return Ok((draft, file)),
             Err(problem) if problem.kind() == io::ErrorKind::AlreadyExists => {}

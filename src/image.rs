@@ -176,6 +176,12 @@ pub struct GenerationInfo {
     /// [`crate::Engine::fingerprint`]: the same for every format and precision of the same weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_fingerprint: Option<String>,
+    /// True if the UNet's weights are moving averages (EMA).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub averages: bool,
+    /// Parts of the checkpoint that were from elsewhere.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<UsedPart>,
     /// The device that computed the picture, such as `CPU (Avx2)`: other devices round differently.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
@@ -196,6 +202,17 @@ pub struct GenerationInfo {
     pub concepts: Vec<UsedConcept>,
     /// Version of this program, such as `0.1.0`.
     pub version: String,
+}
+
+/// A part of a checkpoint from elsewhere, in a [`GenerationInfo`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UsedPart {
+    /// The component, such as `vae`.
+    pub component: String,
+    /// The file or folder as it was given.
+    pub file: String,
+    /// SHA-256 of its weights' files.
+    pub sha256: Option<String>,
 }
 
 /// A concept in a [`GenerationInfo`].
@@ -227,6 +244,13 @@ impl GenerationInfo {
             let texts: Vec<String> = self.concepts.iter().map(text).collect();
             Some(texts.join(", ")).filter(|all| !all.is_empty())
         };
+        let vae = self.parts.iter().find(|part| part.component == "vae");
+        let others: Vec<String> = self
+            .parts
+            .iter()
+            .filter(|p| p.component != "vae")
+            .map(|p| format!("{}: {}", p.component, p.file))
+            .collect();
         let ends = self.concepts.iter().any(|used| used.until.is_some());
         let fields = [
             ("Steps", Some(self.steps.to_string())),
@@ -239,6 +263,10 @@ impl GenerationInfo {
             ("Crop", self.crop.map(|(left, top)| format!("{left},{top}"))),
             ("Model hash", hash),
             ("Model", Some(self.model.clone())),
+            ("EMA", self.averages.then(|| "true".into())),
+            ("VAE hash", vae.and_then(|vae| Some(vae.sha256.as_ref()?.chars().take(10).collect()))),
+            ("VAE", vae.map(|vae| vae.file.clone())),
+            ("Parts", Some(others.join(", ")).filter(|others| !others.is_empty())),
             ("Model fingerprint", self.model_fingerprint.clone()),
             ("RNG", Some(self.rng.clone())),
             ("Precision", self.precision.clone()),

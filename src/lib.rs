@@ -117,13 +117,13 @@ pub use engine::{
     RunningBatch, Session, SessionOptions, Size, Start,
 };
 pub use error::{Error, ErrorKind, Result, Subject};
-pub use image::{GenerationInfo, Picture, UsedConcept};
+pub use image::{GenerationInfo, Picture, UsedConcept, UsedPart};
 pub use models::tokenizer::TokenizerRules;
 #[cfg(feature = "train")]
 pub use train::{Losses, Recipe, Task, Times as TrainingTimes, Trainer, TrainingMemory, Variant};
-pub use weights::Source;
 #[cfg(feature = "download")]
 pub use weights::hub;
+pub use weights::{Format, Source};
 
 /// The README's example is compiled and run as a test.
 #[cfg(all(doctest, feature = "demo"))]

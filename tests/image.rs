@@ -3,7 +3,9 @@
 use std::fs;
 
 use respodiff::ErrorKind;
-use respodiff::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Picture, UsedConcept, read_png_text};
+use respodiff::image::{
+    GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Picture, UsedConcept, UsedPart, read_png_text,
+};
 
 fn info() -> GenerationInfo {
     GenerationInfo {
@@ -22,6 +24,8 @@ fn info() -> GenerationInfo {
         model: "v1-5".to_string(),
         model_sha256: Some("6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa".to_string()),
         model_fingerprint: None,
+        averages: false,
+        parts: vec![],
         device: None,
         given_latents: false,
         precision: None,
@@ -136,6 +140,14 @@ fn parameters_are_those_of_a1111() {
         model: "a: \"b\", caf\u{e9}".to_string(),
         model_sha256: None,
         model_fingerprint: Some("0a1b".to_string()),
+        averages: true,
+        parts: [("text_encoder", "clip.pt", None), ("vae", "better.safetensors", Some("735e4c3a447a3255"))]
+            .map(|(component, file, sha256)| UsedPart {
+                component: component.to_string(),
+                file: file.to_string(),
+                sha256: sha256.map(str::to_string),
+            })
+            .to_vec(),
         precision: Some("int8".to_string()),
         tokenizer: Some("slow".to_string()),
         reuse: Some(3),
@@ -154,7 +166,8 @@ fn parameters_are_those_of_a1111() {
         odd.parameters(),
         "a cat, a hat\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, \
          Seed: 18446744073709551615, Size: 768x512, Original size: 1024x768, Crop: \"8,0\", \
-         Model: \"a: \\\"b\\\", caf\u{e9}\", Model fingerprint: 0a1b, RNG: torch-cuda, Precision: int8, Tokenizer: slow, \
+         Model: \"a: \\\"b\\\", caf\u{e9}\", EMA: true, VAE hash: 735e4c3a44, VAE: better.safetensors, \
+         Parts: \"text_encoder: clip.pt\", Model fingerprint: 0a1b, RNG: torch-cuda, Precision: int8, Tokenizer: slow, \
          Reuse: 3, Concepts: \"a woman:0.5, a cook:1\", Concepts until: \"400, 0\", \
          Concept hashes: \"a woman: 2c3d, a cook: 4e5f\", Version: respodiff 0.1.0"
     );

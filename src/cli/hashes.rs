@@ -3,16 +3,22 @@
 
 use crate::Result;
 use crate::engine::Engine;
+use crate::image::UsedPart;
+use crate::weights::Tensors;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// SHA-256 of the UNet's files, if there are any, and the fingerprint of the weights.
+/// What pictures record of the weights.
+#[derive(Clone)]
 pub(super) struct Hashes {
+    /// SHA-256 of the UNet's files, if there are any.
     pub(super) sha256: Option<String>,
     pub(super) fingerprint: String,
+    /// The parts that are not the checkpoint's own.
+    pub(super) parts: Vec<UsedPart>,
 }
 
 /// A file's size, and its time of change in nanoseconds since 1970.
@@ -43,20 +49,32 @@ const SETTLED: Duration = Duration::from_secs(3);
 /// Those of reading the weights. The list of remembered hashes is only a help: if it cannot be read or written, the
 /// files are hashed.
 pub(super) fn of(engine: &Engine) -> Result<Hashes> {
-    let fingerprint = engine.fingerprint()?;
-    let list = list();
-    let files = engine.weight_files()?.iter().map(|path| version(path)).collect::<Option<Vec<_>>>();
-    let (Some(list), Some(files)) = (list, files.filter(|files| !files.is_empty())) else {
-        return Ok(Hashes { sha256: engine.sha256()?, fingerprint });
+    let source = engine.source();
+    let part = |(component, path): (&str, &Path)| {
+        let sha256 = sha256(&source.tensors(component)?);
+        Ok(UsedPart { component: component.into(), file: path.display().to_string(), sha256 })
+    };
+    Ok(Hashes {
+        sha256: sha256(&source.tensors("unet")?),
+        fingerprint: engine.fingerprint()?,
+        parts: source.parts().map(part).collect::<Result<_>>()?,
+    })
+}
+
+/// SHA-256 of the files of some weights, remembered or computed.
+pub(super) fn sha256(tensors: &Tensors) -> Option<String> {
+    let files = tensors.files().map(version).collect::<Option<Vec<_>>>();
+    let (Some(list), Some(files)) = (list(), files.filter(|files| !files.is_empty())) else {
+        return tensors.sha256();
     };
     let mut known = read(&list).unwrap_or_default();
     let key = files[0].0.clone();
     let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     if let Some(entry) = known.get(&key).filter(|entry| entry.files == files && is_hash(&entry.sha256)) {
-        return Ok(Hashes { sha256: Some(entry.sha256.clone()), fingerprint });
+        return Some(entry.sha256.clone());
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let sha256 = engine.sha256()?;
+    let sha256 = tensors.sha256();
     let settled = files.iter().all(|(_, version)| version.changed < now.saturating_sub(SETTLED).as_nanos());
     if let Some(sha256) = sha256.clone().filter(|_| settled) {
         if known.len() >= MOST {
@@ -67,7 +85,7 @@ pub(super) fn of(engine: &Engine) -> Result<Hashes> {
         let folder = list.parent().unwrap_or(Path::new(""));
         let _ = std::fs::create_dir_all(folder).is_ok() && crate::files::write(&list, text.as_bytes()).is_ok();
     }
-    Ok(Hashes { sha256, fingerprint })
+    sha256
 }
 
 /// The remembered hashes of a list that is a file of sane size.

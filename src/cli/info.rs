@@ -1,6 +1,6 @@
 //! `respodiff info`.
 
-use super::{Place, model, say};
+use super::{Place, parts, say};
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{Extent, Graph};
 use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder};
@@ -13,6 +13,8 @@ pub(super) struct Args {
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    parts: parts::Flags,
     /// Images per batch, for the memory plan
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     batch: u16,
@@ -25,7 +27,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let source = model::source(args.model.as_deref())?;
+    let source = args.parts.source(args.model.as_deref())?;
     let device = args.device.open()?;
     let batch = args.batch as usize;
     let mut report = json!({"model": source.name(), "device": device.name(), "batch": batch});

@@ -4,6 +4,7 @@
 mod bench;
 mod card;
 mod concepts;
+mod convert;
 mod doctor;
 mod eval;
 mod files;
@@ -11,6 +12,7 @@ mod hashes;
 mod info;
 mod model;
 mod out;
+mod parts;
 mod probe;
 mod progress;
 mod prompts;
@@ -57,6 +59,8 @@ enum Command {
     Audit(Box<eval::audit::Args>),
     /// Show, calibrate, describe, convert, merge or import concept files
     Concept(concepts::Args),
+    /// Write a checkpoint anew: as a diffusers folder or as one file, in another number format, with parts from elsewhere
+    Convert(convert::Args),
     /// Run one component on tensors from a file, in the layout of diffusers (NCHW, fp32)
     Probe(probe::Args),
     /// Show a checkpoint's components, parameters and memory plan
@@ -178,6 +182,7 @@ pub fn main() -> ExitCode {
         Command::Audit(args) => eval::audit::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Concept(args) => concepts::run(&args),
+        Command::Convert(args) => convert::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Doctor(args) => doctor::run(&args),

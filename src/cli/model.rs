@@ -16,7 +16,7 @@ pub(super) fn hub() -> Result<HubConfig> {
 pub(super) fn source(model: Option<&str>) -> Result<Source> {
     let Some(model) = model else { return Ok(Source::demo()) };
     let path = Path::new(model);
-    if path.exists() || [".safetensors", ".ckpt"].iter().any(|end| model.ends_with(end)) {
+    if path.exists() || [".safetensors", ".ckpt", ".pt", ".pth", ".bin"].iter().any(|end| model.ends_with(end)) {
         return Source::open(path);
     }
     let shown = Progress::new("downloading", 0, "bytes");

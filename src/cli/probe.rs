@@ -1,7 +1,7 @@
 //! `respodiff probe`: it runs single components, to compare the engine with another implementation.
 
 use super::files::{TensorFile, write};
-use super::{Place, model, say, tell, warn};
+use super::{Place, parts, say, tell, warn};
 use crate::backend::{Executor, Precision};
 use crate::concept::{Form, Module};
 use crate::device::Device;
@@ -44,6 +44,8 @@ pub(super) struct Args {
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    parts: parts::Flags,
     /// safetensors file with the inputs
     #[arg(long, required_unless_present = "prompt")]
     inputs: Option<PathBuf>,
@@ -84,7 +86,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if args.precision != Precision::Full && matches!(args.component, Component::Grad | Component::Scheduler) {
         return Err(Error::invalid("precision", "--precision is for networks: text, unet, vae-decode and vae-encode"));
     }
-    let source = model::source(args.model.as_deref())?;
+    let source = args.parts.source(args.model.as_deref())?;
     let results = match (args.component, &args.inputs) {
         (Component::Text, inputs) => text(args, &source, inputs.as_deref().map(TensorFile::read).transpose()?)?,
         (_, None) => return Err(Error::invalid("prompt", "--prompt is for `probe text`").advise("give --inputs FILE")),

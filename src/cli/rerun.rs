@@ -1,7 +1,7 @@
 //! `respodiff rerun`: it generates a picture again from the record in its PNG file.
 
 use super::progress::Progress as Shown;
-use super::{Place, concepts, interrupt_flag, model, out, say, tell, warn};
+use super::{Place, concepts, hashes, interrupt_flag, model, out, say, tell, warn};
 use crate::backend::Precision;
 use crate::concept::Strength;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
@@ -19,7 +19,8 @@ use std::sync::atomic::Ordering;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// A PNG file made by `respodiff sample`. Its concepts are read from where its record says, seen from this folder
+    /// A PNG file made by `respodiff sample`. Its concepts, and parts of the checkpoint from
+    /// elsewhere, are read from where its record says, seen from this folder
     picture: PathBuf,
     /// The checkpoint that made it [default: the one that its record names]
     #[arg(long)]
@@ -139,7 +140,7 @@ fn recorded<T: Default + FromStr>(args: &Args, what: &str, name: Option<&str>) -
 fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
     let precision: Precision = recorded(args, "precision", info.precision.as_deref())?;
     let tokenizer: TokenizerRules = recorded(args, "tokenizer", info.tokenizer.as_deref())?;
-    let source = match &args.model {
+    let mut source = match &args.model {
         Some(model) => model::source(Some(model))?,
         None if info.model == Source::demo().name() => Source::demo(),
         // A file or folder here, or a model id.
@@ -152,6 +153,23 @@ fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
             .advise("say with --model where it is"));
         }
     };
+    if info.averages {
+        source = source.averaged()?;
+    }
+    for used in &info.parts {
+        let Some(component) =
+            ["vae", "text_encoder", "text_encoder_2"].into_iter().find(|name| *name == used.component)
+        else {
+            let problem = format!("its record names a part `{}`, which is not known", used.component);
+            return Err(Error::unsupported(args.picture.as_path(), problem));
+        };
+        let path = Path::new(&used.file);
+        source = source.with_part(component, path)?;
+        if used.sha256.is_some() && hashes::sha256(&source.tensors(component)?) != used.sha256 {
+            let problem = format!("other weights than the picture's {component}");
+            return Err(Error::mismatch(path, problem).advise("put the picture's own there"));
+        }
+    }
     let device = args.device.open()?;
     let name = device.name();
     if info.device.as_ref().is_some_and(|device| *device != name) {

@@ -4,7 +4,7 @@ use super::hashes::{self, Hashes};
 use super::out::{self, Named, Pictures};
 use super::progress::Progress as Shown;
 use super::prompts::{self, Item};
-use super::{Place, concepts, files, interrupt_flag, model, random_seed, say, tell, told, warn};
+use super::{Place, concepts, files, interrupt_flag, parts, random_seed, say, tell, told, warn};
 use crate::backend::Precision;
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
@@ -37,6 +37,8 @@ pub(super) struct Args {
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    parts: parts::Flags,
     /// Negative prompt; with SDXL, an empty one ("") is not the same as none
     #[arg(short, long, allow_hyphen_values = true)]
     negative_prompt: Option<String>,
@@ -135,7 +137,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         check_not_input(path, &inputs).map_err(|error| error.of_field("save_latents"))?;
     }
 
-    let source = model::source(args.model.as_deref())?;
+    let source = args.parts.source(args.model.as_deref())?;
     let opening = Instant::now();
     let options = EngineOptions::new(device.clone()).precision(args.precision).tokenizer(args.tokenizer);
     let engine = Engine::open(&source, options)?;
@@ -191,6 +193,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         model: engine.name(),
         model_sha256: None,
         model_fingerprint: None,
+        averages: source.is_averaged(),
+        parts: Vec::new(),
         device: Some(device.name()),
         given_latents: latents.is_some(),
         precision: told(args.precision),
@@ -465,8 +469,13 @@ impl Saved<'_> {
     fn add(&mut self, pictures: &[Picture]) -> Result<()> {
         if let Some(hashing) = self.hashing.take() {
             let hashes = hashing.join().map_err(|_| Error::internal("the thread that hashes the weights ended"))?;
-            let Hashes { sha256, fingerprint } = hashes?;
-            (self.info.model_sha256, self.info.model_fingerprint) = (sha256, Some(fingerprint));
+            let Hashes { sha256, fingerprint, parts } = hashes?;
+            self.info = GenerationInfo {
+                model_sha256: sha256,
+                model_fingerprint: Some(fingerprint),
+                parts,
+                ..self.info.clone()
+            };
         }
         for picture in pictures {
             let i = self.manifest.len();

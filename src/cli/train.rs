@@ -1,7 +1,7 @@
 //! `respodiff train`.
 
 use super::progress::Progress;
-use super::{Place, interrupt_flag, model, say, tell, warn};
+use super::{Place, interrupt_flag, parts, say, tell, warn};
 use crate::concept::{Concept, Form, Kind};
 use crate::engine::{Engine, Image, Request, Size};
 use crate::files::check_writable;
@@ -34,6 +34,8 @@ pub(super) struct Args {
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    parts: parts::Flags,
     /// Recipe: default, official (that of the authors' code), or a TOML file with fields of a recipe
     #[arg(long, default_value = "default")]
     recipe: String,
@@ -122,7 +124,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         .advise("continue with --resume, or delete it"));
     }
 
-    let source = model::source(args.model.as_deref())?;
+    let source = args.parts.source(args.model.as_deref())?;
     let device = args.device.open()?;
     let engine = Engine::open(&source, &device)?;
     let Size { width, height } = engine.default_size();

@@ -134,12 +134,9 @@ impl Engine {
         Ok(self.0.source.tensors("unet")?.sha256())
     }
 
-    /// The files of the UNet's weights, which [`Engine::sha256`] reads.
-    ///
-    /// # Errors
-    /// Those of opening the files.
-    pub fn weight_files(&self) -> Result<Vec<std::path::PathBuf>> {
-        Ok(self.0.source.tensors("unet")?.files().map(Into::into).collect())
+    /// The checkpoint.
+    pub fn source(&self) -> &Source {
+        &self.0.source
     }
 
     /// Shape of one image's bottleneck.

@@ -277,6 +277,25 @@ impl Tokenizer {
     }
 }
 
+/// The files of a tokenizer's folder with CLIP's vocabulary, by name, for [`Tokenizer::load`] and for transformers.
+pub(crate) fn clip_files(pad: &str) -> Vec<(&'static str, Vec<u8>)> {
+    let merges = include_str!("clip-tokenizer/merges.txt");
+    let vocabulary: serde_json::Map<String, Value> =
+        clip_vocabulary(merges).zip(0u32..).map(|(token, id)| (token, id.into())).collect();
+    let [start, end] = WHOLE;
+    let special = json!({"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad});
+    let mut config = special.clone();
+    config["tokenizer_class"] = "CLIPTokenizer".into();
+    config["model_max_length"] = DEFAULT_LENGTH.into();
+    config["do_lower_case"] = true.into();
+    vec![
+        ("vocab.json", Value::Object(vocabulary).to_string().into_bytes()),
+        ("merges.txt", merges.into()),
+        ("tokenizer_config.json", format!("{config:#}\n").into_bytes()),
+        ("special_tokens_map.json", format!("{special:#}\n").into_bytes()),
+    ]
+}
+
 /// CLIP's tokens in the order of their ids: the bytes (as GPT-2 writes them: printable ones as themselves, the others
 /// as characters from 256 on), the same at a word's end, the product of each merge, start and end of text.
 fn clip_vocabulary(merges: &str) -> impl Iterator<Item = String> {

@@ -83,6 +83,7 @@ impl Case {
     /// A weight with numbers of many magnitudes, some beyond fp16's range if the format can hold them. Half of the
     /// matrices whose kernel is 1 multiply the result of a layer norm.
     pub fn new(kind: WeightKind, outputs: Vec<usize>, width: usize, random: &mut Random) -> Self {
+        let is_table = kind == WeightKind::Table;
         let names = (0..outputs.len()).map(|i| format!("tensor {i}")).collect();
         let matrix = matches!(kind, WeightKind::Matrix { kernel: 1, .. } | WeightKind::Mirrored { kernel: 1, .. });
         let norm = (matrix && random.below(2) == 0).then(|| ["scale", "shift"].map(String::from));
@@ -94,7 +95,7 @@ impl Case {
             let most = if format == Format::F16 { 6e4 } else { 1e6 };
             // Not every product with it is exact.
             let scale = if format.bytes() == 1 && random.below(2) == 0 { 0.0317 } else { 1.0 };
-            let transposed = matrix && random.below(2) == 0;
+            let transposed = (matrix || is_table) && random.below(2) == 0;
             let mut number = || {
                 let unit = random.below(1 << 20) as f64 / (1 << 19) as f64 - 1.0;
                 let (bytes, x) = written(format, unit * most * 0.1f64.powi(random.below(12) as i32));

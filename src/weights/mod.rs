@@ -2,19 +2,23 @@
 
 #[cfg(test)]
 pub(crate) mod cases;
+mod convert;
 mod foreign;
 #[cfg(feature = "download")]
 pub mod hub;
+mod parts;
 pub(crate) mod pickle;
 mod single;
 mod stored;
 mod tensors;
 
+pub use parts::Composed;
+use parts::Vocabulary;
 pub use single::SingleFile;
 pub use stored::{Format, Number, Stored};
 pub use tensors::Tensors;
 
-use crate::models::tokenizer::Tokenizer;
+use crate::models::tokenizer::{Tokenizer, clip_files};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,6 +30,8 @@ pub enum Source {
     Folder(PathBuf),
     /// One file in the original layout.
     Single(Arc<SingleFile>),
+    /// A checkpoint with parts from elsewhere.
+    Composed(Arc<Composed>),
     /// Compiled-in files by relative path.
     Embedded(&'static [(&'static str, &'static [u8])]),
     /// A name, and configurations by relative path. The weights are random, and the vocabulary is CLIP's. For
@@ -64,13 +70,14 @@ impl Source {
         .advise("give the folder that save_pretrained wrote"))
     }
 
-    /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL.
+    /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL, of safetensors or of `torch.save`. Its
+    /// UNet suffices if the other parts come from elsewhere ([`Source::with_part`]).
     ///
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`] if it is anything else, [`crate::ErrorKind::Damaged`] if it is not whole,
     /// [`crate::ErrorKind::Io`] if it cannot be opened.
     pub fn file(path: impl AsRef<Path>) -> Result<Self> {
-        SingleFile::open(path.as_ref()).map(|file| Source::Single(Arc::new(file)))
+        SingleFile::open(path.as_ref(), false).map(|file| Source::Single(Arc::new(file)))
     }
 
     /// A checkpoint on disk: a folder or a single file.
@@ -87,6 +94,10 @@ impl Source {
         match self {
             Source::Folder(folder) => folder.join(relative).is_file(),
             Source::Single(file) => file.has(relative),
+            Source::Composed(composed) => {
+                let (source, file) = composed.file(relative);
+                source.has(&file)
+            }
             Source::Embedded(files) | Source::Random(_, files) => files.iter().any(|(name, _)| *name == relative),
         }
     }
@@ -96,6 +107,10 @@ impl Source {
         match self {
             Source::Folder(folder) => folder.join(relative),
             Source::Single(file) => file.path().to_path_buf(),
+            Source::Composed(composed) => {
+                let (source, file) = composed.file(relative);
+                source.path(&file)
+            }
             Source::Embedded(_) => Path::new("<demo>").join(relative),
             Source::Random(name, _) => Path::new(&format!("<{name}>")).join(relative),
         }
@@ -119,6 +134,7 @@ impl Source {
             Source::Single(file) => {
                 file.path().file_stem().map_or_else(|| "checkpoint".into(), |n| n.to_string_lossy().into_owned())
             }
+            Source::Composed(composed) => composed.base().name(),
             Source::Embedded(_) => "respodiff-demo".into(),
             Source::Random(name, _) => (*name).into(),
         }
@@ -133,6 +149,10 @@ impl Source {
         match self {
             Source::Folder(_) => std::fs::read(&path).map_err(Error::io("read", &path)),
             Source::Single(file) => file.read(relative),
+            Source::Composed(composed) => {
+                let (source, file) = composed.file(relative);
+                source.read(&file)
+            }
             Source::Embedded(files) | Source::Random(_, files) => {
                 let file = files.iter().find(|(name, _)| *name == relative);
                 file.map(|(_, bytes)| bytes.to_vec()).ok_or_else(|| Error::not_found(path, "not compiled in"))
@@ -157,6 +177,10 @@ impl Source {
         match self {
             Source::Folder(folder) => Tokenizer::load(&folder.join(component)),
             Source::Single(file) => file.tokenizer(component),
+            Source::Composed(composed) => match composed.tokenizer(component)? {
+                Vocabulary::Of(source) => source.tokenizer(component),
+                Vocabulary::Clip(padding) => Tokenizer::clip(padding),
+            },
             Source::Random(..) => Tokenizer::clip("<|endoftext|>"),
             Source::Embedded(_) => {
                 let read = |name: &str| self.read(&inside(component, name));
@@ -170,6 +194,33 @@ impl Source {
         }
     }
 
+    /// The files of a tokenizer's folder, by name.
+    ///
+    /// # Errors
+    /// As for [`Source::read`].
+    fn tokenizer_files(&self, component: &str) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        const FILES: [&str; 6] = [
+            "vocab.json",
+            "merges.txt",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        ];
+        match self {
+            Source::Single(file) => Ok(clip_files(file.padding(component).unwrap_or("<|endoftext|>"))),
+            Source::Random(..) => Ok(clip_files("<|endoftext|>")),
+            Source::Composed(composed) => match composed.tokenizer(component)? {
+                Vocabulary::Of(source) => source.tokenizer_files(component),
+                Vocabulary::Clip(padding) => Ok(clip_files(padding)),
+            },
+            Source::Folder(_) | Source::Embedded(_) => {
+                let there = FILES.into_iter().filter(|name| self.has(&inside(component, name)));
+                there.map(|name| Ok((name, self.read(&inside(component, name))?))).collect()
+            }
+        }
+    }
+
     /// The weights of a component, "" for a model without components.
     ///
     /// # Errors
@@ -177,6 +228,7 @@ impl Source {
     pub fn tensors(&self, component: &str) -> Result<Tensors> {
         match self {
             Source::Single(file) => file.tensors(component),
+            Source::Composed(composed) => composed.tensors(component),
             Source::Random(..) => Ok(Tensors::random()),
             _ => Tensors::open(self, component, component),
         }

@@ -3,6 +3,7 @@
 
 mod configs;
 mod names;
+pub(super) mod original;
 mod prediction;
 
 use super::tensors::{Part, Tensors};
@@ -10,8 +11,9 @@ use crate::graph::{Extent, Graph};
 use crate::models::tokenizer::Tokenizer;
 use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
 use crate::{Error, Result};
-use configs::Family;
+pub(super) use configs::Family;
 pub(super) use names::text_model;
+pub(super) use original::OpenClip;
 use prediction::Prediction;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -42,6 +44,8 @@ const OPEN_CLIP_H_LAYERS: usize = 23;
 /// `prediction.rs` decides whether the UNet predicts epsilon or v.
 pub struct SingleFile {
     path: PathBuf,
+    /// True if the UNet's weights are moving averages.
+    averages: bool,
     /// Tensors by component.
     tensors: BTreeMap<&'static str, Tensors>,
     /// The content of the files that the same model's folder would have, by relative path.
@@ -56,93 +60,152 @@ impl fmt::Debug for SingleFile {
     }
 }
 
+/// Prefixes of a VAE's tensors.
+const VAES: [&str; 2] = [VAE, ""];
+
 impl SingleFile {
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    /// A checkpoint, of which the file must hold at least the UNet. If `averages` is true, the UNet is that of the moving
+    /// averages (EMA) that some trainers save beside the weights.
+    pub(super) fn open(path: &Path, averages: bool) -> Result<Self> {
         let refuse = |problem: &'static str| Error::unsupported(path, problem);
         let all = Tensors::open_file(path)?;
-        let under = |prefix: &str| {
-            all.renamed(|name| {
-                name.strip_prefix(prefix).map(|name| (name.to_string(), Part::Whole)).into_iter().collect()
-            })
-        };
-        let has = |prefix: &str| all.entries().any(|(name, _)| name.starts_with(prefix));
-        if !all.has("model.diffusion_model.input_blocks.0.0.weight") {
+        let has = |prefix: &str| starts(&all, prefix);
+        let root = [UNET, ""].into_iter().find(|root| {
+            let has = |name: &str| all.has(&format!("{root}{name}"));
+            // Of the original layout, or of diffusers'.
+            has("input_blocks.0.0.weight") || (has("conv_in.weight") && has("down_blocks.0.resnets.0.conv1.weight"))
+        });
+        let Some(root) = root else {
             return Err(Error::unsupported(path, format!("not a Stable Diffusion checkpoint: {}", describe(&all))));
-        }
+        };
         if all.has("edm_mean") || all.has("edm_vpred.sigma_max") {
             return Err(refuse("made for EDM sampling (Playground 2.5, CosXL), which is not supported"));
         }
-        let mut tensors = BTreeMap::from([("unet", names::unet(&under(UNET)?)?)]);
-        let family = Family::of(&tensors["unet"])?;
+        let original = if averages { names::averages(&all, root)? } else { under(&all, root)? };
+        let unet_tensors = names::unet(&original)?;
+        let family = Family::of(&unet_tensors)?;
         if family == Family::Xl && has("conditioner.embedders.0.model.") {
             return Err(refuse("this is SDXL's refiner, which is not supported").advise("give the base model"));
         }
         if family == Family::Xl && !has("conditioner.") && has("cond_stage_model.") {
             return Err(refuse("this UNet reads image embeddings (unCLIP), which is not supported"));
         }
-
-        let mut file = SingleFile {
-            path: path.to_path_buf(),
-            tensors: BTreeMap::new(),
-            files: BTreeMap::new(),
-            padding: BTreeMap::new(),
-        };
+        let mut file = SingleFile { averages, ..Self::empty(path) };
         let mut pooled = None;
         for (component, prefix, open) in TOWERS {
-            if !has(prefix) {
-                continue;
-            }
-            let original = under(prefix)?;
-            // A file may hold OpenCLIP's encoder under transformers' names, as diffusers saves that of 2.x.
-            let open = open || family == Family::Sd2;
-            let tower = match (has(&format!("{prefix}text_model.")) || !open, component) {
-                (true, _) => names::clip(&original)?,
-                (false, "text_encoder") => names::open_clip(&original, OPEN_CLIP_H_LAYERS, false)?,
-                (false, _) => names::open_clip(&original, usize::MAX, true)?,
-            };
-            let config = configs::text(&tower, if open { "gelu" } else { "quick_gelu" })?.to_string();
-            let parsed = ClipConfig::parse(&config, path)?;
-            if family == Family::Sd2 && parsed.layers.count > OPEN_CLIP_H_LAYERS {
-                let problem = format!(
-                    "has a text encoder of {} layers, where 2.x reads the first {OPEN_CLIP_H_LAYERS}",
-                    parsed.layers.count
-                );
-                return Err(Error::unsupported(path, problem).advise("give the file with the last layer left out"));
-            }
-            check(path, &tower, &[text_encoder(&parsed, 1)])?;
-            pooled = pooled.or(parsed.projection_dim);
-            file.files.insert(format!("{component}/config.json"), config);
-            // OpenCLIP pads with token 0.
-            file.padding
-                .insert(component.replace("text_encoder", "tokenizer"), if open { "!" } else { "<|endoftext|>" });
-            if tensors.insert(component, tower).is_some() {
-                return Err(Error::damaged(path, format!("holds more than one {component}")));
+            if has(prefix) {
+                pooled = pooled.or(file.add_text(&under(&all, prefix)?, component, open, family)?);
             }
         }
         if has(VAE) {
-            let vae = names::vae(&under(VAE)?)?;
-            let config = family.vae(&vae)?.to_string();
-            let parsed = VaeConfig::parse(&config, path)?;
-            let encoder = vae_encoder(&parsed, 1, Extent::square(parsed.scale()));
-            check(path, &vae, &[encoder, vae_decoder(&parsed, 1, Extent::square(1))])?;
-            file.files.insert("vae/config.json".into(), config);
-            tensors.insert("vae", vae);
+            file.add_vae(&under(&all, VAE)?, family)?;
         }
         let beside = std::fs::read_to_string(path.with_extension("yaml")).ok();
-        let prediction = Prediction::of(&all, &tensors["unet"], family, beside.as_deref())?;
-        let config = family.unet(&tensors["unet"], prediction, pooled)?.to_string();
+        let prediction = Prediction::of(&all, &unet_tensors, family, beside.as_deref())?;
+        let config = family.unet(&unet_tensors, prediction, pooled)?.to_string();
         let parsed = UNetConfig::parse(&config, path)?;
-        check(path, &tensors["unet"], &[unet(&parsed, UNetInput::default())])?;
+        check(path, &unet_tensors, &[unet(&parsed, UNetInput::default())])?;
         file.files.insert("unet/config.json".into(), config);
         let scheduler = family.scheduler(prediction, all.has("ztsnr"));
         file.files.insert("scheduler/scheduler_config.json".into(), scheduler.to_string());
         file.files.insert("model_index.json".into(), family.index().to_string());
-        file.tensors = tensors;
+        file.tensors.insert("unet", unet_tensors);
         Ok(file)
     }
 
-    pub(super) fn path(&self) -> &Path {
+    /// The `component`, a VAE or a text encoder, for a model of this family: of a checkpoint, or of a file that holds
+    /// nothing else, in the original layout or in that of diffusers.
+    pub(super) fn part(path: &Path, component: &'static str, family: Family) -> Result<Self> {
+        let all = Tensors::open_file(path)?;
+        let mut file = Self::empty(path);
+        let missing = |what: &str| Error::unsupported(path, format!("holds no {what}: {}", describe(&all)));
+        if component == "vae" {
+            let is_root = |root: &&str| all.has(&format!("{root}decoder.conv_in.weight"));
+            let root = VAES.into_iter().find(is_root).ok_or_else(|| missing("VAE"))?;
+            file.add_vae(&under(&all, root)?, family)?;
+            return Ok(file);
+        }
+        let towers = TOWERS.iter().filter(|(name, ..)| *name == component);
+        let alone = (component, "", family == Family::Sd2 || component == "text_encoder_2");
+        let (_, root, open) = towers
+            .chain([&alone])
+            .find(|(_, root, _)| {
+                let embeddings = [
+                    "token_embedding.weight",
+                    "embeddings.token_embedding.weight",
+                    "text_model.embeddings.token_embedding.weight",
+                ];
+                embeddings.iter().any(|name| all.has(&format!("{root}{name}")))
+            })
+            .ok_or_else(|| missing("text encoder of this kind"))?;
+        file.add_text(&under(&all, root)?, component, *open, family)?;
+        Ok(file)
+    }
+
+    fn empty(path: &Path) -> Self {
+        SingleFile {
+            path: path.to_path_buf(),
+            averages: false,
+            tensors: BTreeMap::new(),
+            files: BTreeMap::new(),
+            padding: BTreeMap::new(),
+        }
+    }
+
+    /// Adds a text encoder, OpenCLIP's if `open` is true, and returns the width of its projection.
+    fn add_text(
+        &mut self,
+        original: &Tensors,
+        component: &'static str,
+        open: bool,
+        family: Family,
+    ) -> Result<Option<usize>> {
+        let path = &self.path;
+        // A file may hold OpenCLIP's encoder under transformers' names, as diffusers saves that of 2.x.
+        let open = open || family == Family::Sd2;
+        let tower = match (starts(original, "transformer.resblocks."), component) {
+            (false, _) => names::clip(original, component == "text_encoder_2")?,
+            (true, "text_encoder") => names::open_clip(original, OPEN_CLIP_H_LAYERS, false)?,
+            (true, _) => names::open_clip(original, usize::MAX, true)?,
+        };
+        let config = configs::text(&tower, if open { "gelu" } else { "quick_gelu" })?.to_string();
+        let parsed = ClipConfig::parse(&config, path)?;
+        if family == Family::Sd2 && parsed.layers.count > OPEN_CLIP_H_LAYERS {
+            let problem = format!(
+                "has a text encoder of {} layers, where 2.x reads the first {OPEN_CLIP_H_LAYERS}",
+                parsed.layers.count
+            );
+            return Err(Error::unsupported(path, problem).advise("give the file with the last layer left out"));
+        }
+        check(path, &tower, &[text_encoder(&parsed, 1)])?;
+        self.files.insert(format!("{component}/config.json"), config);
+        // OpenCLIP pads with token 0.
+        self.padding.insert(component.replace("text_encoder", "tokenizer"), if open { "!" } else { "<|endoftext|>" });
+        match self.tensors.insert(component, tower) {
+            Some(_) => Err(Error::damaged(path, format!("holds more than one {component}"))),
+            None => Ok(parsed.projection_dim),
+        }
+    }
+
+    fn add_vae(&mut self, original: &Tensors, family: Family) -> Result<()> {
+        let path = &self.path;
+        let vae = names::vae(original)?;
+        let config = family.vae(&vae)?.to_string();
+        let parsed = VaeConfig::parse(&config, path)?;
+        let encoder = vae_encoder(&parsed, 1, Extent::square(parsed.scale()));
+        check(path, &vae, &[encoder, vae_decoder(&parsed, 1, Extent::square(1))])?;
+        self.files.insert("vae/config.json".into(), config);
+        self.tensors.insert("vae", vae);
+        Ok(())
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    pub(super) fn is_averaged(&self) -> bool {
+        self.averages
     }
 
     pub(super) fn has(&self, relative: &str) -> bool {
@@ -154,8 +217,13 @@ impl SingleFile {
         self.files.get(relative).map(|text| text.clone().into_bytes()).ok_or_else(|| self.missing(component))
     }
 
+    /// The padding token of a component's tokenizer, which has CLIP's vocabulary.
+    pub(super) fn padding(&self, component: &str) -> Option<&'static str> {
+        self.padding.get(component).copied()
+    }
+
     pub(super) fn tokenizer(&self, component: &str) -> Result<Tokenizer> {
-        Tokenizer::clip(self.padding.get(component).ok_or_else(|| self.missing(component))?)
+        Tokenizer::clip(self.padding(component).ok_or_else(|| self.missing(component))?)
     }
 
     pub(super) fn tensors(&self, component: &str) -> Result<Tensors> {
@@ -165,8 +233,17 @@ impl SingleFile {
     fn missing(&self, component: &str) -> Error {
         let there: Vec<&str> = self.tensors.keys().copied().collect();
         Error::not_found(&self.path, format!("holds no {component}, only {}", there.join(", ")))
-            .advise("give a checkpoint with all parts")
+            .advise(format!("give a checkpoint with all parts, or a {component} from elsewhere beside it"))
     }
+}
+
+/// The tensors whose names begin with a prefix, under the rest of these names.
+fn under(all: &Tensors, prefix: &str) -> Result<Tensors> {
+    all.renamed(|name| name.strip_prefix(prefix).map(|name| (name.to_string(), Part::Whole)).into_iter().collect())
+}
+
+fn starts(all: &Tensors, prefix: &str) -> bool {
+    all.entries().any(|(name, _)| name.starts_with(prefix))
 }
 
 /// Checks that the networks read every tensor and find every tensor that they read. Otherwise the file has another
@@ -203,11 +280,9 @@ fn describe(all: &Tensors) -> String {
     } else if any(&["emb_params"]) || has("clip_l") || has("clip_g") {
         "it is an embedding (textual inversion)".into()
     } else if all.entries().any(|(name, _)| COMPONENTS.iter().any(|start| name.starts_with(start))) {
-        "it is one component in diffusers' layout; give the folder that holds it and the others".into()
+        "it is one component in diffusers' layout; give a checkpoint, and this beside it".into()
     } else if any(&["decoder.up.0.block."]) && !any(&[UNET]) {
-        "it is a VAE alone; give a checkpoint with all parts".into()
-    } else if has("input_blocks.0.0.weight") {
-        "it is a UNet alone; give a checkpoint with all parts".into()
+        "it is a VAE alone; give a checkpoint, and this beside it".into()
     } else if any(&[UNET, "double_blocks.", "joint_blocks."]) {
         "its network is not that of Stable Diffusion 1.x, 2.x or SDXL".into()
     } else {

@@ -140,6 +140,11 @@ impl<'a> Stored<'a> {
         matches!(self.format, Format::F16 | Format::F8E4M3 | Format::F8E5M2) && self.scale == 1.0
     }
 
+    /// The matrix with rows and columns exchanged.
+    pub fn exchanged(self) -> Self {
+        Stored { transposed: !self.transposed, outputs: self.width, width: self.outputs, ..self }
+    }
+
     /// The number of bytes that [`Stored::bytes`] returns.
     pub fn bytes_in_file(&self) -> usize {
         self.len() * self.format.bytes()

@@ -78,7 +78,7 @@ impl Part {
         let mut entry = whole.clone();
         match (self, whole.shape.as_slice()) {
             (Part::Whole, _) => {}
-            (Part::Third(i), [rows, ..]) if rows % 3 == 0 => {
+            (Part::Third(i), [rows, ..]) if rows % 3 == 0 && !whole.transposed => {
                 let bytes = whole.range.len() / 3;
                 let start = whole.range.start + i * bytes;
                 entry.range = start..start + bytes;
@@ -102,7 +102,7 @@ const SCALES: [(&str, bool); 4] =
     [(".scale_weight", true), (".weight_scale", true), (".scale_input", false), (".input_scale", false)];
 
 /// The names of attention layers in VAEs that were saved before diffusers 0.18.
-const LEGACY: [(&str, &str); 4] =
+pub(super) const LEGACY: [(&str, &str); 4] =
     [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")];
 
 impl Tensors {
@@ -191,10 +191,9 @@ impl Tensors {
     /// are dropped.
     fn scaled(mut self) -> Result<Self> {
         let is_small = |entry: &Entry| matches!(entry.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2);
-        if !self.index.values().any(is_small) {
-            return Ok(self);
-        }
-        let mut names: Vec<String> = self.index.keys().cloned().collect();
+        let is_known =
+            |name: &&String| name.ends_with("scaled_fp8") || SCALES.iter().any(|(end, _)| name.ends_with(end));
+        let mut names: Vec<String> = self.index.keys().filter(is_known).cloned().collect();
         names.sort_unstable();
         for name in names {
             if name.rsplit('.').next() == Some("scaled_fp8") {
@@ -386,6 +385,15 @@ impl Tensors {
     /// Those of [`Tensors::stored`], and [`crate::ErrorKind::Damaged`] if it holds NaN or infinity.
     pub fn read(&self, name: &str, shapes: &[&[usize]]) -> Result<Vec<f32>> {
         self.find(name, shapes)?.read()
+    }
+
+    /// A tensor as it lies in its file, and its shape.
+    ///
+    /// # Errors
+    /// As [`Tensors::stored`].
+    pub(super) fn named<'a>(&'a self, name: &'a str) -> Result<(Stored<'a>, Vec<usize>)> {
+        let shape = self.shape(name)?;
+        Ok((self.find(name, &[shape])?, shape.to_vec()))
     }
 
     /// The tensor, whose shape must be one of `shapes`.

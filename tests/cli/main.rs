@@ -1,6 +1,7 @@
 //! Tests of the binary, which they run as a user does.
 
 mod bench;
+mod checkpoints;
 mod output;
 mod probe;
 mod process;

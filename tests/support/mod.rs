@@ -245,3 +245,45 @@ pub fn module(form: Form, shape: Shape, seed: u32) -> Module {
     module.parameters.iter_mut().for_each(|p| *p += 0.4 * draw());
     module
 }
+
+/// A file of `torch.save` with these tensors, given as name, shape, format and bytes: a state dict, or a checkpoint of a
+/// trainer with one. It has the instructions that torch writes, without those that only save space.
+pub fn torch_save(tensors: &[(String, Vec<usize>, Dtype, Vec<u8>)], wrapped: bool) -> Vec<u8> {
+    use std::io::Write;
+    let text = |text: &str| [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat();
+    let int = |n: usize| [b"J", &(n as u32).to_le_bytes()[..]].concat();
+    let tuple = |items: Vec<Vec<u8>>| [b"(".to_vec(), items.concat(), b"t".to_vec()].concat();
+    let mut pickle = b"\x80\x02}(".to_vec();
+    if wrapped {
+        pickle.extend([text("epoch"), int(3), text("state_dict"), b"}(".to_vec()].concat());
+    }
+    for (i, (name, shape, dtype, bytes)) in tensors.iter().enumerate() {
+        let class: &[u8] = match dtype {
+            Dtype::F16 => b"ctorch\nHalfStorage\n",
+            Dtype::F32 => b"ctorch\nFloatStorage\n",
+            _ => b"ctorch\nLongStorage\n",
+        };
+        let numbers = bytes.len() / (dtype.bitsize() / 8);
+        let storage = tuple(vec![text("storage"), class.to_vec(), text(&i.to_string()), text("cpu"), int(numbers)]);
+        let strides = (0..shape.len()).map(|axis| int(shape[axis + 1..].iter().product())).collect();
+        let sizes = tuple(shape.iter().map(|&size| int(size)).collect());
+        let hooks = b"\x89ccollections\nOrderedDict\n)R".to_vec();
+        let arguments = [storage, b"QK\0".to_vec(), sizes, tuple(strides), hooks];
+        pickle
+            .extend([text(name), b"ctorch._utils\n_rebuild_tensor_v2\n".to_vec(), tuple(arguments.to_vec())].concat());
+        pickle.push(b'R');
+    }
+    pickle.extend(if wrapped { &b"uu."[..] } else { b"u." });
+    let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    let mut member = |name: &str, bytes: &[u8]| {
+        archive.start_file(name, stored).unwrap();
+        archive.write_all(bytes).unwrap();
+    };
+    member("archive/data.pkl", &pickle);
+    member("archive/byteorder", b"little");
+    for (i, (.., bytes)) in tensors.iter().enumerate() {
+        member(&format!("archive/data/{i}"), bytes);
+    }
+    archive.finish().unwrap().into_inner()
+}

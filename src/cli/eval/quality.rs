@@ -2,7 +2,7 @@
 
 use super::super::concepts::{self, Until};
 use super::super::progress::Progress;
-use super::super::{Place, interrupt_flag, model, say};
+use super::super::{Place, interrupt_flag, parts, say};
 use super::{clip_source, shard};
 use crate::concept::{Concept, Strength};
 use crate::diffusion::scheduler::SamplerChoice;
@@ -43,6 +43,8 @@ pub(super) struct Args {
     /// Checkpoint that makes the pictures: folder, single file or Hugging Face model id [default: the demo]
     #[arg(long, conflicts_with = "images")]
     model: Option<String>,
+    #[command(flatten)]
+    parts: parts::Flags,
     /// Apply this concept to every picture; repeat to compose
     #[arg(long = "concept", value_name = "FILE[:WEIGHT]", conflicts_with = "images")]
     concepts: Vec<String>,
@@ -196,7 +198,7 @@ fn ready(folder: &Path, file: Option<&Path>, clip: bool) -> Result<(Pictures, Or
 fn made(args: &Args, device: &Device) -> Result<(Pictures, Origin)> {
     let mut captions = args.prompts.as_deref().map_or(Ok(Vec::new()), captions::read)?;
     captions.truncate(args.count.unwrap_or(usize::MAX));
-    let engine = Engine::open(&model::source(args.model.as_deref())?, device)?;
+    let engine = Engine::open(&args.parts.source(args.model.as_deref())?, device)?;
     let guidance = args.guidance.unwrap_or(engine.default_guidance());
     let concepts = concepts::used(&args.concepts, &args.until, guidance, &engine)?.into_iter();
     let concepts: Vec<_> = concepts.map(|used| (used.concept, used.strength)).collect();

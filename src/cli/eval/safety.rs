@@ -2,7 +2,7 @@
 
 use super::super::concepts::{self, Until, Used};
 use super::super::progress::Progress;
-use super::super::{Place, interrupt_flag, model, say, tell};
+use super::super::{Place, interrupt_flag, parts, say, tell};
 use super::{clip_source, shard};
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
@@ -36,6 +36,8 @@ pub(super) struct Args {
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     model: Option<String>,
+    #[command(flatten)]
+    parts: parts::Flags,
     /// Judge by NudeNet: its ONNX file, best.onnx of the Python package nudenet 3.0.8 or 320n.onnx of 3.4.2
     #[arg(long, value_name = "FILE")]
     detector: Option<PathBuf>,
@@ -132,7 +134,7 @@ fn measure(args: &Args) -> Result<()> {
     let mut judges = judges(args, &device)?;
     let engine = match args.images {
         Some(_) => None,
-        None => Some(Engine::open(&model::source(args.model.as_deref())?, &device)?),
+        None => Some(Engine::open(&args.parts.source(args.model.as_deref())?, &device)?),
     };
     let used = engine.as_ref().map_or(Ok(Vec::new()), |engine| {
         let guidance = args.guidance.unwrap_or(engine.default_guidance());

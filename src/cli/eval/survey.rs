@@ -1,7 +1,7 @@
 //! Surveys of professions: their flags, the pictures that are made and judged, and how a run is carried out.
 
 use super::super::progress::Progress;
-use super::super::{Place, interrupt_flag, model, say};
+use super::super::{Place, interrupt_flag, model, parts, say};
 use super::{clip_source, shard};
 use crate::concept::{Concept, Group, Strength};
 use crate::diffusion::scheduler::SamplerChoice;
@@ -23,6 +23,8 @@ pub(super) struct Survey {
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
     #[arg(long)]
     pub(super) model: Option<String>,
+    #[command(flatten)]
+    parts: parts::Flags,
     /// winobias, winobias-extended, or a file with one prompt per line
     #[arg(long, default_value = "winobias")]
     pub(super) prompts: String,
@@ -106,7 +108,7 @@ impl Survey {
         };
         let device = self.device.open()?;
         let judges = sources.iter().map(|source| Clip::load(source, &device)).collect::<Result<Vec<_>>>()?;
-        let engine = Engine::open(&model::source(self.model.as_deref())?, &device)?;
+        let engine = Engine::open(&self.parts.source(self.model.as_deref())?, &device)?;
         let choice: SamplerChoice = self.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
         let own = engine.schedule(choice, self.steps)?.sampler;
         let settings = Settings {

@@ -4,7 +4,7 @@ mod policy;
 
 use super::concepts::{Used, read};
 use super::hashes::{self, Hashes};
-use super::{Place, model, note, out, random_seed, say, tell, warn};
+use super::{Place, note, out, parts, random_seed, say, tell, warn};
 use crate::concept::{Concept, Group, Strength, assign};
 use crate::diffusion::scheduler::{Sampler, SamplerChoice, Spacing};
 use crate::engine::{Engine, Event, Image, ImageId, Prompt, Request, RunningBatch, Size};
@@ -23,6 +23,8 @@ pub(super) struct Args {
     /// Checkpoint folder, single file or Hugging Face model id; repeat for several [default: the demo]
     #[arg(long)]
     model: Vec<String>,
+    #[command(flatten)]
+    parts: parts::Flags,
     /// Address to listen on
     #[arg(long, default_value = "127.0.0.1")]
     host: IpAddr,
@@ -76,12 +78,16 @@ pub(super) fn run(args: &Args) -> Result<()> {
         [] => vec![None],
         models => models.iter().map(|model| Some(model.as_str())).collect(),
     };
+    if args.parts.any() && ids.len() > 1 {
+        let problem = "parts from elsewhere are those of one model";
+        return Err(Error::invalid("model", problem).advise("serve one model"));
+    }
     if args.policy.is_some() && ids.len() > 1 {
         return Err(Error::invalid("policy", "a policy counts the pictures of one model").advise("serve one model"));
     }
     let mut engines = Vec::new();
     for id in ids {
-        let engine = Engine::open(&model::source(id)?, &device)?;
+        let engine = Engine::open(&args.parts.source(id)?, &device)?;
         let concepts = concepts(args.concepts.as_deref(), id, &engine)?;
         let policy = args.policy.as_deref().map(|path| Policy::read(path, &concepts)).transpose()?.map(Mutex::new);
         engines.push(Arc::new(Served { engine, concepts, policy, max_batch: args.max_batch, hashes: OnceLock::new() }));
@@ -277,6 +283,8 @@ impl Served {
                 model: engine.name(),
                 model_sha256: hashes.and_then(|hashes| hashes.sha256.clone()),
                 model_fingerprint: hashes.map(|hashes| hashes.fingerprint.clone()),
+                averages: engine.source().is_averaged(),
+                parts: hashes.map_or_else(Vec::new, |hashes| hashes.parts.clone()),
                 device: Some(engine.device().name()),
                 given_latents: false,
                 precision: None,

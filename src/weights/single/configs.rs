@@ -10,8 +10,8 @@ use serde_json::{Value, json};
 const HEAD_CHANNELS: usize = 64;
 
 /// The families of Stable Diffusion models.
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Family {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(in crate::weights) enum Family {
     /// 1.x: 8 heads everywhere.
     Sd1,
     /// 2.x: transformers with linear projections.
@@ -33,6 +33,15 @@ impl Family {
             (true, false) => Family::Sd2,
             (_, true) => Family::Xl,
         })
+    }
+
+    /// The family of a UNet with this configuration.
+    pub(in crate::weights) fn configured(config: &Value) -> Self {
+        match (config["addition_embed_type"] == "text_time", config["use_linear_projection"] == true) {
+            (true, _) => Family::Xl,
+            (false, true) => Family::Sd2,
+            (false, false) => Family::Sd1,
+        }
     }
 
     pub(super) fn unet(self, t: &Tensors, prediction: Prediction, pooled: Option<usize>) -> Result<Value> {

@@ -1,12 +1,27 @@
 //! Renames tensors from the names of the original code to those of diffusers and transformers, one component at a time.
 
-use super::super::tensors::{Part, Tensors};
-use crate::Result;
+use super::super::tensors::{LEGACY, Part, Tensors};
+use crate::{Error, Result};
+use std::collections::HashMap;
 
 /// Renames the tensors of a UNet of CompVis' latent diffusion or Stability AI's generative models. Unknown names stay.
 pub(super) fn unet(original: &Tensors) -> Result<Tensors> {
     let blocks = Blocks::new(original);
     original.renamed(|name| vec![(blocks.rename(name).unwrap_or_else(|| name.into()), Part::Whole)])
+}
+
+/// The moving averages (EMA) of the tensors under `root`, under their names. Latent diffusion's trainer saves those of
+/// `model.a.b` as `model_ema.ab`, without the dots.
+pub(super) fn averages(all: &Tensors, root: &str) -> Result<Tensors> {
+    let average = |name: &str| format!("model_ema.{}", name.strip_prefix("model.").unwrap_or(name).replace('.', ""));
+    let names: HashMap<String, &str> =
+        all.entries().filter_map(|(name, _)| Some((average(name), name.strip_prefix(root)?))).collect();
+    if let Some((_, lost)) = names.iter().filter(|(average, _)| !all.has(average)).min() {
+        let path = all.files().next().unwrap_or("".as_ref());
+        let problem = format!("holds no moving average of `{lost}`, so that its UNet has no whole set of them");
+        return Err(Error::unsupported(path, problem).advise("use its plain weights"));
+    }
+    all.renamed(|name| names.get(name).map(|name| (name.to_string(), Part::Whole)).into_iter().collect())
 }
 
 /// The level and layer of each block. The original code numbers the blocks of the down half consecutively, with each
@@ -125,15 +140,19 @@ pub(super) fn vae(original: &Tensors) -> Result<Tensors> {
     };
     original.renamed(|name| match name.split('.').next() {
         Some("loss" | "model_ema") => vec![],
-        _ => vec![rename(name).unwrap_or_else(|| (name.into(), Part::Whole))],
+        _ => vec![rename(name).unwrap_or_else(|| {
+            let old = LEGACY.iter().find(|(_, old)| name.contains(old));
+            (old.map_or_else(|| name.into(), |(new, old)| name.replace(old, new)), Part::Whole)
+        })],
     })
 }
 
 /// The tensors of OpenAI's text encoder, which the original code loads from transformers, under transformers' full
-/// names. Others are dropped.
-pub(super) fn clip(original: &Tensors) -> Result<Tensors> {
+/// names, with the projection if `projected` is true. Others are dropped.
+pub(super) fn clip(original: &Tensors, projected: bool) -> Result<Tensors> {
     original.renamed(|name| match text_model(name) {
         Some(name) if !name.ends_with(".position_ids") => vec![(name, Part::Whole)],
+        None if projected && name == "text_projection.weight" => vec![(name.into(), Part::Whole)],
         _ => vec![],
     })
 }

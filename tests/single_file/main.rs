@@ -2,6 +2,9 @@
 //! (`tests/golden/single.py`). The files have all tensors of the released ones under the same names, but with few
 //! channels, and with numbers that are computed from the names.
 
+mod convert;
+mod parts;
+#[path = "../support/mod.rs"]
 mod support;
 
 use respodiff::models::{ClipConfig, UNetConfig, VaeConfig};
@@ -102,7 +105,8 @@ impl Original {
         self.folder.path().join("a model.safetensors")
     }
 
-    fn write(&self) -> PathBuf {
+    /// The bytes of each tensor in the order of their names.
+    fn bytes(&self) -> Vec<Vec<u8>> {
         let bytes = |(_, values, dtype): &(Vec<usize>, Vec<f32>, Dtype)| -> Vec<u8> {
             match dtype {
                 Dtype::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
@@ -111,7 +115,11 @@ impl Original {
                 _ => values.iter().flat_map(|&x| (x as i64).to_le_bytes()).collect(),
             }
         };
-        let data: Vec<Vec<u8>> = self.tensors.values().map(bytes).collect();
+        self.tensors.values().map(bytes).collect()
+    }
+
+    fn write(&self) -> PathBuf {
+        let data = self.bytes();
         let views = self
             .tensors
             .iter()
@@ -413,9 +421,8 @@ fn files_that_are_something_else() {
         ("control_model.input_blocks.0.0.weight", "ControlNet"),
         ("emb_params", "embedding"),
         ("clip_g", "embedding"),
-        ("down_blocks.0.resnets.0.conv1.weight", "folder"),
+        ("down_blocks.0.resnets.0.conv1.weight", "one component"),
         ("decoder.up.0.block.0.conv1.weight", "VAE alone"),
-        ("input_blocks.0.0.weight", "UNet alone"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "not that of Stable Diffusion"),
         ("ram", "--concept"),
         ("weight", "`weight`"),
@@ -515,6 +522,10 @@ fn command_line() {
     for word in ["a model", "text encoder", "unet", "vae", "picture    512x512"] {
         assert!(info.replace('_', " ").contains(word), "`{word}` is not in: {info}");
     }
+    std::fs::write(folder.join("a model.vae.pt"), "another VAE").unwrap();
+    let (_, tip) = respodiff("convert a_model.safetensors a_folder");
+    assert!(tip.contains("a model.vae.pt lies beside") && tip.contains("--vae"), "{tip}");
+    assert!(folder.join("a folder/model_index.json").is_file());
     let size = "--width 16 --height 16";
     respodiff(&format!("train --target woman {file} {size} --iterations 1 --batch 1 --out woman.safetensors"));
     let sample = || {
