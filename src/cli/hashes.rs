@@ -2,7 +2,7 @@
 //! and time of change: for SD 1.5 it takes longer than a GPU takes for everything up to the first picture.
 
 use crate::Result;
-use crate::engine::Engine;
+use crate::engine::Outline;
 use crate::image::UsedPart;
 use crate::weights::Tensors;
 use serde::{Deserialize, Serialize};
@@ -43,20 +43,20 @@ const MOST_BYTES: u64 = 16 << 20;
 /// clock, so its hash is not remembered.
 const SETTLED: Duration = Duration::from_secs(3);
 
-/// The hashes of an engine's checkpoint.
+/// The hashes of a checkpoint.
 ///
 /// # Errors
 /// Those of reading the weights. The list of remembered hashes is only a help: if it cannot be read or written, the
 /// files are hashed.
-pub(super) fn of(engine: &Engine) -> Result<Hashes> {
-    let source = engine.source();
+pub(super) fn of(model: &Outline) -> Result<Hashes> {
+    let source = model.source();
     let part = |(component, path): (&str, &Path)| {
         let sha256 = sha256(&source.tensors(component)?);
         Ok(UsedPart { component: component.into(), file: path.display().to_string(), sha256 })
     };
     Ok(Hashes {
         sha256: sha256(&source.tensors("unet")?),
-        fingerprint: engine.fingerprint()?,
+        fingerprint: model.fingerprint()?,
         parts: source.parts().map(part).collect::<Result<_>>()?,
     })
 }

@@ -146,7 +146,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     // weights have to be read for them.
     let hashing = std::thread::spawn({
         let engine = engine.clone();
-        move || hashes::of(&engine)
+        move || hashes::of(engine.outline())
     });
     let schedule = engine.schedule(sampler, args.steps)?;
     let encoded = encode(&engine, args, &items)?;

@@ -1,6 +1,8 @@
 //! The public interface: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
 
 mod options;
+mod outline;
+mod preview;
 mod request;
 mod rows;
 mod running;
@@ -8,6 +10,7 @@ mod session;
 mod text;
 
 pub use options::{EngineOptions, MemoryPlan, SessionOptions, Size};
+pub(crate) use outline::Outline;
 pub use request::{Image, Output, Progress, Prompt, Request, Start};
 pub use running::{Event, ImageId, RunningBatch};
 pub use session::Session;
@@ -18,13 +21,12 @@ use crate::backend::{Denoiser, Precision, Weights};
 use crate::device::Device;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Extent, Graph, Shape};
-use crate::models::{
-    MidBlock, UNetConfig, UNetInput, VaeConfig, guidance_embedding, unet, unet_with_reuse, vae_decoder,
-};
+use crate::models::{UNetConfig, UNetInput, guidance_embedding, unet, unet_with_reuse, vae_decoder};
 use crate::plan::Plan;
 use crate::weights::{Source, Tensors};
 use crate::{Error, Result};
-use std::sync::Arc;
+use preview::Projection;
+use std::sync::{Arc, OnceLock};
 use text::{TextEncoders, time_ids};
 
 /// Inputs of a UNet that stay the same over the steps of an image. Nodes that depend on them alone run once per image.
@@ -41,18 +43,13 @@ pub struct Engine(Arc<Parts>);
 
 #[derive(Clone)]
 struct Parts {
-    source: Source,
+    outline: Outline,
     device: Device,
     text: Arc<TextEncoders>,
-    unet: Network<UNetConfig>,
-    vae: Network<VaeConfig>,
-    scheduler: SchedulerConfig,
-}
-
-#[derive(Clone)]
-struct Network<C> {
-    config: C,
-    weights: Weights,
+    unet: Weights,
+    vae: Weights,
+    /// Made for the first preview.
+    projection: Arc<OnceLock<Projection>>,
 }
 
 /// The plans of a session's UNet and VAE.
@@ -83,36 +80,35 @@ impl Engine {
         let EngineOptions { device, precision, tokenizer } = &options.into();
         let precision = *precision;
         crate::memory::start_threads()?;
-        let unet_config = read_config(source, "unet", UNetConfig::parse)?;
-        let vae = read_config(source, "vae", VaeConfig::parse)?;
-        check_latents(source, &unet_config, &vae)?;
+        let outline = Outline::read(source)?;
         let load = |component: &str, graph: Graph, precision| {
             device.weights(graph.weights(), &source.tensors(component)?, &[], precision)
         };
         let (text, (unet_weights, vae_weights)) = rayon::join(
-            || TextEncoders::open(source, device, &unet_config, *tokenizer),
+            || TextEncoders::open(source, device, &outline.unet, *tokenizer),
             || {
-                let unet = || load("unet", unet(&unet_config, UNetInput::default()), precision);
-                let vae = || load("vae", vae_decoder(&vae, 1, Extent::square(8)), Precision::Full);
+                let unet = || load("unet", unet(&outline.unet, UNetInput::default()), precision);
+                let vae = || load("vae", vae_decoder(&outline.vae, 1, Extent::square(8)), Precision::Full);
                 rayon::join(unet, vae)
             },
         );
         // Of several problems the first in this order is reported, whichever was found first.
         let text = text?;
-        let parts = Parts {
-            source: source.clone(),
-            device: device.clone(),
-            scheduler: read_scheduler(source, text.sized())?,
-            text: Arc::new(text),
-            unet: Network { weights: unet_weights?, config: unet_config },
-            vae: Network { weights: vae_weights?, config: vae },
-        };
+        let (unet, vae) = (unet_weights?, vae_weights?);
+        let (device, text) = (device.clone(), Arc::new(text));
+        let parts = Parts { outline, device, text, unet, vae, projection: Arc::default() };
         Ok(Engine(Arc::new(parts)))
+    }
+
+    /// The configuration.
+    #[cfg(feature = "cli")]
+    pub(crate) fn outline(&self) -> &Outline {
+        &self.0.outline
     }
 
     /// The checkpoint's name.
     pub fn name(&self) -> String {
-        self.0.source.name()
+        self.0.outline.name()
     }
 
     /// Identifies the UNet, whatever its file format and precision: a SHA-256 of the names and shapes of its tensors,
@@ -121,7 +117,7 @@ impl Engine {
     /// # Errors
     /// Those of reading the weights.
     pub fn fingerprint(&self) -> Result<String> {
-        self.0.source.tensors("unet")?.fingerprint()
+        self.0.outline.fingerprint()
     }
 
     /// SHA-256 of the file or files that hold the UNet's weights, in hexadecimal. For a single file, its first ten
@@ -131,21 +127,17 @@ impl Engine {
     /// # Errors
     /// Those of opening the files.
     pub fn sha256(&self) -> Result<Option<String>> {
-        Ok(self.0.source.tensors("unet")?.sha256())
+        Ok(self.0.outline.source.tensors("unet")?.sha256())
     }
 
     /// The checkpoint.
     pub fn source(&self) -> &Source {
-        &self.0.source
+        self.0.outline.source()
     }
 
     /// Shape of one image's bottleneck.
     pub fn bottleneck(&self, options: SessionOptions) -> Shape {
-        // Every level but the last halves the size, rounding up.
-        let levels = &self.0.unet.config.levels;
-        let [_, _, h, w] = self.latent_shape(options);
-        let halved = |size: usize| (1..levels.len()).fold(size, |size, _| size.div_ceil(2));
-        Shape::new(1, halved(h), halved(w), levels.last().map_or(0, |level| level.channels))
+        self.0.outline.bottleneck(options)
     }
 
     /// The device that it runs on.
@@ -155,7 +147,7 @@ impl Engine {
 
     /// The UNet and its weights, for training.
     pub(crate) fn unet(&self) -> Result<(&UNetConfig, Tensors, &Weights)> {
-        Ok((&self.0.unet.config, self.0.source.tensors("unet")?, &self.0.unet.weights))
+        Ok((&self.0.outline.unet, self.0.outline.source.tensors("unet")?, &self.0.unet))
     }
 
     /// Encodes a prompt once for any number of images, sizes and sessions of this engine.
@@ -164,6 +156,12 @@ impl Engine {
     /// [`crate::ErrorKind::Invalid`] for a prompt that the tokenizer refuses, [`crate::ErrorKind::DeviceLost`].
     pub fn encode(&self, prompt: &str) -> Result<Conditioning> {
         self.0.text.encode(Some(prompt))
+    }
+
+    /// True if this engine made an encoding, and so can read it.
+    #[cfg(feature = "cli")]
+    pub(crate) fn has_encoded(&self, conditioning: &Conditioning) -> bool {
+        self.0.text.made(conditioning)
     }
 
     /// The UNet's inputs for prompts and a picture size, with `rows` rows per prompt. `None` is the absence of a
@@ -182,12 +180,12 @@ impl Engine {
     /// True if the UNet reads the guidance scale as an input, as latent consistency models do. Then it is called once
     /// for an image at any scale, and negative prompts have no effect.
     pub fn reads_guidance(&self) -> bool {
-        self.0.unet.config.time_cond_proj_dim.is_some()
+        self.0.outline.reads_guidance()
     }
 
     /// The UNet's input for rows of these guidance scales, if it reads them.
     fn guidance_input(&self, rows: impl Iterator<Item = f32>) -> Option<(&'static str, Vec<f32>)> {
-        let width = self.0.unet.config.time_cond_proj_dim?;
+        let width = self.0.outline.unet.time_cond_proj_dim?;
         Some(("timestep_cond", rows.flat_map(|guidance| guidance_embedding(guidance, width)).collect()))
     }
 
@@ -201,14 +199,7 @@ impl Engine {
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`].
     pub(crate) fn check_concepts(&self) -> Result<()> {
-        match self.0.unet.config.mid {
-            MidBlock::None => Err(Error::unsupported(
-                self.0.source.path("unet/config.json"),
-                "concepts are added to the output of the UNet's middle block, and this UNet has none",
-            )
-            .advise("use the model that it was distilled from")),
-            _ => Ok(()),
-        }
+        self.0.outline.check_concepts()
     }
 
     /// Tokens of a prompt, padding included.
@@ -218,7 +209,8 @@ impl Engine {
 
     /// The same checkpoint with another scheduler configuration.
     pub fn with_scheduler(&self, scheduler: SchedulerConfig) -> Self {
-        Engine(Arc::new(Parts { scheduler, ..Parts::clone(&self.0) }))
+        let outline = Outline { scheduler, ..self.0.outline.clone() };
+        Engine(Arc::new(Parts { outline, ..Parts::clone(&self.0) }))
     }
 
     /// The schedule of a sampler: its UNet calls, with the coefficients of each step.
@@ -227,13 +219,12 @@ impl Engine {
     /// [`crate::ErrorKind::Invalid`] for a choice or a number of steps that the sampler does not support,
     /// [`crate::ErrorKind::Unsupported`] and [`crate::ErrorKind::Damaged`] for a config that it cannot honour.
     pub fn schedule(&self, choice: SamplerChoice, steps: usize) -> Result<Schedule> {
-        Schedule::new(&self.0.scheduler, choice, steps)
+        self.0.outline.schedule(choice, steps)
     }
 
     /// The size for which the checkpoint was trained.
     pub fn default_size(&self) -> Size {
-        let (h, w) = self.0.unet.config.sample_size.unwrap_or((64, 64));
-        Size::new(w * self.0.vae.config.scale(), h * self.0.vae.config.scale())
+        self.0.outline.default_size()
     }
 
     /// Options of a session for one picture of [`Engine::default_size`].
@@ -243,19 +234,13 @@ impl Engine {
 
     /// Shape of a session's latents in files, `[batch, channels, height, width]`.
     pub fn latent_shape(&self, options: SessionOptions) -> [usize; 4] {
-        let vae = &self.0.vae.config;
-        let Size { width, height } = options.size;
-        [options.batch, vae.latent_channels, height / vae.scale(), width / vae.scale()]
+        self.0.outline.latent_shape(options)
     }
 
     /// The guidance scale that is diffusers' default for such a checkpoint: 7.5, for SDXL 5, and 8.5 if the UNet reads
     /// it.
     pub fn default_guidance(&self) -> f32 {
-        match (self.reads_guidance(), self.0.text.sized()) {
-            (true, _) => 8.5,
-            (false, true) => 5.0,
-            (false, false) => 7.5,
-        }
+        self.0.outline.default_guidance()
     }
 
     /// The memory plan of a session, without making the session.
@@ -272,7 +257,7 @@ impl Engine {
             (unet.arena_bytes(), parts.device.denoiser_bytes(unet, *images, Some(&plans.vae)))
         });
         MemoryPlan {
-            weights: parts.text.weight_bytes() + parts.unet.weights.bytes() + parts.vae.weights.bytes(),
+            weights: parts.text.weight_bytes() + parts.unet.bytes() + parts.vae.bytes(),
             text: parts.text.arena_bytes(),
             unet,
             vae: plans.vae.arena_bytes(),
@@ -282,55 +267,27 @@ impl Engine {
 
     /// The plans for batches of these sizes.
     fn plans(&self, options: SessionOptions, batches: &[usize]) -> Result<Plans> {
-        let Parts { device, vae, .. } = &*self.0;
+        let Parts { device, outline, .. } = &*self.0;
         let [_, _, h, w] = self.latent_shape(options);
         // This checks the sizes.
         let unet = batches.iter().map(|&batch| Ok((batch, self.unet_plan(options.batch(batch))?)));
         let unet = unet.collect::<Result<_>>()?;
-        Ok(Plans { unet, vae: device.plan(vae_decoder(&vae.config, 1, Extent { h, w }), &[]) })
-    }
-
-    /// Checks that pictures of this size and batch are possible, whatever memory there is.
-    ///
-    /// # Errors
-    /// [`crate::ErrorKind::Invalid`].
-    pub(crate) fn check_size(&self, options: SessionOptions) -> Result<()> {
-        let SessionOptions { size: Size { width, height }, batch, .. } = options;
-        let scale = self.0.vae.config.scale();
-        for (name, size) in [("width", width), ("height", height)] {
-            if size == 0 || size % scale != 0 || size > MAX_SIZE {
-                let near = ((size.min(MAX_SIZE) + scale / 2) / scale).max(1) * scale;
-                return Err(Error::invalid(
-                    name,
-                    format!("{size} is not possible: it must be a multiple of {scale} up to {MAX_SIZE}"),
-                )
-                .advise(format!("take {near}")));
-            }
-        }
-        if batch == 0 || batch > MAX_BATCH {
-            return Err(Error::invalid("batch", format!("a batch of {batch} images is not possible"))
-                .advise(format!("give 1 to {MAX_BATCH}")));
-        }
-        if options.reuse == 0 {
-            return Err(Error::invalid("reuse", "the whole UNet has to be computed sometimes")
-                .advise("give 1 to compute it in every step, or 2 or more"));
-        }
-        Ok(())
+        Ok(Plans { unet, vae: device.plan(vae_decoder(&outline.vae, 1, Extent { h, w }), &[]) })
     }
 
     fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {
-        self.check_size(options)?;
+        self.0.outline.check_size(options)?;
         let SessionOptions { size: Size { width, height }, batch, concepts, reuse, .. } = options;
         if concepts {
             self.check_concepts()?;
         }
-        let scale = self.0.vae.config.scale();
+        let scale = self.0.outline.vae.scale();
         let rows = if self.has_negatives(options) { 2 * batch } else { batch };
         let shifted = if concepts { batch } else { 0 };
-        let Parts { device, text, unet: network, .. } = &*self.0;
+        let Parts { device, text, outline, .. } = &*self.0;
         let input = UNetInput { rows, h: height / scale, w: width / scale, tokens: text.tokens(), shifted };
         let unet = if reuse > 1 { unet_with_reuse } else { unet };
-        Ok(device.plan(unet(&network.config, input), UNET_CONSTANTS))
+        Ok(device.plan(unet(&outline.unet, input), UNET_CONSTANTS))
     }
 
     /// Plans and allocates the UNet with its sampler alone.
@@ -339,8 +296,8 @@ impl Engine {
     /// [`crate::ErrorKind::Invalid`] for sizes that are not possible, [`crate::ErrorKind::OutOfMemory`] when memory is
     /// short.
     pub(crate) fn denoiser(&self, options: SessionOptions) -> Result<Box<dyn Denoiser>> {
-        let Parts { device, unet: network, .. } = &*self.0;
-        device.denoiser(vec![(options.batch, self.unet_plan(options)?)], &network.weights, None)
+        let Parts { device, unet, .. } = &*self.0;
+        device.denoiser(vec![(options.batch, self.unet_plan(options)?)], unet, None)
     }
 
     /// Memory of [`Engine::denoiser`] beside the weights.
@@ -366,7 +323,7 @@ impl Engine {
     /// # Errors
     /// Those of [`Engine::session`].
     pub fn running_batch(&self, options: SessionOptions) -> Result<RunningBatch> {
-        self.check_size(options)?;
+        self.0.outline.check_size(options)?;
         if options.reuse > 1 {
             // The images of a running batch are at different steps, and a picture must not depend on its neighbours.
             return Err(Error::invalid("reuse", "steps of images that join and leave cannot reuse activations")
@@ -412,29 +369,4 @@ impl Engine {
             _ => Ok(()),
         }
     }
-}
-
-fn check_latents(source: &Source, unet: &UNetConfig, vae: &VaeConfig) -> Result<()> {
-    if unet.in_channels == vae.latent_channels && unet.out_channels == vae.latent_channels {
-        return Ok(());
-    }
-    let problem = format!(
-        "has {} input and {} output channels for {} latent channels: inpainting and depth models are not supported",
-        unet.in_channels, unet.out_channels, vae.latent_channels
-    );
-    Err(Error::unsupported(source.path("unet/config.json"), problem))
-}
-
-/// The scheduler's config. Unless the checkpoint is SDXL, two fields are set as diffusers' StableDiffusionPipeline
-/// forces them on checkpoints that are older than these fields: an offset of one step, and no clipping, since latents
-/// are not pixels. Its StableDiffusionXLPipeline does not force them.
-fn read_scheduler(source: &Source, xl: bool) -> Result<SchedulerConfig> {
-    let file = "scheduler/scheduler_config.json";
-    let path = source.path(file);
-    let mut fields: serde_json::Map<String, serde_json::Value> = crate::json::parse(&source.read_text(file)?, &path)?;
-    if !xl {
-        fields.insert("steps_offset".into(), 1.into());
-        fields.insert("clip_sample".into(), false.into());
-    }
-    SchedulerConfig::parse(&serde_json::Value::Object(fields).to_string(), path)
 }

@@ -66,8 +66,8 @@ impl Rows {
     /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
     pub fn new(engine: Engine, options: SessionOptions, plans: Plans) -> Result<Self> {
         let parts = &*engine.0;
-        let vae = (plans.vae, &parts.vae.weights);
-        let denoiser = parts.device.denoiser(plans.unet, &parts.unet.weights, Some(vae))?;
+        let vae = (plans.vae, &parts.vae);
+        let denoiser = parts.device.denoiser(plans.unet, &parts.unet, Some(vae))?;
         let images = (0..options.batch).map(|_| None).collect();
         Ok(Rows { denoiser, engine, options, images, placed: None })
     }
@@ -241,12 +241,22 @@ impl Rows {
         Ok(nchw)
     }
 
+    /// A rough picture of an image, without the VAE.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::NonFinite`], [`crate::ErrorKind::DeviceLost`].
+    pub fn preview(&mut self, slot: usize) -> Result<Picture> {
+        let Shape { h, w, .. } = self.latents_shape();
+        let latents = self.denoiser.latents(slot)?;
+        self.engine.projection()?.picture(&latents, h, w)
+    }
+
     /// Decodes an image.
     ///
     /// # Errors
     /// [`crate::ErrorKind::NonFinite`], [`crate::ErrorKind::DeviceLost`].
     pub fn picture(&mut self, slot: usize) -> Result<Picture> {
-        self.denoiser.picture(slot, self.engine.0.vae.config.scaling_factor)
+        self.denoiser.picture(slot, self.engine.0.outline.vae.scaling_factor)
     }
 
     /// Shape of one image's latents.

@@ -67,6 +67,11 @@ impl RunningBatch {
         Ok(RunningBatch { rows: Rows::new(engine, options, plans)?, ids, next: 0, ahead: 0 })
     }
 
+    /// The engine that it is of.
+    pub fn engine(&self) -> &Engine {
+        self.rows.engine()
+    }
+
     /// The options that it was made with.
     pub fn options(&self) -> SessionOptions {
         self.rows.options()
@@ -159,7 +164,18 @@ impl RunningBatch {
         Ok(events)
     }
 
-    /// An image as it is at the moment, for previews; `None` if it is not there.
+    /// A rough picture of an image as it is at the moment; `None` if the image is not there. It takes milliseconds, since
+    /// it is a linear function of the latents. The function is fitted to the VAE, for which the first preview of an
+    /// engine waits.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NonFinite`], [`ErrorKind::DeviceLost`].
+    pub fn preview(&mut self, id: ImageId) -> Result<Option<Picture>> {
+        let slot = self.ids.iter().position(|other| *other == Some(id));
+        slot.map(|slot| self.rows.preview(slot)).transpose()
+    }
+
+    /// An image as it is at the moment, decoded; `None` if it is not there.
     ///
     /// # Errors
     /// [`ErrorKind::NonFinite`], [`ErrorKind::DeviceLost`].

@@ -152,12 +152,17 @@ impl TextEncoders {
         })
     }
 
+    /// True if these encoders made the encoding.
+    pub fn made(&self, conditioning: &Conditioning) -> bool {
+        Arc::ptr_eq(&conditioning.0.encoders, &self.identity)
+    }
+
     /// The UNet's inputs for these rows: those of [`super::UNET_CONSTANTS`] that it reads, `[rows, ...]`.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Mismatch`] for a prompt that another checkpoint has encoded.
     pub fn inputs(&self, rows: &[Row]) -> Result<UNetInputs> {
-        if !rows.iter().all(|(row, _)| Arc::ptr_eq(&row.0.encoders, &self.identity)) {
+        if !rows.iter().all(|(row, _)| self.made(row)) {
             let problem = "a prompt was encoded by another engine, whose states this UNet cannot read";
             return Err(Error::mismatch(Subject::Field("prompt"), problem).advise("encode it by the session's engine"));
         }
