@@ -14,6 +14,27 @@ pub const PARAMETERS_KEYWORD: &str = "parameters";
 /// PNG keyword of [`GenerationInfo::json`].
 pub const JSON_KEYWORD: &str = "respodiff";
 
+/// PNG keyword of [`XMP`] (XMP specification part 3, section 1.1.5).
+pub const XMP_KEYWORD: &str = "XML:com.adobe.xmp";
+/// The XMP packet that is in the file of every generated picture. It says, in IPTC's words, that the picture is media
+/// made by a trained algorithm, as programs look for it that label such pictures. It is the same in every file, so
+/// files of equal pictures and parameters stay equal. The byte order mark in it also makes it an `iTXt` chunk in a PNG,
+/// as XMP must be.
+pub const XMP: &str = concat!(
+    "<?xpacket begin=\"\u{feff}\" id=\"W5M0MpCehiHzreSzNTczkc9d\"?>",
+    "<x:xmpmeta xmlns:x=\"adobe:ns:meta/\"><rdf:RDF xmlns:rdf=\"http://www.w3.org/1999/02/22-rdf-syntax-ns#\">",
+    "<rdf:Description rdf:about=\"\" xmlns:xmp=\"http://ns.adobe.com/xap/1.0/\"",
+    " xmlns:Iptc4xmpExt=\"http://iptc.org/std/Iptc4xmpExt/2008-02-29/\" xmp:CreatorTool=\"respodiff\"",
+    " Iptc4xmpExt:DigitalSourceType=\"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia\"/>",
+    "</rdf:RDF></x:xmpmeta><?xpacket end=\"r\"?>",
+);
+
+/// [`XMP`] as the content of an APP1 segment of a JPEG file (XMP specification part 3, section 1.1.3).
+#[cfg(feature = "eval")]
+pub(crate) fn xmp_segment() -> Vec<u8> {
+    [b"http://ns.adobe.com/xap/1.0/\0", XMP.as_bytes()].concat()
+}
+
 /// An 8-bit RGB picture.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Picture {
@@ -59,12 +80,18 @@ impl Picture {
         Ok(Picture { width: columns, height: rows, rgb: values.iter().map(byte).collect() })
     }
 
-    /// Encodes as PNG. Each `(keyword, text)` becomes a `tEXt` chunk if the text is Latin-1, else an `iTXt` chunk.
+    /// Encodes a generated picture as PNG, with the mark that it is one ([`XMP`]). Each `(keyword, text)` becomes a
+    /// `tEXt` chunk if the text is Latin-1, else an `iTXt` chunk.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] if `rgb` does not match the size, a keyword is not 1 to 79 Latin-1 characters, or
     /// a text holds U+0000.
     pub fn to_png(&self, metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
+        self.png(&[metadata, &[(XMP_KEYWORD, XMP)]].concat())
+    }
+
+    /// [`Picture::to_png`] without the mark, for plots.
+    pub(crate) fn png(&self, metadata: &[(&str, &str)]) -> Result<Vec<u8>> {
         let refused =
             |error: png::EncodingError| Error::invalid("rgb", format!("cannot encode the picture as PNG: {error}"));
         let mut bytes = Vec::new();

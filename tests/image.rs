@@ -4,7 +4,7 @@ use std::fs;
 
 use respodiff::ErrorKind;
 use respodiff::image::{
-    GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Picture, UsedConcept, UsedPart, read_png_text,
+    GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Picture, UsedConcept, UsedPart, XMP, XMP_KEYWORD, read_png_text,
 };
 
 fn info() -> GenerationInfo {
@@ -80,7 +80,8 @@ fn png_reads_back_pixels_and_text() {
 
     let mut read = read_png_text(&path).unwrap();
     read.sort();
-    let mut expected = texts.map(|(keyword, text)| (keyword.to_string(), text.to_string()));
+    let all = texts.into_iter().chain([(XMP_KEYWORD, XMP)]);
+    let mut expected: Vec<_> = all.map(|(keyword, text)| (keyword.to_string(), text.to_string())).collect();
     expected.sort();
     assert_eq!(read, expected);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no partial file stays");

@@ -1,7 +1,7 @@
 //! Output of pictures: file names, templates and formats.
 
 use crate::files;
-use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD};
+use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, XMP, xmp_segment};
 use crate::{Error, ErrorKind, Picture, Result, Size, Subject};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -175,12 +175,15 @@ fn encode(picture: &Picture, format: Format, info: &GenerationInfo) -> Result<Ve
             if encoder.add_app_segment(1, segment).is_err() {
                 super::warn("the picture's parameters are left out, since they exceed JPEG's limit of 64 KiB");
             }
-            let encoded = encoder.encode(&picture.rgb, width, height, jpeg_encoder::ColorType::Rgb);
+            let encoded = encoder
+                .add_app_segment(1, xmp_segment())
+                .and_then(|()| encoder.encode(&picture.rgb, width, height, jpeg_encoder::ColorType::Rgb));
             encoded.map_err(|problem| refused(format!("the picture cannot be written as JPEG: {problem}")))?;
         }
         Format::WebP => {
             let mut encoder = image_webp::WebPEncoder::new(&mut bytes);
             encoder.set_exif_metadata(exif(&parameters));
+            encoder.set_xmp_metadata(XMP.into());
             let encoded = encoder.encode(&picture.rgb, picture.width, picture.height, image_webp::ColorType::Rgb8);
             encoded.map_err(|problem| refused(format!("the picture cannot be written as WebP: {problem}")))?;
         }

@@ -164,7 +164,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let _ = std::fs::remove_file(&checkpoint);
     trainer.warnings().iter().for_each(|w| warn(w));
     let plot = beside("losses.png");
-    loss_plot(trainer.history(), &task.concept).save_png(&plot, &[])?;
+    crate::files::write(&plot, &loss_plot(trainer.history(), &task.concept).png(&[])?)?;
     report["plot"] = plot.display().to_string().into();
     drop(trainer);
     if args.sheet > 0 {

@@ -359,8 +359,10 @@ const THUMBNAIL: usize = 96;
 fn thumbnail(image: &Picture) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let side = THUMBNAIL as u16;
-    jpeg_encoder::Encoder::new(&mut bytes, 85)
-        .encode(&fitted(image, THUMBNAIL), side, side, jpeg_encoder::ColorType::Rgb)
+    let mut encoder = jpeg_encoder::Encoder::new(&mut bytes, 85);
+    encoder
+        .add_app_segment(1, crate::image::xmp_segment())
+        .and_then(|()| encoder.encode(&fitted(image, THUMBNAIL), side, side, jpeg_encoder::ColorType::Rgb))
         .map_err(|error| Error::internal(format!("a thumbnail cannot be encoded: {error}")))?;
     Ok(bytes)
 }
