@@ -1,12 +1,15 @@
 //! The flags that choose concepts, and `respodiff concept`.
 
+mod choice;
+
+pub(super) use choice::{Assignment, NamedGroup, Shelf, Used, group, members, shared_out, used};
+
 use super::card::card;
 use super::eval::calibrate;
 use super::{model, say, warn};
-use crate::concept::{Concept, Form, Group, Module, NumberFormat, Strength, assign, import};
+use crate::concept::{Concept, Form, Group, Module, NumberFormat, Strength, import};
 use crate::engine::{Engine, read_config};
 use crate::files::check_writable;
-use crate::image::UsedConcept;
 use crate::models::UNetConfig;
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
@@ -36,7 +39,7 @@ pub(super) struct Flags {
 }
 
 /// The steps in which concepts act.
-#[derive(clap::Args)]
+#[derive(Default, clap::Args)]
 pub(super) struct Until {
     /// Apply concepts only while the timestep (1000 is noise, 0 the picture) is at least this: 500 keeps more of the
     /// prompt's details, and allows for larger weights [default: a concept's own by `concept calibrate`, or 0]
@@ -57,31 +60,6 @@ impl Until {
     }
 }
 
-/// A concept that an image gets.
-#[derive(Clone)]
-pub(super) struct Used {
-    pub(super) concept: Arc<Concept>,
-    pub(super) strength: Strength,
-    /// Its file as the user named it, or its name if it is one of the demo's concepts.
-    pub(super) file: String,
-}
-
-impl Used {
-    /// The record in a picture's file.
-    pub(super) fn record(&self) -> UsedConcept {
-        UsedConcept {
-            name: self.concept.metadata.concept.clone(),
-            weight: self.strength.weight,
-            until: Some(self.strength.until).filter(|&until| until != 0.0),
-            fingerprint: self.concept.fingerprint(),
-            file: self.file.clone(),
-        }
-    }
-}
-
-/// The concepts of each image.
-pub(super) type Assignment = Vec<Vec<Used>>;
-
 impl Flags {
     /// True if any concept is asked for.
     pub(super) fn any(&self) -> bool {
@@ -90,7 +68,7 @@ impl Flags {
 
     /// The concepts' files, as they are named.
     pub(super) fn files(&self) -> Result<Vec<PathBuf>> {
-        let alone = self.concepts.iter().map(|text| Ok(file_and_weight(text)?.0));
+        let alone = self.concepts.iter().map(|text| Ok(file_and_weight(text)?.0.into()));
         let balanced = self.balance.iter().flat_map(|text| members(text)).map(|file| Ok(file.into()));
         alone.chain(balanced).collect()
     }
@@ -104,88 +82,48 @@ impl Flags {
         images: usize,
         seed: u64,
     ) -> Result<Assignment> {
-        let mut all: Assignment = vec![Vec::new(); images];
-        for used in self::used(&self.concepts, &self.until, guidance, engine)? {
-            all.iter_mut().for_each(|image| image.push(used.clone()));
-        }
-        let (mut groups, mut files) = (Vec::new(), Vec::new());
+        let shelf = Files(engine);
+        let all = used(&self.concepts, &self.until, guidance, &shelf)?;
+        let mut groups = Vec::new();
         for text in &self.balance {
-            let group = self::group(text, engine)?;
-            match group.named_in(prompt) {
+            let named = group(text, &shelf)?;
+            match named.0.named_in(prompt) {
                 Some(word) if self.respect_prompt => {
                     warn(&format!(
                         "the prompt says `{word}`, so --balance {text} is skipped; --respect-prompt false applies it"
                     ));
                 }
-                _ => {
-                    groups.push(group);
-                    files.push(members(text));
-                }
+                _ => groups.push(named),
             }
         }
-        for (image, row) in all.iter_mut().zip(assign(&groups, images, seed, self.balance_random)) {
-            image.extend(row.iter().zip(groups.iter().zip(&files)).map(|(&m, (group, files))| Used {
-                strength: self.until.strength(&group.members[m], self.balance_weight, guidance),
-                concept: group.members[m].clone(),
-                file: files[m].clone(),
-            }));
-        }
-        Ok(all)
+        Ok(shared_out(&all, &groups, (images, seed, self.balance_random), |concept| {
+            self.until.strength(concept, self.balance_weight, guidance)
+        }))
     }
 }
 
-/// Reads the concepts of `FILE` or `FILE:WEIGHT` arguments, for pictures at a guidance scale.
-pub(super) fn used(texts: &[String], until: &Until, guidance: f32, engine: &Engine) -> Result<Vec<Used>> {
-    let read = |text: &String| {
-        let (path, weight) = file_and_weight(text)?;
-        let concept = load(&path, engine)?;
-        let strength = until.strength(&concept, weight, guidance);
-        Ok(Used { concept, strength, file: path.display().to_string() })
-    };
-    texts.iter().map(read).collect()
-}
+/// Files, and the demo's concepts by their names, for pictures of an engine.
+pub(super) struct Files<'a>(pub(super) &'a Engine);
 
-/// Parses a group, `A,B` or `A,B=0.6,0.4`, and reads its files.
-fn group(text: &str, engine: &Engine) -> Result<Group> {
-    let shares = match text.rsplit_once('=') {
-        Some((_, shares)) => {
-            let parse = |s: &str| {
-                s.trim().parse::<f64>().map_err(|_| Error::invalid("balance", format!("{text}: `{s}` is not a share")))
-            };
-            Some(shares.split(',').map(parse).collect::<Result<Vec<f64>>>()?)
-        }
-        None => None,
-    };
-    if members(text).iter().any(String::is_empty) {
-        return Err(Error::invalid("balance", format!("`{text}` names no concept between two commas"))
-            .advise("write A,B or A,B=0.6,0.4"));
+impl Shelf for Files<'_> {
+    fn has(&self, name: &str) -> bool {
+        Path::new(name).exists()
     }
-    let members = members(text).iter().map(|file| load(Path::new(file), engine)).collect::<Result<_>>()?;
-    Group::new(members, shares)
+
+    fn find(&self, name: &str) -> Result<Arc<Concept>> {
+        load(Path::new(name), self.0)
+    }
 }
 
 /// The groups of an evaluation's `--concepts`.
 pub(super) fn groups(texts: &[String], engine: &Engine) -> Result<Vec<Group>> {
-    texts.iter().map(|text| group(text, engine).map_err(|error| error.of_field("--concepts"))).collect()
+    let group = |text: &String| Ok(group(text, &Files(engine)).map_err(|error| error.of_field("--concepts"))?.0);
+    texts.iter().map(group).collect()
 }
 
-/// The files of `A,B` or `A,B=0.6,0.4`.
-pub(super) fn members(text: &str) -> Vec<String> {
-    let files = text.rsplit_once('=').map_or(text, |(files, _)| files);
-    files.split(',').map(|file| file.trim().to_string()).collect()
-}
-
-/// Parses `FILE` or `FILE:WEIGHT`. If a file of the whole name exists, it is that file.
-fn file_and_weight(text: &str) -> Result<(PathBuf, Option<f32>)> {
-    if let Some((file, weight)) = text.rsplit_once(':').filter(|_| !Path::new(text).exists()) {
-        return match weight.parse::<f32>() {
-            Ok(weight) if weight.is_finite() => Ok((file.into(), Some(weight))),
-            _ => {
-                Err(Error::invalid("concepts", format!("{text}: `{weight}` is not a weight")).advise("write FILE:0.8"))
-            }
-        };
-    }
-    Ok((text.into(), None))
+/// The file of `FILE` or `FILE:WEIGHT`, and its weight.
+fn file_and_weight(text: &str) -> Result<(&str, Option<f32>)> {
+    choice::name_and_weight(text, |name| Path::new(name).exists())
 }
 
 /// Reads a concept file, or the demo's concept of that name if there is no such file.
@@ -330,7 +268,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             check_writable(out)?;
             let parts = files
                 .iter()
-                .map(|text| file_and_weight(text).and_then(|(path, weight)| Ok((read(&path)?, weight.unwrap_or(1.0)))))
+                .map(|text| file_and_weight(text).and_then(|(file, w)| Ok((read(Path::new(file))?, w.unwrap_or(1.0)))))
                 .collect::<Result<Vec<_>>>()?;
             Concept::merge(&parts)?.save(out)?;
             say(&out.display().to_string());

@@ -138,7 +138,7 @@ fn measure(args: &Args) -> Result<()> {
     };
     let used = engine.as_ref().map_or(Ok(Vec::new()), |engine| {
         let guidance = args.guidance.unwrap_or(engine.default_guidance());
-        concepts::used(&args.concepts, &args.until, guidance, engine)
+        concepts::used(&args.concepts, &args.until, guidance, &concepts::Files(engine))
     })?;
     let making = engine.as_ref().map(|engine| making(args, engine, &used)).transpose()?;
     let mut items = match (&args.images, &list) {
