@@ -1,5 +1,7 @@
 //! `respodiff bench`.
 
+mod serve;
+
 use super::{Place, model, say, told, warn};
 use crate::backend::Precision;
 use crate::bench::{Case, Peaks, SD15, SDXL, Table, measure, networks, peaks, training};
@@ -13,7 +15,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(super) struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// sd15, sdxl, demo, or any checkpoint; weights are random, so only the checkpoint's configuration is needed
     #[arg(long, default_value = "sd15")]
     model: String,
@@ -46,6 +51,13 @@ pub(super) struct Args {
     /// Number format of the networks' linear layers
     #[arg(long, default_value_t = Precision::Full, value_name = "full|bf16|int8")]
     precision: Precision,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Put a server under load: what it adds to a call of the library, its throughput, and its times at rates up to
+    /// overload
+    Serve(serve::Args),
 }
 
 /// One card for each of [`Limits::CARDS`], in their order.
@@ -96,6 +108,9 @@ fn print_plans(network: &str, graph: &Graph, limits: Limits, wanted: impl Fn(&st
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
+    if let Some(Command::Serve(args)) = &args.command {
+        return serve::run(args);
+    }
     if let Some(file) = &args.json {
         check_writable(file)?;
     }
