@@ -2,10 +2,22 @@
 
 use serde::Serialize;
 use std::any::Any;
+use std::sync::Arc;
+
+/// Who asks, for records and for the quotas of tenants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Caller {
+    /// Id of the request, which its answer carries as `x-request-id`.
+    pub id: Arc<str>,
+    /// Name of the key that it brought, if the key has one.
+    pub tenant: Option<Arc<str>>,
+}
 
 /// A request for pictures, with every field that a client may leave out. One dialect of HTTP or another made it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
+    /// Who asks.
+    pub caller: Caller,
     /// Id of the model; the first one of [`Backend::models`] by default.
     pub model: Option<String>,
     /// The words that say what to show.
@@ -57,13 +69,15 @@ pub struct Model {
     pub concepts: Vec<String>,
     /// SHA-256 of its weights, if it is known.
     pub sha256: Option<String>,
+    /// True if its weights are in memory; others are loaded when they are asked for.
+    pub loaded: bool,
 }
 
 /// What a request would take.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
-    /// Bytes of memory of the model and of a batch of this size.
-    pub memory_bytes: usize,
+    /// Bytes of memory of the model and of a batch of this size, if the model is loaded.
+    pub memory_bytes: Option<usize>,
     /// Calls of the UNet, of all pictures.
     pub steps: usize,
 }
@@ -112,7 +126,7 @@ pub trait Batch: Send {
     /// Takes an image out; its place is free at once.
     fn cancel(&mut self, image: u64);
 
-    /// A PNG of an image as it is at the moment.
+    /// A PNG of an image as it is at the moment, roughly.
     ///
     /// # Errors
     /// A fault after which the batch is of no use.
@@ -161,6 +175,8 @@ pub enum Kind {
     TooLarge,
     /// The request is valid and does not fit this server: 422.
     Impossible,
+    /// An `Idempotency-Key` came with another request before: 409.
+    Conflict,
     /// The queue is full: 429.
     Busy,
     /// A fault of the server: 500.

@@ -21,9 +21,11 @@ mod metrics;
 mod openai;
 mod problem;
 mod queue;
+mod store;
 mod webui;
 
-pub use backend::{Backend, Batch, Estimate, Event, Kind, Model, Picture, Problem, Request, Work};
+pub use backend::{Backend, Batch, Caller, Estimate, Event, Kind, Model, Picture, Problem, Request, Work};
+pub use store::{Memory, Store};
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, State};
@@ -44,13 +46,27 @@ use webui::WebUi;
 /// The OpenAPI document of the routes.
 pub const OPENAPI: &str = include_str!("openapi.json");
 
+/// A key that lets requests in.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Key {
+    /// The name of those who have it. Jobs, progress and quotas are each tenant's own.
+    pub tenant: Option<Arc<str>>,
+    /// The key itself.
+    pub key: String,
+}
+
 /// The settings of a server.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Settings {
     /// The most images that wait.
     pub queue: usize,
-    /// The key that every request but those of probes must bring, as `Authorization: Bearer KEY`.
-    pub key: Option<String>,
+    /// The keys of which every request but those of probes must bring one, as `Authorization: Bearer KEY`; if there are
+    /// none, no key is asked for.
+    pub keys: Vec<Key>,
+    /// The place where jobs are kept.
+    pub store: Arc<dyn Store>,
+    /// The most ended jobs that are kept, and how long. The oldest are forgotten first.
+    pub kept: (usize, Duration),
     /// The most bytes of a body.
     pub body_limit: usize,
     /// The time after which an image that is not done is given up.
@@ -63,7 +79,16 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { queue: 64, key: None, body_limit: 1 << 20, timeout: None, threads: 1, log: None }
+        Settings {
+            queue: 64,
+            keys: Vec::new(),
+            store: Arc::new(Memory::default()),
+            kept: (64, Duration::from_secs(24 * 3600)),
+            body_limit: 1 << 20,
+            timeout: None,
+            threads: 1,
+            log: None,
+        }
     }
 }
 
@@ -90,8 +115,9 @@ impl App {
         outcome.unwrap_or_else(|problem| Err(Problem::new(Kind::Internal, problem.to_string())))
     }
 
-    async fn plan(&self, request: Request) -> Result<Vec<Work>, Problem> {
+    async fn plan(&self, request: Request, caller: &Caller) -> Result<Vec<Work>, Problem> {
         let backend = self.backend.clone();
+        let request = Request { caller: caller.clone(), ..request };
         self.blocking(move || backend.plan(&request)).await
     }
 
@@ -126,7 +152,8 @@ impl Server {
             jobs: Arc::default(),
             webui: Arc::default(),
             settings: Arc::new(settings),
-            numbers: Arc::default(),
+            // Ids of requests are other ones after a restart.
+            numbers: Arc::new(AtomicU64::new(jobs::nanoseconds())),
             closing: Arc::default(),
         };
         Ok(Server { app, batch })
@@ -175,6 +202,7 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
         let (router, app) = (self.router(), self.app.clone());
         runtime.block_on(async move {
+            jobs::resume(&app).await;
             listener.set_nonblocking(true)?;
             let listener = tokio::net::TcpListener::from_std(listener)?;
             let closing = app.closing.clone();
@@ -187,6 +215,8 @@ impl Server {
         self.app.queue.close();
         // A panic of that thread has been reported where it happened.
         let _ = self.batch.join();
+        // The last pictures of jobs are still on their way to the store.
+        runtime.block_on(jobs::ended(&self.app));
         Ok(())
     }
 }
@@ -205,38 +235,50 @@ pub async fn interrupted() {
 }
 
 /// What happens to every request: its key is checked, it gets an id, and its answer is counted.
-async fn around(State(app): State<App>, request: axum::extract::Request, next: Next) -> Response {
+async fn around(State(app): State<App>, mut request: axum::extract::Request, next: Next) -> Response {
     const ID: HeaderName = HeaderName::from_static("x-request-id");
-    let own = || HeaderValue::from_str(&format!("req-{:016x}", app.number())).ok();
-    let id = request.headers().get(&ID).filter(|id| id.len() <= 128).cloned().or_else(own);
+    let given = request.headers().get(&ID).and_then(|id| id.to_str().ok()).filter(|id| id.len() <= 128);
+    let id: Arc<str> = given.map_or_else(|| format!("req-{:016x}", app.number()).into(), Into::into);
     let route = request.extensions().get::<MatchedPath>().map_or("none".to_string(), |path| path.as_str().into());
     let open = route.starts_with("/health") || route == "/";
     let (method, began) = (request.method().clone(), Instant::now());
-    let mut response = match open || allowed(&app, request.headers().get(header::AUTHORIZATION)) {
-        true => next.run(request).await,
-        false => Problem::new(Kind::Unauthorized, "send the key as `Authorization: Bearer KEY`").into_response(),
+    let tenant = tenant(&app, request.headers().get(header::AUTHORIZATION)).or(open.then_some(None));
+    let mut response = match tenant.clone() {
+        Some(tenant) => {
+            request.extensions_mut().insert(Caller { id: id.clone(), tenant });
+            next.run(request).await
+        }
+        None => Problem::new(Kind::Unauthorized, "send the key as `Authorization: Bearer KEY`").into_response(),
     };
     let status = response.status().as_u16();
     app.metrics.answered(&route, status);
     if let Some(log) = app.settings.log {
         let line = serde_json::json!({
-            "time": openai::now(), "id": id.as_ref().and_then(|id| id.to_str().ok()), "method": method.as_str(),
+            "time": openai::now(), "id": &*id, "tenant": tenant.flatten().as_deref(), "method": method.as_str(),
             "route": route, "status": status, "ms": began.elapsed().as_millis() as u64,
         });
         log(&line.to_string());
     }
-    if let Some(id) = id {
+    if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(ID, id);
     }
     response
 }
 
-/// True if a request brings the server's key, or if none is needed. The time that this takes does not depend on the
-/// place of the first difference.
-fn allowed(app: &App, header: Option<&HeaderValue>) -> bool {
-    let Some(key) = &app.settings.key else { return true };
+/// The tenant of a request; `None` if it brings no key although one is needed. The time that this takes depends neither
+/// on the place of the first difference nor on which key it is.
+#[expect(clippy::option_option, reason = "a key need not have a name")]
+fn tenant(app: &App, header: Option<&HeaderValue>) -> Option<Option<Arc<str>>> {
+    let keys = &app.settings.keys;
+    if keys.is_empty() {
+        return Some(None);
+    }
     let given = header.and_then(|value| value.as_bytes().strip_prefix(b"Bearer ")).unwrap_or_default();
-    given.ct_eq(key.as_bytes()).into()
+    let equal = |found: Option<usize>, (i, key): (usize, &Key)| match given.ct_eq(key.key.as_bytes()).into() {
+        true => Some(i),
+        false => found,
+    };
+    keys.iter().enumerate().fold(None, equal).map(|i| keys[i].tenant.clone())
 }
 
 async fn live() -> &'static str {
@@ -245,7 +287,11 @@ async fn live() -> &'static str {
 
 async fn ready(State(app): State<App>) -> Response {
     match app.closing.load(Ordering::Relaxed) || app.queue.is_closed() {
-        false => "ready\n".into_response(),
+        false => {
+            let models = app.backend.models();
+            let loaded: Vec<&str> = models.iter().filter(|model| model.loaded).map(|model| &*model.id).collect();
+            axum::Json(serde_json::json!({"status": "ready", "loaded": loaded})).into_response()
+        }
         true => Problem::new(Kind::Unavailable, "the server is about to end").into_response(),
     }
 }

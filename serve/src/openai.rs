@@ -1,16 +1,16 @@
 //! OpenAI's routes: `POST /v1/images/generations` and `GET /v1/models`.
 
 use crate::App;
-use crate::backend::{Picture, Problem, Request};
+use crate::backend::{Caller, Picture, Problem, Request};
 use crate::fields::Fields;
 use crate::queue::{Receiver, Update, Wishes, news};
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderName, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::Deserialize;
@@ -85,6 +85,7 @@ fn take(fields: &mut Fields) -> Result<(Request, Answer), Problem> {
     let balance: Option<Balance> = fields.take("balance", "a list of names, or of lists of names")?;
     let previews: Option<usize> = fields.take("partial_images", "a number from 0 to 3")?;
     let request = Request {
+        caller: Caller::default(),
         model: fields.take("model", "a text")?,
         prompt: prompt.ok_or_else(|| Problem::invalid("prompt", "a prompt is needed"))?,
         negative_prompt: fields.take("negative_prompt", "a text")?,
@@ -147,6 +148,7 @@ pub(crate) fn datum(picture: &Picture) -> Value {
 /// `POST /v1/images/generations`.
 pub async fn generate(
     State(app): State<App>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Problem> {
@@ -155,7 +157,7 @@ pub async fn generate(
     if wants_file && (request.n != 1 || answer.stream) {
         return Err(Problem::invalid("n", "a PNG answers one picture without a stream; ask for JSON"));
     }
-    let works = app.plan(request).await?;
+    let works = app.plan(request, &caller).await?;
     let size = works.first().map_or((0, 0), |work| work.size);
     let mut receivers = app.queue.submit(works, Wishes { previews: answer.previews, ..app.wishes() })?;
     if answer.stream {
@@ -172,12 +174,12 @@ pub async fn generate(
             }
         }
     }
-    let milliseconds = |time: Duration| HeaderValue::from(time.as_millis() as u64);
+    let milliseconds = |time: Duration| format!("{:.3}", 1e3 * time.as_secs_f64());
     let seed = pictures.first().map_or(0, |picture| picture.seed);
     let headers = [
         (HeaderName::from_static("x-queue-time-ms"), milliseconds(times.0)),
         (HeaderName::from_static("x-inference-time-ms"), milliseconds(times.1)),
-        (HeaderName::from_static("x-seed"), HeaderValue::from(seed)),
+        (HeaderName::from_static("x-seed"), seed.to_string()),
     ];
     Ok(match (wants_file, pictures.pop()) {
         (true, Some(picture)) => (headers, [(header::CONTENT_TYPE, "image/png")], picture.png).into_response(),
@@ -247,15 +249,19 @@ pub async fn models(State(app): State<App>) -> Json<Value> {
         json!({
             "id": model.id, "object": "model", "created": 0, "owned_by": "respodiff",
             "size": format!("{}x{}", model.size.0, model.size.1), "samplers": model.samplers,
-            "concepts": model.concepts, "sha256": model.sha256,
+            "concepts": model.concepts, "sha256": model.sha256, "loaded": model.loaded,
         })
     };
     Json(json!({"object": "list", "data": app.backend.models().into_iter().map(model).collect::<Vec<_>>()}))
 }
 
 /// `POST /v1/estimate`.
-pub async fn estimate(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Json<Value>, Problem> {
-    let (request, _) = parse(&body?)?;
+pub async fn estimate(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Value>, Problem> {
+    let request = Request { caller, ..parse(&body?)?.0 };
     let backend = app.backend.clone();
     let estimate = app.blocking(move || backend.estimate(&request)).await?;
     let (waiting, working) = app.queue.load();

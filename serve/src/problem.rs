@@ -18,6 +18,7 @@ impl Kind {
             Kind::Cancelled => (StatusCode::REQUEST_TIMEOUT, "timeout_error", "cancelled"),
             Kind::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, REQUEST, "too_large"),
             Kind::Impossible => (StatusCode::UNPROCESSABLE_ENTITY, REQUEST, "does_not_fit"),
+            Kind::Conflict => (StatusCode::CONFLICT, REQUEST, "idempotency_key_reused"),
             Kind::Busy => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full"),
             Kind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "server_error", "internal"),
             Kind::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "server_error", "unavailable"),

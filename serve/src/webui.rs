@@ -1,28 +1,41 @@
 //! The part of A1111's API that front-ends use: `/sdapi/v1/...`. Fields that mean nothing here are ignored, as there.
 
 use crate::App;
-use crate::backend::{Problem, Request};
+use crate::backend::{Caller, Problem, Request};
 use crate::fields::Fields;
 use crate::queue::{Update, Wishes, news};
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
+use axum::{Extension, Json};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use serde::Deserialize;
 use serde_json::{Value, json};
-use std::sync::Mutex;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use tokio::sync::Notify;
 
-/// What A1111 knows of its one request at a time: here that of the latest request.
+/// What A1111 knows of its one request at a time: here that of each tenant's latest request.
 #[derive(Default)]
-pub struct WebUi {
+pub struct WebUi(Mutex<HashMap<Option<Arc<str>>, Arc<Latest>>>);
+
+/// The latest request of a tenant.
+#[derive(Default)]
+struct Latest {
     /// Steps done, steps in all, and the latest preview.
     progress: Mutex<(usize, usize, Option<Vec<u8>>)>,
     interrupted: Notify,
 }
 
 impl WebUi {
+    fn of(&self, caller: &Caller) -> Arc<Latest> {
+        let mut all = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        all.entry(caller.tenant.clone()).or_default().clone()
+    }
+}
+
+impl Latest {
     fn set(&self, done: usize, total: usize, preview: Option<Vec<u8>>) {
         let mut progress = self.progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let shown = preview.or_else(|| progress.2.take().filter(|_| total > 0));
@@ -30,8 +43,18 @@ impl WebUi {
     }
 }
 
+/// The one of A1111's settings that means something here.
+#[derive(Deserialize)]
+struct Overrides {
+    sd_model_checkpoint: Option<String>,
+}
+
 /// `POST /sdapi/v1/txt2img`.
-pub async fn txt2img(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Json<Value>, Problem> {
+pub async fn txt2img(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Value>, Problem> {
     let body = body?;
     let mut fields = Fields::parse(&body)?;
     let whole = "a whole number";
@@ -46,12 +69,14 @@ pub async fn txt2img(State(app): State<App>, body: Result<Bytes, BytesRejection>
     let negative: Option<String> = fields.take("negative_prompt", "a text")?;
     let concepts: Option<Vec<String>> = fields.take("concepts", "a list of names")?;
     let balance: Option<Vec<String>> = fields.take("balance", "a list of texts such as \"woman,man\"")?;
+    let settings: Option<Overrides> = fields.take("override_settings", "an object")?;
     let n = batch.unwrap_or(1).saturating_mul(batches.unwrap_or(1));
     if !(1..=64).contains(&n) {
         return Err(Problem::invalid("batch_size", format!("{n} pictures are not possible; make 1 to 64 at once")));
     }
     let request = Request {
-        model: None,
+        caller: Caller::default(),
+        model: settings.and_then(|settings| settings.sd_model_checkpoint),
         prompt: prompt.unwrap_or_default(),
         negative_prompt: negative.filter(|text| !text.is_empty()),
         n,
@@ -63,11 +88,12 @@ pub async fn txt2img(State(app): State<App>, body: Result<Bytes, BytesRejection>
         concepts: concepts.unwrap_or_default(),
         balance: balance.unwrap_or_default(),
     };
-    let works = app.plan(request).await?;
+    let works = app.plan(request, &caller).await?;
+    let latest = app.webui.of(&caller);
     let total: usize = works.iter().map(|work| work.steps).sum();
     let seeds: Vec<u64> = works.iter().map(|work| work.seed).collect();
     let mut receivers = app.queue.submit(works, Wishes { previews: 10, ..app.wishes() })?;
-    app.webui.set(0, total, None);
+    latest.set(0, total, None);
     let (mut images, mut parameters) = (Vec::new(), Vec::new());
     let work = async {
         let mut before = 0;
@@ -77,7 +103,7 @@ pub async fn txt2img(State(app): State<App>, body: Result<Bytes, BytesRejection>
                 match news(receiver).await? {
                     Update::Step { done, total: steps, preview } => {
                         last = steps;
-                        app.webui.set(before + done, total, preview);
+                        latest.set(before + done, total, preview);
                     }
                     Update::Finished { picture, .. } => {
                         images.push(BASE64.encode(&picture.png));
@@ -93,9 +119,9 @@ pub async fn txt2img(State(app): State<App>, body: Result<Bytes, BytesRejection>
     // An interrupt ends the request with the pictures that are done, as there.
     let outcome = tokio::select! {
         outcome = work => outcome,
-        () = app.webui.interrupted.notified() => Ok(()),
+        () = latest.interrupted.notified() => Ok(()),
     };
-    app.webui.set(0, 0, None);
+    latest.set(0, 0, None);
     outcome?;
     let info = json!({"seed": seeds.first(), "all_seeds": seeds, "images": parameters});
     let echoed: Value = serde_json::from_slice(&body).unwrap_or_default();
@@ -103,9 +129,10 @@ pub async fn txt2img(State(app): State<App>, body: Result<Bytes, BytesRejection>
 }
 
 /// `GET /sdapi/v1/progress`.
-pub async fn progress(State(app): State<App>) -> Json<Value> {
+pub async fn progress(State(app): State<App>, Extension(caller): Extension<Caller>) -> Json<Value> {
     let (done, total, preview) = {
-        let progress = app.webui.progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let latest = app.webui.of(&caller);
+        let progress = latest.progress.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         (progress.0, progress.1, progress.2.as_ref().map(|png| BASE64.encode(png)))
     };
     let left = app.metrics.step_seconds().unwrap_or(0.0) * (total - done.min(total)) as f64;
@@ -118,8 +145,8 @@ pub async fn progress(State(app): State<App>) -> Json<Value> {
 }
 
 /// `POST /sdapi/v1/interrupt`.
-pub async fn interrupt(State(app): State<App>) -> Json<Value> {
-    app.webui.interrupted.notify_waiters();
+pub async fn interrupt(State(app): State<App>, Extension(caller): Extension<Caller>) -> Json<Value> {
+    app.webui.of(&caller).interrupted.notify_waiters();
     Json(json!({}))
 }
 

@@ -4,7 +4,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{Request as HttpRequest, StatusCode};
 use respodiff_serve::{
-    Backend, Batch, Estimate, Event, Kind, Model, Picture, Problem, Request, Server, Settings, Work,
+    Backend, Batch, Estimate, Event, Key, Kind, Memory, Model, Picture, Problem, Request, Server, Settings, Store, Work,
 };
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -34,6 +34,7 @@ impl Backend for Fake {
             samplers: names(&["Euler"]),
             concepts: names(&["woman"]),
             sha256: None,
+            loaded: true,
         }]
     }
 
@@ -54,7 +55,7 @@ impl Backend for Fake {
     }
 
     fn estimate(&self, request: &Request) -> Result<Estimate, Problem> {
-        Ok(Estimate { memory_bytes: 5, steps: self.plan(request)?.iter().map(|work| work.steps).sum() })
+        Ok(Estimate { memory_bytes: Some(5), steps: self.plan(request)?.iter().map(|work| work.steps).sum() })
     }
 
     fn open(&self, _: &str, size: (usize, usize)) -> Result<Box<dyn Batch>, Problem> {
@@ -139,6 +140,11 @@ fn server(settings: Settings) -> (Router, Arc<Fake>) {
     let fake = Arc::new(Fake::default());
     let server = Server::new(fake.clone(), settings).unwrap();
     (server.router(), fake)
+}
+
+/// Keys that are also the names of who has them.
+fn keys(names: &[&str]) -> Vec<Key> {
+    names.iter().map(|name| Key { tenant: Some((*name).into()), key: name.to_string() }).collect()
 }
 
 async fn send(router: &Router, method: &str, path: &str, body: impl Into<Body>) -> (StatusCode, Vec<u8>) {
@@ -297,7 +303,7 @@ async fn every_request_is_logged() {
 #[tokio::test]
 async fn deadlines_keys_and_lost_devices() {
     let timeout = Some(Duration::from_millis(50));
-    let (router, fake) = server(Settings { timeout, key: Some("secret".into()), ..Settings::default() });
+    let (router, fake) = server(Settings { timeout, keys: keys(&["secret"]), ..Settings::default() });
     let with = async |key: &str, body: Value| {
         let request = HttpRequest::builder().method("POST").uri(GENERATE).header("authorization", key);
         let response = router.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
@@ -377,6 +383,87 @@ async fn jobs_outlive_their_connection() {
     assert_eq!((last.as_str(), &state["error"]["message"]), ("failed", &json!("not finite")));
 }
 
+/// What one tenant asks for, another can neither see nor end.
+#[tokio::test]
+async fn tenants_see_their_own_alone() {
+    let (router, fake) = server(Settings { keys: keys(&["anna", "ben"]), ..Settings::default() });
+    let ask = async |who: &str, method: &str, path: &str, body: Value| {
+        let request = HttpRequest::builder().method(method).uri(path).header("authorization", format!("Bearer {who}"));
+        let response = router.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
+        let status = response.status().as_u16();
+        let body = axum::body::to_bytes(response.into_body(), 1 << 24).await.unwrap();
+        (status, serde_json::from_slice::<Value>(&body).unwrap_or_default())
+    };
+    let (status, job) = ask("anna", "POST", "/v1/jobs", json!({"prompt": "x", "num_inference_steps": 900})).await;
+    assert_eq!(status, 202);
+    let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
+    for (method, path) in [("GET", path.clone()), ("DELETE", path.clone()), ("GET", format!("{path}/events"))] {
+        assert_eq!(ask("ben", method, &path, json!({})).await.0, 404, "{method} {path}");
+    }
+    assert_eq!(ask("clara", "GET", &path, json!({})).await.0, 401);
+    assert_eq!(ask("anna", "DELETE", &path, json!({})).await.1["status"], "cancelled");
+    // A1111's front-ends know one request at a time: that of their own key.
+    let slow = json!({"prompt": "x", "steps": 900}).to_string();
+    let request = HttpRequest::builder().method("POST").uri("/sdapi/v1/txt2img").header("authorization", "Bearer anna");
+    let running = tokio::spawn(router.clone().oneshot(request.body(Body::from(slow)).unwrap()));
+    while ask("anna", "GET", "/sdapi/v1/progress", json!({})).await.1["progress"].as_f64().unwrap() == 0.0 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    assert_eq!(ask("ben", "GET", "/sdapi/v1/progress", json!({})).await.1["progress"], 0.0);
+    ask("ben", "POST", "/sdapi/v1/interrupt", json!({})).await;
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(!running.is_finished() && fake.inside.load(Ordering::Relaxed) == 1);
+    ask("anna", "POST", "/sdapi/v1/interrupt", json!({})).await;
+    assert_eq!(running.await.unwrap().unwrap().status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn an_idempotency_key_makes_one_job() {
+    let (router, _) = server(Settings::default());
+    let ask = async |key: &str, body: Value| {
+        let request = HttpRequest::builder().method("POST").uri("/v1/jobs").header("idempotency-key", key);
+        let response = router.clone().oneshot(request.body(Body::from(body.to_string())).unwrap()).await.unwrap();
+        let status = response.status().as_u16();
+        let body = axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap();
+        (status, serde_json::from_slice::<Value>(&body).unwrap()["id"].clone())
+    };
+    let together = (0..8).map(|_| ask("one", json!({"prompt": "x"})));
+    let mut ids = Vec::new();
+    for answer in together {
+        let (status, id) = answer.await;
+        assert_eq!(status, 202);
+        ids.push(id);
+    }
+    assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
+    assert_ne!(ask("two", json!({"prompt": "x"})).await.1, ids[0]);
+    assert_eq!(ask("one", json!({"prompt": "y"})).await.0, 409);
+}
+
+/// Ended jobs are forgotten by number and by time, in the store too.
+#[tokio::test]
+async fn ended_jobs_are_forgotten() {
+    let store = Arc::new(Memory::default());
+    for (kept, left) in [((2, Duration::from_secs(60)), 2), ((64, Duration::ZERO), 0)] {
+        let (router, _) = server(Settings { store: store.clone(), kept, ..Settings::default() });
+        for seed in 0..5 {
+            let (_, job) = json(&router, "POST", "/v1/jobs", json!({"prompt": "x", "seed": seed})).await;
+            send(&router, "GET", &format!("/v1/jobs/{}/events", job["id"].as_str().unwrap()), "").await;
+        }
+        if kept.1.is_zero() {
+            tokio::time::sleep(Duration::from_millis(2100)).await;
+        }
+        let (_, job) = json(&router, "POST", "/v1/jobs", json!({"prompt": "x", "num_inference_steps": 900})).await;
+        let ids = store.jobs().unwrap();
+        assert_eq!(ids.len(), left + 1, "{ids:?}");
+        let path = format!("/v1/jobs/{}", job["id"].as_str().unwrap());
+        for status in ["cancelled", "cancelled"] {
+            assert_eq!(json(&router, "DELETE", &path, json!({})).await.1["status"], status);
+        }
+        assert_eq!(json(&router, "GET", &path, json!({})).await.0, 404, "the second time, it is forgotten");
+        store.jobs().unwrap().iter().for_each(|id| store.remove(id).unwrap());
+    }
+}
+
 #[tokio::test]
 async fn a1111s_front_ends_are_served() {
     let (router, fake) = server(Settings::default());
@@ -386,6 +473,8 @@ async fn a1111s_front_ends_are_served() {
     assert_eq!((status, answer["images"].as_array().unwrap().len()), (StatusCode::OK, 4));
     let info: Value = serde_json::from_str(answer["info"].as_str().unwrap()).unwrap();
     assert_eq!(info["all_seeds"], json!([3, 4, 5, 6]));
+    let other = json!({"prompt": "x", "steps": 1, "override_settings": {"sd_model_checkpoint": "another"}});
+    assert_eq!(json(&router, "POST", "/sdapi/v1/txt2img", other).await.0, StatusCode::NOT_FOUND);
     let slow = json!({"prompt": "x", "seed": 3, "steps": 900}).to_string();
     let request = HttpRequest::builder().method("POST").uri("/sdapi/v1/txt2img").body(Body::from(slow)).unwrap();
     let running = tokio::spawn(router.clone().oneshot(request));

@@ -3,14 +3,14 @@
 use super::progress::Progress as Shown;
 use super::{Place, concepts, hashes, interrupt_flag, model, out, say, tell, warn};
 use crate::backend::Precision;
-use crate::concept::Strength;
+use crate::concept::{Concept, Strength};
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, EngineOptions, Image, Progress, Request, SessionOptions, Size};
 use crate::files::check_writable;
 use crate::image::{GenerationInfo, JSON_KEYWORD, read_png_text};
 use crate::models::tokenizer::TokenizerRules;
 use crate::weights::Source;
-use crate::{Error, Result, Subject};
+use crate::{Error, Picture, Result, Subject};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -47,10 +47,29 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     check_writable(&again)?;
     let engine = open(args, &info)?;
+    let picture = remake(&engine, &info, &|file| concepts::read(Path::new(file)))?;
+    // Files with equal pixels and equal records have equal bytes.
+    let same = out::png(&picture, &info)? == before;
+    let (version, device) = (env!("CARGO_PKG_VERSION").into(), Some(engine.device().name()));
+    out::save(&picture, &again, &GenerationInfo { version, device, ..info })?;
+    say(&again.display().to_string());
+    match same {
+        true => tell("the same picture, to the last bit"),
+        false => warn("the picture differs: the device, the version or the picture's own file has changed"),
+    }
+    Ok(())
+}
+
+/// Makes a picture again from its record; `find` finds its concepts by their files' names.
+pub(super) fn remake(
+    engine: &Engine,
+    info: &GenerationInfo,
+    find: &dyn Fn(&str) -> Result<Concept>,
+) -> Result<Picture> {
     let mut image = Image::new(info.prompt.as_str()).seed(info.seed).guidance(info.guidance);
     image.negative = info.negative_prompt.clone().map(Into::into);
     for used in &info.concepts {
-        let concept = concepts::read(Path::new(&used.file))?;
+        let concept = find(&used.file)?;
         if concept.fingerprint() != used.fingerprint {
             let problem = format!("holds another concept than the picture's `{}`", used.name);
             return Err(Error::mismatch(Path::new(&used.file), problem).advise("put the picture's concept there"));
@@ -60,7 +79,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let request = Request::from(image)
         .steps(info.steps)
-        .sampler(sampler(&engine, &info)?)
+        .sampler(sampler(engine, info)?)
         .rng(info.rng.parse()?)
         .conditioned_on_size(info.original_size, info.crop.unwrap_or((0, 0)));
     let options = SessionOptions::new(Size::new(info.width as usize, info.height as usize))
@@ -78,17 +97,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     });
     shown.finish();
     let output = output?;
-    let picture = output.pictures.first().ok_or_else(|| Error::internal("a run without a picture"))?;
-    // Files with equal pixels and equal records have equal bytes.
-    let same = out::png(picture, &info)? == before;
-    let (version, device) = (env!("CARGO_PKG_VERSION").into(), Some(engine.device().name()));
-    out::save(picture, &again, &GenerationInfo { version, device, ..info })?;
-    say(&again.display().to_string());
-    match same {
-        true => tell("the same picture, to the last bit"),
-        false => warn("the picture differs: the device, the version or the picture's own file has changed"),
-    }
-    Ok(())
+    output.pictures.into_iter().next().ok_or_else(|| Error::internal("a run without a picture"))
 }
 
 /// The picture's sampler, with the spacing whose name is in the record. The name "Automatic" is that of two spacings:

@@ -1,5 +1,6 @@
 //! `respodiff audit`.
 
+use super::super::serve::verify;
 use super::super::{say, tell};
 use super::survey::{Opened, REPORTED_IMAGES, Survey, quoted};
 use crate::eval::clip::{Clip, cosine};
@@ -18,7 +19,11 @@ const KNOWN: [(&str, &[&str]); 3] = [
 const NEUTRAL: [&str; 5] = ["a person", "a scene", "an animal", "an object", "a building"];
 
 #[derive(clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(in super::super) struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+
     /// Groups whose classes should be shown equally often: gender, race, age, or classes in words of your own, such as
     /// "a tall person|a short person"
     #[arg(long, default_value = "gender,race", value_delimiter = ',')]
@@ -27,19 +32,32 @@ pub(in super::super) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    survey: Survey,
+    survey: Option<Survey>,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Check a server's audit log: that no line was changed, that quotas were kept, and that its pictures can be made
+    /// again
+    Verify(verify::Args),
 }
 
 pub(in super::super) fn run(args: &Args) -> Result<()> {
+    if let Some(Command::Verify(args)) = &args.command {
+        return verify::run(args);
+    }
+    let Some(survey) = &args.survey else {
+        return Err(Error::invalid("out", "a folder for records and reports is needed").advise("give one"));
+    };
     let groups = args.groups.iter().map(|text| group(text)).collect::<Result<Vec<_>>>()?;
-    let mut opened = args.survey.open(REPORTED_IMAGES)?;
+    let mut opened = survey.open(REPORTED_IMAGES)?;
     opened.settings.shares = groups.iter().map(|group| vec![1.0 / group.len() as f64; group.len()]).collect();
     opened.settings.groups = groups;
-    if !args.survey.make(&mut opened, &[], None, &args.survey.out)? {
+    if !survey.make(&mut opened, &[], None, &survey.out)? {
         return Ok(());
     }
-    let audit = report(&args.survey.out, args.json)?;
-    if args.json { Ok(()) } else { advise(args, &opened, &audit) }
+    let audit = report(&survey.out, args.json)?;
+    if args.json { Ok(()) } else { advise(survey, &opened, &audit) }
 }
 
 /// Writes and prints the result of the run in a folder.
@@ -68,14 +86,14 @@ fn group(text: &str) -> Result<Vec<String>> {
 }
 
 /// Prints the commands that mend what is off.
-fn advise(args: &Args, opened: &Opened, audit: &Audit) -> Result<()> {
+fn advise(survey: &Survey, opened: &Opened, audit: &Audit) -> Result<()> {
     let Opened { judges, settings, .. } = opened;
     let is_off = |group: &&Vec<String>| audit.findings.iter().any(|f| f.is_off && f.classes == **group);
     let off: Vec<&Vec<String>> = settings.groups.iter().filter(is_off).collect();
     if off.is_empty() {
         return Ok(());
     }
-    let model = args.survey.model.as_ref().map_or(String::new(), |model| format!(" --model {}", quoted(model)));
+    let model = survey.model.as_ref().map_or(String::new(), |model| format!(" --model {}", quoted(model)));
     tell("to mend it:");
     let mut balances = Vec::new();
     for group in off {
@@ -87,9 +105,9 @@ fn advise(args: &Args, opened: &Opened, audit: &Audit) -> Result<()> {
         balances.push(group.iter().map(|class| file(class)).collect::<Vec<_>>().join(","));
     }
     let all = |flag: &str| balances.iter().map(|files| format!(" {flag} {files}")).collect::<String>();
-    let folder = args.survey.out.display().to_string();
+    let folder = survey.out.display().to_string();
     let (plain, out) = (quoted(&folder), quoted(&format!("{folder}-balanced")));
-    let flags = Some(args.survey.flags()).filter(|flags| !flags.is_empty()).map_or(String::new(), |f| format!(" {f}"));
+    let flags = Some(survey.flags()).filter(|flags| !flags.is_empty()).map_or(String::new(), |f| format!(" {f}"));
     say(&format!("respodiff eval fairness{flags}{} --plain {plain} --out {out}", all("--concepts")));
     let (_, prompts) = &settings.prompts[0];
     say(&format!("respodiff sample{model} {} --images 12{}", quoted(&prompts[0]), all("--balance")));

@@ -1,4 +1,9 @@
-//! `respodiff serve`: what it answers is what `respodiff sample` makes, whoever asks at the same time.
+//! `respodiff serve`: what it answers is what `respodiff sample` makes, whoever asks at the same time; and what it keeps
+//! survives being killed.
+
+mod audit;
+mod jobs;
+mod models;
 
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -24,6 +29,17 @@ impl Server {
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let address = line.trim().strip_prefix("http://").unwrap_or_else(|| panic!("{line:?}")).to_string();
         Server { child, address }
+    }
+
+    /// The answer to a request without a body.
+    fn get(&self, path: &str) -> Value {
+        serde_json::from_slice(&self.ask("GET", path, "", "").2).unwrap_or_default()
+    }
+
+    /// Ends the process as SIGKILL does.
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// The status, head and body of an answer.

@@ -1,0 +1,148 @@
+//! The running batch, with the records of its pictures.
+
+use super::super::out;
+use super::audit::{Audit, Outcome};
+use super::models::{Served, locked};
+use super::plan::Planned;
+use super::problem;
+use crate::engine::{Event, ImageId, RunningBatch};
+use crate::image::GenerationInfo;
+use crate::{ErrorKind, Result};
+use respodiff_serve::{self as http, Batch, Kind, Problem, Work};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+/// A picture in work.
+struct InWork {
+    id: ImageId,
+    info: GenerationInfo,
+    /// Its name in the audit log.
+    begun: Option<String>,
+}
+
+pub(super) struct Running {
+    served: Arc<Served>,
+    batch: RunningBatch,
+    images: HashMap<u64, InWork>,
+    next: u64,
+    audit: Option<Arc<Mutex<Audit>>>,
+}
+
+impl Running {
+    pub(super) fn new(served: Arc<Served>, batch: RunningBatch, audit: Option<Arc<Mutex<Audit>>>) -> Self {
+        Running { served, batch, images: HashMap::new(), next: 0, audit }
+    }
+
+    /// Lets a picture join. The stream is that of the pictures which are begun, in the order in which they are. The log
+    /// tells first that a picture is begun, and then it is counted; a kill in between is made up for at the next start.
+    fn begin(&mut self, planned: &Planned) -> Result<InWork> {
+        let mut info = planned.info.clone();
+        let mut request = planned.request_to(self.batch.engine());
+        let mut policy = self.served.policy().filter(|_| planned.in_stream);
+        let mut turns = Vec::new();
+        if let Some(policy) = &policy {
+            let tenant = planned.caller.tenant.as_deref();
+            let (used, chosen) = policy.next(&info.prompt, info.guidance, tenant);
+            turns = chosen;
+            for used in used {
+                info.concepts.push(used.record());
+                request.images.iter_mut().for_each(|i| i.concepts.push((used.concept.clone(), used.strength)));
+            }
+        }
+        let id = self.batch.join(&request)?;
+        let mut record = || {
+            let begun = match &self.audit {
+                Some(audit) => Some(locked(audit).begun(&planned.caller, &info, &turns)?),
+                None => None,
+            };
+            policy.as_mut().map_or(Ok(()), |policy| policy.count(&turns)).map(|()| begun)
+        };
+        match record() {
+            Ok(begun) => Ok(InWork { id, info, begun }),
+            Err(error) => {
+                self.batch.cancel(id);
+                Err(error)
+            }
+        }
+    }
+
+    /// Tells the audit log how a picture has ended.
+    fn ended(&self, image: &InWork, outcome: Outcome, file: Option<&[u8]>) -> Result<()> {
+        match (&self.audit, &image.begun) {
+            (Some(audit), Some(begun)) => locked(audit).ended(begun.clone(), outcome, file),
+            _ => Ok(()),
+        }
+    }
+
+    /// The file of a finished picture. It goes to its client only after the log has its hash.
+    fn finished(&self, image: &InWork, picture: &crate::Picture) -> Result<http::Picture> {
+        let png = out::png(picture, &image.info)?;
+        self.ended(image, Outcome::Finished, Some(&png))?;
+        let parameters = serde_json::to_value(&image.info).unwrap_or_default();
+        Ok(http::Picture { png, seed: image.info.seed, parameters })
+    }
+}
+
+impl Batch for Running {
+    fn free(&self) -> usize {
+        self.batch.free()
+    }
+
+    fn join(&mut self, work: &Work) -> std::result::Result<u64, Problem> {
+        let Some(planned) = work.image.downcast_ref() else {
+            return Err(Problem::new(Kind::Internal, "another engine planned this picture"));
+        };
+        let image = self.begin(planned).map_err(|error| problem(&error))?;
+        self.next += 1;
+        self.images.insert(self.next, image);
+        Ok(self.next)
+    }
+
+    fn step(&mut self) -> std::result::Result<Vec<(u64, http::Event)>, Problem> {
+        let mut events = Vec::new();
+        for (id, event) in self.batch.step().map_err(|error| problem(&error))? {
+            let Some(number) = self.images.iter().find(|(_, image)| image.id == id).map(|(number, _)| *number) else {
+                continue;
+            };
+            if let Event::Step { done, total } = event {
+                events.push((number, http::Event::Step { done, total }));
+                continue;
+            }
+            let Some(image) = self.images.remove(&number) else { continue };
+            let outcome = match event {
+                Event::Finished(picture) => self.finished(&image, &picture),
+                Event::Failed(error) => self.ended(&image, Outcome::Failed, None).and(Err(error)),
+                Event::Step { .. } => continue,
+            };
+            let failed = |error| http::Event::Failed(problem(&error));
+            events.push((number, outcome.map_or_else(failed, http::Event::Finished)));
+        }
+        Ok(events)
+    }
+
+    fn cancel(&mut self, image: u64) {
+        if let Some(image) = self.images.remove(&image) {
+            self.batch.cancel(image.id);
+            // There is nobody left to tell that this failed; the log then lacks the picture's end, as after a kill.
+            let _ = self.ended(&image, Outcome::Cancelled, None);
+        }
+    }
+
+    fn preview(&mut self, image: u64) -> std::result::Result<Option<Vec<u8>>, Problem> {
+        let Some(InWork { id, .. }) = self.images.get(&image) else { return Ok(None) };
+        let preview = match self.batch.preview(*id) {
+            Err(error) if error.kind() == ErrorKind::NonFinite => None,
+            preview => preview.map_err(|error| problem(&error))?,
+        };
+        preview.map(|picture| picture.to_png(&[])).transpose().map_err(|error| problem(&error))
+    }
+}
+
+impl Drop for Running {
+    /// Pictures of a batch that is lost have failed.
+    fn drop(&mut self) {
+        for image in self.images.values() {
+            let _ = self.ended(image, Outcome::Failed, None);
+        }
+    }
+}
