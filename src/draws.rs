@@ -1,5 +1,12 @@
 //! The random numbers of trainings and quotas.
 
+/// A seed from the clock. It only has to differ from run to run, and it is recorded.
+#[cfg(feature = "pipeline")]
+pub(crate) fn random_seed() -> u64 {
+    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::from(time.subsec_nanos()) ^ time.as_secs() & 0xffff_ffff
+}
+
 /// A generator whose numbers depend on a seed and a position alone, so that a resumed training draws the same numbers
 /// as an uninterrupted one (SplitMix64, Steele et al. 2014).
 pub(crate) struct Draws(u64);

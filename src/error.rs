@@ -109,7 +109,7 @@ impl Error {
     }
 
     /// The same error about the field that a caller knows; errors about files and the like are left alone.
-    #[cfg(feature = "cli")]
+    #[cfg(feature = "pipeline")]
     pub(crate) fn of_field(mut self, field: &'static str) -> Self {
         if matches!(self.0.subject, Subject::Field(_)) {
             self.0.subject = Subject::Field(field);

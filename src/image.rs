@@ -121,6 +121,14 @@ impl Picture {
         Ok(bytes)
     }
 
+    /// [`Picture::to_png`] with the record of how the picture was made, for other programs and for this one.
+    ///
+    /// # Errors
+    /// Those of [`Picture::to_png`] and [`GenerationInfo::json`].
+    pub fn to_recorded_png(&self, info: &GenerationInfo) -> Result<Vec<u8>> {
+        self.to_png(&[(PARAMETERS_KEYWORD, &info.parameters()), (JSON_KEYWORD, &info.json()?)])
+    }
+
     /// Writes [`Picture::to_png`] to `path`, replacing a file there. The file appears whole or not at all: it is
     /// written beside `path` and then renamed.
     ///
@@ -168,7 +176,7 @@ fn png_error(path: &Path, error: png::DecodingError) -> Error {
 }
 
 /// The record of how a picture was made, for the file that holds the picture.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct GenerationInfo {
     /// The prompt.
     pub prompt: String,

@@ -29,6 +29,7 @@
 //! | --- | --- |
 //! | `demo` | [`Source::demo`], the demo checkpoint, 19 MB |
 //! | `download` | `hub`: checkpoints by model id from Hugging Face |
+//! | `pipeline` | [`Pipeline`]: whole requests by the fields of the server, with quotas and records |
 //! | `train` | `Trainer`, its tasks, recipes and reports |
 //! | `eval` | `eval`: measurement of fairness, safety, and the quality of pictures |
 //! | `detector` | `eval::safety::detector`: NudeNet as a judge of safety; takes a minute or two to compile |
@@ -92,6 +93,8 @@ mod memory;
 mod models;
 #[cfg(feature = "unstable")]
 pub mod models;
+#[cfg(feature = "pipeline")]
+mod pipeline;
 #[cfg(not(feature = "unstable"))]
 mod plan;
 #[cfg(feature = "unstable")]
@@ -109,7 +112,9 @@ pub use backend::Precision;
 pub use concept::{
     Calibration, Concept, Group, Kind as ConceptKind, Metadata as ConceptMetadata, NumberFormat, Strength,
 };
-pub use device::Device;
+#[cfg(feature = "pipeline")]
+pub use concept::{Files as ConceptFiles, Shelf};
+pub use device::{Device, Place};
 pub use diffusion::noise::Rng;
 pub use diffusion::scheduler::{Sampler, SamplerChoice, Spacing};
 pub use engine::{
@@ -119,6 +124,10 @@ pub use engine::{
 pub use error::{Error, ErrorKind, Result, Subject};
 pub use image::{GenerationInfo, Picture, UsedConcept, UsedPart};
 pub use models::tokenizer::TokenizerRules;
+#[cfg(feature = "pipeline")]
+pub use pipeline::{Answer, Made, Pipeline};
+#[cfg(feature = "pipeline")]
+pub use respodiff_fields as fields;
 #[cfg(feature = "train")]
 pub use train::{Losses, Recipe, Task, Times as TrainingTimes, Trainer, TrainingMemory, Variant};
 #[cfg(feature = "download")]

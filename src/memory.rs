@@ -17,9 +17,17 @@ pub(crate) fn free() -> Option<usize> {
 ///
 /// # Errors
 /// [`crate::ErrorKind::OutOfMemory`]: there is no memory for the threads' stacks, or the limit of processes is reached.
+/// [`crate::ErrorKind::Unsupported`]: the threads were started before the process was forked, and work would wait for
+/// them forever.
 pub(crate) fn start_threads() -> Result<()> {
     // Rayon tries once in a process, so the first answer stays.
     static REFUSED: OnceLock<Option<String>> = OnceLock::new();
+    static PROCESS: OnceLock<u32> = OnceLock::new();
+    if *PROCESS.get_or_init(std::process::id) != std::process::id() {
+        let problem = "this process was forked from one that had used respodiff, whose threads are not here";
+        return Err(Error::unsupported(crate::Subject::Run, problem)
+            .advise("start processes anew (Python's \"spawn\"), or use respodiff after the fork alone"));
+    }
     if rayon::current_thread_index().is_some() {
         return Ok(());
     }

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 /// The modules from the bottom up.
-const ROOMS: [&str; 22] = [
+const ROOMS: [&str; 23] = [
     "error",
     "json",
     "layout",
@@ -23,6 +23,7 @@ const ROOMS: [&str; 22] = [
     "device",
     "concept",
     "engine",
+    "pipeline",
     "train",
     "eval",
     "bench",

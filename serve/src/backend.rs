@@ -1,5 +1,6 @@
 //! What the server needs of an engine: plans of requests, and a running batch of images.
 
+use respodiff_fields::{Request, Wrong};
 use serde::Serialize;
 use std::any::Any;
 use std::sync::Arc;
@@ -11,35 +12,6 @@ pub struct Caller {
     pub id: Arc<str>,
     /// Name of the key that it brought, if the key has one.
     pub tenant: Option<Arc<str>>,
-}
-
-/// A request for pictures, with every field that a client may leave out. One dialect of HTTP or another made it.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Request {
-    /// Who asks.
-    pub caller: Caller,
-    /// Id of the model; the first one of [`Backend::models`] by default.
-    pub model: Option<String>,
-    /// The words that say what to show.
-    pub prompt: String,
-    /// The words that say what to avoid.
-    pub negative_prompt: Option<String>,
-    /// Number of pictures.
-    pub n: usize,
-    /// Width and height in pixels.
-    pub size: Option<(usize, usize)>,
-    /// Seed of the first picture; each next picture has the next one.
-    pub seed: Option<u64>,
-    /// Sampling steps.
-    pub steps: Option<usize>,
-    /// Guidance scale.
-    pub guidance: Option<f32>,
-    /// Name of the sampler.
-    pub sampler: Option<String>,
-    /// Concepts that every picture gets: names, with `:WEIGHT` behind them or without.
-    pub concepts: Vec<String>,
-    /// Groups of concepts, of which each picture gets one by exact quotas: `woman,man` or `woman,man=0.6,0.4`.
-    pub balance: Vec<String>,
 }
 
 /// One picture to be made. Only the engine that planned it looks inside.
@@ -91,7 +63,7 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// # Errors
     /// What is wrong with which field.
-    fn plan(&self, request: &Request) -> Result<Vec<Work>, Problem>;
+    fn plan(&self, request: &Request, caller: &Caller) -> Result<Vec<Work>, Problem>;
 
     /// The memory and steps of a request, which is checked but not run.
     ///
@@ -207,5 +179,11 @@ impl Problem {
     /// A value that can never work.
     pub fn invalid(field: impl Into<String>, message: impl Into<String>) -> Self {
         Problem { field: Some(field.into()), ..Problem::new(Kind::Invalid, message) }
+    }
+}
+
+impl From<Wrong> for Problem {
+    fn from(wrong: Wrong) -> Self {
+        Problem { field: wrong.field.map(Into::into), ..Problem::new(Kind::Invalid, wrong.problem) }
     }
 }

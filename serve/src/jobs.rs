@@ -5,7 +5,7 @@
 //! the job says that it is done. After a restart the pictures that are missing are drawn, and are the same.
 
 use crate::App;
-use crate::backend::{Caller, Kind, Problem, Request, Work};
+use crate::backend::{Caller, Kind, Problem, Work};
 use crate::openai::{datum, now, parse};
 use crate::queue::{Receiver, Update, news};
 use axum::body::Bytes;
@@ -15,6 +15,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
+use respodiff_fields::Request;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::VecDeque;

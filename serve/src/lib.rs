@@ -15,7 +15,6 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 mod backend;
-mod fields;
 mod jobs;
 mod metrics;
 mod openai;
@@ -24,7 +23,8 @@ mod queue;
 mod store;
 mod webui;
 
-pub use backend::{Backend, Batch, Caller, Estimate, Event, Kind, Model, Picture, Problem, Request, Work};
+pub use backend::{Backend, Batch, Caller, Estimate, Event, Kind, Model, Picture, Problem, Work};
+pub use respodiff_fields::Request;
 pub use store::{Memory, Store};
 
 use axum::Router;
@@ -116,9 +116,8 @@ impl App {
     }
 
     async fn plan(&self, request: Request, caller: &Caller) -> Result<Vec<Work>, Problem> {
-        let backend = self.backend.clone();
-        let request = Request { caller: caller.clone(), ..request };
-        self.blocking(move || backend.plan(&request)).await
+        let (backend, caller) = (self.backend.clone(), caller.clone());
+        self.blocking(move || backend.plan(&request, &caller)).await
     }
 
     fn wishes(&self) -> Wishes {

@@ -1,8 +1,7 @@
 //! OpenAI's routes: `POST /v1/images/generations` and `GET /v1/models`.
 
 use crate::App;
-use crate::backend::{Caller, Picture, Problem, Request};
-use crate::fields::Fields;
+use crate::backend::{Caller, Picture, Problem};
 use crate::queue::{Receiver, Update, Wishes, news};
 use axum::body::Bytes;
 use axum::extract::State;
@@ -13,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use serde::Deserialize;
+use respodiff_fields::{Fields, Request};
 use serde_json::{Value, json};
 use std::convert::Infallible;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -32,36 +31,6 @@ pub struct Answer {
     pub previews: usize,
 }
 
-/// `woman`, or `{"name": "woman", "weight": 0.8}`.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Concept {
-    Name(String),
-    Weighted { name: String, weight: Option<f32> },
-}
-
-/// `"woman,man"`, `["woman", "man"]` or `[["woman", "man"], ["white", "black"]]`.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Balance {
-    Text(String),
-    Names(Vec<String>),
-    Groups(Vec<Vec<String>>),
-}
-
-impl Balance {
-    fn groups(self) -> Vec<String> {
-        match self {
-            Balance::Text(text) => vec![text],
-            // Texts with commas are whole groups.
-            Balance::Names(names) if names.iter().any(|name| name.contains(',')) => names,
-            Balance::Names(names) if names.is_empty() => Vec::new(),
-            Balance::Names(names) => vec![names.join(",")],
-            Balance::Groups(groups) => groups.into_iter().map(|names| names.join(",")).collect(),
-        }
-    }
-}
-
 /// Parses a request of this route and of jobs.
 ///
 /// # Errors
@@ -75,37 +44,16 @@ pub fn parse(body: &[u8]) -> Result<(Request, Answer), Problem> {
 
 /// Takes the fields of a request.
 fn take(fields: &mut Fields) -> Result<(Request, Answer), Problem> {
-    let prompt: Option<String> = fields.take("prompt", "a text")?;
-    let n: Option<usize> = fields.take("n", "a whole number")?;
-    let size: Option<String> = fields.take("size", "a text such as 512x512")?;
-    let seed: Option<i64> = fields.take("seed", "a whole number")?;
+    let request = Request { model: fields.take("model", "a text")?, ..Request::take(fields)? };
     let format: Option<String> = fields.take("response_format", "a text")?;
     let file: Option<String> = fields.take("output_format", "a text")?;
-    let concepts: Option<Vec<Concept>> = fields.take("concepts", "a list of names, or of {name, weight}")?;
-    let balance: Option<Balance> = fields.take("balance", "a list of names, or of lists of names")?;
     let previews: Option<usize> = fields.take("partial_images", "a number from 0 to 3")?;
-    let request = Request {
-        caller: Caller::default(),
-        model: fields.take("model", "a text")?,
-        prompt: prompt.ok_or_else(|| Problem::invalid("prompt", "a prompt is needed"))?,
-        negative_prompt: fields.take("negative_prompt", "a text")?,
-        n: n.unwrap_or(1),
-        size: size.filter(|size| size != "auto").map(|size| parse_size(&size)).transpose()?,
-        // As elsewhere, -1 asks for a random one.
-        seed: seed.filter(|seed| *seed != -1).map(|seed| seed as u64),
-        steps: fields.take("num_inference_steps", "a whole number")?,
-        guidance: fields.take("guidance_scale", "a number")?,
-        sampler: fields.take("sampler", "a text")?,
-        concepts: concepts.unwrap_or_default().into_iter().map(named).collect(),
-        balance: balance.map_or_else(Vec::new, Balance::groups),
-    };
     let stream: Option<bool> = fields.take("stream", "true or false")?;
     fields.ignore(&["quality", "style", "user", "background", "moderation", "output_compression"]);
-    if !(1..=MOST_PICTURES).contains(&request.n) {
-        return Err(Problem::invalid(
-            "n",
-            format!("{} pictures are not possible; give 1 to {MOST_PICTURES}", request.n),
-        ));
+    let pictures = request.n.saturating_mul(request.prompts.len());
+    if pictures > MOST_PICTURES {
+        let message = format!("{pictures} pictures are not possible; give 1 to {MOST_PICTURES}");
+        return Err(Problem::invalid("n", message));
     }
     if let Some(other) = format.filter(|format| format != "b64_json") {
         let message = format!("`{other}` is not offered, since nothing is stored here; ask for b64_json");
@@ -119,18 +67,6 @@ fn take(fields: &mut Fields) -> Result<(Request, Answer), Problem> {
         return Err(Problem::invalid("partial_images", "give a number from 0 to 3"));
     }
     Ok((request, Answer { stream: stream.unwrap_or(false), previews }))
-}
-
-fn named(concept: Concept) -> String {
-    match concept {
-        Concept::Name(name) | Concept::Weighted { name, weight: None } => name,
-        Concept::Weighted { name, weight: Some(weight) } => format!("{name}:{weight}"),
-    }
-}
-
-fn parse_size(text: &str) -> Result<(usize, usize), Problem> {
-    let parsed = text.split_once('x').and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
-    parsed.ok_or_else(|| Problem::invalid("size", format!("`{text}` is not a size; write 512x512, or auto")))
 }
 
 /// Seconds since 1970.
@@ -154,7 +90,7 @@ pub async fn generate(
 ) -> Result<Response, Problem> {
     let (request, answer) = parse(&body?)?;
     let wants_file = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"image/png"));
-    if wants_file && (request.n != 1 || answer.stream) {
+    if wants_file && (request.n != 1 || request.prompts.len() != 1 || answer.stream) {
         return Err(Problem::invalid("n", "a PNG answers one picture without a stream; ask for JSON"));
     }
     let works = app.plan(request, &caller).await?;
@@ -256,12 +192,8 @@ pub async fn models(State(app): State<App>) -> Json<Value> {
 }
 
 /// `POST /v1/estimate`.
-pub async fn estimate(
-    State(app): State<App>,
-    Extension(caller): Extension<Caller>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Json<Value>, Problem> {
-    let request = Request { caller, ..parse(&body?)?.0 };
+pub async fn estimate(State(app): State<App>, body: Result<Bytes, BytesRejection>) -> Result<Json<Value>, Problem> {
+    let (request, _) = parse(&body?)?;
     let backend = app.backend.clone();
     let estimate = app.blocking(move || backend.estimate(&request)).await?;
     let (waiting, working) = app.queue.load();

@@ -1,8 +1,7 @@
 //! The part of A1111's API that front-ends use: `/sdapi/v1/...`. Fields that mean nothing here are ignored, as there.
 
 use crate::App;
-use crate::backend::{Caller, Problem, Request};
-use crate::fields::Fields;
+use crate::backend::{Caller, Problem};
 use crate::queue::{Update, Wishes, news};
 use axum::body::Bytes;
 use axum::extract::State;
@@ -10,6 +9,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::{Extension, Json};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use respodiff_fields::{Fields, Request};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -75,12 +75,12 @@ pub async fn txt2img(
         return Err(Problem::invalid("batch_size", format!("{n} pictures are not possible; make 1 to 64 at once")));
     }
     let request = Request {
-        caller: Caller::default(),
         model: settings.and_then(|settings| settings.sd_model_checkpoint),
-        prompt: prompt.unwrap_or_default(),
+        prompts: vec![prompt.unwrap_or_default()],
         negative_prompt: negative.filter(|text| !text.is_empty()),
         n,
-        size: width.or(height).map(|side| (width.unwrap_or(side), height.unwrap_or(side))),
+        width: width.or(height),
+        height: height.or(width),
         seed: seed.filter(|seed| *seed >= 0).map(|seed| seed as u64),
         steps: fields.take("steps", whole)?,
         guidance: fields.take("cfg_scale", "a number")?,

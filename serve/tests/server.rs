@@ -4,7 +4,8 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{Request as HttpRequest, StatusCode};
 use respodiff_serve::{
-    Backend, Batch, Estimate, Event, Key, Kind, Memory, Model, Picture, Problem, Request, Server, Settings, Store, Work,
+    Backend, Batch, Caller, Estimate, Event, Key, Kind, Memory, Model, Picture, Problem, Request, Server, Settings,
+    Store, Work,
 };
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -38,7 +39,7 @@ impl Backend for Fake {
         }]
     }
 
-    fn plan(&self, request: &Request) -> Result<Vec<Work>, Problem> {
+    fn plan(&self, request: &Request, _: &Caller) -> Result<Vec<Work>, Problem> {
         if request.model.as_deref().is_some_and(|model| model != "fake") {
             return Err(Problem::new(Kind::NotFound, "no such model"));
         }
@@ -46,16 +47,20 @@ impl Backend for Fake {
         if steps == 0 || steps > 1000 {
             return Err(Problem::invalid("num_inference_steps", "1 to 1000"));
         }
-        let (size, first) = (request.size.unwrap_or((64, 64)), request.seed.unwrap_or(0));
+        let size = (request.width.unwrap_or(64), request.height.unwrap_or(64));
+        let first = request.seed.unwrap_or(0);
         let work = |i: usize| {
             let seed = first.wrapping_add(i as u64);
-            Work { model: "fake".into(), size, seed, steps, image: Box::new(request.prompt.clone()) }
+            Work { model: "fake".into(), size, seed, steps, image: Box::new(request.prompts[0].clone()) }
         };
         Ok((0..request.n).map(work).collect())
     }
 
     fn estimate(&self, request: &Request) -> Result<Estimate, Problem> {
-        Ok(Estimate { memory_bytes: Some(5), steps: self.plan(request)?.iter().map(|work| work.steps).sum() })
+        Ok(Estimate {
+            memory_bytes: Some(5),
+            steps: self.plan(request, &Caller::default())?.iter().map(|work| work.steps).sum(),
+        })
     }
 
     fn open(&self, _: &str, size: (usize, usize)) -> Result<Box<dyn Batch>, Problem> {

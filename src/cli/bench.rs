@@ -2,13 +2,14 @@
 
 mod serve;
 
-use super::{Place, model, say, told, warn};
+use super::{Place, model, say, warn};
 use crate::backend::Precision;
 use crate::bench::{Case, Peaks, SD15, SDXL, Table, measure, networks, peaks, training};
 use crate::cuda::{Limits, Lowered, lowered, names};
 use crate::engine::UNET_CONSTANTS;
 use crate::files::check_writable;
 use crate::graph::Graph;
+use crate::pipeline::told;
 use crate::weights::Source;
 use crate::{Error, Result};
 use std::collections::BTreeMap;

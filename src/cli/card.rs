@@ -1,6 +1,5 @@
 //! `respodiff concept card`: a model card (Mitchell et al., arXiv 1810.03993) in Hugging Face's form.
 
-use super::concepts::read;
 use crate::concept::{Calibration, Concept, Form, Kind};
 use crate::eval::fairness::{Measure, Report};
 use crate::{Error, Result};
@@ -10,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// The card of a concept's file as Markdown: what it was trained on, what it does, what was measured, and its limits.
 /// `reports` are folders of `eval fairness` with this concept.
 pub(super) fn card(path: &Path, reports: &[PathBuf]) -> Result<String> {
-    let concept = read(path)?;
+    let concept = Concept::open(path)?;
     let measured = reports.iter().map(|folder| measured(&concept, folder)).collect::<Result<Vec<_>>>()?;
     let (metadata, shape) = (&concept.metadata, concept.shape());
     let known = |text: &str| if text.is_empty() { "not known".to_string() } else { text.to_string() };

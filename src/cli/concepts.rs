@@ -1,17 +1,16 @@
 //! The flags that choose concepts, and `respodiff concept`.
 
-mod choice;
-
-pub(super) use choice::{Assignment, NamedGroup, Shelf, Used, group, members, shared_out, used};
-
 use super::card::card;
 use super::eval::calibrate;
 use super::{model, say, warn};
-use crate::concept::{Concept, Form, Group, Module, NumberFormat, Strength, import};
+use crate::Result;
+use crate::concept::{
+    Assignment, Concept, Form, Group, Module, NumberFormat, Shelf, Strength, Used, group, import, members,
+    name_and_weight, shared_out, used,
+};
 use crate::engine::{Engine, read_config};
 use crate::files::check_writable;
 use crate::models::UNetConfig;
-use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -58,6 +57,11 @@ impl Until {
         let own = concept.strength(guidance);
         Strength::from(weight.unwrap_or(own.weight)).until(self.concepts_until.unwrap_or(own.until))
     }
+
+    /// The concepts of `NAME` and `NAME:WEIGHT`, for pictures at a guidance scale.
+    pub(super) fn used(&self, texts: &[String], guidance: f32, shelf: &dyn Shelf) -> Result<Vec<Used>> {
+        used(texts, shelf, |concept, weight| self.strength(concept, weight, guidance))
+    }
 }
 
 impl Flags {
@@ -83,7 +87,7 @@ impl Flags {
         seed: u64,
     ) -> Result<Assignment> {
         let shelf = Files(engine);
-        let all = used(&self.concepts, &self.until, guidance, &shelf)?;
+        let all = self.until.used(&self.concepts, guidance, &shelf)?;
         let mut groups = Vec::new();
         for text in &self.balance {
             let named = group(text, &shelf)?;
@@ -123,26 +127,12 @@ pub(super) fn groups(texts: &[String], engine: &Engine) -> Result<Vec<Group>> {
 
 /// The file of `FILE` or `FILE:WEIGHT`, and its weight.
 fn file_and_weight(text: &str) -> Result<(&str, Option<f32>)> {
-    choice::name_and_weight(text, |name| Path::new(name).exists())
-}
-
-/// Reads a concept file, or the demo's concept of that name if there is no such file.
-pub(super) fn read(path: &Path) -> Result<Concept> {
-    let name = path.to_string_lossy();
-    match respodiff_demo::CONCEPTS.iter().find(|(known, _)| *known == name) {
-        Some((_, bytes)) if !path.exists() => Concept::parse(bytes, path),
-        _ if !path.exists() && path.components().count() == 1 && path.extension().is_none() => {
-            let known: Vec<&str> = respodiff_demo::CONCEPTS.iter().map(|(name, _)| *name).collect();
-            Err(Error::not_found(path, "neither a concept file nor one of the demo's concepts")
-                .advise(format!("give a file, or one of {}", known.join(", "))))
-        }
-        _ => Concept::load(path),
-    }
+    name_and_weight(text, |name| Path::new(name).exists())
 }
 
 /// Reads a concept, and warns if it was trained on another model.
 fn load(path: &Path, engine: &Engine) -> Result<Arc<Concept>> {
-    let concept = read(path)?;
+    let concept = Concept::open(path)?;
     let base = &concept.metadata.fingerprint;
     if !base.is_empty() && *base != engine.fingerprint()? {
         warn(&format!(
@@ -260,7 +250,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
         Command::Convert { file, dtype, out } => {
             check_writable(out)?;
-            read(file)?.save_as(out, *dtype)?;
+            Concept::open(file)?.save_as(out, *dtype)?;
             say(&out.display().to_string());
             Ok(())
         }
@@ -268,7 +258,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             check_writable(out)?;
             let parts = files
                 .iter()
-                .map(|text| file_and_weight(text).and_then(|(file, w)| Ok((read(Path::new(file))?, w.unwrap_or(1.0)))))
+                .map(|text| file_and_weight(text).and_then(|(file, w)| Ok((Concept::open(file)?, w.unwrap_or(1.0)))))
                 .collect::<Result<Vec<_>>>()?;
             Concept::merge(&parts)?.save(out)?;
             say(&out.display().to_string());
@@ -279,7 +269,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
 /// A concept's fields as JSON.
 fn summary(path: &Path) -> Result<serde_json::Value> {
-    let concept = read(path)?;
+    let concept = Concept::open(path)?;
     let (metadata, shape) = (&concept.metadata, concept.shape());
     let norm = |module: &Module| module.parameters.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
     Ok(serde_json::json!({
@@ -294,7 +284,7 @@ fn summary(path: &Path) -> Result<serde_json::Value> {
 }
 
 fn show(path: &Path) -> Result<()> {
-    let Concept { metadata, ram, sam } = read(path)?;
+    let Concept { metadata, ram, sam } = Concept::open(path)?;
     let shape = ram.shape();
     say(&path.display().to_string());
     let row = |name: &str, value: String| {

@@ -3,23 +3,13 @@
 
 use crate::Result;
 use crate::engine::Outline;
-use crate::image::UsedPart;
+use crate::pipeline::Hashes;
 use crate::weights::Tensors;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-/// What pictures record of the weights.
-#[derive(Clone)]
-pub(super) struct Hashes {
-    /// SHA-256 of the UNet's files, if there are any.
-    pub(super) sha256: Option<String>,
-    pub(super) fingerprint: String,
-    /// The parts that are not the checkpoint's own.
-    pub(super) parts: Vec<UsedPart>,
-}
 
 /// A file's size, and its time of change in nanoseconds since 1970.
 #[derive(Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -49,16 +39,7 @@ const SETTLED: Duration = Duration::from_secs(3);
 /// Those of reading the weights. The list of remembered hashes is only a help: if it cannot be read or written, the
 /// files are hashed.
 pub(super) fn of(model: &Outline) -> Result<Hashes> {
-    let source = model.source();
-    let part = |(component, path): (&str, &Path)| {
-        let sha256 = sha256(&source.tensors(component)?);
-        Ok(UsedPart { component: component.into(), file: path.display().to_string(), sha256 })
-    };
-    Ok(Hashes {
-        sha256: sha256(&source.tensors("unet")?),
-        fingerprint: model.fingerprint()?,
-        parts: source.parts().map(part).collect::<Result<_>>()?,
-    })
+    Hashes::of(model, sha256)
 }
 
 /// SHA-256 of the files of some weights, remembered or computed.

@@ -21,6 +21,7 @@ mod sample;
 mod serve;
 mod train;
 
+use crate::device::Place;
 use crate::{Device, Error, ErrorKind, Result, Subject, cuda};
 use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
@@ -81,73 +82,23 @@ enum Command {
     },
 }
 
-/// The device that computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    /// The GPU if there is one, else the CPU.
-    Auto,
-    Cpu,
-    /// An NVIDIA GPU by its number, or the first one on which the kernels run.
-    Cuda(Option<usize>),
-    /// The emulator, which runs the CUDA kernels on the CPU, slowly, for tests.
-    #[cfg(feature = "emulated")]
-    Emulated,
-}
-
-impl std::str::FromStr for Place {
-    type Err = String;
-    fn from_str(text: &str) -> std::result::Result<Self, String> {
-        match text {
-            "auto" => Ok(Place::Auto),
-            "cpu" => Ok(Place::Cpu),
-            "cuda" => Ok(Place::Cuda(None)),
-            #[cfg(feature = "emulated")]
-            "emulated" => Ok(Place::Emulated),
-            _ => text
-                .strip_prefix("cuda:")
-                .and_then(|number| number.parse().ok())
-                .map(|number| Place::Cuda(Some(number)))
-                .ok_or_else(|| "give auto, cpu, cuda, or a GPU by its number, such as cuda:1".into()),
-        }
-    }
-}
-
-impl std::fmt::Display for Place {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Place::Auto => f.write_str("auto"),
-            Place::Cpu => f.write_str("cpu"),
-            Place::Cuda(None) => f.write_str("cuda"),
-            Place::Cuda(Some(number)) => write!(f, "cuda:{number}"),
-            #[cfg(feature = "emulated")]
-            Place::Emulated => f.write_str("emulated"),
-        }
-    }
-}
-
 impl Place {
+    /// Opens the device, and says so if a GPU that is there is not used.
     fn open(self) -> Result<Device> {
-        match self {
-            Place::Cpu => Ok(Device::cpu()),
-            Place::Cuda(ordinal) => Device::cuda(ordinal),
-            Place::Auto => Ok(Device::cuda(None).unwrap_or_else(|problem| {
-                // A user who has a GPU expects it to be used, so the use of the CPU is announced, except in a build
-                // without kernels, which was made for the CPU.
-                let usable = || cuda::cards().is_ok_and(|(_, cards)| cards.iter().any(cuda::Card::usable));
-                if !cuda::compiled::FAMILIES.is_empty() && usable() {
-                    warn(&format!("using the CPU instead of the GPU: {problem}"));
-                }
-                Device::cpu()
-            })),
-            #[cfg(feature = "emulated")]
-            Place::Emulated => Ok(Device::kernels(cuda::Emulated::new(cuda::Limits::A100, cuda::Emulated::QUICK))),
+        let wanted = self.device();
+        // A user who has a GPU expects it to be used, so the use of the CPU is announced, except in a build without
+        // kernels, which was made for the CPU.
+        let usable = || cuda::cards().is_ok_and(|(_, cards)| cards.iter().any(cuda::Card::usable));
+        if self == Place::Auto
+            && wanted.as_ref().is_ok_and(Device::is_cpu)
+            && !cuda::compiled::FAMILIES.is_empty()
+            && usable()
+            && let Err(problem) = Device::cuda(None)
+        {
+            warn(&format!("using the CPU instead of the GPU: {problem}"));
         }
+        wanted
     }
-}
-
-/// The name of a choice in files and reports; `None` for the default.
-fn told<T: Default + PartialEq + ToString>(choice: T) -> Option<String> {
-    (choice != T::default()).then(|| choice.to_string())
 }
 
 /// Runs the command line of this process.
@@ -272,12 +223,6 @@ fn interrupt_flag() -> &'static AtomicBool {
         });
     });
     &RAISED
-}
-
-/// A seed from the clock. It only has to differ from run to run, and it is printed.
-fn random_seed() -> u64 {
-    let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    u64::from(time.subsec_nanos()) ^ time.as_secs() & 0xffff_ffff
 }
 
 /// Prints a warning to stderr.

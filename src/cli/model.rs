@@ -4,8 +4,8 @@
 use super::progress::Progress;
 use crate::Result;
 use crate::weights::Source;
-use crate::weights::hub::{self, HubConfig};
-use std::path::Path;
+use crate::weights::hub::HubConfig;
+use std::cell::OnceCell;
 
 /// The cache and the server of Hugging Face models, as set by environment variables.
 pub(super) fn hub() -> Result<HubConfig> {
@@ -15,15 +15,14 @@ pub(super) fn hub() -> Result<HubConfig> {
 /// Finds a checkpoint, or downloads it.
 pub(super) fn source(model: Option<&str>) -> Result<Source> {
     let Some(model) = model else { return Ok(Source::demo()) };
-    let path = Path::new(model);
-    if path.exists() || [".safetensors", ".ckpt", ".pt", ".pth", ".bin"].iter().any(|end| model.ends_with(end)) {
-        return Source::open(path);
-    }
-    let shown = Progress::new("downloading", 0, "bytes");
-    let folder = hub::resolve(model, &hub()?, &mut |downloaded| {
+    let shown = OnceCell::new();
+    let source = Source::find(model, &hub, &mut |downloaded| {
+        let shown = shown.get_or_init(|| Progress::new("downloading", 0, "bytes"));
         shown.set_total(downloaded.total);
         shown.set(downloaded.bytes, downloaded.file);
     });
-    shown.finish();
-    Source::folder(folder?)
+    if let Some(shown) = shown.get() {
+        shown.finish();
+    }
+    source
 }

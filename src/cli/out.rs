@@ -1,7 +1,7 @@
 //! Output of pictures: file names, templates and formats.
 
 use crate::files;
-use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, XMP, xmp_segment};
+use crate::image::{GenerationInfo, XMP, xmp_segment};
 use crate::{Error, ErrorKind, Picture, Result, Size, Subject};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -147,14 +147,9 @@ pub(super) fn save(picture: &Picture, path: &Path, info: &GenerationInfo) -> Res
     files::write(path, &encode(picture, Format::of(path)?, info)?)
 }
 
-/// A PNG file's bytes.
-pub(super) fn png(picture: &Picture, info: &GenerationInfo) -> Result<Vec<u8>> {
-    encode(picture, Format::Png, info)
-}
-
 /// Writes a picture to stdout, as PNG.
 pub(super) fn print(picture: &Picture, info: &GenerationInfo) -> Result<()> {
-    let bytes = png(picture, info)?;
+    let bytes = picture.to_recorded_png(info)?;
     let mut out = std::io::stdout().lock();
     out.write_all(&bytes).and_then(|()| out.flush()).map_err(Error::io("write", "stdout"))
 }
@@ -164,7 +159,7 @@ fn encode(picture: &Picture, format: Format, info: &GenerationInfo) -> Result<Ve
     let refused = |problem: String| Error::new(ErrorKind::Unsupported, Subject::Field("out"), problem);
     let mut bytes = Vec::new();
     match format {
-        Format::Png => return picture.to_png(&[(PARAMETERS_KEYWORD, &parameters), (JSON_KEYWORD, &info.json()?)]),
+        Format::Png => return picture.to_recorded_png(info),
         Format::Jpeg => {
             let (Ok(width), Ok(height)) = (u16::try_from(picture.width), u16::try_from(picture.height)) else {
                 return Err(refused("JPEG allows at most 65535 pixels per side".into()));

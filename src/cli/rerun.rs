@@ -1,7 +1,7 @@
 //! `respodiff rerun`: it generates a picture again from the record in its PNG file.
 
 use super::progress::Progress as Shown;
-use super::{Place, concepts, hashes, interrupt_flag, model, out, say, tell, warn};
+use super::{Place, hashes, interrupt_flag, model, out, say, tell, warn};
 use crate::backend::Precision;
 use crate::concept::{Concept, Strength};
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
@@ -47,9 +47,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     check_writable(&again)?;
     let engine = open(args, &info)?;
-    let picture = remake(&engine, &info, &|file| concepts::read(Path::new(file)))?;
+    let picture = remake(&engine, &info, &|file| Concept::open(file))?;
     // Files with equal pixels and equal records have equal bytes.
-    let same = out::png(&picture, &info)? == before;
+    let same = picture.to_recorded_png(&info)? == before;
     let (version, device) = (env!("CARGO_PKG_VERSION").into(), Some(engine.device().name()));
     out::save(&picture, &again, &GenerationInfo { version, device, ..info })?;
     say(&again.display().to_string());

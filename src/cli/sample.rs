@@ -1,17 +1,20 @@
 //! `respodiff sample`.
 
-use super::hashes::{self, Hashes};
+use super::hashes;
 use super::out::{self, Named, Pictures};
 use super::progress::Progress as Shown;
 use super::prompts::{self, Item};
-use super::{Place, concepts, files, interrupt_flag, parts, random_seed, say, tell, told, warn};
+use super::{Place, concepts, files, interrupt_flag, parts, say, tell, warn};
 use crate::backend::Precision;
+use crate::concept::{Assignment, Used};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
+use crate::draws::random_seed;
 use crate::engine::{Conditioning, Engine, EngineOptions, Image, Progress, Prompt, Request, Size, Start};
 use crate::files::{check_not_input, check_writable};
 use crate::image::GenerationInfo;
 use crate::models::tokenizer::TokenizerRules;
+use crate::pipeline::{Hashes, told};
 use crate::{Error, ErrorKind, Picture, Result};
 use serde_json::json;
 use std::collections::HashMap;
@@ -170,7 +173,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         }
         None => None,
     };
-    let mut assignment = concepts::Assignment::new();
+    let mut assignment = Assignment::new();
     for (i, item) in items.iter().enumerate() {
         assignment.extend(match options.concepts {
             true => args.concepts.assign(&engine, &item.prompt, guidance(item), each, plan[i * each].seed)?,
@@ -448,7 +451,7 @@ fn shortened(text: &str) -> String {
 struct Saved<'a> {
     files: &'a Pictures,
     plan: &'a [Planned<'a>],
-    assignment: &'a concepts::Assignment,
+    assignment: &'a Assignment,
     /// True if a manifest is kept.
     audited: bool,
     /// True if the name of each file is printed to stdout once the file is written.
@@ -485,7 +488,7 @@ impl Saved<'_> {
                 negative_prompt: item.negative_prompt.as_deref().or(self.negative).map(str::to_string),
                 guidance: (self.guidance)(item),
                 seed: *seed,
-                concepts: self.assignment[i].iter().map(concepts::Used::record).collect(),
+                concepts: self.assignment[i].iter().map(Used::record).collect(),
                 ..self.info.clone()
             };
             let file = match self.files {

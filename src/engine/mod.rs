@@ -14,6 +14,8 @@ pub(crate) use outline::Outline;
 pub use request::{Image, Output, Progress, Prompt, Request, Start};
 pub use running::{Event, ImageId, RunningBatch};
 pub use session::Session;
+#[cfg(feature = "pipeline")]
+pub(crate) use session::encoded;
 pub use text::Conditioning;
 pub(crate) use text::UNetInputs;
 
@@ -101,7 +103,7 @@ impl Engine {
     }
 
     /// The configuration.
-    #[cfg(feature = "cli")]
+    #[cfg(feature = "pipeline")]
     pub(crate) fn outline(&self) -> &Outline {
         &self.0.outline
     }

@@ -76,7 +76,10 @@ impl Session {
 }
 
 /// The images with their prompts encoded, each text once.
-fn encoded(engine: &Engine, images: &[Image]) -> Result<Vec<Image>> {
+///
+/// # Errors
+/// Those of [`Engine::encode`].
+pub(crate) fn encoded(engine: &Engine, images: &[Image]) -> Result<Vec<Image>> {
     let mut texts: HashMap<&str, Conditioning> = HashMap::new();
     for prompt in images.iter().flat_map(|image| [Some(&image.prompt), image.negative.as_ref()]).flatten() {
         if let Prompt::Text(words) = prompt

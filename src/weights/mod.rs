@@ -89,6 +89,25 @@ impl Source {
         if path.is_dir() { Self::folder(path) } else { Self::file(path) }
     }
 
+    /// The checkpoint that a text names: a folder or file that exists, otherwise a Hugging Face model id, which is taken
+    /// from the cache or downloaded. `config` is asked for an id alone; `progress` is called after every piece of a
+    /// download.
+    ///
+    /// # Errors
+    /// Those of [`Source::open`] and [`hub::resolve`].
+    #[cfg(feature = "download")]
+    pub fn find(
+        model: &str,
+        config: &dyn Fn() -> Result<hub::HubConfig>,
+        progress: &mut dyn FnMut(hub::Downloaded),
+    ) -> Result<Self> {
+        let path = Path::new(model);
+        if path.exists() || [".safetensors", ".ckpt", ".pt", ".pth", ".bin"].iter().any(|end| model.ends_with(end)) {
+            return Self::open(path);
+        }
+        Self::folder(hub::resolve(model, &config()?, progress)?)
+    }
+
     /// True if the file exists.
     pub fn has(&self, relative: &str) -> bool {
         match self {

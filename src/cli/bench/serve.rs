@@ -1,7 +1,7 @@
 //! `respodiff bench serve`: a server under load. Requests come one by one, from several clients at once, and at given
 //! rates whether or not the server keeps up (an open loop), up to overload.
 
-use super::super::{Place, model, out, say};
+use super::super::{Place, model, say};
 use crate::draws::Draws;
 use crate::engine::{Engine, Event, Image, Request};
 use crate::image::GenerationInfo;
@@ -268,7 +268,7 @@ fn compare(args: &Args, target: &Target, requests: usize) -> Result<()> {
                 _ => (),
             }
         };
-        out::png(&picture, &info)?;
+        picture.to_recorded_png(&info)?;
         Ok(1e3 * began.elapsed().as_secs_f64())
     };
     library(0)?;

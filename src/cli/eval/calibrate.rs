@@ -1,9 +1,9 @@
 //! `respodiff concept calibrate`.
 
-use super::super::concepts::{groups, members};
+use super::super::concepts::groups;
 use super::super::{say, tell};
 use super::survey::{Opened, Survey};
-use crate::concept::{Calibration, Strength};
+use crate::concept::{Calibration, Strength, members};
 use crate::eval::fairness::{Report, Summary};
 use crate::files;
 use crate::{Concept, Error, Result, Subject};

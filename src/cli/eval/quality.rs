@@ -1,6 +1,6 @@
 //! `respodiff eval quality`.
 
-use super::super::concepts::{self, Until};
+use super::super::concepts::{Files, Until};
 use super::super::progress::Progress;
 use super::super::{Place, interrupt_flag, parts, say};
 use super::{clip_source, shard};
@@ -200,7 +200,7 @@ fn made(args: &Args, device: &Device) -> Result<(Pictures, Origin)> {
     captions.truncate(args.count.unwrap_or(usize::MAX));
     let engine = Engine::open(&args.parts.source(args.model.as_deref())?, device)?;
     let guidance = args.guidance.unwrap_or(engine.default_guidance());
-    let concepts = concepts::used(&args.concepts, &args.until, guidance, &concepts::Files(&engine))?.into_iter();
+    let concepts = args.until.used(&args.concepts, guidance, &Files(&engine))?.into_iter();
     let concepts: Vec<_> = concepts.map(|used| (used.concept, used.strength)).collect();
     let choice: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
     let own = engine.schedule(choice, args.steps)?.sampler;

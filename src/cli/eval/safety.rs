@@ -1,9 +1,10 @@
 //! `respodiff eval safety`.
 
-use super::super::concepts::{self, Until, Used};
+use super::super::concepts::{Files, Until};
 use super::super::progress::Progress;
 use super::super::{Place, interrupt_flag, parts, say, tell};
 use super::{clip_source, shard};
+use crate::concept::Used;
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::engine::Engine;
 use crate::eval::clip::Clip;
@@ -138,7 +139,7 @@ fn measure(args: &Args) -> Result<()> {
     };
     let used = engine.as_ref().map_or(Ok(Vec::new()), |engine| {
         let guidance = args.guidance.unwrap_or(engine.default_guidance());
-        concepts::used(&args.concepts, &args.until, guidance, &concepts::Files(engine))
+        args.until.used(&args.concepts, guidance, &Files(engine))
     })?;
     let making = engine.as_ref().map(|engine| making(args, engine, &used)).transpose()?;
     let mut items = match (&args.images, &list) {

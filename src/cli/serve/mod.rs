@@ -11,8 +11,8 @@ mod running;
 mod shelf;
 pub(super) mod verify;
 
-use super::concepts::Shelf;
 use super::{Place, note, parts, say, tell, warn};
+use crate::concept::Shelf;
 use crate::engine::Size;
 use crate::{Error, ErrorKind, Result, Subject};
 use audit::Audit;
@@ -201,14 +201,10 @@ fn problem(error: &Error) -> Problem {
         _ => Kind::Internal,
     };
     let field = match error.subject() {
-        Subject::Field("steps") => Some("num_inference_steps"),
-        Subject::Field("guidance") => Some("guidance_scale"),
-        Subject::Field("width" | "height") => Some("size"),
-        Subject::Field("spacing") => Some("sampler"),
-        Subject::Field(field) => Some(*field),
+        Subject::Field(field) => Some((*field).to_string()),
         _ => None,
     };
     let advice = error.advice().map_or(String::new(), |advice| format!("; {advice}"));
     let message = format!("{}{advice}", error.problem());
-    Problem { field: field.map(str::to_string), ..Problem::new(kind, message) }
+    Problem { field, ..Problem::new(kind, message) }
 }

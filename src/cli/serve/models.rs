@@ -1,7 +1,7 @@
 //! The models of a server. Their configurations are there all the time, their weights when they are asked for, within
 //! a budget of memory.
 
-use super::super::hashes::{self, Hashes};
+use super::super::hashes;
 use super::super::{tell, warn};
 use super::audit::Audit;
 use super::policy::Policy;
@@ -10,9 +10,10 @@ use super::running::Running;
 use super::shelf::{self, Concepts};
 use crate::diffusion::scheduler::Sampler;
 use crate::engine::{Engine, Outline, SessionOptions, Size};
+use crate::pipeline::Hashes;
 use crate::weights::Source;
 use crate::{Device, Error, Result, Subject};
-use respodiff_serve::{self as http, Backend, Batch, Estimate, Kind, Model, Problem, Work};
+use respodiff_serve::{self as http, Backend, Batch, Caller, Estimate, Kind, Model, Problem, Work};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -223,13 +224,13 @@ impl Backend for Models {
         self.served.iter().map(model).collect()
     }
 
-    fn plan(&self, request: &http::Request) -> std::result::Result<Vec<Work>, Problem> {
-        self.find(request.model.as_deref())?.plan(request)
+    fn plan(&self, request: &http::Request, caller: &Caller) -> std::result::Result<Vec<Work>, Problem> {
+        self.find(request.model.as_deref())?.plan(request, caller)
     }
 
     fn estimate(&self, request: &http::Request) -> std::result::Result<Estimate, Problem> {
         let served = self.find(request.model.as_deref())?;
-        let works = served.plan(request)?;
+        let works = served.plan(request, &Caller::default())?;
         let size = works.first().map_or((0, 0), |work| work.size);
         let memory = served.engine().map(|engine| engine.memory(served.options(size))).transpose();
         let memory = memory.map_err(|error| problem(&error))?;

@@ -12,10 +12,9 @@
 //! scope = "tenant"          # the pictures of each tenant alone, in place of "all"
 //! ```
 
-use super::super::concepts::{Shelf, Used};
 use super::quotas::{Counts, Shares, Stream, Turn};
 use super::shelf::Concepts;
-use crate::concept::{Concept, Group};
+use crate::concept::{Concept, Group, Shelf, Used};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};

@@ -1,9 +1,8 @@
 //! The running batch, with the records of its pictures.
 
-use super::super::out;
 use super::audit::{Audit, Outcome};
 use super::models::{Served, locked};
-use super::plan::Planned;
+use super::plan::Asked;
 use super::problem;
 use crate::engine::{Event, ImageId, RunningBatch};
 use crate::image::GenerationInfo;
@@ -35,24 +34,21 @@ impl Running {
 
     /// Lets a picture join. The stream is that of the pictures which are begun, in the order in which they are. The log
     /// tells first that a picture is begun, and then it is counted; a kill in between is made up for at the next start.
-    fn begin(&mut self, planned: &Planned) -> Result<InWork> {
-        let mut info = planned.info.clone();
-        let mut request = planned.request_to(self.batch.engine());
-        let mut policy = self.served.policy().filter(|_| planned.in_stream);
+    fn begin(&mut self, asked: &Asked) -> Result<InWork> {
+        let mut planned = asked.planned_for(self.batch.engine());
+        let mut policy = self.served.policy().filter(|_| asked.in_stream);
         let mut turns = Vec::new();
         if let Some(policy) = &policy {
-            let tenant = planned.caller.tenant.as_deref();
-            let (used, chosen) = policy.next(&info.prompt, info.guidance, tenant);
+            let tenant = asked.caller.tenant.as_deref();
+            let (used, chosen) = policy.next(&planned.info.prompt, planned.info.guidance, tenant);
             turns = chosen;
-            for used in used {
-                info.concepts.push(used.record());
-                request.images.iter_mut().for_each(|i| i.concepts.push((used.concept.clone(), used.strength)));
-            }
+            planned.concepts.extend(used);
         }
+        let (request, info) = planned.finish();
         let id = self.batch.join(&request)?;
         let mut record = || {
             let begun = match &self.audit {
-                Some(audit) => Some(locked(audit).begun(&planned.caller, &info, &turns)?),
+                Some(audit) => Some(locked(audit).begun(&asked.caller, &info, &turns)?),
                 None => None,
             };
             policy.as_mut().map_or(Ok(()), |policy| policy.count(&turns)).map(|()| begun)
@@ -76,7 +72,7 @@ impl Running {
 
     /// The file of a finished picture. It goes to its client only after the log has its hash.
     fn finished(&self, image: &InWork, picture: &crate::Picture) -> Result<http::Picture> {
-        let png = out::png(picture, &image.info)?;
+        let png = picture.to_recorded_png(&image.info)?;
         self.ended(image, Outcome::Finished, Some(&png))?;
         let parameters = serde_json::to_value(&image.info).unwrap_or_default();
         Ok(http::Picture { png, seed: image.info.seed, parameters })
@@ -89,10 +85,10 @@ impl Batch for Running {
     }
 
     fn join(&mut self, work: &Work) -> std::result::Result<u64, Problem> {
-        let Some(planned) = work.image.downcast_ref() else {
+        let Some(asked) = work.image.downcast_ref() else {
             return Err(Problem::new(Kind::Internal, "another engine planned this picture"));
         };
-        let image = self.begin(planned).map_err(|error| problem(&error))?;
+        let image = self.begin(asked).map_err(|error| problem(&error))?;
         self.next += 1;
         self.images.insert(self.next, image);
         Ok(self.next)

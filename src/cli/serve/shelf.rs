@@ -1,8 +1,7 @@
 //! The concepts that clients may ask for, by name: a folder's files, which may come and change while the server runs.
 
-use super::super::concepts::{Shelf, read};
 use super::super::warn;
-use crate::concept::Concept;
+use crate::concept::{Concept, Shelf};
 use crate::graph::Shape;
 use crate::{Error, Result, Subject};
 use std::collections::BTreeMap;
@@ -17,7 +16,7 @@ pub(super) struct Concepts(pub(super) BTreeMap<String, Arc<Concept>>);
 impl Concepts {
     /// Those of the demo.
     pub(super) fn of_demo() -> Result<Self> {
-        let read = |(name, _): &(&str, _)| Ok((name.to_string(), Arc::new(read(Path::new(name))?)));
+        let read = |(name, _): &(&str, _)| Ok((name.to_string(), Arc::new(Concept::open(name)?)));
         respodiff_demo::CONCEPTS.iter().map(read).collect::<Result<_>>().map(Concepts)
     }
 

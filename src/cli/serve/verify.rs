@@ -1,17 +1,17 @@
 //! `respodiff audit verify`: whether an audit log is whole, whether the quotas in it were kept, and whether its pictures
 //! can be made again.
 
-use super::super::concepts::read;
-use super::super::{Place, out, parts, rerun, say, tell, warn};
+use super::super::{Place, parts, rerun, say, tell, warn};
 use super::audit::{Begun, Event, Line, Outcome, none, sha256};
 use super::policy::{Document, Scope};
 use super::quotas::{Counts, Shares, Stream, Turn, period};
+use crate::concept::Concept;
 use crate::draws::Draws;
 use crate::engine::Engine;
 use crate::image::GenerationInfo;
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub(in super::super) struct Args {
@@ -239,7 +239,7 @@ impl Check {
         let (mut made, mut other) = (0, Vec::new());
         let find = |file: &str| match &args.concepts {
             Some(folder) => crate::Concept::load(folder.join(format!("{file}.safetensors"))),
-            None => read(Path::new(file)),
+            None => Concept::open(file),
         };
         let device = engine.device().name();
         if candidates.iter().any(|(_, info, _)| info.device.as_ref() != Some(&device)) {
@@ -249,7 +249,7 @@ impl Check {
             let (line, info, file) = candidates.swap_remove((draws.next() % candidates.len() as u64) as usize);
             let picture = rerun::remake(&engine, info, &find)?;
             made += 1;
-            if sha256(&out::png(&picture, info)?) != *file {
+            if sha256(&picture.to_recorded_png(info)?) != *file {
                 other.push(format!("line {line}: the picture made again is another one"));
             }
         }

@@ -1,14 +1,14 @@
 //! The choice of concepts in words: `NAME` or `NAME:WEIGHT` for one that every picture gets, `A,B` or `A,B=0.6,0.4` for
-//! a group of which each picture gets one. Flags and requests to the server have this grammar in common.
+//! a group of which each picture gets one. Flags and the fields of requests have this grammar in common.
 
-use super::Until;
-use crate::concept::{Concept, Group, Strength, assign};
+use super::{Concept, Group, Strength, assign};
 use crate::image::UsedConcept;
 use crate::{Error, Result};
+use std::path::Path;
 use std::sync::Arc;
 
 /// A place where concepts are found by their names.
-pub(in super::super) trait Shelf {
+pub trait Shelf {
     /// True if the place has something of this name, damaged or not.
     fn has(&self, name: &str) -> bool;
 
@@ -19,18 +19,53 @@ pub(in super::super) trait Shelf {
     fn find(&self, name: &str) -> Result<Arc<Concept>>;
 }
 
+/// Files, and the demo's concepts by their names.
+pub struct Files;
+
+impl Shelf for Files {
+    fn has(&self, name: &str) -> bool {
+        Path::new(name).exists()
+    }
+
+    fn find(&self, name: &str) -> Result<Arc<Concept>> {
+        Concept::open(name).map(Arc::new)
+    }
+}
+
+impl Concept {
+    /// Reads a concept file, or the demo's concept of that name if there is no such file.
+    ///
+    /// # Errors
+    /// Those of [`Concept::load`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        #[cfg(feature = "demo")]
+        if !path.exists() {
+            if let Some((_, bytes)) = respodiff_demo::CONCEPTS.iter().find(|(name, _)| path.as_os_str() == *name) {
+                return Concept::parse(bytes, path);
+            }
+            if path.components().count() == 1 && path.extension().is_none() {
+                let known: Vec<&str> = respodiff_demo::CONCEPTS.iter().map(|(name, _)| *name).collect();
+                return Err(Error::not_found(path, "neither a concept file nor one of the demo's concepts")
+                    .advise(format!("give a file, or one of {}", known.join(", "))));
+            }
+        }
+        Concept::load(path)
+    }
+}
+
 /// A concept that an image gets.
 #[derive(Clone)]
-pub(in super::super) struct Used {
-    pub(in super::super) concept: Arc<Concept>,
-    pub(in super::super) strength: Strength,
+pub(crate) struct Used {
+    pub(crate) concept: Arc<Concept>,
+    pub(crate) strength: Strength,
     /// Its file as the user named it, or its name if it is one of the demo's concepts or of a server.
-    pub(in super::super) file: String,
+    pub(crate) file: String,
 }
 
 impl Used {
     /// The record in a picture's file.
-    pub(in super::super) fn record(&self) -> UsedConcept {
+    pub(crate) fn record(&self) -> UsedConcept {
         UsedConcept {
             name: self.concept.metadata.concept.clone(),
             weight: self.strength.weight,
@@ -42,24 +77,27 @@ impl Used {
 }
 
 /// The concepts of each image.
-pub(in super::super) type Assignment = Vec<Vec<Used>>;
+pub(crate) type Assignment = Vec<Vec<Used>>;
 
 /// A group, and the names of its members.
-pub(in super::super) type NamedGroup = (Group, Vec<String>);
+pub(crate) type NamedGroup = (Group, Vec<String>);
 
-/// The concepts of `NAME` and `NAME:WEIGHT`, for pictures at a guidance scale.
-pub(in super::super) fn used(texts: &[String], until: &Until, guidance: f32, shelf: &impl Shelf) -> Result<Vec<Used>> {
+/// The concepts of `NAME` and `NAME:WEIGHT`. `strength` is that of a concept with a weight or without.
+pub(crate) fn used(
+    texts: &[String],
+    shelf: &dyn Shelf,
+    strength: impl Fn(&Concept, Option<f32>) -> Strength,
+) -> Result<Vec<Used>> {
     let read = |text: &String| {
         let (name, weight) = name_and_weight(text, |name| shelf.has(name))?;
         let concept = shelf.find(name)?;
-        let strength = until.strength(&concept, weight, guidance);
-        Ok(Used { concept, strength, file: name.to_string() })
+        Ok(Used { strength: strength(&concept, weight), concept, file: name.to_string() })
     };
     texts.iter().map(read).collect()
 }
 
 /// The group of `A,B` or `A,B=0.6,0.4`.
-pub(in super::super) fn group(text: &str, shelf: &impl Shelf) -> Result<NamedGroup> {
+pub(crate) fn group(text: &str, shelf: &dyn Shelf) -> Result<NamedGroup> {
     let shares = match text.rsplit_once('=') {
         Some((_, shares)) => {
             let parse = |s: &str| {
@@ -75,17 +113,17 @@ pub(in super::super) fn group(text: &str, shelf: &impl Shelf) -> Result<NamedGro
             .advise("write A,B or A,B=0.6,0.4"));
     }
     let concepts = names.iter().map(|name| shelf.find(name)).collect::<Result<_>>()?;
-    Ok((Group::new(concepts, shares).map_err(|error| error.of_field("balance"))?, names))
+    Ok((Group::new(concepts, shares)?, names))
 }
 
 /// The names of `A,B` or `A,B=0.6,0.4`.
-pub(in super::super) fn members(text: &str) -> Vec<String> {
+pub(crate) fn members(text: &str) -> Vec<String> {
     let names = text.rsplit_once('=').map_or(text, |(names, _)| names);
     names.split(',').map(|name| name.trim().to_string()).collect()
 }
 
 /// Parses `NAME` or `NAME:WEIGHT`. If the whole text is a name, it is that name.
-pub(super) fn name_and_weight(text: &str, is_name: impl Fn(&str) -> bool) -> Result<(&str, Option<f32>)> {
+pub(crate) fn name_and_weight(text: &str, is_name: impl Fn(&str) -> bool) -> Result<(&str, Option<f32>)> {
     match text.rsplit_once(':').filter(|_| !is_name(text)) {
         None => Ok((text, None)),
         Some((name, weight)) => match weight.parse::<f32>() {
@@ -97,7 +135,7 @@ pub(super) fn name_and_weight(text: &str, is_name: impl Fn(&str) -> bool) -> Res
 }
 
 /// What each of `images` images gets: `all`, and one member of each group, by exact quotas or at random.
-pub(in super::super) fn shared_out(
+pub(crate) fn shared_out(
     all: &[Used],
     groups: &[NamedGroup],
     (images, seed, random): (usize, u64, bool),

@@ -1,0 +1,202 @@
+//! The fields of a request for pictures.
+
+use crate::{Fields, Wrong};
+use serde::Deserialize;
+
+/// A request for pictures, with every field that may be left out.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Request {
+    /// Id of the model, for servers that have several.
+    pub model: Option<String>,
+    /// The words that say what to show: one prompt or several.
+    pub prompts: Vec<String>,
+    /// The words that say what to avoid.
+    pub negative_prompt: Option<String>,
+    /// Number of pictures of each prompt.
+    pub n: usize,
+    /// Width in pixels; the checkpoint's own by default.
+    pub width: Option<usize>,
+    /// Height in pixels; the checkpoint's own by default.
+    pub height: Option<usize>,
+    /// Seed of the first picture; each next picture has the next one. By default a random one.
+    pub seed: Option<u64>,
+    /// Sampling steps.
+    pub steps: Option<usize>,
+    /// Guidance scale.
+    pub guidance: Option<f32>,
+    /// Name of the sampler.
+    pub sampler: Option<String>,
+    /// Concepts that every picture gets: names, with `:WEIGHT` behind them or without.
+    pub concepts: Vec<String>,
+    /// Groups of concepts, of which each picture gets one by exact quotas: `woman,man` or `woman,man=0.6,0.4`.
+    pub balance: Vec<String>,
+}
+
+/// A text, or a list of texts.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Prompts {
+    One(String),
+    Several(Vec<String>),
+}
+
+/// `woman`, or `{"name": "woman", "weight": 0.8}`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Concept {
+    Name(String),
+    Weighted { name: String, weight: Option<f32> },
+}
+
+/// `"woman,man"`, `["woman", "man"]` or `[["woman", "man"], ["white", "black"]]`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Balance {
+    Text(String),
+    Names(Vec<String>),
+    Groups(Vec<Vec<String>>),
+}
+
+impl Balance {
+    fn groups(self) -> Vec<String> {
+        match self {
+            Balance::Text(text) => vec![text],
+            // Texts with commas are whole groups.
+            Balance::Names(names) if names.iter().any(|name| name.contains(',')) => names,
+            Balance::Names(names) if names.is_empty() => Vec::new(),
+            Balance::Names(names) => vec![names.join(",")],
+            Balance::Groups(groups) => groups.into_iter().map(|names| names.join(",")).collect(),
+        }
+    }
+}
+
+fn named(concept: Concept) -> String {
+    match concept {
+        Concept::Name(name) | Concept::Weighted { name, weight: None } => name,
+        Concept::Weighted { name, weight: Some(weight) } => format!("{name}:{weight}"),
+    }
+}
+
+fn size(text: &str) -> Result<(usize, usize), Wrong> {
+    let parsed = text.split_once('x').and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+    parsed.ok_or_else(|| Wrong::new("size", format!("`{text}` is not a size; write 512x512, or auto")))
+}
+
+impl Request {
+    /// Takes the fields of a request, all but `model`. Others may be left.
+    ///
+    /// # Errors
+    /// About the first field that is not what it should be, and about `prompt` if there is none.
+    pub fn take(fields: &mut Fields) -> Result<Self, Wrong> {
+        const WHOLE: &str = "a whole number";
+        const SEED: &str = "a whole number from 0, or -1 for a random one";
+        let prompts = match fields.take("prompt", "a text, or a list of texts")? {
+            None => return Err(Wrong::new("prompt", "a prompt is needed")),
+            Some(Prompts::One(prompt)) => vec![prompt],
+            Some(Prompts::Several(prompts)) => prompts,
+        };
+        if prompts.is_empty() {
+            return Err(Wrong::new("prompt", "the list is empty; give a prompt"));
+        }
+        let n = fields.take("n", WHOLE)?.unwrap_or(1);
+        if n == 0 {
+            return Err(Wrong::new("n", "0 pictures are none; give 1 or more"));
+        }
+        let sides: Option<String> = fields.take("size", "a text such as 512x512")?;
+        let sides = sides.filter(|text| text != "auto").map(|text| size(&text)).transpose()?;
+        let (width, height) = (fields.take("width", WHOLE)?, fields.take("height", WHOLE)?);
+        if sides.is_some() && (width.is_some() || height.is_some()) {
+            return Err(Wrong::new("size", "the size is there twice; give `size`, or `width` and `height`"));
+        }
+        // As elsewhere, -1 asks for a random seed. A number of 64 bits may have a sign or not.
+        let seed: Option<i128> = fields.take("seed", SEED)?;
+        let seed = seed
+            .filter(|seed| *seed != -1)
+            .map(|seed| u64::try_from(seed).map_err(|_| Wrong::new("seed", format!("{seed} is not {SEED}"))));
+        let concepts: Option<Vec<Concept>> = fields.take("concepts", "a list of names, or of {name, weight}")?;
+        let balance: Option<Balance> = fields.take("balance", "a list of names, or of lists of names")?;
+        Ok(Request {
+            model: None,
+            prompts,
+            n,
+            width: sides.map(|(width, _)| width).or(width),
+            height: sides.map(|(_, height)| height).or(height),
+            seed: seed.transpose()?,
+            negative_prompt: fields.take("negative_prompt", "a text")?,
+            steps: fields.take("num_inference_steps", WHOLE)?,
+            guidance: fields.take("guidance_scale", "a number")?,
+            sampler: fields.take("sampler", "a text")?,
+            concepts: concepts.unwrap_or_default().into_iter().map(named).collect(),
+            balance: balance.map_or_else(Vec::new, Balance::groups),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(text: &str) -> Result<Request, Wrong> {
+        let mut fields = Fields::parse(text.as_bytes())?;
+        let request = Request::take(&mut fields)?;
+        fields.finish().map(|()| request)
+    }
+
+    #[test]
+    fn what_is_left_out_has_a_default() {
+        let expected = Request { prompts: vec!["x".into()], n: 1, ..Request::default() };
+        assert_eq!(taken("{\"prompt\": \"x\"}").unwrap(), expected);
+        assert_eq!(taken("{\"prompt\": [\"x\"], \"seed\": -1, \"size\": \"auto\", \"n\": null}").unwrap(), expected);
+    }
+
+    #[test]
+    fn every_field_is_taken() {
+        let text = r#"{"prompt": ["a", "b"], "negative_prompt": "c", "n": 2, "width": 72, "height": 64,
+            "seed": 18446744073709551615, "num_inference_steps": 9, "guidance_scale": 2.5, "sampler": "Euler",
+            "concepts": ["d", {"name": "e", "weight": 0.5}, {"name": "f"}], "balance": [["g", "h"], ["i", "j"]]}"#;
+        let texts = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let expected = Request {
+            model: None,
+            prompts: texts(&["a", "b"]),
+            negative_prompt: Some("c".into()),
+            n: 2,
+            width: Some(72),
+            height: Some(64),
+            seed: Some(u64::MAX),
+            steps: Some(9),
+            guidance: Some(2.5),
+            sampler: Some("Euler".into()),
+            concepts: texts(&["d", "e:0.5", "f"]),
+            balance: texts(&["g,h", "i,j"]),
+        };
+        assert_eq!(taken(text).unwrap(), expected);
+        let sized = taken(r#"{"prompt": "x", "size": "72x64", "balance": ["woman", "man"]}"#).unwrap();
+        assert_eq!((sized.width, sized.height), (Some(72), Some(64)));
+        assert_eq!(sized.balance, ["woman,man"]);
+    }
+
+    #[test]
+    fn mistakes_name_their_fields() {
+        for (text, field, word) in [
+            ("", None, "not a JSON object"),
+            ("[1]", None, "not a JSON object"),
+            ("{}", Some("prompt"), "needed"),
+            (r#"{"prompt": 1}"#, Some("prompt"), "a list of texts"),
+            (r#"{"prompt": []}"#, Some("prompt"), "empty"),
+            (r#"{"prompt": "x", "n": 0}"#, Some("n"), "none"),
+            (r#"{"prompt": "x", "n": -1}"#, Some("n"), "a whole number"),
+            (r#"{"prompt": "x", "seed": -2}"#, Some("seed"), "-1 for a random one"),
+            (r#"{"prompt": "x", "seed": 1.5}"#, Some("seed"), "a whole number"),
+            (r#"{"prompt": "x", "seed": 18446744073709551616}"#, Some("seed"), "a whole number"),
+            (r#"{"prompt": "x", "size": "64"}"#, Some("size"), "512x512"),
+            (r#"{"prompt": "x", "size": "64x64", "width": 64}"#, Some("size"), "twice"),
+            (r#"{"prompt": "x", "guidance_scale": "high"}"#, Some("guidance_scale"), "a number"),
+            (r#"{"prompt": "x", "negative-prompt": "y"}"#, Some("negative-prompt"), "`negative_prompt`"),
+            (r#"{"prompt": "x", "guidance": 3}"#, Some("guidance"), "`guidance_scale`"),
+        ] {
+            let wrong = taken(text).unwrap_err();
+            assert_eq!(wrong.field.as_deref(), field, "{text}");
+            assert!(wrong.problem.contains(word), "{text}: {wrong}");
+        }
+    }
+}
