@@ -1,17 +1,22 @@
 //! Times on the CPU: the text encoders, a guided UNet step and the VAE decode, of the demo, and at the sizes of Stable
 //! Diffusion 1.5 and SDXL on random weights; then training, in milliseconds of an iteration's parts, with its memory;
-//! then loading a checkpoint.
+//! then loading a checkpoint, and exchanging an adapter.
 //!
-//! `cargo bench -- demo`, `cargo bench -- load`, `cargo bench -- "sdxl training"`: networks that a filter excludes are
-//! not built.
+//! `cargo bench -- demo`, `cargo bench -- load`, `cargo bench -- adapters`, `cargo bench -- "sdxl training"`: networks
+//! that a filter excludes are not built.
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use half::f16;
+use respodiff::Engine;
 use respodiff::backend::{Executor, Precision};
 use respodiff::bench::{SD15, SDXL, networks};
 use respodiff::cpu::{CpuExecutor, CpuWeights, Fp32};
+use respodiff::graph::{WeightKind, WeightSpec};
 use respodiff::plan::Plan;
 use respodiff::train::{Recipe, Task, Trainer};
-use respodiff::{Engine, weights::Source};
+use respodiff::weights::{Adapter, Source};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -87,6 +92,58 @@ fn load(c: &mut Criterion, name: &str, source: &Source) {
     group.bench_function(name, |b| b.iter_custom(|times| (0..times).map(|_| open()).sum()));
 }
 
+/// Times the way from an adapter's file (a LoRA of rank 16 for all linear layers of the transformers) to an engine with
+/// the weights that it changes packed anew, and prints the size of both.
+fn adapt(c: &mut Criterion, name: &str, source: &Source) {
+    let mut file = Vec::new();
+    for (component, graph) in networks(source, 1).expect("configurations") {
+        let prefix = if component == "unet" { "lora_unet" } else { "lora_te" };
+        let linear = |spec: &&WeightSpec| matches!(spec.kind, WeightKind::Matrix { kernel: 1, .. });
+        for spec in graph.weights().iter().filter(linear) {
+            for (tensor, &outputs) in spec.names.iter().zip(&spec.outputs) {
+                if let Some(module) =
+                    tensor.strip_suffix(".weight").filter(|n| n.contains("block") || n.contains("layers"))
+                {
+                    let module = format!("{prefix}_{}", module.replace('.', "_"));
+                    file.push((format!("{module}.lora_up.weight"), vec![outputs, 16]));
+                    file.push((format!("{module}.lora_down.weight"), vec![16, spec.width]));
+                }
+            }
+        }
+    }
+    let halves = |len: usize| (0..len).flat_map(|i| f16::from_f32((i as f32).sin() / 64.0).to_le_bytes());
+    let file = file.into_iter().map(|(name, shape)| (name, halves(shape.iter().product()).collect(), shape));
+    let file: Vec<(String, Vec<u8>, Vec<usize>)> = file.collect();
+    let views = file.iter().map(|(n, bytes, s)| (n, TensorView::new(Dtype::F16, s.clone(), bytes).expect("a tensor")));
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("lora.safetensors");
+    std::fs::write(&path, safetensors::serialize(views, None).expect("a file")).expect("room on the disk");
+
+    let engine = Engine::open(source, respodiff::Device::cpu()).expect("a checkpoint");
+    let load = || Arc::new(Adapter::load(&path).expect("an adapter"));
+    let (options, adapter) = (engine.options(), load());
+    let adapted = engine.with_adapters(&[(adapter.clone(), 1.0)]).expect("an adapter of this model");
+    let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+    let [own, both] = [&engine, &adapted].map(|engine| mib(engine.memory(options).expect("sizes").weights));
+    drop(adapted);
+    println!("{name}: {} layers, {own:.0} MiB of weights, and {:.0} MiB that change", file.len() / 2, both - own);
+    let mut group = c.benchmark_group("adapters");
+    group.sample_size(10).measurement_time(Duration::from_secs(5)).warm_up_time(Duration::from_millis(500));
+    group.bench_function(format!("{name} file"), |b| b.iter(load));
+    group.bench_function(name, |b| {
+        b.iter_custom(|times| {
+            let adapt = || {
+                let start = Instant::now();
+                let adapted = engine.with_adapters(&[(adapter.clone(), 1.0)]).expect("an adapter of this model");
+                let time = start.elapsed();
+                drop(adapted);
+                time
+            };
+            (0..times).map(|_| adapt()).sum()
+        })
+    });
+}
+
 /// True if the command line's filters include a name.
 fn wanted(name: &str) -> bool {
     std::env::args().skip(1).filter(|a| !a.starts_with('-')).all(|filter| name.contains(&filter))
@@ -106,6 +163,9 @@ fn loads(c: &mut Criterion) {
     for (name, source) in [("demo", Source::demo()), ("sd15", SD15)] {
         if wanted(&format!("load/{name}")) {
             load(c, name, &source);
+        }
+        if wanted(&format!("adapters/{name}")) {
+            adapt(c, name, &source);
         }
     }
 }

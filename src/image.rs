@@ -235,6 +235,9 @@ pub struct GenerationInfo {
     /// Concepts that shifted the bottleneck.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub concepts: Vec<UsedConcept>,
+    /// Adapters that changed the weights.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adapters: Vec<UsedAdapter>,
     /// Version of this program, such as `0.1.0`.
     pub version: String,
 }
@@ -266,6 +269,21 @@ pub struct UsedConcept {
     pub file: String,
 }
 
+/// An adapter in a [`GenerationInfo`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UsedAdapter {
+    /// The name of its file without the ending.
+    pub name: String,
+    /// Its weight.
+    pub weight: f32,
+    /// SHA-256 of the file.
+    pub sha256: String,
+    /// [`crate::Adapter::hash`], by which A1111 knows the file.
+    pub hash: String,
+    /// The file as it was given.
+    pub file: String,
+}
+
 impl GenerationInfo {
     /// The text that the A1111 web UI writes under `parameters` (its `processing.create_infotext`).
     ///
@@ -275,10 +293,13 @@ impl GenerationInfo {
         let version = format!("respodiff {}", self.version);
         // A1111 tells models apart by the first ten digits of this hash.
         let hash = self.model_sha256.as_ref().map(|hash| hash.chars().take(10).collect::<String>());
-        let each = |text: fn(&UsedConcept) -> String| {
-            let texts: Vec<String> = self.concepts.iter().map(text).collect();
+        fn joined<T>(used: &[T], text: impl Fn(&T) -> String) -> Option<String> {
+            let texts: Vec<String> = used.iter().map(text).collect();
             Some(texts.join(", ")).filter(|all| !all.is_empty())
-        };
+        }
+        let each = |text: fn(&UsedConcept) -> String| joined(&self.concepts, text);
+        // A1111 leaves out of a name what separates names.
+        let name = |used: &UsedAdapter| used.name.replace([':', ','], "");
         let vae = self.parts.iter().find(|part| part.component == "vae");
         let others: Vec<String> = self
             .parts
@@ -309,6 +330,8 @@ impl GenerationInfo {
             ("Reuse", self.reuse.map(|reuse| reuse.to_string())),
             ("Concepts", each(|used| format!("{}:{}", used.name, used.weight))),
             ("Concepts until", each(|used| used.until.unwrap_or(0.0).to_string()).filter(|_| ends)),
+            ("Loras", joined(&self.adapters, |used| format!("{}:{}", name(used), used.weight))),
+            ("Lora hashes", joined(&self.adapters, |used| format!("{}: {}", name(used), used.hash))),
             // As A1111 writes "Lora hashes".
             ("Concept hashes", each(|used| format!("{}: {}", used.name, used.fingerprint))),
             ("Version", Some(version)),

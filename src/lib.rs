@@ -122,7 +122,7 @@ pub use engine::{
     RunningBatch, Session, SessionOptions, Size, Start,
 };
 pub use error::{Error, ErrorKind, Result, Subject};
-pub use image::{GenerationInfo, Picture, UsedConcept, UsedPart};
+pub use image::{GenerationInfo, Picture, UsedAdapter, UsedConcept, UsedPart};
 pub use models::tokenizer::TokenizerRules;
 #[cfg(feature = "pipeline")]
 pub use pipeline::{Answer, Made, Pipeline};
@@ -132,7 +132,7 @@ pub use respodiff_fields as fields;
 pub use train::{Losses, Recipe, Task, Times as TrainingTimes, Trainer, TrainingMemory, Variant};
 #[cfg(feature = "download")]
 pub use weights::hub;
-pub use weights::{Format, Source};
+pub use weights::{Adapter, AdapterInfo, Format, Source};
 
 /// The README's example is compiled and run as a test.
 #[cfg(all(doctest, feature = "demo"))]

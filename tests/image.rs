@@ -32,6 +32,7 @@ fn info() -> GenerationInfo {
         tokenizer: None,
         reuse: None,
         concepts: vec![],
+        adapters: vec![],
         version: "0.1.0".to_string(),
     }
 }

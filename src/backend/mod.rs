@@ -70,7 +70,8 @@ pub trait Backend: Send + Sync {
     /// Compiles a graph; `constant` as in [`Plan::new`].
     fn plan(&self, graph: Graph, constant: &[&str]) -> Plan;
 
-    /// Reads and packs a network's weights, and takes what `others` of the same checkpoint hold from them.
+    /// Reads and packs a network's weights, and takes from `others` of the same checkpoint what they hold, changed by
+    /// the same adapters.
     ///
     /// # Errors
     /// The files' problems, [`crate::ErrorKind::OutOfMemory`], and [`crate::ErrorKind::Invalid`] for a precision that
@@ -229,6 +230,13 @@ pub trait Denoiser: Send {
     /// # Errors
     /// As for [`Executor::prologue`].
     fn step(&mut self, reusing: bool) -> Result<()>;
+
+    /// Goes over to other weights of the UNet, which is neither planned nor allocated anew. Rows have to be placed
+    /// again afterwards.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Mismatch`] for weights of another device or network.
+    fn switch(&mut self, weights: &Weights) -> Result<()>;
 
     /// An image's first step, counted from 0, that gave latents that are not finite. This waits for the device.
     ///

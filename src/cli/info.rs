@@ -1,12 +1,13 @@
 //! `respodiff info`.
 
-use super::{Place, parts, say};
+use super::{Place, adapters, parts, say};
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{Extent, Graph};
 use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder};
 use crate::weights::Source;
 use crate::{Device, Result};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -15,6 +16,9 @@ pub(super) struct Args {
     model: Option<String>,
     #[command(flatten)]
     parts: parts::Flags,
+    /// Describe this adapter (LoRA and the like) in place of a checkpoint
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "batch", "device"])]
+    lora: Option<PathBuf>,
     /// Images per batch, for the memory plan
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     batch: u16,
@@ -27,6 +31,9 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
+    if let Some(file) = &args.lora {
+        return adapters::show(file, args.json);
+    }
     let source = args.parts.source(args.model.as_deref())?;
     let device = args.device.open()?;
     let batch = args.batch as usize;

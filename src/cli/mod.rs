@@ -1,6 +1,7 @@
 //! The command line: it parses arguments, calls the library and prints results. The exit code is 0 for success, 1 for a
 //! failure, 2 for wrong usage and 130 for an interrupt.
 
+mod adapters;
 mod bench;
 mod card;
 mod concepts;
@@ -201,6 +202,7 @@ fn message(error: &Error) -> String {
         flag if flag.starts_with("--") => flag.into(),
         "sampler" => "--scheduler".into(),
         "concepts" => "--concept".into(),
+        "adapters" => "--lora".into(),
         "init" | "target_guidance" | "rollout_guidance" | "rollout_steps" | "timestep_offset" | "recipe" => {
             format!("--recipe: {field}")
         }

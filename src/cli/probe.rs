@@ -1,12 +1,12 @@
 //! `respodiff probe`: it runs single components, to compare the engine with another implementation.
 
 use super::files::{TensorFile, write};
-use super::{Place, parts, say, tell, warn};
+use super::{Place, adapters, parts, say, tell, warn};
 use crate::backend::{Executor, Precision};
 use crate::concept::{Form, Module};
 use crate::device::Device;
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
-use crate::engine::{UNET_CONSTANTS, read_config};
+use crate::engine::{Adapted, UNET_CONSTANTS, read_config};
 use crate::files::check_writable;
 use crate::graph::{Extent, Graph, Keep, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
@@ -76,6 +76,8 @@ pub(super) struct Args {
     /// Recipe by which --prompt is split into tokens
     #[arg(long, default_value_t = TokenizerRules::Fast, value_name = "fast|slow")]
     tokenizer: TokenizerRules,
+    #[command(flatten)]
+    adapters: adapters::Flags,
 }
 
 /// A named result: shape and numbers.
@@ -85,6 +87,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     check_writable(&args.output)?;
     if args.precision != Precision::Full && matches!(args.component, Component::Grad | Component::Scheduler) {
         return Err(Error::invalid("precision", "--precision is for networks: text, unet, vae-decode and vae-encode"));
+    }
+    if args.adapters.any() && !matches!(args.component, Component::Text | Component::Unet) {
+        return Err(Error::invalid("adapters", "adapters are for networks that they change: text and unet"));
     }
     let source = args.parts.source(args.model.as_deref())?;
     let results = match (args.component, &args.inputs) {
@@ -105,7 +110,9 @@ fn executor(args: &Args, source: &Source, component: &str, graph: Graph) -> Resu
     let device: Device = args.device.open()?;
     let plan = device.plan(graph, UNET_CONSTANTS);
     let start = Instant::now();
-    let weights = device.weights(plan.graph().weights(), &source.tensors(component)?, &[], args.precision)?;
+    let adapters = args.adapters.load()?;
+    let tensors = Adapted::new(source, &adapters)?.tensors(component)?;
+    let weights = device.weights(plan.graph().weights(), &tensors, &[], args.precision)?;
     let loading = start.elapsed();
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     let (held, arena) = (mib(weights.bytes()), mib(plan.arena_bytes()));

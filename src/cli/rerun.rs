@@ -1,7 +1,7 @@
 //! `respodiff rerun`: it generates a picture again from the record in its PNG file.
 
 use super::progress::Progress as Shown;
-use super::{Place, hashes, interrupt_flag, model, out, say, tell, warn};
+use super::{Place, adapters, hashes, interrupt_flag, model, out, say, tell, warn};
 use crate::backend::Precision;
 use crate::concept::{Concept, Strength};
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
@@ -19,8 +19,8 @@ use std::sync::atomic::Ordering;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// A PNG file made by `respodiff sample`. Its concepts, and parts of the checkpoint from
-    /// elsewhere, are read from where its record says, seen from this folder
+    /// A PNG file made by `respodiff sample`. Its concepts, adapters, and parts of the checkpoint from elsewhere, are read
+    /// from where its record says, seen from this folder
     picture: PathBuf,
     /// The checkpoint that made it [default: the one that its record names]
     #[arg(long)]
@@ -184,7 +184,8 @@ fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
     if info.device.as_ref().is_some_and(|device| *device != name) {
         warn(&format!("the picture was made on {}, and this is {name}", info.device.as_deref().unwrap_or_default()));
     }
-    let engine = Engine::open(&source, EngineOptions::new(device).precision(precision).tokenizer(tokenizer))?;
+    let options = EngineOptions::new(device).precision(precision).tokenizer(tokenizer);
+    let engine = Engine::open(&source, options.adapters(adapters::recorded(&info.adapters)?))?;
     if info.model_sha256.is_some() && engine.sha256()? != info.model_sha256 {
         let problem = format!(
             "other weights than the picture's, whose SHA-256 is {}",

@@ -4,7 +4,7 @@ use super::hashes;
 use super::out::{self, Named, Pictures};
 use super::progress::Progress as Shown;
 use super::prompts::{self, Item};
-use super::{Place, concepts, files, interrupt_flag, parts, say, tell, warn};
+use super::{Place, adapters, concepts, files, interrupt_flag, parts, say, tell, warn};
 use crate::backend::Precision;
 use crate::concept::{Assignment, Used};
 use crate::diffusion::noise::Rng;
@@ -96,6 +96,8 @@ pub(super) struct Args {
     json: bool,
     #[command(flatten)]
     concepts: concepts::Flags,
+    #[command(flatten)]
+    adapters: adapters::Flags,
     /// Device to compute on: auto, cpu, cuda, or a GPU by its number, such as cuda:1
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
@@ -129,8 +131,9 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     if args.json && matches!(files, Pictures::Stdout) {
         return Err(Error::invalid("json", "stdout already takes the picture").advise("name a file with --out"));
     }
-    let inputs: Vec<PathBuf> =
-        args.concepts.files()?.into_iter().chain(args.prompts.clone()).chain(args.latents.clone()).collect();
+    let adapters = args.adapters.load()?;
+    let given = args.concepts.files()?.into_iter().chain(args.prompts.clone()).chain(args.latents.clone());
+    let inputs: Vec<PathBuf> = given.chain(adapters.iter().map(|(adapter, _)| adapter.path().into())).collect();
     if let Pictures::Files(names) = &files {
         let manifest = manifest_path(names).filter(|_| args.concepts.any());
         names.iter().chain(&manifest).try_for_each(|path| check_not_input(path, &inputs))?;
@@ -143,6 +146,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let source = args.parts.source(args.model.as_deref())?;
     let opening = Instant::now();
     let options = EngineOptions::new(device.clone()).precision(args.precision).tokenizer(args.tokenizer);
+    let options = options.adapters(adapters.clone());
     let engine = Engine::open(&source, options)?;
     let loading = opening.elapsed();
     // Every picture records hashes of the weights. They are computed while the first pictures are made, since all
@@ -204,6 +208,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         tokenizer: told(args.tokenizer),
         reuse: Some(args.reuse).filter(|&reuse| reuse != 1),
         concepts: Vec::new(),
+        adapters: adapters.iter().map(|(adapter, weight)| adapter.record(*weight)).collect(),
         version: env!("CARGO_PKG_VERSION").into(),
     };
     let memory = engine.memory(options)?;

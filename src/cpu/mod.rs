@@ -169,6 +169,16 @@ impl CpuExecutor {
         self.plan = plan.clone();
     }
 
+    /// Runs with other weights of the same network from now on.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Mismatch`] for the weights of another network.
+    pub(crate) fn switch_weights(&mut self, weights: Arc<CpuWeights>) -> Result<()> {
+        self.plan.check(&Fp32, weights.specs())?;
+        self.weights = weights;
+        Ok(())
+    }
+
     /// The weights.
     pub fn weights(&self) -> &CpuWeights {
         &self.weights

@@ -1,7 +1,7 @@
 //! The [`Denoiser`] of the CPU.
 
-use super::CpuExecutor;
-use crate::backend::{AddedToBottleneck, Denoiser, Executor, RunImage, Slots, capacity, picture_shape};
+use super::{CpuExecutor, loaded};
+use crate::backend::{AddedToBottleneck, Denoiser, Executor, RunImage, Slots, Weights, capacity, picture_shape};
 use crate::diffusion::scheduler::SamplerState;
 use crate::graph::Shape;
 use crate::image::Picture;
@@ -142,6 +142,10 @@ impl Denoiser for CpuDenoiser {
         }
         self.slots.advance();
         Ok(())
+    }
+
+    fn switch(&mut self, weights: &Weights) -> Result<()> {
+        self.unet.switch_weights(loaded(weights)?)
     }
 
     fn fault(&mut self, slot: usize) -> Result<Option<usize>> {

@@ -7,7 +7,7 @@ use super::rounded::Rounded;
 use crate::Result;
 use crate::backend::{PackedWeights, Precision};
 use crate::graph::{WeightId, WeightKind, WeightSpec};
-use crate::weights::{Number, Stored, Tensors};
+use crate::weights::{Edition, Number, Stored, Tensors};
 use half::f16;
 use memmap2::MmapMut;
 use rayon::prelude::*;
@@ -29,6 +29,8 @@ pub struct CpuWeights {
     own: Arc<WeightPages>,
     places: Vec<Place>,
     specs: Vec<WeightSpec>,
+    /// The adapters by which each weight is changed.
+    editions: Vec<Edition>,
     by_spec: HashMap<WeightSpec, usize>,
 }
 
@@ -80,7 +82,7 @@ struct WeightPages(MmapMut);
 
 impl CpuWeights {
     /// Reads and packs `specs`, with linear layers in `precision`. Weights that `others`, from the same checkpoint,
-    /// hold already are shared with them, and no tensor is ever held in two forms.
+    /// hold already, changed by the same adapters, are shared with them, and no tensor is ever held in two forms.
     ///
     /// # Errors
     /// Those of [`Tensors::stored`], [`crate::ErrorKind::Damaged`] for a number that is not finite, or
@@ -91,8 +93,9 @@ impl CpuWeights {
         others: &[&CpuWeights],
         precision: Precision,
     ) -> Result<Arc<Self>> {
-        let find = |spec: &WeightSpec| others.iter().find_map(|other| other.place(spec).cloned());
-        let found: Vec<_> = specs.iter().map(find).collect();
+        let editions: Vec<Edition> = specs.iter().map(|spec| tensors.edition(spec)).collect();
+        let find = |(spec, edition)| others.iter().find_map(|other| other.place(spec, edition).cloned());
+        let found: Vec<_> = specs.iter().zip(&editions).map(find).collect();
         let lacking = specs.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec);
         let lacking = lacking.map(|spec| {
             let parts = tensors.stored(spec)?;
@@ -116,7 +119,7 @@ impl CpuWeights {
         let places =
             found.into_iter().map(|found| found.or_else(|| places.next()).expect("as many as lacking")).collect();
         let by_spec = specs.iter().enumerate().map(|(place, spec)| (spec.clone(), place)).collect();
-        Ok(Arc::new(CpuWeights { own, places, specs: specs.to_vec(), by_spec }))
+        Ok(Arc::new(CpuWeights { own, places, specs: specs.to_vec(), editions, by_spec }))
     }
 
     /// The list that the weights were loaded for.
@@ -124,8 +127,9 @@ impl CpuWeights {
         &self.specs
     }
 
-    fn place(&self, spec: &WeightSpec) -> Option<&Place> {
-        self.by_spec.get(spec).map(|&place| &self.places[place])
+    fn place(&self, spec: &WeightSpec, edition: &Edition) -> Option<&Place> {
+        let place = self.by_spec.get(spec).filter(|&&place| self.editions[place] == *edition);
+        place.map(|&place| &self.places[place])
     }
 
     /// A vector or a table.
@@ -163,7 +167,7 @@ impl PackedWeights for CpuWeights {
                 None => Form::Single,
             }
         };
-        let missing = specs.iter().filter(|spec| self.place(spec).is_none());
+        let missing = specs.iter().filter(|spec| !self.by_spec.contains_key(spec));
         missing.map(|spec| form(spec).bytes(spec).next_multiple_of(ALIGN)).sum()
     }
 }

@@ -156,13 +156,17 @@ impl Backend for Kernels {
 impl Kernels {
     /// An executor of a plan with weights that were loaded here.
     fn ready(&self, (plan, weights): Planned) -> Result<CudaExecutor> {
-        let weights: Arc<dyn Any + Send + Sync> = weights.clone();
-        let weights = weights.downcast().map_err(|_| {
-            Error::mismatch(Subject::Run, format!("the weights were not loaded for {}", self.name()))
-                .advise("load them there")
-        })?;
-        CudaExecutor::new(&self.0, Arc::new(plan), weights)
+        CudaExecutor::new(&self.0, Arc::new(plan), loaded(weights, &self.0)?)
     }
+}
+
+/// Weights that were loaded for the kernels.
+fn loaded(weights: &Weights, device: &Arc<dyn CudaDevice>) -> Result<Arc<CudaWeights>> {
+    let weights: Arc<dyn Any + Send + Sync> = weights.clone();
+    weights.downcast().map_err(|_| {
+        Error::mismatch(Subject::Run, format!("the weights were not loaded for {}", device.name()))
+            .advise("load them there")
+    })
 }
 
 /// The greatest finite fp16 number.
@@ -187,11 +191,7 @@ impl CudaExecutor {
     /// [`crate::ErrorKind::OutOfMemory`] when memory is short, an operation has no kernel, the plan was not made with
     /// the device's [`Limits`] as storage, or the weights are another network's or on another device.
     pub fn new(device: &Arc<dyn CudaDevice>, plan: Arc<Plan>, weights: Arc<CudaWeights>) -> Result<Self> {
-        plan.check(&device.limits(), weights.specs())?;
-        if !weights.is_on(device) {
-            return Err(Error::mismatch(Subject::Device, format!("the weights are not on {}", device.name()))
-                .advise("load them there"));
-        }
+        check(&plan, &weights, device)?;
         let arena = Arc::new(Buffer::zeroed(device, plan.arena_bytes())?);
         Self::in_arena(device, plan, weights, arena)
     }
@@ -220,6 +220,17 @@ impl CudaExecutor {
     ) -> Result<Self> {
         let program = bound(device, &weights, &arena, |bindings| Program::new(&plan, bindings))?;
         Ok(CudaExecutor { plan, weights, device: device.clone(), arena, program, recordings: [None, None] })
+    }
+
+    /// Runs with other weights of the same network from now on, in the same memory.
+    ///
+    /// # Errors
+    /// Those of [`CudaExecutor::new`].
+    pub fn switch_weights(&mut self, weights: &Weights) -> Result<()> {
+        let weights = loaded(weights, &self.device)?;
+        check(&self.plan, &weights, &self.device)?;
+        *self = Self::in_arena(&self.device, self.plan.clone(), weights, self.arena.clone())?;
+        Ok(())
     }
 
     /// The device.
@@ -333,6 +344,16 @@ impl Executor for CudaExecutor {
             }
         }
         Ok(())
+    }
+}
+
+/// Checks that a plan and weights belong together and to a device.
+fn check(plan: &Plan, weights: &CudaWeights, device: &Arc<dyn CudaDevice>) -> Result<()> {
+    plan.check(&device.limits(), weights.specs())?;
+    match weights.is_on(device) {
+        true => Ok(()),
+        false => Err(Error::mismatch(Subject::Device, format!("the weights are not on {}", device.name()))
+            .advise("load them there")),
     }
 }
 

@@ -2,7 +2,7 @@
 //! every step of every request.
 
 use super::{Buffer, CudaExecutor, DeviceSampler, Recording, SampledImage};
-use crate::backend::{Denoiser, Executor, RunImage, Slots, capacity, picture_shape};
+use crate::backend::{Denoiser, Executor, RunImage, Slots, Weights, capacity, picture_shape};
 use crate::diffusion::noise::Rng;
 use crate::graph::Shape;
 use crate::image::Picture;
@@ -144,6 +144,14 @@ impl Denoiser for CudaDenoiser {
         unet.recording(*images, &self.sampler, reusing)?.replay()?;
         self.slots.advance();
         Ok(())
+    }
+
+    fn switch(&mut self, weights: &Weights) -> Result<()> {
+        self.unets.iter_mut().try_for_each(|(_, unet)| {
+            // The launches that it holds read the weights so far.
+            unet.steps = [None, None];
+            unet.executor.switch_weights(weights)
+        })
     }
 
     fn fault(&mut self, slot: usize) -> Result<Option<usize>> {

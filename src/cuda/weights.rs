@@ -12,7 +12,7 @@ use super::device::{Buffer, CudaDevice, Limits};
 use super::folded;
 use crate::backend::PackedWeights;
 use crate::graph::WeightSpec;
-use crate::weights::{Stored, Tensors};
+use crate::weights::{Edition, Stored, Tensors};
 use crate::{Error, Result};
 use half::f16;
 use packing::{Form, Packing, packed_bytes, padded_bytes};
@@ -29,6 +29,8 @@ pub struct CudaWeights {
     /// The buffer and offset of each weight: in `own`, or among another network's.
     places: Vec<(Arc<Buffer>, usize)>,
     specs: Vec<WeightSpec>,
+    /// The adapters by which each weight is changed.
+    editions: Vec<Edition>,
     /// The index of each spec in `places`, [as it is packed](folded::as_packed) for this device.
     by_spec: HashMap<WeightSpec, usize>,
     limits: Limits,
@@ -44,8 +46,8 @@ impl CudaWeights {
         Self::load_beside(device, specs, tensors, &[])
     }
 
-    /// The same, but weights that `others` of the same checkpoint already have on the device in the same form are taken
-    /// from them.
+    /// The same, but weights that `others` of the same checkpoint already have on the device in the same form, changed
+    /// by the same adapters, are taken from them.
     ///
     /// # Errors
     /// As [`CudaWeights::load`].
@@ -59,8 +61,15 @@ impl CudaWeights {
         let as_packed: Vec<_> = specs.iter().map(|spec| folded::as_packed(spec, limits)).collect();
         // Addresses mean nothing on another device.
         let others: Vec<_> = others.iter().filter(|other| other.is_on(device)).collect();
-        let find = |spec| others.iter().find_map(|other| Some(other.places[*other.by_spec.get(spec)?].clone()));
-        let found: Vec<Option<(Arc<Buffer>, usize)>> = as_packed.iter().map(find).collect();
+        let editions: Vec<Edition> = as_packed.iter().map(|spec| tensors.edition(spec)).collect();
+        let find = |(spec, edition): (&WeightSpec, &Edition)| {
+            let place = |other: &&&CudaWeights| {
+                let place = *other.by_spec.get(spec)?;
+                (other.editions[place] == *edition).then(|| other.places[place].clone())
+            };
+            others.iter().find_map(place)
+        };
+        let found: Vec<Option<(Arc<Buffer>, usize)>> = as_packed.iter().zip(&editions).map(find).collect();
         let lacking = as_packed.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec);
         let lacking: Vec<_> = lacking.map(|spec| (spec, spec.norm_vector())).collect();
         // Everything that can be wrong except the numbers themselves is found before anything is allocated.
@@ -72,7 +81,7 @@ impl CudaWeights {
         let mut place = |found: Option<_>| found.or_else(|| Some((own.clone(), offsets.next()?)));
         let places = found.into_iter().filter_map(&mut place).collect();
         let by_spec = as_packed.into_iter().enumerate().map(|(place, spec)| (spec, place)).collect();
-        Ok(Arc::new(CudaWeights { own, places, specs: specs.to_vec(), by_spec, limits }))
+        Ok(Arc::new(CudaWeights { own, places, specs: specs.to_vec(), editions, by_spec, limits }))
     }
 
     /// The specs that they were loaded for.

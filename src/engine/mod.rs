@@ -1,5 +1,6 @@
 //! The public interface: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
 
+mod adapters;
 mod options;
 mod outline;
 mod preview;
@@ -9,6 +10,7 @@ mod running;
 mod session;
 mod text;
 
+pub use adapters::Adapted;
 pub use options::{EngineOptions, MemoryPlan, SessionOptions, Size};
 pub(crate) use outline::Outline;
 pub use request::{Image, Output, Progress, Prompt, Request, Start};
@@ -22,11 +24,12 @@ pub(crate) use text::UNetInputs;
 use crate::backend::{Denoiser, Precision, Weights};
 use crate::device::Device;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
-use crate::graph::{Extent, Graph, Shape};
+use crate::graph::{Extent, Shape};
 use crate::models::{UNetConfig, UNetInput, guidance_embedding, unet, unet_with_reuse, vae_decoder};
 use crate::plan::Plan;
-use crate::weights::{Source, Tensors};
+use crate::weights::{Adapter, Source, Tensors};
 use crate::{Error, Result};
+use adapters::Adaptable;
 use preview::Projection;
 use std::sync::{Arc, OnceLock};
 use text::{TextEncoders, time_ids};
@@ -47,9 +50,12 @@ pub struct Engine(Arc<Parts>);
 struct Parts {
     outline: Outline,
     device: Device,
+    precision: Precision,
     text: Arc<TextEncoders>,
-    unet: Weights,
+    unet: Adaptable,
     vae: Weights,
+    /// The adapters of the moment.
+    adapters: Vec<(Arc<Adapter>, f32)>,
     /// Made for the first preview.
     projection: Arc<OnceLock<Projection>>,
 }
@@ -77,29 +83,54 @@ impl Engine {
     /// # Errors
     /// About the first file that is missing, damaged, not supported, or does not belong to the others;
     /// [`crate::ErrorKind::OutOfMemory`] when the weights do not fit the device's memory; [`crate::ErrorKind::Invalid`]
-    /// for a precision that the device does not have.
+    /// for a precision that the device does not have; for adapters those of [`Engine::with_adapters`].
     pub fn open(source: &Source, options: impl Into<EngineOptions>) -> Result<Self> {
-        let EngineOptions { device, precision, tokenizer } = &options.into();
-        let precision = *precision;
+        let EngineOptions { device, precision, tokenizer, adapters } = options.into();
         crate::memory::start_threads()?;
         let outline = Outline::read(source)?;
-        let load = |component: &str, graph: Graph, precision| {
-            device.weights(graph.weights(), &source.tensors(component)?, &[], precision)
+        let adapted = Adapted::new(source, &adapters)?;
+        let load_unet = || {
+            let graph = unet(&outline.unet, UNetInput::default());
+            Adaptable::load(&device, graph.weights(), &adapted.tensors("unet")?, precision)
+        };
+        let load_vae = || {
+            let graph = vae_decoder(&outline.vae, 1, Extent::square(8));
+            device.weights(graph.weights(), &source.tensors("vae")?, &[], Precision::Full)
         };
         let (text, (unet_weights, vae_weights)) = rayon::join(
-            || TextEncoders::open(source, device, &outline.unet, *tokenizer),
-            || {
-                let unet = || load("unet", unet(&outline.unet, UNetInput::default()), precision);
-                let vae = || load("vae", vae_decoder(&outline.vae, 1, Extent::square(8)), Precision::Full);
-                rayon::join(unet, vae)
-            },
+            || TextEncoders::open(source, &adapted, &device, &outline.unet, tokenizer),
+            || rayon::join(load_unet, load_vae),
         );
         // Of several problems the first in this order is reported, whichever was found first.
-        let text = text?;
+        let text = Arc::new(text?);
         let (unet, vae) = (unet_weights?, vae_weights?);
-        let (device, text) = (device.clone(), Arc::new(text));
-        let parts = Parts { outline, device, text, unet, vae, projection: Arc::default() };
+        let parts = Parts { outline, device, precision, text, unet, vae, adapters, projection: Arc::default() };
         Ok(Engine(Arc::new(parts)))
+    }
+
+    /// The same checkpoint with these adapters at their weights, in place of those that it has now. Only weights that
+    /// change are read and packed anew, all others are shared. Without adapters it is the checkpoint as it is in its
+    /// files, to the last bit. [`crate::Session::switch`] lets a session go over to it.
+    ///
+    /// The weights that were loaded first stay in memory as long as any of these engines.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] for a weight that is not finite, or with which the model's weights leave the range
+    /// of numbers; [`crate::ErrorKind::Mismatch`] for an adapter of another model, with the modules that do not fit;
+    /// [`crate::ErrorKind::OutOfMemory`], and those of reading the files.
+    pub fn with_adapters(&self, adapters: &[(Arc<Adapter>, f32)]) -> Result<Self> {
+        let Parts { outline, device, precision, text, unet: weights, .. } = &*self.0;
+        let adapted = Adapted::new(&outline.source, adapters)?;
+        let text = text.adapt(device, &adapted)?.map_or_else(|| text.clone(), Arc::new);
+        let graph = unet(&outline.unet, UNetInput::default());
+        let unet = weights.adapt(device, graph.weights(), &adapted.tensors("unet")?, *precision)?;
+        let unet = unet.unwrap_or_else(|| weights.clone());
+        Ok(Engine(Arc::new(Parts { text, unet, adapters: adapters.to_vec(), ..Parts::clone(&self.0) })))
+    }
+
+    /// The adapters, and their weights.
+    pub fn adapters(&self) -> &[(Arc<Adapter>, f32)] {
+        &self.0.adapters
     }
 
     /// The configuration.
@@ -149,7 +180,8 @@ impl Engine {
 
     /// The UNet and its weights, for training.
     pub(crate) fn unet(&self) -> Result<(&UNetConfig, Tensors, &Weights)> {
-        Ok((&self.0.outline.unet, self.0.outline.source.tensors("unet")?, &self.0.unet))
+        let Parts { outline, adapters, unet, .. } = &*self.0;
+        Ok((&outline.unet, Adapted::new(&outline.source, adapters)?.tensors("unet")?, unet.weights()))
     }
 
     /// Encodes a prompt once for any number of images, sizes and sessions of this engine.
@@ -299,7 +331,7 @@ impl Engine {
     /// short.
     pub(crate) fn denoiser(&self, options: SessionOptions) -> Result<Box<dyn Denoiser>> {
         let Parts { device, unet, .. } = &*self.0;
-        device.denoiser(vec![(options.batch, self.unet_plan(options)?)], unet, None)
+        device.denoiser(vec![(options.batch, self.unet_plan(options)?)], unet.weights(), None)
     }
 
     /// Memory of [`Engine::denoiser`] beside the weights.

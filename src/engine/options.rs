@@ -3,6 +3,8 @@
 use crate::backend::Precision;
 use crate::device::Device;
 use crate::models::tokenizer::TokenizerRules;
+use crate::weights::Adapter;
+use std::sync::Arc;
 
 /// A picture's width and height in pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +39,8 @@ pub struct EngineOptions {
     pub precision: Precision,
     /// The recipe by which prompts are split into tokens.
     pub tokenizer: TokenizerRules,
+    /// Adapters and their weights, which are merged while the networks are loaded.
+    pub adapters: Vec<(Arc<Adapter>, f32)>,
 }
 
 impl EngineOptions {
@@ -53,6 +57,12 @@ impl EngineOptions {
     /// The same with another recipe for tokens.
     pub fn tokenizer(self, tokenizer: TokenizerRules) -> Self {
         EngineOptions { tokenizer, ..self }
+    }
+
+    /// The same with adapters and their weights, which are merged while the networks are loaded.
+    /// [`crate::Engine::with_adapters`] exchanges them later.
+    pub fn adapters(self, adapters: Vec<(Arc<Adapter>, f32)>) -> Self {
+        EngineOptions { adapters, ..self }
     }
 }
 

@@ -9,7 +9,7 @@ use crate::diffusion::scheduler::Schedule;
 use crate::graph::Shape;
 use crate::image::Picture;
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
-use crate::{Error, Result};
+use crate::{Error, Result, Subject};
 
 /// Steps that the host may run ahead of the device. They are few, so that reported progress is nearly true and a
 /// cancelled run ends soon.
@@ -67,7 +67,7 @@ impl Rows {
     pub fn new(engine: Engine, options: SessionOptions, plans: Plans) -> Result<Self> {
         let parts = &*engine.0;
         let vae = (plans.vae, &parts.vae);
-        let denoiser = parts.device.denoiser(plans.unet, &parts.unet, Some(vae))?;
+        let denoiser = parts.device.denoiser(plans.unet, parts.unet.weights(), Some(vae))?;
         let images = (0..options.batch).map(|_| None).collect();
         Ok(Rows { denoiser, engine, options, images, placed: None })
     }
@@ -78,6 +78,23 @@ impl Rows {
 
     pub fn options(&self) -> SessionOptions {
         self.options
+    }
+
+    /// Goes over to another engine of the same checkpoint, which differs in its adapters. No image may be in work.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Mismatch`] for an engine of another checkpoint or device.
+    pub fn switch(&mut self, engine: &Engine) -> Result<()> {
+        let (own, other) = (&*self.engine.0, &*engine.0);
+        if !own.unet.has_first_of(&other.unet) {
+            let problem = "the engine is not one of the session's own, with other adapters";
+            return Err(Error::mismatch(Subject::Run, problem).advise("make it of the session's by with_adapters"));
+        }
+        self.denoiser.switch(other.unet.weights())?;
+        // What depends on the prompts alone depends on the weights as well.
+        self.placed = None;
+        self.engine = engine.clone();
+        Ok(())
     }
 
     /// A slot without an image.

@@ -77,6 +77,20 @@ impl RunningBatch {
         self.rows.options()
     }
 
+    /// Goes over to another engine of the same checkpoint, which [`super::Engine::with_adapters`] made. Nothing is
+    /// planned or allocated anew.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] while images are in work, [`ErrorKind::Mismatch`] for an engine of another checkpoint or
+    /// device.
+    pub fn switch(&mut self, engine: &Engine) -> Result<()> {
+        if !self.is_empty() {
+            let problem = "images are in work with the adapters so far";
+            return Err(Error::invalid("adapters", problem).advise("wait until they are done"));
+        }
+        self.rows.switch(engine)
+    }
+
     /// The number of images that may join.
     pub fn free(&self) -> usize {
         self.ids.iter().filter(|id| id.is_none()).count()

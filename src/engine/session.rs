@@ -21,6 +21,15 @@ impl Session {
         self.0.options()
     }
 
+    /// Goes over to another engine of the same checkpoint, which [`Engine::with_adapters`] made. Nothing is planned or
+    /// allocated anew.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Mismatch`] for an engine of another checkpoint or device.
+    pub fn switch(&mut self, engine: &Engine) -> Result<()> {
+        self.0.switch(engine)
+    }
+
     /// Makes the pictures of a request with as many images as [`SessionOptions::batch`]. `progress` is called with
     /// every step and every decoded picture, and may end the run. If it does so while pictures are decoded, the output
     /// holds those that are done.

@@ -1,8 +1,9 @@
 //! The encoding of prompts into inputs of the UNet: the hidden states of one text encoder in Stable Diffusion 1.x and
 //! 2.x; in SDXL those of two encoders side by side, a pooled prompt and the picture's sizes.
 
+use super::adapters::{Adaptable, Adapted};
 use super::read_config;
-use crate::backend::{Executor, Precision, Weights};
+use crate::backend::{Executor, Precision};
 use crate::device::Device;
 use crate::models::tokenizer::{Tokenizer, TokenizerRules};
 use crate::models::{ClipConfig, UNetConfig, text_encoder};
@@ -27,9 +28,11 @@ pub(super) struct TextEncoders {
 }
 
 struct TextEncoder {
-    tokenizer: Tokenizer,
+    /// Its folder in the checkpoint.
+    component: &'static str,
+    tokenizer: Arc<Tokenizer>,
     config: ClipConfig,
-    weights: Weights,
+    weights: Adaptable,
     /// Ready to run for one prompt.
     executor: Mutex<Box<dyn Executor>>,
 }
@@ -40,7 +43,13 @@ impl TextEncoders {
     /// # Errors
     /// Those of reading the files, [`crate::ErrorKind::Mismatch`] for parts that do not belong together, and
     /// [`crate::ErrorKind::OutOfMemory`].
-    pub fn open(source: &Source, device: &Device, unet: &UNetConfig, rules: TokenizerRules) -> Result<Self> {
+    pub fn open(
+        source: &Source,
+        adapted: &Adapted,
+        device: &Device,
+        unet: &UNetConfig,
+        rules: TokenizerRules,
+    ) -> Result<Self> {
         let has = |folder: &str| source.has(&format!("{folder}/config.json"));
         let index = read_index(source)?;
         if index["requires_aesthetics_score"] == true || (has("text_encoder_2") && !has("text_encoder")) {
@@ -68,16 +77,17 @@ impl TextEncoders {
         }
         let load = |((folder, _), config): (&(&str, &str), &ClipConfig)| {
             let graph = text_encoder(config, 1);
-            let weights = device.weights(graph.weights(), &source.tensors(folder)?, &[], Precision::Full)?;
-            Ok((device.executor(device.plan(graph, &[]), &weights)?, weights))
+            let weights = Adaptable::load(device, graph.weights(), &adapted.tensors(folder)?, Precision::Full)?;
+            Ok((device.executor(device.plan(graph, &[]), weights.weights())?, weights))
         };
         let networks: Vec<_> = folders.par_iter().zip(&configs).map(load).collect();
         let networks = networks.into_iter().collect::<Result<Vec<_>>>()?;
         let sized = unet.text_time.is_some();
         Ok(TextEncoders {
-            encoders: (tokenizers.into_iter().zip(configs).zip(networks))
-                .map(|((tokenizer, config), (executor, weights))| TextEncoder {
-                    tokenizer,
+            encoders: (folders.iter().zip(tokenizers).zip(configs).zip(networks))
+                .map(|(((&(component, _), tokenizer), config), (executor, weights))| TextEncoder {
+                    component,
+                    tokenizer: Arc::new(tokenizer),
                     config,
                     weights,
                     executor: Mutex::new(executor),
@@ -89,6 +99,36 @@ impl TextEncoders {
             none: OnceLock::new(),
             identity: Arc::new(()),
         })
+    }
+
+    /// The same text encoders with other adapters; `None` if these change nothing. Encodings of these encoders are not
+    /// those of the others.
+    ///
+    /// # Errors
+    /// Those of reading the files, and [`crate::ErrorKind::OutOfMemory`].
+    pub fn adapt(&self, device: &Device, adapted: &Adapted) -> Result<Option<Self>> {
+        let adapt = |encoder: &TextEncoder| {
+            let graph = text_encoder(&encoder.config, 1);
+            let tensors = adapted.tensors(encoder.component)?;
+            encoder.weights.adapt(device, graph.weights(), &tensors, Precision::Full)
+        };
+        let weights = self.encoders.iter().map(adapt).collect::<Result<Vec<_>>>()?;
+        if weights.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let encoder = |(encoder, weights): (&TextEncoder, Option<Adaptable>)| {
+            let weights = weights.unwrap_or_else(|| encoder.weights.clone());
+            let plan = device.plan(text_encoder(&encoder.config, 1), &[]);
+            let executor = Mutex::new(device.executor(plan, weights.weights())?);
+            let (tokenizer, config) = (encoder.tokenizer.clone(), encoder.config.clone());
+            Ok(TextEncoder { component: encoder.component, tokenizer, config, weights, executor })
+        };
+        Ok(Some(TextEncoders {
+            encoders: self.encoders.iter().zip(weights).map(encoder).collect::<Result<_>>()?,
+            none: OnceLock::new(),
+            identity: Arc::new(()),
+            ..*self
+        }))
     }
 
     /// True if the UNet reads the picture's sizes, as SDXL's does.

@@ -1,5 +1,6 @@
 //! Checkpoints: the places of their files, and the tensors in them.
 
+mod adapter;
 #[cfg(test)]
 pub(crate) mod cases;
 mod convert;
@@ -12,6 +13,8 @@ mod single;
 mod stored;
 mod tensors;
 
+pub use adapter::{Adapter, AdapterInfo, Edition};
+pub(crate) use adapter::{Network, adapted};
 pub use parts::Composed;
 use parts::Vocabulary;
 pub use single::SingleFile;

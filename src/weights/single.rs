@@ -21,6 +21,8 @@ use std::path::{Path, PathBuf};
 
 const UNET: &str = "model.diffusion_model.";
 const VAE: &str = "first_stage_model.";
+/// A tensor that every checkpoint has.
+const FIRST: &str = "model.diffusion_model.input_blocks.0.0.weight";
 
 /// Text encoders: the component, its prefix (in 1.x and 2.x, or in Stability AI's later code), and true if it is
 /// OpenCLIP's.
@@ -267,14 +269,14 @@ fn check(path: &Path, tensors: &Tensors, networks: &[Graph]) -> Result<()> {
 /// Prefixes of tensor names in diffusers' UNet, VAE and text encoders.
 const COMPONENTS: [&str; 4] = ["down_blocks.", "encoder.down_blocks.", "text_model.", "encoder.layers."];
 
-/// Names the kind of a file that holds no UNet of Stable Diffusion.
-fn describe(all: &Tensors) -> String {
+/// Names the kind of a file that is not of the kind that was expected.
+pub(super) fn describe(all: &Tensors) -> String {
     let any = |parts: &[&str]| all.entries().any(|(name, _)| parts.iter().any(|part| name.contains(part)));
     let has = |name: &str| all.has(name);
     if has("ram") || has("sam") {
         "it is a concept; give it with --concept".into()
     } else if any(&["lora_", "lora.", "hada_w", "lokr_w"]) {
-        "it is a LoRA or a similar adapter; merge it into a checkpoint".into()
+        "it is a LoRA or a similar adapter; give a checkpoint, and this as an adapter of it".into()
     } else if any(&["control_model.", "controlnet_", "input_hint_block."]) {
         "it is a ControlNet".into()
     } else if any(&["emb_params"]) || has("clip_l") || has("clip_g") {
@@ -283,6 +285,8 @@ fn describe(all: &Tensors) -> String {
         "it is one component in diffusers' layout; give a checkpoint, and this beside it".into()
     } else if any(&["decoder.up.0.block."]) && !any(&[UNET]) {
         "it is a VAE alone; give a checkpoint, and this beside it".into()
+    } else if has(FIRST) {
+        "it is a whole checkpoint".into()
     } else if any(&[UNET, "double_blocks.", "joint_blocks."]) {
         "its network is not that of Stable Diffusion 1.x, 2.x or SDXL".into()
     } else {

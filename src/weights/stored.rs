@@ -1,5 +1,6 @@
 //! Tensors as they lie in a file, and their numbers in fp32.
 
+use super::adapter::Change;
 use crate::{Error, Result};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -9,6 +10,8 @@ use std::path::Path;
 
 /// Numbers that one thread converts at a time.
 const CHUNK: usize = 1 << 16;
+/// Numbers that are converted to fp16 together.
+const PIECE: usize = 256;
 
 /// The number format of a tensor in a file, little-endian.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,12 +63,14 @@ pub struct Stored<'a> {
 }
 
 /// The source of a tensor's numbers.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) enum Data<'a> {
     /// A file's bytes; they may be unaligned.
     File(&'a [u8]),
     /// Uniform random numbers within `scale` of `center`; each depends only on `seed` and its own position.
     Random { seed: u32, center: f32, scale: f32 },
+    /// Another tensor's numbers, to which adapters add.
+    Adapted(Box<Stored<'a>>, &'a Change),
 }
 
 /// A type as which a tensor's numbers can be read.
@@ -77,7 +82,7 @@ pub trait Number: Copy + Send + Sync + bytemuck::Pod {
 
 impl Number for f32 {
     fn in_file(stored: &Stored, start: usize, out: &mut [f32]) -> bool {
-        match stored.data {
+        match &stored.data {
             Data::File(bytes) => {
                 let size = stored.format.bytes();
                 let bytes = &bytes[start * size..][..out.len() * size];
@@ -93,10 +98,22 @@ impl Number for f32 {
                     out.iter_mut().for_each(|x| *x *= stored.scale);
                 }
             }
-            Data::Random { seed, center, scale } => {
+            &Data::Random { seed, center, scale } => {
                 for (i, x) in (start..).zip(out.iter_mut()) {
                     let unit = (hash(seed.wrapping_add(i as u32)) >> 8) as f32 / (1 << 23) as f32 - 1.0;
                     *x = center + unit * scale;
+                }
+            }
+            Data::Adapted(base, change) => {
+                base.numbers(start, out);
+                change.add(stored.width, start, out);
+                if stored.format == Format::F16 {
+                    let mut halves = [f16::ZERO; PIECE];
+                    for out in out.chunks_mut(PIECE) {
+                        let halves = &mut halves[..out.len()];
+                        halves.convert_from_f32_slice(out);
+                        halves.convert_to_f32_slice(out);
+                    }
                 }
             }
         }
@@ -111,20 +128,46 @@ impl Number for f32 {
 /// Panics for any other.
 impl Number for f16 {
     fn in_file(stored: &Stored, start: usize, out: &mut [f16]) -> bool {
-        let (Data::File(bytes), true) = (stored.data, stored.fits_half()) else {
-            panic!("{} is not held in fp16", stored.name)
-        };
-        let bytes = &bytes[start * stored.format.bytes()..];
-        match stored.format {
-            Format::F8E4M3 => convert(bytes, out, |[b]| E4M3[usize::from(b)]),
-            Format::F8E5M2 => convert(bytes, out, |[b]| e5m2(b)),
-            _ => convert(bytes, out, f16::from_le_bytes),
+        match &stored.data {
+            Data::File(bytes) if stored.fits_half() => {
+                let bytes = &bytes[start * stored.format.bytes()..];
+                match stored.format {
+                    Format::F8E4M3 => convert(bytes, out, |[b]| E4M3[usize::from(b)]),
+                    Format::F8E5M2 => convert(bytes, out, |[b]| e5m2(b)),
+                    _ => convert(bytes, out, f16::from_le_bytes),
+                }
+            }
+            Data::Adapted(base, change) if stored.fits_half() => {
+                let mut wide = [0.0; PIECE];
+                for (i, out) in out.chunks_mut(PIECE).enumerate() {
+                    let (start, wide) = (start + i * PIECE, &mut wide[..out.len()]);
+                    base.numbers(start, wide);
+                    change.add(stored.width, start, wide);
+                    out.convert_from_f32_slice(wide);
+                }
+            }
+            _ => panic!("{} is not held in fp16", stored.name),
         }
         out.iter().fold(true, |finite, x| finite & x.is_finite())
     }
 }
 
 impl<'a> Stored<'a> {
+    /// The same with what adapters add: in fp16 if the tensor is, otherwise in fp32.
+    pub(super) fn adapted(self, change: &'a Change) -> Self {
+        let format = if self.fits_half() { Format::F16 } else { Format::F32 };
+        Stored { format, transposed: false, scale: 1.0, data: Data::Adapted(Box::new(self.clone()), change), ..self }
+    }
+
+    /// The bytes in a file from which its numbers are read.
+    pub(super) fn in_file(&self) -> Option<&'a [u8]> {
+        match &self.data {
+            Data::File(bytes) => Some(bytes),
+            Data::Random { .. } => None,
+            Data::Adapted(base, _) => base.in_file(),
+        }
+    }
+
     /// The number of elements.
     pub fn len(&self) -> usize {
         self.outputs * self.width
@@ -150,20 +193,24 @@ impl<'a> Stored<'a> {
         self.len() * self.format.bytes()
     }
 
-    /// The file's bytes. Random numbers are made here, in fp32.
+    /// The file's bytes. Numbers that are in no file are made here, in the tensor's format.
     pub fn bytes(&self) -> Cow<'a, [u8]> {
-        match self.data {
-            Data::File(bytes) => Cow::Borrowed(bytes),
-            Data::Random { .. } => {
-                let mut bytes = vec![0; self.len() * size_of::<f32>()];
-                bytes.par_chunks_mut(CHUNK * size_of::<f32>()).enumerate().for_each(|(chunk, bytes)| {
-                    let mut numbers = vec![0.0; bytes.len() / size_of::<f32>()];
-                    self.numbers::<f32>(chunk * CHUNK, &mut numbers);
-                    bytes.copy_from_slice(bytemuck::cast_slice(&numbers));
-                });
-                Cow::Owned(bytes)
-            }
+        match (&self.data, self.format) {
+            (Data::File(bytes), _) => Cow::Borrowed(bytes),
+            (_, Format::F16) => Cow::Owned(self.made::<f16>()),
+            _ => Cow::Owned(self.made::<f32>()),
         }
+    }
+
+    /// The bytes of all numbers.
+    fn made<T: Number>(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len() * size_of::<T>()];
+        bytes.par_chunks_mut(CHUNK * size_of::<T>()).enumerate().for_each(|(chunk, bytes)| {
+            let mut numbers = vec![T::zeroed(); bytes.len() / size_of::<T>()];
+            self.numbers(chunk * CHUNK, &mut numbers);
+            bytes.copy_from_slice(bytemuck::cast_slice(&numbers));
+        });
+        bytes
     }
 
     /// Writes to `out` the numbers from the one at `start` on, in the order of the row-major `[outputs, width]`.
@@ -186,8 +233,12 @@ impl<'a> Stored<'a> {
     /// there is one.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Damaged`] with that number and its position in the file's order.
+    /// [`crate::ErrorKind::Damaged`] with that number and its position in the file's order;
+    /// [`crate::ErrorKind::Invalid`] if only adapters make it so.
     pub fn check_finite(&self) -> Result<()> {
+        if let Data::Adapted(base, _) = &self.data {
+            base.check_finite()?;
+        }
         let mut numbers = vec![0.0; CHUNK];
         for start in (0..self.len()).step_by(CHUNK) {
             let numbers = &mut numbers[..CHUNK.min(self.len() - start)];
@@ -195,6 +246,10 @@ impl<'a> Stored<'a> {
                 && let Some(bad) = numbers.iter().position(|x| !x.is_finite())
             {
                 let (name, value, place) = (self.name, numbers[bad], start + bad);
+                if matches!(self.data, Data::Adapted(..)) {
+                    let problem = format!("with them, tensor `{name}` holds {value} at position {place}");
+                    return Err(Error::invalid("adapters", problem).advise("give smaller weights"));
+                }
                 let problem = format!("tensor `{name}` holds {value} at position {place}");
                 return Err(Error::damaged(self.path, problem).advise("the file is damaged: get it again"));
             }

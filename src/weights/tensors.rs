@@ -1,5 +1,6 @@
 //! The files of one component, of safetensors or of `torch.save`, mapped into memory and never read whole.
 
+use super::adapter::{Change, Edition};
 use super::single::text_model;
 use super::stored::{Data, Format, Stored};
 use super::{Source, foreign, inside, pickle};
@@ -22,6 +23,8 @@ pub struct Tensors {
     index: HashMap<String, Entry>,
     /// True if there are no files, and every weight is random.
     random: bool,
+    /// What adapters add to tensors of these names.
+    changes: Arc<HashMap<String, Change>>,
 }
 
 /// A file's content: mapped, or compiled in.
@@ -108,7 +111,7 @@ pub(super) const LEGACY: [(&str, &str); 4] =
 impl Tensors {
     /// Stands for any component: every weight is random, of a magnitude that keeps activations near 1. For benchmarks.
     pub fn random() -> Self {
-        Tensors { files: Vec::new(), index: HashMap::new(), random: true }
+        Tensors { files: Vec::new(), index: HashMap::new(), random: true, changes: Arc::default() }
     }
 
     /// Finds and maps the weights of `component` in the folder `place`. Full precision is preferred to fp16, one file to
@@ -224,6 +227,30 @@ impl Tensors {
         self.index.iter().map(|(name, e)| (name.as_str(), e.shape.as_slice()))
     }
 
+    /// The same with changes by adapters, in place of those there are.
+    pub(super) fn adapted(&self, changes: HashMap<String, Change>) -> Self {
+        Tensors { changes: changes.into(), ..self.clone() }
+    }
+
+    /// The adapters and weights at which a weight is changed, those of the norm included that may be folded into it.
+    pub fn edition(&self, spec: &WeightSpec) -> Edition {
+        let names = spec.names.iter().chain(spec.norm.iter().flatten());
+        names.filter_map(|name| self.changes.get(name)).flat_map(|change| change.edition.clone()).collect()
+    }
+
+    /// The adapters and weights at which any tensor is changed.
+    pub(crate) fn editions(&self) -> Edition {
+        let mut all: Edition = self.changes.values().flat_map(|change| change.edition.clone()).collect();
+        all.sort();
+        all.dedup();
+        all
+    }
+
+    /// A single file's path.
+    pub(super) fn path(&self) -> &Path {
+        self.files.first().map_or(Path::new(""), |(path, _)| path)
+    }
+
     /// The metadata in a single file's header.
     pub(super) fn metadata(&self) -> HashMap<String, String> {
         let header = self.files.first().and_then(|(_, bytes)| SafeTensors::read_metadata(bytes.as_ref()).ok());
@@ -306,18 +333,27 @@ impl Tensors {
         (!files.is_empty()).then(|| hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// The tensors of a weight as they lie in their files, in the order of the weight's names. Everything except the
-    /// numbers is checked.
+    /// SHA-256 of everything behind the header of a single file of safetensors, or of all of another one, in hexadecimal.
+    pub(super) fn sha256_of_numbers(&self) -> String {
+        let bytes = self.files.first().map_or(&[][..], |(_, bytes)| bytes.as_ref());
+        let header = match bytes.first_chunk::<8>() {
+            Some(length) if !pickle::is_pickled(bytes) => (u64::from_le_bytes(*length) as usize).saturating_add(8),
+            _ => 0,
+        };
+        let hash = Sha256::digest(bytes.get(header..).unwrap_or_default());
+        hash.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// The tensors of a weight as they lie in their files, in the order of the weight's names, with the changes by
+    /// adapters. Everything except the numbers is checked.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Damaged`] if one is missing, [`crate::ErrorKind::Mismatch`] if one has another shape,
     /// [`crate::ErrorKind::Unsupported`] if one has another number format.
     pub fn stored<'a>(&'a self, spec: &'a WeightSpec) -> Result<Vec<Stored<'a>>> {
         let named = spec.names.iter().zip(&spec.outputs);
-        if self.random {
-            return Ok(named.map(|(name, &outputs)| random(spec, name, outputs)).collect());
-        }
         let find = |(name, &outputs): (&'a String, &usize)| match spec.kind {
+            _ if self.random => Ok(random(spec, name, outputs)),
             WeightKind::Vector => self.find(name, &[&[outputs]]),
             WeightKind::Table => self.find(name, &[&[outputs, spec.width]]),
             // A 1x1 convolution and a linear layer are the same matrix.
@@ -332,7 +368,11 @@ impl Tensors {
                 self.find(name, &[&[outputs, inputs, kernel, kernel]])
             }
         };
-        named.map(find).collect()
+        let change = |stored: Stored<'a>| match self.changes.get(stored.name) {
+            Some(change) => stored.adapted(change),
+            None => stored,
+        };
+        named.map(|part| find(part).map(change)).collect()
     }
 
     /// Asks the system to begin reading tensors from the disk, because they will be needed soon. Returns once the reads
@@ -359,7 +399,7 @@ impl Tensors {
     #[cfg(unix)]
     fn mapped(&self, stored: &[Stored], tell: impl Fn(&Mmap, usize, usize)) {
         for tensor in stored {
-            let Data::File(bytes) = tensor.data else { continue };
+            let Some(bytes) = tensor.in_file() else { continue };
             for (_, file) in &self.files {
                 if let Bytes::Mapped(map) = file
                     && map.as_ptr_range().contains(&bytes.as_ptr())
@@ -370,7 +410,8 @@ impl Tensors {
         }
     }
 
-    /// The tensors of a weight in fp32, one after the other in the order of the weight's names.
+    /// The tensors of a weight in fp32, one after the other in the order of the weight's names, with the changes by
+    /// adapters.
     ///
     /// # Errors
     /// As [`Tensors::read`].
@@ -379,7 +420,7 @@ impl Tensors {
         Ok(parts.concat())
     }
 
-    /// The tensor in fp32, row-major, whose shape must be one of `shapes`.
+    /// The tensor in fp32, row-major and as its file has it, whose shape must be one of `shapes`.
     ///
     /// # Errors
     /// Those of [`Tensors::stored`], and [`crate::ErrorKind::Damaged`] if it holds NaN or infinity.
@@ -396,7 +437,21 @@ impl Tensors {
         Ok((self.find(name, &[shape])?, shape.to_vec()))
     }
 
-    /// The tensor, whose shape must be one of `shapes`.
+    /// The number of a tensor that holds one, which may be an integer.
+    ///
+    /// # Errors
+    /// As [`Tensors::read`].
+    pub(super) fn scalar(&self, name: &str) -> Result<f32> {
+        let entry = self.entry(name)?;
+        let bytes = &self.files[entry.file].1.as_ref()[entry.range.clone()];
+        match (entry.dtype, bytes) {
+            (Dtype::I64, &[a, b, c, d, e, f, g, h]) => Ok(i64::from_le_bytes([a, b, c, d, e, f, g, h]) as f32),
+            (Dtype::I32, &[a, b, c, d]) => Ok(i32::from_le_bytes([a, b, c, d]) as f32),
+            _ => Ok(self.read(name, &[&[], &[1], &[1, 1], &[1, 1, 1, 1]])?[0]),
+        }
+    }
+
+    /// The tensor as its file has it, whose shape must be one of `shapes`.
     fn find<'a>(&'a self, name: &'a str, shapes: &[&[usize]]) -> Result<Stored<'a>> {
         let entry = self.entry(name)?;
         let (path, bytes) = &self.files[entry.file];

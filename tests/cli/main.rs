@@ -1,5 +1,6 @@
 //! Tests of the binary, which they run as a user does.
 
+mod adapters;
 mod bench;
 mod checkpoints;
 mod output;
