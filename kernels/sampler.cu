@@ -5,26 +5,30 @@
 // Images are independent of each other: each has a slot with its own steps and its own index of the next one, so that
 // images may begin and end at any step of the others. `places` tells which slot a row of the UNet's batch serves. All
 // that differs from step to step is read from device memory, so one recorded graph serves all of them. `prepare` reads
-// `next` and writes `current`; `guide_and_step` reads `current` and writes `next`. No kernel reads what it writes
-// itself, and the order of the stream does the rest.
+// `next` and writes `current`; `rescale` reads `current` and writes `factor`; `guide_and_step` reads both and writes
+// `next`. A thread reads nothing that another thread of the same launch writes, and the order of the stream does the
+// rest.
 #include "numeric.cuh"
 
 // diffusion::scheduler::Step; its documentation has the formulas.
 struct DeviceStep {
-    float timestep, input_scale;
+    float timestep, churn, input_scale, guidance;
     float convert_x, convert_out, clip;
     float base_x, base_saved, base_m, base_history[3];
     float next_base, next_out, next_m, next_history[3], next_noise;
     uint32_t draw;  // index of this step's noise among the draws from the first step on
     int32_t save, push;
 };
-LAYOUT(DeviceStep, timestep, input_scale, convert_x, convert_out, clip, base_x, base_saved, base_m, base_history,
-       next_base, next_out, next_m, next_history, next_noise, draw, save, push)
+LAYOUT(DeviceStep, timestep, churn, input_scale, guidance, convert_x, convert_out, clip, base_x, base_saved, base_m,
+       base_history, next_base, next_out, next_m, next_history, next_noise, draw, save, push)
 
 // An image between its first and its last step.
 struct Slot {
     uint64_t seed;
-    float guidance;
+    float guidance;  // the scale
+    float rescale;  // share by which the prediction's standard deviation is brought to the conditional one's
+    float first, last;  // timesteps between which there is guidance
+    float factor;  // what `rescale` made of this step
     uint32_t drawn;  // draws of the seed before the first step
     int32_t philox;  // 1 if noise is drawn here rather than read
     int32_t steps;
@@ -32,7 +36,7 @@ struct Slot {
     uint32_t fault;  // the first step that gave latents that are not finite; 2^32 - 1 if none did
     uint32_t picture_faults;  // number of warps that found pixels that are not finite
 };
-LAYOUT(Slot, seed, guidance, drawn, philox, steps, next, current, fault, picture_faults)
+LAYOUT(Slot, seed, guidance, rescale, first, last, factor, drawn, philox, steps, next, current, fault, picture_faults)
 
 // One image's latents, [pixels, channels].
 struct LatentSize {
@@ -89,28 +93,42 @@ KERNEL __launch_bounds__(256) noise(const __grid_constant__ NoiseParams p) {
 }
 EXPORT(noise)
 
+// sum + coefficient * x with two roundings, as the CPU computes it. Written with operators, the compiler would fuse the
+// two, which shows where large terms cancel, as the noise does in the last steps of LCM.
+__device__ __forceinline__ float plus(float sum, float coefficient, float x) {
+    return __fadd_rn(sum, __fmul_rn(coefficient, x));
+}
+
+// Number i of the noise of an image's step: drawn here, or read.
+__device__ __forceinline__ float step_noise(const Slot& slot, const DeviceStep& step, int i, const LatentSize& size,
+                                            const float* noise) {
+    return slot.philox ? normal(slot.seed, slot.drawn + step.draw, i, size) : noise[i];
+}
+
 struct PrepareParams {
     Slot* slots;
     const int32_t* places;  // one per row: its slot, or -1 for none
     const DeviceStep* steps;  // `capacity` for each slot
-    const float* latents;  // of all slots
+    const float* noise;  // of all slots, read where noise is not drawn here
+    float* latents;  // of all slots
     __half* sample;  // the rows once, or twice one after the other
     float* timestep;  // one per row of `sample`
-    int32_t one;  // numbers per image
+    LatentSize size;
     int32_t rows;
     int32_t copies;
     int32_t capacity;
+    int32_t padding;
 };
-LAYOUT(PrepareParams, slots, places, steps, latents, sample, timestep, one, rows, copies, capacity)
+LAYOUT(PrepareParams, slots, places, steps, noise, latents, sample, timestep, size, rows, copies, capacity, padding)
 
-// The UNet's inputs: each row's scaled latents, for each half of a guided batch, and its timestep. The inputs of a row
-// without an image are zeros; those of an image after its last step stay.
+// The UNet's inputs: each row's latents, with the noise that goes before the step, scaled, for each half of a guided
+// batch, and its timestep. The inputs of a row without an image are zeros; those of an image after its last step stay.
 KERNEL __launch_bounds__(256) prepare(const __grid_constant__ PrepareParams p) {
     griddep_launch_dependents();
     griddep_wait();
-    int i = index(), row = i / p.one;
+    int one = p.size.channels * p.size.pixels, i = index(), row = i / one;
     if (row >= p.rows) return;
-    int place = p.places[row], within = i % p.one;
+    int place = p.places[row], within = i % one;
     float x = 0.0f, timestep = 0.0f;
     if (place >= 0) {
         Slot& slot = p.slots[place];
@@ -118,15 +136,83 @@ KERNEL __launch_bounds__(256) prepare(const __grid_constant__ PrepareParams p) {
         if (within == 0) slot.current = next;
         if (next >= slot.steps) return;
         const DeviceStep& step = p.steps[int64_t(place) * p.capacity + next];
-        x = p.latents[int64_t(place) * p.one + within] * step.input_scale;
+        int64_t first = int64_t(place) * one;
+        x = p.latents[first + within];
+        if (step.churn != 0.0f) {
+            x = plus(x, step.churn, step_noise(slot, step, within, p.size, p.noise + first));
+            p.latents[first + within] = x;
+        }
+        x *= step.input_scale;
         timestep = step.timestep;
     }
     for (int copy = 0; copy < p.copies; copy++) {
-        p.sample[copy * p.rows * p.one + i] = to_half(x);
+        p.sample[copy * p.rows * one + i] = to_half(x);
         if (within == 0) p.timestep[copy * p.rows + row] = timestep;
     }
 }
 EXPORT(prepare)
+
+// Classifier-free guidance (arXiv 2207.12598) of a scale. At 1 the prediction is exactly that of a batch without
+// guidance.
+__device__ __forceinline__ float guide(float scale, float without, float with) {
+    return scale == 1.0f ? with : plus(without, scale, __fsub_rn(with, without));
+}
+
+// The scale in a step; 1 outside the interval of timesteps (arXiv 2404.07724).
+__device__ __forceinline__ float scale_at(const Slot& slot, const DeviceStep& step) {
+    return step.timestep <= slot.first && step.timestep >= slot.last ? __fmul_rn(slot.guidance, step.guidance) : 1.0f;
+}
+
+struct RescaleParams {
+    Slot* slots;
+    const int32_t* places;
+    const DeviceStep* steps;
+    const float* out;  // the UNet's output: unconditional rows come first
+    int32_t one;  // numbers per image
+    int32_t rows;
+    int32_t capacity;
+    int32_t padding;
+};
+LAYOUT(RescaleParams, slots, places, steps, out, one, rows, capacity, padding)
+
+// What a row's prediction is multiplied by, so that its standard deviation over the image comes nearer to that of the
+// conditional prediction (section 3.4 of arXiv 2305.08891). One block per row; the order of the sums is that of the
+// CPU's `rescaling`. Products of two floats are exact in f64, so it does not matter where they are fused.
+KERNEL __launch_bounds__(256) rescale(const __grid_constant__ RescaleParams p) {
+    griddep_launch_dependents();
+    griddep_wait();
+    int row = blockIdx.x, place = p.places[row], thread = threadIdx.x;
+    if (place < 0) return;
+    Slot& slot = p.slots[place];
+    if (slot.current >= slot.steps || slot.rescale == 0.0f) return;
+    float scale = scale_at(slot, p.steps[int64_t(place) * p.capacity + slot.current]);
+    const float* without = p.out + int64_t(row) * p.one;
+    const float* with = without + int64_t(p.rows) * p.one;
+    double sums[4] = {0.0, 0.0, 0.0, 0.0};
+    for (int i = thread; i < p.one; i += 256) {
+        double conditional = with[i], guided = guide(scale, without[i], with[i]);
+        sums[0] += conditional;
+        sums[1] += conditional * conditional;
+        sums[2] += guided;
+        sums[3] += guided * guided;
+    }
+    double* shared = reinterpret_cast<double*>(dyn_smem());
+#pragma unroll
+    for (int k = 0; k < 4; k++) shared[k * 256 + thread] = sums[k];
+    for (int half = 128; half > 0; half /= 2) {
+        __syncthreads();
+        if (thread < half) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) shared[k * 256 + thread] += shared[k * 256 + thread + half];
+        }
+    }
+    if (thread == 0) {
+        double conditional = shared[256] - shared[0] * shared[0] / p.one;
+        double guided = shared[768] - shared[512] * shared[512] / p.one;
+        slot.factor = float(fma(double(slot.rescale), sqrt(conditional / guided) - 1.0, 1.0));
+    }
+}
+EXPORT(rescale)
 
 struct GuideAndStepParams {
     Slot* slots;
@@ -146,12 +232,6 @@ struct GuideAndStepParams {
 LAYOUT(GuideAndStepParams, slots, places, steps, out, noise, latents, saved, history, size, rows, guided, capacity,
        stride)
 
-// sum + coefficient * x with two roundings, as the CPU computes it. Written with operators, the compiler would fuse the
-// two, which shows where large terms cancel, as the noise does in the last steps of LCM.
-__device__ __forceinline__ float plus(float sum, float coefficient, float x) {
-    return __fadd_rn(sum, __fmul_rn(coefficient, x));
-}
-
 // The same for x[i], unless the coefficient is zero: memory that no step has written yet may hold anything.
 __device__ __forceinline__ float plus_kept(float sum, float coefficient, const float* x, int i) {
     return coefficient == 0.0f ? sum : plus(sum, coefficient, x[i]);
@@ -164,7 +244,7 @@ __device__ __forceinline__ float dot(const float (&coefficients)[3], const float
     return sum;
 }
 
-// Classifier-free guidance (arXiv 2207.12598) and the sampler's step, latents in place. The arithmetic is that of
+// Guidance and the sampler's step, latents in place. The arithmetic is that of the CPU's `guide` and of
 // SamplerState::step in the same order, so the numbers are equal to the last bit.
 KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndStepParams p) {
     griddep_launch_dependents();
@@ -179,9 +259,9 @@ KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndSte
     int at = place * one + within;
     float x = p.latents[at], out = p.out[i];
     if (p.guided) {
-        float conditional = p.out[p.rows * one + i];
-        // At 1 the prediction is exactly that of a batch without guidance.
-        out = slot.guidance == 1.0f ? conditional : plus(out, slot.guidance, __fsub_rn(conditional, out));
+        float scale = scale_at(slot, step);
+        out = guide(scale, out, p.out[p.rows * one + i]);
+        if (slot.rescale != 0.0f && scale != 1.0f) out = __fmul_rn(out, slot.factor);
     }
     float m = plus(__fmul_rn(step.convert_x, x), step.convert_out, out);
     // Comparisons, so that NaN stays NaN.
@@ -191,8 +271,7 @@ KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndSte
     float next = plus(__fmul_rn(step.next_base, base), step.next_out, out);
     next = __fadd_rn(plus(next, step.next_m, m), dot(step.next_history, p.history, at, p.stride));
     if (step.next_noise != 0.0f) {
-        float noise = slot.philox ? normal(slot.seed, slot.drawn + step.draw, within, p.size) : p.noise[at];
-        next = plus(next, step.next_noise, noise);
+        next = plus(next, step.next_noise, step_noise(slot, step, within, p.size, p.noise + place * one));
     }
     p.latents[at] = next;
     if (step.save) p.saved[at] = base;

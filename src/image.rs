@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::diffusion::scheduler::Tuning;
 use crate::{Error, Result};
 
 /// PNG keyword of [`GenerationInfo::parameters`], which the A1111 web UI and its successors read.
@@ -190,6 +191,15 @@ pub struct GenerationInfo {
     pub spacing: String,
     /// Classifier-free guidance scale.
     pub guidance: f32,
+    /// [`crate::Image::guidance_rescale`], if it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guidance_rescale: Option<f32>,
+    /// [`crate::Image::guidance_interval`], if it was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guidance_interval: Option<(f32, f32)>,
+    /// The sampler's numbers that were given.
+    #[serde(flatten)]
+    pub tuning: Tuning,
     /// Seed of the noise.
     pub seed: u64,
     /// The generator that drew the noise, such as `torch-cuda`.
@@ -307,12 +317,24 @@ impl GenerationInfo {
             .filter(|p| p.component != "vae")
             .map(|p| format!("{}: {}", p.component, p.file))
             .collect();
+        let number = |value: Option<f64>| value.map(|value| value.to_string());
+        let tuning = serde_json::to_value(self.tuning).unwrap_or_default();
+        let chosen = |field: &str| tuning[field].as_str().map(str::to_string);
         let ends = self.concepts.iter().any(|used| used.until.is_some());
         let fields = [
             ("Steps", Some(self.steps.to_string())),
             ("Sampler", Some(self.sampler.clone())),
             ("Schedule type", Some(self.spacing.clone())),
             ("CFG scale", Some(self.guidance.to_string())),
+            ("CFG rescale", self.guidance_rescale.map(|share| share.to_string())),
+            ("CFG interval", self.guidance_interval.map(|(from, until)| format!("{from}-{until}"))),
+            ("Eta", number(self.tuning.eta)),
+            ("Sigma churn", number(self.tuning.s_churn)),
+            ("Sigma tmin", number(self.tuning.s_tmin)),
+            ("Sigma tmax", number(self.tuning.s_tmax)),
+            ("Sigma noise", number(self.tuning.s_noise)),
+            ("Step noise", chosen("step_noise")),
+            ("Prediction", chosen("prediction")),
             ("Seed", Some(self.seed.to_string())),
             ("Size", Some(size)),
             ("Original size", self.original_size.map(|(width, height)| format!("{width}x{height}"))),

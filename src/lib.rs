@@ -116,7 +116,7 @@ pub use concept::{
 pub use concept::{Files as ConceptFiles, Shelf};
 pub use device::{Device, Place};
 pub use diffusion::noise::Rng;
-pub use diffusion::scheduler::{Sampler, SamplerChoice, Spacing};
+pub use diffusion::scheduler::{Prediction, Preset, Sampler, SamplerChoice, Spacing, StepNoise, Tuning};
 pub use engine::{
     Conditioning, Engine, EngineOptions, Event, Image, ImageId, MemoryPlan, Output, Progress, Prompt, Request,
     RunningBatch, Session, SessionOptions, Size, Start,

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use respodiff::diffusion::brownian::BrownianTree;
 use respodiff::diffusion::noise::{NormalGenerator, Rng};
 use safetensors::SafeTensors;
 
@@ -50,6 +51,45 @@ fn torch_cpu_as_recorded() {
         draws += 1;
     }
     assert!(draws > 10, "only {draws} draws recorded");
+}
+
+/// The Brownian motion of k-diffusion's stochastic samplers, against torchsde's.
+#[test]
+fn brownian_motion() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/cases/brownian.safetensors");
+    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let spans: serde_json::Value = serde_json::from_str(&header.metadata().as_ref().unwrap()["spans"]).unwrap();
+    let recorded = SafeTensors::deserialize(&bytes).unwrap();
+    let mut compared = 0;
+    for (name, tensor) in recorded.iter() {
+        let (list, seed) = name.strip_prefix("out.").unwrap().split_once('.').unwrap();
+        let spans: Vec<[f64; 2]> = serde_json::from_value(spans[list].clone()).unwrap();
+        let greatest = spans.iter().map(|span| span[0]).fold(0.0, f64::max);
+        let least = spans.iter().map(|span| span[1]).fold(greatest, f64::min);
+        let len = tensor.shape()[1..].iter().product();
+        let mut tree = BrownianTree::new(Rng::TorchCpu, seed.parse().unwrap(), least, greatest, len);
+        let theirs: Vec<f32> =
+            tensor.data().chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect();
+        // In another order too: values depend neither on it nor on each other.
+        for order in [(0..spans.len()).collect::<Vec<_>>(), (0..spans.len()).rev().collect()] {
+            for i in order {
+                let mut ours = vec![f32::NAN; len];
+                tree.fill(spans[i][0], spans[i][1], &mut ours);
+                for (a, b) in ours.iter().zip(&theirs[i * len..][..len]) {
+                    // torchsde adds fp32 numbers, and near the end divides small differences by small roots.
+                    assert!((a - b).abs() <= 3e-5, "{name}, span {i}: {a} is not {b}");
+                }
+                compared += 1;
+            }
+        }
+    }
+    assert_eq!(compared, 2 * 4 * (7 + 2));
+    // Another generator gives other noise, of the same kind.
+    let mut ours = vec![0.0; 4096];
+    BrownianTree::new(Rng::TorchCuda, 3, 0.03, 14.6, ours.len()).fill(3.0, 2.5, &mut ours);
+    let variance = ours.iter().map(|x| (x * x) as f64).sum::<f64>() / ours.len() as f64;
+    assert!((variance - 1.0).abs() < 0.1, "{variance}");
 }
 
 #[test]

@@ -3,7 +3,10 @@
 
 mod support;
 
-use respodiff::{Device, Engine, ErrorKind, Image, Output, Prompt, Request, SessionOptions, Size, Source, Start};
+use respodiff::{
+    Device, Engine, ErrorKind, Image, Output, Prompt, Request, SamplerChoice, SessionOptions, Size, Source, Start,
+    Tuning,
+};
 use serde_json::from_str;
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -32,8 +35,7 @@ fn engine_of(meta: &HashMap<String, String>) -> Engine {
 
 #[test]
 fn pipelines_match_diffusers() {
-    // Guidance rescale is not supported.
-    for case in cases("pipeline_", 18).into_iter().filter(|c| !c.name.ends_with("_rescale")) {
+    for case in cases("pipeline_", 23) {
         let meta = case.metadata();
         let field = |name: &str| meta.get(name).map_or(serde_json::Value::Null, |text| from_str(text).unwrap());
         let prompts = |name: &str| match field(name) {
@@ -49,12 +51,15 @@ fn pipelines_match_diffusers() {
         let image = |i: usize| {
             let prompt = positive[i * positive.len() / batch].clone().unwrap();
             let seed = field("seed").as_u64().unwrap() + i as u64;
-            let mut image = Image::new(prompt).seed(seed).guidance(guidance);
+            let rescale = field("guidance_rescale").as_f64().unwrap() as f32;
+            let mut image = Image::new(prompt).seed(seed).guidance(guidance).guidance_rescale(rescale);
             image.negative = negative[i * negative.len() / batch].clone().map(Prompt::from);
             image
         };
+        let tuning = Tuning { eta: field("eta").as_f64().filter(|eta| *eta != 0.0), ..Tuning::NONE };
         let request = Request::new((0..batch).map(image).collect())
             .steps(field("steps").as_u64().unwrap() as usize)
+            .sampler(SamplerChoice { tuning, ..SamplerChoice::default() })
             .conditioned_on_size(pair("original_size"), pair("crops_coords_top_left").unwrap_or((0, 0)));
         let options = SessionOptions::new(Size::new(width, height)).batch(batch).guided(guidance > 1.0);
         assert_eq!(engine.reads_guidance(), meta["checkpoint"] == "lcm");

@@ -43,7 +43,8 @@ fn requests(engine: &Engine, networks: bool, xl: bool) -> Vec<Request> {
     let image = |i: usize, sampler: Sampler| {
         let image = Image::new(["a doctor", "a cat", "a portrait of a chef"][i % 3]).seed(7 * i as u64);
         let image = if i % 2 == 1 { image.negative("a hat") } else { image };
-        let image = image.guidance([2.0, 1.0, 1.5][i % 3]);
+        let image = image.guidance([2.0, 1.0, 1.5][i % 3]).guidance_rescale([0.0, 0.7][i / 2 % 2]);
+        let image = if i % 5 == 2 { image.guidance_interval((900.0, 300.0)) } else { image };
         let image = match i % 4 {
             1 => image.concept(concept(Form::Constant, 3), 0.7),
             2 => image
@@ -52,7 +53,7 @@ fn requests(engine: &Engine, networks: bool, xl: bool) -> Vec<Request> {
             _ => image,
         };
         let image = if i == 3 { image.start(Start::Latents(latents.clone())) } else { image };
-        let choice = SamplerChoice { sampler: Some(sampler), spacing: None };
+        let choice = SamplerChoice { sampler: Some(sampler), ..SamplerChoice::default() };
         let request = Request::from(image).steps(2 + i % 4).sampler(choice).rng(Rng::ALL[i % 2]);
         if xl && i % 3 == 1 { request.conditioned_on_size(Some((64, 48)), (8, 0)) } else { request }
     };
@@ -60,7 +61,7 @@ fn requests(engine: &Engine, networks: bool, xl: bool) -> Vec<Request> {
 }
 
 fn alone(engine: &Engine, request: &Request) -> Picture {
-    let guided = request.images[0].guidance != Some(1.0);
+    let guided = request.images[0].guidance != Some(1.0) || request.sampler.sampler.is_some_and(Sampler::is_cfg_pp);
     let options = OPTIONS.guided(guided).concepts(!request.images[0].concepts.is_empty());
     let mut output = engine.session(options).unwrap().generate(request, &mut |_| ControlFlow::Continue(())).unwrap();
     output.pictures.remove(0)

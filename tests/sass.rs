@@ -52,7 +52,7 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
 
 /// Instructions that a kernel's code must not contain: the sampler does the arithmetic of the CPU, which does not fuse
 /// multiplications and additions.
-const FORBIDDEN: &[(&str, &str)] = &[("guide_and_step", "FFMA")];
+const FORBIDDEN: &[(&str, &str)] = &[("guide_and_step", "FFMA"), ("prepare", "FFMA")];
 
 /// Instructions that no kernel of compute capability 9.0 may execute before it has waited for the preceding launches:
 /// they read or write global memory or end the thread. TMA loads are permitted, since they may fetch weights.

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use respodiff::ErrorKind;
-use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Spacing};
+use respodiff::diffusion::scheduler::{
+    Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Spacing, Step, Tuning,
+};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -30,8 +32,7 @@ struct Golden {
 
 impl Golden {
     fn load(name: &str) -> Self {
-        let path =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/cases/scheduler_{name}.safetensors"));
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/cases/{name}.safetensors"));
         let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
         let metadata = header.metadata().as_ref().unwrap();
@@ -61,16 +62,22 @@ fn compare(name: &str) {
     let mut worst = 0f64;
     for (index, case) in golden.cases.iter().enumerate() {
         let spacing: Option<Spacing> = case["spacing"].as_str().map(|name| name.parse().unwrap());
-        let checkpoint = config(&case["config"].to_string());
+        let checkpoint = config(&case["config"].to_string()).of_sdxl(case["xl"] == true);
         let named = case["sampler"].as_str().unwrap().parse::<SamplerChoice>().unwrap().sampler;
         // A sampler that the checkpoint itself names is not chosen explicitly.
-        let choice = SamplerChoice { sampler: named.filter(|s| *s != checkpoint.sampler().unwrap()), spacing };
-        let schedule = Schedule::new(&checkpoint, choice, case["steps"].as_u64().unwrap() as usize).unwrap();
+        let sampler = named.filter(|s| *s != checkpoint.sampler().unwrap());
+        let tuning: Tuning = serde_json::from_value(case["tuning"].clone()).unwrap_or_default();
+        let choice = SamplerChoice { sampler, spacing, tuning };
+        let schedule = Schedule::new(&checkpoint, choice, case["steps"].as_u64().unwrap() as usize)
+            .unwrap_or_else(|error| panic!("{error}, {case}"));
 
-        // With k-diffusion's sigmas, a noise level without signal has a sigma of 4096, from which diffusers steps down
-        // in fp32.
-        let sigmas = matches!(schedule.sampler, Sampler::Euler | Sampler::EulerAncestral);
-        let tolerance = if sigmas && schedule.init_noise_sigma > 4000.0 { 2e-5 } else { 4e-6 };
+        // With k-diffusion's sigmas, a noise level without signal has a sigma of 4096, next to which the roundings of
+        // fp32 are large; so are they in a single step from the greatest sigma to the least.
+        let tolerance = match schedule.init_noise_sigma > 4000.0 {
+            true => 1e-4,
+            false if schedule.init_noise_sigma > 1.0 && case["steps"].as_u64() == Some(2) => 1e-5,
+            false => 4e-6,
+        };
 
         let timesteps = golden.rows(&format!("{index}.timesteps"));
         assert_eq!(schedule.steps.len(), timesteps.len(), "number of calls, {case}");
@@ -84,6 +91,7 @@ fn compare(name: &str) {
         for (i, step) in schedule.steps.iter().enumerate() {
             let theirs = timesteps[i][0];
             assert!((step.timestep - theirs).abs() <= 1e-4, "timestep {} of {theirs}, {case}", step.timestep);
+            step.churn(&mut x, golden.rows("noise")[i]);
             let input: Vec<f32> = x.iter().map(|x| x * step.input_scale).collect();
             state.step(step, golden.rows("out")[i], &mut x, golden.rows("noise")[i]);
             for (what, ours, theirs) in [("model_input", &input, inputs[i]), ("prev_sample", &x, samples[i])] {
@@ -98,37 +106,186 @@ fn compare(name: &str) {
 
 #[test]
 fn ddim() {
-    compare("ddim");
+    compare("scheduler_ddim");
 }
 
 #[test]
 fn pndm() {
-    compare("pndm");
+    compare("scheduler_pndm");
 }
 
 #[test]
 fn euler() {
-    compare("euler");
+    compare("scheduler_euler");
 }
 
 #[test]
 fn euler_ancestral() {
-    compare("euler_a");
+    compare("scheduler_euler_a");
 }
 
 #[test]
 fn dpm_solver_multistep() {
-    compare("dpmpp_2m");
+    compare("scheduler_dpmpp_2m");
 }
 
 #[test]
 fn unipc() {
-    compare("unipc");
+    compare("scheduler_unipc");
 }
 
 #[test]
 fn lcm() {
-    compare("lcm");
+    compare("scheduler_lcm");
+}
+
+#[test]
+fn samplers_of_diffusers_that_take_one_call_a_step() {
+    for name in ["ddpm", "ddim_eta", "tcd", "lms", "dpmpp_2m_sde", "singlestep"] {
+        compare(&format!("sampler_{name}"));
+    }
+}
+
+#[test]
+fn samplers_of_diffusers_that_take_two_calls_a_step() {
+    for name in ["heun", "dpm2", "dpm2_a", "dpmpp_sde"] {
+        compare(&format!("sampler_{name}"));
+    }
+}
+
+#[test]
+fn beta_spacing_and_lu_lambdas() {
+    for name in ["beta", "beta_2m", "beta_unipc"] {
+        compare(&format!("sampler_{name}"));
+    }
+}
+
+/// Samplers, tunings and spacings that diffusers does not have, against k-diffusion's functions.
+#[test]
+fn k_diffusion() {
+    compare("sampler_k_diffusion");
+}
+
+/// CFG++ in its published form: the guided prediction removes the noise, and the unconditional one brings it back.
+#[test]
+fn cfg_pp() {
+    let (unconditional, conditional, noise) = (0.3, -0.8, 0.4);
+    for (name, plain) in [("Euler CFG++", "Euler"), ("Euler a CFG++", "Euler a"), ("DDIM CFG++", "DDIM")] {
+        for (fields, velocity) in [(json!({}), false), (json!({"prediction_type": "v_prediction"}), true)] {
+            for eta in [None, Some(0.5)].into_iter().filter(|eta| eta.is_none() || plain != "Euler") {
+                let schedule = |name: &str| {
+                    let choice: SamplerChoice = name.parse().unwrap();
+                    let tuning = Tuning { eta, ..Tuning::default() };
+                    Schedule::new(&config(&sd15(fields.clone())), SamplerChoice { tuning, ..choice }, 7).unwrap()
+                };
+                let (ours, plain) = (schedule(name), schedule(plain));
+                assert_eq!(ours.steps.len(), 7);
+                for (step, plain) in ours.steps.iter().zip(&plain.steps) {
+                    assert_eq!(plain.guidance, 1.0);
+                    let next = |step: &Step, out: f64| {
+                        let mut x = [0.7];
+                        SamplerState::new(1).step(step, &[out as f32], &mut x, &[noise]);
+                        x[0] as f64
+                    };
+                    let scale = 0.6;
+                    let guided = |scale: f64| unconditional + scale * (conditional - unconditional);
+                    let ours = next(step, guided(scale * step.guidance));
+                    // A plain step is linear in the output: its slope is that of the removal of noise, less that of the
+                    // noise brought back. From the sample without noise the first one is known.
+                    let slope = next(plain, 1.0) - next(plain, 0.0);
+                    let removal = match plain.input_scale {
+                        // DDIM: alpha of the next level times the slope of the sample without noise.
+                        1.0 => plain.next.m * plain.convert.out,
+                        alpha => {
+                            let alpha = alpha as f64;
+                            if velocity { -(1.0 - alpha * alpha).sqrt() } else { -(1.0 / (alpha * alpha) - 1.0).sqrt() }
+                        }
+                    };
+                    let brought_back = slope - removal;
+                    let theirs = next(plain, 0.0) + removal * guided(scale) + brought_back * unconditional;
+                    assert!((ours - theirs).abs() <= 1e-5 * theirs.abs().max(1.0), "{name}, {ours} is not {theirs}");
+                }
+            }
+        }
+    }
+}
+
+/// Fields by which a checkpoint names a sampler and its steps.
+#[test]
+fn checkpoints_name_every_sampler() {
+    for (fields, sampler, spacing) in [
+        (
+            json!({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}),
+            Sampler::DpmSolverMultistepSde,
+            Spacing::Linspace,
+        ),
+        (
+            json!({"_class_name": "DPMSolverSinglestepScheduler", "timestep_spacing": "leading"}),
+            Sampler::DpmSolverSinglestep,
+            Spacing::Linspace,
+        ),
+        (json!({"_class_name": "HeunDiscreteScheduler", "use_beta_sigmas": true}), Sampler::Heun, Spacing::Beta),
+        (
+            json!({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": true}),
+            Sampler::DpmSolverMultistep,
+            Spacing::LuLambdas,
+        ),
+        (
+            json!({"_class_name": "KDPM2AncestralDiscreteScheduler", "use_karras_sigmas": true}),
+            Sampler::Dpm2Ancestral,
+            Spacing::Karras,
+        ),
+    ] {
+        let schedule = Schedule::new(&config(&sd15(fields)), SamplerChoice::default(), 10).unwrap();
+        assert_eq!((schedule.sampler, schedule.spacing), (sampler, Some(spacing)));
+    }
+}
+
+/// Which noise is drawn anew, and which is a Brownian motion's.
+#[test]
+fn spans_of_noise() {
+    let spans = |fields: Value, name: Option<&str>| {
+        let choice = name.map_or(SamplerChoice::default(), |name| name.parse().unwrap());
+        let schedule = Schedule::new(&config(&sd15(fields)), choice, 5).unwrap();
+        let noisy: Vec<Step> = schedule.steps.into_iter().filter(Step::needs_noise).collect();
+        noisy.iter().map(|step| step.span).collect::<Vec<_>>()
+    };
+    let sde = json!({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"});
+    // As diffusers' class, and as k-diffusion's function.
+    assert_eq!(spans(sde.clone(), None), [None; 4]);
+    let named = spans(sde, Some("DPM++ 2M SDE Karras"));
+    let named: Vec<[f64; 2]> = named.into_iter().map(Option::unwrap).collect();
+    assert_eq!(named.len(), 4);
+    assert!(named.windows(2).all(|pair| (pair[0][1] / pair[1][0] - 1.0).abs() < 1e-12), "{named:?}");
+    assert!((named[0][0] - 14.6146).abs() < 1e-3 && (named[3][1] - 0.02917).abs() < 1e-4, "{named:?}");
+    // The way to the middle of a step is part of the step.
+    let own = spans(json!({"_class_name": "DPMSolverSDEScheduler"}), None);
+    let own: Vec<[f64; 2]> = own.into_iter().map(Option::unwrap).collect();
+    assert_eq!(own.len(), 8);
+    assert!(own.chunks(2).all(|pair| pair[0][0] == pair[1][0] && pair[0][1] > pair[1][1]), "{own:?}");
+    assert_eq!(spans(json!({}), Some("Euler a")), [None; 4]);
+}
+
+#[test]
+fn tunings_that_a_sampler_does_not_have_are_refused() {
+    let none = Tuning::default();
+    for (sampler, tuning, field) in [
+        ("Euler", Tuning { eta: Some(1.0), ..none }, "eta"),
+        ("DPM++ 2M", Tuning { eta: Some(0.0), ..none }, "eta"),
+        ("DDIM", Tuning { eta: Some(1.1), ..none }, "eta"),
+        ("TCD", Tuning { eta: Some(-0.1), ..none }, "eta"),
+        ("Euler a", Tuning { eta: Some(f64::NAN), ..none }, "eta"),
+        ("Euler a", Tuning { s_churn: Some(1.0), ..none }, "s_churn"),
+        ("Euler", Tuning { s_churn: Some(f64::INFINITY), ..none }, "s_churn"),
+        ("LMS", Tuning { s_tmin: Some(1.0), ..none }, "s_tmin"),
+        ("LMS", Tuning { s_tmax: Some(1.0), ..none }, "s_tmax"),
+        ("DDIM", Tuning { s_noise: Some(1.0), ..none }, "s_noise"),
+    ] {
+        let choice: SamplerChoice = sampler.parse().unwrap();
+        let error = Schedule::new(&config(SD15), SamplerChoice { tuning, ..choice }, 5).expect_err(field);
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.to_string().contains(field), "{sampler}: {error}");
+    }
 }
 
 #[test]
@@ -142,26 +299,35 @@ fn every_number_of_steps_has_finite_coefficients() {
         let checkpoint = config(&checkpoint);
         for sampler in Sampler::ALL.into_iter().filter(|sampler| !(zero_snr && *sampler == Sampler::Pndm)) {
             for spacing in std::iter::once(None).chain(Spacing::ALL.map(Some)) {
-                let choice = SamplerChoice { sampler: Some(sampler), spacing };
-                let sigmas = matches!(spacing, Some(Spacing::Karras | Spacing::Exponential));
-                let whole = matches!(sampler, Sampler::Ddim | Sampler::Pndm);
-                if (sampler == Sampler::Lcm && spacing.is_some()) || (sigmas && whole) {
+                let choice = SamplerChoice { sampler: Some(sampler), spacing, ..SamplerChoice::default() };
+                let timesteps =
+                    matches!(spacing, None | Some(Spacing::Leading | Spacing::Trailing | Spacing::Linspace));
+                let whole = matches!(sampler, Sampler::Ddim | Sampler::DdimCfgPp | Sampler::Ddpm | Sampler::Pndm);
+                let distilled = matches!(sampler, Sampler::Lcm | Sampler::Tcd);
+                if (distilled && spacing.is_some()) || (whole && !timesteps) {
                     assert!(
                         Schedule::new(&checkpoint, choice, 4).is_err_and(|e| e.kind() == ErrorKind::Invalid),
                         "{choice:?}"
                     );
                     continue;
                 }
-                for steps in 1..=if sampler == Sampler::Lcm { 50 } else { 100 } {
-                    let schedule = Schedule::new(&checkpoint, choice, steps).unwrap();
-                    let calls = steps + (sampler == Sampler::Pndm && steps > 1) as usize;
+                for steps in 1..=if distilled { 50 } else { 100 } {
+                    let schedule = Schedule::new(&checkpoint, choice, steps);
+                    let schedule = schedule.unwrap_or_else(|error| panic!("{error}, {choice:?}"));
+                    let calls = match sampler {
+                        Sampler::Pndm => steps + (steps > 1) as usize,
+                        Sampler::Heun | Sampler::Dpm2 | Sampler::Dpm2Ancestral => 2 * steps - 1,
+                        Sampler::Dpmpp2sAncestral | Sampler::DpmppSde => 2 * steps - 1,
+                        _ => steps,
+                    };
                     assert_eq!(schedule.steps.len(), calls, "{choice:?} in {steps}");
                     // A run with a constant model output stays finite, so all coefficients are finite.
                     let mut state = SamplerState::new(1);
                     let mut x = [schedule.init_noise_sigma];
                     schedule.steps.iter().for_each(|step| state.step(step, &[0.5], &mut x, &[0.5]));
                     assert!(x[0].is_finite() && schedule.init_noise_sigma > 0.0, "{choice:?} in {steps}");
-                    let falling = schedule.steps.windows(2).all(|pair| pair[0].timestep >= pair[1].timestep);
+                    // As in diffusers, DPM2 with Karras' spacing rounds the timesteps of steps, and not those in the middle.
+                    let falling = schedule.steps.windows(2).all(|pair| pair[0].timestep + 0.5 >= pair[1].timestep);
                     assert!(falling, "{choice:?} in {steps}");
                 }
             }
@@ -187,28 +353,50 @@ fn samplers_go_by_many_names() {
         ("DPM++ 2M Karras|dpmpp_2m_karras|dpm++2mkarras", DpmSolverMultistep, Some(Spacing::Karras)),
         ("Euler Karras", Euler, Some(Spacing::Karras)),
         ("Euler a Exponential", EulerAncestral, Some(Spacing::Exponential)),
-        ("euler sgm_uniform|Euler trailing|euler_simple", Euler, Some(Spacing::Trailing)),
+        ("DDIM CFG++|ddim_cfg_pp", DdimCfgPp, None),
+        ("euler_cfg_pp|Euler CFG++|k_euler_cfg_pp", EulerCfgPp, None),
+        ("euler_ancestral_cfg_pp|Euler a CFG++", EulerAncestralCfgPp, None),
+        ("DDPM|DDPMScheduler|ddpm", Ddpm, None),
+        ("Heun|k_heun|HeunDiscreteScheduler|sample_heun", Heun, None),
+        ("LMS|k_lms|LMSDiscreteScheduler", Lms, None),
+        ("DPM2|dpm_2|k_dpm_2|KDPM2DiscreteScheduler|sample_dpm_2", Dpm2, None),
+        ("DPM2 a|k_dpm_2_a|k_dpm_2_ancestral|KDPM2AncestralDiscreteScheduler", Dpm2Ancestral, None),
+        ("DPM++ 2M SDE|k_dpmpp_2m_sde|dpmpp_2m_sde", DpmSolverMultistepSde, None),
+        ("DPM++ 3M SDE|k_dpmpp_3m_sde|sample_dpmpp_3m_sde", DpmSolverMultistep3Sde, None),
+        ("DPM++ 2S|DPMSolverSinglestepScheduler", DpmSolverSinglestep, None),
+        ("DPM++ 2S a|k_dpmpp_2s_a|sample_dpmpp_2s_ancestral", Dpmpp2sAncestral, None),
+        ("DPM++ SDE|k_dpmpp_sde|DPMSolverSDEScheduler", DpmppSde, None),
+        ("TCD|TCDScheduler", Tcd, None),
+        ("DPM++ 2M AYS|dpmpp_2m align_your_steps", DpmSolverMultistep, Some(Spacing::AlignYourSteps)),
+        ("DPM++ 2M SDE Karras|dpmpp_2m_sde_karras", DpmSolverMultistepSde, Some(Spacing::Karras)),
+        ("Euler beta", Euler, Some(Spacing::Beta)),
+        ("Euler KL Optimal", Euler, Some(Spacing::KlOptimal)),
+        ("Euler lu", Euler, Some(Spacing::LuLambdas)),
+        ("Euler trailing", Euler, Some(Spacing::Trailing)),
+        ("euler sgm_uniform|Euler SGM Uniform", Euler, Some(Spacing::SgmUniform)),
+        ("euler_simple", Euler, Some(Spacing::Simple)),
+        ("euler ddim_uniform", Euler, Some(Spacing::Leading)),
         ("euler_normal|EULER UNIFORM|euler linspace", Euler, Some(Spacing::Linspace)),
         ("DDIM leading", Ddim, Some(Spacing::Leading)),
     ] {
         for name in names.split('|') {
             let choice: SamplerChoice = name.parse().unwrap();
-            assert_eq!(choice, SamplerChoice { sampler: Some(sampler), spacing }, "{name}");
+            assert_eq!((choice.sampler, choice.spacing), (Some(sampler), spacing), "{name}");
         }
     }
     for sampler in Sampler::ALL {
-        for name in [sampler.diffusers_name(), sampler.a1111_name()] {
+        for name in sampler.diffusers_name().into_iter().chain([sampler.a1111_name()]) {
             assert_eq!(name.parse::<SamplerChoice>().unwrap().sampler, Some(sampler));
         }
     }
     for spacing in Spacing::ALL {
         assert_eq!(spacing.name().parse::<Spacing>().unwrap(), spacing);
     }
-    for unknown in ["", "karras", "Heun", "DPM++ SDE", "euler b"] {
+    for unknown in ["", "karras", "Heun b", "k", "euler b"] {
         let message = unknown.parse::<SamplerChoice>().expect_err(unknown).to_string();
         assert!(message.contains("Euler a") && message.contains("karras"), "{message}");
     }
-    assert!("beta".parse::<Spacing>().is_err_and(|error| error.to_string().contains("trailing")));
+    assert!("gamma".parse::<Spacing>().is_err_and(|error| error.to_string().contains("trailing")));
 }
 
 #[test]
@@ -219,7 +407,7 @@ fn the_checkpoint_names_the_default() {
     let schedule = Schedule::new(&config(&karras), SamplerChoice::default(), 20).unwrap();
     assert_eq!((schedule.sampler, schedule.spacing), (Sampler::DpmSolverMultistep, Some(Spacing::Karras)));
     // The user's choice takes precedence over the checkpoint's.
-    let choice = SamplerChoice { sampler: None, spacing: Some(Spacing::Trailing) };
+    let choice = SamplerChoice { spacing: Some(Spacing::Trailing), ..SamplerChoice::default() };
     assert_eq!(Schedule::new(&config(&karras), choice, 20).unwrap().spacing, Some(Spacing::Trailing));
     // Python's JSON, as diffusers writes it.
     let clipped = r#"{"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity}"#;
@@ -262,15 +450,25 @@ fn configs_that_nothing_here_can_honour_are_refused() {
 #[test]
 fn configs_that_one_sampler_cannot_honour_are_refused_by_it() {
     for (class, fields, needles) in [
-        ("HeunDiscreteScheduler", json!({}), "_class_name HeunDiscreteScheduler EulerDiscreteScheduler"),
+        ("ScoreSdeVeScheduler", json!({}), "_class_name ScoreSdeVeScheduler EulerDiscreteScheduler"),
         ("PNDMScheduler", json!({"skip_prk_steps": false}), "skip_prk_steps false true"),
         ("PNDMScheduler", json!({"skip_prk_steps": null}), "skip_prk_steps false true"),
         ("PNDMScheduler", json!({"rescale_betas_zero_snr": true}), "rescale_betas_zero_snr"),
-        ("DPMSolverMultistepScheduler", json!({"algorithm_type": "sde-dpmsolver++"}), "algorithm_type sde dpmsolver++"),
+        ("DPMSolverMultistepScheduler", json!({"algorithm_type": "sde-dpmsolver"}), "algorithm_type sde dpmsolver++"),
+        (
+            "DPMSolverSinglestepScheduler",
+            json!({"algorithm_type": "sde-dpmsolver++"}),
+            "algorithm_type sde dpmsolver++",
+        ),
+        ("HeunDiscreteScheduler", json!({"clip_sample": true}), "clip_sample true pixels"),
+        ("DDPMScheduler", json!({"variance_type": "fixed_large_log"}), "variance_type fixed_large_log"),
         ("DPMSolverMultistepScheduler", json!({"solver_type": "rk4"}), "solver_type rk4 midpoint"),
         ("DPMSolverMultistepScheduler", json!({"solver_order": 4}), "solver_order 4 3"),
-        ("DPMSolverMultistepScheduler", json!({"use_lu_lambdas": true}), "use_lu_lambdas"),
-        ("EulerDiscreteScheduler", json!({"use_beta_sigmas": true}), "use_beta_sigmas karras"),
+        (
+            "DPMSolverMultistepScheduler",
+            json!({"use_lu_lambdas": true, "use_beta_sigmas": true}),
+            "use_lu_lambdas use_beta_sigmas",
+        ),
         (
             "EulerDiscreteScheduler",
             json!({"use_karras_sigmas": true, "use_exponential_sigmas": true}),
@@ -295,7 +493,7 @@ fn configs_that_one_sampler_cannot_honour_are_refused_by_it() {
     }
     // Another sampler accepts such a checkpoint if the field says nothing about the model.
     for fields in [
-        json!({"_class_name": "HeunDiscreteScheduler"}),
+        json!({"_class_name": "ScoreSdeVeScheduler"}),
         json!({"algorithm_type": "sde-dpmsolver++", "solver_type": "rk4", "solver_order": 4, "use_lu_lambdas": true}),
         json!({"skip_prk_steps": false, "original_inference_steps": 0, "predict_x0": false}),
     ] {
@@ -318,7 +516,8 @@ fn requests_that_cannot_work_are_refused() {
     usage(SD15, "lcm karras", 4, "leave the spacing out");
     usage(SD15, "ddim karras", 4, "choose leading, trailing or linspace");
     // steps_offset pushes the first timestep out of the table.
-    usage(SD15, "ddim", 1000, "timestep 1000 lies beyond training's 1000");
+    usage(SD15, "ddim", 1000, "DDIM with leading spacing cannot sample in 1000 steps; choose from 1 to 999");
+    usage(SD15, "plms", 1000, "PLMS with leading spacing cannot sample in 1000 steps; choose from 1 to 999");
     // All timesteps the same.
     usage(SD15, "dpm++ 2m leading", 1000, "no finite step");
     // At a noise level without signal, the predicted noise says nothing about the sample.

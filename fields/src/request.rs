@@ -24,8 +24,12 @@ pub struct Request {
     pub steps: Option<usize>,
     /// Guidance scale.
     pub guidance: Option<f32>,
+    /// Share by which the standard deviation of guided predictions is brought to that without guidance.
+    pub guidance_rescale: Option<f32>,
     /// Name of the sampler.
     pub sampler: Option<String>,
+    /// The sampler's eta.
+    pub eta: Option<f64>,
     /// Concepts that every picture gets: names, with `:WEIGHT` behind them or without.
     pub concepts: Vec<String>,
     /// Groups of concepts, of which each picture gets one by exact quotas: `woman,man` or `woman,man=0.6,0.4`.
@@ -125,7 +129,9 @@ impl Request {
             negative_prompt: fields.take("negative_prompt", "a text")?,
             steps: fields.take("num_inference_steps", WHOLE)?,
             guidance: fields.take("guidance_scale", "a number")?,
+            guidance_rescale: fields.take("guidance_rescale", "a number")?,
             sampler: fields.take("sampler", "a text")?,
+            eta: fields.take("eta", "a number")?,
             concepts: concepts.unwrap_or_default().into_iter().map(named).collect(),
             balance: balance.map_or_else(Vec::new, Balance::groups),
         })
@@ -152,7 +158,8 @@ mod tests {
     #[test]
     fn every_field_is_taken() {
         let text = r#"{"prompt": ["a", "b"], "negative_prompt": "c", "n": 2, "width": 72, "height": 64,
-            "seed": 18446744073709551615, "num_inference_steps": 9, "guidance_scale": 2.5, "sampler": "Euler",
+            "seed": 18446744073709551615, "num_inference_steps": 9, "guidance_scale": 2.5,
+            "guidance_rescale": 0.5, "sampler": "Euler a", "eta": 0.25,
             "concepts": ["d", {"name": "e", "weight": 0.5}, {"name": "f"}], "balance": [["g", "h"], ["i", "j"]]}"#;
         let texts = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
         let expected = Request {
@@ -165,7 +172,9 @@ mod tests {
             seed: Some(u64::MAX),
             steps: Some(9),
             guidance: Some(2.5),
-            sampler: Some("Euler".into()),
+            guidance_rescale: Some(0.5),
+            sampler: Some("Euler a".into()),
+            eta: Some(0.25),
             concepts: texts(&["d", "e:0.5", "f"]),
             balance: texts(&["g,h", "i,j"]),
         };

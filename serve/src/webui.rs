@@ -84,7 +84,9 @@ pub async fn txt2img(
         seed: seed.filter(|seed| *seed >= 0).map(|seed| seed as u64),
         steps: fields.take("steps", whole)?,
         guidance: fields.take("cfg_scale", "a number")?,
+        guidance_rescale: fields.take("guidance_rescale", "a number")?,
         sampler: sampler.or(index).filter(|name| !name.is_empty() && name != "Automatic"),
+        eta: fields.take("eta", "a number")?,
         concepts: concepts.unwrap_or_default(),
         balance: balance.unwrap_or_default(),
     };

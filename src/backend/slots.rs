@@ -1,5 +1,6 @@
 //! The images that a [`super::Denoiser`] works on, each in a slot with its own steps, and what the host keeps of them.
 
+use crate::diffusion::brownian::BrownianTree;
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::Step;
 use crate::graph::Shape;
@@ -33,6 +34,36 @@ pub trait AddedToBottleneck: Send + Sync {
     fn write(&self, timestep: f32, mid: &[f32], out: &mut [f32]);
 }
 
+/// Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) of an image: the combination of the unconditional
+/// prediction u and the conditional prediction c.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Guidance {
+    /// The prediction is `u + scale * (c - u)`; at 1 it is c itself.
+    pub scale: f32,
+    /// The share, from 0 to 1, by which the prediction's standard deviation over the image is brought to that of c
+    /// (section 3.4 of arXiv 2305.08891).
+    pub rescale: f32,
+    /// The timesteps, from the first to the last, at which there is guidance (arXiv 2404.07724). At the others the
+    /// prediction is c itself.
+    pub interval: (f32, f32),
+}
+
+impl Guidance {
+    /// Guidance of a scale at every timestep.
+    pub const fn new(scale: f32) -> Self {
+        Guidance { scale, rescale: 0.0, interval: (f32::INFINITY, f32::NEG_INFINITY) }
+    }
+
+    /// The scale in a step.
+    pub fn at(&self, step: &Step) -> f32 {
+        let (first, last) = self.interval;
+        match step.timestep <= first && step.timestep >= last {
+            true => self.scale * step.guidance as f32,
+            false => 1.0,
+        }
+    }
+}
+
 /// One image, from noise to latents.
 pub struct RunImage {
     /// The sampler's steps.
@@ -41,15 +72,23 @@ pub struct RunImage {
     pub rng: Rng,
     /// Seed of its noise.
     pub seed: u64,
-    /// The prediction is `u + guidance * (c - u)`, with the unconditional prediction u and the conditional prediction
-    /// c; at 1 it is c itself.
-    pub guidance: f32,
+    /// Its guidance.
+    pub guidance: Guidance,
     /// Factor of the noise that it starts from.
     pub sigma: f32,
     /// The latents before the first step, NHWC; `None` for the seed's noise times `sigma`.
     pub latents: Option<Vec<f32>>,
     /// The numbers that are added to its bottleneck; `None` for none.
     pub added: Option<Box<dyn AddedToBottleneck>>,
+}
+
+impl RunImage {
+    /// The least and the greatest sigma between which its noise is a Brownian motion, if it is one.
+    pub fn brownian_range(&self) -> Option<(f64, f64)> {
+        let spans = || self.steps.iter().filter_map(|step| step.span);
+        let greatest = spans().map(|[from, _]| from).reduce(f64::max)?;
+        Some((spans().map(|[_, to]| to).fold(greatest, f64::min), greatest))
+    }
 }
 
 /// An image in a slot.
@@ -59,12 +98,19 @@ pub struct Active {
     /// Number of its steps that have been taken.
     pub done: usize,
     noise: NormalGenerator,
+    /// The motion from which steps take their noise that have a [`Step::span`].
+    motion: Option<BrownianTree>,
 }
 
 impl Active {
     /// The next step; `None` after the last.
     pub fn next(&self) -> Option<&Step> {
         self.image.steps.get(self.done)
+    }
+
+    /// True if a device that knows [`Rng::TorchCuda`] draws the noise of its steps by itself.
+    pub fn is_drawn_by_device(&self) -> bool {
+        self.image.rng == Rng::TorchCuda && self.motion.is_none()
     }
 }
 
@@ -93,20 +139,22 @@ impl Slots {
     /// Puts an image into a slot, in place of the one that was there. Returns the latents that it starts from, unless
     /// they are noise that the device draws (`drawn`).
     pub fn begin(&mut self, slot: usize, mut image: RunImage, drawn: bool) -> Option<Vec<f32>> {
-        let given = image.latents.take();
-        let noise = NormalGenerator::new(image.rng, image.seed);
-        let sigma = image.sigma;
-        self.images[slot] = Some(Active { image, done: 0, noise });
-        match given {
-            Some(latents) => Some(latents),
-            None if drawn => None,
-            None => {
+        let mut noise = NormalGenerator::new(image.rng, image.seed);
+        let latents = match image.latents.take() {
+            None if !drawn => {
                 let mut latents = vec![0.0; self.shape.len()];
-                self.draw(slot, &mut latents);
-                latents.iter_mut().for_each(|x| *x *= sigma);
+                noise.fill(&mut self.draft);
+                nchw_to_nhwc(&self.draft, self.shape.c, self.shape.tokens(), &mut latents);
+                latents.iter_mut().for_each(|x| *x *= image.sigma);
                 Some(latents)
             }
-        }
+            given => given,
+        };
+        let motion = image
+            .brownian_range()
+            .map(|(least, greatest)| BrownianTree::new(image.rng, image.seed, least, greatest, self.shape.len()));
+        self.images[slot] = Some(Active { image, done: 0, noise, motion });
+        latents
     }
 
     /// Gives rows to slots.
@@ -128,10 +176,14 @@ impl Slots {
         })
     }
 
-    /// Draws noise for an image in NCHW, as diffusers does, and writes NHWC.
+    /// Draws noise for the next step of an image in NCHW, as diffusers does, and writes NHWC.
     pub fn draw(&mut self, slot: usize, out: &mut [f32]) {
         if let Some(active) = &mut self.images[slot] {
-            active.noise.fill(&mut self.draft);
+            let span = active.next().and_then(|step| step.span);
+            match (span, &mut active.motion) {
+                (Some([from, to]), Some(motion)) => motion.fill(from, to, &mut self.draft),
+                _ => active.noise.fill(&mut self.draft),
+            }
             nchw_to_nhwc(&self.draft, self.shape.c, self.shape.tokens(), out);
         }
     }

@@ -19,6 +19,7 @@ mod progress;
 mod prompts;
 mod rerun;
 mod sample;
+mod sampler;
 mod serve;
 mod train;
 

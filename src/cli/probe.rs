@@ -1,7 +1,7 @@
 //! `respodiff probe`: it runs single components, to compare the engine with another implementation.
 
 use super::files::{TensorFile, write};
-use super::{Place, adapters, parts, say, tell, warn};
+use super::{Place, adapters, parts, sampler, say, tell, warn};
 use crate::backend::{Executor, Precision};
 use crate::concept::{Form, Module};
 use crate::device::Device;
@@ -33,7 +33,8 @@ enum Component {
     /// latents [B,4,H,W], timestep [1], neutral_embeds [1,77,D], target [B,4,H,W], ram, sam [C,R,R] (text_embeds,
     /// time_ids) -> loss_resp, loss_sem, grad_ram (of L_resp), grad_sam (of lambda L_sem)
     Grad,
-    /// sample, eps [N,...] (noise [N,...]) -> timesteps, model_input, prev_sample
+    /// sample, eps [N,...] (noise [N,...]) -> timesteps, model_input, prev_sample; row i of eps and noise belongs to
+    /// the i-th call of the model
     Scheduler,
 }
 
@@ -64,6 +65,8 @@ pub(super) struct Args {
     /// Sampling steps
     #[arg(long, default_value_t = 50)]
     steps: usize,
+    #[command(flatten)]
+    tuning: sampler::Tunings,
     /// Weight of L_sem
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     lambda: f64,
@@ -312,7 +315,9 @@ fn encode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>>
 fn scheduler(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let name = "scheduler/scheduler_config.json";
     let config = SchedulerConfig::parse(&source.read_text(name)?, source.path(name))?;
-    let choice: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
+    let config = config.of_sdxl(source.has("text_encoder_2/config.json"));
+    let mut choice: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
+    choice.tuning = args.tuning.or(choice.tuning);
     let schedule = Schedule::new(&config, choice, args.steps)?;
     let calls = schedule.steps.len();
     let Some(sample) = file.find("sample") else { return Err(file.error("has no tensor `sample`")) };
@@ -329,8 +334,9 @@ fn scheduler(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Name
     let mut state = SamplerState::new(len);
     let (mut inputs, mut results) = (Vec::new(), Vec::new());
     for (i, step) in schedule.steps.iter().enumerate() {
-        inputs.extend(x.iter().map(|x| x * step.input_scale));
         let noise = if step.needs_noise() { &noise[i * len..][..len] } else { &[] };
+        step.churn(&mut x, noise);
+        inputs.extend(x.iter().map(|x| x * step.input_scale));
         state.step(step, &eps[i * len..][..len], &mut x, noise);
         results.extend_from_slice(&x);
     }

@@ -67,6 +67,8 @@ pub(super) fn remake(
     find: &dyn Fn(&str) -> Result<Concept>,
 ) -> Result<Picture> {
     let mut image = Image::new(info.prompt.as_str()).seed(info.seed).guidance(info.guidance);
+    image.guidance_rescale = info.guidance_rescale.unwrap_or(0.0);
+    image.guidance_interval = info.guidance_interval;
     image.negative = info.negative_prompt.clone().map(Into::into);
     for used in &info.concepts {
         let concept = find(&used.file)?;
@@ -77,13 +79,14 @@ pub(super) fn remake(
         let strength = Strength::from(used.weight).until(used.until.unwrap_or(0.0));
         image = image.concept(Arc::new(concept), strength);
     }
+    let choice = sampler(engine, info)?;
     let request = Request::from(image)
         .steps(info.steps)
-        .sampler(sampler(engine, info)?)
+        .sampler(choice)
         .rng(info.rng.parse()?)
         .conditioned_on_size(info.original_size, info.crop.unwrap_or((0, 0)));
     let options = SessionOptions::new(Size::new(info.width as usize, info.height as usize))
-        .guided(info.guidance > 1.0)
+        .guided(choice.sampler.is_some_and(|sampler| sampler.guides(info.guidance)))
         .reuse(info.reuse.unwrap_or(1))
         .concepts(!info.concepts.is_empty());
     let cancelled = interrupt_flag();
@@ -103,7 +106,7 @@ pub(super) fn remake(
 /// The picture's sampler, with the spacing whose name is in the record. The name "Automatic" is that of two spacings:
 /// of none, as for LCM, and of leading.
 fn sampler(engine: &Engine, info: &GenerationInfo) -> Result<SamplerChoice> {
-    let own: SamplerChoice = info.sampler.parse()?;
+    let own = SamplerChoice { tuning: info.tuning, ..info.sampler.parse()? };
     let spacings = [None].into_iter().chain(Spacing::ALL.map(Some));
     let mut choices = spacings.map(|spacing| SamplerChoice { spacing, ..own });
     let is_the_record = |choice: &SamplerChoice| {

@@ -4,11 +4,11 @@ use super::hashes;
 use super::out::{self, Named, Pictures};
 use super::progress::Progress as Shown;
 use super::prompts::{self, Item};
-use super::{Place, adapters, concepts, files, interrupt_flag, parts, say, tell, warn};
+use super::{Place, adapters, concepts, files, interrupt_flag, parts, sampler, say, tell, warn};
 use crate::backend::Precision;
 use crate::concept::{Assignment, Used};
 use crate::diffusion::noise::Rng;
-use crate::diffusion::scheduler::{SamplerChoice, Spacing};
+use crate::diffusion::scheduler::Spacing;
 use crate::draws::random_seed;
 use crate::engine::{Conditioning, Engine, EngineOptions, Image, Progress, Prompt, Request, Size, Start};
 use crate::files::{check_not_input, check_writable};
@@ -45,18 +45,8 @@ pub(super) struct Args {
     /// Negative prompt; with SDXL, an empty one ("") is not the same as none
     #[arg(short, long, allow_hyphen_values = true)]
     negative_prompt: Option<String>,
-    /// Sampling steps
-    #[arg(long, default_value_t = 50)]
-    steps: usize,
-    /// Guidance scale; 1 or less turns guidance off and halves the work [default: 7.5; 5 with SDXL]
-    #[arg(long, visible_alias = "cfg-scale", allow_negative_numbers = true)]
-    guidance: Option<f32>,
-    /// Sampler by diffusers' or k-diffusion's name, such as "DDIM" or "DPM++ 2M Karras" [default: the checkpoint's]
-    #[arg(long, visible_alias = "sampler")]
-    scheduler: Option<String>,
-    /// Spacing of the steps: leading, trailing, linspace, karras, exponential [default: the checkpoint's]
-    #[arg(long)]
-    spacing: Option<String>,
+    #[command(flatten)]
+    sampling: sampler::Flags,
     /// Seed of the first image; each further image adds 1 [default, and -1: random]
     #[arg(short, long, allow_negative_numbers = true)]
     seed: Option<Seed>,
@@ -117,10 +107,7 @@ pub(super) struct Args {
 /// `started` is the time at which the process started.
 pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let device = args.device.open()?;
-    let mut sampler: SamplerChoice = args.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
-    if let Some(spacing) = &args.spacing {
-        sampler.spacing = Some(spacing.parse::<Spacing>()?);
-    }
+    let sampling = args.sampling.sampling()?;
     let rng: Rng = args.rng.parse()?;
     let base = args.seed.and_then(|seed| seed.0).unwrap_or_else(random_seed);
     let (items, each) = args.items()?;
@@ -155,9 +142,10 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         let engine = engine.clone();
         move || hashes::of(engine.outline())
     });
-    let schedule = engine.schedule(sampler, args.steps)?;
+    sampling.check(&engine)?;
+    let schedule = engine.schedule(sampling.choice, sampling.steps)?;
     let encoded = encode(&engine, args, &items)?;
-    let guidance = |item: &Item| item.guidance.or(args.guidance).unwrap_or(engine.default_guidance());
+    let guidance = |item: &Item| item.guidance.unwrap_or(sampling.guidance(&engine));
     let Size { width, height } = engine.default_size();
     let size = Size::new(args.width.unwrap_or(width), args.height.unwrap_or(height));
     let images = plan.len();
@@ -165,7 +153,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         .options()
         .size(size)
         .batch(args.batch.min(images))
-        .guided(items.iter().any(|item| guidance(item) > 1.0))
+        .guided(items.iter().any(|item| schedule.sampler.guides(guidance(item))))
         .reuse(args.reuse)
         .concepts(args.concepts.any());
     let mut session = Some(engine.session(options)?);
@@ -187,10 +175,13 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let info = GenerationInfo {
         prompt: String::new(),
         negative_prompt: None,
-        steps: args.steps,
+        steps: sampling.steps,
         sampler: schedule.sampler.a1111_name().into(),
         spacing: schedule.spacing.map_or("Automatic", Spacing::a1111_name).into(),
         guidance: 0.0,
+        guidance_rescale: Some(sampling.guidance_rescale).filter(|share| *share != 0.0),
+        guidance_interval: sampling.guidance_interval,
+        tuning: schedule.tuning,
         seed: 0,
         rng: rng.name().into(),
         width: size.width as u32,
@@ -232,7 +223,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let shown = Shown::new("sampling", (images.div_ceil(batch) * steps + images) as u64, "steps");
     let one: usize = shape[1..].iter().product();
     let mut final_latents = Vec::with_capacity(images * one);
-    let sampling = Instant::now();
+    let sampling_since = Instant::now();
     // Makes a batch. The result is false if the run was interrupted meanwhile.
     let mut make = |start: usize| -> Result<bool> {
         let end = images.min(start + batch);
@@ -244,7 +235,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         }
         let image = |i: usize| {
             let (prompt, negative) = &encoded[i / each];
-            let mut image = Image::new(prompt).seed(plan[i].seed).guidance(guidance(plan[i].item));
+            let mut image = sampling.guide(Image::new(prompt).seed(plan[i].seed).guidance(guidance(plan[i].item)));
             image.negative = negative.as_ref().map(Prompt::from);
             image.concepts = assignment[i].iter().map(|used| (used.concept.clone(), used.strength)).collect();
             match &latents {
@@ -253,8 +244,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             }
         };
         let request = Request::new((start..end).map(image).collect())
-            .steps(args.steps)
-            .sampler(sampler)
+            .steps(sampling.steps)
+            .sampler(sampling.choice)
             .rng(rng)
             .conditioned_on_size(args.original_size, args.crop);
         let session = match &mut session {
@@ -291,7 +282,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     }
     shown.finish();
     let made = saved.manifest.len();
-    let (loading, each) = (loading.as_secs_f64(), sampling.elapsed().as_secs_f64() / made as f64);
+    let (loading, each) = (loading.as_secs_f64(), sampling_since.elapsed().as_secs_f64() / made as f64);
     let others = [("manifest", saved.manifest_path()), ("latents", args.save_latents.clone())];
     if let (_, Some(path)) = &others[1] {
         let shape = [&[final_latents.len() / one], &shape[1..]].concat();

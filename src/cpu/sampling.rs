@@ -1,8 +1,10 @@
 //! The [`Denoiser`] of the CPU.
 
 use super::{CpuExecutor, loaded};
-use crate::backend::{AddedToBottleneck, Denoiser, Executor, RunImage, Slots, Weights, capacity, picture_shape};
-use crate::diffusion::scheduler::SamplerState;
+use crate::backend::{
+    AddedToBottleneck, Denoiser, Executor, Guidance, RunImage, Slots, Weights, capacity, picture_shape,
+};
+use crate::diffusion::scheduler::{SamplerState, Step};
 use crate::graph::Shape;
 use crate::image::Picture;
 use crate::plan::Plan;
@@ -89,6 +91,11 @@ impl Denoiser for CpuDenoiser {
 
     fn step(&mut self, reusing: bool) -> Result<()> {
         let (guided, one) = (self.guided(), self.noise.len());
+        let rows: Vec<_> = self.slots.active().map(|(row, slot, _, step)| (row, slot, *step)).collect();
+        for (_, slot, step) in rows.iter().filter(|(.., step)| step.churn != 0.0) {
+            self.slots.draw(*slot, &mut self.noise);
+            step.churn(&mut self.samples[*slot].latents, &self.noise);
+        }
         // The rows without an image have zeros for inputs, as on a GPU.
         self.unet.input_mut("sample").fill(0.0);
         self.unet.input_mut("timestep").fill(0.0);
@@ -121,21 +128,23 @@ impl Denoiser for CpuDenoiser {
                 self.unet.run_step(reusing, Some(&write));
             }
         }
-        let rows: Vec<_> = self.slots.active().map(|(row, slot, _, step)| (row, slot, *step)).collect();
         for (row, slot, step) in rows {
             let out = self.unet.output("sample");
-            let guidance = self.slots.get(slot).map_or(1.0, |active| active.image.guidance);
+            let Some(active) = self.slots.get(slot) else { continue };
+            let (guidance, done) = (active.image.guidance, active.done);
             let first = &out[row * one..][..one];
             match guided {
                 false => self.prediction.copy_from_slice(first),
-                true => guide(guidance, first, &out[(self.capacity + row) * one..][..one], &mut self.prediction),
+                true => {
+                    let with = &out[(self.capacity + row) * one..][..one];
+                    guide(&guidance, &step, first, with, &mut self.prediction);
+                }
             }
-            if step.needs_noise() {
+            if step.next.noise != 0.0 {
                 self.slots.draw(slot, &mut self.noise);
             }
-            let done = self.slots.get(slot).map_or(0, |active| active.done);
             let Sample { latents, state, fault } = &mut self.samples[slot];
-            state.step(&step, &self.prediction, latents, if step.needs_noise() { &self.noise } else { &[] });
+            state.step(&step, &self.prediction, latents, &self.noise);
             if fault.is_none() && !latents.iter().all(|x| x.is_finite()) {
                 *fault = Some(done);
             }
@@ -166,14 +175,42 @@ impl Denoiser for CpuDenoiser {
     }
 }
 
-/// Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): the prediction from those without and with the prompt.
-fn guide(guidance: f32, without: &[f32], with: &[f32], prediction: &mut [f32]) {
-    match guidance == 1.0 {
-        true => prediction.copy_from_slice(with),
-        false => {
-            for ((p, u), c) in prediction.iter_mut().zip(without).zip(with) {
-                *p = u + guidance * (c - u);
-            }
-        }
+/// Writes the prediction of a step from those without and with the prompt.
+fn guide(guidance: &Guidance, step: &Step, without: &[f32], with: &[f32], prediction: &mut [f32]) {
+    let scale = guidance.at(step);
+    if scale == 1.0 {
+        return prediction.copy_from_slice(with);
     }
+    for ((p, u), c) in prediction.iter_mut().zip(without).zip(with) {
+        *p = u + scale * (c - u);
+    }
+    if guidance.rescale != 0.0 {
+        let factor = rescaling(guidance.rescale, with, prediction);
+        prediction.iter_mut().for_each(|p| *p *= factor);
+    }
+}
+
+/// The factor that brings the standard deviation of `prediction` nearer to that of `with`, by a share of `rescale`
+/// (section 3.4 of arXiv 2305.08891). The order of its sums is that of `kernels/sampler.cu`, so that the kernels give
+/// the same number.
+fn rescaling(rescale: f32, with: &[f32], prediction: &[f32]) -> f32 {
+    const THREADS: usize = 256;
+    let variance = |values: &[f32]| {
+        let mut sums = [(0.0f64, 0.0f64); THREADS];
+        for (i, value) in values.iter().map(|&value| value as f64).enumerate() {
+            let (sum, squares) = &mut sums[i % THREADS];
+            (*sum, *squares) = (*sum + value, *squares + value * value);
+        }
+        let mut half = THREADS / 2;
+        while half > 0 {
+            for i in 0..half {
+                sums[i] = (sums[i].0 + sums[i + half].0, sums[i].1 + sums[i + half].1);
+            }
+            half /= 2;
+        }
+        let (sum, squares) = sums[0];
+        squares - sum * sum / values.len() as f64
+    };
+    let ratio = (variance(with) / variance(prediction)).sqrt();
+    (rescale as f64).mul_add(ratio - 1.0, 1.0) as f32
 }

@@ -72,6 +72,7 @@ pub fn layouts() -> Vec<respodiff_emulated_kernels::Layout> {
         sampler::LatentSize::layout(),
         sampler::NoiseParams::layout(),
         sampler::PrepareParams::layout(),
+        sampler::RescaleParams::layout(),
         sampler::GuideAndStepParams::layout(),
         sampler::LatentsForVaeParams::layout(),
         sampler::ToRgb8Params::layout(),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! once per session    sampler = DeviceSampler::new(device, latents' shape, steps at most)
-//!                     recording = prepare(..), the UNet's step, guide_and_step(..)
+//!                     recording = prepare(..), the UNet's step, rescale(..) with guidance, guide_and_step(..)
 //! once per image      begin(slot, ..); run draw(slot, ..), or write_latents(slot, ..)
 //! when rows change    place(slot of each row)
 //! every step          write_noise(slot, ..) if its step needs it and the host draws it; replay the recording
@@ -14,6 +14,7 @@
 
 use super::device::{Buffer, CudaDevice, Launch};
 use crate::Result;
+use crate::backend::Guidance;
 use crate::diffusion::scheduler::{HISTORY, Step};
 use crate::graph::Shape;
 use bytemuck::{NoUninit, Zeroable};
@@ -27,7 +28,9 @@ crate::params! {
     /// [`Step`] in f32, as the kernels read it.
     pub(super) struct DeviceStep {
         timestep: f32,
+        churn: f32,
         input_scale: f32,
+        guidance: f32,
         convert_x: f32,
         convert_out: f32,
         clip: f32,
@@ -48,10 +51,12 @@ crate::params! {
 
 impl DeviceStep {
     fn new(step: &Step, draw: u32) -> Self {
-        let Step { timestep, input_scale, convert, base, next, save, push } = *step;
+        let Step { timestep, churn, input_scale, guidance, convert, base, next, save, push, span: _ } = *step;
         DeviceStep {
             timestep,
+            churn: churn as f32,
             input_scale,
+            guidance: guidance as f32,
             convert_x: convert.x as f32,
             convert_out: convert.out as f32,
             clip: convert.clip as f32,
@@ -75,6 +80,10 @@ crate::params! {
     pub(super) struct Slot {
         seed: u64,
         guidance: f32,
+        rescale: f32,
+        first: f32,
+        last: f32,
+        factor: f32,
         drawn: u32,
         philox: i32,
         steps: i32,
@@ -101,13 +110,26 @@ crate::params! {
         slots: u64,
         places: u64,
         steps: u64,
+        noise: u64,
         latents: u64,
         sample: u64,
         timestep: u64,
-        one: i32,
+        size: LatentSize,
         rows: i32,
         copies: i32,
         capacity: i32,
+        padding: i32,
+    }
+
+    pub(super) struct RescaleParams {
+        slots: u64,
+        places: u64,
+        steps: u64,
+        out: u64,
+        one: i32,
+        rows: i32,
+        capacity: i32,
+        padding: i32,
     }
 
     pub(super) struct GuideAndStepParams {
@@ -146,8 +168,8 @@ crate::params! {
 pub struct SampledImage {
     /// Seed of its noise.
     pub seed: u64,
-    /// The prediction is `u + guidance * (c - u)` of the unconditional one u and the conditional one c; c itself at 1.
-    pub guidance: f32,
+    /// Its guidance.
+    pub guidance: Guidance,
     /// Draws of the seed that were made before the first step: 1 for latents by [`DeviceSampler::draw`], else 0.
     pub drawn: u32,
     /// True if the noise of steps is drawn on the device, as [`crate::diffusion::noise::Rng::TorchCuda`] does; else
@@ -233,7 +255,11 @@ impl DeviceSampler {
         let SampledImage { seed, guidance, drawn, philox } = image;
         let state = Slot {
             seed,
-            guidance,
+            guidance: guidance.scale,
+            rescale: guidance.rescale,
+            first: guidance.interval.0,
+            last: guidance.interval.1,
+            factor: 1.0,
             drawn,
             philox: philox.into(),
             steps: steps.len() as i32,
@@ -330,22 +356,41 @@ impl DeviceSampler {
         launch("noise", self.one(), &params)
     }
 
-    /// Writes the UNet's inputs for the next step of `rows` images: `sample`, fp16 `[n, h, w, c]`, and `timestep`, f32
-    /// `[n]`, where `n` is `rows`, or twice as many when `guided`.
+    /// Adds the noise that goes before the next step of `rows` images, and writes the UNet's inputs for it: `sample`,
+    /// fp16 `[n, h, w, c]`, and `timestep`, f32 `[n]`, where `n` is `rows`, or twice as many when `guided`.
     pub fn prepare(&self, rows: usize, sample: u64, timestep: u64, guided: bool) -> Launch {
         let params = PrepareParams {
             slots: self.address(Part::Slots),
             places: self.address(Part::Places),
             steps: self.address(Part::Steps),
+            noise: self.address(Part::Noise),
             latents: self.address(Part::Latents),
             sample,
             timestep,
-            one: self.one() as i32,
+            size: self.size(),
             rows: rows as i32,
             copies: if guided { 2 } else { 1 },
             capacity: self.capacity as i32,
+            padding: 0,
         };
         launch("prepare", rows * self.one(), &params)
+    }
+
+    /// Computes what [`Guidance::rescale`] multiplies the predictions by, from the output of a UNet with guidance, f32:
+    /// as many images as in `prepare`, the unconditional ones first.
+    pub fn rescale(&self, rows: usize, out: u64) -> Launch {
+        let params = RescaleParams {
+            slots: self.address(Part::Slots),
+            places: self.address(Part::Places),
+            steps: self.address(Part::Steps),
+            out,
+            one: self.one() as i32,
+            rows: rows as i32,
+            capacity: self.capacity as i32,
+            padding: 0,
+        };
+        // Two sums for each of two predictions.
+        Launch::new("rescale", [rows, 1, 1], THREADS, 4 * THREADS * size_of::<f64>(), &params)
     }
 
     /// Takes the step whose inputs `prepare` wrote, from the UNet's output, f32: as many images as in `prepare`, the

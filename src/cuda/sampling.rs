@@ -2,7 +2,7 @@
 //! every step of every request.
 
 use super::{Buffer, CudaExecutor, DeviceSampler, Recording, SampledImage};
-use crate::backend::{Denoiser, Executor, RunImage, Slots, Weights, capacity, picture_shape};
+use crate::backend::{Active, Denoiser, Executor, RunImage, Slots, Weights, capacity, picture_shape};
 use crate::diffusion::noise::Rng;
 use crate::graph::Shape;
 use crate::image::Picture;
@@ -79,7 +79,9 @@ impl Unet {
                     true => unet.reusing_step_launches(),
                     false => unet.step_launches(),
                 });
-                launches.push(sampler.guide_and_step(images, unet.output_address("sample"), guided));
+                let out = unet.output_address("sample");
+                launches.extend(guided.then(|| sampler.rescale(images, out)));
+                launches.push(sampler.guide_and_step(images, out, guided));
                 // SAFETY: the launches use the UNet's arena and weights and the samplers' memory, all of which live as
                 // long as the recording.
                 unsafe { unet.device().clone().record(&launches)? }
@@ -103,12 +105,13 @@ impl Denoiser for CudaDenoiser {
             let problem = "concepts that are networks (mlp, conv) run on the CPU alone";
             return Err(Error::unsupported(Subject::Device, problem).advise("choose the CPU"));
         }
-        let (philox, sigma, steps) = (image.rng == Rng::TorchCuda, image.sigma, image.steps.clone());
+        let (seed, guidance, sigma, steps) = (image.seed, image.guidance, image.sigma, image.steps.clone());
         // If latents are given, the first step that needs noise uses the seed's first draw.
-        let drawn = image.latents.is_none();
-        let sampled = SampledImage { seed: image.seed, guidance: image.guidance, drawn: drawn.into(), philox };
-        self.sampler.begin(slot, &steps, sampled)?;
-        match self.slots.begin(slot, image, philox) {
+        let (given, drawn_here) = (image.latents.is_some(), image.rng == Rng::TorchCuda);
+        let latents = self.slots.begin(slot, image, drawn_here);
+        let philox = self.slots.get(slot).is_some_and(Active::is_drawn_by_device);
+        self.sampler.begin(slot, &steps, SampledImage { seed, guidance, drawn: (!given).into(), philox })?;
+        match latents {
             Some(latents) => self.sampler.write_latents(slot, &latents),
             None => {
                 let launch = self.sampler.draw(slot, sigma);
@@ -136,7 +139,7 @@ impl Denoiser for CudaDenoiser {
             unet.executor.write("shift", &constant)?;
         }
         let drawn_here =
-            self.slots.active().filter(|(.., active, step)| step.needs_noise() && active.image.rng != Rng::TorchCuda);
+            self.slots.active().filter(|(.., active, step)| step.needs_noise() && !active.is_drawn_by_device());
         for slot in drawn_here.map(|(_, slot, ..)| slot).collect::<Vec<_>>() {
             self.slots.draw(slot, &mut self.noise);
             self.sampler.write_noise(slot, &self.noise)?;

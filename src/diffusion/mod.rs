@@ -1,4 +1,5 @@
 //! Sampling: schedules and noise. No network and no device.
 
+pub mod brownian;
 pub mod noise;
 pub mod scheduler;

@@ -256,6 +256,11 @@ impl Engine {
         self.0.outline.schedule(choice, steps)
     }
 
+    /// True if the checkpoint is SDXL or made from it.
+    pub fn is_sdxl(&self) -> bool {
+        self.0.text.sized()
+    }
+
     /// The size for which the checkpoint was trained.
     pub fn default_size(&self) -> Size {
         self.0.outline.default_size()
@@ -272,7 +277,7 @@ impl Engine {
     }
 
     /// The guidance scale that is diffusers' default for such a checkpoint: 7.5, for SDXL 5, and 8.5 if the UNet reads
-    /// it.
+    /// it. For CFG++ see [`crate::Sampler::default_guidance`].
     pub fn default_guidance(&self) -> f32 {
         self.0.outline.default_guidance()
     }

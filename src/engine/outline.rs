@@ -151,5 +151,5 @@ fn read_scheduler(source: &Source, xl: bool) -> Result<SchedulerConfig> {
         fields.insert("steps_offset".into(), 1.into());
         fields.insert("clip_sample".into(), false.into());
     }
-    SchedulerConfig::parse(&serde_json::Value::Object(fields).to_string(), path)
+    Ok(SchedulerConfig::parse(&serde_json::Value::Object(fields).to_string(), path)?.of_sdxl(xl))
 }

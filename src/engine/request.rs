@@ -71,8 +71,14 @@ pub struct Image {
     /// Seed of the noise, as in diffusers: the same seed makes the same picture in every batch.
     pub seed: u64,
     /// Guidance scale; [`crate::Engine::default_guidance`] by default. At 1 or less there is no guidance, as in
-    /// diffusers.
+    /// diffusers, except with CFG++ ([`crate::Sampler::is_cfg_pp`]).
     pub guidance: Option<f32>,
+    /// The share, from 0 to 1, by which the guided prediction's standard deviation is brought to that of the prediction
+    /// for the prompt: section 3.4 of arXiv 2305.08891, and `guidance_rescale` in diffusers.
+    pub guidance_rescale: f32,
+    /// The timesteps between which there is guidance, in either order (arXiv 2404.07724); all by default. At the others
+    /// the prediction for the prompt is taken alone. It is one of quality and not of speed: both are computed.
+    pub guidance_interval: Option<(f32, f32)>,
     /// Concepts and their strengths, which add up.
     pub concepts: Vec<(Arc<Concept>, Strength)>,
     /// The latents before the first step.
@@ -98,6 +104,16 @@ impl Image {
     /// The same with a guidance scale.
     pub fn guidance(self, guidance: f32) -> Self {
         Image { guidance: Some(guidance), ..self }
+    }
+
+    /// The same with the standard deviation of guided predictions brought nearer to that without guidance.
+    pub fn guidance_rescale(self, guidance_rescale: f32) -> Self {
+        Image { guidance_rescale, ..self }
+    }
+
+    /// The same with guidance between two timesteps alone.
+    pub fn guidance_interval(self, interval: (f32, f32)) -> Self {
+        Image { guidance_interval: Some(interval), ..self }
     }
 
     /// The same with one concept more, of a weight or a [`Strength`], such as [`Concept::strength`].

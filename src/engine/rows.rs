@@ -2,7 +2,7 @@
 
 use super::text::{Conditioning, Row, time_ids};
 use super::{Engine, Image, Plans, Prompt, Request, SessionOptions, Start};
-use crate::backend::{AddedToBottleneck, Denoiser, RunImage};
+use crate::backend::{AddedToBottleneck, Denoiser, Guidance, RunImage};
 use crate::concept::Shift;
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::Schedule;
@@ -117,12 +117,20 @@ impl Rows {
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`].
-    pub fn check(&self, image: &Image) -> Result<()> {
-        let guidance = image.guidance.unwrap_or(self.engine.default_guidance());
+    pub fn check(&self, image: &Image, settings: &Settings) -> Result<()> {
+        let sampler = settings.schedule.sampler;
+        let guidance = image.guidance.unwrap_or(sampler.default_guidance(self.engine.default_guidance()));
         if !guidance.is_finite() {
             return Err(Error::invalid("guidance", format!("{guidance} is not finite")).advise("7.5 is usual"));
         }
-        if guidance > 1.0 && !self.options.guided && !self.engine.reads_guidance() {
+        if !(0.0..=1.0).contains(&image.guidance_rescale) {
+            let problem = format!("{} is not possible", image.guidance_rescale);
+            return Err(Error::invalid("guidance_rescale", problem).advise("give 0 to 1; 0.7 is usual"));
+        }
+        if image.guidance_interval.is_some_and(|(from, until)| from.is_nan() || until.is_nan()) {
+            return Err(Error::invalid("guidance_interval", "NaN is no timestep").advise("give two timesteps"));
+        }
+        if sampler.guides(guidance) && !self.options.guided && !self.engine.reads_guidance() {
             let problem = format!("{guidance} in a session without guidance");
             return Err(Error::invalid("guidance", problem).advise("give 1, or make a session with guidance"));
         }
@@ -145,7 +153,7 @@ impl Rows {
     /// # Errors
     /// Those of [`Rows::check`], of the concepts and the text encoder, and [`crate::ErrorKind::DeviceLost`].
     pub fn join(&mut self, slot: usize, image: &Image, settings: &Settings) -> Result<()> {
-        self.check(image)?;
+        self.check(image, settings)?;
         let encode = |prompt: Option<&Prompt>| match prompt {
             Some(Prompt::Encoded(conditioning)) => Ok(conditioning.clone()),
             Some(Prompt::Text(words)) => self.engine.0.text.encode(Some(words)),
@@ -154,20 +162,25 @@ impl Rows {
         let prompt = encode(Some(&image.prompt))?;
         let negative = self.engine.has_negatives(self.options).then(|| encode(image.negative.as_ref())).transpose()?;
         let shift = self.options.concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &image.concepts));
-        let guidance = image.guidance.unwrap_or(self.engine.default_guidance());
-        let Schedule { steps, init_noise_sigma, .. } = &settings.schedule;
+        let Schedule { steps, init_noise_sigma, sampler, .. } = &settings.schedule;
+        let scale = image.guidance.unwrap_or(sampler.default_guidance(self.engine.default_guidance()));
+        let mut guidance = Guidance::new(if sampler.guides(scale) { scale } else { 1.0 });
+        guidance.rescale = image.guidance_rescale;
+        if let Some((a, b)) = image.guidance_interval {
+            guidance.interval = (a.max(b), a.min(b));
+        }
         let run = RunImage {
             steps: steps.as_slice().into(),
             rng: settings.rng,
             seed: image.seed,
-            guidance: guidance.max(1.0),
+            guidance,
             sigma: *init_noise_sigma,
             latents: self.first_latents(&image.start, *init_noise_sigma),
             added: shift.transpose()?.map(|shift| Box::new(shift) as Box<dyn AddedToBottleneck>),
         };
         self.denoiser.begin(slot, run)?;
         let (time_ids, total) = (settings.time_ids, steps.len());
-        self.images[slot] = Some(InWork { prompt, negative, time_ids, guidance, done: 0, total });
+        self.images[slot] = Some(InWork { prompt, negative, time_ids, guidance: scale, done: 0, total });
         Ok(())
     }
 

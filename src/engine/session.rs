@@ -53,7 +53,7 @@ impl Session {
             let problem = format!("{} images in a session for {batch}", request.images.len());
             return Err(Error::invalid("images", problem).advise("give as many as the session's batch"));
         }
-        request.images.iter().try_for_each(|image| rows.check(image))?;
+        request.images.iter().try_for_each(|image| rows.check(image, &settings))?;
         for (slot, image) in encoded(rows.engine(), &request.images)?.iter().enumerate() {
             rows.join(slot, image, &settings)?;
         }

@@ -69,12 +69,18 @@ fn checked(asked: &Asked, outline: &Outline, record: &GenerationInfo, shelf: &dy
     let default = outline.default_size();
     let size = Size::new(asked.width.unwrap_or(default.width), asked.height.unwrap_or(default.height));
     outline.check_size(SessionOptions::new(size))?;
-    let choice: SamplerChoice = asked.sampler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
+    let mut choice: SamplerChoice = asked.sampler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
+    choice.tuning.eta = asked.eta;
     let steps = asked.steps.unwrap_or(STEPS);
     let schedule = outline.schedule(choice, steps)?;
-    let guidance = asked.guidance.unwrap_or(outline.default_guidance());
+    let guidance = asked.guidance.unwrap_or(schedule.sampler.default_guidance(outline.default_guidance()));
     if !guidance.is_finite() {
         return Err(Error::invalid("guidance", format!("{guidance} is not finite")).advise("7.5 is usual"));
+    }
+    let rescale = asked.guidance_rescale.unwrap_or(0.0);
+    if !(0.0..=1.0).contains(&rescale) {
+        let problem = format!("{rescale} is not possible");
+        return Err(Error::invalid("guidance_rescale", problem).advise("give 0 to 1; 0.7 is usual"));
     }
     let first = asked.seed.unwrap_or_else(crate::draws::random_seed);
     if first.checked_add(count as u64 - 1).is_none() {
@@ -91,13 +97,15 @@ fn checked(asked: &Asked, outline: &Outline, record: &GenerationInfo, shelf: &dy
             sampler: schedule.sampler.a1111_name().into(),
             spacing: schedule.spacing.map_or("Automatic", Spacing::a1111_name).into(),
             guidance,
+            guidance_rescale: Some(rescale).filter(|share| *share != 0.0),
+            tuning: schedule.tuning,
             seed,
             rng: Rng::default().name().into(),
             width: size.width as u32,
             height: size.height as u32,
             ..record.clone()
         };
-        let mut image = Image::new(prompt(i)).seed(seed).guidance(guidance);
+        let mut image = Image::new(prompt(i)).seed(seed).guidance(guidance).guidance_rescale(rescale);
         image.negative = asked.negative_prompt.as_deref().map(Prompt::from);
         let request = Request::from(image).steps(steps).sampler(choice);
         Planned { request, info, concepts, calls: schedule.steps.len() }

@@ -2,7 +2,7 @@
 //! noise levels that are trained at, and compute the responsible target there.
 
 use super::{Halves, HalvesMemory};
-use crate::backend::{AddedToBottleneck, Denoiser, RunImage};
+use crate::backend::{AddedToBottleneck, Denoiser, Guidance, RunImage};
 use crate::concept::{Form, Module, Shift};
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, Spacing, Step};
@@ -59,7 +59,8 @@ impl Rollout {
         rolling: UNetInputs,
         targeting: UNetInputs,
     ) -> Result<Self> {
-        let choice = SamplerChoice { sampler: Some(Sampler::Ddim), spacing: Some(Spacing::Leading) };
+        let choice =
+            SamplerChoice { sampler: Some(Sampler::Ddim), spacing: Some(Spacing::Leading), ..SamplerChoice::default() };
         let [batch, channels, h, w] = engine.latent_shape(options);
         let guided = match form {
             Form::Constant => Guided::Whole(engine.denoiser(options)?),
@@ -175,6 +176,7 @@ impl Rollout {
                     // No step draws noise.
                     let (rng, seed, sigma) = (Rng::TorchCpu, 0, 1.0);
                     let (steps, latents, added) = (steps.into(), Some(latents.to_vec()), Some(shift));
+                    let guidance = Guidance::new(guidance);
                     denoiser.begin(slot, RunImage { steps, rng, seed, guidance, sigma, latents, added })?;
                 }
                 steps.iter().try_for_each(|_| denoiser.step(false))?;

@@ -36,10 +36,17 @@ fn pictures_are_made_again() {
 #[test]
 fn every_sampler_is_found_in_the_record() {
     let folder = tempfile::tempdir().unwrap();
-    for sampler in ["DDIM", "PNDM", "Euler", "Euler a", "DPM++ 2M", "UniPC", "LCM"] {
-        for spacing in [None, Some("leading"), Some("trailing"), Some("linspace"), Some("karras"), Some("exponential")]
-        {
+    let samplers =
+        ["DDIM", "PNDM", "Euler", "Euler a", "DPM++ 2M", "UniPC", "LCM", "DPM2 a", "DPM++ 2M SDE", "Euler CFG++"];
+    let spacings = ["leading", "trailing", "linspace", "karras", "exponential", "ays", "sgm-uniform"];
+    for sampler in samplers {
+        for spacing in std::iter::once(None).chain(spacings.map(Some)) {
             let mut args = vec!["sample", "a cook", "--steps", "2", "--sampler", sampler, "-q", "-o", "x.png"];
+            // Every number that is recorded, where the sampler has it.
+            if sampler == "DPM2 a" {
+                args.extend(["--eta", "0.5", "--s-noise", "1.1", "--guidance-rescale", "0.5"]);
+                args.extend(["--guidance-interval", "900,100"]);
+            }
             if let Some(spacing) = spacing {
                 args.extend(["--spacing", spacing]);
             }

@@ -2,15 +2,17 @@
 
 use super::*;
 use respodiff::Picture;
+use respodiff::backend::Guidance;
 use respodiff::cuda::{Buffer, DeviceSampler, Launch, SampledImage};
 use respodiff::diffusion::noise::{NormalGenerator, Rng};
-use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Step};
+use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Step, Tuning};
 
 /// An odd size, with more threads than a block has.
 const LATENTS: Shape = Shape { n: 3, h: 9, w: 5, c: 4 };
 const SEED: u64 = u64::MAX - 1;
-/// Guidance scales of the images.
-const GUIDANCE: [f32; LATENTS.n] = [7.5, 1.0, 0.25];
+/// Guidance of the images: one without any, and one that is rescaled and ends at the timestep 300.
+const GUIDANCE: [Guidance; LATENTS.n] =
+    [Guidance { scale: 7.5, rescale: 0.7, interval: (1000.0, 300.0) }, Guidance::new(1.0), Guidance::new(0.25)];
 
 /// The slot of each row: not in order, so that a mistake of one for the other shows.
 const PLACES: [usize; LATENTS.n] = [2, 0, 1];
@@ -83,6 +85,26 @@ fn draw(generators: &mut [NormalGenerator]) -> Vec<f32> {
     images.collect()
 }
 
+/// The prediction of an image with guidance, from the outputs without and with the prompt: the published formulas.
+fn guided(guidance: Guidance, step: &Step, without: &[f32], with: &[f32]) -> Vec<f32> {
+    let inside = guidance.interval.0 >= step.timestep && guidance.interval.1 <= step.timestep;
+    if !inside || guidance.scale * step.guidance as f32 == 1.0 {
+        return with.to_vec();
+    }
+    let scale = guidance.scale * step.guidance as f32;
+    let mixed: Vec<f32> = without.iter().zip(with).map(|(u, c)| u + scale * (c - u)).collect();
+    if guidance.rescale == 0.0 {
+        return mixed;
+    }
+    let deviation = |values: &[f32]| {
+        let mean = values.iter().map(|&x| x as f64).sum::<f64>() / values.len() as f64;
+        values.iter().map(|&x| (x as f64 - mean).powi(2)).sum::<f64>().sqrt()
+    };
+    let ratio = deviation(with) / deviation(&mixed);
+    let factor = (guidance.rescale as f64 * ratio + (1.0 - guidance.rescale as f64)) as f32;
+    mixed.iter().map(|x| x * factor).collect()
+}
+
 /// A session: a sampler with the buffers of the UNet that it would serve.
 struct Session {
     device: Arc<dyn CudaDevice>,
@@ -91,7 +113,8 @@ struct Session {
     sample: Buffer,
     timestep: Buffer,
     out: Buffer,
-    recordings: [Box<dyn respodiff::cuda::Recording>; 2],
+    /// The first one comes before the UNet, the others after it.
+    recordings: Vec<Box<dyn respodiff::cuda::Recording>>,
 }
 
 impl Session {
@@ -106,10 +129,9 @@ impl Session {
             // SAFETY: the buffers live as long as the recordings, in the same structure.
             unsafe { device.clone().record(&[launch]) }.unwrap()
         };
-        let recordings = [
-            record(sampler.prepare(LATENTS.n, sample.address(), timestep.address(), guided)),
-            record(sampler.guide_and_step(LATENTS.n, out.address(), guided)),
-        ];
+        let mut recordings = vec![record(sampler.prepare(LATENTS.n, sample.address(), timestep.address(), guided))];
+        recordings.extend(guided.then(|| record(sampler.rescale(LATENTS.n, out.address()))));
+        recordings.push(record(sampler.guide_and_step(LATENTS.n, out.address(), guided)));
         Session { device: device.clone(), sampler, guided, sample, timestep, out, recordings }
     }
 
@@ -132,6 +154,11 @@ impl Session {
         let mut state = SamplerState::new(x.len());
         for (i, step) in schedule.steps.iter().enumerate() {
             let label = format!("{label}, step {i}");
+            let noise = if step.needs_noise() { draw(&mut generators) } else { vec![0.0; x.len()] };
+            if step.needs_noise() && rng == Rng::TorchCpu {
+                write(&self.sampler, &noise, |sampler, slot, noise| sampler.write_noise(slot, noise).unwrap());
+            }
+            step.churn(&mut x, &noise);
             self.recordings[0].replay().unwrap();
             assert_eq!(floats(&self.timestep, rows * LATENTS.n), vec![step.timestep; rows * LATENTS.n], "{label}");
             let input = halves(&self.sample, rows * x.len());
@@ -143,20 +170,14 @@ impl Session {
             let out: Vec<f32> =
                 input.iter().zip(&shift).map(|(x, s)| (factor[0] * x.to_f64() + factor[1] + s) as f32).collect();
             self.out.write(0, bytemuck::cast_slice(&out)).unwrap();
+            let one = x.len() / LATENTS.n;
             let prediction: Vec<f32> = match self.guided {
-                true => (0..x.len())
-                    .map(|j| match GUIDANCE[j / (x.len() / LATENTS.n)] {
-                        1.0 => out[x.len() + j],
-                        guidance => out[j] + guidance * (out[x.len() + j] - out[j]),
-                    })
+                true => (0..LATENTS.n)
+                    .flat_map(|i| guided(GUIDANCE[i], step, &out[i * one..][..one], &out[x.len() + i * one..][..one]))
                     .collect(),
                 false => out,
             };
-            let noise = if step.needs_noise() { draw(&mut generators) } else { Vec::new() };
-            if step.needs_noise() && rng == Rng::TorchCpu {
-                write(&self.sampler, &noise, |sampler, slot, noise| sampler.write_noise(slot, noise).unwrap());
-            }
-            self.recordings[1].replay().unwrap();
+            self.recordings[1..].iter().for_each(|recording| recording.replay().unwrap());
             state.step(step, &prediction, &mut x, &noise);
             for (i, (ours, theirs)) in latents(&self.sampler).iter().zip(&x).enumerate() {
                 assert_eq!(ours, theirs, "{label}, number {i}");
@@ -174,7 +195,14 @@ fn every_sampler_steps_as_on_the_cpu() {
             let session = Session::new(&device, guided);
             for sampler in Sampler::ALL {
                 for fields in [r#""clip_sample": false"#, r#""clip_sample": true, "prediction_type": "v_prediction""#] {
-                    let choice = SamplerChoice { sampler: Some(sampler), spacing: None };
+                    // Heun's method refuses to clip.
+                    if sampler == Sampler::Heun && fields.contains("true") {
+                        continue;
+                    }
+                    // Noise before a step is tested with those that have it, and else the noise after it.
+                    let churns = matches!(sampler, Sampler::Euler | Sampler::Heun | Sampler::Dpm2);
+                    let tuning = Tuning { s_churn: churns.then_some(2.0), ..Tuning::NONE };
+                    let choice = SamplerChoice { sampler: Some(sampler), tuning, ..SamplerChoice::default() };
                     let schedule = Schedule::new(&config(fields), choice, 5).unwrap();
                     // If no step needs noise, the generator matters to the first latents alone.
                     let noisy = schedule.steps.iter().any(|step| step.needs_noise());
@@ -243,10 +271,8 @@ fn images_join_and_leave() {
             out.write(0, bytemuck::cast_slice(&predicted)).unwrap();
             for (row, truth) in active.iter_mut().enumerate() {
                 let step = truth.schedule.steps[truth.done];
-                let guidance = GUIDANCE[truth.slot];
                 let (without, with) = (&predicted[row * one..][..one], &predicted[(rows + row) * one..][..one]);
-                let guide = |(u, c): (&f32, &f32)| if guidance == 1.0 { *c } else { u + guidance * (c - u) };
-                let prediction: Vec<f32> = without.iter().zip(with).map(guide).collect();
+                let prediction = guided(GUIDANCE[truth.slot], &step, without, with);
                 let mut noise = vec![0f32; one];
                 if step.needs_noise() {
                     truth.noise.fill(&mut noise);
@@ -255,6 +281,7 @@ fn images_join_and_leave() {
                 truth.state.step(&step, &prediction, &mut truth.x, &noise);
                 truth.done += 1;
             }
+            run(&device, sampler.rescale(rows, out.address()));
             run(&device, sampler.guide_and_step(rows, out.address(), true));
             // A slot holds the image that began there last.
             for (i, Truth { slot, x, .. }) in truths.iter().enumerate() {
@@ -290,7 +317,7 @@ fn latents_that_are_not_finite_are_found_in_their_step() {
             let session = Session::new(&device, true);
             begin(&session.sampler, &schedule.steps, 0, false);
             write_latents(&session.sampler, &vec![0.5; LATENTS.len()]);
-            let mut out = vec![0.25f32; 2 * LATENTS.len()];
+            let mut out: Vec<f32> = random(2 * LATENTS.len(), 9).iter().map(|&x| x as f32).collect();
             for step in 0..5 {
                 if step == 3 {
                     out[LATENTS.len() + 300] = bad;

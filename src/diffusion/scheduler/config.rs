@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::names::list;
@@ -34,7 +34,7 @@ pub struct SchedulerConfig {
     pub(super) trained_betas: Option<Vec<f32>>,
     pub(super) rescale_betas_zero_snr: Option<bool>,
     pub(super) prediction_type: Option<Prediction>,
-    variance_type: Option<String>,
+    pub(super) variance_type: Option<VarianceType>,
 
     pub(super) timestep_spacing: Option<Spacing>,
     pub(super) steps_offset: Option<u32>,
@@ -71,7 +71,7 @@ pub struct SchedulerConfig {
     skip_prk_steps: Option<bool>,
     pub(super) solver_order: Option<usize>,
     pub(super) solver_type: Option<String>,
-    pub(super) algorithm_type: Option<String>,
+    algorithm_type: Option<String>,
     pub(super) lower_order_final: Option<bool>,
     pub(super) euler_at_final: Option<bool>,
     pub(super) predict_x0: Option<bool>,
@@ -80,6 +80,9 @@ pub struct SchedulerConfig {
     pub(super) original_inference_steps: Option<usize>,
     pub(super) timestep_scaling: Option<f64>,
 
+    /// True if the model is SDXL or a descendant of it.
+    #[serde(skip)]
+    pub(super) xl: bool,
     /// For messages.
     #[serde(skip)]
     path: PathBuf,
@@ -97,14 +100,32 @@ pub(super) enum BetaSchedule {
 }
 
 /// The quantity that the model predicts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Prediction {
+pub enum Prediction {
+    /// The noise.
     Epsilon,
-    /// arXiv 2202.00512.
+    /// The velocity of arXiv 2202.00512.
     #[serde(rename = "v_prediction")]
     Velocity,
+    /// The sample without noise.
     Sample,
+}
+
+/// The variance of the noise in DDPM's steps (section 3.2 of arXiv 2006.11239).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum VarianceType {
+    /// The lower bound of the reverse process' variance.
+    FixedSmall,
+    /// The same by way of its logarithm.
+    FixedSmallLog,
+    /// The upper bound, which is the forward process' variance.
+    FixedLarge,
+    /// In diffusers this takes the root of a negative number.
+    FixedLargeLog,
+    Learned,
+    LearnedRange,
 }
 
 /// The timestep that the model reads.
@@ -182,7 +203,12 @@ impl SchedulerConfig {
                 return Err(self.refuse(field, true, advice));
             }
         }
-        if let Some(learned @ ("learned" | "learned_range")) = self.variance_type.as_deref() {
+        let learned = match self.variance_type {
+            Some(VarianceType::Learned) => Some("learned"),
+            Some(VarianceType::LearnedRange) => Some("learned_range"),
+            _ => None,
+        };
+        if let Some(learned) = learned {
             return Err(self.refuse("variance_type", learned, "models that predict their variance are not supported"));
         }
         if let Some(solver) = &self.solver_p {
@@ -200,21 +226,41 @@ impl SchedulerConfig {
         Ok(())
     }
 
+    /// The same for a checkpoint that is SDXL or not. [`super::Spacing::AlignYourSteps`] depends on it.
+    #[must_use]
+    pub fn of_sdxl(self, xl: bool) -> Self {
+        Self { xl, ..self }
+    }
+
     /// The sampler that the checkpoint names.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Damaged`] if it names none, [`crate::ErrorKind::Unsupported`] if it names one that is not
     /// among [`Sampler::ALL`].
     pub fn sampler(&self) -> Result<Sampler> {
-        let known = list(&Sampler::ALL.map(Sampler::diffusers_name));
+        let classes: Vec<&str> = Sampler::ALL.into_iter().filter_map(Sampler::diffusers_name).collect();
+        let known = list(&classes);
         let Some(name) = self.class_name.as_deref() else {
             let problem = format!("no _class_name: name a sampler, or put one of {known} there");
             return Err(Error::damaged(&self.path, problem));
         };
-        let own = Sampler::ALL.into_iter().find(|sampler| sampler.diffusers_name() == name);
-        own.ok_or_else(|| {
+        let own = Sampler::ALL.into_iter().find(|sampler| sampler.diffusers_name() == Some(name));
+        let own = own.ok_or_else(|| {
             self.refuse("_class_name", name, &format!("supported are {known}; name one of them as the sampler"))
-        })
+        })?;
+        if !matches!(own, Sampler::DpmSolverMultistep | Sampler::DpmSolverSinglestep) {
+            return Ok(own);
+        }
+        match (self.algorithm_type.as_deref(), own) {
+            // "deis" belongs to another sampler; diffusers reads it as the default.
+            (None | Some("dpmsolver++" | "deis"), own) => Ok(own),
+            (Some("sde-dpmsolver++"), Sampler::DpmSolverMultistep) => Ok(Sampler::DpmSolverMultistepSde),
+            (Some(other), _) => {
+                let advice = "supported are dpmsolver++ and, if it is multistep, sde-dpmsolver++; set one of them, or \
+                              choose another sampler";
+                Err(self.refuse("algorithm_type", other, advice))
+            }
+        }
     }
 
     /// The sampler in use, if it can sample this model at all.
@@ -242,22 +288,23 @@ impl SchedulerConfig {
         choice: Option<Spacing>,
     ) -> Result<(Spacing, Option<Spacing>)> {
         let (default, sigmas) = match sampler {
-            Sampler::Ddim | Sampler::Pndm | Sampler::Lcm => (Spacing::Leading, false),
+            Sampler::Ddim | Sampler::Ddpm | Sampler::Pndm | Sampler::Lcm | Sampler::Tcd => (Spacing::Leading, false),
             _ => (Spacing::Linspace, true),
         };
-        let own = self.timestep_spacing.unwrap_or(default);
+        // In diffusers, the singlestep solver has no such setting.
+        let own = self.timestep_spacing.filter(|_| sampler != Sampler::DpmSolverSinglestep).unwrap_or(default);
         match choice {
-            Some(spacing) if sampler == Sampler::Lcm => Err(Error::invalid(
+            Some(spacing) if sampler.is_distilled() => Err(Error::invalid(
                 "spacing",
-                format!("LCM takes its steps where the model was distilled: it cannot be spaced {spacing}"),
+                format!("{sampler} takes its steps where the model was distilled: it cannot be spaced {spacing}"),
             )
             .advise("leave the spacing out")),
-            Some(spacing @ (Spacing::Karras | Spacing::Exponential)) if !sigmas => Err(Error::invalid(
+            Some(spacing) if spacing.is_of_sigmas() && !sigmas => Err(Error::invalid(
                 "spacing",
                 format!("{sampler} steps on whole timesteps: it cannot be spaced {spacing}"),
             )
             .advise("choose leading, trailing or linspace")),
-            Some(spacing @ (Spacing::Karras | Spacing::Exponential)) => Ok((own, Some(spacing))),
+            Some(spacing) if spacing.is_of_sigmas() => Ok((own, Some(spacing))),
             Some(spacing) => Ok((spacing, None)),
             // In diffusers Euler a reads none of these flags.
             None if sigmas && sampler != Sampler::EulerAncestral => Ok((own, self.own_sigmas(sampler)?)),
@@ -267,19 +314,19 @@ impl SchedulerConfig {
 
     /// The spacing of the sigmas that the flags name.
     fn own_sigmas(&self, sampler: Sampler) -> Result<Option<Spacing>> {
-        let lu = self.use_lu_lambdas.filter(|_| sampler == Sampler::DpmSolverMultistep);
-        for (field, value) in [("use_beta_sigmas", self.use_beta_sigmas), ("use_lu_lambdas", lu)] {
-            if value == Some(true) {
-                return Err(self.refuse(field, true, "choose another spacing, such as karras"));
+        let lu = self.use_lu_lambdas.filter(|_| sampler.is_dpm_multistep());
+        let flags = [
+            ("use_karras_sigmas", self.use_karras_sigmas, Spacing::Karras),
+            ("use_exponential_sigmas", self.use_exponential_sigmas, Spacing::Exponential),
+            ("use_beta_sigmas", self.use_beta_sigmas, Spacing::Beta),
+            ("use_lu_lambdas", lu, Spacing::LuLambdas),
+        ];
+        let mut named = flags.into_iter().filter(|(_, value, _)| *value == Some(true));
+        match (named.next(), named.next()) {
+            (Some((first, ..)), Some((second, ..))) => {
+                Err(self.refuse(second, true, &format!("{first} is true too; only one can be")))
             }
-        }
-        match (self.use_karras_sigmas, self.use_exponential_sigmas) {
-            (Some(true), Some(true)) => {
-                Err(self.refuse("use_exponential_sigmas", true, "use_karras_sigmas is true too; only one can be"))
-            }
-            (Some(true), _) => Ok(Some(Spacing::Karras)),
-            (_, Some(true)) => Ok(Some(Spacing::Exponential)),
-            _ => Ok(None),
+            (one, _) => Ok(one.map(|(_, _, spacing)| spacing)),
         }
     }
 
@@ -291,7 +338,7 @@ impl SchedulerConfig {
         }
     }
 
-    /// The order of a multistep solver.
+    /// The order of a DPM-Solver or UniPC.
     pub(super) fn solver_order(&self) -> Result<usize> {
         let order = self.solver_order.unwrap_or(2);
         match order {

@@ -1,6 +1,6 @@
-//! DDIM with eta 0: equation 12 of arXiv 2010.02502.
+//! DDIM: equation 12 of arXiv 2010.02502.
 
-use super::{Convert, Setup, Step};
+use super::{Convert, Setup, Step, cfg_pp};
 use crate::Result;
 
 pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
@@ -12,10 +12,18 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
         let mut step = Step::at(timestep as f64);
         step.convert = Convert { x: x0.x, out: x0.out, clip: setup.config.clip(true) };
         step.next.m = to.alpha;
+        // Equation 16: eta times the standard deviation of the reverse process.
+        let fresh = setup.tuned.eta * to.sigma / from.sigma * (1.0 - (from.alpha / to.alpha).powi(2)).sqrt();
+        // From a level without signal nothing is left, and rounding must not make it less.
+        let left = (to.sigma.powi(2) - fresh.powi(2)).max(0.0).sqrt();
         // The predicted noise is that of the model, not that of the clipped sample.
-        step.next.base = to.sigma * epsilon.x;
-        step.next.out = to.sigma * epsilon.out;
+        step.next.base = left * epsilon.x;
+        step.next.out = left * epsilon.out;
+        step.next.noise = fresh;
+        if setup.cfg_pp {
+            step.guidance = cfg_pp((left * from.alpha) / (to.alpha * from.sigma));
+        }
         Ok(step)
     };
-    setup.whole_timesteps().into_iter().map(step).collect()
+    setup.whole_timesteps()?.into_iter().map(step).collect()
 }

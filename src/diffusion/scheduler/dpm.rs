@@ -1,31 +1,23 @@
-//! DPM-Solver++, multistep (arXiv 2211.01095): order 2 is known as DPM++ 2M.
+//! DPM-Solver++ (arXiv 2211.01095) in its multistep forms, of which order 2 is known as DPM++ 2M, and singlestep.
 
 use super::config::{BetaSchedule, FinalSigma};
-use super::table::{Level, spaced_sigmas};
-use super::{Convert, Sampler, Setup, Spacing, Step};
+use super::spacing::spaced_sigmas;
+use super::table::Level;
+use super::{Convert, HISTORY, Sampler, Setup, Spacing, Step};
 use crate::Result;
 
+/// The multistep forms.
 pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
     let config = setup.config;
-    let algorithm = config.algorithm_type.as_deref().unwrap_or("dpmsolver++");
-    // "deis" belongs to another sampler; diffusers reads it as the default.
-    if !matches!(algorithm, "dpmsolver++" | "deis") {
-        let advice = "only dpmsolver++ is supported; set it, or choose another sampler";
-        return Err(config.refuse("algorithm_type", algorithm, advice));
-    }
-    let heun = match config.solver_type.as_deref().unwrap_or("midpoint") {
-        "heun" => true,
-        // The last three belong to other samplers; diffusers reads them as the default.
-        "midpoint" | "bh1" | "bh2" | "logrho" => false,
-        other => return Err(config.refuse("solver_type", other, "supported are midpoint and heun")),
-    };
-    let order = config.solver_order()?;
+    // k-diffusion's sampler of order 3 does not read the settings of diffusers' class.
+    let third = setup.sampler == Sampler::DpmSolverMultistep3Sde;
+    let heun = third || is_heun(setup)?;
+    let order = if third { 3 } else { config.solver_order()? };
     let (timesteps, levels) = multistep_levels(setup);
     let len = timesteps.len();
-    let few = config.lower_order_final.unwrap_or(true) && len < 15;
-    let first_order_last = few
-        || config.euler_at_final.unwrap_or(false)
-        || config.final_sigmas_type.unwrap_or(FinalSigma::Zero) == FinalSigma::Zero;
+    let few = !third && config.lower_order_final.unwrap_or(true) && len < 15;
+    let euler_at_final = !third && config.euler_at_final.unwrap_or(false);
+    let first_order_last = few || euler_at_final || ends_at_zero(setup);
 
     let step = |index: usize| {
         let mut order = order.min(index + 1);
@@ -41,12 +33,17 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
         step.convert = Convert { x: x0.x, out: x0.out, clip: f64::INFINITY };
         step.push = true;
         let h = to.lambda() - from.lambda();
-        // The integrals of the first, second and third terms of the Taylor expansion (equation 3.3 of the paper).
-        let first = -to.alpha * (-h).exp_m1();
-        let second = to.alpha * ((-h).exp_m1() / h + 1.0);
-        let third = -to.alpha * (((-h).exp_m1() + h) / (h * h) - 0.5);
+        // The stochastic equation makes the step longer by eta (k-diffusion's form; eta 1 is that of arXiv 2211.01095).
+        let longer = (1.0 + setup.tuned.eta) * h;
+        let [first, second, third] = integrals(to, longer);
         step.next.base = to.sigma / from.sigma;
         step.next.m = first;
+        // The last step has no noise, and its length is infinite if it ends at sigma 0.
+        if setup.tuned.eta > 0.0 && to.sigma > 0.0 {
+            step.next.base *= (-setup.tuned.eta * h).exp();
+            step.next.noise = setup.tuned.s_noise * to.sigma * (-(-2.0 * setup.tuned.eta * h).exp_m1()).sqrt();
+            step.span = setup.span(from.sigma / from.alpha, to.sigma / to.alpha);
+        }
         if order >= 2 {
             // Finite differences of the outputs: (m - m1) / r0, and (m1 - m2) / r1.
             let r0 = (from.lambda() - levels[index - 1].lambda()) / h;
@@ -65,10 +62,92 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
     Ok((0..len).map(step).collect())
 }
 
+/// True for the variant of order 2 that is called heun, false for that called midpoint.
+fn is_heun(setup: &Setup) -> Result<bool> {
+    match setup.config.solver_type.as_deref().unwrap_or("midpoint") {
+        "heun" => Ok(true),
+        // The last three belong to other samplers; diffusers reads them as the default.
+        "midpoint" | "bh1" | "bh2" | "logrho" => Ok(false),
+        other => Err(setup.config.refuse("solver_type", other, "supported are midpoint and heun")),
+    }
+}
+
+fn ends_at_zero(setup: &Setup) -> bool {
+    setup.config.final_sigmas_type.unwrap_or(FinalSigma::Zero) == FinalSigma::Zero
+}
+
+/// The integrals of the first, second and third terms of the Taylor expansion (equation 3.3 of the paper), for a step
+/// of length h to a level.
+fn integrals(to: Level, h: f64) -> [f64; 3] {
+    let first = -to.alpha * (-h).exp_m1();
+    let second = to.alpha * ((-h).exp_m1() / h + 1.0);
+    let third = -to.alpha * (((-h).exp_m1() + h) / (h * h) - 0.5);
+    [first, second, third]
+}
+
+/// The singlestep form: steps of order 1, 2 and up to `solver_order` in turn, each anew from where the first of them
+/// began, with all outputs since then.
+pub(super) fn singlestep(setup: &Setup) -> Result<Vec<Step>> {
+    let heun = is_heun(setup)?;
+    let (timesteps, levels) = multistep_levels(setup);
+    let orders = singlestep_orders(setup, timesteps.len())?;
+    let step = |index: usize| {
+        let order = orders[index];
+        let start = index + 1 - order;
+        let (base, to) = (levels[start], levels[index + 1]);
+        let mut step = Step::at(timesteps[index]);
+        let x0 = setup.prediction.x0(levels[index]);
+        step.convert = Convert { x: x0.x, out: x0.out, clip: f64::INFINITY };
+        (step.push, step.save) = (true, order == 1);
+        if order > 1 {
+            (step.base.x, step.base.saved) = (0.0, 1.0);
+        }
+        let h = to.lambda() - base.lambda();
+        let [first, second, third] = integrals(to, h);
+        step.next.base = to.sigma / base.sigma;
+        // The weights of the outputs, the latest first: that of the oldest, and those of the differences from it over
+        // their distances.
+        let mut outputs = [0.0; 1 + HISTORY];
+        outputs[order - 1] = first;
+        let r = |k: usize| (levels[index - k].lambda() - base.lambda()) / h;
+        let mut difference = |k: usize, weight: f64| {
+            outputs[k] += weight / r(k);
+            outputs[order - 1] -= weight / r(k);
+        };
+        match (order, heun) {
+            (1, _) => {}
+            (2, false) => difference(0, 0.5 * first),
+            (2, true) | (_, false) => difference(0, second),
+            (_, true) => {
+                let (r0, r1) = (r(0), r(1));
+                difference(1, (second * r0 - 2.0 * third) / (r0 - r1));
+                difference(0, (2.0 * third - second * r1) / (r0 - r1));
+            }
+        }
+        step.next.m = outputs[0];
+        step.next.history[..HISTORY].copy_from_slice(&outputs[1..]);
+        step
+    };
+    Ok((0..timesteps.len()).map(step).collect())
+}
+
+/// The order of each step, as diffusers chooses it.
+fn singlestep_orders(setup: &Setup, len: usize) -> Result<Vec<usize>> {
+    let order = setup.config.solver_order()?;
+    // diffusers sets `lower_order_final` itself if the steps do not come out even, or if the last ends at sigma 0.
+    let whole = len.is_multiple_of(order);
+    let lower = setup.config.lower_order_final.unwrap_or(false) || !whole || ends_at_zero(setup);
+    let mut orders: Vec<usize> = (0..len).map(|index| index % order + 1).collect();
+    if (lower && whole) || ends_at_zero(setup) {
+        orders[len - 1] = 1;
+    }
+    Ok(orders)
+}
+
 /// The timesteps of a multistep solver, and the noise levels at them, followed by the final one.
 pub(super) fn multistep_levels(setup: &Setup) -> (Vec<f64>, Vec<Level>) {
     let (config, table) = (setup.config, &setup.table);
-    let dpm = setup.sampler == Sampler::DpmSolverMultistep;
+    let dpm = setup.sampler.is_dpm_multistep() || setup.sampler == Sampler::DpmSolverSinglestep;
     let end = match config.lambda_min_clipped {
         Some(min) if dpm => table.clipped_len(min),
         _ => setup.trained,
@@ -77,12 +156,20 @@ pub(super) fn multistep_levels(setup: &Setup) -> (Vec<f64>, Vec<Level>) {
     let mut sigmas: Vec<f64> = timesteps.iter().map(|timestep| table.sigma(*timestep)).collect();
     let (mut min, max) = table.sigma_range();
     if let Some(spacing) = setup.sigma_spacing {
-        let least = config.sigma_min.unwrap_or(min);
-        sigmas = spaced_sigmas(spacing, config.sigma_max.unwrap_or(max), least, setup.steps);
-        // diffusers rounds the timesteps of Karras' spacing, and truncates those of the others.
-        let rounded =
-            spacing == Spacing::Karras && !(dpm && config.beta_schedule == Some(BetaSchedule::SquaredcosCapV2));
-        let whole = |timestep: f64| if rounded { timestep.round_ties_even() } else { timestep.trunc() };
+        let mut least = min;
+        let mut greatest = max;
+        // In diffusers, these lambdas span all of training's range whatever the settings.
+        if spacing != Spacing::LuLambdas {
+            (least, greatest) = (config.sigma_min.unwrap_or(min), config.sigma_max.unwrap_or(max));
+        }
+        sigmas = spaced_sigmas(spacing, (greatest, least), setup.steps, table, config.xl);
+        // diffusers rounds the timesteps of two spacings and truncates those of two; k-diffusion's are not whole.
+        let cosine = setup.sampler.is_dpm_multistep() && config.beta_schedule == Some(BetaSchedule::SquaredcosCapV2);
+        let whole = |timestep: f64| match spacing {
+            Spacing::Karras | Spacing::LuLambdas if !cosine => timestep.round_ties_even(),
+            Spacing::Karras | Spacing::LuLambdas | Spacing::Exponential | Spacing::Beta => timestep.trunc(),
+            _ => timestep,
+        };
         timesteps = sigmas.iter().map(|sigma| whole(table.timestep(*sigma))).collect();
         if !dpm {
             min = least;

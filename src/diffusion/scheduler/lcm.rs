@@ -6,7 +6,8 @@ use crate::{Error, Result};
 /// The standard deviation of the data in the boundary condition (arXiv 2303.01469).
 const SIGMA_DATA: f64 = 0.5;
 
-pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
+/// The timesteps, spread evenly over those of the distillation, from the noisiest down.
+pub(super) fn timesteps(setup: &Setup) -> Result<Vec<usize>> {
     let config = setup.config;
     let (trained, distilled) = (setup.trained, config.original_inference_steps.unwrap_or(50));
     if !(1..=trained).contains(&distilled) {
@@ -14,15 +15,17 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
         return Err(config.refuse("original_inference_steps", distilled, &advice));
     }
     if setup.steps > distilled {
-        let steps = setup.steps;
-        return Err(Error::invalid("steps", format!("LCM cannot sample in {steps} steps"))
+        let (sampler, steps) = (setup.sampler, setup.steps);
+        return Err(Error::invalid("steps", format!("{sampler} cannot sample in {steps} steps"))
             .advise(format!("choose from 1 to {distilled}")));
     }
-    // The steps are spread evenly over the timesteps of the distillation, from the noisiest down.
     let stride = distilled as f64 / setup.steps as f64;
     let at = |i: usize| (distilled - (i as f64 * stride) as usize) * (trained / distilled) - 1;
-    let timesteps: Vec<usize> = (0..setup.steps).map(at).collect();
+    Ok((0..setup.steps).map(at).collect())
+}
 
+pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
+    let (config, timesteps) = (setup.config, timesteps(setup)?);
     let step = |(index, timestep): (usize, &usize)| {
         let x0 = setup.prediction.x0(setup.table.level(*timestep)?);
         let mut step = Step::at(*timestep as f64);

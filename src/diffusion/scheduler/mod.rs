@@ -3,7 +3,8 @@
 //! Every sampler here is linear in the noisy sample, the model's output, the values that it keeps from earlier steps,
 //! and fresh noise; the one exception is the clipping of the predicted sample. So a [`Schedule`] computes the
 //! coefficients of all steps once, in f64, and [`SamplerState::step`] applies them, whatever the sampler. One file per
-//! family of samplers computes them: `ddim`, `pndm`, `euler`, `dpm`, `unipc`, `lcm`.
+//! family of samplers computes them: `ddim`, `ddpm`, `pndm`, `euler`, `lms`, `second_order`, `dpm`, `unipc`, `lcm`,
+//! `tcd`. A [`Step`] is one call of the model, so a sampler that calls it twice in a step has two of them.
 //!
 //! ```
 //! use respodiff::diffusion::noise::{NormalGenerator, Rng};
@@ -20,10 +21,11 @@
 //! x.iter_mut().for_each(|x| *x *= schedule.init_noise_sigma);
 //! let mut state = SamplerState::new(x.len());
 //! for step in &schedule.steps {
-//!     let out = x.map(|x| x * step.input_scale); // The model would see this, and `step.timestep`.
 //!     if step.needs_noise() {
 //!         generator.fill(&mut noise);
 //!     }
+//!     step.churn(&mut x, &noise);
+//!     let out = x.map(|x| x * step.input_scale); // The model would see this, and `step.timestep`.
 //!     state.step(step, &out, &mut x, &noise);
 //! }
 //! # Ok::<(), respodiff::Error>(())
@@ -31,19 +33,31 @@
 
 mod config;
 mod ddim;
+mod ddpm;
 mod dpm;
 mod euler;
 mod lcm;
+mod lms;
 mod names;
 mod pndm;
+mod presets;
+mod second_order;
+mod sigmas;
+mod spacing;
 mod table;
+mod tcd;
+mod tuning;
 mod unipc;
 
-pub use config::SchedulerConfig;
+pub use config::{Prediction, SchedulerConfig};
 pub use names::{Sampler, SamplerChoice, Spacing};
+pub use presets::Preset;
+pub use tuning::{StepNoise, Tuning};
 
-use config::{BetaSchedule, Prediction};
-use table::{Table, Timesteps};
+use config::BetaSchedule;
+use spacing::Timesteps;
+use table::Table;
+use tuning::Tuned;
 
 use crate::{Error, Result};
 
@@ -53,6 +67,7 @@ pub const HISTORY: usize = 3;
 /// One step of any sampler: one call of the model and the arithmetic that follows it.
 ///
 /// ```text
+/// x    = x + churn * noise
 /// out  = model(input_scale * x, timestep)
 /// m    = clamp(convert.x * x + convert.out * out, -convert.clip, convert.clip)
 /// base = base.x * x + base.saved * saved + base.m * m + base.history · history
@@ -64,8 +79,13 @@ pub const HISTORY: usize = 3;
 pub struct Step {
     /// The timestep that the model reads.
     pub timestep: f32,
+    /// The coefficient of fresh noise that is added before the model reads the sample. A step takes noise here or in
+    /// `next`, and never in both.
+    pub churn: f64,
     /// Factor of the noisy sample before the model reads it.
     pub input_scale: f32,
+    /// Factor of the guidance scale: 1 except for CFG++ ([`Sampler::is_cfg_pp`]).
+    pub guidance: f64,
     /// The conversion of the model's output to the quantity that the sampler works with.
     pub convert: Convert,
     /// The sample from which the step is taken.
@@ -76,6 +96,10 @@ pub struct Step {
     pub save: bool,
     /// True if `m` is put at the front of the history.
     pub push: bool,
+    /// If the noise is the increment of a Brownian motion over sigma, over the square root of its length: the sigmas
+    /// where it begins and ends, falling. Steps that overlap, as those of DPM++ SDE do, then have noise in common.
+    /// `None` for noise that is drawn anew.
+    pub span: Option<[f64; 2]>,
 }
 
 /// The coefficients of the converted output `m`.
@@ -121,7 +145,14 @@ pub struct Next {
 impl Step {
     /// True if fresh noise goes into this step.
     pub fn needs_noise(&self) -> bool {
-        self.next.noise != 0.0
+        self.churn != 0.0 || self.next.noise != 0.0
+    }
+
+    /// Adds the noise that goes into `x` before the model reads it. `noise` is read only if there is such noise.
+    pub fn churn(&self, x: &mut [f32], noise: &[f32]) {
+        if self.churn != 0.0 {
+            x.iter_mut().zip(noise).for_each(|(x, noise)| *x += self.churn as f32 * noise);
+        }
     }
 
     /// A step to the model's own output at `timestep`.
@@ -135,20 +166,23 @@ impl Step {
     fn at(timestep: f64) -> Self {
         Self {
             timestep: timestep as f32,
+            churn: 0.0,
             input_scale: 1.0,
+            guidance: 1.0,
             convert: Convert { x: 0.0, out: 0.0, clip: f64::INFINITY },
             base: Base { x: 1.0, saved: 0.0, m: 0.0, history: [0.0; HISTORY] },
             next: Next { base: 1.0, out: 0.0, m: 0.0, history: [0.0; HISTORY], noise: 0.0 },
             save: false,
             push: false,
+            span: None,
         }
     }
 
     /// True if every coefficient is finite, in fp32 too.
     fn is_finite(&self) -> bool {
-        let Step { timestep, input_scale, convert, base, next, .. } = self;
+        let Step { timestep, churn, input_scale, guidance, convert, base, next, .. } = self;
         let scalars = [convert.x, convert.out, base.x, base.saved, base.m, next.base, next.out, next.m, next.noise];
-        let mut all = scalars.iter().chain(&base.history).chain(&next.history);
+        let mut all = scalars.iter().chain(&base.history).chain(&next.history).chain([churn, guidance]);
         timestep.is_finite() && input_scale.is_finite() && all.all(|c| (*c as f32).is_finite())
     }
 }
@@ -160,10 +194,13 @@ pub struct Schedule {
     pub sampler: Sampler,
     /// The spacing of the steps; `None` if the sampler leaves no choice (LCM).
     pub spacing: Option<Spacing>,
-    /// In the order in which they are taken. PNDM has one more than was asked for.
+    /// The calls of the model, in their order. Samplers that call it twice in a step have two for each step but the
+    /// last, and PNDM has one more than steps.
     pub steps: Vec<Step>,
     /// Factor of unit noise that gives the first sample.
     pub init_noise_sigma: f32,
+    /// The choice of settings, with the noise of steps that follows from the way in which the sampler was chosen.
+    pub tuning: Tuning,
 }
 
 impl Schedule {
@@ -178,38 +215,54 @@ impl Schedule {
     /// [`crate::ErrorKind::Damaged`] if neither the user nor the checkpoint names a sampler.
     pub fn new(config: &SchedulerConfig, choice: SamplerChoice, steps: usize) -> Result<Self> {
         let sampler = config.chosen_sampler(choice)?;
-        let (timestep_spacing, sigma_spacing) = config.chosen_spacing(sampler, choice.spacing)?;
+        let method = sampler.without_cfg_pp();
+        let (timestep_spacing, sigma_spacing) = config.chosen_spacing(method, choice.spacing)?;
+        let tuned = choice.tuning.of(sampler, choice.sampler.is_some())?;
         let trained = config.num_train_timesteps()?;
         if steps == 0 || steps > trained {
             return Err(Error::invalid("steps", format!("{sampler} cannot sample in {steps} steps"))
                 .advise(format!("choose from 1 to {trained}")));
         }
-        let defaults = match sampler {
-            Sampler::Lcm => (0.00085, 0.012, BetaSchedule::ScaledLinear),
+        use Sampler::*;
+        use Sampler::{
+            Ddim, Ddpm, Dpm2, Dpm2Ancestral, DpmSolverSinglestep, Euler, EulerAncestral, Heun, Lcm, Lms, Pndm,
+        };
+        let defaults = match method {
+            Lcm | Tcd => (0.00085, 0.012, BetaSchedule::ScaledLinear),
+            Heun | Dpm2 | Dpm2Ancestral | DpmppSde => (0.00085, 0.012, BetaSchedule::Linear),
             _ => (0.0001, 0.02, BetaSchedule::Linear),
         };
-        // DDIM and LCM can start from a level without signal. The other samplers cannot, because its sigma is infinite.
-        let floor = !matches!(sampler, Sampler::Ddim | Sampler::Lcm);
+        // These can start from a level without signal. The other samplers cannot, because its sigma is infinite.
+        let floor = !matches!(method, Ddim | Ddpm | Lcm | Tcd);
         let setup = Setup {
             config,
-            sampler,
+            sampler: method,
+            cfg_pp: sampler.is_cfg_pp(),
+            tuned,
             trained,
             table: Table::new(config, trained, defaults, floor)?,
-            prediction: config.prediction_type.unwrap_or(Prediction::Epsilon),
+            prediction: choice.tuning.prediction.or(config.prediction_type).unwrap_or(Prediction::Epsilon),
             timestep_spacing,
             sigma_spacing,
             steps,
         };
-        let (steps, init_noise_sigma) = match sampler {
-            Sampler::Ddim => (ddim::steps(&setup)?, 1.0),
-            Sampler::Pndm => (pndm::steps(&setup)?, 1.0),
-            Sampler::Euler | Sampler::EulerAncestral => euler::steps(&setup),
-            Sampler::DpmSolverMultistep => (dpm::steps(&setup)?, 1.0),
-            Sampler::UniPc => (unipc::steps(&setup)?, 1.0),
-            Sampler::Lcm => (lcm::steps(&setup)?, 1.0),
+        let (steps, init_noise_sigma) = match method {
+            Ddpm => (ddpm::steps(&setup)?, 1.0),
+            Pndm => (pndm::steps(&setup)?, 1.0),
+            Euler | EulerAncestral => euler::steps(&setup),
+            Lms => lms::steps(&setup),
+            Heun | Dpm2 | Dpm2Ancestral | Dpmpp2sAncestral | DpmppSde => second_order::steps(&setup)?,
+            DpmSolverMultistep | DpmSolverMultistepSde | DpmSolverMultistep3Sde => (dpm::steps(&setup)?, 1.0),
+            DpmSolverSinglestep => (dpm::singlestep(&setup)?, 1.0),
+            UniPc => (unipc::steps(&setup)?, 1.0),
+            Lcm => (lcm::steps(&setup)?, 1.0),
+            Tcd => (tcd::steps(&setup)?, 1.0),
+            // [`Sampler::without_cfg_pp`] leaves DDIM alone.
+            _ => (ddim::steps(&setup)?, 1.0),
         };
-        let spacing = Some(sigma_spacing.unwrap_or(timestep_spacing)).filter(|_| sampler != Sampler::Lcm);
-        let schedule = Self { sampler, spacing, steps, init_noise_sigma: init_noise_sigma as f32 };
+        let spacing = Some(sigma_spacing.unwrap_or(timestep_spacing)).filter(|_| !method.is_distilled());
+        let tuning = Tuning { step_noise: tuned.step_noise, ..choice.tuning };
+        let schedule = Self { sampler, spacing, steps, init_noise_sigma: init_noise_sigma as f32, tuning };
         schedule.refuse_degenerate(setup.steps)?;
         Ok(schedule)
     }
@@ -249,7 +302,11 @@ impl Schedule {
 /// The numbers from which each family of samplers computes its coefficients.
 struct Setup<'a> {
     config: &'a SchedulerConfig,
+    /// The sampler whose steps are taken: [`Sampler::without_cfg_pp`].
     sampler: Sampler,
+    /// True if the unconditional prediction is what noises again.
+    cfg_pp: bool,
+    tuned: Tuned,
     /// `num_train_timesteps`.
     trained: usize,
     table: Table,
@@ -274,15 +331,40 @@ impl Setup<'_> {
     }
 
     /// The timesteps for samplers whose steps lie on the noise levels of training, which have whole timesteps.
-    fn whole_timesteps(&self) -> Vec<usize> {
+    fn whole_timesteps(&self) -> Result<Vec<usize>> {
         let timesteps = self.timesteps(self.trained, false);
-        timesteps.into_iter().map(|timestep| timestep.round_ties_even() as usize).collect()
+        let timesteps: Vec<usize> = timesteps.into_iter().map(|t| t.round_ties_even() as usize).collect();
+        let offset = self.config.steps_offset.unwrap_or(0) as usize;
+        if timesteps.first().is_some_and(|first| *first >= self.trained) {
+            // Only the leading spacing has an offset that may lead out of the table.
+            let fits = |steps: &usize| (steps - 1) * (self.trained / steps) + offset < self.trained;
+            let most = (1..self.trained).take_while(fits).count();
+            let (sampler, spacing, steps) = (self.sampler, self.timestep_spacing, self.steps);
+            let problem = format!("{sampler} with {spacing} spacing cannot sample in {steps} steps");
+            return Err(Error::invalid("steps", problem).advise(format!("choose from 1 to {most}, or another spacing")));
+        }
+        Ok(timesteps)
+    }
+
+    /// The span of a step's noise between two sigmas.
+    fn span(&self, from: f64, to: f64) -> Option<[f64; 2]> {
+        (self.tuned.step_noise == Some(StepNoise::Brownian)).then_some([from, to])
     }
 
     /// The stride of DDIM and PNDM, whatever the spacing.
     fn stride(&self) -> usize {
         self.trained / self.steps
     }
+}
+
+/// The factor of the guidance scale with which a step of the plain sampler is one of CFG++ (arXiv 2406.08070).
+///
+/// The guided prediction of the noise is `u + scale * (c - u)`. The plain step uses it to remove the noise and to bring
+/// back `kept` of it, the ratio of the sigmas after and before. CFG++ brings back the unconditional prediction u
+/// instead. Both are linear in `c - u`, so the one is the other with another scale. A step that keeps all noise, as
+/// DDIM's from timestep 0 to the level there, has no such scale and stays plain.
+fn cfg_pp(kept: f64) -> f64 {
+    if kept == 1.0 { 1.0 } else { 1.0 / (1.0 - kept) }
 }
 
 /// The state that a running sampler keeps from step to step, for one image.
@@ -304,7 +386,8 @@ impl SamplerState {
         self.history.iter_mut().for_each(|kept| kept.fill(0.0));
     }
 
-    /// Takes `x` one step further, given the model's output. `noise` is read only if [`Step::needs_noise`].
+    /// Takes `x` one step further, given the model's output for it after [`Step::churn`]. `noise` is read only if
+    /// [`Step::needs_noise`].
     ///
     /// # Panics
     ///

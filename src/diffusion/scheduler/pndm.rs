@@ -15,7 +15,7 @@ const ADAMS_BASHFORTH: [[f64; 1 + HISTORY]; 4] = [
 ];
 
 pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
-    let mut timesteps = setup.whole_timesteps();
+    let mut timesteps = setup.whole_timesteps()?;
     if let Some(second) = timesteps.get(1).copied() {
         timesteps.insert(1, second);
     }

@@ -1,6 +1,5 @@
 //! The noise levels of training, and the choice of those that the steps of a sampler visit.
 
-use super::Spacing;
 use super::config::{BetaSchedule, Prediction, SchedulerConfig};
 use crate::{Error, Result};
 
@@ -38,7 +37,7 @@ pub(super) struct Weights {
 
 impl Prediction {
     /// The predicted sample.
-    pub fn x0(self, at: Level) -> Weights {
+    pub(super) fn x0(self, at: Level) -> Weights {
         match self {
             Prediction::Epsilon => Weights { x: 1.0 / at.alpha, out: -at.sigma / at.alpha },
             Prediction::Velocity => Weights { x: at.alpha, out: -at.sigma },
@@ -47,7 +46,7 @@ impl Prediction {
     }
 
     /// The predicted noise.
-    pub fn epsilon(self, at: Level) -> Weights {
+    pub(super) fn epsilon(self, at: Level) -> Weights {
         match self {
             Prediction::Epsilon => Weights { x: 0.0, out: 1.0 },
             Prediction::Velocity => Weights { x: at.sigma, out: at.alpha },
@@ -125,7 +124,19 @@ impl Table {
         a + (b - a) * (timestep - low as f64)
     }
 
-    /// The timestep of a sigma: the inverse of [`Table::sigma`], but interpolated in the logarithm of sigma.
+    /// The number of timesteps.
+    pub fn len(&self) -> usize {
+        self.sigmas.len()
+    }
+
+    /// The sigma at a timestep, interpolated in the logarithm of sigma, as in k-diffusion.
+    pub fn sigma_by_logarithm(&self, timestep: f64) -> f64 {
+        let low = timestep as usize;
+        let (a, b) = (self.log_sigmas[low] as f64, self.log_sigmas[(low + 1).min(self.len() - 1)] as f64);
+        (a + (b - a) * (timestep - low as f64)).exp()
+    }
+
+    /// The timestep of a sigma: the inverse of [`Table::sigma_by_logarithm`].
     pub fn timestep(&self, sigma: f64) -> f64 {
         let log_sigma = sigma.max(1e-10).ln();
         let above = self.log_sigmas.partition_point(|log| *log as f64 <= log_sigma);
@@ -190,54 +201,4 @@ fn rescale_zero_terminal_snr(alphas_cumprod: &[f32]) -> Vec<f32> {
     // the model was trained at.
     let ratios = rescaled.iter().zip(std::iter::once(&1.0).chain(&rescaled)).map(|(a, before)| a / before);
     cumprod(ratios.map(|alpha| 1.0 - (1.0 - alpha)))
-}
-
-/// The timesteps of a spacing, from the noisiest down (table 2 of arXiv 2305.08891).
-pub(super) struct Timesteps {
-    pub spacing: Spacing,
-    pub num_train_timesteps: usize,
-    /// The timesteps below this one are used: `num_train_timesteps` unless clipped.
-    pub end: usize,
-    pub steps: usize,
-    /// True if one timestep more is spaced and timestep 0 is left out, as for multistep solvers.
-    pub skip_zero: bool,
-    pub steps_offset: u32,
-}
-
-impl Timesteps {
-    /// The timesteps, which are whole except for `Linspace`.
-    pub fn list(&self) -> Vec<f64> {
-        let points = self.steps + self.skip_zero as usize;
-        let rising = (self.skip_zero as usize..points).rev();
-        match self.spacing {
-            Spacing::Trailing => {
-                // The stride is rounded as in numpy's `arange`, so that ties between timesteps are rounded alike.
-                let end = self.end as f64;
-                let stride = end - (end - self.num_train_timesteps as f64 / self.steps as f64);
-                let at = |i: usize| (end - i as f64 * stride).round_ties_even() - 1.0;
-                (0..self.steps).map(at).take_while(|timestep| *timestep >= 0.0).collect()
-            }
-            Spacing::Leading => {
-                let stride = self.end / points;
-                rising.map(|i| (i * stride + self.steps_offset as usize) as f64).collect()
-            }
-            _ => {
-                let stride = (self.end.saturating_sub(1)) as f64 / (points - 1).max(1) as f64;
-                rising.map(|i| i as f64 * stride).collect()
-            }
-        }
-    }
-}
-
-/// `steps` sigmas from `max` down to `min`.
-pub(super) fn spaced_sigmas(spacing: Spacing, max: f64, min: f64, steps: usize) -> Vec<f64> {
-    let ramp = (0..steps).map(|i| i as f64 / (steps - 1).max(1) as f64);
-    match spacing {
-        Spacing::Karras => {
-            let rho = 7.0;
-            let (max, min) = (max.powf(1.0 / rho), min.powf(1.0 / rho));
-            ramp.map(|r| (max + r * (min - max)).powf(rho)).collect()
-        }
-        _ => ramp.map(|r| (max.ln() + r * (min.ln() - max.ln())).exp()).collect(),
-    }
 }
