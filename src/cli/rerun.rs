@@ -86,7 +86,7 @@ pub(super) fn remake(
         .rng(info.rng.parse()?)
         .conditioned_on_size(info.original_size, info.crop.unwrap_or((0, 0)));
     let options = SessionOptions::new(Size::new(info.width as usize, info.height as usize))
-        .guided(choice.sampler.is_some_and(|sampler| sampler.guides(info.guidance)))
+        .guided(choice.guides(info.guidance))
         .reuse(info.reuse.unwrap_or(1))
         .concepts(!info.concepts.is_empty());
     let cancelled = interrupt_flag();

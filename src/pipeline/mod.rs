@@ -245,7 +245,7 @@ impl Pipeline {
             .options()
             .size(size)
             .batch(images.len().min(self.max_batch))
-            .guided(images.iter().any(|image| image.info.guidance > 1.0))
+            .guided(images.iter().any(|image| image.request.sampler.guides(image.info.guidance)))
             .concepts(images.iter().any(|image| !image.concepts.is_empty()));
         let mut batch = self.batch(options)?;
         let outcome = run(&mut batch, images, progress);

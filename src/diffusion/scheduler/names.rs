@@ -346,6 +346,13 @@ pub struct SamplerChoice {
     pub tuning: Tuning,
 }
 
+impl SamplerChoice {
+    /// [`Sampler::guides`] of the sampler, which is not a CFG++ one if it is left to the checkpoint.
+    pub fn guides(&self, scale: f32) -> bool {
+        self.sampler.map_or(scale > 1.0, |sampler| sampler.guides(scale))
+    }
+}
+
 /// Reads a sampler by its name in diffusers, A1111 or k-diffusion, alone or followed by a spacing: "Euler a",
 /// "DPMSolverMultistepScheduler", "dpmpp_2m", "DPM++ 2M Karras". Case, spaces and punctuation are ignored.
 impl FromStr for SamplerChoice {
