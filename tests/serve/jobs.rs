@@ -62,8 +62,7 @@ fn accepted_jobs_survive_a_kill() {
         let concept = datum["parameters"]["concepts"][0]["file"].as_str().unwrap();
         let args = ["a doctor", "--seed", seed, "--steps", "40", "--concept", concept];
         let png = base64::engine::general_purpose::STANDARD.decode(datum["b64_json"].as_str().unwrap()).unwrap();
-        let hash = |png: &[u8]| png.windows(12).any(|bytes| bytes == b"model_sha256");
-        assert!(hash(&png) && pixels(&png) == pixels(&sample(&args)), "{seed}");
+        assert!(pixels(&png) == pixels(&sample(&args)), "{seed}");
     }
     let random = format!("/v1/jobs/{}", random["id"].as_str().unwrap());
     waited(|| server.get(&random)["status"] == "completed");

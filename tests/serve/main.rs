@@ -36,6 +36,13 @@ impl Server {
         serde_json::from_slice(&self.ask("GET", path, "", "").2).unwrap_or_default()
     }
 
+    /// The hash of the weights is in every file once it is known.
+    fn wait_for_hashes(&self) {
+        while self.get("/v1/models")["data"][0]["sha256"].is_null() {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+
     /// Ends the process as SIGKILL does.
     fn kill(mut self) {
         self.child.kill().unwrap();
@@ -93,12 +100,7 @@ fn files_are_those_of_the_command_line() {
     assert_eq!((status, &models["data"][0]["id"]), (200, &json!("respodiff-demo")));
     let concepts = models["data"][0]["concepts"].as_array().unwrap();
     assert!(concepts.contains(&json!("woman")) && concepts.contains(&json!("man")), "{models}");
-    // The hash of the weights is in every file once it is known.
-    while serde_json::from_slice::<Value>(&server.ask("GET", "/v1/models", "", "").2).unwrap()["data"][0]["sha256"]
-        .is_null()
-    {
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    server.wait_for_hashes();
     // Nine clients at once, whose requests differ in everything, of which three fit into the batch.
     let cases: [(Value, &[&str]); 9] = [
         (
@@ -177,6 +179,7 @@ fn files_are_those_of_the_command_line() {
 #[test]
 fn what_was_accepted_is_finished() {
     let mut server = Server::start(&[]);
+    server.wait_for_hashes();
     let body = json!({"prompt": "a cook", "seed": 5, "num_inference_steps": 60});
     std::thread::scope(|scope| {
         let answer = scope.spawn(|| server.png(&body));
