@@ -6,6 +6,7 @@ use super::survey::{Opened, REPORTED_IMAGES, Survey, quoted};
 use crate::eval::clip::{Clip, cosine};
 use crate::eval::fairness::Audit;
 use crate::{Error, Result};
+use clap::{ArgMatches, Command, FromArgMatches};
 use std::path::Path;
 
 /// Groups with a name, and the texts of their classes, which are those that the published concepts were trained with.
@@ -19,11 +20,7 @@ const KNOWN: [(&str, &[&str]); 3] = [
 const NEUTRAL: [&str; 5] = ["a person", "a scene", "an animal", "an object", "a building"];
 
 #[derive(clap::Args)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
-pub(in super::super) struct Args {
-    #[command(subcommand)]
-    command: Option<Command>,
-
+pub(in super::super) struct Flags {
     /// Groups whose classes should be shown equally often: gender, race, age, or classes in words of your own, such as
     /// "a tall person|a short person"
     #[arg(long, default_value = "gender,race", value_delimiter = ',')]
@@ -32,23 +29,55 @@ pub(in super::super) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    survey: Option<Survey>,
+    survey: Survey,
 }
 
-#[derive(clap::Subcommand)]
-enum Command {
-    /// Check a server's audit log: that no line was changed, that quotas were kept, and that its pictures can be made
-    /// again
-    Verify(verify::Args),
+/// An audit of a model, or of a server's log. clap's derived code would ask for the flags of the one with the other.
+pub(in super::super) enum Args {
+    Model(Flags),
+    Log(verify::Args),
+}
+
+const VERIFY: &str = "verify";
+
+impl clap::FromArgMatches for Args {
+    fn from_arg_matches(matches: &ArgMatches) -> std::result::Result<Self, clap::Error> {
+        match matches.subcommand_matches(VERIFY) {
+            Some(matches) => verify::Args::from_arg_matches(matches).map(Args::Log),
+            None => Flags::from_arg_matches(matches).map(Args::Model),
+        }
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> std::result::Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl clap::Args for Args {
+    fn augment_args(command: Command) -> Command {
+        let about = "Check a server's audit log: that no line was changed, that quotas were kept, and that its pictures can \
+                     be made again";
+        Flags::augment_args(command)
+            .subcommand(verify::Args::augment_args(Command::new(VERIFY)).about(about))
+            .args_conflicts_with_subcommands(true)
+            .subcommand_negates_reqs(true)
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
 }
 
 pub(in super::super) fn run(args: &Args) -> Result<()> {
-    if let Some(Command::Verify(args)) = &args.command {
-        return verify::run(args);
+    match args {
+        Args::Model(flags) => audit(flags),
+        Args::Log(args) => verify::run(args),
     }
-    let Some(survey) = &args.survey else {
-        return Err(Error::invalid("out", "a folder for records and reports is needed").advise("give one"));
-    };
+}
+
+fn audit(args: &Flags) -> Result<()> {
+    let survey = &args.survey;
     let groups = args.groups.iter().map(|text| group(text)).collect::<Result<Vec<_>>>()?;
     let mut opened = survey.open(REPORTED_IMAGES)?;
     opened.settings.shares = groups.iter().map(|group| vec![1.0 / group.len() as f64; group.len()]).collect();
