@@ -156,6 +156,27 @@ fn text(len: u32) -> Vec<u8> {
     [b"X", &len.to_le_bytes()[..], &vec![b'a'; len as usize]].concat()
 }
 
+/// A compressed member would grow when it is read; torch never compresses.
+#[test]
+fn compressed_archives_are_refused() {
+    use std::io::{Read, Write};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.pth");
+    let mut whole = zip::ZipArchive::new(std::fs::File::open(file("official.pth")).unwrap()).unwrap();
+    let mut archive = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
+    let deflated = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Deflated);
+    for i in 0..whole.len() {
+        let mut member = whole.by_index(i).unwrap();
+        let mut bytes = Vec::new();
+        member.read_to_end(&mut bytes).unwrap();
+        archive.start_file(member.name().unwrap(), deflated).unwrap();
+        archive.write_all(&bytes).unwrap();
+    }
+    archive.finish().unwrap();
+    let error = import(&path, "a woman", None, CHANNELS).expect_err("refused").to_string();
+    assert!(error.contains("compressed"), "{error}");
+}
+
 #[test]
 fn pickles_made_to_harm_are_refused() {
     // The parts of the programs below are valid: they give SDisc's layout with one column.

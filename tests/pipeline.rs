@@ -4,8 +4,8 @@
 mod support;
 
 use respodiff::{
-    Device, Engine, ErrorKind, Image, Output, Prompt, Request, SamplerChoice, SessionOptions, Size, Source, Start,
-    Tuning,
+    Device, Engine, ErrorKind, Image, Output, Prompt, Recipe, Request, SamplerChoice, SessionOptions, Size, Source, Start,
+    Task, Trainer, Tuning,
 };
 use serde_json::from_str;
 use std::collections::HashMap;
@@ -99,6 +99,43 @@ fn an_image_does_not_depend_on_its_batch() {
             assert_eq!(alone.pictures[0], batch.pictures[i]);
         }
     }
+}
+
+/// A UNet that reads the guidance scale runs once per image, and gets each image's own scale.
+#[test]
+fn a_guidance_scale_that_the_unet_reads() {
+    let folder = support::copies(&["sd1", "lcm"]);
+    let engine = Engine::open(&Source::folder(folder.path()).unwrap(), Device::cpu()).unwrap();
+    assert_eq!((engine.reads_guidance(), engine.default_guidance()), (true, 8.5));
+    let options = SessionOptions::new(Size::new(40, 56)).batch(3);
+    let images = [
+        Image::new("a doctor").seed(7).guidance(8.5),
+        Image::new("a doctor").seed(7).guidance(2.0).negative("a hat"),
+        Image::new("a doctor").seed(7),
+    ];
+    let request = |images: &[Image]| Request::new(images.to_vec()).steps(2);
+    let batch = generate(&engine, options, &request(&images));
+    // One session for all, whose conditioning changes in nothing but the scale.
+    let mut session = engine.session(options.batch(1)).unwrap();
+    for (i, image) in images.iter().enumerate() {
+        let alone =
+            session.generate(&request(std::slice::from_ref(image)), &mut |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!(alone.pictures[0], batch.pictures[i], "image {i}");
+    }
+    assert_ne!(batch.pictures[0], batch.pictures[1]);
+    assert_eq!(batch.pictures[0], batch.pictures[2]);
+    // Guidance doubles nothing, so that it makes no difference to the memory.
+    assert_eq!(engine.memory(options).unwrap().unet, engine.memory(options.guided(false)).unwrap().unet);
+    let plain = generate(&engine, options.guided(false), &request(&images));
+    assert_eq!(plain.pictures, batch.pictures);
+
+    // This one has no middle block either.
+    let error = engine.session(options.concepts(true)).err().expect("refused");
+    assert!(error.to_string().contains("middle block") && error.kind() == ErrorKind::Unsupported, "{error}");
+    let task = Task::toward("a woman", "a person");
+    let recipe = Recipe::for_task(&task);
+    let error = Trainer::new(&engine, task, recipe, 0, Size::new(64, 64)).err().expect("refused");
+    assert!(error.to_string().contains("reads the guidance scale"), "{error}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::{Place, adapters, parts, say};
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{Extent, Graph};
-use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder};
+use crate::models::{ClipConfig, MidBlock, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder};
 use crate::weights::Source;
 use crate::{Device, Result};
 use serde_json::{Value, json};
@@ -77,13 +77,27 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 /// The model family, as recognised by the UNet's shape.
-fn family(unet: &UNetConfig) -> &'static str {
-    match (unet.text_time.is_some(), unet.cross_attention_dim) {
+fn family(unet: &UNetConfig) -> String {
+    let mut family = match (unet.text_time.is_some(), unet.cross_attention_dim) {
         (true, _) => "SDXL",
         (false, 768) => "Stable Diffusion 1.x",
         (false, 1024) => "Stable Diffusion 2.x",
         (false, _) => "Stable Diffusion 1.x or 2.x, of another width",
     }
+    .to_string();
+    // Beside the latents, a mask and the latents of a masked picture.
+    if unet.in_channels == 2 * unet.out_channels + 1 {
+        family += ", for inpainting";
+    }
+    match unet.mid {
+        MidBlock::None => family += ", distilled, without a middle block",
+        MidBlock::Resnet => family += ", distilled",
+        MidBlock::Attention(_) => {}
+    }
+    if unet.time_cond_proj_dim.is_some() {
+        family += ", reads the guidance scale";
+    }
+    family
 }
 
 /// A component's size on a device.

@@ -98,6 +98,14 @@ impl Source {
         parts.into_iter().flatten().filter(|(component, _)| *component != "unet")
     }
 
+    /// [`Source::name`] with what tells the checkpoint from the plain one of this name: for records of measurements.
+    pub fn title(&self) -> String {
+        let averages = self.is_averaged().then(|| "averages".to_string());
+        let parts = self.parts().map(|(component, path)| format!("{component} {}", path.display()));
+        let all: Vec<String> = averages.into_iter().chain(parts).collect();
+        if all.is_empty() { self.name() } else { format!("{} ({})", self.name(), all.join(", ")) }
+    }
+
     fn with(self, component: &'static str, part: Part) -> Self {
         let (base, mut parts) = match self {
             Source::Composed(composed) => (composed.base.clone(), composed.parts.clone()),

@@ -41,6 +41,40 @@ fn parts_are_recorded() {
     assert!(!made && problem.contains("other weights than the picture's vae"), "{problem}");
 }
 
+/// Moving averages beside the UNet are taken if asked for, and the record says so.
+#[test]
+fn averages_are_recorded() {
+    let folder = support::copy("sd1");
+    let unet = |name: &str| folder.path().join(name);
+    std::fs::rename(unet("unet"), unet("unet_ema")).unwrap();
+    std::fs::create_dir(unet("unet")).unwrap();
+    std::fs::copy(unet("unet_ema/config.json"), unet("unet/config.json")).unwrap();
+    let run = |args: &[&str]| text(&respodiff(folder.path(), args).stderr);
+    let make = ["sample", "a cat", "--model", ".", "--steps", "2", "--seed", "1", "-q", "-o", "x.png"];
+    assert!(run(&make).contains("no diffusion_pytorch_model.safetensors"));
+    assert_eq!(run(&[&make[..], &["--ema"]].concat()), "");
+    let tags = respodiff::image::read_png_text(&folder.path().join("x.png")).unwrap();
+    assert!(tags.iter().any(|(_, value)| value.contains("EMA: true")), "{tags:?}");
+    let told = run(&["rerun", "x.png", "--model", "."]);
+    assert!(told.contains("the same picture"), "{told}");
+}
+
+/// UNets whose pictures cannot be made here, or not by themselves, are still described.
+#[test]
+fn unusual_networks_are_described() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, words) in [
+        ("small", "for inpainting, distilled, without a middle block"),
+        ("ssd", "SDXL, distilled"),
+        ("lcm", "without a middle block, reads the guidance scale"),
+    ] {
+        let model = support::golden().join("checkpoints").join(name);
+        let output = respodiff(folder.path(), &["info", "--model", model.to_str().unwrap()]);
+        let told = text(&output.stdout);
+        assert!(told.contains(words) && told.contains("weights"), "{told}");
+    }
+}
+
 #[test]
 fn checkpoints_are_written_anew() {
     let folder = tempfile::tempdir().unwrap();

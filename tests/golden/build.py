@@ -336,12 +336,13 @@ def ssd(folder):
 
 
 def lcm(folder):
-    """A latent consistency model: sd1 with a UNet that reads the guidance scale."""
+    """A latent consistency model: sd1 with a UNet that reads the guidance scale, and is distilled, too."""
     unet(
         "lcm/unet",
         sample_size=8,
         block_out_channels=(8, 16),
         down_block_types=(CROSS, PLAIN),
+        mid_block_type=None,
         up_block_types=(UP_PLAIN, UP_CROSS),
         layers_per_block=1,
         attention_head_dim=2,

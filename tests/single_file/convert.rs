@@ -1,6 +1,7 @@
 //! Checkpoints written anew, as folders and as single files.
 
 use super::Original;
+use respodiff::models::{MidBlock, UNetConfig};
 use respodiff::weights::{Format, Source};
 use respodiff::{Device, Engine, ErrorKind, Image, Picture, Request, SessionOptions, Size};
 use safetensors::SafeTensors;
@@ -62,6 +63,47 @@ fn there_and_back() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 6);
 }
 
+/// Networks with less in them than the families' own are recognised by their tensors, and keep them all on the way.
+#[test]
+fn distilled_networks() {
+    let unet = "model.diffusion_model.";
+    let folder = tempfile::tempdir().unwrap();
+    let opened = |name: &str, original: &Original| {
+        let source = original.open().unwrap();
+        let [written, back] = ["", ".safetensors"].map(|end| folder.path().join(format!("{name}{end}")));
+        source.convert(&written, None).unwrap();
+        let as_folder = Source::folder(&written).unwrap();
+        assert_eq!(picture(&as_folder), picture(&source), "{name}");
+        as_folder.convert(&back, None).unwrap();
+        let (mut ours, mut truth) = (content(&back), content(&original.path()));
+        [&mut ours, &mut truth].map(|content| content.retain(|key, _| key.starts_with(unet)));
+        assert!(ours == truth, "{name}");
+        let config = source.read_text("unet/config.json").unwrap();
+        UNetConfig::parse(&config, Path::new("config")).unwrap()
+    };
+
+    // As in BK-SDM.
+    let mut original = Original::named("sd1");
+    original.tensors.retain(|name, _| !name.contains(".middle_block."));
+    assert_eq!(opened("small", &original).mid, MidBlock::None);
+    // As in SSD-1B.
+    let mut original = Original::named("sdxl");
+    let is_lost = |name: &str| {
+        let block = name.strip_prefix("model.diffusion_model.input_blocks.8.1.transformer_blocks.");
+        let deep = block.and_then(|rest| rest.split('.').next()).is_some_and(|k| k.parse::<usize>().unwrap() > 3);
+        deep || name.contains(".middle_block.1.") || name.contains(".middle_block.2.")
+    };
+    original.tensors.retain(|name, _| !is_lost(name));
+    let config = opened("ssd", &original);
+    assert_eq!(config.mid, MidBlock::Resnet);
+    let depths: Vec<_> = config.levels.iter().map(|level| (&level.down[..], &level.up[..])).collect();
+    assert_eq!(depths, [(&[][..], &[][..]), (&[2, 2], &[2, 2, 2]), (&[10, 4], &[10, 10, 10])]);
+    // As in latent consistency models.
+    let mut original = Original::named("sd1");
+    original.add(&format!("{unet}time_embed.cond_proj.weight"), &[32, 16]);
+    assert_eq!(opened("lcm", &original).time_cond_proj_dim, Some(16));
+}
+
 #[test]
 fn number_formats() {
     let folder = tempfile::tempdir().unwrap();
@@ -82,6 +124,22 @@ fn number_formats() {
         assert_eq!(ours, truth.iter().map(|&x| rounded(x)).collect::<Vec<_>>());
         assert_eq!(picture(&written) == before, format != Format::BF16, "{format:?}");
     }
+    // Eight bits become fp16, which holds them, or with a scale fp32.
+    let mut small = Original::named("sd1");
+    for (i, name) in ["out.2.weight", "middle_block.1.proj_in.weight"].iter().enumerate() {
+        small.tensors.get_mut(&format!("model.diffusion_model.{name}")).unwrap().2 = safetensors::Dtype::F8_E4M3;
+        if i == 1 {
+            let scale = format!("model.diffusion_model.{}", name.replace(".weight", ".scale_weight"));
+            small.tensors.insert(scale, (vec![], vec![0.7], safetensors::Dtype::F32));
+        }
+    }
+    let (small, path) = (small.open().unwrap(), folder.path().join("from 8 bits.safetensors"));
+    small.convert(&path, None).unwrap();
+    assert_eq!(picture(&Source::file(&path).unwrap()), picture(&small));
+    let written = content(&path);
+    assert_eq!(written["model.diffusion_model.out.2.weight"].0, "F16");
+    assert_eq!(written["model.diffusion_model.middle_block.1.proj_in.weight"].0, "F32");
+    std::fs::remove_file(path).unwrap();
     let mut large = Original::named("sd1").stored(safetensors::Dtype::F32);
     large.tensors.get_mut("model.diffusion_model.out.2.bias").unwrap().1[1] = 7e4;
     let error = large.open().unwrap().convert(&folder.path().join("large"), Some(Format::F16)).expect_err("refused");

@@ -218,7 +218,7 @@ fn making(args: &Args, engine: &Engine, used: &[Used]) -> Result<Making> {
     let own = engine.schedule(choice, args.steps)?.sampler;
     let Size { width, height } = engine.default_size();
     Ok(Making {
-        model: engine.name(),
+        model: engine.source().title(),
         fingerprint: engine.fingerprint()?,
         concepts: used
             .iter()

@@ -112,7 +112,7 @@ impl Survey {
         let choice: SamplerChoice = self.scheduler.as_deref().map_or(Ok(SamplerChoice::default()), str::parse)?;
         let own = engine.schedule(choice, self.steps)?.sampler;
         let settings = Settings {
-            model: engine.name(),
+            model: engine.source().title(),
             fingerprint: engine.fingerprint()?,
             judges: named(&judges),
             groups: Vec::new(),

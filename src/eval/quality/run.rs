@@ -140,7 +140,7 @@ impl Made {
         Ok(Made {
             pictures: captions.len(),
             digest: digest(captions.iter().map(part)),
-            model: engine.name(),
+            model: engine.source().title(),
             fingerprint: engine.fingerprint()?,
             concepts: concepts.iter().map(|(concept, strength)| (concept.fingerprint(), *strength)).collect(),
             sampler,
