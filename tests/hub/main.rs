@@ -141,6 +141,24 @@ fn shards_and_half_precision_side_by_side() {
     assert!(message.contains("safetensors"), "{message}");
 }
 
+/// Files of `torch.save` are taken if there are no others, and found again without the server.
+#[test]
+fn pickles_if_there_is_nothing_else() {
+    let without = FILES.iter().filter(|path| !path.starts_with("unet/diffusion") && !path.contains("vae/diffusion"));
+    let pickles = ["unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin"];
+    let both = ["vae/diffusion_pytorch_model.fp16.bin", "vae/diffusion_pytorch_model.fp16.safetensors"];
+    let paths: Vec<&str> = without.chain(&pickles).chain(&both).copied().collect();
+    let server = Server::new(&paths);
+    let snapshot = server.resolve("owner/name").unwrap();
+    let files = tree(&snapshot);
+    let weights: Vec<&str> =
+        files.iter().map(String::as_str).filter(|path| path.contains("model.") && path.contains('/')).collect();
+    assert_eq!(weights, ["text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", both[1]]);
+    server.take_requests();
+    assert_eq!(server.resolve("owner/name").unwrap(), snapshot);
+    assert!(server.take_requests().is_empty());
+}
+
 #[test]
 fn dropped_connections_resume() {
     let server = Server::new(&FILES);
