@@ -4,8 +4,8 @@
 mod support;
 
 use respodiff::{
-    Device, Engine, ErrorKind, Image, Output, Prompt, Recipe, Request, SamplerChoice, SessionOptions, Size, Source, Start,
-    Task, Trainer, Tuning,
+    Device, Engine, ErrorKind, Image, Output, Prompt, Recipe, Request, SamplerChoice, SessionOptions, Size, Source,
+    Start, Task, Trainer, Tuning,
 };
 use serde_json::from_str;
 use std::collections::HashMap;
