@@ -237,10 +237,13 @@ def test_an_exception_of_the_callback_ends_the_run(engine: respodiff.Engine) -> 
 
 @pytest.fixture
 def interrupt() -> Iterator[None]:
+    # A job in the background of a shell ignores the signal, and Python then leaves it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     yield
     timer.join()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_ends_the_run_within_a_step(engine: respodiff.Engine, interrupt: None) -> None:
