@@ -127,8 +127,10 @@ const char *respodiff_version(void);
 /*
  Opens a checkpoint. `model` is "demo", a folder as diffusers writes it, a file, or a Hugging Face model id, which is
  taken from the local cache or downloaded. `options` is NULL or a JSON object: "device" ("auto", "cpu", "cuda",
- "cuda:1"), "precision" ("full", "bf16", "int8"), "tokenizer" ("fast", "slow"), "max_batch" (the most pictures that
- are made at once, 8 by default).
+ "cuda:1"), "precision" ("full", "bf16", "int8"), "tokenizer" ("fast", "slow"), "vae", "text_encoder" and
+ "text_encoder_2" (folders or files in place of the checkpoint's own), "ema" (true for moving averages), "loras" (a
+ list of files, or of {"file": "a.safetensors", "weight": 0.8}), "max_batch" (the most pictures that are made at
+ once, 8 by default).
 
  # Safety
  The texts end with NUL; `engine` and `error` may be written, or are NULL.

@@ -65,16 +65,17 @@ def test_files_are_those_of_the_command(engine: respodiff.Engine, program: str, 
 
 def test_options_of_the_engine_are_in_the_files(program: str, tmp_path: Path) -> None:
     folder = ROOT / "tests" / "golden" / "checkpoints" / "sd1"
-    with respodiff_warnings():
-        made = respodiff.Engine(folder, device="cpu", tokenizer="slow").generate("a dog", seed=3, steps=2)
+    made = respodiff.Engine(folder, device="cpu", tokenizer="slow").generate("a dog", seed=3, steps=2)
     flags = ["a dog", "--model", str(folder), "--tokenizer", "slow", "--seed", "3", "--steps", "2"]
-    assert [made[0].png] == sampled(program, tmp_path, *flags)
-
-
-def respodiff_warnings() -> Any:
-    import warnings
-
-    return warnings.catch_warnings()
+    assert [made[0].png] == sampled(program, tmp_path / "a", *flags)
+    lora, vae = ROOT / "tests" / "golden" / "adapters" / "sd1_kohya.safetensors", folder / "vae"
+    other = respodiff.Engine(folder, device="cpu", vae=vae, loras=[(lora, 0.5)]).generate("a dog", seed=3, steps=2)
+    assert other[0].rgb != made[0].rgb
+    flags = ["a dog", "--model", str(folder), "--vae", str(vae), "--lora", f"{lora}:0.5", "--seed", "3", "--steps", "2"]
+    assert [other[0].png] == sampled(program, tmp_path / "b", *flags)
+    with pytest.raises(respodiff.Error) as caught:
+        respodiff.Engine(device="cpu", loras=[tmp_path / "none.safetensors"])
+    assert caught.value.kind == "not_found"
 
 
 def test_pictures_are_arrays_and_images(engine: respodiff.Engine, tmp_path: Path) -> None:

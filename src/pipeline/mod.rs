@@ -1,13 +1,14 @@
 //! Whole requests: from fields, as clients of the server and of the bindings to C and Python send them, to pictures
 //! with the files that hold them.
 
+#[cfg(feature = "download")]
+mod open;
 mod plan;
 
 pub(crate) use plan::{Planned, encode, in_fields, plan};
 
 use crate::backend::Precision;
 use crate::concept::{Shelf, Used};
-use crate::device::Place;
 use crate::diffusion::scheduler::Sampler;
 use crate::engine::{Engine, EngineOptions, Event, Outline, RunningBatch, SessionOptions, Size};
 use crate::image::{GenerationInfo, Picture, UsedPart};
@@ -150,31 +151,6 @@ impl Pipeline {
         }
         let record = record(engine.outline(), &options);
         Ok(Pipeline { engine, record, max_batch, idle: Mutex::default(), hashes: Arc::default() })
-    }
-
-    /// Opens the checkpoint that a text names, as programs in other languages do: `demo`, or what [`Source::find`]
-    /// takes. `options` is a JSON object whose fields are all optional: `device` (`auto`, `cpu`, `cuda`, `cuda:1`),
-    /// `precision` (`full`, `bf16`, `int8`), `tokenizer` (`fast`, `slow`) and `max_batch` (8).
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`] about a field, and those of [`Source::find`] and [`Pipeline::open`].
-    #[cfg(feature = "download")]
-    pub fn find(model: &str, options: &[u8], hub: &dyn Fn() -> Result<crate::hub::HubConfig>) -> Result<Self> {
-        let mut fields = Fields::parse(options).map_err(refused)?;
-        let mut text = |name: &'static str| fields.take::<String>(name, "a text").map_err(refused);
-        let (device, precision, tokenizer) = (text("device")?, text("precision")?, text("tokenizer")?);
-        let max_batch: Option<usize> = fields.take("max_batch", "a whole number").map_err(refused)?;
-        fields.finish().map_err(refused)?;
-        let device: Place = device.as_deref().map_or(Ok(Place::Auto), str::parse)?;
-        let precision: Precision = precision.as_deref().map_or(Ok(Precision::Full), str::parse)?;
-        let tokenizer: TokenizerRules = tokenizer.as_deref().map_or(Ok(TokenizerRules::Fast), str::parse)?;
-        let source = match model {
-            #[cfg(feature = "demo")]
-            "demo" => Source::demo(),
-            model => Source::find(model, hub, &mut |_| {})?,
-        };
-        let options = EngineOptions::new(device.device()?).precision(precision).tokenizer(tokenizer);
-        Self::open(&source, options, max_batch.unwrap_or(8))
     }
 
     /// The engine.

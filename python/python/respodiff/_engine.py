@@ -11,6 +11,9 @@ from . import _respodiff
 from ._errors import made
 from ._respodiff import Concept, Picture
 
+File = Union[str, "os.PathLike[str]"]
+"""A file or folder."""
+
 Named = Union[str, Concept]
 """A concept: a file, the name of one of the demo's concepts, or one that was loaded."""
 
@@ -23,22 +26,41 @@ class Engine:
 
     `model` is "demo", a folder as diffusers' `save_pretrained` writes it, a file, or a Hugging Face model id, which is
     taken from the local cache or downloaded. `device` is "auto", "cpu", "cuda" or a GPU by its number, such as
-    "cuda:1"; `precision` is "full", "bf16" or "int8"; `tokenizer` is "fast" or "slow". Up to `max_batch` pictures of a
-    call are made at once.
+    "cuda:1"; `precision` is "full", "bf16" or "int8"; `tokenizer` is "fast" or "slow". `vae`, `text_encoder` and
+    `text_encoder_2` are folders or files in place of the checkpoint's own, and `ema` takes the moving averages of its
+    UNet. `loras` are files of adapters, each with its weight or without. Up to `max_batch` pictures of a call are made
+    at once.
 
     An engine may be used from several threads. It does not survive a fork: start processes by "spawn".
     """
 
     def __init__(
         self,
-        model: Union[str, "os.PathLike[str]"] = "demo",
+        model: File = "demo",
         *,
         device: str = "auto",
         precision: str = "full",
         tokenizer: str = "fast",
+        vae: Optional[File] = None,
+        text_encoder: Optional[File] = None,
+        text_encoder_2: Optional[File] = None,
+        ema: bool = False,
+        loras: Sequence[Union[File, Tuple[File, float]]] = (),
         max_batch: int = 8,
     ) -> None:
-        options = {"device": device, "precision": precision, "tokenizer": tokenizer, "max_batch": max_batch}
+        parts = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+        options = {
+            "device": device,
+            "precision": precision,
+            "tokenizer": tokenizer,
+            **{name: os.fspath(path) for name, path in parts.items() if path is not None},
+            "ema": ema,
+            "loras": [
+                {"file": os.fspath(lora[0]), "weight": lora[1]} if isinstance(lora, tuple) else os.fspath(lora)
+                for lora in loras
+            ],
+            "max_batch": max_batch,
+        }
         self._engine = _respodiff.Engine(os.fspath(model), _dumped(options))
 
     def info(self) -> Dict[str, Any]:
