@@ -16,11 +16,12 @@ struct DeviceStep {
     float convert_x, convert_out, clip;
     float base_x, base_saved, base_m, base_history[3];
     float next_base, next_out, next_m, next_history[3], next_noise;
+    float kept_signal, kept_noise;  // the noise level that the step leads to
     uint32_t draw;  // index of this step's noise among the draws from the first step on
     int32_t save, push;
 };
 LAYOUT(DeviceStep, timestep, churn, input_scale, guidance, convert_x, convert_out, clip, base_x, base_saved, base_m,
-       base_history, next_base, next_out, next_m, next_history, next_noise, draw, save, push)
+       base_history, next_base, next_out, next_m, next_history, next_noise, kept_signal, kept_noise, draw, save, push)
 
 // An image between its first and its last step.
 struct Slot {
@@ -35,8 +36,11 @@ struct Slot {
     int32_t next, current;
     uint32_t fault;  // the first step that gave latents that are not finite; 2^32 - 1 if none did
     uint32_t picture_faults;  // number of warps that found pixels that are not finite
+    int32_t keeps;  // 1 if a part of the image stays as it is
+    int32_t padding;
 };
-LAYOUT(Slot, seed, guidance, rescale, first, last, factor, drawn, philox, steps, next, current, fault, picture_faults)
+LAYOUT(Slot, seed, guidance, rescale, first, last, factor, drawn, philox, steps, next, current, fault, picture_faults,
+       keeps, padding)
 
 // One image's latents, [pixels, channels].
 struct LatentSize {
@@ -84,12 +88,12 @@ struct NoiseParams {
 };
 LAYOUT(NoiseParams, out, slot, size, scale, padding)
 
-// out = scale * normally distributed numbers, the first draw of an image's seed.
+// out = scale * normally distributed numbers, the last draw of an image's seed before the first step.
 KERNEL __launch_bounds__(256) noise(const __grid_constant__ NoiseParams p) {
     griddep_launch_dependents();
     griddep_wait();
     int i = index();
-    if (i < p.size.channels * p.size.pixels) p.out[i] = normal(p.slot->seed, 0, i, p.size) * p.scale;
+    if (i < p.size.channels * p.size.pixels) p.out[i] = normal(p.slot->seed, p.slot->drawn - 1, i, p.size) * p.scale;
 }
 EXPORT(noise)
 
@@ -223,14 +227,16 @@ struct GuideAndStepParams {
     float* latents;  // of all slots, as the following
     float* saved;
     float* history;  // three arrays, the latest first
+    const float* kept;  // the parts that stay as they are, without noise, and then the noise of all slots
+    const uint8_t* repaint;  // one per pixel, 0 where it stays as it is
     LatentSize size;
     int32_t rows;
     int32_t guided;
     int32_t capacity;
     int32_t stride;  // numbers of all slots
 };
-LAYOUT(GuideAndStepParams, slots, places, steps, out, noise, latents, saved, history, size, rows, guided, capacity,
-       stride)
+LAYOUT(GuideAndStepParams, slots, places, steps, out, noise, latents, saved, history, kept, repaint, size, rows, guided,
+       capacity, stride)
 
 // The same for x[i], unless the coefficient is zero: memory that no step has written yet may hold anything.
 __device__ __forceinline__ float plus_kept(float sum, float coefficient, const float* x, int i) {
@@ -273,6 +279,8 @@ KERNEL __launch_bounds__(256) guide_and_step(const __grid_constant__ GuideAndSte
     if (step.next_noise != 0.0f) {
         next = plus(next, step.next_noise, step_noise(slot, step, within, p.size, p.noise + place * one));
     }
+    if (slot.keeps && !p.repaint[place * p.size.pixels + within / p.size.channels])
+        next = plus(__fmul_rn(step.kept_signal, p.kept[at]), step.kept_noise, p.kept[p.stride + at]);
     p.latents[at] = next;
     if (step.save) p.saved[at] = base;
     if (step.push) {

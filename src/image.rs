@@ -1,5 +1,5 @@
-//! Pictures: the conversion of network output to 8-bit RGB, PNG files, and the text in them that tells how a picture
-//! was made.
+//! Pictures: the conversion of network output to 8-bit RGB, resizing, PNG files, and the text in them that tells how a
+//! picture was made.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -9,6 +9,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::diffusion::scheduler::Tuning;
 use crate::{Error, Result};
+
+#[cfg(feature = "pictures")]
+pub mod exif;
+#[cfg(feature = "pictures")]
+mod read;
+mod resize;
+
+#[cfg(feature = "pictures")]
+pub use read::stored;
+pub use resize::Filter;
 
 /// PNG keyword of [`GenerationInfo::parameters`], which the A1111 web UI and its successors read.
 pub const PARAMETERS_KEYWORD: &str = "parameters";

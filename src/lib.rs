@@ -31,6 +31,7 @@
 //! | `download` | `hub`: checkpoints by model id from Hugging Face |
 //! | `pipeline` | [`Pipeline`]: whole requests by the fields of the server, with quotas and records |
 //! | `train` | `Trainer`, its tasks, recipes and reports |
+//! | `pictures` | `Picture::read`: pictures out of PNG, JPEG and WebP files |
 //! | `eval` | `eval`: measurement of fairness, safety, and the quality of pictures |
 //! | `detector` | `eval::safety::detector`: NudeNet as a judge of safety; takes a minute or two to compile |
 //! | `cli` | the command `respodiff`, and all of the above but `detector` |
@@ -118,8 +119,8 @@ pub use device::{Device, Place};
 pub use diffusion::noise::Rng;
 pub use diffusion::scheduler::{Prediction, Preset, Sampler, SamplerChoice, Spacing, StepNoise, Tuning};
 pub use engine::{
-    Conditioning, Engine, EngineOptions, Event, Image, ImageId, MemoryPlan, Output, Progress, Prompt, Request,
-    RunningBatch, Session, SessionOptions, Size, Start,
+    Conditioning, EncodedPicture, Engine, EngineOptions, Event, Image, ImageId, InitImage, MemoryPlan, Original,
+    Output, Progress, Prompt, Request, RunningBatch, Session, SessionOptions, Size, Start,
 };
 pub use error::{Error, ErrorKind, Result, Subject};
 pub use image::{GenerationInfo, Picture, UsedAdapter, UsedConcept, UsedPart};

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use respodiff::ErrorKind;
 use respodiff::diffusion::scheduler::{
-    Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Spacing, Step, Tuning,
+    NoiseLevel, Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Spacing, Step, Tuning,
 };
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -329,6 +329,57 @@ fn every_number_of_steps_has_finite_coefficients() {
                     // As in diffusers, DPM2 with Karras' spacing rounds the timesteps of steps, and not those in the middle.
                     let falling = schedule.steps.windows(2).all(|pair| pair[0].timestep + 0.5 >= pair[1].timestep);
                     assert!(falling, "{choice:?} in {steps}");
+                }
+            }
+        }
+    }
+}
+
+/// A model that knows the noise exactly leads from each step's noise level to the next one's, wherever the schedule
+/// begins. Samples are vectors whose first coordinate is the signal, the second the noise of the beginning, and the
+/// others the noise of each step.
+#[test]
+fn steps_lead_from_level_to_level() {
+    for prediction in ["epsilon", "v_prediction"] {
+        let checkpoint = config(&sd15(json!({"prediction_type": prediction})));
+        for sampler in Sampler::ALL {
+            let choice = SamplerChoice { sampler: Some(sampler), ..SamplerChoice::default() };
+            let whole = Schedule::new(&checkpoint, choice, 8).unwrap();
+            for first in [0, 1, 5, 7] {
+                let schedule = Schedule::from_step(&checkpoint, choice, 8, first).unwrap();
+                // PNDM takes its first step twice, unless it is the only one; others call the model twice in every step
+                // but the last.
+                let twice = (sampler == Sampler::Pndm && first < 7) as usize;
+                let calls = if whole.steps.len() == 15 { 15 - 2 * first } else { 8 - first + twice };
+                assert_eq!(schedule.steps.len(), calls, "{sampler:?}");
+                let both = schedule.steps.iter().skip(2 * twice).rev().zip(whole.steps.iter().rev());
+                for (step, same) in both {
+                    assert_eq!((step.timestep, step.level), (same.timestep, same.level), "{sampler:?} from {first}");
+                }
+                let mut state = SamplerState::new(20);
+                let mut x = vec![0f32; 20];
+                (x[0], x[1]) = (schedule.steps[0].level.signal as f32, schedule.steps[0].level.noise as f32);
+                for (i, step) in schedule.steps.iter().enumerate() {
+                    let (signal, noise) = (step.level.signal as f32, step.level.noise as f32);
+                    let mut out: Vec<f32> = x.iter().map(|x| x / noise).collect();
+                    out[0] = (x[0] - signal) / noise;
+                    if prediction == "v_prediction" {
+                        // alpha * epsilon - sigma * x0, of a sample whose variance is kept.
+                        let length = signal.hypot(noise);
+                        out.iter_mut().for_each(|epsilon| *epsilon *= signal / length);
+                        out[0] -= noise / length;
+                    }
+                    let mut fresh = [0.0; 20];
+                    fresh[2 + i] = 1.0;
+                    state.step(step, &out, &mut x, &fresh);
+                    let level = schedule.steps.get(i + 1).map_or(NoiseLevel::CLEAN, |next| next.level);
+                    // Some end at training's first level, and not without noise.
+                    let last = i + 1 == schedule.steps.len();
+                    let length = x[1..].iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+                    let off = (f64::from(x[0]) - level.signal).abs().max((length - level.noise).abs());
+                    // The sampler's unit is sigma: Euler's samples are not scaled.
+                    let tolerance = if last { 0.05 } else { 2e-5 * schedule.steps[0].level.noise.max(1.0) };
+                    assert!(off < tolerance, "{sampler:?} {prediction} from {first}, step {i}: {off:.1e}");
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use crate::diffusion::brownian::BrownianTree;
 use crate::diffusion::noise::{NormalGenerator, Rng};
-use crate::diffusion::scheduler::Step;
+use crate::diffusion::scheduler::{NoiseLevel, Step};
 use crate::graph::Shape;
 use crate::layout::nchw_to_nhwc;
 use crate::plan::Plan;
@@ -72,12 +72,16 @@ pub struct RunImage {
     pub rng: Rng,
     /// Seed of its noise.
     pub seed: u64,
+    /// Draws of one image's latents that were made of the seed already.
+    pub drawn: u32,
     /// Its guidance.
     pub guidance: Guidance,
     /// Factor of the noise that it starts from.
     pub sigma: f32,
-    /// The latents before the first step, NHWC; `None` for the seed's noise times `sigma`.
+    /// The latents before the first step, NHWC; `None` for the seed's next draw times `sigma`.
     pub latents: Option<Vec<f32>>,
+    /// The parts of a picture that stay as they are; `None` to make all of the image anew.
+    pub kept: Option<Kept>,
     /// The numbers that are added to its bottleneck; `None` for none.
     pub added: Option<Box<dyn AddedToBottleneck>>,
 }
@@ -89,6 +93,22 @@ impl RunImage {
         let greatest = spans().map(|[from, _]| from).reduce(f64::max)?;
         Some((spans().map(|[_, to]| to).fold(greatest, f64::min), greatest))
     }
+}
+
+/// The parts of a picture that stay as they are. After every step their latents are those of the picture at the noise
+/// level that the step leads to.
+pub struct Kept {
+    /// The picture's latents, NHWC, free of noise.
+    pub latents: Vec<f32>,
+    /// The unit noise that is added to them, NHWC.
+    pub noise: Vec<f32>,
+    /// True for the latents that are made anew, `[h, w]`.
+    pub repaint: Vec<bool>,
+}
+
+/// The noise level after step `index`: that at which the next one begins.
+pub fn level_after(steps: &[Step], index: usize) -> NoiseLevel {
+    steps.get(index + 1).map_or(NoiseLevel::CLEAN, |next| next.level)
 }
 
 /// An image in a slot.
@@ -140,6 +160,7 @@ impl Slots {
     /// they are noise that the device draws (`drawn`).
     pub fn begin(&mut self, slot: usize, mut image: RunImage, drawn: bool) -> Option<Vec<f32>> {
         let mut noise = NormalGenerator::new(image.rng, image.seed);
+        (0..image.drawn).for_each(|_| noise.fill(&mut self.draft));
         let latents = match image.latents.take() {
             None if !drawn => {
                 let mut latents = vec![0.0; self.shape.len()];

@@ -11,7 +11,9 @@ use crate::files::check_writable;
 use crate::graph::{Extent, Graph, Keep, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::models::tokenizer::TokenizerRules;
-use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
+use crate::models::{
+    ClipConfig, MASK_AND_IMAGE, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder,
+};
 use crate::train::{Halves, Objective};
 use crate::weights::Source;
 use crate::{Error, Result};
@@ -216,7 +218,13 @@ fn probe_unet(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Nam
         }
         executor.write("shift", &shift.repeat(n))?;
     }
-    executor.write("sample", &nhwc(&sample.floats(), c, h * w))?;
+    let pixels = nhwc(&sample.floats(), c, h * w);
+    let (latents, more): (Vec<&[f32]>, Vec<&[f32]>) =
+        pixels.chunks_exact(c).map(|pixel| pixel.split_at(config.out_channels)).unzip();
+    executor.write("sample", &latents.concat())?;
+    if c > config.out_channels {
+        executor.write(MASK_AND_IMAGE, &more.concat())?;
+    }
     executor.write("timestep", &(0..n).map(|i| timestep[i % timestep.len()]).collect::<Vec<_>>())?;
     executor.write("encoder_hidden_states", &states.floats())?;
     for name in ["text_embeds", "time_ids", "timestep_cond"] {
@@ -246,7 +254,7 @@ fn constant(file: &TensorFile, name: &str, shape: Shape) -> Result<Module> {
 
 fn grad(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let config = read_config(source, "unet", UNetConfig::parse)?;
-    let latents = file.get("latents", &[None, Some(config.in_channels), None, None])?;
+    let latents = file.get("latents", &[None, Some(config.out_channels), None, None])?;
     let [n, _, h, w] = latents.shape[..] else { return Err(file.error("`latents` is not [B,C,H,W]")) };
     let states = file.get("neutral_embeds", &[Some(1), None, Some(config.cross_attention_dim)])?;
     let wanted = [Some(n), Some(config.out_channels), Some(h), Some(w)];
@@ -263,7 +271,7 @@ fn grad(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
     let timestep = file.get("timestep", &[Some(1)])?.floats()[0];
     let shape = Shape { n: 1, ..halves.mid_shape() };
     let (ram, sam) = (constant(file, "ram", shape)?, constant(file, "sam", shape)?);
-    halves.descend(&nhwc(&latents.floats(), config.in_channels, h * w), timestep)?;
+    halves.descend(&nhwc(&latents.floats(), config.out_channels, h * w), timestep)?;
     let mut objective = Objective::new(&mut halves);
     let resp = objective.match_score(&[&ram], &target, 1.0)?;
     let neutral = objective.predict(&[])?;

@@ -2,9 +2,10 @@
 
 use super::{CpuExecutor, loaded};
 use crate::backend::{
-    AddedToBottleneck, Denoiser, Executor, Guidance, RunImage, Slots, Weights, capacity, picture_shape,
+    AddedToBottleneck, Denoiser, Executor, Guidance, Kept, RunImage, Slots, Weights, capacity, level_after,
+    picture_shape,
 };
-use crate::diffusion::scheduler::{SamplerState, Step};
+use crate::diffusion::scheduler::{NoiseLevel, SamplerState, Step};
 use crate::graph::Shape;
 use crate::image::Picture;
 use crate::plan::Plan;
@@ -145,6 +146,11 @@ impl Denoiser for CpuDenoiser {
             }
             let Sample { latents, state, fault } = &mut self.samples[slot];
             state.step(&step, &self.prediction, latents, &self.noise);
+            let active = self.slots.get(slot);
+            let done = active.map_or(0, |active| active.done);
+            if let Some((active, kept)) = active.and_then(|active| Some((active, active.image.kept.as_ref()?))) {
+                keep(kept, level_after(&active.image.steps, done), latents);
+            }
             if fault.is_none() && !latents.iter().all(|x| x.is_finite()) {
                 *fault = Some(done);
             }
@@ -172,6 +178,18 @@ impl Denoiser for CpuDenoiser {
         vae.step()?;
         let Shape { h, w, .. } = picture_shape(vae.plan());
         Picture::from_hwc(vae.output("image"), h, w)
+    }
+}
+
+/// Writes the latents that stay as they are, at a noise level.
+fn keep(kept: &Kept, level: NoiseLevel, latents: &mut [f32]) {
+    let channels = latents.len() / kept.repaint.len();
+    let (signal, noise) = (level.signal as f32, level.noise as f32);
+    let own = kept.latents.iter().zip(&kept.noise).map(|(x, e)| signal * x + noise * e);
+    for (i, (latent, own)) in latents.iter_mut().zip(own).enumerate() {
+        if !kept.repaint[i / channels] {
+            *latent = own;
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! once per session    sampler = DeviceSampler::new(device, latents' shape, steps at most)
 //!                     recording = prepare(..), the UNet's step, rescale(..) with guidance, guide_and_step(..)
-//! once per image      begin(slot, ..); run draw(slot, ..), or write_latents(slot, ..)
+//! once per image      begin(slot, ..); run draw(slot, ..), or write_latents(slot, ..); write_kept(slot, ..), if it has any
 //! when rows change    place(slot of each row)
 //! every step          write_noise(slot, ..) if its step needs it and the host draws it; replay the recording
 //! afterwards          fault(slot); latents_for_vae(slot, ..), the VAE's step, to_rgb8(slot, ..); picture_fault(slot)
@@ -14,8 +14,8 @@
 
 use super::device::{Buffer, CudaDevice, Launch};
 use crate::Result;
-use crate::backend::Guidance;
-use crate::diffusion::scheduler::{HISTORY, Step};
+use crate::backend::{Guidance, Kept, level_after};
+use crate::diffusion::scheduler::{HISTORY, NoiseLevel, Step};
 use crate::graph::Shape;
 use bytemuck::{NoUninit, Zeroable};
 use std::sync::Arc;
@@ -43,6 +43,8 @@ crate::params! {
         next_m: f32,
         next_history: [f32; HISTORY],
         next_noise: f32,
+        kept_signal: f32,
+        kept_noise: f32,
         draw: u32,
         save: i32,
         push: i32,
@@ -50,8 +52,9 @@ crate::params! {
 }
 
 impl DeviceStep {
-    fn new(step: &Step, draw: u32) -> Self {
-        let Step { timestep, churn, input_scale, guidance, convert, base, next, save, push, span: _ } = *step;
+    /// `after` is the noise level that the step leads to, and `draw` the number of draws before it.
+    fn new(step: &Step, after: NoiseLevel, draw: u32) -> Self {
+        let Step { timestep, churn, input_scale, guidance, convert, base, next, save, push, level: _, span: _ } = *step;
         DeviceStep {
             timestep,
             churn: churn as f32,
@@ -69,6 +72,8 @@ impl DeviceStep {
             next_m: next.m as f32,
             next_history: next.history.map(|c| c as f32),
             next_noise: next.noise as f32,
+            kept_signal: after.signal as f32,
+            kept_noise: after.noise as f32,
             draw,
             save: save.into(),
             push: push.into(),
@@ -91,6 +96,8 @@ crate::params! {
         current: i32,
         fault: u32,
         picture_faults: u32,
+        keeps: i32,
+        padding: i32,
     }
 
     pub(super) struct LatentSize {
@@ -141,6 +148,8 @@ crate::params! {
         latents: u64,
         saved: u64,
         history: u64,
+        kept: u64,
+        repaint: u64,
         size: LatentSize,
         rows: i32,
         guided: i32,
@@ -170,11 +179,13 @@ pub struct SampledImage {
     pub seed: u64,
     /// Its guidance.
     pub guidance: Guidance,
-    /// Draws of the seed that were made before the first step: 1 for latents by [`DeviceSampler::draw`], else 0.
+    /// Draws of the seed that are made before the first step, that of [`DeviceSampler::draw`] included.
     pub drawn: u32,
     /// True if the noise of steps is drawn on the device, as [`crate::diffusion::noise::Rng::TorchCuda`] does; else
     /// [`DeviceSampler::write_noise`] goes before every step that needs it.
     pub philox: bool,
+    /// True if parts of it stay as they are, which [`DeviceSampler::write_kept`] writes.
+    pub kept: bool,
 }
 
 /// The parts of the sampler's memory, in order.
@@ -186,6 +197,8 @@ enum Part {
     Noise,
     Saved,
     History,
+    Kept,
+    Repaint,
     Steps,
 }
 
@@ -201,7 +214,9 @@ fn offset(shape: Shape, part: Part) -> usize {
         Part::Noise => latents + array,
         Part::Saved => latents + 2 * array,
         Part::History => latents + 3 * array,
-        Part::Steps => latents + (3 + HISTORY) * array,
+        Part::Kept => latents + (3 + HISTORY) * array,
+        Part::Repaint => latents + (5 + HISTORY) * array,
+        Part::Steps => latents + (5 + HISTORY) * array + shape.rows().next_multiple_of(ALIGN),
     }
 }
 
@@ -246,13 +261,13 @@ impl DeviceSampler {
         assert!(steps.len() <= self.capacity, "{} steps of at most {}", steps.len(), self.capacity);
         let mut draw = 0u32;
         let mut table = Vec::with_capacity(steps.len());
-        for step in steps {
-            table.push(DeviceStep::new(step, draw));
+        for (i, step) in steps.iter().enumerate() {
+            table.push(DeviceStep::new(step, level_after(steps, i), draw));
             draw = draw.wrapping_add(step.needs_noise().into());
         }
         let first = slot * self.capacity * size_of::<DeviceStep>();
         self.buffer.write(offset(self.shape, Part::Steps) + first, bytemuck::cast_slice(&table))?;
-        let SampledImage { seed, guidance, drawn, philox } = image;
+        let SampledImage { seed, guidance, drawn, philox, kept } = image;
         let state = Slot {
             seed,
             guidance: guidance.scale,
@@ -267,6 +282,8 @@ impl DeviceSampler {
             current: 0,
             fault: u32::MAX,
             picture_faults: 0,
+            keeps: kept.into(),
+            padding: 0,
         };
         self.buffer.write(self.slot_offset(slot), bytemuck::bytes_of(&state))
     }
@@ -298,6 +315,21 @@ impl DeviceSampler {
     /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
     pub fn write_noise(&self, slot: usize, noise: &[f32]) -> Result<()> {
         self.write(Part::Noise, slot, noise)
+    }
+
+    /// Writes the parts of an image that stay as they are.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::DeviceLost`] with the driver's word.
+    pub fn write_kept(&self, slot: usize, kept: &Kept) -> Result<()> {
+        let Kept { latents, noise, repaint } = kept;
+        assert!(latents.len() == self.one() && noise.len() == self.one() && repaint.len() == self.shape.tokens());
+        // The latents of all slots, and then the noise of all.
+        self.write(Part::Kept, slot, latents)?;
+        let noise_of_all = self.shape.len() * size_of::<f32>();
+        self.buffer.write(self.image_offset(Part::Kept, slot) + noise_of_all, bytemuck::cast_slice(noise))?;
+        let repaint: Vec<u8> = repaint.iter().map(|&repaint| repaint.into()).collect();
+        self.buffer.write(offset(self.shape, Part::Repaint) + slot * repaint.len(), &repaint)
     }
 
     fn write(&self, part: Part, slot: usize, values: &[f32]) -> Result<()> {
@@ -405,6 +437,8 @@ impl DeviceSampler {
             latents: self.address(Part::Latents),
             saved: self.address(Part::Saved),
             history: self.address(Part::History),
+            kept: self.address(Part::Kept),
+            repaint: self.address(Part::Repaint),
             size: self.size(),
             rows: rows as i32,
             guided: guided.into(),

@@ -106,11 +106,14 @@ impl Denoiser for CudaDenoiser {
             return Err(Error::unsupported(Subject::Device, problem).advise("choose the CPU"));
         }
         let (seed, guidance, sigma, steps) = (image.seed, image.guidance, image.sigma, image.steps.clone());
-        // If latents are given, the first step that needs noise uses the seed's first draw.
-        let (given, drawn_here) = (image.latents.is_some(), image.rng == Rng::TorchCuda);
+        let (drawn, drawn_here) = (image.drawn + u32::from(image.latents.is_none()), image.rng == Rng::TorchCuda);
+        let kept = image.kept.is_some();
+        if let Some(kept) = &image.kept {
+            self.sampler.write_kept(slot, kept)?;
+        }
         let latents = self.slots.begin(slot, image, drawn_here);
         let philox = self.slots.get(slot).is_some_and(Active::is_drawn_by_device);
-        self.sampler.begin(slot, &steps, SampledImage { seed, guidance, drawn: (!given).into(), philox })?;
+        self.sampler.begin(slot, &steps, SampledImage { seed, guidance, drawn, philox, kept })?;
         match latents {
             Some(latents) => self.sampler.write_latents(slot, &latents),
             None => {

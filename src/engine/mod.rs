@@ -1,6 +1,7 @@
 //! The public interface: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
 
 mod adapters;
+mod init_image;
 mod options;
 mod outline;
 mod preview;
@@ -11,6 +12,7 @@ mod session;
 mod text;
 
 pub use adapters::Adapted;
+pub use init_image::{EncodedPicture, InitImage, Original};
 pub use options::{EngineOptions, MemoryPlan, SessionOptions, Size};
 pub(crate) use outline::Outline;
 pub use request::{Image, Output, Progress, Prompt, Request, Start};
@@ -25,17 +27,21 @@ use crate::backend::{Denoiser, Precision, Weights};
 use crate::device::Device;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Extent, Shape};
-use crate::models::{UNetConfig, UNetInput, guidance_embedding, unet, unet_with_reuse, vae_decoder};
+use crate::models::{
+    MASK_AND_IMAGE, UNetConfig, UNetInput, guidance_embedding, unet, unet_with_reuse, vae_decoder,
+};
 use crate::plan::Plan;
 use crate::weights::{Adapter, Source, Tensors};
 use crate::{Error, Result};
 use adapters::Adaptable;
+use init_image::PictureEncoder;
 use preview::Projection;
 use std::sync::{Arc, OnceLock};
 use text::{TextEncoders, time_ids};
 
 /// Inputs of a UNet that stay the same over the steps of an image. Nodes that depend on them alone run once per image.
-pub const UNET_CONSTANTS: &[&str] = &["encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond"];
+pub const UNET_CONSTANTS: &[&str] =
+    &["encoder_hidden_states", "text_embeds", "time_ids", "timestep_cond", MASK_AND_IMAGE];
 
 /// Largest width and height.
 const MAX_SIZE: usize = 8192;
@@ -56,6 +62,7 @@ struct Parts {
     vae: Weights,
     /// The adapters of the moment.
     adapters: Vec<(Arc<Adapter>, f32)>,
+    encoder: Arc<PictureEncoder>,
     /// Made for the first preview.
     projection: Arc<OnceLock<Projection>>,
 }
@@ -104,7 +111,8 @@ impl Engine {
         // Of several problems the first in this order is reported, whichever was found first.
         let text = Arc::new(text?);
         let (unet, vae) = (unet_weights?, vae_weights?);
-        let parts = Parts { outline, device, precision, text, unet, vae, adapters, projection: Arc::default() };
+        let (encoder, projection) = (Arc::default(), Arc::default());
+        let parts = Parts { outline, device, precision, text, unet, vae, encoder, adapters, projection };
         Ok(Engine(Arc::new(parts)))
     }
 

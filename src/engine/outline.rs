@@ -56,7 +56,15 @@ impl Outline {
 
     /// [`super::Engine::schedule`].
     pub fn schedule(&self, choice: SamplerChoice, steps: usize) -> Result<Schedule> {
-        Schedule::new(&self.scheduler, choice, steps)
+        self.schedule_from(choice, steps, 0)
+    }
+
+    /// The same schedule without its steps before `first`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn schedule_from(&self, choice: SamplerChoice, steps: usize, first: usize) -> Result<Schedule> {
+        Schedule::from_step(&self.scheduler, choice, steps, first)
     }
 
     /// [`super::Engine::default_size`].
@@ -130,11 +138,11 @@ impl Outline {
 }
 
 fn check_latents(source: &Source, unet: &UNetConfig, vae: &VaeConfig) -> Result<()> {
-    if unet.in_channels == vae.latent_channels && unet.out_channels == vae.latent_channels {
+    if unet.out_channels == vae.latent_channels && (unet.in_channels == unet.out_channels || unet.reads_masks()) {
         return Ok(());
     }
     let problem = format!(
-        "has {} input and {} output channels for {} latent channels: inpainting and depth models are not supported",
+        "has {} input and {} output channels for {} latent channels: depth models and the like are not supported",
         unet.in_channels, unet.out_channels, vae.latent_channels
     );
     Err(Error::unsupported(source.path("unet/config.json"), problem))

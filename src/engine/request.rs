@@ -1,5 +1,6 @@
 //! Requests: the images of a batch, each with a prompt, seed, guidance scale and concepts of its own.
 
+use super::init_image::InitImage;
 use super::text::Conditioning;
 use crate::concept::{Concept, Strength};
 use crate::diffusion::noise::Rng;
@@ -56,6 +57,8 @@ pub enum Start {
     Noise,
     /// This unit noise, `[c, height / 8, width / 8]`.
     Latents(Arc<[f32]>),
+    /// A picture under noise.
+    Image(InitImage),
 }
 
 /// One image of a [`Request`].

@@ -1,15 +1,19 @@
 //! The images that a UNet works on at once: what a [`super::Session`] and a [`super::RunningBatch`] have in common.
 
+use super::init_image::{Begun, EncodedPicture, InitImage, Original, nhwc};
 use super::text::{Conditioning, Row, time_ids};
 use super::{Engine, Image, Plans, Prompt, Request, SessionOptions, Start};
 use crate::backend::{AddedToBottleneck, Denoiser, Guidance, RunImage};
 use crate::concept::Shift;
-use crate::diffusion::noise::Rng;
-use crate::diffusion::scheduler::Schedule;
+use crate::diffusion::noise::{NormalGenerator, Rng};
+use crate::diffusion::scheduler::{SamplerChoice, Schedule};
 use crate::graph::Shape;
 use crate::image::Picture;
-use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
+use crate::layout::nhwc_to_nchw;
+use crate::models::MASK_AND_IMAGE;
 use crate::{Error, Result, Subject};
+use std::borrow::Cow;
+use std::sync::Arc;
 
 /// Steps that the host may run ahead of the device. They are few, so that reported progress is nearly true and a
 /// cancelled run ends soon.
@@ -17,7 +21,10 @@ pub(super) const AHEAD: usize = 4;
 
 /// The settings of a request that all its images share.
 pub(super) struct Settings {
-    pub schedule: Schedule,
+    /// All steps; an image that begins with a picture leaves out the first.
+    schedule: Schedule,
+    sampler: SamplerChoice,
+    pub steps: usize,
     pub rng: Rng,
     /// The UNet's size conditioning.
     pub time_ids: [f32; 6],
@@ -34,8 +41,23 @@ impl Settings {
         let size = (options.size.width, options.size.height);
         Ok(Settings {
             schedule: engine.schedule(request.sampler, request.steps)?,
+            sampler: request.sampler,
+            steps: request.steps,
             rng: request.rng,
             time_ids: time_ids(request.original_size.unwrap_or(size), request.crop, size),
+        })
+    }
+}
+
+impl Settings {
+    /// The steps from `first` on.
+    ///
+    /// # Errors
+    /// Those of [`Engine::schedule`].
+    fn schedule(&self, engine: &Engine, first: usize) -> Result<Cow<'_, Schedule>> {
+        Ok(match first {
+            0 => Cow::Borrowed(&self.schedule),
+            first => Cow::Owned(engine.0.outline.schedule_from(self.sampler, self.steps, first)?),
         })
     }
 }
@@ -47,8 +69,32 @@ struct InWork {
     negative: Option<Conditioning>,
     time_ids: [f32; 6],
     guidance: f32,
+    /// [`Begun::masked`].
+    masked: Option<Arc<[f32]>>,
     done: usize,
     total: usize,
+}
+
+/// What the rows of the UNet's batch are conditioned on.
+struct Placed {
+    /// The slots of the rows.
+    slots: Vec<usize>,
+    /// The encodings of all rows.
+    rows: Vec<Row>,
+    /// The guidance scale of each row, if the UNet reads it.
+    guidance: Vec<f32>,
+    /// [`Begun::masked`] of each row, if the UNet reads it.
+    masked: Vec<Arc<[f32]>>,
+}
+
+impl Placed {
+    fn is(&self, other: &Placed) -> bool {
+        let Placed { slots, rows, guidance, masked } = other;
+        let row = |((a, a_ids), (b, b_ids)): (&Row, &Row)| a.is(b) && a_ids == b_ids;
+        let same_rows = self.rows.len() == rows.len() && self.rows.iter().zip(rows).all(row);
+        let same_masked = self.masked.iter().zip(masked).all(|(a, b)| Arc::ptr_eq(a, b));
+        self.slots == *slots && self.guidance == *guidance && same_rows && same_masked
+    }
 }
 
 /// The slots of the images, and the rows of the UNet's batch that serve them.
@@ -57,8 +103,10 @@ pub(super) struct Rows {
     options: SessionOptions,
     denoiser: Box<dyn Denoiser>,
     images: Vec<Option<InWork>>,
-    /// The slots of the rows, and the encodings and guidance scales of all rows, as they were conditioned last.
-    placed: Option<(Vec<usize>, Vec<Row>, Vec<f32>)>,
+    /// What the rows were conditioned on last.
+    placed: Option<Placed>,
+    /// What an image that begins with noise reads of a picture, for a UNet that knows masks.
+    blank: Option<EncodedPicture>,
 }
 
 impl Rows {
@@ -69,7 +117,7 @@ impl Rows {
         let vae = (plans.vae, &parts.vae);
         let denoiser = parts.device.denoiser(plans.unet, parts.unet.weights(), Some(vae))?;
         let images = (0..options.batch).map(|_| None).collect();
-        Ok(Rows { denoiser, engine, options, images, placed: None })
+        Ok(Rows { denoiser, engine, options, images, placed: None, blank: None })
     }
 
     pub fn engine(&self) -> &Engine {
@@ -139,8 +187,16 @@ impl Rows {
             return Err(Error::invalid("concepts", problem).advise("make a session with concepts"));
         }
         let wanted = self.latents_shape().len();
-        match &image.start {
-            Start::Latents(given) if given.len() != wanted => {
+        let noise = match &image.start {
+            Start::Noise => None,
+            Start::Latents(given) => Some(given),
+            Start::Image(init) => {
+                init.first_step(settings.steps)?;
+                init.noise.as_ref()
+            }
+        };
+        match noise {
+            Some(given) if given.len() != wanted => {
                 let problem = format!("{} numbers, but an image of this size has {wanted}", given.len());
                 Err(Error::invalid("latents", problem).advise("give [c, height / 8, width / 8] numbers"))
             }
@@ -162,40 +218,67 @@ impl Rows {
         let prompt = encode(Some(&image.prompt))?;
         let negative = self.engine.has_negatives(self.options).then(|| encode(image.negative.as_ref())).transpose()?;
         let shift = self.options.concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &image.concepts));
-        let Schedule { steps, init_noise_sigma, sampler, .. } = &settings.schedule;
+        let sampler = settings.schedule.sampler;
         let scale = image.guidance.unwrap_or(sampler.default_guidance(self.engine.default_guidance()));
         let mut guidance = Guidance::new(if sampler.guides(scale) { scale } else { 1.0 });
         guidance.rescale = image.guidance_rescale;
         if let Some((a, b)) = image.guidance_interval {
             guidance.interval = (a.max(b), a.min(b));
         }
+        let first = match &image.start {
+            Start::Image(init) => init.first_step(settings.steps)?,
+            _ => 0,
+        };
+        let schedule = settings.schedule(&self.engine, first)?;
+        let begun = self.begin(&image.start, &schedule, NormalGenerator::new(settings.rng, image.seed))?;
+        let Begun { latents, drawn, kept, masked } = begun;
         let run = RunImage {
-            steps: steps.as_slice().into(),
+            steps: schedule.steps.as_slice().into(),
             rng: settings.rng,
             seed: image.seed,
+            drawn,
             guidance,
-            sigma: *init_noise_sigma,
-            latents: self.first_latents(&image.start, *init_noise_sigma),
+            sigma: schedule.init_noise_sigma,
+            latents,
+            kept,
             added: shift.transpose()?.map(|shift| Box::new(shift) as Box<dyn AddedToBottleneck>),
         };
         self.denoiser.begin(slot, run)?;
-        let (time_ids, total) = (settings.time_ids, steps.len());
-        self.images[slot] = Some(InWork { prompt, negative, time_ids, guidance: scale, done: 0, total });
+        let (time_ids, total) = (settings.time_ids, schedule.steps.len());
+        self.images[slot] = Some(InWork { prompt, negative, time_ids, guidance: scale, masked, done: 0, total });
         Ok(())
     }
 
-    /// The latents that an image brings, NHWC, at the first noise level.
-    fn first_latents(&self, start: &Start, sigma: f32) -> Option<Vec<f32>> {
-        match start {
-            Start::Noise => None,
-            Start::Latents(given) => {
-                let shape = self.latents_shape();
-                let mut latents = vec![0.0; shape.len()];
-                nchw_to_nhwc(given, shape.c, shape.tokens(), &mut latents);
-                latents.iter_mut().for_each(|x| *x *= sigma);
-                Some(latents)
+    /// An image before the first step of its schedule.
+    fn begin(&mut self, start: &Start, schedule: &Schedule, noise: NormalGenerator) -> Result<Begun> {
+        let shape = self.latents_shape();
+        let init = match start {
+            Start::Image(init) => init,
+            // A UNet that knows masks paints on an empty canvas.
+            Start::Noise | Start::Latents(_) if self.engine.reads_masks() => {
+                let blank = match &self.blank {
+                    Some(blank) => blank,
+                    None => self.blank.insert(self.engine.blank(self.options.size)?),
+                };
+                let init = InitImage::encoded(blank.clone(), 1.0);
+                &match start {
+                    Start::Latents(given) => init.noise(given.clone()),
+                    _ => init,
+                }
             }
-        }
+            Start::Noise => return Ok(Begun::default()),
+            Start::Latents(given) => {
+                let latents = nhwc(shape, given).into_iter().map(|x| x * schedule.init_noise_sigma).collect();
+                return Ok(Begun { latents: Some(latents), ..Begun::default() });
+            }
+        };
+        let encoded = match &init.original {
+            Original::Encoded(encoded) => encoded,
+            Original::Picture { picture, mask } => {
+                &self.engine.encode_picture(picture, mask.as_deref(), self.options.size)?
+            }
+        };
+        encoded.begin(init, &self.engine, shape, schedule, noise)
     }
 
     /// Empties a slot.
@@ -231,18 +314,20 @@ impl Rows {
             true => filled().map(|image| image.guidance).collect(),
             false => Vec::new(),
         };
-        let same = |(last_slots, last, scales): &(Vec<usize>, Vec<Row>, Vec<f32>)| {
-            let equal = |((last, last_ids), (row, ids)): (&Row, &Row)| last.is(row) && last_ids == ids;
-            let alike = last_slots == slots && last.len() == rows.len() && *scales == guidance;
-            alike && last.iter().zip(&rows).all(equal)
-        };
-        if !self.placed.as_ref().is_some_and(same) {
+        // The same for each half of a guided batch.
+        let masked = filled().filter_map(|image| image.masked.clone());
+        let masked = masked.clone().chain(masked.take(rows.len() - capacity)).collect();
+        let placed = Placed { slots: slots.to_vec(), rows, guidance, masked };
+        if !self.placed.as_ref().is_some_and(|last| last.is(&placed)) {
             // A failure leaves the inputs half written.
             self.placed = None;
-            let mut inputs = self.engine.0.text.inputs(&rows)?;
-            inputs.extend(self.engine.guidance_input(guidance.iter().copied()));
+            let mut inputs = self.engine.0.text.inputs(&placed.rows)?;
+            inputs.extend(self.engine.guidance_input(placed.guidance.iter().copied()));
+            if !placed.masked.is_empty() {
+                inputs.push((MASK_AND_IMAGE, placed.masked.iter().flat_map(|pixels| pixels.iter().copied()).collect()));
+            }
             self.denoiser.place(slots, &inputs)?;
-            self.placed = Some((slots.to_vec(), rows, guidance));
+            self.placed = Some(placed);
         }
         Ok(())
     }

@@ -1,11 +1,15 @@
 //! Sessions: plans for one size and batch, run from prompts to pictures.
 
+use super::init_image::Original;
 use super::rows::{AHEAD, Rows, Settings};
 use super::text::Conditioning;
-use super::{Engine, Image, Output, Plans, Progress, Prompt, Request, SessionOptions};
+use super::{
+    EncodedPicture, Engine, Image, InitImage, Output, Plans, Progress, Prompt, Request, SessionOptions, Size, Start,
+};
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 /// An engine's plans for one size and batch: warm, and free of allocations while it steps. It is [`Send`]: a server may
 /// move it between threads, and several sessions of one engine may run at once.
@@ -47,17 +51,17 @@ impl Session {
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Output> {
         let rows = &mut self.0;
-        let SessionOptions { batch, .. } = rows.options();
+        let SessionOptions { batch, size, .. } = rows.options();
         let settings = Settings::new(rows.engine(), rows.options(), request)?;
         if request.images.len() != batch {
             let problem = format!("{} images in a session for {batch}", request.images.len());
             return Err(Error::invalid("images", problem).advise("give as many as the session's batch"));
         }
         request.images.iter().try_for_each(|image| rows.check(image, &settings))?;
-        for (slot, image) in encoded(rows.engine(), &request.images)?.iter().enumerate() {
+        for (slot, image) in encoded(rows.engine(), &request.images, size)?.iter().enumerate() {
             rows.join(slot, image, &settings)?;
         }
-        let total = settings.schedule.steps.len();
+        let total = (0..batch).map(|slot| rows.progress(slot).1).max().unwrap_or(0);
         for done in 0..total {
             if progress(Progress::Step { done, total }).is_break() {
                 return Err(Error::cancelled(format!("stopped after {done} of {total} steps, with no picture made")));
@@ -84,11 +88,11 @@ impl Session {
     }
 }
 
-/// The images with their prompts encoded, each text once.
+/// The images with their prompts and pictures encoded, each once.
 ///
 /// # Errors
-/// Those of [`Engine::encode`].
-pub(crate) fn encoded(engine: &Engine, images: &[Image]) -> Result<Vec<Image>> {
+/// Those of [`Engine::encode`] and [`Engine::encode_picture`].
+pub(crate) fn encoded(engine: &Engine, images: &[Image], size: Size) -> Result<Vec<Image>> {
     let mut texts: HashMap<&str, Conditioning> = HashMap::new();
     for prompt in images.iter().flat_map(|image| [Some(&image.prompt), image.negative.as_ref()]).flatten() {
         if let Prompt::Text(words) = prompt
@@ -101,9 +105,23 @@ pub(crate) fn encoded(engine: &Engine, images: &[Image]) -> Result<Vec<Image>> {
         Prompt::Text(words) => Prompt::Encoded(texts[words.as_str()].clone()),
         encoded => encoded.clone(),
     };
-    let image =
-        |image: &Image| Image { prompt: of(&image.prompt), negative: image.negative.as_ref().map(of), ..image.clone() };
-    Ok(images.iter().map(image).collect())
+    let mut pictures: HashMap<_, EncodedPicture> = HashMap::new();
+    let mut start = |start: &Start| -> Result<Start> {
+        let Start::Image(init @ InitImage { original: Original::Picture { picture, mask }, .. }) = start else {
+            return Ok(start.clone());
+        };
+        let key = (Arc::as_ptr(picture), mask.as_ref().map(Arc::as_ptr));
+        let encoded = match pictures.get(&key) {
+            Some(encoded) => encoded.clone(),
+            None => pictures.entry(key).or_insert(engine.encode_picture(picture, mask.as_deref(), size)?).clone(),
+        };
+        Ok(Start::Image(InitImage { original: Original::Encoded(encoded), ..init.clone() }))
+    };
+    let mut image = |image: &Image| {
+        let (prompt, negative) = (of(&image.prompt), image.negative.as_ref().map(of));
+        Ok(Image { prompt, negative, start: start(&image.start)?, ..image.clone() })
+    };
+    images.iter().map(&mut image).collect()
 }
 
 // Sessions are made for servers, which move them between threads and share engines.

@@ -2,7 +2,7 @@
 
 use crate::backend::{Executor, Precision, Weights};
 use crate::device::Device;
-use crate::image::Picture;
+use crate::image::{Filter, Picture};
 use crate::models::tokenizer::Tokenizer;
 use crate::models::{ClipConfig, ClipVisionConfig, parse_clip_model, text_encoder, vision_encoder};
 use crate::weights::Source;
@@ -151,63 +151,9 @@ pub(super) fn fitted(image: &Picture, size: usize) -> Vec<u8> {
     let (w, h) = (image.width as usize, image.height as usize);
     let longer = |side: usize| size * side / w.min(h);
     let (new_w, new_h) = if w <= h { (size, longer(h)) } else { (longer(w), size) };
-    let across = resized(&image.rgb, (h, w), new_w);
-    let flipped = transposed(&across, h, new_w);
-    let down = resized(&flipped, (new_w, h), new_h);
-    let whole = transposed(&down, new_w, new_h);
+    let whole = image.resized(new_w as u32, new_h as u32, Filter::Bicubic);
     let (top, left) = ((new_h - size) / 2, (new_w - size) / 2);
-    (top..top + size).flat_map(|y| whole[(y * new_w + left) * 3..][..size * 3].to_vec()).collect()
-}
-
-/// Transposes `[h, w, 3]` to `[w, h, 3]`.
-fn transposed(x: &[u8], h: usize, w: usize) -> Vec<u8> {
-    (0..w * h).flat_map(|i| x[((i % h) * w + i / h) * 3..][..3].to_vec()).collect()
-}
-
-/// For each of `new` pixels, the first of the `old` pixels that it is made of, and their weights: bicubic with
-/// antialiasing as in Pillow, where the cubic kernel of a = -0.5 is widened when the picture shrinks.
-pub(super) fn bicubic_taps(old: usize, new: usize) -> Vec<(usize, Vec<f64>)> {
-    let cubic = |x: f64| match x.abs() {
-        x if x < 1.0 => (1.5 * x - 2.5) * x * x + 1.0,
-        x if x < 2.0 => ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0,
-        _ => 0.0,
-    };
-    let scale = old as f64 / new as f64;
-    let wide = scale.max(1.0);
-    let of = |i: usize| {
-        let centre = (i as f64 + 0.5) * scale;
-        let first = (centre - 2.0 * wide + 0.5).max(0.0) as usize;
-        let last = ((centre + 2.0 * wide + 0.5) as usize).min(old);
-        let weights: Vec<f64> = (first..last).map(|j| cubic((j as f64 - centre + 0.5) / wide)).collect();
-        let total: f64 = weights.iter().sum();
-        (first, weights.iter().map(|w| w / total).collect())
-    };
-    (0..new).map(of).collect()
-}
-
-/// Resizes rows to another width with [`bicubic_taps`]. As in Pillow, weights are 22-bit fixed-point numbers, and bytes
-/// are rounded after each direction.
-fn resized(x: &[u8], (h, w): (usize, usize), new: usize) -> Vec<u8> {
-    if new == w {
-        return x.to_vec();
-    }
-    let fixed = |w: f64| (w * f64::from(1 << 22)).round() as i64;
-    let taps: Vec<(usize, Vec<i64>)> = bicubic_taps(w, new)
-        .into_iter()
-        .map(|(first, weights)| (first, weights.into_iter().map(fixed).collect()))
-        .collect();
-    let mut out = Vec::with_capacity(h * new * 3);
-    for row in x.chunks_exact(w * 3) {
-        for (first, weights) in &taps {
-            for c in 0..3 {
-                let pixels = row[first * 3 + c..].iter().step_by(3);
-                let sum: i64 = weights.iter().zip(pixels).map(|(w, &p)| w * i64::from(p)).sum();
-                out.push(((sum + (1 << 21)) >> 22).clamp(0, 255) as u8);
-            }
-        }
-    }
-    debug_assert_eq!(out.len(), h * new * 3);
-    out
+    whole.cropped(left as u32, top as u32, size as u32, size as u32).rgb
 }
 
 /// Splits a picture into normalised patches, `[patches, 3, patch, patch]`.

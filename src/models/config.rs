@@ -258,9 +258,9 @@ pub struct TextTime {
 pub struct UNetConfig {
     /// Rows and columns of the latents it was trained on, if the configuration gives them.
     pub sample_size: Option<(usize, usize)>,
-    /// Channels of the input: those of the latents, and in a UNet for inpainting those of a mask and a masked picture.
+    /// Channels that it reads: those of the latents, and in an inpainting model those of [`super::MASK_AND_IMAGE`].
     pub in_channels: usize,
-    /// Channels of the prediction.
+    /// Channels of the latents and of the prediction.
     pub out_channels: usize,
     /// From the finest to the coarsest.
     pub levels: Vec<UNetLevel>,
@@ -369,6 +369,10 @@ impl UNetConfig {
             levels,
             mid,
         };
+        if config.in_channels < config.out_channels {
+            let UNetConfig { in_channels, out_channels, .. } = config;
+            return Err(r.error(format!("`in_channels` {in_channels} is less than `out_channels` {out_channels}")));
+        }
         if first % 2 != 0 || first < 4 {
             return Err(r.error(format!("`block_out_channels` begins with {first}; supported: an even number from 4")));
         }
@@ -379,6 +383,11 @@ impl UNetConfig {
         }
         r.finish()?;
         Ok(config)
+    }
+
+    /// True if it reads a mask and the latents of the masked picture beside the latents, as inpainting models do.
+    pub fn reads_masks(&self) -> bool {
+        self.in_channels == 2 * self.out_channels + 1
     }
 }
 

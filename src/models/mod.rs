@@ -16,5 +16,5 @@ pub use clip::{text_encoder, vision_encoder};
 pub use config::{
     ClipConfig, ClipLayers, ClipVisionConfig, MidBlock, TextTime, UNetConfig, UNetLevel, VaeConfig, parse_clip_model,
 };
-pub use unet::{UNetInput, guidance_embedding, unet, unet_halves, unet_with_reuse};
+pub use unet::{MASK_AND_IMAGE, UNetInput, guidance_embedding, unet, unet_halves, unet_with_reuse};
 pub use vae::{vae_decoder, vae_encoder};

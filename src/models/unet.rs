@@ -34,10 +34,11 @@ impl Default for UNetInput {
 
 /// The UNet for inputs of given sizes.
 ///
-/// Inputs: `sample` `[rows, h, w, in_channels]`, `timestep` `[rows, 1, 1, 1]`, `encoder_hidden_states`
+/// Inputs: `sample` `[rows, h, w, out_channels]`, `timestep` `[rows, 1, 1, 1]`, `encoder_hidden_states`
 /// `[rows, 1, tokens, cross_attention_dim]`; for SDXL also `text_embeds` `[rows, 1, 1, text_embed_dim]` and `time_ids`
 /// `[rows, 1, 1, 6]`; for one that reads the guidance scale `timestep_cond` `[rows, 1, 1, time_cond_proj_dim]`
-/// ([`guidance_embedding`]); unless `shifted` is 0 also `shift` `[shifted, h', w', c]`. Outputs: `sample`
+/// ([`guidance_embedding`]); if it knows masks [`MASK_AND_IMAGE`]; unless `shifted` is 0 also `shift`
+/// `[shifted, h', w', c]`. Outputs: `sample`
 /// `[rows, h, w, out_channels]`, and `mid` `[rows, h', w', c]`, the bottleneck before the shift.
 pub fn unet(config: &UNetConfig, input: UNetInput) -> Graph {
     whole(config, input, false)
@@ -115,9 +116,17 @@ pub fn guidance_embedding(guidance: f32, width: usize) -> Vec<f32> {
     (0..half).map(move |i| angles(i).sin()).chain((0..half).map(move |i| angles(i).cos())).collect()
 }
 
-/// The latents.
-fn sample(g: &mut GraphBuilder, config: &UNetConfig, input: UNetInput) -> TensorId {
-    g.input("sample", Shape::new(input.rows, input.h, input.w, config.in_channels))
+/// The input of a UNet that knows masks (those of inpainting models) beside its latents,
+/// `[rows, h, w, in_channels - out_channels]`: 1 where it paints and 0 elsewhere, then the latents of the picture that is
+/// grey where it paints.
+pub const MASK_AND_IMAGE: &str = "mask_and_image";
+
+/// The latents, and the channels that a UNet which knows masks reads beside them.
+fn sample(g: &mut GraphBuilder, config: &UNetConfig, input: UNetInput) -> Sources {
+    let shape = Shape::new(input.rows, input.h, input.w, config.out_channels);
+    let x = g.input("sample", shape);
+    let more = config.in_channels - config.out_channels;
+    Sources { x, skip: (more > 0).then(|| g.input(MASK_AND_IMAGE, Shape { c: more, ..shape })) }
 }
 
 /// The states of the prompts, which cross attention reads.
@@ -175,7 +184,7 @@ impl UNet<'_> {
     }
 
     /// Builds the down half. Returns the coarsest activation and the skip connections, which the up half reads again.
-    fn down(&mut self, sample: TensorId) -> (TensorId, Vec<TensorId>) {
+    fn down(&mut self, sample: Sources) -> (TensorId, Vec<TensorId>) {
         let levels = &self.config.levels;
         let resnets = levels.iter().enumerate().flat_map(|(i, level)| {
             (0..level.layers).map(move |j| (format!("down_blocks.{i}.resnets.{j}"), level.channels))

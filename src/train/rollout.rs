@@ -174,10 +174,18 @@ impl Rollout {
                 for (slot, latents) in self.latents.chunks_exact(self.shape.len()).enumerate() {
                     let shift: Box<dyn AddedToBottleneck> = Box::new(Shift::of(modules, self.bottleneck));
                     // No step draws noise.
-                    let (rng, seed, sigma) = (Rng::TorchCpu, 0, 1.0);
-                    let (steps, latents, added) = (steps.into(), Some(latents.to_vec()), Some(shift));
-                    let guidance = Guidance::new(guidance);
-                    denoiser.begin(slot, RunImage { steps, rng, seed, guidance, sigma, latents, added })?;
+                    let image = RunImage {
+                        steps: steps.into(),
+                        rng: Rng::TorchCpu,
+                        seed: 0,
+                        drawn: 0,
+                        guidance: Guidance::new(guidance),
+                        sigma: 1.0,
+                        latents: Some(latents.to_vec()),
+                        kept: None,
+                        added: Some(shift),
+                    };
+                    denoiser.begin(slot, image)?;
                 }
                 steps.iter().try_for_each(|_| denoiser.step(false))?;
                 let mut all = Vec::with_capacity(self.latents.len());

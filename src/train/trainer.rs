@@ -129,6 +129,11 @@ impl Trainer {
             return Err(Error::unsupported(Subject::Model(engine.name()), problem)
                 .advise("train on the model that it was distilled from; the concept may serve both"));
         }
+        if engine.reads_masks() {
+            let problem = "is an inpainting model, for which no concepts are trained";
+            return Err(Error::unsupported(Subject::Model(engine.name()), problem)
+                .advise("train on the model that it was made from"));
+        }
         let options = SessionOptions::new(size).batch(recipe.batch).concepts(true);
         engine.memory(options)?;
         let [batch, _, h, w] = engine.latent_shape(options);

@@ -2,7 +2,7 @@
 
 use super::*;
 use respodiff::Picture;
-use respodiff::backend::Guidance;
+use respodiff::backend::{Guidance, Kept};
 use respodiff::cuda::{Buffer, DeviceSampler, Launch, SampledImage};
 use respodiff::diffusion::noise::{NormalGenerator, Rng};
 use respodiff::diffusion::scheduler::{Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Step, Tuning};
@@ -19,7 +19,7 @@ const PLACES: [usize; LATENTS.n] = [2, 0, 1];
 
 /// An image of a row, for which `drawn` draws were made before the first step.
 fn image(row: usize, drawn: u32, philox: bool) -> SampledImage {
-    SampledImage { seed: SEED.wrapping_add(row as u64), guidance: GUIDANCE[row], drawn, philox }
+    SampledImage { seed: SEED.wrapping_add(row as u64), guidance: GUIDANCE[row], drawn, philox, kept: false }
 }
 
 /// Begins an image in every row.
@@ -216,13 +216,15 @@ fn every_sampler_steps_as_on_the_cpu() {
     }
 }
 
-/// Images with samplers, seeds and lengths of their own join between the steps of others, in batches of changing size.
-/// Each becomes what it is alone: the CPU's sampler with the same predictions.
+/// Images with samplers, seeds and lengths of their own join between the steps of others, in batches of changing size;
+/// some keep parts of a picture. Each becomes what it is alone: the CPU's sampler with the same predictions.
 #[test]
 fn images_join_and_leave() {
     let one = Shape { n: 1, ..LATENTS }.len();
-    // The slot, the call of the UNet before which it joins, its sampler and its steps.
-    let joining = [(1, 0, "DPM++ 2M", 6), (0, 2, "PNDM", 3), (2, 3, "Euler a", 2), (0, 7, "UniPC", 4)];
+    // The slot, the call of the UNet before which it joins, its sampler, its steps,
+    // and if it keeps parts of a picture.
+    let joining =
+        [(1, 0, "DPM++ 2M", 6, true), (0, 2, "PNDM", 3, false), (2, 3, "Euler a", 2, true), (0, 7, "UniPC", 4, false)];
     for (name, device) in devices(Limits::A100) {
         let sampler = DeviceSampler::new(&device, LATENTS, 20).unwrap();
         let sample = Buffer::new(&device, 2 * LATENTS.len() * 2).unwrap();
@@ -235,18 +237,23 @@ fn images_join_and_leave() {
             x: Vec<f32>,
             state: SamplerState,
             noise: NormalGenerator,
+            kept: Option<Kept>,
         }
         let mut truths: Vec<Truth> = Vec::new();
         for call in 0..12 {
-            for (i, (slot, _, choice, steps)) in joining.into_iter().enumerate().filter(|(_, (_, at, ..))| *at == call)
-            {
+            let joining = joining.into_iter().enumerate().filter(|(_, (_, at, ..))| *at == call);
+            for (i, (slot, _, choice, steps, keeps)) in joining {
                 let schedule =
                     Schedule::new(&config(r#""clip_sample": false"#), choice.parse().unwrap(), steps).unwrap();
                 let x: Vec<f32> = random(one, 90 + i as u64).iter().map(|&x| x as f32).collect();
-                sampler.begin(slot, &schedule.steps, image(slot, 0, false)).unwrap();
+                let floats = |seed| narrow(&random(one, seed + i as u64));
+                let repaint = (0..LATENTS.tokens()).map(|i| i % 3 == slot).collect();
+                let kept = keeps.then(|| Kept { latents: floats(200), noise: floats(300), repaint });
+                sampler.begin(slot, &schedule.steps, SampledImage { kept: keeps, ..image(slot, 0, false) }).unwrap();
+                kept.iter().for_each(|kept| sampler.write_kept(slot, kept).unwrap());
                 sampler.write_latents(slot, &x).unwrap();
                 let noise = NormalGenerator::new(Rng::TorchCpu, i as u64);
-                truths.push(Truth { slot, schedule, done: 0, x, state: SamplerState::new(one), noise });
+                truths.push(Truth { slot, schedule, done: 0, x, state: SamplerState::new(one), noise, kept });
             }
             let active = |truth: &&mut Truth| truth.done < truth.schedule.steps.len();
             let mut active: Vec<&mut Truth> = truths.iter_mut().filter(active).collect();
@@ -280,6 +287,13 @@ fn images_join_and_leave() {
                 }
                 truth.state.step(&step, &prediction, &mut truth.x, &noise);
                 truth.done += 1;
+                let level =
+                    truth.schedule.steps.get(truth.done).map_or((1.0, 0.0), |s| (s.level.signal, s.level.noise));
+                for kept in &truth.kept {
+                    for i in (0..one).filter(|i| !kept.repaint[i / LATENTS.c]) {
+                        truth.x[i] = level.0 as f32 * kept.latents[i] + level.1 as f32 * kept.noise[i];
+                    }
+                }
             }
             run(&device, sampler.rescale(rows, out.address()));
             run(&device, sampler.guide_and_step(rows, out.address(), true));
@@ -299,12 +313,15 @@ fn images_join_and_leave() {
 fn noise() {
     for (name, device) in devices(Limits::A100) {
         let sampler = DeviceSampler::new(&device, LATENTS, 1).unwrap();
-        begin(&sampler, &[], 0, true);
-        PLACES.iter().for_each(|&slot| run(&device, sampler.draw(slot, 14.6146)));
-        let theirs: Vec<f32> = draw(&mut generators(Rng::TorchCuda)).iter().map(|x| x * 14.6146).collect();
-        let ours = latents(&sampler);
-        for (i, (a, b)) in ours.iter().zip(&theirs).enumerate() {
-            assert!((a - b).abs() <= b.abs() * 2.5e-7, "{name}: number {i} is {a} where {b} is right");
+        let mut generators = generators(Rng::TorchCuda);
+        for drawn in 1..=3 {
+            begin(&sampler, &[], drawn, true);
+            PLACES.iter().for_each(|&slot| run(&device, sampler.draw(slot, 14.6146)));
+            let theirs: Vec<f32> = draw(&mut generators).iter().map(|x| x * 14.6146).collect();
+            let ours = latents(&sampler);
+            for (i, (a, b)) in ours.iter().zip(&theirs).enumerate() {
+                assert!((a - b).abs() <= b.abs() * 2.5e-7, "{name}: number {i} is {a} where {b} is right");
+            }
         }
     }
 }

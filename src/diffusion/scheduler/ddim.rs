@@ -9,7 +9,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
         let from = setup.table.level(timestep)?;
         let to = timestep.checked_sub(setup.stride()).map_or(Ok(last), |previous| setup.table.level(previous))?;
         let (x0, epsilon) = (setup.prediction.x0(from), setup.prediction.epsilon(from));
-        let mut step = Step::at(timestep as f64);
+        let mut step = Step::at(timestep as f64, from);
         step.convert = Convert { x: x0.x, out: x0.out, clip: setup.config.clip(true) };
         step.next.m = to.alpha;
         // Equation 16: eta times the standard deviation of the reverse process.

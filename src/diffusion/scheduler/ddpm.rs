@@ -23,7 +23,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
             None => Level { alpha: 1.0, sigma: 0.0 },
         };
         let x0 = setup.prediction.x0(from);
-        let mut step = Step::at(*timestep as f64);
+        let mut step = Step::at(*timestep as f64, from);
         step.convert = Convert { x: x0.x, out: x0.out, clip: config.clip(true) };
         // Equation 7: alpha and beta are those of the whole step.
         let alpha = (from.alpha / to.alpha).powi(2);

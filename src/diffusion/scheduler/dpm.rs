@@ -20,7 +20,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
     let first_order_last = few || euler_at_final || ends_at_zero(setup);
 
     let step = |index: usize| {
-        let mut order = order.min(index + 1);
+        let mut order = order.min(index - setup.first + 1);
         if few && index + 2 == len {
             order = order.min(2);
         }
@@ -28,7 +28,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
             order = 1;
         }
         let (from, to) = (levels[index], levels[index + 1]);
-        let mut step = Step::at(timesteps[index]);
+        let mut step = Step::at(timesteps[index], from);
         let x0 = setup.prediction.x0(from);
         step.convert = Convert { x: x0.x, out: x0.out, clip: f64::INFINITY };
         step.push = true;
@@ -59,7 +59,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
         }
         step
     };
-    Ok((0..len).map(step).collect())
+    Ok((setup.first..len).map(step).collect())
 }
 
 /// True for the variant of order 2 that is called heun, false for that called midpoint.
@@ -92,10 +92,11 @@ pub(super) fn singlestep(setup: &Setup) -> Result<Vec<Step>> {
     let (timesteps, levels) = multistep_levels(setup);
     let orders = singlestep_orders(setup, timesteps.len())?;
     let step = |index: usize| {
-        let order = orders[index];
+        // Where the schedule begins there are no earlier outputs.
+        let order = orders[index].min(index - setup.first + 1);
         let start = index + 1 - order;
         let (base, to) = (levels[start], levels[index + 1]);
-        let mut step = Step::at(timesteps[index]);
+        let mut step = Step::at(timesteps[index], levels[index]);
         let x0 = setup.prediction.x0(levels[index]);
         step.convert = Convert { x: x0.x, out: x0.out, clip: f64::INFINITY };
         (step.push, step.save) = (true, order == 1);
@@ -128,7 +129,7 @@ pub(super) fn singlestep(setup: &Setup) -> Result<Vec<Step>> {
         step.next.history[..HISTORY].copy_from_slice(&outputs[1..]);
         step
     };
-    Ok((0..timesteps.len()).map(step).collect())
+    Ok((setup.first..timesteps.len()).map(step).collect())
 }
 
 /// The order of each step, as diffusers chooses it.

@@ -21,14 +21,15 @@ pub(super) fn timesteps(setup: &Setup) -> Result<Vec<usize>> {
     }
     let stride = distilled as f64 / setup.steps as f64;
     let at = |i: usize| (distilled - (i as f64 * stride) as usize) * (trained / distilled) - 1;
-    Ok((0..setup.steps).map(at).collect())
+    Ok((setup.first..setup.steps).map(at).collect())
 }
 
 pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
     let (config, timesteps) = (setup.config, timesteps(setup)?);
     let step = |(index, timestep): (usize, &usize)| {
-        let x0 = setup.prediction.x0(setup.table.level(*timestep)?);
-        let mut step = Step::at(*timestep as f64);
+        let from = setup.table.level(*timestep)?;
+        let x0 = setup.prediction.x0(from);
+        let mut step = Step::at(*timestep as f64, from);
         step.convert = Convert { x: x0.x, out: x0.out, clip: config.clip(false) };
         // The boundary condition: far from the data the result is the model's prediction, at the data it is the sample
         // itself.

@@ -10,7 +10,7 @@ pub(super) fn steps(setup: &Setup) -> (Vec<Step>, f64) {
         let mut step = setup.call(timestep, from);
         step.convert = setup.to_derivative(from);
         step.push = true;
-        let weights = weights(&sigmas.sigmas, index, (index + 1).min(1 + HISTORY));
+        let weights = weights(&sigmas.sigmas, index, (index - setup.first + 1).min(1 + HISTORY));
         step.next.m = weights[0];
         step.next.history.copy_from_slice(&weights[1..]);
         step

@@ -56,7 +56,7 @@ pub use tuning::{StepNoise, Tuning};
 
 use config::BetaSchedule;
 use spacing::Timesteps;
-use table::Table;
+use table::{Level, Table};
 use tuning::Tuned;
 
 use crate::{Error, Result};
@@ -79,6 +79,8 @@ pub const HISTORY: usize = 3;
 pub struct Step {
     /// The timestep that the model reads.
     pub timestep: f32,
+    /// The noise level of the sample with which the step begins: before `churn`, and before `input_scale`.
+    pub level: NoiseLevel,
     /// The coefficient of fresh noise that is added before the model reads the sample. A step takes noise here or in
     /// `next`, and never in both.
     pub churn: f64,
@@ -100,6 +102,27 @@ pub struct Step {
     /// where it begins and ends, falling. Steps that overlap, as those of DPM++ SDE do, then have noise in common.
     /// `None` for noise that is drawn anew.
     pub span: Option<[f64; 2]>,
+}
+
+/// A noise level, in the units of the sampler's samples: a sample at it is `signal * x0 + noise * epsilon`, where x0 is
+/// free of noise and epsilon is unit noise.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NoiseLevel {
+    /// The coefficient of the sample without noise.
+    pub signal: f64,
+    /// The coefficient of unit noise.
+    pub noise: f64,
+}
+
+impl NoiseLevel {
+    /// No noise: the level after the last step.
+    pub const CLEAN: Self = Self { signal: 1.0, noise: 0.0 };
+}
+
+impl From<Level> for NoiseLevel {
+    fn from(level: Level) -> Self {
+        Self { signal: level.alpha, noise: level.sigma }
+    }
 }
 
 /// The coefficients of the converted output `m`.
@@ -157,15 +180,16 @@ impl Step {
 
     /// A step to the model's own output at `timestep`.
     pub(crate) fn to_output(timestep: f32) -> Self {
-        let mut step = Step::at(timestep.into());
+        let mut step = Step::at(timestep.into(), NoiseLevel::CLEAN);
         (step.next.base, step.next.out) = (0.0, 1.0);
         step
     }
 
-    /// A step that changes nothing yet.
-    fn at(timestep: f64) -> Self {
+    /// A step from a noise level, which changes nothing yet.
+    fn at(timestep: f64, level: impl Into<NoiseLevel>) -> Self {
         Self {
             timestep: timestep as f32,
+            level: level.into(),
             churn: 0.0,
             input_scale: 1.0,
             guidance: 1.0,
@@ -180,9 +204,10 @@ impl Step {
 
     /// True if every coefficient is finite, in fp32 too.
     fn is_finite(&self) -> bool {
-        let Step { timestep, churn, input_scale, guidance, convert, base, next, .. } = self;
+        let Step { timestep, level, churn, input_scale, guidance, convert, base, next, .. } = self;
         let scalars = [convert.x, convert.out, base.x, base.saved, base.m, next.base, next.out, next.m, next.noise];
-        let mut all = scalars.iter().chain(&base.history).chain(&next.history).chain([churn, guidance]);
+        let others = [churn, guidance, &level.signal, &level.noise];
+        let mut all = scalars.iter().chain(&base.history).chain(&next.history).chain(others);
         timestep.is_finite() && input_scale.is_finite() && all.all(|c| (*c as f32).is_finite())
     }
 }
@@ -214,6 +239,19 @@ impl Schedule {
     /// [`crate::ErrorKind::Unsupported`] for settings of the checkpoint with which it cannot sample;
     /// [`crate::ErrorKind::Damaged`] if neither the user nor the checkpoint names a sampler.
     pub fn new(config: &SchedulerConfig, choice: SamplerChoice, steps: usize) -> Result<Self> {
+        Self::from_step(config, choice, steps, 0)
+    }
+
+    /// The same schedule without its first steps, for a sample that is brought to the noise level at which step `first`
+    /// begins: [`Step::level`] of the first of the steps that are left. A sampler that uses earlier outputs begins
+    /// without them there, as it does at step 0.
+    ///
+    /// # Errors
+    /// Those of [`Schedule::new`].
+    ///
+    /// # Panics
+    /// If no step is left.
+    pub fn from_step(config: &SchedulerConfig, choice: SamplerChoice, steps: usize, first: usize) -> Result<Self> {
         let sampler = config.chosen_sampler(choice)?;
         let method = sampler.without_cfg_pp();
         let (timestep_spacing, sigma_spacing) = config.chosen_spacing(method, choice.spacing)?;
@@ -232,6 +270,7 @@ impl Schedule {
             Heun | Dpm2 | Dpm2Ancestral | DpmppSde => (0.00085, 0.012, BetaSchedule::Linear),
             _ => (0.0001, 0.02, BetaSchedule::Linear),
         };
+        assert!(first < steps, "no step of {steps} is left after {first}");
         // These can start from a level without signal. The other samplers cannot, because its sigma is infinite.
         let floor = !matches!(method, Ddim | Ddpm | Lcm | Tcd);
         let setup = Setup {
@@ -245,6 +284,7 @@ impl Schedule {
             timestep_spacing,
             sigma_spacing,
             steps,
+            first,
         };
         let (steps, init_noise_sigma) = match method {
             Ddpm => (ddpm::steps(&setup)?, 1.0),
@@ -314,6 +354,8 @@ struct Setup<'a> {
     timestep_spacing: Spacing,
     sigma_spacing: Option<Spacing>,
     steps: usize,
+    /// The step with which the schedule begins, counted from 0.
+    first: usize,
 }
 
 impl Setup<'_> {
@@ -330,7 +372,8 @@ impl Setup<'_> {
         timesteps.list()
     }
 
-    /// The timesteps for samplers whose steps lie on the noise levels of training, which have whole timesteps.
+    /// The timesteps of the steps to take, for samplers whose steps lie on the noise levels of training, which have
+    /// whole timesteps.
     fn whole_timesteps(&self) -> Result<Vec<usize>> {
         let timesteps = self.timesteps(self.trained, false);
         let timesteps: Vec<usize> = timesteps.into_iter().map(|t| t.round_ties_even() as usize).collect();
@@ -343,7 +386,7 @@ impl Setup<'_> {
             let problem = format!("{sampler} with {spacing} spacing cannot sample in {steps} steps");
             return Err(Error::invalid("steps", problem).advise(format!("choose from 1 to {most}, or another spacing")));
         }
-        Ok(timesteps)
+        Ok(timesteps.into_iter().skip(self.first).collect())
     }
 
     /// The span of a step's noise between two sigmas.

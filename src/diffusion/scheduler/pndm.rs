@@ -1,7 +1,9 @@
 //! PNDM without its Runge-Kutta steps, which is PLMS: algorithm 2 of arXiv 2202.09778 on predicted noise.
 //!
 //! Lacking a history, the first step is taken twice: once as DDIM would take it, and again from the same sample with
-//! the mean of the outputs at both its ends.
+//! the mean of the outputs at both its ends. This holds for the first step of a schedule that begins later, too.
+//! (diffusers takes no step twice there, but computes as if it had: from the third call on, its sample has more noise
+//! than the timestep says.)
 
 use super::{HISTORY, Setup, Step};
 use crate::Result;
@@ -38,7 +40,7 @@ fn step(setup: &Setup, index: usize, timestep: usize) -> Result<Step> {
         _ => ADAMS_BASHFORTH[(index - 1).min(3)],
     };
 
-    let mut step = Step::at(timestep as f64);
+    let mut step = Step::at(timestep as f64, if again { to } else { from });
     step.convert.out = 1.0;
     step.push = !again;
     step.save = index == 0;

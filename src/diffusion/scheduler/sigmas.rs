@@ -3,12 +3,14 @@
 use super::config::{FinalSigma, InterpolationType, Prediction, TimestepType};
 use super::spacing::spaced_sigmas;
 use super::table::Level;
-use super::{Convert, Sampler, Setup, Spacing, Step};
+use super::{Convert, NoiseLevel, Sampler, Setup, Spacing, Step};
 
 /// The timesteps of a sampler that works with k-diffusion's sigmas, and the sigmas at them, followed by the final one.
 pub(super) struct Sigmas {
     pub timesteps: Vec<f64>,
     pub sigmas: Vec<f64>,
+    /// The step with which the schedule begins.
+    first: usize,
 }
 
 impl Sigmas {
@@ -49,7 +51,7 @@ impl Sigmas {
         if setup.is_continuous() {
             timesteps = sigmas[..setup.steps].iter().map(|sigma| setup.timestep_of(*sigma)).collect();
         }
-        Sigmas { timesteps, sigmas }
+        Sigmas { timesteps, sigmas, first: setup.first }
     }
 
     /// The standard deviation of the first sample.
@@ -61,10 +63,10 @@ impl Sigmas {
         }
     }
 
-    /// The steps: the index, the timestep, the sigma at which it begins and that at which it ends.
+    /// The steps to take: the index, the timestep, the sigma at which it begins and that at which it ends.
     pub fn steps(&self) -> impl Iterator<Item = (usize, f64, f64, f64)> {
         let pairs = self.timesteps.iter().zip(self.sigmas.windows(2)).enumerate();
-        pairs.map(|(i, (timestep, pair))| (i, *timestep, pair[0], pair[1]))
+        pairs.skip(self.first).map(|(i, (timestep, pair))| (i, *timestep, pair[0], pair[1]))
     }
 }
 
@@ -82,7 +84,7 @@ impl Setup<'_> {
 
     /// A call of the model at a timestep, on a sample with noise of this sigma.
     pub(super) fn call(&self, timestep: f64, sigma: f64) -> Step {
-        let mut step = Step::at(timestep);
+        let mut step = Step::at(timestep, NoiseLevel { signal: 1.0, noise: sigma });
         step.input_scale = Level::from_sigma(sigma).alpha as f32;
         step
     }
@@ -95,6 +97,7 @@ impl Setup<'_> {
             return (self.call(timestep, from), from);
         }
         let mut step = self.call(self.timestep_of(sigma), sigma);
+        step.level.noise = from;
         step.churn = self.tuned.s_noise * (sigma * sigma - from * from).sqrt();
         (step, sigma)
     }

@@ -20,7 +20,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
             }
             _ => (1.0, 0.0),
         };
-        let mut step = Step::at(*timestep as f64);
+        let mut step = Step::at(*timestep as f64, from);
         step.convert = Convert { x: x0.x, out: x0.out, clip: f64::INFINITY };
         step.next.m = left * below.alpha;
         step.next.base = left * below.sigma * epsilon.x;

@@ -25,17 +25,17 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
     let (timesteps, levels) = multistep_levels(setup);
     let len = timesteps.len();
     let order_at = |index: usize| {
-        let order = max_order.min(index + 1);
+        let order = max_order.min(index - setup.first + 1);
         if config.lower_order_final.unwrap_or(true) { order.min(len - index) } else { order }
     };
     let no_corrector = config.disable_corrector.as_deref().unwrap_or_default();
 
     let step = |index: usize| {
-        let mut step = Step::at(timesteps[index]);
+        let mut step = Step::at(timesteps[index], levels[index]);
         let m = if predict_x0 { setup.prediction.x0(levels[index]) } else { setup.prediction.epsilon(levels[index]) };
         step.convert = Convert { x: m.x, out: m.out, clip: f64::INFINITY };
         (step.push, step.save) = (true, true);
-        if index > 0 && !no_corrector.contains(&(index - 1)) {
+        if index > setup.first && !no_corrector.contains(&(index - 1)) {
             let order = order_at(index - 1);
             let update = Update::new(&levels, index - 1, order, order, bh1, predict_x0);
             // The predictor has only earlier outputs; the corrector also has the output at the end of its step, which
@@ -51,7 +51,7 @@ pub(super) fn steps(setup: &Setup) -> Result<Vec<Step>> {
         step.next.history[..HISTORY - 1].copy_from_slice(&update.outputs[1..]);
         step
     };
-    Ok((0..len).map(step).collect())
+    Ok((setup.first..len).map(step).collect())
 }
 
 /// One update from level `index` to the next.
