@@ -12,12 +12,16 @@ use crate::{Error, Result};
 
 #[cfg(feature = "pictures")]
 pub mod exif;
+mod parameters;
 #[cfg(feature = "pictures")]
 mod read;
+mod region;
 mod resize;
 
+pub use parameters::Parameters;
 #[cfg(feature = "pictures")]
 pub use read::stored;
+pub use region::{LIGHT, Region};
 pub use resize::Filter;
 
 /// PNG keyword of [`GenerationInfo::parameters`], which the A1111 web UI and its successors read.
@@ -240,6 +244,12 @@ pub struct GenerationInfo {
     /// The device that computed the picture, such as `CPU (Avx2)`: other devices round differently.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
+    /// The picture that it begins with, unless it begins with noise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_image: Option<UsedPicture>,
+    /// The second pass at a larger size, if there was one; [`GenerationInfo::width`] is that of the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hires: Option<UsedHires>,
     /// True if the run did not start from the seed's noise, so that these values alone do not reproduce the picture.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub given_latents: bool,
@@ -271,6 +281,41 @@ pub struct UsedPart {
     pub file: String,
     /// SHA-256 of its weights' files.
     pub sha256: Option<String>,
+}
+
+/// A file in a [`GenerationInfo`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UsedFile {
+    /// The file as it was given.
+    pub file: String,
+    /// SHA-256 of its bytes, in hexadecimal.
+    pub sha256: String,
+}
+
+/// A picture to begin with in a [`GenerationInfo`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UsedPicture {
+    /// The picture.
+    pub picture: UsedFile,
+    /// The share of the steps that were taken.
+    pub strength: f64,
+    /// The mask, whose light parts were made anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask: Option<UsedFile>,
+    /// The pixels around the mask that were painted with it, if only a part of the picture was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub padding: Option<u32>,
+}
+
+/// A second pass at a larger size in a [`GenerationInfo`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UsedHires {
+    /// The factor of width and height.
+    pub factor: f64,
+    /// The share of the steps that were taken.
+    pub strength: f64,
+    /// The steps.
+    pub steps: usize,
 }
 
 /// A concept in a [`GenerationInfo`].
@@ -331,6 +376,11 @@ impl GenerationInfo {
         let tuning = serde_json::to_value(self.tuning).unwrap_or_default();
         let chosen = |field: &str| tuning[field].as_str().map(str::to_string);
         let ends = self.concepts.iter().any(|used| used.until.is_some());
+        let (init, hires) = (self.init_image.as_ref(), self.hires.as_ref());
+        let strength = hires.map(|hires| hires.strength).or(init.map(|init| init.strength));
+        let short = |file: &UsedFile| file.sha256.chars().take(10).collect::<String>();
+        let mask = init.and_then(|init| init.mask.as_ref());
+        let padding = init.and_then(|init| init.padding);
         let fields = [
             ("Steps", Some(self.steps.to_string())),
             ("Sampler", Some(self.sampler.clone())),
@@ -356,6 +406,16 @@ impl GenerationInfo {
             ("VAE", vae.map(|vae| vae.file.clone())),
             ("Parts", Some(others.join(", ")).filter(|others| !others.is_empty())),
             ("Model fingerprint", self.model_fingerprint.clone()),
+            // A1111 has one strength, which is that of the second pass if there is one.
+            ("Denoising strength", strength.map(|strength| strength.to_string())),
+            ("Init image strength", init.filter(|_| hires.is_some()).map(|init| init.strength.to_string())),
+            ("Hires upscale", hires.map(|hires| hires.factor.to_string())),
+            ("Hires steps", hires.map(|hires| hires.steps.to_string())),
+            ("Hires upscaler", hires.map(|_| "Lanczos".to_string())),
+            ("Init image hash", init.map(|init| short(&init.picture))),
+            ("Mask hash", mask.map(short)),
+            ("Inpaint area", padding.map(|_| "Only masked".to_string())),
+            ("Masked area padding", padding.map(|padding| padding.to_string())),
             ("RNG", Some(self.rng.clone())),
             ("Precision", self.precision.clone()),
             ("Tokenizer", self.tokenizer.clone()),

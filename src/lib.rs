@@ -123,7 +123,9 @@ pub use engine::{
     Output, Progress, Prompt, Request, RunningBatch, Session, SessionOptions, Size, Start,
 };
 pub use error::{Error, ErrorKind, Result, Subject};
-pub use image::{GenerationInfo, Picture, UsedAdapter, UsedConcept, UsedPart};
+pub use image::{
+    Filter, GenerationInfo, Picture, Region, UsedAdapter, UsedConcept, UsedFile, UsedHires, UsedPart, UsedPicture,
+};
 pub use models::tokenizer::TokenizerRules;
 #[cfg(feature = "pipeline")]
 pub use pipeline::{Answer, Made, Pipeline};

@@ -30,6 +30,8 @@ fn info() -> GenerationInfo {
         averages: false,
         parts: vec![],
         device: None,
+        init_image: None,
+        hires: None,
         given_latents: false,
         precision: None,
         tokenizer: None,

@@ -6,8 +6,8 @@ use respodiff::concept::{Concept, Form, Metadata, Strength};
 use respodiff::diffusion::noise::Rng;
 use respodiff::weights::Source;
 use respodiff::{
-    Device, Engine, ErrorKind, Event, Image, ImageId, Picture, Request, RunningBatch, Sampler, SamplerChoice,
-    SessionOptions, Size, Start,
+    Device, Engine, ErrorKind, Event, Image, ImageId, InitImage, Picture, Request, RunningBatch, Sampler,
+    SamplerChoice, SessionOptions, Size, Start,
 };
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -40,6 +40,8 @@ fn requests(engine: &Engine, networks: bool, xl: bool) -> Vec<Request> {
     let concept = |form, seed| Arc::new(Concept::new(Metadata::new("a"), support::module(form, shape, seed), None));
     let [_, c, h, w] = engine.latent_shape(OPTIONS);
     let latents: Arc<[f32]> = (0..c * h * w).map(|i| (i as f32 * 0.37).sin()).collect();
+    let pixels = |scale: usize| (0..30 * 20 * 3).map(|i| (i * scale % 251) as u8).collect();
+    let [picture, mask] = [7, 1].map(|scale| Arc::new(Picture { width: 30, height: 20, rgb: pixels(scale) }));
     let image = |i: usize, sampler: Sampler| {
         let image = Image::new(["a doctor", "a cat", "a portrait of a chef"][i % 3]).seed(7 * i as u64);
         let image = if i % 2 == 1 { image.negative("a hat") } else { image };
@@ -52,7 +54,14 @@ fn requests(engine: &Engine, networks: bool, xl: bool) -> Vec<Request> {
                 .concept(concept(if networks { Form::Conv } else { Form::Constant }, 5), 0.4),
             _ => image,
         };
-        let image = if i == 3 { image.start(Start::Latents(latents.clone())) } else { image };
+        let begin = |init| image.clone().start(Start::Image(init));
+        let image = match i {
+            3 => image.start(Start::Latents(latents.clone())),
+            1 => begin(InitImage::new(picture.clone(), 0.7)),
+            4 => begin(InitImage::inpaint(picture.clone(), mask.clone(), 1.0).noise(latents.clone())),
+            5 => begin(InitImage::inpaint(picture.clone(), mask.clone(), 0.8)),
+            _ => image,
+        };
         let choice = SamplerChoice { sampler: Some(sampler), ..SamplerChoice::default() };
         let request = Request::from(image).steps(2 + i % 4).sampler(choice).rng(Rng::ALL[i % 2]);
         if xl && i % 3 == 1 { request.conditioned_on_size(Some((64, 48)), (8, 0)) } else { request }

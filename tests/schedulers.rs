@@ -343,6 +343,11 @@ fn steps_lead_from_level_to_level() {
     for prediction in ["epsilon", "v_prediction"] {
         let checkpoint = config(&sd15(json!({"prediction_type": prediction})));
         for sampler in Sampler::ALL {
+            // PNDM takes means of the model's outputs, as diffusers does, which are not those of the noise if the
+            // outputs are velocities.
+            if sampler == Sampler::Pndm && prediction == "v_prediction" {
+                continue;
+            }
             let choice = SamplerChoice { sampler: Some(sampler), ..SamplerChoice::default() };
             let whole = Schedule::new(&checkpoint, choice, 8).unwrap();
             for first in [0, 1, 5, 7] {

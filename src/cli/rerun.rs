@@ -1,13 +1,16 @@
-//! `respodiff rerun`: it generates a picture again from the record in its PNG file.
+//! `respodiff rerun`: it generates a picture again from the record in its PNG file, or from A1111's text there.
 
+use super::hires::Pass;
+use super::init_image::{self, Canvas};
 use super::progress::Progress as Shown;
 use super::{Place, adapters, hashes, interrupt_flag, model, out, say, tell, warn};
 use crate::backend::Precision;
 use crate::concept::{Concept, Strength};
+use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
-use crate::engine::{Engine, EngineOptions, Image, Progress, Request, SessionOptions, Size};
+use crate::engine::{Engine, EngineOptions, Image, Progress, Request, SessionOptions, Size, Start};
 use crate::files::check_writable;
-use crate::image::{GenerationInfo, JSON_KEYWORD, read_png_text};
+use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Parameters, UsedPicture, read_png_text};
 use crate::models::tokenizer::TokenizerRules;
 use crate::weights::Source;
 use crate::{Error, Picture, Result, Subject};
@@ -19,8 +22,9 @@ use std::sync::atomic::Ordering;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// A PNG file made by `respodiff sample`. Its concepts, adapters, and parts of the checkpoint from elsewhere, are read
-    /// from where its record says, seen from this folder
+    /// A PNG file made by `respodiff sample`, whose concepts, adapters, pictures and parts of the checkpoint from
+    /// elsewhere are read from where its record says, seen from this folder; or a PNG with A1111's text, of which
+    /// prompts, steps, sampler, guidance, seed and size are taken
     picture: PathBuf,
     /// The checkpoint that made it [default: the one that its record names]
     #[arg(long)]
@@ -36,7 +40,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<()> {
     let path = &args.picture;
     let before = std::fs::read(path).map_err(Error::io("read", path))?;
-    let info = read(path)?;
+    let (mut info, foreign) = read(path)?;
     let stem = path.file_stem().unwrap_or_default().to_string_lossy();
     let again = args.out.clone().unwrap_or_else(|| path.with_file_name(format!("{stem}-again.png")));
     if again.as_os_str() == "-" {
@@ -47,6 +51,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     check_writable(&again)?;
     let engine = open(args, &info)?;
+    if let Some(sampler) = foreign {
+        // The spacing that A1111's "Automatic" stands for depends on the checkpoint.
+        let schedule = engine.schedule(sampler, info.steps)?;
+        info.sampler = schedule.sampler.a1111_name().into();
+        info.spacing = schedule.spacing.map_or("Automatic", Spacing::a1111_name).into();
+        info.model = engine.name();
+    }
     let picture = remake(&engine, &info, &|file| Concept::open(file))?;
     // Files with equal pixels and equal records have equal bytes.
     let same = picture.to_recorded_png(&info)? == before;
@@ -54,6 +65,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     out::save(&picture, &again, &GenerationInfo { version, device, ..info })?;
     say(&again.display().to_string());
     match same {
+        _ if foreign.is_some() => tell("other programs round differently, so that details may differ"),
         true => tell("the same picture, to the last bit"),
         false => warn("the picture differs: the device, the version or the picture's own file has changed"),
     }
@@ -80,27 +92,59 @@ pub(super) fn remake(
         image = image.concept(Arc::new(concept), strength);
     }
     let choice = sampler(engine, info)?;
+    let canvas = canvas(info)?;
+    let size = Size::new(info.width as usize, info.height as usize);
+    if let Some(canvas) = &canvas {
+        image = image.start(Start::Image(canvas.begin(&canvas.encode(engine, size)?)));
+    }
     let request = Request::from(image)
         .steps(info.steps)
         .sampler(choice)
         .rng(info.rng.parse()?)
         .conditioned_on_size(info.original_size, info.crop.unwrap_or((0, 0)));
-    let options = SessionOptions::new(Size::new(info.width as usize, info.height as usize))
+    let options = SessionOptions::new(size)
         .guided(choice.guides(info.guidance))
         .reuse(info.reuse.unwrap_or(1))
         .concepts(!info.concepts.is_empty());
     let cancelled = interrupt_flag();
     let shown = Shown::new("sampling", info.steps as u64, "steps");
-    let output = engine.session(options)?.generate(&request, &mut |progress| {
+    let mut follow = |progress| {
         if let Progress::Step { done, total } = progress {
             shown.set_total(total as u64);
             shown.set(done as u64, "");
         }
         if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    });
+    };
+    let mut output = engine.session(options)?.generate(&request, &mut follow);
+    if let (Some(used), Ok(first)) = (&info.hires, &output) {
+        let pass = Pass::of_record(used, size);
+        let request = pass.request(&request, &first.pictures);
+        output = engine.session(options.size(pass.size))?.generate(&request, &mut follow);
+    }
     shown.finish();
     let output = output?;
-    output.pictures.into_iter().next().ok_or_else(|| Error::internal("a run without a picture"))
+    let picture = output.pictures.into_iter().next().ok_or_else(|| Error::internal("a run without a picture"))?;
+    Ok(match &canvas {
+        Some(canvas) => canvas.finish(picture),
+        None => picture,
+    })
+}
+
+/// The picture that the recorded one began with.
+fn canvas(info: &GenerationInfo) -> Result<Option<Canvas>> {
+    let Some(used) = &info.init_image else { return Ok(None) };
+    let canvas = init_image::Flags::of_record(used).open()?;
+    let found = canvas.as_ref().map(Canvas::record);
+    let files = |used: &UsedPicture| [Some(used.picture.clone()), used.mask.clone()];
+    let found = found.as_ref().map(files).unwrap_or_default();
+    match files(used).into_iter().zip(found).find(|(recorded, found)| recorded != found) {
+        None => Ok(canvas),
+        Some((recorded, _)) => {
+            let file = recorded.map_or_else(PathBuf::new, |recorded| recorded.file.into());
+            Err(Error::mismatch(file, "has changed since the picture was made from it")
+                .advise("put the file there whose SHA-256 is in the record"))
+        }
+    }
 }
 
 /// The picture's sampler, with the spacing whose name is in the record. The name "Automatic" is that of two spacings:
@@ -120,12 +164,16 @@ fn sampler(engine: &Engine, info: &GenerationInfo) -> Result<SamplerChoice> {
     })
 }
 
-/// The record in a picture.
-fn read(path: &Path) -> Result<GenerationInfo> {
+/// The record in a picture, and if it is another program's, the sampler that it names.
+fn read(path: &Path) -> Result<(GenerationInfo, Option<SamplerChoice>)> {
     let texts = read_png_text(path)?;
-    let Some((_, text)) = texts.iter().find(|(keyword, _)| keyword == JSON_KEYWORD) else {
-        return Err(Error::unsupported(path, "holds no record of its generation")
-            .advise("give a PNG made by `respodiff sample`"));
+    let text = |keyword: &str| texts.iter().find(|(known, _)| known == keyword).map(|(_, text)| text);
+    let Some(text) = text(JSON_KEYWORD) else {
+        return match text(PARAMETERS_KEYWORD).and_then(|text| Parameters::parse(text)) {
+            Some(parameters) => of_parameters(path, &parameters).map(|(info, sampler)| (info, Some(sampler))),
+            None => Err(Error::unsupported(path, "holds no record of its generation")
+                .advise("give a PNG made by `respodiff sample`, or with A1111's text")),
+        };
     };
     let info: GenerationInfo = serde_json::from_str(text)
         .map_err(|problem| Error::damaged(path, format!("its record cannot be read: {problem}")))?;
@@ -138,7 +186,53 @@ fn read(path: &Path) -> Result<GenerationInfo> {
     if info.version != env!("CARGO_PKG_VERSION") {
         warn(&format!("the picture was made by version {}; this one may round differently", info.version));
     }
-    Ok(info)
+    Ok((info, None))
+}
+
+/// What A1111's text says about a picture, and the sampler. Settings that are not honoured are named in a warning.
+fn of_parameters(path: &Path, parameters: &Parameters) -> Result<(GenerationInfo, SamplerChoice)> {
+    // The last three say what made the picture, and change nothing.
+    const HONOURED: [&str; 10] =
+        ["Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "RNG", "Model", "Model hash", "Version"];
+    let bad = |key: &str, problem: &str| Error::damaged(path, format!("A1111's text has {problem} `{key}`"));
+    let get = |key| parameters.get(key).ok_or_else(|| bad(key, "no"));
+    fn number<T: FromStr>(text: &str) -> Option<T> {
+        text.trim().parse().ok()
+    }
+    let size = get("Size")?.split_once('x').and_then(|(w, h)| Some((number(w)?, number(h)?)));
+    let (width, height) = size.ok_or_else(|| bad("Size", "an unreadable"))?;
+    let spacing = parameters.get("Schedule type").filter(|name| *name != "Automatic");
+    let mut sampler: SamplerChoice = get("Sampler")?.parse()?;
+    if let Some(spacing) = spacing {
+        sampler.spacing = Some(spacing.parse()?);
+    }
+    // A1111 draws on the GPU unless its text says otherwise.
+    let rng = if parameters.get("RNG") == Some("CPU") { Rng::TorchCpu } else { Rng::TorchCuda };
+    let left: Vec<&str> =
+        parameters.settings.iter().map(|(key, _)| key.as_str()).filter(|key| !HONOURED.contains(key)).collect();
+    if !left.is_empty() {
+        warn(&format!("these settings of the picture are not honoured: {}", left.join(", ")));
+    }
+    if let Some(model) = parameters.get("Model") {
+        tell(&format!("the picture was made with the model `{model}`"));
+    }
+    let negative = Some(parameters.negative_prompt.clone()).filter(|text| !text.is_empty());
+    let info = GenerationInfo {
+        prompt: parameters.prompt.clone(),
+        negative_prompt: negative,
+        steps: number(get("Steps")?).ok_or_else(|| bad("Steps", "an unreadable"))?,
+        sampler: get("Sampler")?.into(),
+        spacing: spacing.unwrap_or("Automatic").into(),
+        guidance: number(get("CFG scale")?).ok_or_else(|| bad("CFG scale", "an unreadable"))?,
+        seed: number(get("Seed")?).ok_or_else(|| bad("Seed", "an unreadable"))?,
+        rng: rng.name().into(),
+        width,
+        height,
+        model: parameters.get("Model").unwrap_or_default().into(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        ..GenerationInfo::default()
+    };
+    Ok((info, sampler))
 }
 
 /// A choice that the picture records; the default if it records none.

@@ -1,6 +1,8 @@
 //! `respodiff sample`.
 
 use super::hashes;
+use super::hires::{self, Pass};
+use super::init_image::{self, Canvas};
 use super::out::{self, Named, Pictures};
 use super::progress::Progress as Shown;
 use super::prompts::{self, Item};
@@ -71,7 +73,8 @@ pub(super) struct Args {
     /// SDXL: crop on which the UNet is conditioned, in pixels from the left and from the top
     #[arg(long, value_name = "X,Y", default_value = "0,0", value_parser = |text: &str| pair(text, ','))]
     crop: (usize, usize),
-    /// Start from the noise of unit variance in this safetensors file: `latents` [IMAGES,4,H/8,W/8]
+    /// Take the noise of unit variance from this safetensors file in place of the seed's: `latents`
+    /// [IMAGES,4,H/8,W/8]. With --image it is the noise that the picture is put under
     #[arg(long)]
     latents: Option<PathBuf>,
     /// Write the final latents to this file
@@ -84,6 +87,10 @@ pub(super) struct Args {
     /// Print one JSON object instead of file names: files and seeds, times, memory
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    init_image: init_image::Flags,
+    #[command(flatten)]
+    hires: hires::Flags,
     #[command(flatten)]
     concepts: concepts::Flags,
     #[command(flatten)]
@@ -113,13 +120,16 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let (items, each) = args.items()?;
     let plan: Vec<Planned> = plan(&items, each, base)?;
     let names: Vec<Named> = plan.iter().map(|p| Named { prompt: &p.item.prompt, seed: p.seed }).collect();
-    let size = args.width.zip(args.height).map(|(width, height)| Size::new(width, height));
+    let canvas = args.init_image.open()?;
+    let own_size = canvas.as_ref().and_then(|canvas| canvas.size(args.width, args.height));
+    let size = own_size.or(args.width.zip(args.height).map(|(width, height)| Size::new(width, height)));
     let files = out::pictures(args.out.as_deref(), &names, base, size)?;
     if args.json && matches!(files, Pictures::Stdout) {
         return Err(Error::invalid("json", "stdout already takes the picture").advise("name a file with --out"));
     }
     let adapters = args.adapters.load()?;
     let given = args.concepts.files()?.into_iter().chain(args.prompts.clone()).chain(args.latents.clone());
+    let given = given.chain(args.init_image.files());
     let inputs: Vec<PathBuf> = given.chain(adapters.iter().map(|(adapter, _)| adapter.path().into())).collect();
     if let Pictures::Files(names) = &files {
         let manifest = manifest_path(names).filter(|_| args.concepts.any());
@@ -147,7 +157,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let encoded = encode(&engine, args, &items)?;
     let guidance = |item: &Item| item.guidance.unwrap_or(sampling.guidance(&engine));
     let Size { width, height } = engine.default_size();
-    let size = Size::new(args.width.unwrap_or(width), args.height.unwrap_or(height));
+    let size = own_size.unwrap_or(Size::new(args.width.unwrap_or(width), args.height.unwrap_or(height)));
     let images = plan.len();
     let mut options = engine
         .options()
@@ -156,7 +166,20 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         .guided(items.iter().any(|item| schedule.sampler.guides(guidance(item))))
         .reuse(args.reuse)
         .concepts(args.concepts.any());
+    let hires = args.hires.pass(size, args.steps)?;
+    let second_steps = match &hires {
+        Some(pass) => {
+            // The steps that are left out have their calls in every sampler's schedule.
+            let calls = engine.schedule(sampler, pass.steps).map_err(|error| error.of_field("hires_steps"))?;
+            calls.steps.len() - (pass.steps - pass.taken()?)
+        }
+        None => 0,
+    };
+    let size_of_pictures = hires.as_ref().map_or(size, |pass| pass.size);
+    // Sizes and memory are checked before the first pass.
+    engine.check_affordable(options.size(size_of_pictures))?;
     let mut session = Some(engine.session(options)?);
+    let mut second_session = None;
     let shape = engine.latent_shape(options.batch(images)).to_vec();
     let latents = match &args.latents {
         Some(path) => {
@@ -165,6 +188,11 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         }
         None => None,
     };
+    let init = match &canvas {
+        Some(canvas) => Some(canvas.begin(&canvas.encode(&engine, size)?)),
+        None => None,
+    };
+    let first = init.as_ref().map_or(Ok(0), |init| init.first_step(args.steps))?;
     let mut assignment = Assignment::new();
     for (i, item) in items.iter().enumerate() {
         assignment.extend(match options.concepts {
@@ -194,6 +222,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         averages: source.is_averaged(),
         parts: Vec::new(),
         device: Some(device.name()),
+        init_image: canvas.as_ref().map(Canvas::record),
+        hires: hires.as_ref().map(Pass::record),
         given_latents: latents.is_some(),
         precision: told(args.precision),
         tokenizer: told(args.tokenizer),
@@ -202,7 +232,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         adapters: adapters.iter().map(|(adapter, weight)| adapter.record(*weight)).collect(),
         version: env!("CARGO_PKG_VERSION").into(),
     };
-    let memory = engine.memory(options)?;
+    let memory = engine.memory(options.size(size_of_pictures))?;
     let mut saved = Saved {
         files: &files,
         plan: &plan,
@@ -218,7 +248,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     };
 
     let cancelled = interrupt_flag();
-    let (batch, steps) = (options.batch, schedule.steps.len());
+    let (batch, first_steps) = (options.batch, schedule.steps.len() - first);
+    let steps = first_steps + second_steps;
     // The decoding of a picture counts as one step.
     let shown = Shown::new("sampling", (images.div_ceil(batch) * steps + images) as u64, "steps");
     let one: usize = shape[1..].iter().product();
@@ -232,16 +263,20 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             // memory.
             options.batch = end - start;
             session = None;
+            second_session = None;
         }
         let image = |i: usize| {
             let (prompt, negative) = &encoded[i / each];
             let mut image = sampling.guide(Image::new(prompt).seed(plan[i].seed).guidance(guidance(plan[i].item)));
             image.negative = negative.as_ref().map(Prompt::from);
             image.concepts = assignment[i].iter().map(|used| (used.concept.clone(), used.strength)).collect();
-            match &latents {
-                Some(all) => image.start(Start::Latents(all[i * one..(i + 1) * one].into())),
-                None => image,
-            }
+            let noise = latents.as_ref().map(|all| all[i * one..(i + 1) * one].into());
+            image.start(match (init.clone(), noise) {
+                (Some(init), Some(noise)) => Start::Image(init.noise(noise)),
+                (Some(init), None) => Start::Image(init),
+                (None, Some(noise)) => Start::Latents(noise),
+                (None, None) => Start::Noise,
+            })
         };
         let request = Request::new((start..end).map(image).collect())
             .steps(sampling.steps)
@@ -252,20 +287,39 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
             Some(session) => session,
             none => none.insert(engine.session(options)?),
         };
-        let output = session.generate(&request, &mut |progress| {
+        // `earlier` are the steps of passes before this one.
+        let follow = |progress, earlier: usize, last: bool| {
             let before = start / batch * steps + start;
             match progress {
-                Progress::Step { done, .. } => shown.set((before + done) as u64, ""),
-                Progress::Decoded { done, .. } => {
+                Progress::Step { done, .. } => shown.set((before + earlier + done) as u64, ""),
+                Progress::Decoded { done, .. } if last => {
                     shown.set((before + steps + done) as u64, &format!("decoded {}/{images}", start + done));
                 }
+                Progress::Decoded { .. } => (),
             }
             if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        })?;
+        };
+        let mut output = session.generate(&request, &mut |progress| follow(progress, 0, hires.is_none()))?;
+        if let Some(pass) = &hires {
+            if output.pictures.len() < options.batch {
+                return Ok(false);
+            }
+            let second_session = match &mut second_session {
+                Some(session) => session,
+                none => none.insert(engine.session(options.size(pass.size))?),
+            };
+            let request = pass.request(&request, &output.pictures);
+            output = second_session.generate(&request, &mut |progress| follow(progress, first_steps, true))?;
+        }
         // The bar is hidden meanwhile, since printed lines would mix with it.
-        shown.suspend(|| saved.add(&output.pictures))?;
+        let finish = |picture| match &canvas {
+            Some(canvas) => canvas.finish(picture),
+            None => picture,
+        };
+        let pictures: Vec<Picture> = output.pictures.into_iter().map(finish).collect();
+        shown.suspend(|| saved.add(&pictures))?;
         final_latents.extend_from_slice(&output.latents);
-        Ok(output.pictures.len() == options.batch)
+        Ok(pictures.len() == options.batch)
     };
     let mut failure = None;
     for start in (0..images).step_by(batch) {
@@ -285,6 +339,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let (loading, each) = (loading.as_secs_f64(), sampling_since.elapsed().as_secs_f64() / made as f64);
     let others = [("manifest", saved.manifest_path()), ("latents", args.save_latents.clone())];
     if let (_, Some(path)) = &others[1] {
+        let shape = engine.latent_shape(options.size(size_of_pictures));
+        let one: usize = shape[1..].iter().product();
         let shape = [&[final_latents.len() / one], &shape[1..]].concat();
         files::write(path, &[("latents", shape, final_latents)])?;
     }

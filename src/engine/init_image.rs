@@ -5,7 +5,7 @@ use crate::backend::{Kept, Precision, Weights};
 use crate::diffusion::noise::NormalGenerator;
 use crate::diffusion::scheduler::Schedule;
 use crate::graph::{Extent, Shape};
-use crate::image::{Filter, Picture};
+use crate::image::{Filter, LIGHT, Picture};
 use crate::layout::nchw_to_nhwc;
 use crate::models::vae_encoder;
 use crate::{Error, ErrorKind, Result, Subject};
@@ -67,7 +67,7 @@ impl InitImage {
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`] for a strength that is not from 0 to 1, or leaves no step.
-    pub(super) fn first_step(&self, steps: usize) -> Result<usize> {
+    pub fn first_step(&self, steps: usize) -> Result<usize> {
         let strength = self.strength;
         if !(0.0..=1.0).contains(&strength) {
             return Err(Error::invalid("strength", format!("{strength} is not from 0 to 1")).advise("0.8 is usual"));
@@ -249,7 +249,7 @@ impl Engine {
         let fitted = |picture: &Picture| picture.resized(size.width as u32, size.height as u32, Filter::Lanczos);
         let byte = |&x: &u8| f32::from(x) / 255.0 * 2.0 - 1.0;
         let pixels: Vec<f32> = fitted(picture).rgb.iter().map(byte).collect();
-        let light: Option<Vec<bool>> = mask.map(|mask| fitted(mask).lightness().iter().map(|&x| x >= 128).collect());
+        let light: Option<Vec<bool>> = mask.map(|mask| fitted(mask).lightness().iter().map(|&x| x >= LIGHT).collect());
         // Without a mask, a UNet that knows masks paints everywhere.
         let reads_masks = self.reads_masks();
         let masked: Option<Vec<f32>> = reads_masks.then(|| {

@@ -27,9 +27,7 @@ use crate::backend::{Denoiser, Precision, Weights};
 use crate::device::Device;
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Extent, Shape};
-use crate::models::{
-    MASK_AND_IMAGE, UNetConfig, UNetInput, guidance_embedding, unet, unet_with_reuse, vae_decoder,
-};
+use crate::models::{MASK_AND_IMAGE, UNetConfig, UNetInput, guidance_embedding, unet, unet_with_reuse, vae_decoder};
 use crate::plan::Plan;
 use crate::weights::{Adapter, Source, Tensors};
 use crate::{Error, Result};
@@ -379,6 +377,15 @@ impl Engine {
         let mut batches: Vec<usize> = (0..).map(|i| 1 << i).take_while(|&batch| batch < options.batch).collect();
         batches.push(options.batch);
         RunningBatch::new(self.clone(), options, self.affordable(options, &batches)?)
+    }
+
+    /// Checks that a session is possible, and fits into the device's free memory.
+    ///
+    /// # Errors
+    /// Those of [`Engine::session`].
+    #[cfg(feature = "cli")]
+    pub(crate) fn check_affordable(&self, options: SessionOptions) -> Result<()> {
+        self.affordable(options, &[options.batch]).map(drop)
     }
 
     /// Plans that fit into the device's free memory.

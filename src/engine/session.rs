@@ -3,9 +3,7 @@
 use super::init_image::Original;
 use super::rows::{AHEAD, Rows, Settings};
 use super::text::Conditioning;
-use super::{
-    EncodedPicture, Engine, Image, InitImage, Output, Plans, Progress, Prompt, Request, SessionOptions, Size, Start,
-};
+use super::{EncodedPicture, Engine, Image, Output, Plans, Progress, Prompt, Request, SessionOptions, Size, Start};
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -58,10 +56,17 @@ impl Session {
             return Err(Error::invalid("images", problem).advise("give as many as the session's batch"));
         }
         request.images.iter().try_for_each(|image| rows.check(image, &settings))?;
-        for (slot, image) in encoded(rows.engine(), &request.images, size)?.iter().enumerate() {
+        let images = encoded(rows.engine(), &request.images)?;
+        let images = with_encoded_pictures(rows.engine(), images, size)?;
+        for (slot, image) in images.iter().enumerate() {
             rows.join(slot, image, &settings)?;
         }
         let total = (0..batch).map(|slot| rows.progress(slot).1).max().unwrap_or(0);
+        if rows.options().reuse > 1 && (0..batch).any(|slot| rows.progress(slot).1 != total) {
+            // A step that reuses activations needs the rows of the step before.
+            let problem = "images that take different numbers of steps cannot reuse activations together";
+            return Err(Error::invalid("strength", problem).advise("give all the same, or make sessions of their own"));
+        }
         for done in 0..total {
             if progress(Progress::Step { done, total }).is_break() {
                 return Err(Error::cancelled(format!("stopped after {done} of {total} steps, with no picture made")));
@@ -88,11 +93,11 @@ impl Session {
     }
 }
 
-/// The images with their prompts and pictures encoded, each once.
+/// The images with their prompts encoded, each text once.
 ///
 /// # Errors
-/// Those of [`Engine::encode`] and [`Engine::encode_picture`].
-pub(crate) fn encoded(engine: &Engine, images: &[Image], size: Size) -> Result<Vec<Image>> {
+/// Those of [`Engine::encode`].
+pub(crate) fn encoded(engine: &Engine, images: &[Image]) -> Result<Vec<Image>> {
     let mut texts: HashMap<&str, Conditioning> = HashMap::new();
     for prompt in images.iter().flat_map(|image| [Some(&image.prompt), image.negative.as_ref()]).flatten() {
         if let Prompt::Text(words) = prompt
@@ -105,23 +110,26 @@ pub(crate) fn encoded(engine: &Engine, images: &[Image], size: Size) -> Result<V
         Prompt::Text(words) => Prompt::Encoded(texts[words.as_str()].clone()),
         encoded => encoded.clone(),
     };
-    let mut pictures: HashMap<_, EncodedPicture> = HashMap::new();
-    let mut start = |start: &Start| -> Result<Start> {
-        let Start::Image(init @ InitImage { original: Original::Picture { picture, mask }, .. }) = start else {
-            return Ok(start.clone());
-        };
+    let image =
+        |image: &Image| Image { prompt: of(&image.prompt), negative: image.negative.as_ref().map(of), ..image.clone() };
+    Ok(images.iter().map(image).collect())
+}
+
+/// The images with the pictures that they begin with encoded, each once.
+fn with_encoded_pictures(engine: &Engine, mut images: Vec<Image>, size: Size) -> Result<Vec<Image>> {
+    let mut known: HashMap<_, EncodedPicture> = HashMap::new();
+    for image in &mut images {
+        let Start::Image(init) = &mut image.start else { continue };
+        let Original::Picture { picture, mask } = &init.original else { continue };
         let key = (Arc::as_ptr(picture), mask.as_ref().map(Arc::as_ptr));
-        let encoded = match pictures.get(&key) {
+        let encoded = match known.get(&key) {
             Some(encoded) => encoded.clone(),
-            None => pictures.entry(key).or_insert(engine.encode_picture(picture, mask.as_deref(), size)?).clone(),
+            None => engine.encode_picture(picture, mask.as_deref(), size)?,
         };
-        Ok(Start::Image(InitImage { original: Original::Encoded(encoded), ..init.clone() }))
-    };
-    let mut image = |image: &Image| {
-        let (prompt, negative) = (of(&image.prompt), image.negative.as_ref().map(of));
-        Ok(Image { prompt, negative, start: start(&image.start)?, ..image.clone() })
-    };
-    images.iter().map(&mut image).collect()
+        known.insert(key, encoded.clone());
+        init.original = Original::Encoded(encoded);
+    }
+    Ok(images)
 }
 
 // Sessions are made for servers, which move them between threads and share engines.

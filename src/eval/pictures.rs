@@ -1,6 +1,8 @@
 //! Folders of pictures, and the prompts in their metadata.
 
-use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Picture, exif, read_png_text, stored};
+use crate::image::{
+    GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Parameters, Picture, exif, read_png_text, stored,
+};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
 
@@ -81,15 +83,13 @@ pub fn prompt(path: &Path) -> Result<Option<String>> {
                 .map_err(|e| Error::damaged(path, format!("its metadata is not a picture's record: {e}")))?;
             return Ok(Some(info.prompt));
         }
-        return Ok(text(PARAMETERS_KEYWORD).and_then(|text| of_parameters(text)));
+        return Ok(text(PARAMETERS_KEYWORD).and_then(|text| prompt_of(text)));
     }
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    Ok(exif::comment(&bytes).and_then(|text| of_parameters(&text)))
+    Ok(exif::comment(&bytes).and_then(|text| prompt_of(&text)))
 }
 
-/// The prompt in A1111's text: all that comes before the negative prompt, or before the line of settings.
-fn of_parameters(text: &str) -> Option<String> {
-    let settings = text.rfind("\nSteps: ").or_else(|| text.starts_with("Steps: ").then_some(0))?;
-    let end = text[..settings].find("\nNegative prompt: ").unwrap_or(settings);
-    Some(text[..end].trim().to_string())
+/// The prompt in A1111's text.
+fn prompt_of(text: &str) -> Option<String> {
+    Parameters::parse(text).map(|parameters| parameters.prompt)
 }

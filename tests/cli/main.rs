@@ -3,6 +3,7 @@
 mod adapters;
 mod bench;
 mod checkpoints;
+mod init_image;
 mod output;
 mod probe;
 mod process;

@@ -64,6 +64,45 @@ fn every_sampler_is_found_in_the_record() {
     }
 }
 
+/// A PNG with A1111's text alone gives the picture of these settings.
+#[test]
+fn texts_of_a1111_are_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let text_of = |settings: &str| format!("a cook\nNegative prompt: hat\n{settings}");
+    let write = |settings: &str| {
+        let picture = respodiff::Picture { width: 1, height: 1, rgb: vec![0; 3] };
+        picture.save_png(&at("foreign.png"), &[("parameters", &text_of(settings))]).unwrap();
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/model");
+        respodiff(folder.path(), &["rerun", "foreign.png", "--model", demo.to_str().unwrap()])
+    };
+    let settings = "Steps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 4, Seed: 7, Size: 64x64";
+    let output = write(&format!("{settings}, Model hash: 1234567890, Model: mine, Clip skip: 2, Version: v1.9"));
+    let error = text(&output.stderr);
+    assert!(
+        output.status.success() && error.contains("not honoured: Clip skip") && error.contains("`mine`"),
+        "{error}"
+    );
+    let args = ["sample", "a cook", "-n", "hat", "--steps", "3", "--sampler", "DPM++ 2M Karras", "--guidance", "4"];
+    let args =
+        [&args[..], &["-s", "7", "--rng", "torch-cuda", "-W", "64", "-H", "64", "-o", "same.png", "-q"]].concat();
+    assert!(respodiff(folder.path(), &args).status.success());
+    let pixels = |name: &str| respodiff::Picture::read(&at(name), 255).unwrap();
+    assert!(pixels("same.png") == pixels("foreign-again.png"));
+    for (bad, word) in [
+        ("Steps: 3, CFG scale: 4, Seed: 7, Size: 64x64", "no `Sampler`"),
+        ("Steps: 3, Sampler: Euler, CFG scale: 4, Seed: 7, Size: 64", "`Size`"),
+        ("Steps: x, Sampler: Euler, CFG scale: 4, Seed: 7, Size: 64x64", "`Steps`"),
+        ("Steps: 3, Sampler: nonsense, CFG scale: 4, Seed: 7, Size: 64x64", "nonsense"),
+        ("Steps: 3", "no `Size`"),
+        ("hat: 3", "no record"),
+    ] {
+        let output = write(bad);
+        let error = text(&output.stderr);
+        assert!(!output.status.success() && error.contains(word) && !error.contains("panicked"), "{bad}: {error}");
+    }
+}
+
 #[test]
 fn checkpoints_are_found_and_other_formats_written() {
     let folder = tempfile::tempdir().unwrap();

@@ -246,7 +246,7 @@ fn images_join_and_leave() {
                 let schedule =
                     Schedule::new(&config(r#""clip_sample": false"#), choice.parse().unwrap(), steps).unwrap();
                 let x: Vec<f32> = random(one, 90 + i as u64).iter().map(|&x| x as f32).collect();
-                let floats = |seed| narrow(&random(one, seed + i as u64));
+                let floats = |seed| random(one, seed + i as u64).iter().map(|&x| x as f32).collect::<Vec<f32>>();
                 let repaint = (0..LATENTS.tokens()).map(|i| i % 3 == slot).collect();
                 let kept = keeps.then(|| Kept { latents: floats(200), noise: floats(300), repaint });
                 sampler.begin(slot, &schedule.steps, SampledImage { kept: keeps, ..image(slot, 0, false) }).unwrap();

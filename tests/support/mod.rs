@@ -104,6 +104,15 @@ impl Case {
         assert_eq!(view.dtype(), safetensors::Dtype::I64, "{name}");
         view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect()
     }
+    pub fn bytes(&self, name: &str) -> Vec<u8> {
+        let view = self.tensors().tensor(name).expect(name);
+        assert_eq!(view.dtype(), safetensors::Dtype::U8, "{name}");
+        view.data().to_vec()
+    }
+    /// The bytes of a tensor of any format.
+    pub fn raw(&self, name: &str) -> Vec<u8> {
+        self.tensors().tensor(name).expect(name).data().to_vec()
+    }
     pub fn metadata(&self) -> HashMap<String, String> {
         SafeTensors::read_metadata(&self.bytes).expect("header").1.metadata().clone().unwrap_or_default()
     }

@@ -1,0 +1,81 @@
+//! The flags of a second pass at a larger size.
+
+use crate::engine::{InitImage, Request, Size, Start};
+use crate::image::{Filter, Picture, UsedHires};
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// The choice of a second pass.
+#[derive(clap::Args)]
+#[group(id = "second_pass")]
+pub(super) struct Flags {
+    /// Make the picture larger by this factor in a second pass: it is resized by a Lanczos filter, put under noise, and
+    /// denoised at the larger size (A1111's hires fix)
+    #[arg(long, value_name = "FACTOR", conflicts_with = "mask", allow_negative_numbers = true)]
+    hires: Option<f64>,
+    /// How much of the picture the second pass makes anew, as --strength
+    #[arg(long, value_name = "SHARE", requires = "hires", default_value_t = 0.5, allow_negative_numbers = true)]
+    hires_strength: f64,
+    /// Steps of which the second pass takes that share [default: as --steps]
+    #[arg(long, value_name = "STEPS", requires = "hires")]
+    hires_steps: Option<usize>,
+}
+
+/// A second pass, which begins with the pictures of the first.
+pub(super) struct Pass {
+    /// The size of its pictures.
+    pub(super) size: Size,
+    /// Its steps, of which a share is taken.
+    pub(super) steps: usize,
+    strength: f64,
+    factor: f64,
+}
+
+impl Flags {
+    /// The second pass after one at `size` in `steps` steps, if there is one.
+    pub(super) fn pass(&self, size: Size, steps: usize) -> Result<Option<Pass>> {
+        let Some(factor) = self.hires else { return Ok(None) };
+        if !(1.0..=16.0).contains(&factor) {
+            return Err(Error::invalid("hires", format!("{factor} is no factor from 1 to 16")).advise("2 is usual"));
+        }
+        Ok(Some(Pass::new(size, factor, self.hires_strength, self.hires_steps.unwrap_or(steps))))
+    }
+}
+
+impl Pass {
+    fn new(size: Size, factor: f64, strength: f64, steps: usize) -> Self {
+        let side = |pixels: usize| (pixels as f64 * factor / 8.0).round() as usize * 8;
+        Pass { size: Size::new(side(size.width), side(size.height)), steps, strength, factor }
+    }
+
+    /// The pass that a picture's record stands for.
+    pub(super) fn of_record(used: &UsedHires, size: Size) -> Self {
+        Pass::new(size, used.factor, used.strength, used.steps)
+    }
+
+    /// The record in a picture's file.
+    pub(super) fn record(&self) -> UsedHires {
+        UsedHires { factor: self.factor, strength: self.strength, steps: self.steps }
+    }
+
+    /// The steps that are taken.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] for a strength that is not from 0 to 1, or leaves no step.
+    pub(super) fn taken(&self) -> Result<usize> {
+        let first = InitImage::new(Arc::new(Picture { width: 0, height: 0, rgb: Vec::new() }), self.strength);
+        let first = first.first_step(self.steps).map_err(|error| error.of_field("hires_strength"))?;
+        Ok(self.steps - first)
+    }
+
+    /// The request of the second pass: that of the first with its pictures for beginnings.
+    pub(super) fn request(&self, first: &Request, pictures: &[Picture]) -> Request {
+        let (width, height) = (self.size.width as u32, self.size.height as u32);
+        let begin = |picture: &Picture| {
+            let larger = picture.resized(width, height, Filter::Lanczos);
+            Start::Image(InitImage::new(Arc::new(larger), self.strength))
+        };
+        let images = first.images.iter().zip(pictures).map(|(image, picture)| image.clone().start(begin(picture)));
+        Request { images: images.collect(), ..first.clone() }.steps(self.steps)
+    }
+}
