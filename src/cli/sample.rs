@@ -169,6 +169,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let hires = args.hires.pass(size, args.steps)?;
     let second_steps = match &hires {
         Some(pass) => {
+            // The size and its memory are checked before the first pass.
+            engine.check_affordable(options.size(pass.size))?;
             // The steps that are left out have their calls in every sampler's schedule.
             let calls = engine.schedule(sampler, pass.steps).map_err(|error| error.of_field("hires_steps"))?;
             calls.steps.len() - (pass.steps - pass.taken()?)
@@ -176,8 +178,6 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         None => 0,
     };
     let size_of_pictures = hires.as_ref().map_or(size, |pass| pass.size);
-    // Sizes and memory are checked before the first pass.
-    engine.check_affordable(options.size(size_of_pictures))?;
     let mut session = Some(engine.session(options)?);
     let mut second_session = None;
     let shape = engine.latent_shape(options.batch(images)).to_vec();
