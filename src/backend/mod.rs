@@ -3,9 +3,7 @@
 
 mod slots;
 
-pub use slots::{
-    Active, AddedToBottleneck, Guidance, Kept, RunImage, Slots, capacity, level_after, picture_shape,
-};
+pub use slots::{Active, AddedToBottleneck, Guidance, Kept, RunImage, Slots, capacity, level_after, picture_shape};
 
 use crate::graph::{Graph, Node, TensorId, WeightSpec};
 use crate::image::Picture;

@@ -58,14 +58,13 @@ impl Pass {
         UsedHires { factor: self.factor, strength: self.strength, steps: self.steps }
     }
 
-    /// The steps that are taken.
+    /// The first step that is taken, counted from 0.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] for a strength that is not from 0 to 1, or leaves no step.
-    pub(super) fn taken(&self) -> Result<usize> {
-        let first = InitImage::new(Arc::new(Picture { width: 0, height: 0, rgb: Vec::new() }), self.strength);
-        let first = first.first_step(self.steps).map_err(|error| error.of_field("hires_strength"))?;
-        Ok(self.steps - first)
+    pub(super) fn first_step(&self) -> Result<usize> {
+        let init = InitImage::new(Arc::new(Picture { width: 0, height: 0, rgb: Vec::new() }), self.strength);
+        init.first_step(self.steps).map_err(|error| error.of_field("hires_strength"))
     }
 
     /// The request of the second pass: that of the first with its pictures for beginnings.

@@ -171,9 +171,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         Some(pass) => {
             // The size and its memory are checked before the first pass.
             engine.check_affordable(options.size(pass.size))?;
-            // The steps that are left out have their calls in every sampler's schedule.
-            let calls = engine.schedule(sampler, pass.steps).map_err(|error| error.of_field("hires_steps"))?;
-            calls.steps.len() - (pass.steps - pass.taken()?)
+            let schedule = engine.outline().schedule_from(sampler, pass.steps, pass.first_step()?);
+            schedule.map_err(|error| error.of_field("hires_steps"))?.steps.len()
         }
         None => 0,
     };
@@ -248,7 +247,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     };
 
     let cancelled = interrupt_flag();
-    let (batch, first_steps) = (options.batch, schedule.steps.len() - first);
+    let first_steps = engine.outline().schedule_from(sampler, args.steps, first)?.steps.len();
+    let batch = options.batch;
     let steps = first_steps + second_steps;
     // The decoding of a picture counts as one step.
     let shown = Shown::new("sampling", (images.div_ceil(batch) * steps + images) as u64, "steps");
