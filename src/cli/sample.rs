@@ -166,12 +166,12 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         .guided(items.iter().any(|item| schedule.sampler.guides(guidance(item))))
         .reuse(args.reuse)
         .concepts(args.concepts.any());
-    let hires = args.hires.pass(size, args.steps)?;
+    let hires = args.hires.pass(size, sampling.steps)?;
     let second_steps = match &hires {
         Some(pass) => {
             // The size and its memory are checked before the first pass.
             engine.check_affordable(options.size(pass.size))?;
-            let schedule = engine.outline().schedule_from(sampler, pass.steps, pass.first_step()?);
+            let schedule = engine.outline().schedule_from(sampling.choice, pass.steps, pass.first_step()?);
             schedule.map_err(|error| error.of_field("hires_steps"))?.steps.len()
         }
         None => 0,
@@ -191,7 +191,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         Some(canvas) => Some(canvas.begin(&canvas.encode(&engine, size)?)),
         None => None,
     };
-    let first = init.as_ref().map_or(Ok(0), |init| init.first_step(args.steps))?;
+    let first = init.as_ref().map_or(Ok(0), |init| init.first_step(sampling.steps))?;
     let mut assignment = Assignment::new();
     for (i, item) in items.iter().enumerate() {
         assignment.extend(match options.concepts {
@@ -247,7 +247,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     };
 
     let cancelled = interrupt_flag();
-    let first_steps = engine.outline().schedule_from(sampler, args.steps, first)?.steps.len();
+    let first_steps = engine.outline().schedule_from(sampling.choice, sampling.steps, first)?.steps.len();
     let batch = options.batch;
     let steps = first_steps + second_steps;
     // The decoding of a picture counts as one step.
