@@ -5,7 +5,7 @@ use std::path::Path;
 
 use respodiff::ErrorKind;
 use respodiff::diffusion::scheduler::{
-    NoiseLevel, Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Spacing, Step, Tuning,
+    NoiseLevel, Preset, Sampler, SamplerChoice, SamplerState, Schedule, SchedulerConfig, Spacing, Step, Tuning,
 };
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -208,6 +208,31 @@ fn cfg_pp() {
             }
         }
     }
+}
+
+/// Presets take the steps that the models' cards show.
+#[test]
+fn presets() {
+    let timesteps = |name: &str| {
+        let preset: Preset = name.parse().unwrap();
+        let schedule = Schedule::new(&config(SD15), preset.choice, preset.steps).unwrap();
+        schedule.steps.iter().map(|step| step.timestep).collect::<Vec<_>>()
+    };
+    assert_eq!(timesteps("lightning-4"), [999.0, 749.0, 499.0, 249.0]);
+    assert_eq!(timesteps("hyper-8"), [999.0, 874.0, 749.0, 624.0, 499.0, 374.0, 249.0, 124.0]);
+    assert_eq!(timesteps("LCM"), [999.0, 759.0, 499.0, 259.0]);
+    for preset in Preset::ALL {
+        assert_eq!(preset.name.parse::<Preset>().unwrap(), preset);
+        assert_eq!((timesteps(preset.name).len(), timesteps(preset.name)[0]), (preset.steps, 999.0), "{}", preset.name);
+        assert!(preset.check(true).is_ok() && preset.check(false).is_ok() != preset.name.starts_with("lightning"));
+    }
+    // The model for one step predicts the picture itself.
+    let one: Preset = "lightning-1".parse().unwrap();
+    let schedule = Schedule::new(&config(SD15), one.choice, one.steps).unwrap();
+    let mut x = [9.0];
+    SamplerState::new(1).step(&schedule.steps[0], &[0.25], &mut x, &[0.0]);
+    assert!((x[0] - 0.25).abs() < 1e-6, "{x:?}");
+    assert!("lightning-3".parse::<Preset>().is_err_and(|error| error.to_string().contains("lightning-4")));
 }
 
 /// Fields by which a checkpoint names a sampler and its steps.
