@@ -6,7 +6,7 @@ use super::survey::{Opened, REPORTED_IMAGES, Survey, quoted};
 use crate::eval::clip::{Clip, cosine};
 use crate::eval::fairness::Audit;
 use crate::{Error, Result};
-use clap::{ArgMatches, Command, FromArgMatches};
+use clap::{ArgMatches, Command};
 use std::path::Path;
 
 /// Groups with a name, and the texts of their classes, which are those that the published concepts were trained with.
