@@ -132,7 +132,7 @@ impl Denoiser for CpuDenoiser {
         for (row, slot, step) in rows {
             let out = self.unet.output("sample");
             let Some(active) = self.slots.get(slot) else { continue };
-            let (guidance, done) = (active.image.guidance, active.done);
+            let guidance = active.image.guidance;
             let first = &out[row * one..][..one];
             match guided {
                 false => self.prediction.copy_from_slice(first),
