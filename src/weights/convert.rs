@@ -288,7 +288,7 @@ fn kept(parts: &[Stored]) -> Format {
     match parts {
         [] => Format::F16,
         parts if parts.iter().all(Stored::fits_half) => Format::F16,
-        [first, rest @ ..] if first.scale == 1.0 && rest.iter().all(|part| part.format == first.format) => first.format,
+        [first, ..] if parts.iter().all(|part| part.format == first.format && part.scale == 1.0) => first.format,
         _ => Format::F32,
     }
 }
