@@ -197,6 +197,21 @@ pub struct GenerationInfo {
     pub prompt: String,
     /// The negative prompt, if one was given.
     pub negative_prompt: Option<String>,
+    /// The prompt of SDXL's second text encoder, if it had one of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_2: Option<String>,
+    /// The negative prompt of SDXL's second text encoder, if it had one of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub negative_prompt_2: Option<String>,
+    /// The syntax of the prompts, such as `a1111`, unless it was plain text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_syntax: Option<String>,
+    /// Clip skip as A1111 counts it, unless it was 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip_skip: Option<usize>,
+    /// Embeddings (textual inversion) that the prompts use.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub embeddings: Vec<UsedEmbedding>,
     /// Denoising steps.
     pub steps: usize,
     /// Name of the sampler, such as `DPM++ 2M`.
@@ -318,6 +333,17 @@ pub struct UsedHires {
     pub steps: usize,
 }
 
+/// An embedding in a [`GenerationInfo`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UsedEmbedding {
+    /// The word that stands for it in prompts.
+    pub name: String,
+    /// SHA-256 of its file.
+    pub sha256: String,
+    /// The file as it was given.
+    pub file: String,
+}
+
 /// A concept in a [`GenerationInfo`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct UsedConcept {
@@ -375,6 +401,9 @@ impl GenerationInfo {
         let number = |value: Option<f64>| value.map(|value| value.to_string());
         let tuning = serde_json::to_value(self.tuning).unwrap_or_default();
         let chosen = |field: &str| tuning[field].as_str().map(str::to_string);
+        // A1111 tells embeddings apart by the first twelve digits of this hash.
+        let short = |used: &UsedEmbedding| format!("{}: {}", used.name, used.sha256.get(..12).unwrap_or_default());
+        let embeddings: Vec<String> = self.embeddings.iter().map(short).collect();
         let ends = self.concepts.iter().any(|used| used.until.is_some());
         let (init, hires) = (self.init_image.as_ref(), self.hires.as_ref());
         let strength = hires.map(|hires| hires.strength).or(init.map(|init| init.strength));
@@ -416,6 +445,11 @@ impl GenerationInfo {
             ("Mask hash", mask.map(short)),
             ("Inpaint area", padding.map(|_| "Only masked".to_string())),
             ("Masked area padding", padding.map(|padding| padding.to_string())),
+            ("Clip skip", self.clip_skip.map(|skip| skip.to_string())),
+            ("Prompt syntax", self.prompt_syntax.clone()),
+            ("Prompt 2", self.prompt_2.clone()),
+            ("Negative prompt 2", self.negative_prompt_2.clone()),
+            ("TI hashes", Some(embeddings.join(", ")).filter(|all| !all.is_empty())),
             ("RNG", Some(self.rng.clone())),
             ("Precision", self.precision.clone()),
             ("Tokenizer", self.tokenizer.clone()),

@@ -120,12 +120,14 @@ pub use diffusion::noise::Rng;
 pub use diffusion::scheduler::{Prediction, Preset, Sampler, SamplerChoice, Spacing, StepNoise, Tuning};
 pub use engine::{
     Conditioning, EncodedPicture, Engine, EngineOptions, Event, Image, ImageId, InitImage, MemoryPlan, Original,
-    Output, Progress, Prompt, Request, RunningBatch, Session, SessionOptions, Size, Start,
+    Output, Progress, Prompt, PromptText, Request, RunningBatch, Session, SessionOptions, Size, Start,
 };
 pub use error::{Error, ErrorKind, Result, Subject};
 pub use image::{
-    Filter, GenerationInfo, Picture, Region, UsedAdapter, UsedConcept, UsedFile, UsedHires, UsedPart, UsedPicture,
+    Filter, GenerationInfo, Picture, Region, UsedAdapter, UsedConcept, UsedEmbedding, UsedFile, UsedHires, UsedPart,
+    UsedPicture,
 };
+pub use models::prompt::{LoraTag, PromptSyntax, lora_tags};
 pub use models::tokenizer::TokenizerRules;
 #[cfg(feature = "pipeline")]
 pub use pipeline::{Answer, Made, Pipeline};
@@ -135,7 +137,7 @@ pub use respodiff_fields as fields;
 pub use train::{Losses, Recipe, Task, Times as TrainingTimes, Trainer, TrainingMemory, Variant};
 #[cfg(feature = "download")]
 pub use weights::hub;
-pub use weights::{Adapter, AdapterInfo, Format, Source};
+pub use weights::{Adapter, AdapterInfo, Embedding, Format, Source};
 
 /// The README's example is compiled and run as a test.
 #[cfg(all(doctest, feature = "demo"))]

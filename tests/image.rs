@@ -10,6 +10,11 @@ use respodiff::image::{
 fn info() -> GenerationInfo {
     GenerationInfo {
         prompt: "a cat, a hat".to_string(),
+        prompt_2: None,
+        negative_prompt_2: None,
+        prompt_syntax: None,
+        clip_skip: None,
+        embeddings: Vec::new(),
         negative_prompt: Some("blurry".to_string()),
         steps: 20,
         sampler: "DPM++ 2M".to_string(),

@@ -90,7 +90,7 @@ fn indices_are_of_every_table_that_is_read() {
     let mut b = GraphBuilder::new();
     let ids = b.input("ids", Shape::new(1, 1, 2, 1));
     for (table, rows) in [("many", 9), ("few", 4)] {
-        let embedded = b.embed((table, rows), ("positions", 2), ids, 8);
+        let embedded = b.embed(&[(table, rows)], ("positions", 2), ids, 8);
         b.output(table, embedded);
     }
     let graph = b.finish();
@@ -104,7 +104,7 @@ fn computed_indices_are_refused() {
     let mut b = GraphBuilder::new();
     let x = b.input("x", Shape::new(1, 1, 2, 1));
     let ids = b.activate("floor", x, Activation::None);
-    b.embed(("tokens", 9), ("positions", 2), ids, 8);
+    b.embed(&[("tokens", 9)], ("positions", 2), ids, 8);
 }
 
 #[cfg(feature = "emulated")]

@@ -23,6 +23,7 @@ mod rerun;
 mod sample;
 mod sampler;
 mod serve;
+mod text;
 mod train;
 
 use crate::device::Place;

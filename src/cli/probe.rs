@@ -1,21 +1,23 @@
 //! `respodiff probe`: it runs single components, to compare the engine with another implementation.
 
 use super::files::{TensorFile, write};
-use super::{Place, adapters, parts, sampler, say, tell, warn};
+use super::{Place, adapters, parts, sampler, say, tell, text, warn};
 use crate::backend::{Executor, Precision};
 use crate::concept::{Form, Module};
 use crate::device::Device;
 use crate::diffusion::scheduler::{SamplerChoice, SamplerState, Schedule, SchedulerConfig};
-use crate::engine::{Adapted, UNET_CONSTANTS, read_config};
+use crate::engine::{Adapted, TextModel, UNET_CONSTANTS, read_config};
 use crate::files::check_writable;
 use crate::graph::{Extent, Graph, Keep, Shape};
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
+use crate::models::chunks::{Chunk, needs_nothing, weigh};
+use crate::models::prompt::PromptSyntax;
 use crate::models::tokenizer::TokenizerRules;
 use crate::models::{
     ClipConfig, MASK_AND_IMAGE, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder,
 };
 use crate::train::{Halves, Objective};
-use crate::weights::Source;
+use crate::weights::{Source, Tensors};
 use crate::{Error, Result};
 use clap::ValueEnum;
 use std::path::PathBuf;
@@ -23,7 +25,8 @@ use std::time::Instant;
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Component {
-    /// input_ids [B,77] -> last_hidden_state, penultimate_hidden_state, text_embeds
+    /// input_ids [B,77] or --prompt -> last_hidden_state, penultimate_hidden_state, states (what the UNet reads:
+    /// of a prompt [1,77 k,D], with the weights of its words), text_embeds
     Text,
     /// sample [B,4,H,W], timestep [1] or [B], encoder_hidden_states [B,77,D] (text_embeds, time_ids, timestep_cond;
     /// ram, sam [C,R,R], added to the bottleneck) -> sample, mid
@@ -58,6 +61,14 @@ pub(super) struct Args {
     /// Prompt to encode, instead of input_ids
     #[arg(long, conflicts_with = "inputs")]
     prompt: Option<String>,
+    /// Syntax of --prompt
+    #[arg(long, default_value_t = PromptSyntax::Plain, value_name = "plain|a1111|comfy")]
+    prompt_syntax: PromptSyntax,
+    /// Clip skip as A1111 counts it: how far from its end the text encoder's `states` are taken; 1 skips nothing
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    clip_skip: usize,
+    #[command(flatten)]
+    embeddings: text::Embeddings,
     /// Text encoder to run
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
     encoder: u8,
@@ -98,7 +109,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let source = args.parts.source(args.model.as_deref())?;
     let results = match (args.component, &args.inputs) {
-        (Component::Text, inputs) => text(args, &source, inputs.as_deref().map(TensorFile::read).transpose()?)?,
+        (Component::Text, Some(path)) => text_of_ids(args, &source, &TensorFile::read(path)?)?,
+        (Component::Text, None) => text_of_prompt(args, &source)?,
         (_, None) => return Err(Error::invalid("prompt", "--prompt is for `probe text`").advise("give --inputs FILE")),
         (Component::Unet, Some(path)) => probe_unet(args, &source, &TensorFile::read(path)?)?,
         (Component::Grad, Some(path)) => grad(args, &source, &TensorFile::read(path)?)?,
@@ -112,12 +124,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 fn executor(args: &Args, source: &Source, component: &str, graph: Graph) -> Result<Box<dyn Executor>> {
+    load(args, component, &Adapted::new(source, &args.adapters.load()?)?.tensors(component)?, graph)
+}
+
+fn load(args: &Args, component: &str, tensors: &Tensors, graph: Graph) -> Result<Box<dyn Executor>> {
     let device: Device = args.device.open()?;
     let plan = device.plan(graph, UNET_CONSTANTS);
     let start = Instant::now();
-    let adapters = args.adapters.load()?;
-    let tensors = Adapted::new(source, &adapters)?.tensors(component)?;
-    let weights = device.weights(plan.graph().weights(), &tensors, &[], args.precision)?;
+    let weights = device.weights(plan.graph().weights(), tensors, &[], args.precision)?;
     let loading = start.elapsed();
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     let (held, arena) = (mib(weights.bytes()), mib(plan.arena_bytes()));
@@ -149,36 +163,63 @@ fn image_output(executor: &dyn Executor, name: &'static str) -> Result<Named> {
     Ok((name, vec![shape.n, shape.c, shape.h, shape.w], values))
 }
 
-fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<Named>> {
-    let suffix = if args.encoder == 2 { "_2" } else { "" };
-    let component = format!("text_encoder{suffix}");
-    let config = read_config(source, &component, ClipConfig::parse)?;
-    let width = config.max_position_embeddings;
-    let ids: Vec<i64> = match (&inputs, &args.prompt) {
-        (Some(file), _) => {
-            let ids = file.get("input_ids", &[None, Some(width)])?;
-            if let Some(bad) =
-                ids.values.iter().find(|&&id| id < 0.0 || id >= config.vocab_size as f64 || id.fract() != 0.0)
-            {
-                return Err(file.error(format!("`input_ids` holds {bad}; the vocabulary has {}", config.vocab_size)));
+fn text_of_ids(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>> {
+    let component = if args.encoder == 2 { "text_encoder_2" } else { "text_encoder" };
+    let sdxl = source.has("text_encoder_2/config.json");
+    let config = read_config(source, component, ClipConfig::parse)?.with_clip_skip(args.clip_skip, sdxl)?;
+    let ids = file.get("input_ids", &[None, Some(config.tokens)])?;
+    let wrong = |id: &&f64| **id < 0.0 || **id >= config.vocab_size as f64 || id.fract() != 0.0;
+    if let Some(bad) = ids.values.iter().find(wrong) {
+        return Err(file.error(format!("`input_ids` holds {bad}; the vocabulary has {}", config.vocab_size)));
+    }
+    let ids: Vec<i64> = ids.values.iter().map(|&id| id as i64).collect();
+    encode_ids(args, component, &Adapted::new(source, &args.adapters.load()?)?.tensors(component)?, &config, &ids)
+}
+
+fn text_of_prompt(args: &Args, source: &Source) -> Result<Vec<Named>> {
+    let models = TextModel::read(source, args.tokenizer, &args.embeddings.open()?)?;
+    let model = models.into_iter().nth(usize::from(args.encoder) - 1).ok_or_else(|| {
+        Error::invalid("encoder", "this checkpoint has one text encoder").advise("give 1, or an SDXL checkpoint")
+    })?;
+    let chunks = model.tokenizer.chunks(args.prompt.as_deref().unwrap_or_default(), args.prompt_syntax)?;
+    if !chunks.lost.is_empty() {
+        warn(&format!("the prompt is too long; these words are not used: {}", chunks.lost));
+    }
+    let chunks = chunks.chunks;
+    let config = model.config.clone().with_clip_skip(args.clip_skip, !model.config.states.normed)?;
+    let mut ids: Vec<i64> = chunks.iter().flat_map(|chunk: &Chunk| chunk.ids.iter().copied()).collect();
+    if needs_nothing(&chunks, args.prompt_syntax) {
+        ids.extend(model.tokenizer.framed(&[]));
+    }
+    let adapters = args.adapters.load()?;
+    let tensors = model.tensors(&Adapted::new(source, &adapters)?)?;
+    let mut results = encode_ids(args, model.folder, &tensors, &config, &ids)?;
+    for (name, shape, values) in &mut results {
+        // The row of the empty prompt is not part of the result.
+        let row = values.len() / shape[0];
+        let nothing = values.split_off(row * chunks.len().min(shape[0]));
+        shape[0] = shape[0].min(chunks.len());
+        match *name {
+            "states" => {
+                weigh(values, &chunks, &nothing, args.prompt_syntax);
+                (shape[0], shape[1]) = (1, shape[0] * shape[1]);
             }
-            ids.values.iter().map(|&id| id as i64).collect()
+            // The UNet reads that of the first chunk.
+            "text_embeds" => {
+                values.truncate(row);
+                shape[0] = 1;
+            }
+            _ => {}
         }
-        (None, prompt) => {
-            let tokenizer = source.tokenizer(&format!("tokenizer{suffix}"))?.with_rules(args.tokenizer)?;
-            let encoded = tokenizer.encode(prompt.as_deref().unwrap_or(""))?;
-            if !encoded.lost.is_empty() {
-                warn(&format!("the prompt is too long; these words are not used: {}", encoded.lost));
-            }
-            if encoded.ids.len() != width || encoded.ids.iter().any(|&id| id as usize >= config.vocab_size) {
-                let problem = "the tokenizer's ids do not fit this text encoder; they belong to different models";
-                return Err(Error::damaged(source.path(&format!("tokenizer{suffix}")), problem));
-            }
-            encoded.ids
-        }
-    };
+    }
+    Ok(results)
+}
+
+/// Runs a text encoder on rows of ids.
+fn encode_ids(args: &Args, component: &str, tensors: &Tensors, config: &ClipConfig, ids: &[i64]) -> Result<Vec<Named>> {
+    let width = config.tokens;
     let n = ids.len() / width;
-    let mut executor = executor(args, source, &component, text_encoder(&config, n))?;
+    let mut executor = load(args, component, tensors, text_encoder(config, n))?;
     executor.write("input_ids", &ids.iter().map(|&id| id as f32).collect::<Vec<_>>())?;
     if executor.plan().graph().find_input("pooled_index").is_some() {
         let indices = ids.chunks_exact(width).map(|row| config.pooled_index(row) as f32);
@@ -186,7 +227,7 @@ fn text(args: &Args, source: &Source, inputs: Option<TensorFile>) -> Result<Vec<
     }
     call(&mut *executor)?;
     let mut results: Vec<Named> = vec![("input_ids", vec![n, width], ids.iter().map(|&id| id as f32).collect())];
-    for name in ["last_hidden_state", "penultimate_hidden_state"] {
+    for name in ["last_hidden_state", "penultimate_hidden_state", "states"] {
         results.push((name, vec![n, width, config.layers.width], executor.read(name)?));
     }
     if executor.plan().graph().find_output("text_embeds").is_some() {

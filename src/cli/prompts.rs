@@ -10,6 +10,9 @@ use std::path::Path;
 pub(super) struct Item {
     pub(super) prompt: String,
     pub(super) negative_prompt: Option<String>,
+    /// Words for SDXL's second text encoder.
+    pub(super) prompt_2: Option<String>,
+    pub(super) negative_prompt_2: Option<String>,
     /// Seed of its first image.
     pub(super) seed: Option<u64>,
     pub(super) guidance: Option<f32>,
@@ -17,7 +20,8 @@ pub(super) struct Item {
 
 impl Item {
     pub(super) fn new(prompt: &str) -> Self {
-        Item { prompt: prompt.into(), negative_prompt: None, seed: None, guidance: None }
+        let (negative_prompt, prompt_2, negative_prompt_2) = (None, None, None);
+        Item { prompt: prompt.into(), negative_prompt, prompt_2, negative_prompt_2, seed: None, guidance: None }
     }
 }
 
@@ -32,14 +36,15 @@ pub(super) fn read(path: &Path) -> Result<Vec<Item>> {
         false => Ok(Item::new(line)),
         true => serde_json::from_str(line).map_err(|problem| {
             Error::damaged(path, format!("line {}: {problem}", i + 1))
-                .advise("write {\"prompt\": \"...\"}, with negative_prompt, seed and guidance if you like")
+                .advise("write {\"prompt\": \"...\"}, with negative_prompt, prompt_2, seed and guidance if you like")
         }),
     };
     let items = lines.map(item).collect::<Result<Vec<Item>>>()?;
-    let with_nul = |text: &String| text.contains('\0');
-    if let Some(item) =
-        items.iter().position(|i| with_nul(&i.prompt) || i.negative_prompt.as_ref().is_some_and(with_nul))
-    {
+    let with_nul = |item: &Item| {
+        let texts = [Some(&item.prompt), item.negative_prompt.as_ref(), item.prompt_2.as_ref()];
+        texts.into_iter().chain([item.negative_prompt_2.as_ref()]).flatten().any(|text| text.contains('\0'))
+    };
+    if let Some(item) = items.iter().position(with_nul) {
         return Err(Error::damaged(path, format!("prompt {} holds a NUL character", item + 1)));
     }
     if items.is_empty() {

@@ -3,7 +3,7 @@
 use super::hires::Pass;
 use super::init_image::{self, Canvas};
 use super::progress::Progress as Shown;
-use super::{Place, adapters, hashes, interrupt_flag, model, out, say, tell, warn};
+use super::{Place, adapters, hashes, interrupt_flag, model, out, say, tell, text, warn};
 use crate::backend::Precision;
 use crate::concept::{Concept, Strength};
 use crate::diffusion::noise::Rng;
@@ -11,6 +11,7 @@ use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, EngineOptions, Image, Progress, Request, SessionOptions, Size, Start};
 use crate::files::check_writable;
 use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Parameters, UsedPicture, read_png_text};
+use crate::models::prompt::PromptSyntax;
 use crate::models::tokenizer::TokenizerRules;
 use crate::weights::Source;
 use crate::{Error, Picture, Result, Subject};
@@ -78,10 +79,12 @@ pub(super) fn remake(
     info: &GenerationInfo,
     find: &dyn Fn(&str) -> Result<Concept>,
 ) -> Result<Picture> {
-    let mut image = Image::new(info.prompt.as_str()).seed(info.seed).guidance(info.guidance);
+    let syntax: PromptSyntax = info.prompt_syntax.as_deref().map_or(Ok(PromptSyntax::default()), str::parse)?;
+    let (prompt, negative) = text::recorded_prompts(info, syntax);
+    let mut image = Image::new(prompt).seed(info.seed).guidance(info.guidance);
     image.guidance_rescale = info.guidance_rescale.unwrap_or(0.0);
     image.guidance_interval = info.guidance_interval;
-    image.negative = info.negative_prompt.clone().map(Into::into);
+    image.negative = negative.map(Into::into);
     for used in &info.concepts {
         let concept = find(&used.file)?;
         if concept.fingerprint() != used.fingerprint {
@@ -97,6 +100,7 @@ pub(super) fn remake(
     if let Some(canvas) = &canvas {
         image = image.start(Start::Image(canvas.begin(&canvas.encode(engine, size)?)));
     }
+    let chunks = engine.chunks(&image, engine.schedule(choice, info.steps)?.sampler)?;
     let request = Request::from(image)
         .steps(info.steps)
         .sampler(choice)
@@ -105,7 +109,8 @@ pub(super) fn remake(
     let options = SessionOptions::new(size)
         .guided(choice.guides(info.guidance))
         .reuse(info.reuse.unwrap_or(1))
-        .concepts(!info.concepts.is_empty());
+        .concepts(!info.concepts.is_empty())
+        .chunks(chunks);
     let cancelled = interrupt_flag();
     let shown = Shown::new("sampling", info.steps as u64, "steps");
     let mut follow = |progress| {
@@ -281,7 +286,8 @@ fn open(args: &Args, info: &GenerationInfo) -> Result<Engine> {
     if info.device.as_ref().is_some_and(|device| *device != name) {
         warn(&format!("the picture was made on {}, and this is {name}", info.device.as_deref().unwrap_or_default()));
     }
-    let options = EngineOptions::new(device).precision(precision).tokenizer(tokenizer);
+    let embeddings = text::recorded_embeddings(info)?;
+    let options = EngineOptions::new(device).precision(precision).tokenizer(tokenizer).embeddings(embeddings);
     let engine = Engine::open(&source, options.adapters(adapters::recorded(&info.adapters)?))?;
     if info.model_sha256.is_some() && engine.sha256()? != info.model_sha256 {
         let problem = format!(

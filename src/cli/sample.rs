@@ -6,21 +6,24 @@ use super::init_image::{self, Canvas};
 use super::out::{self, Named, Pictures};
 use super::progress::Progress as Shown;
 use super::prompts::{self, Item};
-use super::{Place, adapters, concepts, files, interrupt_flag, parts, sampler, say, tell, warn};
+use super::{Place, adapters, concepts, files, interrupt_flag, parts, sampler, say, tell, text};
 use crate::backend::Precision;
 use crate::concept::{Assignment, Used};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::Spacing;
 use crate::draws::random_seed;
-use crate::engine::{Conditioning, Engine, EngineOptions, Image, Progress, Prompt, Request, Size, Start};
+use crate::engine::{
+    Conditioning, Engine, EngineOptions, Image, MemoryPlan, Progress, Prompt, PromptText, Request, SessionOptions,
+    Size, Start,
+};
 use crate::files::{check_not_input, check_writable};
-use crate::image::GenerationInfo;
+use crate::image::{GenerationInfo, UsedEmbedding};
 use crate::models::tokenizer::TokenizerRules;
 use crate::pipeline::{Hashes, told};
 use crate::{Error, ErrorKind, Picture, Result};
 use serde_json::json;
 use std::collections::HashMap;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -36,7 +39,8 @@ pub(super) struct Args {
     /// The prompt as a flag, for one that begins with a dash
     #[arg(short, long = "prompt", value_name = "PROMPT", allow_hyphen_values = true, conflicts_with = "prompts")]
     prompt_flag: Option<String>,
-    /// A file with a prompt per line, or with a JSON object per line: prompt, negative_prompt, seed, guidance
+    /// A file with a prompt per line, or with a JSON object per line: prompt, negative_prompt, prompt_2,
+    /// negative_prompt_2, seed, guidance
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
     /// Checkpoint folder, single file or Hugging Face model id [default: the demo]
@@ -87,6 +91,8 @@ pub(super) struct Args {
     /// Print one JSON object instead of file names: files and seeds, times, memory
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    text: text::Flags,
     #[command(flatten)]
     init_image: init_image::Flags,
     #[command(flatten)]
@@ -140,10 +146,12 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         check_not_input(path, &inputs).map_err(|error| error.of_field("save_latents"))?;
     }
 
+    let embeddings = args.text.embeddings.open()?;
     let source = args.parts.source(args.model.as_deref())?;
     let opening = Instant::now();
     let options = EngineOptions::new(device.clone()).precision(args.precision).tokenizer(args.tokenizer);
     let options = options.adapters(adapters.clone());
+    let options = options.embeddings(embeddings.clone());
     let engine = Engine::open(&source, options)?;
     let loading = opening.elapsed();
     // Every picture records hashes of the weights. They are computed while the first pictures are made, since all
@@ -159,27 +167,38 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let Size { width, height } = engine.default_size();
     let size = own_size.unwrap_or(Size::new(args.width.unwrap_or(width), args.height.unwrap_or(height)));
     let images = plan.len();
-    let mut options = engine
+    let image = |item: usize| {
+        let (prompt, negative) = &encoded[item];
+        let mut image = Image::new(prompt).guidance(guidance(&items[item]));
+        image.negative = negative.as_ref().map(Prompt::from);
+        image
+    };
+    // Every image has the chunks of its own prompts, so that it does not depend on those of others.
+    let chunks =
+        (0..items.len()).map(|item| engine.chunks(&image(item), schedule.sampler)).collect::<Result<Vec<usize>>>()?;
+    engine.outline().check_size(engine.options().size(size).batch(args.batch.min(images)))?;
+    let batches = batches(images, args.batch, |i| chunks[i / each]);
+    let options = engine
         .options()
         .size(size)
-        .batch(args.batch.min(images))
         .guided(items.iter().any(|item| schedule.sampler.guides(guidance(item))))
         .reuse(args.reuse)
         .concepts(args.concepts.any());
+    let options = |batch: &Range<usize>| options.batch(batch.len()).chunks(chunks[batch.start / each]);
     let hires = args.hires.pass(size, sampling.steps)?;
     let second_steps = match &hires {
         Some(pass) => {
             // The size and its memory are checked before the first pass.
-            engine.check_affordable(options.size(pass.size))?;
+            engine.check_affordable(options(&batches[0]).size(pass.size))?;
             let schedule = engine.outline().schedule_from(sampling.choice, pass.steps, pass.first_step()?);
             schedule.map_err(|error| error.of_field("hires_steps"))?.steps.len()
         }
         None => 0,
     };
     let size_of_pictures = hires.as_ref().map_or(size, |pass| pass.size);
-    let mut session = Some(engine.session(options)?);
+    let mut session = Some(engine.session(options(&batches[0]))?);
     let mut second_session = None;
-    let shape = engine.latent_shape(options.batch(images)).to_vec();
+    let shape = engine.latent_shape(options(&(0..images))).to_vec();
     let latents = match &args.latents {
         Some(path) => {
             let wanted: Vec<Option<usize>> = shape.iter().copied().map(Some).collect();
@@ -194,14 +213,19 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let first = init.as_ref().map_or(Ok(0), |init| init.first_step(sampling.steps))?;
     let mut assignment = Assignment::new();
     for (i, item) in items.iter().enumerate() {
-        assignment.extend(match options.concepts {
+        assignment.extend(match args.concepts.any() {
             true => args.concepts.assign(&engine, &item.prompt, guidance(item), each, plan[i * each].seed)?,
             false => vec![Vec::new(); each],
         });
     }
-    let info = GenerationInfo {
+    let mut info = GenerationInfo {
         prompt: String::new(),
         negative_prompt: None,
+        prompt_2: None,
+        negative_prompt_2: None,
+        prompt_syntax: None,
+        clip_skip: None,
+        embeddings: Vec::new(),
         steps: sampling.steps,
         sampler: schedule.sampler.a1111_name().into(),
         spacing: schedule.spacing.map_or("Automatic", Spacing::a1111_name).into(),
@@ -231,44 +255,55 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         adapters: adapters.iter().map(|(adapter, weight)| adapter.record(*weight)).collect(),
         version: env!("CARGO_PKG_VERSION").into(),
     };
-    let memory = engine.memory(options.size(size_of_pictures))?;
+    args.text.record(&mut info);
+    let mut shapes: Vec<SessionOptions> = Vec::new();
+    for shape in batches.iter().map(options) {
+        if !shapes.contains(&shape) {
+            shapes.push(shape);
+        }
+    }
+    let plans =
+        shapes.into_iter().map(|shape| engine.memory(shape.size(size_of_pictures))).collect::<Result<Vec<_>>>()?;
+    let memory = plans.into_iter().max_by_key(MemoryPlan::total).ok_or_else(|| Error::internal("no batches"))?;
     let mut saved = Saved {
         files: &files,
         plan: &plan,
         assignment: &assignment,
-        audited: options.concepts && matches!(files, Pictures::Files(_)),
+        audited: args.concepts.any() && matches!(files, Pictures::Files(_)),
         named: !args.json,
         manifest: Vec::new(),
         first: None,
         hashing: Some(hashing),
         guidance: &guidance,
+        each,
         negative: args.negative_prompt.as_deref(),
+        embeddings: encoded
+            .iter()
+            .map(|(prompt, negative)| text::used(&embeddings, [prompt].into_iter().chain(negative)))
+            .collect(),
         info,
     };
 
     let cancelled = interrupt_flag();
     let first_steps = engine.outline().schedule_from(sampling.choice, sampling.steps, first)?.steps.len();
-    let batch = options.batch;
     let steps = first_steps + second_steps;
     // The decoding of a picture counts as one step.
-    let shown = Shown::new("sampling", (images.div_ceil(batch) * steps + images) as u64, "steps");
+    let shown = Shown::new("sampling", (batches.len() * steps + images) as u64, "steps");
     let one: usize = shape[1..].iter().product();
     let mut final_latents = Vec::with_capacity(images * one);
     let sampling_since = Instant::now();
     // Makes a batch. The result is false if the run was interrupted meanwhile.
-    let mut make = |start: usize| -> Result<bool> {
-        let end = images.min(start + batch);
-        if end - start < options.batch {
-            // The last batch is smaller and needs a session of its own. The other session is dropped first, to free its
-            // memory.
-            options.batch = end - start;
+    let mut make = |number: usize| -> Result<bool> {
+        let batch = &batches[number];
+        let (start, options) = (batch.start, options(batch));
+        // A batch of another size or with longer prompts needs sessions of its own. The others are dropped first, to
+        // free their memory.
+        if !session.as_ref().is_some_and(|session: &crate::Session| session.options() == options) {
             session = None;
             second_session = None;
         }
         let image = |i: usize| {
-            let (prompt, negative) = &encoded[i / each];
-            let mut image = sampling.guide(Image::new(prompt).seed(plan[i].seed).guidance(guidance(plan[i].item)));
-            image.negative = negative.as_ref().map(Prompt::from);
+            let mut image = sampling.guide(image(i / each).seed(plan[i].seed));
             image.concepts = assignment[i].iter().map(|used| (used.concept.clone(), used.strength)).collect();
             let noise = latents.as_ref().map(|all| all[i * one..(i + 1) * one].into());
             image.start(match (init.clone(), noise) {
@@ -278,7 +313,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
                 (None, None) => Start::Noise,
             })
         };
-        let request = Request::new((start..end).map(image).collect())
+        let request = Request::new(batch.clone().map(image).collect())
             .steps(sampling.steps)
             .sampler(sampling.choice)
             .rng(rng)
@@ -289,7 +324,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         };
         // `earlier` are the steps of passes before this one.
         let follow = |progress, earlier: usize, last: bool| {
-            let before = start / batch * steps + start;
+            let before = number * steps + start;
             match progress {
                 Progress::Step { done, .. } => shown.set((before + earlier + done) as u64, ""),
                 Progress::Decoded { done, .. } if last => {
@@ -322,12 +357,12 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         Ok(pictures.len() == options.batch)
     };
     let mut failure = None;
-    for start in (0..images).step_by(batch) {
-        match make(start) {
+    for number in 0..batches.len() {
+        match make(number) {
             Ok(true) => {}
             Ok(false) => break,
             // Pictures of earlier batches exist, and are reported before the error.
-            Err(problem) if start > 0 => {
+            Err(problem) if number > 0 => {
                 failure = Some(problem);
                 break;
             }
@@ -339,7 +374,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let (loading, each) = (loading.as_secs_f64(), sampling_since.elapsed().as_secs_f64() / made as f64);
     let others = [("manifest", saved.manifest_path()), ("latents", args.save_latents.clone())];
     if let (_, Some(path)) = &others[1] {
-        let shape = engine.latent_shape(options.size(size_of_pictures));
+        let shape = engine.latent_shape(options(&batches[0]).size(size_of_pictures));
         let one: usize = shape[1..].iter().product();
         let shape = [&[final_latents.len() / one], &shape[1..]].concat();
         files::write(path, &[("latents", shape, final_latents)])?;
@@ -426,24 +461,35 @@ fn plan(items: &[Item], each: usize, base: u64) -> Result<Vec<Planned<'_>>> {
     (0..total).map(planned).collect()
 }
 
+/// The batches of a run: neighbours whose prompts have as many chunks, `batch` at most.
+fn batches(images: usize, batch: usize, chunks: impl Fn(usize) -> usize) -> Vec<Range<usize>> {
+    let mut batches: Vec<Range<usize>> = Vec::new();
+    for i in 0..images {
+        match batches.last_mut() {
+            Some(last) if last.len() < batch && chunks(last.start) == chunks(i) => last.end = i + 1,
+            _ => batches.push(i..i + 1),
+        }
+    }
+    batches
+}
+
 /// Each item's prompt and negative prompt, encoded once for all of its images.
 fn encode(engine: &Engine, args: &Args, items: &[Item]) -> Result<Vec<(Conditioning, Option<Conditioning>)>> {
-    let mut known: HashMap<String, Conditioning> = HashMap::new();
-    let mut encode = |what: &str, text: &str| -> Result<Conditioning> {
-        if let Some(encoded) = known.get(text) {
+    let mut known: HashMap<PromptText, Conditioning> = HashMap::new();
+    let mut encode = |what: &str, text: PromptText| -> Result<Conditioning> {
+        if let Some(encoded) = known.get(&text) {
             return Ok(encoded.clone());
         }
-        let encoded = engine.encode(text)?;
-        if !encoded.truncated().is_empty() {
-            warn(&format!("the {what} is too long; these words are not used: {}", shortened(encoded.truncated())));
-        }
-        known.insert(text.to_string(), encoded.clone());
+        let encoded = engine.encode(text.clone())?;
+        args.text.warn(what, &text, &encoded);
+        known.insert(text, encoded.clone());
         Ok(encoded)
     };
     let pair = |item: &Item| {
-        let negative = item.negative_prompt.as_ref().or(args.negative_prompt.as_ref());
-        let negative = negative.map(|text| encode("negative prompt", text)).transpose()?;
-        Ok((encode("prompt", &item.prompt)?, negative))
+        let negative = item.negative_prompt.as_deref().or(args.negative_prompt.as_deref());
+        let negative = args.text.negative(negative, item.negative_prompt_2.as_deref());
+        let negative = negative.map(|text| encode("negative prompt", text).map_err(text::of_negative)).transpose()?;
+        Ok((encode("prompt", args.text.prompt(&item.prompt, item.prompt_2.as_deref()))?, negative))
     };
     items.iter().map(pair).collect()
 }
@@ -490,15 +536,6 @@ fn manifest_path(pictures: &[PathBuf]) -> Option<PathBuf> {
     pictures.first().map(|file| file.with_extension("json"))
 }
 
-/// The beginning of a text, for a message.
-fn shortened(text: &str) -> String {
-    const SHOWN: usize = 1000;
-    match text.char_indices().nth(SHOWN) {
-        Some((end, _)) => format!("{} ... ({} bytes more)", &text[..end], text.len() - end),
-        None => text.to_string(),
-    }
-}
-
 /// The pictures written so far.
 struct Saved<'a> {
     files: &'a Pictures,
@@ -514,7 +551,11 @@ struct Saved<'a> {
     /// The thread that hashes the weights, until the first picture needs its result.
     hashing: Option<std::thread::JoinHandle<Result<Hashes>>>,
     guidance: &'a dyn Fn(&Item) -> f32,
+    /// Images of each item.
+    each: usize,
     negative: Option<&'a str>,
+    /// The embeddings of each item's prompts.
+    embeddings: Vec<Vec<UsedEmbedding>>,
     /// The values that all pictures share.
     info: GenerationInfo,
 }
@@ -538,6 +579,9 @@ impl Saved<'_> {
             let info = GenerationInfo {
                 prompt: item.prompt.clone(),
                 negative_prompt: item.negative_prompt.as_deref().or(self.negative).map(str::to_string),
+                prompt_2: item.prompt_2.clone().or_else(|| self.info.prompt_2.clone()),
+                negative_prompt_2: item.negative_prompt_2.clone().or_else(|| self.info.negative_prompt_2.clone()),
+                embeddings: self.embeddings[i / self.each].clone(),
                 guidance: (self.guidance)(item),
                 seed: *seed,
                 concepts: self.assignment[i].iter().map(Used::record).collect(),

@@ -1,6 +1,7 @@
 //! The public interface: an [`Engine`] is a loaded checkpoint, a [`Session`] its plans for one size and batch.
 
 mod adapters;
+mod encoder;
 mod init_image;
 mod options;
 mod outline;
@@ -12,10 +13,11 @@ mod session;
 mod text;
 
 pub use adapters::Adapted;
+pub(crate) use encoder::TextModel;
 pub use init_image::{EncodedPicture, InitImage, Original};
 pub use options::{EngineOptions, MemoryPlan, SessionOptions, Size};
 pub(crate) use outline::Outline;
-pub use request::{Image, Output, Progress, Prompt, Request, Start};
+pub use request::{Image, Output, Progress, Prompt, PromptText, Request, Start};
 pub use running::{Event, ImageId, RunningBatch};
 pub use session::Session;
 #[cfg(feature = "pipeline")]
@@ -25,8 +27,9 @@ pub(crate) use text::UNetInputs;
 
 use crate::backend::{Denoiser, Precision, Weights};
 use crate::device::Device;
-use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
+use crate::diffusion::scheduler::{Sampler, SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Extent, Shape};
+use crate::models::chunks::MAX_CHUNKS;
 use crate::models::{MASK_AND_IMAGE, UNetConfig, UNetInput, guidance_embedding, unet, unet_with_reuse, vae_decoder};
 use crate::plan::Plan;
 use crate::weights::{Adapter, Source, Tensors};
@@ -90,7 +93,7 @@ impl Engine {
     /// [`crate::ErrorKind::OutOfMemory`] when the weights do not fit the device's memory; [`crate::ErrorKind::Invalid`]
     /// for a precision that the device does not have; for adapters those of [`Engine::with_adapters`].
     pub fn open(source: &Source, options: impl Into<EngineOptions>) -> Result<Self> {
-        let EngineOptions { device, precision, tokenizer, adapters } = options.into();
+        let EngineOptions { device, precision, tokenizer, adapters, embeddings } = options.into();
         crate::memory::start_threads()?;
         let outline = Outline::read(source)?;
         let adapted = Adapted::new(source, &adapters)?;
@@ -103,7 +106,7 @@ impl Engine {
             device.weights(graph.weights(), &source.tensors("vae")?, &[], Precision::Full)
         };
         let (text, (unet_weights, vae_weights)) = rayon::join(
-            || TextEncoders::open(source, &adapted, &device, &outline.unet, tokenizer),
+            || TextEncoders::open(source, &adapted, &device, &outline.unet, tokenizer, &embeddings),
             || rayon::join(load_unet, load_vae),
         );
         // Of several problems the first in this order is reported, whichever was found first.
@@ -127,7 +130,7 @@ impl Engine {
     pub fn with_adapters(&self, adapters: &[(Arc<Adapter>, f32)]) -> Result<Self> {
         let Parts { outline, device, precision, text, unet: weights, .. } = &*self.0;
         let adapted = Adapted::new(&outline.source, adapters)?;
-        let text = text.adapt(device, &adapted)?.map_or_else(|| text.clone(), Arc::new);
+        let text = text.adapt(&adapted)?.map_or_else(|| text.clone(), Arc::new);
         let graph = unet(&outline.unet, UNetInput::default());
         let unet = weights.adapt(device, graph.weights(), &adapted.tensors("unet")?, *precision)?;
         let unet = unet.unwrap_or_else(|| weights.clone());
@@ -193,9 +196,33 @@ impl Engine {
     /// Encodes a prompt once for any number of images, sizes and sessions of this engine.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Invalid`] for a prompt that the tokenizer refuses, [`crate::ErrorKind::DeviceLost`].
-    pub fn encode(&self, prompt: &str) -> Result<Conditioning> {
-        self.0.text.encode(Some(prompt))
+    /// [`crate::ErrorKind::Invalid`] for a prompt that its syntax or the tokenizer refuses, and for a clip skip or a
+    /// second prompt that this checkpoint does not have; [`crate::ErrorKind::Unsupported`] for what a syntax can say
+    /// and this crate cannot do, [`crate::ErrorKind::DeviceLost`].
+    pub fn encode(&self, prompt: impl Into<PromptText>) -> Result<Conditioning> {
+        self.0.text.encode(&prompt.into())
+    }
+
+    /// The number of chunks ([`SessionOptions::chunks`]) for which a session must be planned to make this image: the
+    /// least common multiple of the chunks of its prompt and, if the sampler guides it, of its negative prompt. Pictures are equal
+    /// to the last bit if they are made with this number, whatever else is in their batches.
+    ///
+    /// # Errors
+    /// Those of [`Engine::encode`], and [`crate::ErrorKind::Invalid`] if there is no such number up to 64.
+    pub fn chunks(&self, image: &Image, sampler: Sampler) -> Result<usize> {
+        let [prompt, negative] = self.pair(image, sampler)?.map(|prompt| prompt.chunks());
+        let common = (1..=MAX_CHUNKS).find(|all| all.is_multiple_of(prompt) && all.is_multiple_of(negative));
+        common.ok_or_else(|| {
+            let problem = format!("takes {prompt} chunks, and the negative prompt {negative}");
+            Error::invalid("prompt", problem).advise("make both equally long, or shorten them")
+        })
+    }
+
+    /// An image's prompt and negative prompt. Where the latter has no effect, the prompt takes its place, so that it
+    /// does not matter how long it is.
+    fn pair(&self, image: &Image, sampler: Sampler) -> Result<[Conditioning; 2]> {
+        let scale = image.guidance.unwrap_or(sampler.default_guidance(self.default_guidance()));
+        self.0.text.pair(image, sampler.guides(scale) && !self.reads_guidance())
     }
 
     /// True if this engine made an encoding, and so can read it.
@@ -210,11 +237,15 @@ impl Engine {
     /// # Errors
     /// Those of [`Engine::encode`].
     pub(crate) fn inputs(&self, prompts: &[Option<&str>], rows: usize, size: Size) -> Result<UNetInputs> {
-        let encoded = prompts.iter().map(|prompt| self.0.text.encode(*prompt)).collect::<Result<Vec<_>>>()?;
+        let encode = |prompt: &Option<&str>| match prompt {
+            Some(text) => self.encode(*text),
+            None => self.0.text.nothing(1),
+        };
+        let encoded = prompts.iter().map(encode).collect::<Result<Vec<_>>>()?;
         let size = (size.width, size.height);
         let row = |row: Conditioning| (row, time_ids(size, (0, 0), size));
         let rows: Vec<_> = encoded.into_iter().flat_map(|e| std::iter::repeat_n(row(e), rows)).collect();
-        self.0.text.inputs(&rows)
+        self.0.text.inputs(&rows, 1)
     }
 
     /// True if the UNet reads the guidance scale as an input, as latent consistency models do. Then it is called once
@@ -242,7 +273,7 @@ impl Engine {
         self.0.outline.check_concepts()
     }
 
-    /// Tokens of a prompt, padding included.
+    /// Tokens of a chunk of a prompt, padding included.
     pub(crate) fn tokens(&self) -> usize {
         self.0.text.tokens()
     }
@@ -322,7 +353,7 @@ impl Engine {
 
     fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {
         self.0.outline.check_size(options)?;
-        let SessionOptions { size: Size { width, height }, batch, concepts, reuse, .. } = options;
+        let SessionOptions { size: Size { width, height }, batch, concepts, reuse, chunks, .. } = options;
         if concepts {
             self.check_concepts()?;
         }
@@ -330,7 +361,8 @@ impl Engine {
         let rows = if self.has_negatives(options) { 2 * batch } else { batch };
         let shifted = if concepts { batch } else { 0 };
         let Parts { device, text, outline, .. } = &*self.0;
-        let input = UNetInput { rows, h: height / scale, w: width / scale, tokens: text.tokens(), shifted };
+        let tokens = text.tokens() * chunks;
+        let input = UNetInput { rows, h: height / scale, w: width / scale, tokens, shifted };
         let unet = if reuse > 1 { unet_with_reuse } else { unet };
         Ok(device.plan(unet(&outline.unet, input), UNET_CONSTANTS))
     }

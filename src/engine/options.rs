@@ -3,7 +3,7 @@
 use crate::backend::Precision;
 use crate::device::Device;
 use crate::models::tokenizer::TokenizerRules;
-use crate::weights::Adapter;
+use crate::weights::{Adapter, Embedding};
 use std::sync::Arc;
 
 /// A picture's width and height in pixels.
@@ -41,6 +41,8 @@ pub struct EngineOptions {
     pub tokenizer: TokenizerRules,
     /// Adapters and their weights, which are merged while the networks are loaded.
     pub adapters: Vec<(Arc<Adapter>, f32)>,
+    /// Learnt words that prompts may use.
+    pub embeddings: Vec<Arc<Embedding>>,
 }
 
 impl EngineOptions {
@@ -63,6 +65,11 @@ impl EngineOptions {
     /// [`crate::Engine::with_adapters`] exchanges them later.
     pub fn adapters(self, adapters: Vec<(Arc<Adapter>, f32)>) -> Self {
         EngineOptions { adapters, ..self }
+    }
+
+    /// The same with learnt words (textual inversion) that prompts may use.
+    pub fn embeddings(self, embeddings: Vec<Arc<Embedding>>) -> Self {
+        EngineOptions { embeddings, ..self }
     }
 }
 
@@ -97,12 +104,16 @@ pub struct SessionOptions {
     /// the UNet from the step before, which is faster and less exact (DeepCache, arXiv 2312.00858). If images may have
     /// concepts, they take only the down half (Faster Diffusion, arXiv 2312.09608), so that concepts act in every step.
     pub reuse: usize,
+    /// The length of the prompts as the UNet reads them, in chunks of 77 tokens. An image's prompts are repeated to it,
+    /// so it must be a multiple of the chunks of each. The UNet's sums depend on it: [`crate::Engine::chunks`] tells
+    /// the number that an image has of its own.
+    pub chunks: usize,
 }
 
 impl SessionOptions {
     /// One image at a time, with guidance and without concepts.
     pub const fn new(size: Size) -> Self {
-        SessionOptions { size, batch: 1, guided: true, concepts: false, reuse: 1 }
+        SessionOptions { size, batch: 1, guided: true, concepts: false, reuse: 1, chunks: 1 }
     }
 
     /// The same for pictures of another size.
@@ -128,6 +139,11 @@ impl SessionOptions {
     /// The same with the whole UNet in every `reuse`-th step alone.
     pub const fn reuse(self, reuse: usize) -> Self {
         SessionOptions { reuse, ..self }
+    }
+
+    /// The same for prompts of other lengths.
+    pub const fn chunks(self, chunks: usize) -> Self {
+        SessionOptions { chunks, ..self }
     }
 }
 

@@ -3,6 +3,7 @@
 use super::{MAX_BATCH, MAX_SIZE, SessionOptions, Size, read_config};
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::Shape;
+use crate::models::chunks::MAX_CHUNKS;
 use crate::models::{MidBlock, UNetConfig, VaeConfig};
 use crate::weights::Source;
 use crate::{Error, Result};
@@ -113,7 +114,7 @@ impl Outline {
     /// # Errors
     /// [`crate::ErrorKind::Invalid`].
     pub fn check_size(&self, options: SessionOptions) -> Result<()> {
-        let SessionOptions { size: Size { width, height }, batch, .. } = options;
+        let SessionOptions { size: Size { width, height }, batch, chunks, .. } = options;
         let scale = self.vae.scale();
         for (name, size) in [("width", width), ("height", height)] {
             if size == 0 || size % scale != 0 || size > MAX_SIZE {
@@ -128,6 +129,10 @@ impl Outline {
         if batch == 0 || batch > MAX_BATCH {
             return Err(Error::invalid("batch", format!("a batch of {batch} images is not possible"))
                 .advise(format!("give 1 to {MAX_BATCH}")));
+        }
+        if chunks == 0 || chunks > MAX_CHUNKS {
+            return Err(Error::invalid("chunks", format!("prompts of {chunks} chunks are not possible"))
+                .advise(format!("give 1 to {MAX_CHUNKS}")));
         }
         if options.reuse == 0 {
             return Err(Error::invalid("reuse", "the whole UNet has to be computed sometimes")

@@ -6,21 +6,72 @@ use crate::concept::{Concept, Strength};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::SamplerChoice;
 use crate::image::Picture;
+use crate::models::prompt::PromptSyntax;
 use std::sync::Arc;
+
+/// The words of a prompt, and how they are read. Texts convert into it, in plain syntax.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+#[must_use]
+pub struct PromptText {
+    /// The words.
+    pub text: String,
+    /// SDXL alone: words for the second text encoder; the same by default, and if they are empty, as in diffusers.
+    pub second: Option<String>,
+    /// The language of both.
+    pub syntax: PromptSyntax,
+    /// The clip skip as A1111 counts it: how far from the end the hidden states of the text encoder are taken; 1 is the
+    /// checkpoint's own way. diffusers counts from 0.
+    pub clip_skip: usize,
+}
+
+impl PromptText {
+    /// Words in plain syntax.
+    pub fn new(text: impl Into<String>) -> Self {
+        PromptText { text: text.into(), second: None, syntax: PromptSyntax::Plain, clip_skip: 1 }
+    }
+
+    /// The same with other words for SDXL's second text encoder.
+    pub fn second(self, second: Option<String>) -> Self {
+        PromptText { second, ..self }
+    }
+
+    /// The same in another syntax.
+    pub fn syntax(self, syntax: PromptSyntax) -> Self {
+        PromptText { syntax, ..self }
+    }
+
+    /// The same with a clip skip.
+    pub fn clip_skip(self, clip_skip: usize) -> Self {
+        PromptText { clip_skip, ..self }
+    }
+}
+
+impl Default for PromptText {
+    fn default() -> Self {
+        PromptText::new("")
+    }
+}
+
+impl<T: Into<String>> From<T> for PromptText {
+    fn from(text: T) -> Self {
+        PromptText::new(text)
+    }
+}
 
 /// A prompt: words, or their encoding by [`crate::Engine::encode`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Prompt {
     /// Words, which are encoded when they are needed.
-    Text(String),
+    Text(PromptText),
     /// Encoded words.
     Encoded(Conditioning),
 }
 
 impl Default for Prompt {
     fn default() -> Self {
-        Prompt::Text(String::new())
+        Prompt::Text(PromptText::default())
     }
 }
 
@@ -32,6 +83,12 @@ impl From<&str> for Prompt {
 
 impl From<String> for Prompt {
     fn from(text: String) -> Self {
+        Prompt::Text(text.into())
+    }
+}
+
+impl From<PromptText> for Prompt {
+    fn from(text: PromptText) -> Self {
         Prompt::Text(text)
     }
 }
@@ -68,7 +125,8 @@ pub enum Start {
 pub struct Image {
     /// The words that say what to show.
     pub prompt: Prompt,
-    /// The words that say what to avoid; used with guidance only. `None` is an empty prompt, or, if SDXL's
+    /// The words that say what to avoid; used with guidance only. `None` is an empty prompt with the clip skip of
+    /// [`Image::prompt`], or, if SDXL's
     /// `model_index.json` says `force_zeros_for_empty_prompt`, zeros in place of a prompt's states, as in diffusers.
     pub negative: Option<Prompt>,
     /// Seed of the noise, as in diffusers: the same seed makes the same picture in every batch.

@@ -2,7 +2,7 @@
 
 use super::init_image::{Begun, EncodedPicture, InitImage, Original, nhwc};
 use super::text::{Conditioning, Row, time_ids};
-use super::{Engine, Image, Plans, Prompt, Request, SessionOptions, Start};
+use super::{Engine, Image, Plans, Request, SessionOptions, Start};
 use crate::backend::{AddedToBottleneck, Denoiser, Guidance, RunImage};
 use crate::concept::Shift;
 use crate::diffusion::noise::{NormalGenerator, Rng};
@@ -210,16 +210,21 @@ impl Rows {
     /// Those of [`Rows::check`], of the concepts and the text encoder, and [`crate::ErrorKind::DeviceLost`].
     pub fn join(&mut self, slot: usize, image: &Image, settings: &Settings) -> Result<()> {
         self.check(image, settings)?;
-        let encode = |prompt: Option<&Prompt>| match prompt {
-            Some(Prompt::Encoded(conditioning)) => Ok(conditioning.clone()),
-            Some(Prompt::Text(words)) => self.engine.0.text.encode(Some(words)),
-            None => self.engine.0.text.encode(None),
-        };
-        let prompt = encode(Some(&image.prompt))?;
-        let negative = self.engine.has_negatives(self.options).then(|| encode(image.negative.as_ref())).transpose()?;
-        let shift = self.options.concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &image.concepts));
         let sampler = settings.schedule.sampler;
         let scale = image.guidance.unwrap_or(sampler.default_guidance(self.engine.default_guidance()));
+        let [prompt, negative] = self.engine.pair(image, sampler)?;
+        for prompt in [&prompt, &negative] {
+            if !self.options.chunks.is_multiple_of(prompt.chunks()) {
+                let problem = format!(
+                    "has {} chunks of tokens in a session whose prompts have {}",
+                    prompt.chunks(),
+                    self.options.chunks
+                );
+                return Err(Error::invalid("prompt", problem).advise("make a session for the image's own chunks"));
+            }
+        }
+        let negative = self.engine.has_negatives(self.options).then_some(negative);
+        let shift = self.options.concepts.then(|| Shift::new(self.engine.bottleneck(self.options), &image.concepts));
         let mut guidance = Guidance::new(if sampler.guides(scale) { scale } else { 1.0 });
         guidance.rescale = image.guidance_rescale;
         if let Some((a, b)) = image.guidance_interval {
@@ -321,7 +326,7 @@ impl Rows {
         if !self.placed.as_ref().is_some_and(|last| last.is(&placed)) {
             // A failure leaves the inputs half written.
             self.placed = None;
-            let mut inputs = self.engine.0.text.inputs(&placed.rows)?;
+            let mut inputs = self.engine.0.text.inputs(&placed.rows, self.options.chunks)?;
             inputs.extend(self.engine.guidance_input(placed.guidance.iter().copied()));
             if !placed.masked.is_empty() {
                 inputs.push((MASK_AND_IMAGE, placed.masked.iter().flat_map(|pixels| pixels.iter().copied()).collect()));

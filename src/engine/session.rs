@@ -3,7 +3,9 @@
 use super::init_image::Original;
 use super::rows::{AHEAD, Rows, Settings};
 use super::text::Conditioning;
-use super::{EncodedPicture, Engine, Image, Output, Plans, Progress, Prompt, Request, SessionOptions, Size, Start};
+use super::{
+    EncodedPicture, Engine, Image, Output, Plans, Progress, Prompt, PromptText, Request, SessionOptions, Size, Start,
+};
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -98,16 +100,16 @@ impl Session {
 /// # Errors
 /// Those of [`Engine::encode`].
 pub(crate) fn encoded(engine: &Engine, images: &[Image]) -> Result<Vec<Image>> {
-    let mut texts: HashMap<&str, Conditioning> = HashMap::new();
+    let mut texts: HashMap<&PromptText, Conditioning> = HashMap::new();
     for prompt in images.iter().flat_map(|image| [Some(&image.prompt), image.negative.as_ref()]).flatten() {
         if let Prompt::Text(words) = prompt
-            && !texts.contains_key(words.as_str())
+            && !texts.contains_key(words)
         {
-            texts.insert(words, engine.encode(words)?);
+            texts.insert(words, engine.encode(words.clone())?);
         }
     }
     let of = |prompt: &Prompt| match prompt {
-        Prompt::Text(words) => Prompt::Encoded(texts[words.as_str()].clone()),
+        Prompt::Text(words) => Prompt::Encoded(texts[words].clone()),
         encoded => encoded.clone(),
     };
     let image =

@@ -1,40 +1,28 @@
 //! The encoding of prompts into inputs of the UNet: the hidden states of one text encoder in Stable Diffusion 1.x and
 //! 2.x; in SDXL those of two encoders side by side, a pooled prompt and the picture's sizes.
 
-use super::adapters::{Adaptable, Adapted};
-use super::read_config;
-use crate::backend::{Executor, Precision};
+use super::encoder::{TextEncoder, TextModel};
+use super::{Adapted, Image, Prompt, PromptText};
 use crate::device::Device;
-use crate::models::tokenizer::{Tokenizer, TokenizerRules};
-use crate::models::{ClipConfig, UNetConfig, text_encoder};
-use crate::weights::Source;
+use crate::models::tokenizer::TokenizerRules;
+use crate::models::{ClipConfig, UNetConfig};
+use crate::weights::{Embedding, Source};
 use crate::{Error, Result, Subject};
 use rayon::prelude::*;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex};
 
 /// A checkpoint's text encoders, and how their outputs become inputs of its UNet.
 pub(super) struct TextEncoders {
     encoders: Vec<TextEncoder>,
-    /// The output that is read as hidden states.
-    states: &'static str,
     /// True if the UNet also reads a pooled prompt and the picture's sizes.
     sized: bool,
     /// True if the absence of a prompt is encoded as zeros, false if as an empty prompt.
     zeros: bool,
-    /// The encoding of the absence of a prompt.
-    none: OnceLock<Conditioning>,
+    /// The encoding of the absence of a prompt, by clip skip.
+    nothing: Mutex<HashMap<usize, Conditioning>>,
     /// Distinguishes the encodings made by these encoders from all others.
     identity: Arc<()>,
-}
-
-struct TextEncoder {
-    /// Its folder in the checkpoint.
-    component: &'static str,
-    tokenizer: Arc<Tokenizer>,
-    config: ClipConfig,
-    weights: Adaptable,
-    /// Ready to run for one prompt.
-    executor: Mutex<Box<dyn Executor>>,
 }
 
 impl TextEncoders {
@@ -49,6 +37,7 @@ impl TextEncoders {
         device: &Device,
         unet: &UNetConfig,
         rules: TokenizerRules,
+        embeddings: &[Arc<Embedding>],
     ) -> Result<Self> {
         let has = |folder: &str| source.has(&format!("{folder}/config.json"));
         let index = read_index(source)?;
@@ -59,44 +48,19 @@ impl TextEncoders {
             )
             .advise("give the base model"));
         }
-        let folders = [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")];
-        let folders = if has("text_encoder_2") { &folders[..] } else { &folders[..1] };
-        let mut configs: Vec<ClipConfig> =
-            folders.iter().map(|(folder, _)| read_config(source, folder, ClipConfig::parse)).collect::<Result<_>>()?;
-        let tokenizers: Vec<_> = folders
-            .par_iter()
-            .zip(&configs)
-            .map(|((_, folder), config)| tokenizer(source, folder, config, rules))
-            .collect();
-        // Of several problems the first in this order is reported, whichever was found first.
-        let tokenizers = tokenizers.into_iter().collect::<Result<Vec<_>>>()?;
-        // As in diffusers, a prompt has the tokenizer's length, even if the encoder has more positions.
-        configs.iter_mut().zip(&tokenizers).for_each(|(config, tokenizer)| config.tokens = tokenizer.length());
+        let models = TextModel::read(source, rules, embeddings)?;
+        let configs: Vec<&ClipConfig> = models.iter().map(|model| &model.config).collect();
         if let Some(problem) = misfit(&configs, unet) {
             return Err(Error::mismatch(source.path("unet/config.json"), problem));
         }
-        let load = |((folder, _), config): (&(&str, &str), &ClipConfig)| {
-            let graph = text_encoder(config, 1);
-            let weights = Adaptable::load(device, graph.weights(), &adapted.tensors(folder)?, Precision::Full)?;
-            Ok((device.executor(device.plan(graph, &[]), weights.weights())?, weights))
-        };
-        let networks: Vec<_> = folders.par_iter().zip(&configs).map(load).collect();
-        let networks = networks.into_iter().collect::<Result<Vec<_>>>()?;
+        let encoders: Vec<_> = models.into_par_iter().map(|model| TextEncoder::load(model, adapted, device)).collect();
         let sized = unet.text_time.is_some();
         Ok(TextEncoders {
-            encoders: (folders.iter().zip(tokenizers).zip(configs).zip(networks))
-                .map(|(((&(component, _), tokenizer), config), (executor, weights))| TextEncoder {
-                    component,
-                    tokenizer: Arc::new(tokenizer),
-                    config,
-                    weights,
-                    executor: Mutex::new(executor),
-                })
-                .collect(),
-            states: if sized { "penultimate_hidden_state" } else { "last_hidden_state" },
+            // Of several problems the first in this order is reported, whichever was found first.
+            encoders: encoders.into_iter().collect::<Result<_>>()?,
             sized,
             zeros: sized && index["force_zeros_for_empty_prompt"].as_bool().unwrap_or(true),
-            none: OnceLock::new(),
+            nothing: Mutex::default(),
             identity: Arc::new(()),
         })
     }
@@ -106,90 +70,16 @@ impl TextEncoders {
     ///
     /// # Errors
     /// Those of reading the files, and [`crate::ErrorKind::OutOfMemory`].
-    pub fn adapt(&self, device: &Device, adapted: &Adapted) -> Result<Option<Self>> {
-        let adapt = |encoder: &TextEncoder| {
-            let graph = text_encoder(&encoder.config, 1);
-            let tensors = adapted.tensors(encoder.component)?;
-            encoder.weights.adapt(device, graph.weights(), &tensors, Precision::Full)
-        };
-        let weights = self.encoders.iter().map(adapt).collect::<Result<Vec<_>>>()?;
-        if weights.iter().all(Option::is_none) {
+    pub fn adapt(&self, adapted: &Adapted) -> Result<Option<Self>> {
+        let changed = self.encoders.iter().map(|encoder| encoder.adapt(adapted)).collect::<Result<Vec<_>>>()?;
+        if changed.iter().all(Option::is_none) {
             return Ok(None);
         }
-        let encoder = |(encoder, weights): (&TextEncoder, Option<Adaptable>)| {
-            let weights = weights.unwrap_or_else(|| encoder.weights.clone());
-            let plan = device.plan(text_encoder(&encoder.config, 1), &[]);
-            let executor = Mutex::new(device.executor(plan, weights.weights())?);
-            let (tokenizer, config) = (encoder.tokenizer.clone(), encoder.config.clone());
-            Ok(TextEncoder { component: encoder.component, tokenizer, config, weights, executor })
+        let encoder = |(encoder, changed): (&TextEncoder, Option<_>)| {
+            encoder.with_weights(changed.unwrap_or_else(|| encoder.weights().clone()))
         };
-        Ok(Some(TextEncoders {
-            encoders: self.encoders.iter().zip(weights).map(encoder).collect::<Result<_>>()?,
-            none: OnceLock::new(),
-            identity: Arc::new(()),
-            ..*self
-        }))
-    }
-
-    /// True if the UNet reads the picture's sizes, as SDXL's does.
-    pub fn sized(&self) -> bool {
-        self.sized
-    }
-
-    /// Tokens of a prompt, padding included.
-    pub fn tokens(&self) -> usize {
-        self.encoders[0].config.tokens
-    }
-
-    /// Bytes of the weights.
-    pub fn weight_bytes(&self) -> usize {
-        self.encoders.iter().map(|encoder| encoder.weights.bytes()).sum()
-    }
-
-    /// Bytes of the activations.
-    pub fn arena_bytes(&self) -> usize {
-        self.encoders.iter().map(|encoder| lock(&encoder.executor).plan().arena_bytes()).sum()
-    }
-
-    /// Encodes a prompt; `None` is the absence of a prompt, for an unconditional row.
-    ///
-    /// # Errors
-    /// Those of the tokenizers, and the device's.
-    pub fn encode(&self, prompt: Option<&str>) -> Result<Conditioning> {
-        if prompt.is_none()
-            && let Some(none) = self.none.get()
-        {
-            return Ok(none.clone());
-        }
-        let mut each = Vec::new();
-        let mut pooled = Vec::new();
-        let mut lost = String::new();
-        for encoder in &self.encoders {
-            let mut executor = lock(&encoder.executor);
-            let truncated = encoder.run(&mut **executor, prompt.unwrap_or(""))?;
-            // The tokenizers of one checkpoint almost always lose the same words.
-            if lost.is_empty() {
-                lost = truncated;
-            }
-            each.push((encoder.config.layers.width, executor.read(self.states)?));
-            if self.sized && pooled.is_empty() && encoder.config.projection_dim.is_some() {
-                pooled = executor.read("text_embeds")?;
-            }
-        }
-        let mut states: Vec<f32> = (0..self.tokens())
-            .flat_map(|token| each.iter().flat_map(move |(width, x)| &x[token * width..][..*width]))
-            .copied()
-            .collect();
-        if self.zeros && prompt.is_none() {
-            states.fill(0.0);
-            pooled.fill(0.0);
-        }
-        let encoding = Encoding { states, pooled, lost, encoders: self.identity.clone() };
-        let conditioning = Conditioning(Arc::new(encoding));
-        Ok(match prompt {
-            None => self.none.get_or_init(|| conditioning).clone(),
-            Some(_) => conditioning,
-        })
+        let encoders = self.encoders.iter().zip(changed).map(encoder).collect::<Result<_>>()?;
+        Ok(Some(TextEncoders { encoders, nothing: Mutex::default(), identity: Arc::new(()), ..*self }))
     }
 
     /// True if these encoders made the encoding.
@@ -197,42 +87,124 @@ impl TextEncoders {
         Arc::ptr_eq(&conditioning.0.encoders, &self.identity)
     }
 
-    /// The UNet's inputs for these rows: those of [`super::UNET_CONSTANTS`] that it reads, `[rows, ...]`.
+    /// True if the UNet reads the picture's sizes, as SDXL's does.
+    pub fn sized(&self) -> bool {
+        self.sized
+    }
+
+    /// Tokens of a chunk, padding included.
+    pub fn tokens(&self) -> usize {
+        self.encoders[0].model.config.tokens
+    }
+
+    /// Bytes of the weights.
+    pub fn weight_bytes(&self) -> usize {
+        self.encoders.iter().map(TextEncoder::weight_bytes).sum()
+    }
+
+    /// Bytes of the activations.
+    pub fn arena_bytes(&self) -> usize {
+        self.encoders.iter().map(TextEncoder::arena_bytes).sum()
+    }
+
+    /// Encodes a prompt. SDXL's encoders read as many chunks as the longer of their prompts has.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] for a second prompt without a second encoder, those of [`TextEncoder::encode`],
+    /// and [`crate::ErrorKind::NonFinite`] if a word's weight leaves the range of numbers.
+    pub fn encode(&self, prompt: &PromptText) -> Result<Conditioning> {
+        let PromptText { text, second, syntax, clip_skip } = prompt;
+        let second = second.as_ref().filter(|second| !second.is_empty());
+        if second.is_some() && self.encoders.len() < 2 {
+            let problem = "this checkpoint has one text encoder, and only SDXL has two";
+            return Err(Error::invalid("prompt_2", problem).advise("leave it out"));
+        }
+        let texts = [text, second.unwrap_or(text)];
+        let encode = |least: usize| -> Result<Vec<_>> {
+            let each = self.encoders.iter().zip(texts);
+            each.map(|(encoder, text)| encoder.encode(text, *syntax, *clip_skip, least)).collect()
+        };
+        let mut each = encode(1)?;
+        let chunks = each.iter().map(|encoded| encoded.chunks.chunks.len()).max().unwrap_or(1);
+        if each.iter().any(|encoded| encoded.chunks.chunks.len() < chunks) {
+            each = encode(chunks)?;
+        }
+        let widths = self.encoders.iter().map(|encoder| encoder.model.config.layers.width);
+        let parts: Vec<_> = widths.zip(&each).collect();
+        let states: Vec<f32> = (0..chunks * self.tokens())
+            .flat_map(|token| parts.iter().flat_map(move |(width, x)| &x.states[token * width..][..*width]))
+            .copied()
+            .collect();
+        if states.iter().any(|x| !x.is_finite()) {
+            return Err(Error::non_finite("a word's weight leaves the range of numbers").advise("lower it"));
+        }
+        let pooled = each.iter().find(|encoded| self.sized && !encoded.pooled.is_empty());
+        let pooled = pooled.map_or(Vec::new(), |encoded| encoded.pooled.clone());
+        // The tokenizers of one checkpoint almost always lose the same words.
+        let lost = each.iter().map(|encoded| &encoded.chunks.lost).find(|lost| !lost.is_empty());
+        let lost = lost.cloned().unwrap_or_default();
+        let embeddings = each.iter().flat_map(|encoded| encoded.chunks.embeddings.iter().cloned()).collect();
+        let (clip_skip, encoders) = (*clip_skip, self.identity.clone());
+        Ok(Conditioning(Arc::new(Encoding { states, chunks, pooled, lost, embeddings, clip_skip, encoders })))
+    }
+
+    /// The encoding of the absence of a prompt, for an unconditional row.
+    ///
+    /// # Errors
+    /// As for [`TextEncoders::encode`].
+    pub fn nothing(&self, clip_skip: usize) -> Result<Conditioning> {
+        let lock = || self.nothing.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(known) = lock().get(&clip_skip) {
+            return Ok(known.clone());
+        }
+        let mut encoded = self.encode(&PromptText::default().clip_skip(clip_skip))?;
+        if self.zeros
+            && let Some(encoding) = Arc::get_mut(&mut encoded.0)
+        {
+            encoding.states.fill(0.0);
+            encoding.pooled.fill(0.0);
+        }
+        Ok(lock().entry(clip_skip).or_insert(encoded).clone())
+    }
+
+    /// An image's prompt and its negative prompt, or without guidance the prompt twice.
+    ///
+    /// # Errors
+    /// As for [`TextEncoders::encode`].
+    pub fn pair(&self, image: &Image, guided: bool) -> Result<[Conditioning; 2]> {
+        let encode = |prompt: &Prompt| match prompt {
+            Prompt::Encoded(conditioning) => Ok(conditioning.clone()),
+            Prompt::Text(text) => self.encode(text),
+        };
+        let prompt = encode(&image.prompt)?;
+        let negative = match &image.negative {
+            _ if !guided => prompt.clone(),
+            Some(negative) => encode(negative)?,
+            None => self.nothing(prompt.0.clip_skip)?,
+        };
+        Ok([prompt, negative])
+    }
+
+    /// The UNet's inputs for these rows, whose prompts are repeated to `chunks` chunks: those of
+    /// [`super::UNET_CONSTANTS`] that it reads, `[rows, ...]`.
+    ///
+    /// Attention to a sequence of keys and values and to the same sequence repeated has one result, so a prompt means
+    /// what it means alone.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Mismatch`] for a prompt that another checkpoint has encoded.
-    pub fn inputs(&self, rows: &[Row]) -> Result<UNetInputs> {
+    pub fn inputs(&self, rows: &[Row], chunks: usize) -> Result<UNetInputs> {
         if !rows.iter().all(|(row, _)| self.made(row)) {
             let problem = "a prompt was encoded by another engine, whose states this UNet cannot read";
             return Err(Error::mismatch(Subject::Field("prompt"), problem).advise("encode it by the session's engine"));
         }
-        let all = |part: fn(&Encoding) -> &Vec<f32>| rows.iter().flat_map(|(row, _)| part(&row.0)).copied().collect();
-        let mut inputs: UNetInputs = vec![("encoder_hidden_states", all(|encoding| &encoding.states))];
+        let states = rows.iter().flat_map(|(row, _)| row.0.states.repeat(chunks / row.0.chunks)).collect();
+        let mut inputs: UNetInputs = vec![("encoder_hidden_states", states)];
         if self.sized {
-            inputs.push(("text_embeds", all(|encoding| &encoding.pooled)));
+            inputs.push(("text_embeds", rows.iter().flat_map(|(row, _)| row.0.pooled.iter().copied()).collect()));
             inputs.push(("time_ids", rows.iter().flat_map(|(_, ids)| *ids).collect()));
         }
         Ok(inputs)
-    }
-}
-
-/// Locks an executor, also after a panic of another thread: every run writes all inputs anew.
-fn lock(executor: &Mutex<Box<dyn Executor>>) -> MutexGuard<'_, Box<dyn Executor>> {
-    executor.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-impl TextEncoder {
-    /// Encodes a prompt. Returns the words at its end that did not fit.
-    fn run(&self, executor: &mut dyn Executor, prompt: &str) -> Result<String> {
-        let encoded = self.tokenizer.encode(prompt)?;
-        let mut ids = vec![0.0; self.config.tokens];
-        encoded.fill(&mut ids);
-        executor.write("input_ids", &ids)?;
-        if self.config.projection_dim.is_some() {
-            executor.write("pooled_index", &[self.config.pooled_index(&encoded.ids) as f32])?;
-        }
-        executor.step()?;
-        Ok(encoded.lost)
     }
 }
 
@@ -247,11 +219,14 @@ pub(crate) type UNetInputs = Vec<(&'static str, Vec<f32>)>;
 pub struct Conditioning(Arc<Encoding>);
 
 struct Encoding {
-    /// Hidden states, `[tokens, width]`, those of several encoders side by side.
+    /// Hidden states, `[chunks * tokens, width]`, those of several encoders side by side.
     states: Vec<f32>,
+    chunks: usize,
     /// The pooled prompt, `[width]`; empty if the UNet reads none.
     pooled: Vec<f32>,
     lost: String,
+    embeddings: BTreeSet<String>,
+    clip_skip: usize,
     /// [`TextEncoders::identity`] of those that made it.
     encoders: Arc<()>,
 }
@@ -260,6 +235,16 @@ impl Conditioning {
     /// The words at the prompt's end that did not fit into the text encoder's tokens and are not used; usually empty.
     pub fn truncated(&self) -> &str {
         &self.0.lost
+    }
+
+    /// The number of chunks of 77 tokens: 1, or more for a prompt in a syntax that loses no words.
+    pub fn chunks(&self) -> usize {
+        self.0.chunks
+    }
+
+    /// The names of the embeddings that the prompt uses, in lower case.
+    pub fn embeddings(&self) -> impl Iterator<Item = &str> {
+        self.0.embeddings.iter().map(String::as_str)
     }
 
     /// True if both are the same encoding.
@@ -291,7 +276,7 @@ fn read_index(source: &Source) -> Result<serde_json::Value> {
 }
 
 /// The reason why the text encoders cannot serve the UNet, if there is one.
-fn misfit(encoders: &[ClipConfig], unet: &UNetConfig) -> Option<String> {
+fn misfit(encoders: &[&ClipConfig], unet: &UNetConfig) -> Option<String> {
     let width: usize = encoders.iter().map(|encoder| encoder.layers.width).sum();
     let pooled = encoders.iter().find_map(|encoder| encoder.projection_dim);
     let tokens: Vec<usize> = encoders.iter().map(|encoder| encoder.tokens).collect();
@@ -313,19 +298,4 @@ fn misfit(encoders: &[ClipConfig], unet: &UNetConfig) -> Option<String> {
         }
         _ => None,
     }
-}
-
-fn tokenizer(source: &Source, folder: &str, config: &ClipConfig, rules: TokenizerRules) -> Result<Tokenizer> {
-    let tokenizer = source.tokenizer(folder)?.with_rules(rules)?;
-    if tokenizer.vocab_size() > config.vocab_size || tokenizer.length() > config.max_position_embeddings {
-        let problem = format!(
-            "a vocabulary of {} and prompts of {} tokens do not fit the text encoder, which has {} and {}",
-            tokenizer.vocab_size(),
-            tokenizer.length(),
-            config.vocab_size,
-            config.max_position_embeddings
-        );
-        return Err(Error::mismatch(source.path(folder), problem));
-    }
-    Ok(tokenizer)
 }

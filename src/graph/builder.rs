@@ -210,9 +210,14 @@ impl GraphBuilder {
 
     /// Layer normalisation.
     pub fn layer_norm(&mut self, name: &str, x: TensorId, eps: f32) -> TensorId {
-        let shape = self.shape(x);
-        let (weight, bias) = self.affine(name, shape.c);
-        self.node(name, Op::LayerNorm { x, weight, bias, eps }, shape)
+        let [normed] = self.layer_norms(name, [x], eps);
+        normed
+    }
+
+    /// The same layer normalisation of several tensors of one width.
+    pub fn layer_norms<const N: usize>(&mut self, name: &str, all: [TensorId; N], eps: f32) -> [TensorId; N] {
+        let (weight, bias) = self.affine(name, self.shape(all[0]).c);
+        all.map(|x| self.node(name, Op::LayerNorm { x, weight, bias, eps }, self.shape(x)))
     }
 
     /// Attention. The result has the height and width of the queries.
@@ -236,23 +241,29 @@ impl GraphBuilder {
         self.node(name, Op::Activate { x, activation }, shape)
     }
 
-    /// Token embedding plus position embedding; `tokens` and `positions` are the names and the numbers of rows of the
-    /// tables.
+    /// Token embedding plus position embedding. `tokens` and `positions` are the names and the numbers of rows of the
+    /// tables; the ids of a second table of tokens follow those of the first.
     ///
     /// # Panics
     /// If `ids` is not an input: indices are checked only when inputs are written.
-    pub fn embed(&mut self, tokens: (&str, usize), positions: (&str, usize), ids: TensorId, width: usize) -> TensorId {
+    pub fn embed(
+        &mut self,
+        tokens: &[(&str, usize)],
+        positions: (&str, usize),
+        ids: TensorId,
+        width: usize,
+    ) -> TensorId {
         self.assert_input(ids);
-        let table = |(name, rows): (&str, usize)| WeightSpec {
-            names: vec![format!("{name}.weight")],
-            outputs: vec![rows],
+        let table = |tables: &[(&str, usize)]| WeightSpec {
+            names: tables.iter().map(|(name, _)| format!("{name}.weight")).collect(),
+            outputs: tables.iter().map(|(_, rows)| *rows).collect(),
             width,
             kind: WeightKind::Table,
             norm: None,
         };
-        let name = tokens.0;
+        let name = tokens[0].0;
         let shape = Shape { c: width, ..self.shape(ids) };
-        let (tokens, positions) = (self.weight(table(tokens)), self.weight(table(positions)));
+        let (tokens, positions) = (self.weight(table(tokens)), self.weight(table(&[positions])));
         self.node(name, Op::Embed { ids, tokens, positions }, shape)
     }
 

@@ -4,28 +4,49 @@
 use super::{ClipConfig, ClipLayers, ClipVisionConfig};
 use crate::graph::{ConvOptions, Graph, GraphBuilder, Shape, TensorId, View};
 
+/// The name of a text encoder's table of added tokens: vectors of textual inversion (arXiv 2208.01618), which do not
+/// belong to the checkpoint.
+pub const ADDED_TOKENS: &str = "text_model.embeddings.added_token_embedding";
+
 /// The text encoder for `batch` prompts.
 ///
 /// Inputs: `input_ids` `[n, 1, tokens, 1]`, and with a projection `pooled_index` `[n, 1, 1, 1]`, the position of the
 /// token that is projected ([`ClipConfig::pooled_index`]). Outputs: `last_hidden_state` `[n, 1, tokens, c]`;
-/// `penultimate_hidden_state`, the input of the last layer; and with a projection `text_embeds` `[n, 1, 1, p]`.
+/// `penultimate_hidden_state`, the input of the last layer; `states`, those of [`ClipConfig::states`]; and with a
+/// projection `text_embeds` `[n, 1, 1, p]`.
 pub fn text_encoder(config: &ClipConfig, batch: usize) -> Graph {
     let mut g = GraphBuilder::new();
     let ids = g.input("input_ids", Shape::new(batch, 1, config.tokens, 1));
+    let mut tables = vec![("text_model.embeddings.token_embedding", config.vocab_size)];
+    if config.added_tokens > 0 {
+        tables.push((ADDED_TOKENS, config.added_tokens));
+    }
     let mut x = g.embed(
-        ("text_model.embeddings.token_embedding", config.vocab_size),
+        &tables,
         ("text_model.embeddings.position_embedding", config.max_position_embeddings),
         ids,
         config.layers.width,
     ); // [n, 1, tokens, c]
+    let mut states = x;
     for i in 0..config.layers.count {
         if i + 1 == config.layers.count {
             g.output("penultimate_hidden_state", x);
         }
         x = config.layers.layer(&mut g, &format!("text_model.encoder.layers.{i}"), x, true);
+        if i + 1 == config.states.layers {
+            states = x;
+        }
     }
-    let x = g.layer_norm("text_model.final_layer_norm", x, config.layers.eps); // [n, 1, tokens, c]
+    let (norm, eps, last) = ("text_model.final_layer_norm", config.layers.eps, x);
+    let x; // [n, 1, tokens, c]
+    if config.states.normed && states != last {
+        [x, states] = g.layer_norms(norm, [last, states], eps);
+    } else {
+        x = g.layer_norm(norm, last, eps);
+        states = if config.states.normed { x } else { states };
+    }
     g.output("last_hidden_state", x);
+    g.output("states", states);
     if let Some(width) = config.projection_dim {
         let index = g.input("pooled_index", Shape::new(batch, 1, 1, 1));
         let pooled = g.select_token("pooled", x, index); // [n, 1, 1, c]

@@ -8,8 +8,8 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::reader::Reader;
-use crate::Result;
 use crate::graph::Activation;
+use crate::{Error, Result};
 
 const MAX_CHANNELS: usize = 65_536;
 const MAX_LEVELS: usize = 8;
@@ -94,6 +94,19 @@ pub struct ClipConfig {
     pub eos_token_id: i64,
     /// Channels of the projected pooled token, if the encoder has a projection.
     pub projection_dim: Option<usize>,
+    /// Rows of a second table of tokens, [`ADDED_TOKENS`], whose ids follow those of the vocabulary.
+    pub added_tokens: usize,
+    /// The hidden states that a UNet reads.
+    pub states: ClipStates,
+}
+
+/// The hidden states of a text encoder that a UNet reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ClipStates {
+    /// The number of layers behind which they are taken.
+    pub layers: usize,
+    /// True if the final layer norm is applied to them.
+    pub normed: bool,
 }
 
 /// The transformer of a text or vision encoder.
@@ -146,23 +159,43 @@ impl ClipConfig {
         r.only("model_type", &["clip_text_model".into()])?;
         let projection_dim = r.size("projection_dim", 512, MAX_CHANNELS)?;
         let positions = r.size("max_position_embeddings", 77, MAX_CHANNELS)?;
+        let layers = ClipLayers::read(&mut r, 512, 2048, 8)?;
         let config = ClipConfig {
             vocab_size: r.size("vocab_size", 49_408, MAX_VOCABULARY)?,
-            layers: ClipLayers::read(&mut r, 512, 2048, 8)?,
             max_position_embeddings: positions,
             tokens: positions,
             eos_token_id: r.id("eos_token_id", 49_407)?,
             projection_dim: projected.then_some(projection_dim),
+            added_tokens: 0,
+            states: ClipStates { layers: layers.count, normed: true },
+            layers,
         };
         r.ignore(TEXT_NOTES);
         r.finish()?;
         Ok(config)
     }
 
+    /// The configuration with the hidden states of a clip skip as A1111 counts it: at 1 no layer is left out. SDXL's
+    /// UNet reads the states before the last layer, without the final norm, and with a clip skip those of as many
+    /// layers before, as in diffusers, which counts from 0. Other UNets read normed states.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] for 0, and for more layers than there are.
+    pub fn with_clip_skip(self, clip_skip: usize, sdxl: bool) -> Result<Self> {
+        let most = self.layers.count - usize::from(sdxl);
+        if clip_skip == 0 || clip_skip > most.max(1) {
+            let problem = format!("{clip_skip} is not possible: the text encoder has {} layers", self.layers.count);
+            return Err(Error::invalid("clip_skip", problem).advise(format!("give 1, which skips none, to {most}")));
+        }
+        let layers = most + 1 - clip_skip;
+        Ok(ClipConfig { states: ClipStates { layers, normed: !sdxl }, ..self })
+    }
+
     /// The position of the token that is projected: the first end of text, or, if the configuration carries the
-    /// historic id 2 for it, the token with the largest id.
+    /// historic id 2 for it, the token with the largest id of the vocabulary.
     pub fn pooled_index(&self, ids: &[i64]) -> usize {
-        let pooled = if self.eos_token_id == 2 { ids.iter().max().copied() } else { Some(self.eos_token_id) };
+        let vocabulary = ids.iter().copied().filter(|&id| id < self.vocab_size as i64);
+        let pooled = if self.eos_token_id == 2 { vocabulary.max() } else { Some(self.eos_token_id) };
         ids.iter().position(|&id| Some(id) == pooled).unwrap_or(0)
     }
 }

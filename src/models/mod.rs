@@ -5,16 +5,19 @@
 //! of it cannot fail.
 
 mod blocks;
+pub mod chunks;
 mod clip;
 mod config;
+pub mod prompt;
 mod reader;
 pub mod tokenizer;
 mod unet;
 mod vae;
 
-pub use clip::{text_encoder, vision_encoder};
+pub use clip::{ADDED_TOKENS, text_encoder, vision_encoder};
 pub use config::{
-    ClipConfig, ClipLayers, ClipVisionConfig, MidBlock, TextTime, UNetConfig, UNetLevel, VaeConfig, parse_clip_model,
+    ClipConfig, ClipLayers, ClipStates, ClipVisionConfig, MidBlock, TextTime, UNetConfig, UNetLevel, VaeConfig,
+    parse_clip_model,
 };
 pub use unet::{MASK_AND_IMAGE, UNetInput, guidance_embedding, unet, unet_halves, unet_with_reuse};
 pub use vae::{vae_decoder, vae_encoder};

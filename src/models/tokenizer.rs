@@ -7,10 +7,11 @@
 //! Python, and this module keeps those that newer versions assign. Its fast recipe finds a special token in capitals
 //! only with certain flags in the checkpoint's files; this module never finds it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display, Formatter};
 use std::fs;
 use std::io::ErrorKind;
+use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -23,6 +24,7 @@ use tokenizers::{
     Model, NormalizedString, OffsetType, PreTokenizedString, PreTokenizer, SplitDelimiterBehavior, Token,
 };
 
+use super::chunks::Group;
 use crate::{Error, Result};
 
 /// `BasicTokenizer._is_chinese_char`, for use inside a character class.
@@ -89,6 +91,8 @@ pub struct Encoded {
     /// The end of the prompt that did not fit, from the first word that is not wholly in `ids`; empty if all of it
     /// fits.
     pub lost: String,
+    /// The names of the embeddings ([`Tokenizer::with_embeddings`]) that the prompt uses.
+    pub embeddings: BTreeSet<String>,
 }
 
 impl Encoded {
@@ -110,6 +114,10 @@ pub struct Tokenizer {
     dropped: SysRegex,
     special: BTreeMap<String, u32>,
     special_words: SysRegex,
+    /// The ids of the embeddings by their names in lower case.
+    embeddings: BTreeMap<String, Range<u32>>,
+    /// Finds the names of embeddings in a prompt, if there are any.
+    embedding_words: Option<SysRegex>,
     bos: u32,
     eos: u32,
     pad: u32,
@@ -188,6 +196,42 @@ impl Tokenizer {
         Ok(Tokenizer { rules, words: words(rules)?, ..self })
     }
 
+    /// The same tokenizer with embeddings of textual inversion (arXiv 2208.01618): names, and the ids of their vectors.
+    /// In a prompt a name is a word of its own in any case of its letters, with `embedding:` before it or without.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Internal`] if the pattern of the names cannot be compiled.
+    pub fn with_embeddings(self, embeddings: &[(String, Range<u32>)]) -> Result<Self> {
+        let embeddings: BTreeMap<String, Range<u32>> =
+            embeddings.iter().map(|(name, ids)| (name.to_lowercase(), ids.clone())).collect();
+        let mut names: Vec<&String> = embeddings.keys().collect();
+        // Of two names that start alike, the longer one must match, so it comes first.
+        names.sort_by_key(|name| std::cmp::Reverse(name.len()));
+        let within = |c: Option<char>| c.is_some_and(char::is_alphanumeric);
+        let pattern = |name: &String| {
+            let before = if within(name.chars().next()) { r"(?<![\p{L}\p{N}])" } else { "" };
+            let after = if within(name.chars().next_back()) { r"(?![\p{L}\p{N}])" } else { "" };
+            format!("{before}{}{after}", escape(name))
+        };
+        let patterns: Vec<String> = names.into_iter().map(pattern).collect();
+        let pattern = format!("(?i:(?:embedding:)?(?:{}))", patterns.join("|"));
+        let internal = |error| Error::internal(format!("the pattern of embeddings' names: {error}"));
+        let words = (!embeddings.is_empty()).then(|| SysRegex::new(&pattern).map_err(internal)).transpose()?;
+        Ok(Tokenizer { embeddings, embedding_words: words, ..self })
+    }
+
+    /// The names of the embeddings, in lower case.
+    pub fn embeddings(&self) -> impl Iterator<Item = &str> {
+        self.embeddings.keys().map(String::as_str)
+    }
+
+    /// An embedding by its name, in any case of its letters.
+    pub(super) fn embedding(&self, name: &str) -> Option<Group> {
+        let name = name.to_lowercase();
+        let ids = self.embeddings.get(&name)?;
+        Some(Group { ids: ids.clone().collect(), embedding: Some(name) })
+    }
+
     /// The number of ids that [`Tokenizer::encode`] returns: `model_max_length`, 77 for CLIP.
     pub fn length(&self) -> usize {
         self.length
@@ -205,16 +249,11 @@ impl Tokenizer {
     /// [`crate::ErrorKind::Invalid`] if the text cannot be tokenized; no such text is known.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
         let prompt = &*self.expand(prompt);
-        let encoding = self
-            .tokenize(prompt)
-            .map_err(|error| Error::invalid("prompt", format!("cannot tokenize the prompt: {error}")))?;
+        let encoding = self.tokenize(prompt, true).map_err(untokenizable)?;
         let tokens = encoding.get_ids();
         let tokens_used = tokens.len().min(self.length - 2);
-        let mut ids = Vec::with_capacity(self.length);
-        ids.push(i64::from(self.bos));
-        ids.extend(tokens.iter().take(tokens_used).map(|&id| i64::from(id)));
-        ids.push(i64::from(self.eos));
-        ids.resize(self.length, i64::from(self.pad));
+        let ids = self.framed(&tokens[..tokens_used]);
+        let used = self.grouped(&tokens[..tokens_used]).into_iter().filter_map(|group| group.embedding);
 
         let words = encoding.get_word_ids();
         let first_lost = words.get(tokens_used).and_then(|word| words.iter().position(|other| other == word));
@@ -222,7 +261,42 @@ impl Tokenizer {
             .and_then(|index| encoding.get_offsets().get(index))
             .and_then(|&(start, _)| prompt.get(start..))
             .map_or_else(String::new, |rest| rest.trim_end().to_string());
-        Ok(Encoded { ids, tokens_used, lost })
+        Ok(Encoded { ids, tokens_used, lost, embeddings: used.collect() })
+    }
+
+    /// Start, these tokens, which must fit, end and padding.
+    pub(crate) fn framed(&self, tokens: &[u32]) -> Vec<i64> {
+        let mut ids: Vec<i64> = Vec::with_capacity(self.length);
+        ids.extend([self.bos].iter().chain(tokens).chain([&self.eos]).map(|&id| i64::from(id)));
+        ids.resize(self.length, i64::from(self.pad));
+        ids
+    }
+
+    /// The tokens of a text, one by one, but those of an embedding together. Without `named`, names of embeddings are
+    /// words like all others.
+    ///
+    /// # Errors
+    /// As for [`Tokenizer::encode`].
+    pub(super) fn groups(&self, text: &str, named: bool) -> Result<Vec<Group>> {
+        let encoding = self.tokenize(&self.expand(text), named).map_err(untokenizable)?;
+        Ok(self.grouped(encoding.get_ids()))
+    }
+
+    fn grouped(&self, mut ids: &[u32]) -> Vec<Group> {
+        let mut groups = Vec::new();
+        while let Some(&first) = ids.first() {
+            let embedding = self.embeddings.iter().find(|(_, range)| range.start == first);
+            let length = embedding.map_or(1, |(_, range)| range.len()).min(ids.len());
+            let (group, rest) = ids.split_at(length);
+            groups.push(Group { ids: group.to_vec(), embedding: embedding.map(|(name, _)| name.clone()) });
+            ids = rest;
+        }
+        groups
+    }
+
+    /// True if this is the token of a comma.
+    pub(super) fn is_comma(&self, ids: &[u32]) -> bool {
+        self.bpe.token_to_id(",</w>").is_some_and(|comma| ids == [comma])
     }
 
     /// Expands the tokens of textual inversion (arXiv 2208.01618). An embedding of several vectors has one token per
@@ -242,9 +316,21 @@ impl Tokenizer {
         text
     }
 
-    fn tokenize(&self, prompt: &str) -> tokenizers::Result<tokenizers::Encoding> {
+    fn tokenize(&self, prompt: &str, named: bool) -> tokenizers::Result<tokenizers::Encoding> {
         let whole = |word: &str, id: u32| vec![Token::new(id, word.to_string(), (0, word.len()))];
         let mut text = PreTokenizedString::from(prompt);
+        if let Some(words) = self.embedding_words.as_ref().filter(|_| named) {
+            text.split(|_, part| {
+                let pieces = part.split(words, SplitDelimiterBehavior::Isolated)?;
+                Ok(pieces.into_iter().map(|piece| {
+                    let name = piece.get().to_lowercase();
+                    let find = |name: &str| self.embeddings.get(name).cloned();
+                    let ids = find(&name).or_else(|| find(name.strip_prefix("embedding:")?));
+                    let tokens = ids.map(|ids| ids.flat_map(|id| whole(piece.get(), id)).collect());
+                    (piece, tokens)
+                }))
+            })?;
+        }
         text.split(|_, part| {
             let pieces = part.split(&self.special_words, SplitDelimiterBehavior::Isolated)?;
             Ok(pieces.into_iter().map(|piece| {
@@ -451,6 +537,8 @@ impl Parts {
             dropped: regex(DROPPED)?,
             special_words: regex(&literals.join("|"))?,
             special,
+            embeddings: BTreeMap::new(),
+            embedding_words: None,
             bos,
             eos,
             pad,
@@ -459,6 +547,10 @@ impl Parts {
             vocab_size,
         })
     }
+}
+
+fn untokenizable(error: tokenizers::Error) -> Error {
+    Error::invalid("prompt", format!("cannot tokenize the prompt: {error}"))
 }
 
 /// The pattern of a word.

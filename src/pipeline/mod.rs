@@ -333,7 +333,7 @@ fn run(
 
 /// What the records of all pictures of an engine have in common, but for the hashes.
 pub(crate) fn record(model: &Outline, options: &EngineOptions) -> GenerationInfo {
-    let EngineOptions { device, precision, tokenizer, adapters } = options;
+    let EngineOptions { device, precision, tokenizer, adapters, .. } = options;
     GenerationInfo {
         model: model.name(),
         averages: model.source().is_averaged(),

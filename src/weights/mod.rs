@@ -4,6 +4,7 @@ mod adapter;
 #[cfg(test)]
 pub(crate) mod cases;
 mod convert;
+mod embedding;
 mod foreign;
 #[cfg(feature = "download")]
 pub mod hub;
@@ -15,6 +16,7 @@ mod tensors;
 
 pub use adapter::{Adapter, AdapterInfo, Edition};
 pub(crate) use adapter::{Network, adapted};
+pub use embedding::Embedding;
 pub use parts::Composed;
 use parts::Vocabulary;
 pub use single::SingleFile;

@@ -32,6 +32,7 @@ pub struct Tensors {
 enum Bytes {
     Mapped(Arc<Mmap>),
     Static(&'static [u8]),
+    Owned(Arc<[u8]>),
 }
 
 impl AsRef<[u8]> for Bytes {
@@ -39,6 +40,7 @@ impl AsRef<[u8]> for Bytes {
         match self {
             Bytes::Mapped(map) => map,
             Bytes::Static(bytes) => bytes,
+            Bytes::Owned(bytes) => bytes,
         }
     }
 }
@@ -249,6 +251,15 @@ impl Tensors {
     /// A single file's path.
     pub(super) fn path(&self) -> &Path {
         self.files.first().map_or(Path::new(""), |(path, _)| path)
+    }
+
+    /// The same tensors and one more, which is in no file.
+    pub(crate) fn with(mut self, name: &str, shape: &[usize], values: &[f32]) -> Self {
+        let bytes: Arc<[u8]> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let (file, range) = (self.files.len(), 0..bytes.len());
+        self.index.insert(name.into(), Entry { file, ..Entry::new(Dtype::F32, shape.to_vec(), range, false) });
+        self.files.push((name.into(), Bytes::Owned(bytes)));
+        self
     }
 
     /// The metadata in a single file's header.

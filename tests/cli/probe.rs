@@ -2,6 +2,7 @@
 
 use super::{respodiff, tensors, text, write};
 use crate::support;
+use std::collections::HashMap;
 
 #[test]
 fn probes_give_what_diffusers_gave() {
@@ -55,6 +56,55 @@ fn probes_the_second_text_encoder_and_prompts() {
     write(&folder.path().join("ids.st"), &[("input_ids", vec![1, 77], &first["input_ids"].1)]);
     assert!(respodiff(folder.path(), &[&args[..], &["--inputs", "ids.st"]].concat()).status.success());
     assert_eq!(tensors(&folder.path().join("o.st"))["text_embeds"], first["text_embeds"]);
+}
+
+/// Recorded states of weighted prompts, of several chunks, with clip skip and learnt words, and of SDXL's two prompts.
+#[test]
+fn prompts_give_what_other_programs_gave() {
+    let folder = tempfile::tempdir().unwrap();
+    let probe = |meta: &HashMap<String, String>, encoder: &str, prompt: &str| {
+        let field = |name: &str, default: &str| meta.get(name).cloned().unwrap_or(default.into());
+        let model = support::golden().join("checkpoints").join(&meta["checkpoint"]);
+        let embeddings = support::golden().join("embeddings");
+        let file = |name: &str| embeddings.join(name).display().to_string();
+        let (syntax, skip) = (field("syntax", "plain"), field("clip_skip", "1"));
+        let mut args = vec!["probe", "text", "--model", model.to_str().unwrap(), "--encoder", encoder];
+        args.extend(["--prompt", prompt, "--prompt-syntax", &syntax, "--clip-skip", &skip, "--output", "o.st"]);
+        let learnt = match &*meta["checkpoint"] {
+            "sd1" => vec![file("a1111-toy.pt"), file("learned_embeds.bin")],
+            "sdxl" => vec![file("xl.safetensors")],
+            _ => vec![],
+        };
+        learnt.iter().for_each(|file| args.extend(["--embedding", file]));
+        let output = respodiff(folder.path(), &args);
+        assert!(output.status.success(), "{prompt}: {}", text(&output.stderr));
+        tensors(&folder.path().join("o.st"))
+    };
+    let all = support::cases("prompt_", 7).into_iter().chain(support::cases("embedding_", 2));
+    for case in all.filter(|case| case.has("out.states")) {
+        let (meta, name) = (case.metadata(), case.name.clone());
+        let encoders = if case.shape("out.states")[1] == 64 && meta["checkpoint"] == "sdxl" {
+            vec!["1".into(), "2".into()]
+        } else {
+            vec![meta.get("encoder").cloned().unwrap_or("1".into())]
+        };
+        let prompt = |encoder: &String| meta.get("prompt_2").filter(|_| encoder == "2").unwrap_or(&meta["prompt"]);
+        let each: Vec<_> = encoders.iter().map(|encoder| probe(&meta, encoder, prompt(encoder))).collect();
+        let [tokens, width] = case.shape("out.states")[..] else { panic!("[tokens, width]") };
+        let states: Vec<f32> = (0..tokens)
+            .flat_map(|token| each.iter().map(move |outputs| (token, &outputs["states"])))
+            .flat_map(|(token, (shape, values))| values[token * shape[2]..][..shape[2]].to_vec())
+            .collect();
+        assert_eq!(each[0]["states"].0, [1, tokens, width / each.len()], "{name}");
+        let error = support::relative_l2(&states, &case.floats("out.states"));
+        println!("{name}: {error:.1e}");
+        assert!(error < 2e-5, "{name}: {error:.2e}");
+        if case.has("out.text_embeds") {
+            let (shape, pooled) = &each[each.len() - 1]["text_embeds"];
+            let error = support::relative_l2(pooled, &case.floats("out.text_embeds"));
+            assert!(shape[0] == 1 && error < 2e-5, "{name}: {error:.2e}");
+        }
+    }
 }
 
 /// Numbers beyond the range of fp32, and ids that are not whole numbers, are refused.

@@ -114,7 +114,7 @@ fn embed() {
             &format!("{n} times {tokens} tokens of {c}"),
             &[Shape::new(n, 1, tokens, 1)],
             vec![ids],
-            |g, x| g.embed(("token", 300), ("position", tokens), x[0], c),
+            |g, x| g.embed(&[("token", 300)], ("position", tokens), x[0], c),
             |given, round| {
                 let rows = given.inputs[0].iter().enumerate().flat_map(|(i, &id)| {
                     let token = &given.weights["token.weight"][id as usize * c..][..c];

@@ -25,10 +25,10 @@ impl Asked {
         let fits = |conditioning: &Conditioning| engine.has_encoded(conditioning);
         for image in &mut planned.request.images {
             if matches!(&image.prompt, Prompt::Encoded(conditioning) if !fits(conditioning)) {
-                image.prompt = Prompt::Text(planned.info.prompt.clone());
+                image.prompt = planned.info.prompt.as_str().into();
             }
             if matches!(&image.negative, Some(Prompt::Encoded(conditioning)) if !fits(conditioning)) {
-                image.negative = planned.info.negative_prompt.clone().map(Prompt::Text);
+                image.negative = planned.info.negative_prompt.clone().map(Prompt::from);
             }
         }
         planned
