@@ -74,7 +74,10 @@ fn compare(name: &str) {
         // With k-diffusion's sigmas, a noise level without signal has a sigma of 4096, next to which the roundings of
         // fp32 are large; so are they in a single step from the greatest sigma to the least.
         let tolerance = match schedule.init_noise_sigma > 4000.0 {
-            true => 1e-4,
+            true => 3e-4,
+            // diffusers computes the sigmas in the middle of ancestral steps in fp32, where large numbers cancel. The cases
+            // of k-diffusion, in float64, are closer.
+            false if schedule.sampler == Sampler::Dpm2Ancestral && name != "sampler_k_diffusion" => 2e-5,
             false if schedule.init_noise_sigma > 1.0 && case["steps"].as_u64() == Some(2) => 1e-5,
             false => 4e-6,
         };
@@ -90,7 +93,6 @@ fn compare(name: &str) {
         let mut state = SamplerState::new(x.len());
         for (i, step) in schedule.steps.iter().enumerate() {
             let theirs = timesteps[i][0];
-            // diffusers computes the sigmas in the middle of ancestral steps in fp32, where large numbers cancel.
             let rounding = if schedule.sampler == Sampler::Dpm2Ancestral { 1e-2 } else { 1e-4 };
             assert!((step.timestep - theirs).abs() <= rounding, "timestep {} of {theirs}, {case}", step.timestep);
             step.churn(&mut x, golden.rows("noise")[i]);

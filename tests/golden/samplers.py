@@ -77,8 +77,8 @@ DIFFUSERS = {
     "lms": ("LMS", "LMSDiscreteScheduler", [*grid(SIGMAS), ({"_class_name": "LMSDiscreteScheduler"}, None, 6)]),
     "dpm2": ("DPM2", "KDPM2DiscreteScheduler", [*grid(SIGMAS), ({"_class_name": "KDPM2DiscreteScheduler"}, None, 4)]),
     "dpm2_a": ("DPM2 a", "KDPM2AncestralDiscreteScheduler",
-               # From the greatest sigma to the least in one step, diffusers' fp32 loses the sigma in the middle.
-               [*(case for case in grid(SIGMAS) if case[2] != 2),
+               # In long steps, and from a level without signal, diffusers' fp32 loses the sigma in the middle.
+               [*(case for case in grid(SIGMAS, False) if case[2] != 2),
                 ({"_class_name": "KDPM2AncestralDiscreteScheduler"}, None, 4)]),
     "dpmpp_sde": ("DPM++ SDE", "DPMSolverSDEScheduler",
                   [*grid(SIGMAS), ({"_class_name": "DPMSolverSDEScheduler"}, None, 4)]),
@@ -204,6 +204,7 @@ K_DIFFUSION = [
     ("sample_dpm_2", "DPM2", [
         *((config, "sgm_uniform", 5, tuning, False) for config in (SD15, SD21V) for tuning in (S_CHURN, WINDOW))]),
     ("sample_dpm_2_ancestral", "DPM2 a", [
+        (ZERO_SNR, "sgm_uniform", 5, {}, False),
         *((SD15, "sgm_uniform", 5, tuning, False) for tuning in TUNED[1:])]),
     ("sample_dpmpp_2s_ancestral", "DPM++ 2S a", [
         *((SD15, "karras", 6, tuning, False) for tuning in TUNED),
