@@ -77,8 +77,11 @@ fn read(path: &Path) -> Vec<Tensor> {
     each.collect()
 }
 
+/// A component's name, its graph and its inputs.
+type Network = (&'static str, Graph, HashMap<&'static str, Vec<f32>>);
+
 /// The networks of a checkpoint that adapters change, for the inputs of a case.
-fn networks(source: &Source, case: &Case) -> Vec<(&'static str, Graph, HashMap<&'static str, Vec<f32>>)> {
+fn networks(source: &Source, case: &Case) -> Vec<Network> {
     let config = |component: &str| {
         let file = format!("{component}/config.json");
         (source.read_text(&file).unwrap(), source.path(&file))

@@ -299,7 +299,7 @@ impl Rows {
         let active = self.active();
         self.place(&active)?;
         let reuse = self.options.reuse;
-        let reusing = reuse > 1 && active.iter().all(|&slot| self.progress(slot).0 % reuse != 0);
+        let reusing = reuse > 1 && active.iter().all(|&slot| !self.progress(slot).0.is_multiple_of(reuse));
         self.denoiser.step(reusing)?;
         for slot in active {
             self.images[slot].iter_mut().for_each(|image| image.done += 1);
