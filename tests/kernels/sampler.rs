@@ -289,7 +289,7 @@ fn images_join_and_leave() {
                 truth.done += 1;
                 let level =
                     truth.schedule.steps.get(truth.done).map_or((1.0, 0.0), |s| (s.level.signal, s.level.noise));
-                for kept in &truth.kept {
+                if let Some(kept) = &truth.kept {
                     for i in (0..one).filter(|i| !kept.repaint[i / LATENTS.c]) {
                         truth.x[i] = level.0 as f32 * kept.latents[i] + level.1 as f32 * kept.noise[i];
                     }

@@ -259,7 +259,7 @@ fn compare(args: &Args, target: &Target, requests: usize) -> Result<()> {
     .map_err(|problem| Error::internal(problem.to_string()))?;
     let mut library = |number: usize| -> Result<f64> {
         let began = Instant::now();
-        let image = Image::new(engine.encode(&prompt(number))?).seed(number as u64);
+        let image = Image::new(engine.encode(prompt(number))?).seed(number as u64);
         batch.join(&Request::from(image).steps(args.steps).sampler("Euler".parse()?))?;
         let picture: Picture = loop {
             match batch.step()?.pop() {
