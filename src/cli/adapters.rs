@@ -1,8 +1,10 @@
 //! The flags that choose adapters, and their description.
 
+use super::prompts::Item;
 use super::say;
 use crate::concept::name_and_weight;
 use crate::image::UsedAdapter;
+use crate::models::prompt::{LoraTag, PromptSyntax, lora_tags};
 use crate::weights::{Adapter, AdapterInfo};
 use crate::{Error, ErrorKind, Result};
 use std::path::{Path, PathBuf};
@@ -17,7 +19,8 @@ pub(super) struct Flags {
     /// the weight is 1 unless given; repeat for several
     #[arg(long = "lora", value_name = "FILE[:WEIGHT]")]
     adapters: Vec<String>,
-    /// Folder in which adapters are found by name, those in folders inside of it included
+    /// Folder in which adapters are found by name, those in folders inside of it included; prompts in A1111's syntax
+    /// may name them, as <lora:name:0.8>
     #[arg(long, value_name = "FOLDER")]
     lora_folder: Option<PathBuf>,
 }
@@ -35,6 +38,25 @@ impl Flags {
             Ok((self.open(file)?, weight.unwrap_or(1.0)))
         };
         self.adapters.iter().map(load).collect()
+    }
+
+    /// Takes tags such as `<lora:name:0.8>` out of prompts in A1111's syntax, and opens their adapters from the folder
+    /// of adapters. Without a folder the tags stay, and are refused when the prompts are read.
+    pub(super) fn take_tags(&self, prompts: &mut [Item], syntax: PromptSyntax) -> Result<Vec<(Arc<Adapter>, f32)>> {
+        if syntax != PromptSyntax::A1111 || self.lora_folder.is_none() {
+            return Ok(Vec::new());
+        }
+        let mut of_all: Option<Vec<LoraTag>> = None;
+        for item in prompts {
+            let (text, tags) = lora_tags(&item.prompt)?;
+            item.prompt = text.trim().to_string();
+            if of_all.get_or_insert_with(|| tags.clone()) != &tags {
+                let problem = "prompts ask for different LoRAs, but a run has one model for all of them";
+                return Err(Error::invalid("prompts", problem).advise("give prompts with different tags one run each"));
+            }
+        }
+        let open = |tag: LoraTag| Ok((self.open(&tag.name)?, tag.weight));
+        of_all.unwrap_or_default().into_iter().map(open).collect()
     }
 
     /// Opens an adapter's file, or if there is none of this name, that of this name in the folder of adapters.

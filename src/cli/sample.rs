@@ -123,7 +123,9 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let sampling = args.sampling.sampling()?;
     let rng: Rng = args.rng.parse()?;
     let base = args.seed.and_then(|seed| seed.0).unwrap_or_else(random_seed);
-    let (items, each) = args.items()?;
+    let (mut items, each) = args.items()?;
+    let mut adapters = args.adapters.load()?;
+    adapters.extend(args.adapters.take_tags(&mut items, args.text.syntax)?);
     let plan: Vec<Planned> = plan(&items, each, base)?;
     let names: Vec<Named> = plan.iter().map(|p| Named { prompt: &p.item.prompt, seed: p.seed }).collect();
     let canvas = args.init_image.open()?;
@@ -133,7 +135,6 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     if args.json && matches!(files, Pictures::Stdout) {
         return Err(Error::invalid("json", "stdout already takes the picture").advise("name a file with --out"));
     }
-    let adapters = args.adapters.load()?;
     let given = args.concepts.files()?.into_iter().chain(args.prompts.clone()).chain(args.latents.clone());
     let given = given.chain(args.init_image.files());
     let inputs: Vec<PathBuf> = given.chain(adapters.iter().map(|(adapter, _)| adapter.path().into())).collect();

@@ -24,7 +24,7 @@ pub(super) struct Embeddings {
 pub(super) struct Flags {
     /// Syntax of the prompts: plain text, or that of the A1111 web UI or ComfyUI, with (words:1.3) and long prompts
     #[arg(long = "prompt-syntax", default_value_t = PromptSyntax::Plain, value_name = "plain|a1111|comfy")]
-    syntax: PromptSyntax,
+    pub(super) syntax: PromptSyntax,
     /// Clip skip as A1111 counts it: how far from its end the text encoder's states are taken; 1 skips nothing
     #[arg(long, default_value_t = 1, value_name = "N")]
     clip_skip: usize,

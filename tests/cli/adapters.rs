@@ -64,6 +64,42 @@ fn pictures_with_adapters_are_made_again() {
     assert!(text(&output.stderr).contains("would be overwritten"), "{}", text(&output.stderr));
 }
 
+/// A tag in a prompt does what the flag does.
+#[test]
+fn prompts_name_adapters() {
+    let (folder, model, loras) = (tempfile::tempdir().unwrap(), golden("checkpoints/sd1"), golden("adapters"));
+    let base = ["--steps", "2", "--seed", "4", "--model", &model, "-q", "--prompt-syntax", "a1111"];
+    let base = [&base[..], &["--lora-folder", &loras]].concat();
+    let run = |first: &[&str], more: &[&str]| respodiff(folder.path(), &[&["sample"], first, &base[..], more].concat());
+    let picture = |name: &str, first: &[&str], more: &[&str]| {
+        let output = run(&[first, &["-o", name]].concat(), more);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        std::fs::read(folder.path().join(name)).unwrap()
+    };
+    let flags = ["--lora", "sd1_kohya:0.5", "--lora", "sd1_loha"];
+    let by_flags = picture("a.png", &["a (cat:1.2)"], &flags);
+    let by_tags = picture("b.png", &["a (cat:1.2) <lora:sd1_kohya:0.5><lora:sd1_loha>"], &[]);
+    assert!(
+        by_flags == by_tags,
+        "{}\n{}",
+        parameters(&folder.path().join("a.png")),
+        parameters(&folder.path().join("b.png"))
+    );
+    assert_ne!(by_flags, picture("c.png", &["a (cat:1.2) <lora:sd1_loha>"], &[]));
+    let again = respodiff(folder.path(), &["rerun", "b.png", "--model", &model]);
+    assert!(text(&again.stderr).contains("the same picture, to the last bit"), "{}", text(&again.stderr));
+    std::fs::write(folder.path().join("p.txt"), "a cat <lora:sd1_kohya>\na dog\n").unwrap();
+    for (prompt, words) in [
+        (&["a cat <lora:none>"][..], "no adapter called `none` is in this folder"),
+        (&["--prompts", "p.txt"], "prompts ask for different LoRAs"),
+        (&["a cat <lora:sd1_kohya:much>"], "no number as its weight"),
+    ] {
+        let output = run(prompt, &[]);
+        let error = text(&output.stderr);
+        assert!(!output.status.success() && error.contains(words), "{prompt:?}: {error}");
+    }
+}
+
 #[test]
 fn adapters_that_cannot_be_used() {
     let (folder, model) = (tempfile::tempdir().unwrap(), golden("checkpoints/sd1"));
