@@ -68,6 +68,13 @@ impl std::fmt::Debug for Picture {
 }
 
 impl Picture {
+    /// The lightness of each pixel, from 0 to 255: ITU-R 601-2, rounded as Pillow's `convert("L")` does.
+    pub fn lightness(&self) -> Vec<u8> {
+        let of =
+            |&[r, g, b]: &[u8; 3]| (u32::from(r) * 19595 + u32::from(g) * 38470 + u32::from(b) * 7471 + 0x8000) >> 16;
+        self.rgb.as_chunks::<3>().0.iter().map(|pixel| of(pixel) as u8).collect()
+    }
+
     /// Converts the image that a VAE decodes, `[height, width, 3]`, with values from -1 (black) to 1 (white). Values
     /// outside are clamped.
     ///

@@ -73,11 +73,12 @@ fn the_first_of_several_problems() {
     for file in [
         "vae/diffusion_pytorch_model.safetensors",
         UNET,
-        "scheduler/scheduler_config.json",
         "text_encoder_2/model.safetensors",
         "text_encoder/model.safetensors",
         "tokenizer_2/vocab.json",
         "tokenizer/vocab.json",
+        // Configurations are read before everything else.
+        "scheduler/scheduler_config.json",
     ] {
         fs::write(folder.path().join(file), "damaged").unwrap();
         (0..10).for_each(|_| refused(folder.path(), &[file]));

@@ -46,13 +46,6 @@ impl Picture {
         }
         Ok(upright(picture, exif::orientation(bytes)))
     }
-
-    /// The lightness of each pixel, from 0 to 255: ITU-R 601-2, rounded as Pillow's `convert("L")` does.
-    pub fn lightness(&self) -> Vec<u8> {
-        let of =
-            |&[r, g, b]: &[u8; 3]| (u32::from(r) * 19595 + u32::from(g) * 38470 + u32::from(b) * 7471 + 0x8000) >> 16;
-        self.rgb.as_chunks::<3>().0.iter().map(|pixel| of(pixel) as u8).collect()
-    }
 }
 
 /// Turns a picture as EXIF's `orientation` asks, and as Pillow's `exif_transpose` does.
