@@ -13,6 +13,7 @@ mod session;
 mod text;
 
 pub use adapters::Adapted;
+#[cfg(feature = "cli")]
 pub(crate) use encoder::TextModel;
 pub use init_image::{EncodedPicture, InitImage, Original};
 pub use options::{EngineOptions, MemoryPlan, SessionOptions, Size};
