@@ -29,7 +29,7 @@ pub const PARAMETERS_KEYWORD: &str = "parameters";
 /// PNG keyword of [`GenerationInfo::json`].
 pub const JSON_KEYWORD: &str = "respodiff";
 
-/// PNG keyword of [`XMP`] (XMP specification part 3, section 1.1.5).
+/// PNG keyword of `XMP` (XMP specification part 3, section 1.1.5).
 pub const XMP_KEYWORD: &str = "XML:com.adobe.xmp";
 /// The XMP packet that is in the file of every generated picture. It says, in IPTC's words, that the picture is media
 /// made by a trained algorithm, as programs look for it that label such pictures. It is the same in every file, so
@@ -44,7 +44,7 @@ pub const XMP: &str = concat!(
     "</rdf:RDF></x:xmpmeta><?xpacket end=\"r\"?>",
 );
 
-/// [`XMP`] as the content of an APP1 segment of a JPEG file (XMP specification part 3, section 1.1.3).
+/// `XMP` as the content of an APP1 segment of a JPEG file (XMP specification part 3, section 1.1.3).
 #[cfg(feature = "eval")]
 pub(crate) fn xmp_segment() -> Vec<u8> {
     [b"http://ns.adobe.com/xap/1.0/\0", XMP.as_bytes()].concat()
@@ -102,7 +102,7 @@ impl Picture {
         Ok(Picture { width: columns, height: rows, rgb: values.iter().map(byte).collect() })
     }
 
-    /// Encodes a generated picture as PNG, with the mark that it is one ([`XMP`]). Each `(keyword, text)` becomes a
+    /// Encodes a generated picture as PNG, with the mark that it is one (`XMP`). Each `(keyword, text)` becomes a
     /// `tEXt` chunk if the text is Latin-1, else an `iTXt` chunk.
     ///
     /// # Errors

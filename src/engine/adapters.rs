@@ -19,7 +19,7 @@ pub struct Adapted<'a> {
 
 impl<'a> Adapted<'a> {
     /// # Errors
-    /// Those of reading the configurations, and of [`adapted`].
+    /// Those of reading the configurations, and of `adapted`.
     pub fn new(source: &'a Source, adapters: &[(Arc<Adapter>, f32)]) -> Result<Self> {
         if adapters.is_empty() {
             return Ok(Adapted { source, tensors: BTreeMap::new() });

@@ -94,7 +94,7 @@ pub struct ClipConfig {
     pub eos_token_id: i64,
     /// Channels of the projected pooled token, if the encoder has a projection.
     pub projection_dim: Option<usize>,
-    /// Rows of a second table of tokens, [`ADDED_TOKENS`], whose ids follow those of the vocabulary.
+    /// Rows of a second table of tokens, `ADDED_TOKENS`, whose ids follow those of the vocabulary.
     pub added_tokens: usize,
     /// The hidden states that a UNet reads.
     pub states: ClipStates,
