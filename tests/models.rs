@@ -6,7 +6,9 @@ mod support;
 use rayon::prelude::*;
 use respodiff::Device;
 use respodiff::graph::{Extent, Graph};
-use respodiff::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
+use respodiff::models::{
+    ClipConfig, MASK_AND_IMAGE, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder,
+};
 use respodiff::weights::Source;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -192,8 +194,13 @@ fn unet_errors(place: &Place, case: &Case) -> [(&'static str, f64); 2] {
     let graph = unet(&config, UNetInput { rows: n, h, w, tokens, shifted: 0 });
     let channels = [("mid", graph.shape(graph.output("mid")).c), ("sample", case.shape("out.sample")[1])];
     let timestep = case.floats("timestep");
+    // Models for inpainting read the mask and the masked picture behind the latents.
+    let pixels = nchw_to_nhwc(&case.floats("sample"), n, c);
+    let (latents, more): (Vec<&[f32]>, Vec<&[f32]>) =
+        pixels.chunks_exact(c).map(|pixel| pixel.split_at(config.out_channels)).unzip();
     let mut inputs = HashMap::from([
-        ("sample", nchw_to_nhwc(&case.floats("sample"), n, c)),
+        ("sample", latents.concat()),
+        (MASK_AND_IMAGE, more.concat()),
         ("timestep", (0..n).map(|i| timestep[i % timestep.len()]).collect()),
         ("encoder_hidden_states", case.floats("encoder_hidden_states")),
     ]);
