@@ -463,7 +463,7 @@ fn networks_that_are_something_else() {
         change(&mut original);
         original.refused(words);
     };
-    sd1(&|o| o.add(&format!("{unet}input_blocks.0.0.weight"), &[32, 9, 3, 3]), &["9 input", "inpainting"]);
+    sd1(&|o| o.add(&format!("{unet}input_blocks.0.0.weight"), &[32, 5, 3, 3]), &["5"]);
     sd1(&|o| o.add(&format!("{unet}input_blocks.1.1.time_stack.weight"), &[32, 9]), &["time_stack"]);
     sd1(&|o| o.add(&format!("{unet}middle_block.3.in_layers.0.weight"), &[32]), &["middle_block.3"]);
     sd1(&|o| drop(o.tensors.remove(&format!("{unet}out.2.bias"))), &["conv_out.bias", "incomplete"]);
