@@ -86,7 +86,7 @@ fn interval(text: &str) -> std::result::Result<(f32, f32), String> {
     numbers.ok_or_else(|| "write two timesteps with a comma between them, such as 900,200".into())
 }
 
-/// What the flags say.
+/// The settings that the flags choose.
 #[derive(Clone, Copy)]
 pub(super) struct Sampling {
     pub choice: SamplerChoice,

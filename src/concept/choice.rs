@@ -134,7 +134,7 @@ pub(crate) fn name_and_weight(text: &str, is_name: impl Fn(&str) -> bool) -> Res
     }
 }
 
-/// What each of `images` images gets: `all`, and one member of each group, by exact quotas or at random.
+/// The concepts of each of `images` images: `all`, and one member of each group, by exact quotas or at random.
 pub(crate) fn shared_out(
     all: &[Used],
     groups: &[NamedGroup],

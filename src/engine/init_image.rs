@@ -22,7 +22,7 @@ pub enum Original {
         /// The parts that are made anew are light, those that stay as they are dark; without a mask all is made anew.
         mask: Option<Arc<Picture>>,
     },
-    /// What [`Engine::encode_picture`] has made of a picture, and of its mask if it has one.
+    /// The result of [`Engine::encode_picture`] for a picture, and for its mask if it has one.
     Encoded(EncodedPicture),
 }
 
@@ -269,7 +269,7 @@ impl Engine {
         Ok(EncodedPicture(Arc::new(Encoding { size, picture, repaint, masked: moments.next(), encoder })))
     }
 
-    /// What a UNet that knows masks reads of an image that begins with noise: it paints everywhere.
+    /// The input of a UNet for inpainting if an image begins with noise: it paints everywhere.
     ///
     /// # Errors
     /// Those of [`Engine::encode_picture`].

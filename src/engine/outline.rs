@@ -1,4 +1,4 @@
-//! What a checkpoint's configuration tells, without its weights.
+//! A checkpoint's configuration, without its weights.
 
 use super::{MAX_BATCH, MAX_SIZE, SessionOptions, Size, read_config};
 use crate::diffusion::scheduler::{SamplerChoice, Schedule, SchedulerConfig};

@@ -75,7 +75,7 @@ struct InWork {
     total: usize,
 }
 
-/// What the rows of the UNet's batch are conditioned on.
+/// The conditioning of the rows of the UNet's batch.
 struct Placed {
     /// The slots of the rows.
     slots: Vec<usize>,
@@ -103,9 +103,9 @@ pub(super) struct Rows {
     options: SessionOptions,
     denoiser: Box<dyn Denoiser>,
     images: Vec<Option<InWork>>,
-    /// What the rows were conditioned on last.
+    /// The conditioning that was written last.
     placed: Option<Placed>,
-    /// What an image that begins with noise reads of a picture, for a UNet that knows masks.
+    /// For a UNet for inpainting: its mask and picture if an image begins with noise.
     blank: Option<EncodedPicture>,
 }
 

@@ -12,7 +12,7 @@ const BACKTRACK: usize = 20;
 /// ComfyUI splits only words of so many tokens or more between chunks.
 const LONG_WORD: usize = 8;
 
-/// What a text encoder reads at once.
+/// The input of one call of a text encoder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Chunk {
     /// [`Tokenizer::length`] ids: start, tokens of the prompt, end, padding.

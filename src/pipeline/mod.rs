@@ -50,7 +50,7 @@ pub struct Pipeline {
     hashes: Arc<OnceLock<Option<Hashes>>>,
 }
 
-/// What records tell of the weights.
+/// The weights as records name them.
 #[derive(Clone)]
 pub(crate) struct Hashes {
     /// SHA-256 of the UNet's files, if there are any.

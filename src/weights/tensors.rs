@@ -23,7 +23,7 @@ pub struct Tensors {
     index: HashMap<String, Entry>,
     /// True if there are no files, and every weight is random.
     random: bool,
-    /// What adapters add to tensors of these names.
+    /// The differences that adapters add to tensors of these names.
     changes: Arc<HashMap<String, Change>>,
 }
 

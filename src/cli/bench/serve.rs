@@ -124,7 +124,7 @@ impl Target {
     }
 }
 
-/// What came of some requests.
+/// The outcomes of some requests.
 #[derive(Default)]
 struct Outcome {
     done: Vec<[f64; 3]>,

@@ -26,7 +26,7 @@ pub(super) struct Line {
     pub(super) event: Event,
 }
 
-/// What a line tells.
+/// The event that a line records.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 pub(super) enum Event {

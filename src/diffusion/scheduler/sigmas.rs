@@ -77,7 +77,7 @@ impl Setup<'_> {
         continuous && self.sampler == Sampler::Euler && self.prediction == Prediction::Velocity
     }
 
-    /// What the model reads for the timestep of a sigma.
+    /// The timestep that the model reads at a sigma.
     fn timestep_of(&self, sigma: f64) -> f64 {
         if self.is_continuous() { 0.25 * sigma.ln() } else { self.table.timestep(sigma) }
     }

@@ -262,7 +262,7 @@ impl Module {
     }
 }
 
-/// What is wrong with a module.
+/// The problem of a module.
 pub(super) enum Problem {
     /// A problem of the module, as the second half of a sentence that its name begins.
     Module(String),
