@@ -1,8 +1,10 @@
-//! The flags of a second pass at a larger size.
+//! A second pass at a larger size, and the passes of a run.
 
-use crate::engine::{InitImage, Request, Size, Start};
+use super::init_image::Canvas;
+use crate::engine::{Engine, InitImage, Output, Progress, Request, Session, SessionOptions, Size, Start};
 use crate::image::{Filter, Picture, UsedHires};
 use crate::{Error, Result};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 /// The choice of a second pass.
@@ -76,5 +78,65 @@ impl Pass {
         };
         let images = first.images.iter().zip(pictures).map(|(image, picture)| image.clone().start(begin(picture)));
         Request { images: images.collect(), ..first.clone() }.steps(self.steps)
+    }
+}
+
+/// The passes over one batch after another, and what they begin with.
+pub(super) struct Passes<'a> {
+    engine: &'a Engine,
+    canvas: Option<&'a Canvas>,
+    second: Option<&'a Pass>,
+    /// The sessions of the passes, made for the latest batch's shape.
+    sessions: Option<(Session, Option<Session>)>,
+}
+
+impl<'a> Passes<'a> {
+    /// Sessions are made when a batch needs them.
+    pub(super) fn new(engine: &'a Engine, canvas: Option<&'a Canvas>, second: Option<&'a Pass>) -> Self {
+        Passes { engine, canvas, second, sessions: None }
+    }
+
+    /// Makes the session of the first pass.
+    ///
+    /// # Errors
+    /// Those of [`Engine::session`].
+    pub(super) fn prepare(&mut self, options: SessionOptions) -> Result<()> {
+        if self.sessions.as_ref().is_none_or(|(session, _)| session.options() != options) {
+            // The sessions of another shape are dropped first, to free their memory.
+            self.sessions = None;
+            self.sessions = Some((self.engine.session(options)?, None));
+        }
+        Ok(())
+    }
+
+    /// Makes the pictures of a request; fewer, or none, if `follow` broke off. `follow` is told of each step, and the
+    /// pass that it belongs to, counted from 0.
+    ///
+    /// # Errors
+    /// Those of [`Engine::session`] and [`Session::generate`].
+    pub(super) fn make(
+        &mut self,
+        options: SessionOptions,
+        request: &Request,
+        follow: &mut dyn FnMut(Progress, usize) -> ControlFlow<()>,
+    ) -> Result<Output> {
+        self.prepare(options)?;
+        let (session, larger) = self.sessions.as_mut().ok_or_else(|| Error::internal("no session"))?;
+        let mut output = session.generate(request, &mut |progress| follow(progress, 0))?;
+        if let Some(pass) = self.second {
+            if output.pictures.len() < options.batch {
+                return Ok(Output { pictures: Vec::new(), latents: Vec::new() });
+            }
+            let request = pass.request(request, &output.pictures);
+            let larger = match larger {
+                Some(session) => session,
+                none => none.insert(self.engine.session(options.size(pass.size))?),
+            };
+            output = larger.generate(&request, &mut |progress| follow(progress, 1))?;
+        }
+        if let Some(canvas) = self.canvas {
+            output.pictures = output.pictures.into_iter().map(|picture| canvas.finish(picture)).collect();
+        }
+        Ok(output)
     }
 }

@@ -1,6 +1,6 @@
 //! `respodiff rerun`: it generates a picture again from the record in its PNG file, or from A1111's text there.
 
-use super::hires::Pass;
+use super::hires::{Pass, Passes};
 use super::init_image::{self, Canvas};
 use super::progress::Progress as Shown;
 use super::{Place, adapters, hashes, interrupt_flag, model, out, say, tell, text, warn};
@@ -113,26 +113,17 @@ pub(super) fn remake(
         .chunks(chunks);
     let cancelled = interrupt_flag();
     let shown = Shown::new("sampling", info.steps as u64, "steps");
-    let mut follow = |progress| {
+    let mut follow = |progress, _pass| {
         if let Progress::Step { done, total } = progress {
             shown.set_total(total as u64);
             shown.set(done as u64, "");
         }
         if cancelled.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
-    let mut output = engine.session(options)?.generate(&request, &mut follow);
-    if let (Some(used), Ok(first)) = (&info.hires, &output) {
-        let pass = Pass::of_record(used, size);
-        let request = pass.request(&request, &first.pictures);
-        output = engine.session(options.size(pass.size))?.generate(&request, &mut follow);
-    }
+    let second = info.hires.as_ref().map(|used| Pass::of_record(used, size));
+    let output = Passes::new(engine, canvas.as_ref(), second.as_ref()).make(options, &request, &mut follow);
     shown.finish();
-    let output = output?;
-    let picture = output.pictures.into_iter().next().ok_or_else(|| Error::internal("a run without a picture"))?;
-    Ok(match &canvas {
-        Some(canvas) => canvas.finish(picture),
-        None => picture,
-    })
+    output?.pictures.into_iter().next().ok_or_else(|| Error::internal("a run without a picture"))
 }
 
 /// The picture that the recorded one began with.
