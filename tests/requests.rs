@@ -55,6 +55,126 @@ fn files_are_those_of_the_command_line() {
     }
 }
 
+fn golden(name: &str) -> String {
+    format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A pipeline as programs in other languages open it.
+fn found(checkpoint: &str, options: &str) -> respodiff::Result<Pipeline> {
+    let hub = || respodiff::hub::HubConfig::from_variables(|_| None);
+    Pipeline::find(&golden(checkpoint), options.as_bytes(), &hub)
+}
+
+/// Prompts in every syntax, of one chunk and of several, with clip skip, embeddings and words for SDXL's second encoder.
+#[test]
+fn prompts_are_read_as_on_the_command_line() {
+    let (sd1, xl) = (golden("checkpoints/sd1"), golden("checkpoints/sdxl"));
+    let words = golden("embeddings/a1111-toy.pt");
+    let options = format!(r#"{{"device": "cpu", "embeddings": ["{words}"], "max_batch": 3}}"#);
+    let pipelines = [found("checkpoints/sd1", &options), found("checkpoints/sdxl", r#"{"device": "cpu"}"#)];
+    let [one, two] = pipelines.map(Result::unwrap);
+    let long = format!("a (cat:1.3), {}BREAK a1111-toy", "word, ".repeat(80));
+    let sd1 = ["--model", sd1.as_str(), "--embedding", words.as_str()];
+    for (pipeline, fields, args) in [
+        (&one, String::new(), &["a cat"][..]),
+        (
+            &one,
+            format!(r#""prompt": "{long}", "prompt_syntax": "a1111", "clip_skip": 2, "n": 2,"#),
+            &[&long, "--prompt-syntax", "a1111", "--clip-skip", "2", "--batch", "2"],
+        ),
+        (
+            &one,
+            format!(r#""prompt": "a dog", "negative_prompt": "{long}", "prompt_syntax": "comfy", "seed": 9,"#),
+            &["a dog", "-n", &long, "--prompt-syntax", "comfy", "--seed", "9"],
+        ),
+        (
+            &two,
+            r#""prompt": "a dog", "prompt_2": "a (red:1.4) one", "negative_prompt_2": "x", "prompt_syntax": "a1111","#
+                .into(),
+            &["a dog", "--prompt-2", "a (red:1.4) one", "--negative-prompt-2", "x", "--prompt-syntax", "a1111"],
+        ),
+    ] {
+        let prompt = if fields.is_empty() { r#""prompt": "a cat","# } else { "" };
+        let seed = if fields.contains("seed") { "" } else { r#""seed": 4,"# };
+        let request = format!("{{{prompt}{fields}{seed}\"num_inference_steps\": 2}}");
+        let model: &[&str] = if std::ptr::eq(pipeline, &one) { &sd1 } else { &["--model", &xl] };
+        let seed: &[&str] = if args.contains(&"--seed") { &[] } else { &["--seed", "4"] };
+        let answer = asked(pipeline, &request).unwrap();
+        assert!(answer.warnings.is_empty(), "{:?}", answer.warnings);
+        assert!(files(&answer) == sampled(&[args, model, seed, &["--steps", "2"]].concat()), "{request}");
+    }
+    // Prompts of one and of three chunks in one request are each what they are alone.
+    let both = format!(
+        r#"{{"prompt": ["a cat", "{long}", "a dog"], "seed": 1, "prompt_syntax": "a1111",
+        "num_inference_steps": 2}}"#
+    );
+    let both = files(&asked(&one, &both).unwrap());
+    for (i, prompt) in ["a cat", &long, "a dog"].into_iter().enumerate() {
+        let seed = (i + 1).to_string();
+        let args = [prompt, "--prompt-syntax", "a1111", "--seed", &seed, "--steps", "2"];
+        assert!(both[i..=i] == sampled(&[&args[..], &sd1].concat()), "{prompt}");
+    }
+    let suspect = asked(&one, r#"{"prompt": "a (cat:1.3)", "num_inference_steps": 1}"#).unwrap();
+    assert!(suspect.warnings.len() == 1 && suspect.warnings[0].contains("prompt_syntax"), "{:?}", suspect.warnings);
+    for (fields, text) in [
+        (r#""prompt": "a AND b", "prompt_syntax": "a1111""#, "prompt: `AND`"),
+        (r#""prompt": "[a:b:0.5]", "prompt_syntax": "a1111""#, "prompt: `[a:b:0.5]`"),
+        (r#""prompt": "x", "negative_prompt": "a AND b", "prompt_syntax": "a1111""#, "negative_prompt: `AND`"),
+        (r#""prompt": "x", "negative_prompt": "<lora:a>", "prompt_syntax": "a1111""#, "negative_prompt: "),
+        (r#""prompt": "embedding:none", "prompt_syntax": "comfy""#, "prompt: there is no embedding `none`"),
+        (r#""prompt": "x", "prompt_syntax": "invoke""#, "prompt_syntax: `invoke`"),
+        (r#""prompt": "x", "clip_skip": 0"#, "clip_skip: 0"),
+        (r#""prompt": "x", "clip_skip": 99"#, "clip_skip: 99"),
+        (r#""prompt": "x", "prompt_2": "y""#, "prompt_2: "),
+        (r#""prompt": "x", "negative_prompt_2": "y""#, "negative_prompt_2: "),
+        (r#""prompt": "x", "prompt_2": "y\u0000""#, "prompt_2: the text holds a NUL"),
+    ] {
+        let error = asked(&one, &format!("{{{fields}}}")).unwrap_err().to_string();
+        assert!(error.starts_with(text), "{fields}: {error}");
+    }
+}
+
+/// Adapters by name and by tag, other ones for each prompt, and what they leave behind.
+#[test]
+fn adapters_are_those_of_the_command_line() {
+    let (model, loras) = (golden("checkpoints/sd1"), golden("adapters"));
+    let options = format!(r#"{{"device": "cpu", "lora_folder": "{loras}", "max_batch": 2}}"#);
+    let pipeline = found("checkpoints/sd1", &options).unwrap();
+    let file = format!("{loras}/sd1_loha.safetensors");
+    let plain = r#"{"prompt": "a cat", "seed": 1, "num_inference_steps": 2}"#;
+    let before = files(&asked(&pipeline, plain).unwrap());
+    let made = |fields: &str| {
+        files(&asked(&pipeline, &format!(r#"{{{fields}, "seed": 1, "num_inference_steps": 2}}"#)).unwrap())
+    };
+    let base = ["--model", &model, "--lora-folder", &loras, "--steps", "2", "--seed", "1"];
+    let named = made(&format!(r#""prompt": "a cat", "loras": [{{"name": "sd1_kohya", "weight": 0.5}}, "{file}"]"#));
+    assert!(named == sampled(&[&base[..], &["a cat", "--lora", "sd1_kohya:0.5", "--lora", &file]].concat()));
+    let a1111 = ["--prompt-syntax", "a1111"];
+    let tagged = made(r#""prompt": "a cat <lora:sd1_kohya:0.5> ", "prompt_syntax": "a1111""#);
+    assert!(tagged == sampled(&[&base[..], &a1111, &["a cat <lora:sd1_kohya:0.5> "]].concat()));
+    assert!(named[0] != before[0] && tagged[0] != before[0]);
+    // Four prompts, of which two have an adapter and two have none.
+    let prompts = ["a cat <lora:sd1_kohya>", "a dog", "a cow <lora:sd1_kohya:1>", "a hen"];
+    let both = made(&format!(r#""prompt": {prompts:?}, "prompt_syntax": "a1111""#));
+    for (i, prompt) in prompts.into_iter().enumerate() {
+        let seed = (i + 1).to_string();
+        let args = [&base[..6], &a1111, &["--seed", &seed, prompt]].concat();
+        assert!(both[i..=i] == sampled(&args), "{prompt}");
+    }
+    assert!(files(&asked(&pipeline, plain).unwrap()) == before, "without adapters it is the model as it was");
+    for (fields, kind, word) in [
+        (r#""loras": ["none"]"#, ErrorKind::NotFound, "no adapter called `none`"),
+        (r#""loras": [{"name": "sd1_kohya", "weight": 1e300}]"#, ErrorKind::Invalid, "loras: inf"),
+        (r#""loras": ["sdxl_lokr"]"#, ErrorKind::Mismatch, "sdxl_lokr"),
+    ] {
+        let error = asked(&pipeline, &format!(r#"{{"prompt": "x", {fields}}}"#)).unwrap_err();
+        assert!(error.kind() == kind && error.to_string().contains(word), "{fields}: {error}");
+    }
+    let many = format!(r#"{{"prompt": "x", "loras": [{}"sd1_kohya"]}}"#, r#""sd1_kohya","#.repeat(64));
+    assert!(asked(&pipeline, &many).unwrap_err().to_string().contains("more than 64"));
+    assert!(files(&asked(&pipeline, plain).unwrap()) == before);
+}
+
 #[test]
 fn a_cancelled_request_leaves_nothing_behind() {
     let pipeline = pipeline(4);

@@ -56,7 +56,7 @@ impl From<ErrorKind> for Code {
     }
 }
 
-/// What failed.
+/// A failure.
 pub struct Failure {
     code: Code,
     message: CString,
@@ -135,7 +135,7 @@ pub unsafe extern "C" fn respodiff_error_message(error: *const Failure) -> *cons
     unsafe { error.as_ref() }.map_or(null(), |failure| failure.message.as_ptr())
 }
 
-/// What an error is about: a field of the request, an argument, a file or a model; empty if it is nothing in
+/// Names the field of the request, the argument, the file or the model that an error is about; empty if it is nothing in
 /// particular. NULL for NULL.
 ///
 /// # Safety
@@ -146,7 +146,7 @@ pub unsafe extern "C" fn respodiff_error_subject(error: *const Failure) -> *cons
     unsafe { error.as_ref() }.map_or(null(), |failure| failure.subject.as_ptr())
 }
 
-/// What to do about an error, or NULL.
+/// Tells what to do about an error; NULL if there is nothing to tell.
 ///
 /// # Safety
 /// `error` is NULL or an error that was not freed.

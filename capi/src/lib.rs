@@ -120,8 +120,9 @@ pub extern "C" fn respodiff_version() -> *const c_char {
 /// taken from the local cache or downloaded. `options` is NULL or a JSON object: "device" ("auto", "cpu", "cuda",
 /// "cuda:1"), "precision" ("full", "bf16", "int8"), "tokenizer" ("fast", "slow"), "vae", "text_encoder" and
 /// "text_encoder_2" (folders or files in place of the checkpoint's own), "ema" (true for moving averages), "loras" (a
-/// list of files, or of {"file": "a.safetensors", "weight": 0.8}), "max_batch" (the most pictures that are made at
-/// once, 8 by default).
+/// list of files, or of {"file": "a.safetensors", "weight": 0.8}), "lora_folder" (a folder in which requests find such
+/// adapters by name), "embeddings" (a list of files and folders with learnt words), "max_batch" (the most pictures that
+/// are made at once, 8 by default).
 ///
 /// # Safety
 /// The texts end with NUL; `engine` and `error` may be written, or are NULL.
@@ -150,7 +151,7 @@ pub unsafe extern "C" fn respodiff_engine_open(
     unsafe { call(error, open) }
 }
 
-/// What an engine is: a JSON object with "version", "model", "device", "width", "height", "guidance_scale",
+/// Describes an engine by a JSON object with "version", "model", "device", "width", "height", "guidance_scale",
 /// "max_batch", "bottleneck", and lists of the "samplers" and of the demo's "concepts". NULL for NULL.
 ///
 /// # Safety
@@ -244,8 +245,9 @@ pub unsafe extern "C" fn respodiff_engine_name_concept(
 /// Makes the pictures of a request: a JSON object with the fields of `respodiff serve`, of which "prompt" alone is
 /// needed: "prompt" (a text or a list of texts), "negative_prompt", "n" (pictures of each prompt), "size" ("512x512")
 /// or "width" and "height", "seed", "num_inference_steps", "guidance_scale", "sampler", "concepts" (["woman", {"name":
-/// "old.safetensors", "weight": 0.8}]), "balance" (["woman", "man"], or a list of such lists). A field that is not
-/// known is an error. `progress` is NULL or called between steps, with `user`.
+/// "old.safetensors", "weight": 0.8}]), "balance" (["woman", "man"], or a list of such lists), "loras" (adapters of this
+/// request: files, names in "lora_folder", or {"name": "a", "weight": 0.8}), "prompt_syntax" ("plain", "a1111", "comfy"),
+/// "clip_skip", and for SDXL "prompt_2" and "negative_prompt_2". A field that is not known is an error. `progress` is NULL or called between steps, with `user`.
 ///
 /// # Safety
 /// `engine` is NULL or was not freed; the text ends with NUL; `result` and `error` may be written, or are NULL.
@@ -342,7 +344,7 @@ pub unsafe extern "C" fn respodiff_result_pixels(result: *const Pictures, index:
     unsafe { picture(result, index) }.map_or(null(), |kept| kept.made.picture.rgb.as_ptr())
 }
 
-/// How a picture was made, with its concepts, as the JSON object that is in its file. NULL if there is none.
+/// Tells how a picture was made, with its concepts, by the JSON object that is in its file. NULL if there is none.
 ///
 /// # Safety
 /// `result` is NULL or was not freed.
@@ -419,7 +421,7 @@ pub unsafe extern "C" fn respodiff_result_free(result: *mut Pictures) {
     unsafe { free(result) };
 }
 
-// What the header promises of threads.
+// The header promises this of threads.
 const _: () = {
     const fn is_shared<T: Send + Sync>() {}
     is_shared::<Engine>();

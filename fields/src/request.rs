@@ -12,6 +12,14 @@ pub struct Request {
     pub prompts: Vec<String>,
     /// The words that say what to avoid.
     pub negative_prompt: Option<String>,
+    /// The prompt of SDXL's second text encoder; by default the prompt.
+    pub prompt_2: Option<String>,
+    /// The negative prompt of SDXL's second text encoder; by default the negative prompt.
+    pub negative_prompt_2: Option<String>,
+    /// The syntax of all prompts: `plain`, `a1111` or `comfy`; plain by default.
+    pub prompt_syntax: Option<String>,
+    /// Clip skip as A1111 counts it; 1, the default, skips nothing.
+    pub clip_skip: Option<usize>,
     /// Number of pictures of each prompt.
     pub n: usize,
     /// Width in pixels; the checkpoint's own by default.
@@ -34,6 +42,8 @@ pub struct Request {
     pub concepts: Vec<String>,
     /// Groups of concepts, of which each picture gets one by exact quotas: `woman,man` or `woman,man=0.6,0.4`.
     pub balance: Vec<String>,
+    /// Adapters that change the model for every picture: names and weights.
+    pub loras: Vec<(String, f32)>,
 }
 
 /// A text, or a list of texts.
@@ -44,10 +54,10 @@ enum Prompts {
     Several(Vec<String>),
 }
 
-/// `woman`, or `{"name": "woman", "weight": 0.8}`.
+/// `woman`, or `{"name": "woman", "weight": 0.8}`; likewise for adapters.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Concept {
+enum Named {
     Name(String),
     Weighted { name: String, weight: Option<f32> },
 }
@@ -74,11 +84,26 @@ impl Balance {
     }
 }
 
-fn named(concept: Concept) -> String {
-    match concept {
-        Concept::Name(name) | Concept::Weighted { name, weight: None } => name,
-        Concept::Weighted { name, weight: Some(weight) } => format!("{name}:{weight}"),
+impl Named {
+    fn parts(self) -> (String, Option<f32>) {
+        match self {
+            Named::Name(name) => (name, None),
+            Named::Weighted { name, weight } => (name, weight),
+        }
     }
+}
+
+/// A concept as [`Request::concepts`] has it.
+fn concept(named: Named) -> String {
+    match named.parts() {
+        (name, None) => name,
+        (name, Some(weight)) => format!("{name}:{weight}"),
+    }
+}
+
+fn lora(named: Named) -> (String, f32) {
+    let (name, weight) = named.parts();
+    (name, weight.unwrap_or(1.0))
 }
 
 fn size(text: &str) -> Result<(usize, usize), Wrong> {
@@ -117,7 +142,9 @@ impl Request {
         let seed = seed
             .filter(|seed| *seed != -1)
             .map(|seed| u64::try_from(seed).map_err(|_| Wrong::new("seed", format!("{seed} is not {SEED}"))));
-        let concepts: Option<Vec<Concept>> = fields.take("concepts", "a list of names, or of {name, weight}")?;
+        const NAMED: &str = "a list of names, or of {name, weight}";
+        let concepts: Option<Vec<Named>> = fields.take("concepts", NAMED)?;
+        let loras: Option<Vec<Named>> = fields.take("loras", NAMED)?;
         let balance: Option<Balance> = fields.take("balance", "a list of names, or of lists of names")?;
         Ok(Request {
             model: None,
@@ -127,13 +154,18 @@ impl Request {
             height: sides.map(|(_, height)| height).or(height),
             seed: seed.transpose()?,
             negative_prompt: fields.take("negative_prompt", "a text")?,
+            prompt_2: fields.take("prompt_2", "a text")?,
+            negative_prompt_2: fields.take("negative_prompt_2", "a text")?,
+            prompt_syntax: fields.take("prompt_syntax", "plain, a1111 or comfy")?,
+            clip_skip: fields.take("clip_skip", WHOLE)?,
             steps: fields.take("num_inference_steps", WHOLE)?,
             guidance: fields.take("guidance_scale", "a number")?,
             guidance_rescale: fields.take("guidance_rescale", "a number")?,
             sampler: fields.take("sampler", "a text")?,
             eta: fields.take("eta", "a number")?,
-            concepts: concepts.unwrap_or_default().into_iter().map(named).collect(),
+            concepts: concepts.unwrap_or_default().into_iter().map(concept).collect(),
             balance: balance.map_or_else(Vec::new, Balance::groups),
+            loras: loras.unwrap_or_default().into_iter().map(lora).collect(),
         })
     }
 }
@@ -159,13 +191,18 @@ mod tests {
     fn every_field_is_taken() {
         let text = r#"{"prompt": ["a", "b"], "negative_prompt": "c", "n": 2, "width": 72, "height": 64,
             "seed": 18446744073709551615, "num_inference_steps": 9, "guidance_scale": 2.5,
-            "guidance_rescale": 0.5, "sampler": "Euler a", "eta": 0.25,
+            "guidance_rescale": 0.5, "sampler": "Euler a", "eta": 0.25, "prompt_2": "k", "negative_prompt_2": "l",
+            "prompt_syntax": "comfy", "clip_skip": 2, "loras": ["m", {"name": "o", "weight": -0.5}],
             "concepts": ["d", {"name": "e", "weight": 0.5}, {"name": "f"}], "balance": [["g", "h"], ["i", "j"]]}"#;
         let texts = |list: &[&str]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
         let expected = Request {
             model: None,
             prompts: texts(&["a", "b"]),
             negative_prompt: Some("c".into()),
+            prompt_2: Some("k".into()),
+            negative_prompt_2: Some("l".into()),
+            prompt_syntax: Some("comfy".into()),
+            clip_skip: Some(2),
             n: 2,
             width: Some(72),
             height: Some(64),
@@ -177,6 +214,7 @@ mod tests {
             eta: Some(0.25),
             concepts: texts(&["d", "e:0.5", "f"]),
             balance: texts(&["g,h", "i,j"]),
+            loras: vec![("m".into(), 1.0), ("o".into(), -0.5)],
         };
         assert_eq!(taken(text).unwrap(), expected);
         let sized = taken(r#"{"prompt": "x", "size": "72x64", "balance": ["woman", "man"]}"#).unwrap();
@@ -199,6 +237,9 @@ mod tests {
             (r#"{"prompt": "x", "seed": 18446744073709551616}"#, Some("seed"), "a whole number"),
             (r#"{"prompt": "x", "size": "64"}"#, Some("size"), "512x512"),
             (r#"{"prompt": "x", "size": "64x64", "width": 64}"#, Some("size"), "twice"),
+            (r#"{"prompt": "x", "clip_skip": -1}"#, Some("clip_skip"), "a whole number"),
+            (r#"{"prompt": "x", "prompt_syntax": 3}"#, Some("prompt_syntax"), "a1111"),
+            (r#"{"prompt": "x", "loras": "m"}"#, Some("loras"), "a list"),
             (r#"{"prompt": "x", "guidance_scale": "high"}"#, Some("guidance_scale"), "a number"),
             (r#"{"prompt": "x", "negative-prompt": "y"}"#, Some("negative-prompt"), "`negative_prompt`"),
             (r#"{"prompt": "x", "guidance": 3}"#, Some("guidance"), "`guidance_scale`"),

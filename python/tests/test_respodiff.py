@@ -78,6 +78,24 @@ def test_options_of_the_engine_are_in_the_files(program: str, tmp_path: Path) ->
     assert caught.value.kind == "not_found"
 
 
+def test_prompts_and_adapters_of_calls_are_those_of_the_command(program: str, tmp_path: Path) -> None:
+    golden = ROOT / "tests" / "golden"
+    folder, loras = golden / "checkpoints" / "sd1", golden / "adapters"
+    words = golden / "embeddings" / "a1111-toy.pt"
+    engine = respodiff.Engine(folder, device="cpu", lora_folder=loras, embeddings=[words])
+    before = engine.generate("a dog", seed=3, steps=2)[0].png
+    prompt = "a (dog:1.3), " + "word, " * 80 + "a1111-toy <lora:sd1_loha:0.5>"
+    made = engine.generate(
+        prompt, seed=3, steps=2, prompt_syntax="a1111", clip_skip=2, loras=[(loras / "sd1_kohya.safetensors", 0.5)]
+    )
+    flags = [prompt, "--model", str(folder), "--seed", "3", "--steps", "2", "--prompt-syntax", "a1111"]
+    flags += ["--clip-skip", "2", "--embedding", str(words), "--lora-folder", str(loras)]
+    flags += ["--lora", str(loras / "sd1_kohya.safetensors") + ":0.5"]
+    assert [made[0].png] == sampled(program, tmp_path / "a", *flags)
+    assert [used["name"] for used in made[0].info["adapters"]] == ["sd1_kohya", "sd1_loha"]
+    assert engine.generate("a dog", seed=3, steps=2)[0].png == before
+
+
 def test_pictures_are_arrays_and_images(engine: respodiff.Engine, tmp_path: Path) -> None:
     picture = engine.generate("a nurse", width=72, height=64, seed=4, steps=2)[0]
     array = np.asarray(picture)
@@ -183,6 +201,11 @@ def test_warnings(engine: respodiff.Engine) -> None:
         ({"concepts": "/dev/null"}, "damaged", "/dev/null", "safetensors"),
         ({"concepts": [("woman", float("inf"))]}, "invalid", "concepts", "inf"),
         ({"balance": ["woman"]}, "invalid", "balance", "two concepts"),
+        ({"prompt_syntax": "invoke"}, "invalid", "prompt_syntax", "a1111"),
+        ({"prompt": "a AND b", "prompt_syntax": "a1111"}, "unsupported", "prompt", "lower case"),
+        ({"clip_skip": 0}, "invalid", "clip_skip", "give 1"),
+        ({"prompt_2": "y"}, "invalid", "prompt_2", "leave it out"),
+        ({"loras": ["none.safetensors"]}, "not_found", "none.safetensors", ""),
         ({"balance": "woman,man=1"}, "invalid", "balance", "share"),
         ({"width": 8192, "height": 8192, "n": 4}, "out_of_memory", None, "GiB"),
     ],

@@ -18,7 +18,7 @@ pub struct Caller {
 pub struct Work {
     /// Id of the model.
     pub model: String,
-    /// Width and height in pixels. Images of one model and size run in one batch.
+    /// Width and height in pixels.
     pub size: (usize, usize),
     /// Seed of the picture.
     pub seed: u64,
@@ -39,6 +39,10 @@ pub struct Model {
     pub samplers: Vec<String>,
     /// Names of the concepts that it may be asked for.
     pub concepts: Vec<String>,
+    /// Names of the LoRAs that it may be asked for, of which some may be for other models.
+    pub loras: Vec<String>,
+    /// Learnt words that its prompts may use.
+    pub embeddings: Vec<String>,
     /// SHA-256 of its weights, if it is known.
     pub sha256: Option<String>,
     /// True if its weights are in memory; others are loaded when they are asked for.
@@ -71,15 +75,19 @@ pub trait Backend: Send + Sync + 'static {
     /// As for [`Backend::plan`].
     fn estimate(&self, request: &Request) -> Result<Estimate, Problem>;
 
-    /// Makes a batch for pictures of a model and size. It is called on the thread that runs the batch.
+    /// Makes a batch for pictures like this one. It is called on the thread that runs the batch.
     ///
     /// # Errors
     /// A lack of memory, mostly.
-    fn open(&self, model: &str, size: (usize, usize)) -> Result<Box<dyn Batch>, Problem>;
+    fn open(&self, work: &Work) -> Result<Box<dyn Batch>, Problem>;
 }
 
 /// A batch that images join and leave between steps.
 pub trait Batch: Send {
+    /// True if an image is one of those for which the batch was made: of its model and size, and of all else that its
+    /// images must have in common. It is called often, and must not take long.
+    fn fits(&self, work: &Work) -> bool;
+
     /// The number of images that may join.
     fn free(&self) -> usize;
 

@@ -1,8 +1,8 @@
 //! The bounded queue, and the thread that takes its images through a running batch.
 //!
-//! One thread owns the engine's batch. Between steps it lets images of the queue's head join as long as they are of the
-//! batch's model and size; one of another model or size waits until the batch is empty. So order is kept, and no image
-//! waits for more than those before it. An image whose receiver is gone is taken out before the next step.
+//! One thread owns the engine's batch. Between steps it lets images of the queue's head join as long as they fit the batch;
+//! one of another model, size or the like waits until the batch is empty. So order is kept, and no image waits for more
+//! than those before it. An image whose receiver is gone is taken out before the next step.
 
 use crate::backend::{Backend, Batch, Event, Kind, Picture, Problem, Work};
 use crate::metrics::Metrics;
@@ -104,7 +104,7 @@ impl Queue {
         metrics: Arc<Metrics>,
     ) -> std::io::Result<(Self, std::thread::JoinHandle<()>)> {
         let queue = Queue(Arc::new(Shared { state: Mutex::default(), changed: Condvar::new(), capacity, metrics }));
-        let worker = Worker { queue: queue.clone(), backend, running: None, images: HashMap::new() };
+        let worker = Worker { queue: queue.clone(), backend, batch: None, images: HashMap::new() };
         let ended = Ended(queue.clone());
         let work = move || {
             let _ended = ended;
@@ -176,13 +176,6 @@ impl Queue {
     }
 }
 
-/// The batch of the moment.
-struct Running {
-    model: String,
-    size: (usize, usize),
-    batch: Box<dyn Batch>,
-}
-
 /// Closes the queue when the thread of the batch ends, whatever ended it.
 struct Ended(Queue);
 
@@ -195,7 +188,8 @@ impl Drop for Ended {
 struct Worker {
     queue: Queue,
     backend: Arc<dyn Backend>,
-    running: Option<Running>,
+    /// The batch of the moment.
+    batch: Option<Box<dyn Batch>>,
     images: HashMap<u64, InWork>,
 }
 
@@ -226,9 +220,7 @@ impl Worker {
         loop {
             let mut state = self.queue.lock();
             let Some(head) = state.waiting.front() else { return };
-            let fits = self.running.as_ref().is_some_and(|running| {
-                running.model == head.work.model && running.size == head.work.size && running.batch.free() > 0
-            });
+            let fits = self.batch.as_ref().is_some_and(|batch| batch.fits(&head.work) && batch.free() > 0);
             let gone = head.updates.is_closed() || head.wishes.deadline.is_some_and(|at| at <= Instant::now());
             if !fits && !gone && !self.images.is_empty() {
                 return;
@@ -251,12 +243,11 @@ impl Worker {
         let Waiting { work, wishes, since, updates } = waiting;
         if !fits {
             // The memory of the last batch is freed before that of the next is taken.
-            self.running = None;
-            let batch = self.backend.open(&work.model, work.size)?;
-            self.running = Some(Running { model: work.model.clone(), size: work.size, batch });
+            self.batch = None;
+            self.batch = Some(self.backend.open(work)?);
         }
-        let Some(running) = &mut self.running else { return Ok(()) };
-        let id = running.batch.join(work)?;
+        let Some(batch) = &mut self.batch else { return Ok(()) };
+        let id = batch.join(work)?;
         let began = Instant::now();
         self.queue.0.metrics.waited(began - *since);
         let (wishes, since, updates) = (*wishes, *since, updates.clone());
@@ -270,8 +261,8 @@ impl Worker {
         let gone: Vec<u64> =
             self.images.iter().filter(|(_, i)| i.updates.is_closed() || over(i)).map(|(id, _)| *id).collect();
         for id in gone {
-            if let Some(running) = &mut self.running {
-                running.batch.cancel(id);
+            if let Some(batch) = &mut self.batch {
+                batch.cancel(id);
             }
             if let Some(image) = self.images.remove(&id) {
                 self.give_up(&image.updates);
@@ -286,7 +277,7 @@ impl Worker {
     }
 
     fn step(&mut self) {
-        let Some(Running { batch, .. }) = self.running.as_mut().filter(|_| !self.images.is_empty()) else { return };
+        let Some(batch) = self.batch.as_mut().filter(|_| !self.images.is_empty()) else { return };
         let began = Instant::now();
         let events = match batch.step() {
             Ok(events) => events,
@@ -294,7 +285,7 @@ impl Worker {
                 for (_, image) in self.images.drain() {
                     let _ = image.updates.send(Err(problem.clone()));
                 }
-                self.running = None;
+                self.batch = None;
                 return;
             }
         };

@@ -43,10 +43,12 @@ impl Latest {
     }
 }
 
-/// The one of A1111's settings that means something here.
-#[derive(Deserialize)]
+/// Those of A1111's settings that mean something here.
+#[derive(Default, Deserialize)]
 struct Overrides {
     sd_model_checkpoint: Option<String>,
+    #[serde(rename = "CLIP_stop_at_last_layers")]
+    clip_skip: Option<usize>,
 }
 
 /// `POST /sdapi/v1/txt2img`.
@@ -74,10 +76,15 @@ pub async fn txt2img(
     if !(1..=64).contains(&n) {
         return Err(Problem::invalid("batch_size", format!("{n} pictures are not possible; make 1 to 64 at once")));
     }
+    let syntax: Option<String> = fields.take("prompt_syntax", "plain, a1111 or comfy")?;
+    let settings = settings.unwrap_or_default();
     let request = Request {
-        model: settings.and_then(|settings| settings.sd_model_checkpoint),
+        model: settings.sd_model_checkpoint,
         prompts: vec![prompt.unwrap_or_default()],
         negative_prompt: negative.filter(|text| !text.is_empty()),
+        // Clients of this route mean the syntax of the program whose route it is.
+        prompt_syntax: syntax.or_else(|| Some("a1111".into())),
+        clip_skip: settings.clip_skip,
         n,
         width: width.or(height),
         height: height.or(width),
@@ -89,6 +96,7 @@ pub async fn txt2img(
         eta: fields.take("eta", "a number")?,
         concepts: concepts.unwrap_or_default(),
         balance: balance.unwrap_or_default(),
+        ..Request::default()
     };
     let works = app.plan(request, &caller).await?;
     let latest = app.webui.of(&caller);
@@ -166,6 +174,25 @@ pub async fn models(State(app): State<App>) -> Json<Value> {
             "config": null})
     };
     Json(app.backend.models().into_iter().map(model).collect())
+}
+
+/// `GET /sdapi/v1/loras`.
+pub async fn loras(State(app): State<App>) -> Json<Value> {
+    let names = app.backend.models().into_iter().next().map(|model| model.loras).unwrap_or_default();
+    let lora = |name: String| json!({"name": name, "alias": name, "path": name, "metadata": {}});
+    Json(names.into_iter().map(lora).collect())
+}
+
+/// `GET /sdapi/v1/embeddings`.
+pub async fn embeddings(State(app): State<App>) -> Json<Value> {
+    let names = app.backend.models().into_iter().next().map(|model| model.embeddings).unwrap_or_default();
+    let loaded: serde_json::Map<String, Value> = names.into_iter().map(|name| (name, json!({}))).collect();
+    Json(json!({"loaded": loaded, "skipped": {}}))
+}
+
+/// `GET /sdapi/v1/prompt-styles`, of which there are none here.
+pub async fn prompt_styles() -> Json<Value> {
+    Json(json!([]))
 }
 
 /// `GET /sdapi/v1/options`.

@@ -34,6 +34,8 @@ impl Backend for Fake {
             size: (64, 64),
             samplers: names(&["Euler"]),
             concepts: names(&["woman"]),
+            loras: names(&["style"]),
+            embeddings: names(&["word"]),
             sha256: None,
             loaded: true,
         }]
@@ -63,17 +65,18 @@ impl Backend for Fake {
         })
     }
 
-    fn open(&self, _: &str, size: (usize, usize)) -> Result<Box<dyn Batch>, Problem> {
+    fn open(&self, work: &Work) -> Result<Box<dyn Batch>, Problem> {
         self.opened.fetch_add(1, Ordering::Relaxed);
-        if size.0 > 4096 {
+        if work.size.0 > 4096 {
             return Err(Problem::new(Kind::Impossible, "no memory for this size"));
         }
         let (inside, most, cancelled) = (self.inside.clone(), self.most.clone(), self.cancelled.clone());
-        Ok(Box::new(FakeBatch { images: Vec::new(), next: 0, inside, most, cancelled }))
+        Ok(Box::new(FakeBatch { size: work.size, images: Vec::new(), next: 0, inside, most, cancelled }))
     }
 }
 
 struct FakeBatch {
+    size: (usize, usize),
     /// Id, prompt, seed, steps done and in all.
     images: Vec<(u64, String, u64, usize, usize)>,
     next: u64,
@@ -90,6 +93,10 @@ impl FakeBatch {
 }
 
 impl Batch for FakeBatch {
+    fn fits(&self, work: &Work) -> bool {
+        work.size == self.size
+    }
+
     fn free(&self) -> usize {
         ROWS - self.images.len()
     }
@@ -498,6 +505,9 @@ async fn a1111s_front_ends_are_served() {
     }
     assert_eq!(json(&router, "GET", "/sdapi/v1/samplers", json!({})).await.1[0]["name"], "Euler");
     assert_eq!(json(&router, "GET", "/sdapi/v1/sd-models", json!({})).await.1[0]["model_name"], "fake");
+    assert_eq!(json(&router, "GET", "/sdapi/v1/loras", json!({})).await.1[0]["name"], "style");
+    assert!(json(&router, "GET", "/sdapi/v1/embeddings", json!({})).await.1["loaded"]["word"].is_object());
+    assert_eq!(json(&router, "GET", "/sdapi/v1/prompt-styles", json!({})).await.1, json!([]));
     assert_eq!(json(&router, "GET", "/sdapi/v1/options", json!({})).await.1["sd_model_checkpoint"], "fake");
 }
 

@@ -4,7 +4,8 @@ use super::prompts::Item;
 use super::say;
 use crate::concept::name_and_weight;
 use crate::image::UsedAdapter;
-use crate::models::prompt::{LoraTag, PromptSyntax, lora_tags};
+use crate::models::prompt::{LoraTag, PromptSyntax};
+use crate::pipeline::{open_adapter, take_tags};
 use crate::weights::{Adapter, AdapterInfo};
 use crate::{Error, ErrorKind, Result};
 use std::path::{Path, PathBuf};
@@ -48,8 +49,8 @@ impl Flags {
         }
         let mut of_all: Option<Vec<LoraTag>> = None;
         for item in prompts {
-            let (text, tags) = lora_tags(&item.prompt)?;
-            item.prompt = text.trim().to_string();
+            let (text, tags) = take_tags(&item.prompt, syntax)?;
+            item.prompt = text;
             if of_all.get_or_insert_with(|| tags.clone()) != &tags {
                 let problem = "prompts ask for different LoRAs, but a run has one model for all of them";
                 return Err(Error::invalid("prompts", problem).advise("give prompts with different tags one run each"));
@@ -61,12 +62,7 @@ impl Flags {
 
     /// Opens an adapter's file, or if there is none of this name, that of this name in the folder of adapters.
     pub(super) fn open(&self, name: &str) -> Result<Arc<Adapter>> {
-        let file = Path::new(name);
-        let adapter = match self.lora_folder.as_ref().filter(|_| !file.exists()) {
-            Some(folder) => Adapter::load(Adapter::find(folder, name.strip_suffix(".safetensors").unwrap_or(name))?),
-            None => Adapter::load(file),
-        };
-        adapter.map(Arc::new)
+        open_adapter(self.lora_folder.as_deref(), name)
     }
 }
 

@@ -1,7 +1,7 @@
 //! One text encoder of a checkpoint, from a prompt to hidden states.
 
 use super::adapters::Adaptable;
-use super::{Adapted, read_config};
+use super::{Adapted, PromptText, read_config};
 use crate::backend::{Executor, Precision};
 use crate::device::Device;
 use crate::models::chunks::{Chunk, Chunks, needs_nothing, weigh};
@@ -11,6 +11,7 @@ use crate::models::{ADDED_TOKENS, ClipConfig, text_encoder};
 use crate::weights::{Embedding, Source, Tensors};
 use crate::{Error, Result};
 use rayon::prelude::*;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// A text encoder whose weights are not loaded yet.
@@ -68,6 +69,67 @@ impl TextModel {
             false => tensors.with(&format!("{ADDED_TOKENS}.weight"), &shape, &self.added),
         })
     }
+}
+
+/// The tokenizers and configurations of a checkpoint's text encoders without their weights: all that it takes to check
+/// a prompt.
+#[derive(Clone)]
+pub(crate) struct Texts(Vec<Arc<TextModel>>);
+
+/// A prompt as text encoders would read it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Reading {
+    /// The number of chunks of 77 tokens.
+    pub chunks: usize,
+    /// The words at the end that are not used.
+    pub lost: String,
+    /// The names of the embeddings that the prompt uses, in lower case.
+    pub embeddings: BTreeSet<String>,
+}
+
+impl Texts {
+    /// # Errors
+    /// Those of [`TextModel::read`].
+    pub fn read(source: &Source, rules: TokenizerRules, embeddings: &[Arc<Embedding>]) -> Result<Self> {
+        Ok(Texts(TextModel::read(source, rules, embeddings)?.into_iter().map(Arc::new).collect()))
+    }
+
+    /// The same as those of encoders.
+    pub(super) fn of(encoders: &[TextEncoder]) -> Self {
+        Texts(encoders.iter().map(|encoder| encoder.model.clone()).collect())
+    }
+
+    /// Reads a prompt without encoding it.
+    ///
+    /// # Errors
+    /// Those of [`super::Engine::encode`] that depend on the words alone.
+    pub fn measure(&self, prompt: &PromptText) -> Result<Reading> {
+        let mut reading = Reading::default();
+        for (model, text) in self.0.iter().zip(texts(prompt, self.0.len())?) {
+            let normed = model.config.states.normed;
+            model.config.clone().with_clip_skip(prompt.clip_skip, !normed)?;
+            let chunks = model.tokenizer.chunks(text, prompt.syntax)?;
+            reading.chunks = reading.chunks.max(chunks.chunks.len());
+            reading.embeddings.extend(chunks.embeddings);
+            if reading.lost.is_empty() {
+                reading.lost = chunks.lost;
+            }
+        }
+        Ok(reading)
+    }
+}
+
+/// The words of a prompt for each of the text encoders, of which there are so many.
+///
+/// # Errors
+/// [`crate::ErrorKind::Invalid`] for a second prompt without a second encoder.
+pub(super) fn texts(prompt: &PromptText, encoders: usize) -> Result<[&str; 2]> {
+    let second = prompt.second.as_deref().filter(|second| !second.is_empty());
+    if second.is_some() && encoders < 2 {
+        let problem = "this checkpoint has one text encoder, and only SDXL has two";
+        return Err(Error::invalid("prompt_2", problem).advise("leave it out"));
+    }
+    Ok([&prompt.text, second.unwrap_or(&prompt.text)])
 }
 
 fn tokenizer(

@@ -15,6 +15,7 @@ mod text;
 pub use adapters::Adapted;
 #[cfg(feature = "cli")]
 pub(crate) use encoder::TextModel;
+pub(crate) use encoder::{Reading, Texts};
 pub use init_image::{EncodedPicture, InitImage, Original};
 pub use options::{EngineOptions, MemoryPlan, SessionOptions, Size};
 pub(crate) use outline::Outline;
@@ -74,6 +75,18 @@ struct Plans {
     /// For batches of rising size, and those sizes in images.
     unet: Vec<(usize, Plan)>,
     vae: Plan,
+}
+
+/// The number of chunks to which a prompt and a negative prompt of so many chunks are both repeated.
+///
+/// # Errors
+/// [`crate::ErrorKind::Invalid`] if it is too large.
+pub(crate) fn common_chunks(prompt: usize, negative: usize) -> Result<usize> {
+    let common = (1..=MAX_CHUNKS).find(|all| all.is_multiple_of(prompt) && all.is_multiple_of(negative));
+    common.ok_or_else(|| {
+        let problem = format!("takes {prompt} chunks, and the negative prompt {negative}");
+        Error::invalid("prompt", problem).advise("make both equally long, or shorten them")
+    })
 }
 
 /// Reads and checks a component's config.json with `parse`.
@@ -212,11 +225,13 @@ impl Engine {
     /// Those of [`Engine::encode`], and [`crate::ErrorKind::Invalid`] if there is no such number up to 64.
     pub fn chunks(&self, image: &Image, sampler: Sampler) -> Result<usize> {
         let [prompt, negative] = self.pair(image, sampler)?.map(|prompt| prompt.chunks());
-        let common = (1..=MAX_CHUNKS).find(|all| all.is_multiple_of(prompt) && all.is_multiple_of(negative));
-        common.ok_or_else(|| {
-            let problem = format!("takes {prompt} chunks, and the negative prompt {negative}");
-            Error::invalid("prompt", problem).advise("make both equally long, or shorten them")
-        })
+        common_chunks(prompt, negative)
+    }
+
+    /// The text encoders without their weights.
+    #[cfg(feature = "pipeline")]
+    pub(crate) fn texts(&self) -> Texts {
+        self.0.text.texts()
     }
 
     /// An image's prompt and negative prompt. Where the latter has no effect, the prompt takes its place, so that it
@@ -227,7 +242,7 @@ impl Engine {
     }
 
     /// True if this engine made an encoding, and so can read it.
-    #[cfg(feature = "cli")]
+    #[cfg(feature = "pipeline")]
     pub(crate) fn has_encoded(&self, conditioning: &Conditioning) -> bool {
         self.0.text.made(conditioning)
     }

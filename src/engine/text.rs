@@ -1,7 +1,7 @@
 //! The encoding of prompts into inputs of the UNet: the hidden states of one text encoder in Stable Diffusion 1.x and
 //! 2.x; in SDXL those of two encoders side by side, a pooled prompt and the picture's sizes.
 
-use super::encoder::{TextEncoder, TextModel};
+use super::encoder::{TextEncoder, TextModel, Texts, texts};
 use super::{Adapted, Image, Prompt, PromptText};
 use crate::device::Device;
 use crate::models::tokenizer::TokenizerRules;
@@ -82,6 +82,11 @@ impl TextEncoders {
         Ok(Some(TextEncoders { encoders, nothing: Mutex::default(), identity: Arc::new(()), ..*self }))
     }
 
+    /// The encoders without their weights.
+    pub fn texts(&self) -> Texts {
+        Texts::of(&self.encoders)
+    }
+
     /// True if these encoders made the encoding.
     pub fn made(&self, conditioning: &Conditioning) -> bool {
         Arc::ptr_eq(&conditioning.0.encoders, &self.identity)
@@ -113,13 +118,8 @@ impl TextEncoders {
     /// [`crate::ErrorKind::Invalid`] for a second prompt without a second encoder, those of [`TextEncoder::encode`],
     /// and [`crate::ErrorKind::NonFinite`] if a word's weight leaves the range of numbers.
     pub fn encode(&self, prompt: &PromptText) -> Result<Conditioning> {
-        let PromptText { text, second, syntax, clip_skip } = prompt;
-        let second = second.as_ref().filter(|second| !second.is_empty());
-        if second.is_some() && self.encoders.len() < 2 {
-            let problem = "this checkpoint has one text encoder, and only SDXL has two";
-            return Err(Error::invalid("prompt_2", problem).advise("leave it out"));
-        }
-        let texts = [text, second.unwrap_or(text)];
+        let PromptText { syntax, clip_skip, .. } = prompt;
+        let texts = texts(prompt, self.encoders.len())?;
         let encode = |least: usize| -> Result<Vec<_>> {
             let each = self.encoders.iter().zip(texts);
             each.map(|(encoder, text)| encoder.encode(text, *syntax, *clip_skip, least)).collect()

@@ -1,26 +1,30 @@
 //! Whole requests: from fields, as clients of the server and of the bindings to C and Python send them, to pictures
 //! with the files that hold them.
 
+mod adapters;
 #[cfg(feature = "download")]
 mod open;
 mod plan;
+mod prompts;
 
-pub(crate) use plan::{Planned, encode, in_fields, plan};
+pub(crate) use adapters::{AdapterSet, open_adapter};
+pub(crate) use plan::{BatchKey, Offer, Planned, encode, in_fields, plan};
+pub(crate) use prompts::{of_negative, open_embeddings, record_reading, take_tags, used_embeddings, words};
 
 use crate::backend::Precision;
 use crate::concept::{Shelf, Used};
 use crate::diffusion::scheduler::Sampler;
-use crate::engine::{Engine, EngineOptions, Event, Outline, RunningBatch, SessionOptions, Size};
+use crate::engine::{Engine, EngineOptions, Event, Outline, RunningBatch, SessionOptions, Size, Texts};
 use crate::image::{GenerationInfo, Picture, UsedPart};
 use crate::models::tokenizer::TokenizerRules;
-use crate::weights::{Source, Tensors};
+use crate::weights::{Embedding, Source, Tensors};
 use crate::{Error, ErrorKind, Result};
 use plan::{Plan, refused};
 use respodiff_fields::{Fields, Request as Asked};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// An engine that answers whole requests. It may be shared between threads: calls at the same time run side by side,
@@ -42,11 +46,15 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 /// ```
 pub struct Pipeline {
     engine: Engine,
+    texts: Texts,
+    embeddings: Vec<Arc<Embedding>>,
+    /// The folder in which requests find adapters by name.
+    lora_folder: Option<PathBuf>,
     /// What the records of all pictures have in common, but for the hashes.
     record: GenerationInfo,
     max_batch: usize,
-    /// The batch of the last call, for the next one of its size.
-    idle: Mutex<Option<RunningBatch>>,
+    /// The batch of the last call with its adapters, for the next one of its size.
+    idle: Mutex<Option<(AdapterSet, RunningBatch)>>,
     hashes: Arc<OnceLock<Option<Hashes>>>,
 }
 
@@ -150,7 +158,15 @@ impl Pipeline {
             return Err(error.of_field("max_batch"));
         }
         let record = record(engine.outline(), &options);
-        Ok(Pipeline { engine, record, max_batch, idle: Mutex::default(), hashes: Arc::default() })
+        let (texts, embeddings) = (engine.texts(), options.embeddings);
+        let (idle, hashes) = (Mutex::default(), Arc::default());
+        Ok(Pipeline { engine, texts, embeddings, lora_folder: None, record, max_batch, idle, hashes })
+    }
+
+    /// The same, with a folder in which requests find adapters by name, those in folders inside of it included. Files are
+    /// found without it.
+    pub fn lora_folder(self, folder: Option<PathBuf>) -> Self {
+        Pipeline { lora_folder: folder, ..self }
     }
 
     /// The engine.
@@ -212,31 +228,52 @@ impl Pipeline {
         progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
     ) -> Result<Answer> {
         crate::memory::start_threads()?;
-        let Plan { mut images, size, mut warnings } = plan(asked, self.engine.outline(), &self.record, shelf)?;
+        let offer = Offer {
+            outline: self.engine.outline(),
+            texts: &self.texts,
+            embeddings: &self.embeddings,
+            record: &self.record,
+            concepts: shelf,
+            adapter: &|name| open_adapter(self.lora_folder.as_deref(), name),
+        };
+        let Plan { images, mut warnings, .. } = plan(asked, &offer)?;
         warnings.extend(self.foreign(&images)?);
-        warnings.extend(encode(&self.engine, &mut images)?);
         self.begin_to_hash();
-        let options = self
-            .engine
-            .options()
-            .size(size)
-            .batch(images.len().min(self.max_batch))
-            .guided(images.iter().any(|image| image.request.sampler.guides(image.info.guidance)))
-            .concepts(images.iter().any(|image| !image.concepts.is_empty()));
-        let mut batch = self.batch(options)?;
-        let outcome = run(&mut batch, images, progress);
-        if outcome.as_ref().err().is_none_or(|error| error.kind() != ErrorKind::DeviceLost) {
-            *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = Some(batch);
+        let total = images.iter().map(|image| image.calls).sum();
+        let mut made: Vec<Option<Made>> = images.iter().map(|_| None).collect();
+        let mut done = 0;
+        for mut group in by_key(images) {
+            let key = group[0].1.key.clone();
+            let options = self
+                .engine
+                .options()
+                .size(key.size)
+                .batch(group.len().min(self.max_batch))
+                .chunks(key.chunks)
+                .guided(group.iter().any(|(_, image)| image.request.sampler.guides(image.info.guidance)))
+                .concepts(group.iter().any(|(_, image)| !image.concepts.is_empty()));
+            let mut batch = self.batch(options, &key.adapters)?;
+            let outcome = encode(batch.engine(), group.iter_mut().map(|(_, image)| image)).and_then(|()| {
+                let before = done;
+                run(&mut batch, group, &mut |steps| {
+                    done = before + steps;
+                    progress(done, total)
+                })
+            });
+            if outcome.as_ref().err().is_none_or(|error| error.kind() != ErrorKind::DeviceLost) {
+                *self.idle.lock().unwrap_or_else(PoisonError::into_inner) = Some((key.adapters, batch));
+            }
+            outcome?.into_iter().for_each(|(i, picture)| made[i] = Some(picture));
         }
-        let mut pictures = outcome?;
         // A file that could not be read on the other thread gives its error here.
         let of = || Hashes::of(self.engine.outline(), Tensors::sha256);
         let hashes = match self.hashes.get_or_init(|| of().ok()) {
             Some(hashes) => hashes,
             None => &of()?,
         };
-        pictures.iter_mut().for_each(|made| hashes.record(&mut made.info));
-        Ok(Answer { pictures, warnings })
+        made.iter_mut().flatten().for_each(|made| hashes.record(&mut made.info));
+        let pictures = made.into_iter().map(|made| made.ok_or_else(|| Error::internal("a run without a picture")));
+        Ok(Answer { pictures: pictures.collect::<Result<_>>()?, warnings })
     }
 
     /// Warnings about concepts that were trained on another model.
@@ -267,30 +304,59 @@ impl Pipeline {
         }
     }
 
-    /// A batch for pictures of these options: the last one, if it can serve them.
-    fn batch(&self, options: SessionOptions) -> Result<RunningBatch> {
+    /// A batch for pictures of these options and adapters: the last one, if it can serve them.
+    fn batch(&self, options: SessionOptions, adapters: &AdapterSet) -> Result<RunningBatch> {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take();
         let serves = |batch: &RunningBatch| {
-            let SessionOptions { size, batch, guided, concepts, .. } = batch.options();
-            size == options.size && batch >= options.batch && guided >= options.guided && concepts >= options.concepts
+            let SessionOptions { size, batch, guided, concepts, chunks, .. } = batch.options();
+            size == options.size
+                && chunks == options.chunks
+                && batch >= options.batch
+                && guided >= options.guided
+                && concepts >= options.concepts
         };
-        match idle.filter(serves) {
-            Some(batch) => Ok(batch),
-            None => self.engine.running_batch(options),
+        let engine = || match adapters.is_empty() {
+            true => Ok(self.engine.clone()),
+            false => self.engine.with_adapters(&[self.engine.adapters(), &adapters.0].concat()),
+        };
+        match idle {
+            Some((of, batch)) if serves(&batch) && of == *adapters => Ok(batch),
+            Some((_, mut batch)) if serves(&batch) => {
+                batch.switch(&engine()?)?;
+                Ok(batch)
+            }
+            other => {
+                // Its memory is freed before that of the next is taken.
+                drop(other);
+                engine()?.running_batch(options)
+            }
         }
     }
 }
 
-/// Makes the pictures of the images, as many at once as the batch holds. The batch is empty afterwards.
+/// The images with their numbers, in groups that are made in one batch each.
+fn by_key(images: Vec<Planned>) -> Vec<Vec<(usize, Planned)>> {
+    let mut groups: Vec<Vec<(usize, Planned)>> = Vec::new();
+    for (i, image) in images.into_iter().enumerate() {
+        match groups.iter_mut().find(|group| group[0].1.key == image.key) {
+            Some(group) => group.push((i, image)),
+            None => groups.push(vec![(i, image)]),
+        }
+    }
+    groups
+}
+
+/// Makes the pictures of images, which keep their numbers, as many at once as the batch holds. `progress` is told how many
+/// steps are done, and may end the run. The batch is empty afterwards.
 fn run(
     batch: &mut RunningBatch,
-    images: Vec<Planned>,
-    progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
-) -> Result<Vec<Made>> {
-    let total = images.iter().map(|image| image.calls).sum();
+    images: Vec<(usize, Planned)>,
+    progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
+) -> Result<Vec<(usize, Made)>> {
+    let total: usize = images.iter().map(|(_, image)| image.calls).sum();
     let mut done = 0;
-    let mut made: Vec<Option<Made>> = images.iter().map(|_| None).collect();
-    let mut waiting = images.into_iter().map(Planned::finish).enumerate();
+    let mut made = Vec::new();
+    let mut waiting = images.into_iter().map(|(i, image)| (i, image.finish()));
     let mut inside = HashMap::new();
     let mut advance = |batch: &mut RunningBatch, inside: &mut HashMap<_, (usize, GenerationInfo)>| -> Result<bool> {
         while batch.free() > 0
@@ -298,7 +364,7 @@ fn run(
         {
             inside.insert(batch.join(&request)?, (i, info));
         }
-        let stop = progress(done, total).is_break();
+        let stop = progress(done).is_break();
         if inside.is_empty() {
             return Ok(false);
         }
@@ -312,7 +378,7 @@ fn run(
                 Event::Failed(error) => return Err(error),
                 Event::Finished(picture) => {
                     if let Some((i, info)) = inside.remove(&id) {
-                        made[i] = Some(Made { picture, info });
+                        made.push((i, Made { picture, info }));
                     }
                 }
             }
@@ -327,8 +393,7 @@ fn run(
         }
     };
     inside.into_keys().for_each(|id| _ = batch.cancel(id));
-    outcome?;
-    made.into_iter().map(|made| made.ok_or_else(|| Error::internal("a run without a picture"))).collect()
+    outcome.map(|()| made)
 }
 
 /// What the records of all pictures of an engine have in common, but for the hashes.

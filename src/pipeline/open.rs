@@ -1,6 +1,7 @@
 //! Opening a checkpoint by a name and JSON, as programs in other languages do.
 
 use super::Pipeline;
+use super::open_embeddings;
 use super::plan::refused;
 use crate::backend::Precision;
 use crate::device::Place;
@@ -43,8 +44,9 @@ impl Pipeline {
     /// Opens the checkpoint that a text names: `demo`, or what [`Source::find`] takes. `options` is a JSON object whose
     /// fields are all optional: `device` (`auto`, `cpu`, `cuda`, `cuda:1`), `precision` (`full`, `bf16`, `int8`),
     /// `tokenizer` (`fast`, `slow`), `vae`, `text_encoder` and `text_encoder_2` (parts from elsewhere), `ema` (the
-    /// moving averages of the UNet's weights), `loras` (adapters: files, or objects of `file` and `weight`) and
-    /// `max_batch` (8).
+    /// moving averages of the UNet's weights), `loras` (adapters: files, or objects of `file` and `weight`),
+    /// `lora_folder` (a folder in which requests find adapters by name), `embeddings` (learnt words: files, or folders
+    /// of them) and `max_batch` (8).
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] about a field, and those of [`Source::find`], [`Source::with_part`],
@@ -61,6 +63,9 @@ impl Pipeline {
         let averaged: Option<bool> = fields.take("ema", "true or false").map_err(refused)?;
         let loras: Option<Vec<Lora>> =
             fields.take("loras", "a list of files, or of {file, weight}").map_err(refused)?;
+        let lora_folder: Option<PathBuf> = fields.take("lora_folder", "a folder").map_err(refused)?;
+        let embeddings: Option<Vec<PathBuf>> =
+            fields.take("embeddings", "a list of files and folders").map_err(refused)?;
         let max_batch: Option<usize> = fields.take("max_batch", "a whole number").map_err(refused)?;
         fields.finish().map_err(refused)?;
         let device: Place = device.as_deref().map_or(Ok(Place::Auto), str::parse)?;
@@ -80,7 +85,9 @@ impl Pipeline {
                 source = source.with_part(component, path)?;
             }
         }
-        let options = EngineOptions::new(device.device()?).precision(precision).tokenizer(tokenizer).adapters(adapters);
-        Self::open(&source, options, max_batch.unwrap_or(MAX_BATCH))
+        let embeddings = open_embeddings(&embeddings.unwrap_or_default())?;
+        let options = EngineOptions::new(device.device()?).precision(precision).tokenizer(tokenizer);
+        let options = options.adapters(adapters).embeddings(embeddings);
+        Ok(Self::open(&source, options, max_batch.unwrap_or(MAX_BATCH))?.lora_folder(lora_folder))
     }
 }

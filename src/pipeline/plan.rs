@@ -1,18 +1,51 @@
 //! From the fields of a request to images, each with the record that its file will hold.
 
+use super::adapters::AdapterSet;
+use super::prompts::{of_negative, record_reading, take_tags, used_embeddings, words};
 use crate::concept::{Shelf, Used, group, shared_out, used};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
-use crate::engine::{Engine, Image, Outline, Prompt, Request, SessionOptions, Size, encoded};
+use crate::engine::{
+    Engine, Image, Outline, Prompt, PromptText, Reading, Request, SessionOptions, Size, Texts, common_chunks, encoded,
+};
 use crate::image::GenerationInfo;
+use crate::models::prompt::{LoraTag, PromptSyntax};
+use crate::weights::{Adapter, Embedding};
 use crate::{Error, Result, Subject};
 use respodiff_fields::{Request as Asked, Wrong};
 use std::borrow::Cow;
+use std::sync::Arc;
 
 /// Sampling steps by default, as in diffusers.
 const STEPS: usize = 50;
 /// Most pictures of a request.
 const MOST_PICTURES: usize = 10_000;
+/// Characters of lost words that a warning shows.
+const SHOWN: usize = 1000;
+
+/// A checkpoint as requests are planned for it, and what they may name.
+pub(crate) struct Offer<'a> {
+    pub outline: &'a Outline,
+    /// The tokenizers, which know the embeddings.
+    pub texts: &'a Texts,
+    pub embeddings: &'a [Arc<Embedding>],
+    /// What the records of all its pictures have in common.
+    pub record: &'a GenerationInfo,
+    pub concepts: &'a dyn Shelf,
+    /// Opens an adapter by its name.
+    pub adapter: &'a dyn Fn(&str) -> Result<Arc<Adapter>>,
+}
+
+/// What pictures have in common that are made in one batch. A picture would be another one in a batch of another key,
+/// for the UNet's sums depend on the length of prompts, and the weights on the adapters.
+#[derive(Clone, PartialEq)]
+pub(crate) struct BatchKey {
+    pub size: Size,
+    /// [`SessionOptions::chunks`].
+    pub chunks: usize,
+    /// The adapters beside those that the engine has anyway.
+    pub adapters: AdapterSet,
+}
 
 /// One image of a request.
 #[derive(Clone)]
@@ -25,6 +58,7 @@ pub(crate) struct Planned {
     pub concepts: Vec<Used>,
     /// Its calls of the UNet.
     pub calls: usize,
+    pub key: BatchKey,
 }
 
 impl Planned {
@@ -37,30 +71,24 @@ impl Planned {
     }
 }
 
-/// The images of a request, which have a size in common.
+/// The images of a request.
 pub(crate) struct Plan {
     pub images: Vec<Planned>,
-    pub size: Size,
     /// What the caller may want to know, although it is no error.
     pub warnings: Vec<String>,
 }
 
-/// Checks a request and plans its images. `record` holds what the records of all pictures of the checkpoint have in
-/// common. Errors name fields as the request does.
+/// Checks a request and plans its images. Errors name fields as the request does.
 ///
 /// # Errors
-/// [`crate::ErrorKind::Invalid`] for a field that cannot be served, and those of `shelf` for concepts.
-pub(crate) fn plan(asked: &Asked, outline: &Outline, record: &GenerationInfo, shelf: &dyn Shelf) -> Result<Plan> {
-    checked(asked, outline, record, shelf).map_err(in_fields)
+/// [`crate::ErrorKind::Invalid`] for a field that cannot be served, and those of finding concepts and adapters.
+pub(crate) fn plan(asked: &Asked, offer: &Offer) -> Result<Plan> {
+    checked(asked, offer).map_err(in_fields)
 }
 
-fn checked(asked: &Asked, outline: &Outline, record: &GenerationInfo, shelf: &dyn Shelf) -> Result<Plan> {
-    let prompts = asked.prompts.iter().map(|text| ("prompt", text));
-    for (field, text) in prompts.chain(asked.negative_prompt.iter().map(|text| ("negative_prompt", text))) {
-        if text.contains('\0') {
-            return Err(Error::invalid(field, "the text holds a NUL character"));
-        }
-    }
+fn checked(asked: &Asked, offer: &Offer) -> Result<Plan> {
+    let Offer { outline, record, .. } = offer;
+    check_texts(asked)?;
     let count = asked.n.checked_mul(asked.prompts.len()).filter(|count| (1..=MOST_PICTURES).contains(count));
     let Some(count) = count else {
         let problem = format!("{} pictures of each of {} prompts are not possible", asked.n, asked.prompts.len());
@@ -86,13 +114,19 @@ fn checked(asked: &Asked, outline: &Outline, record: &GenerationInfo, shelf: &dy
     if first.checked_add(count as u64 - 1).is_none() {
         return Err(Error::invalid("seed", "the last picture's seed would be too large").advise("give a smaller one"));
     }
-    let prompt = |i: usize| asked.prompts[i / asked.n].as_str();
-    let (concepts, warnings) = concepts(asked, (first, guidance), shelf)?;
+    let guided = schedule.sampler.guides(guidance) && !outline.reads_guidance();
+    let texts = AllTexts::read(asked, guided, offer)?;
+    let (concepts, mut warnings) = concepts(asked, (first, guidance), offer.concepts)?;
+    warnings.extend(texts.warnings);
     let image = |(i, concepts): (usize, Vec<Used>)| {
         let seed = first + i as u64;
-        let info = GenerationInfo {
-            prompt: prompt(i).into(),
+        let words = &texts.prompts[i / asked.n];
+        let mut info = GenerationInfo {
+            prompt: words.prompt.text.clone(),
             negative_prompt: asked.negative_prompt.clone(),
+            prompt_2: asked.prompt_2.clone(),
+            negative_prompt_2: asked.negative_prompt_2.clone(),
+            embeddings: used_embeddings(offer.embeddings, &words.embeddings.iter().map(String::as_str).collect()),
             steps,
             sampler: schedule.sampler.a1111_name().into(),
             spacing: schedule.spacing.map_or("Automatic", Spacing::a1111_name).into(),
@@ -103,14 +137,108 @@ fn checked(asked: &Asked, outline: &Outline, record: &GenerationInfo, shelf: &dy
             rng: Rng::default().name().into(),
             width: size.width as u32,
             height: size.height as u32,
-            ..record.clone()
+            ..(*record).clone()
         };
-        let mut image = Image::new(prompt(i)).seed(seed).guidance(guidance).guidance_rescale(rescale);
-        image.negative = asked.negative_prompt.as_deref().map(Prompt::from);
+        record_reading(&mut info, words.prompt.syntax, words.prompt.clip_skip);
+        info.adapters.extend(words.adapters.0.iter().map(|(adapter, weight)| adapter.record(*weight)));
+        let mut image = Image::new(words.prompt.clone()).seed(seed).guidance(guidance).guidance_rescale(rescale);
+        image.negative = texts.negative.clone().map(Prompt::from);
         let request = Request::from(image).steps(steps).sampler(choice);
-        Planned { request, info, concepts, calls: schedule.steps.len() }
+        let key = BatchKey { size, chunks: words.chunks, adapters: words.adapters.clone() };
+        Planned { request, info, concepts, calls: schedule.steps.len(), key }
     };
-    Ok(Plan { images: concepts.into_iter().enumerate().map(image).collect(), size, warnings })
+    Ok(Plan { images: concepts.into_iter().enumerate().map(image).collect(), warnings })
+}
+
+fn check_texts(asked: &Asked) -> Result<()> {
+    let prompts = asked.prompts.iter().map(|text| ("prompt", text));
+    let others = [
+        ("negative_prompt", &asked.negative_prompt),
+        ("prompt_2", &asked.prompt_2),
+        ("negative_prompt_2", &asked.negative_prompt_2),
+    ];
+    let others = others.into_iter().filter_map(|(field, text)| Some((field, text.as_ref()?)));
+    match prompts.chain(others).find(|(_, text)| text.contains('\0')) {
+        None => Ok(()),
+        Some((field, _)) => Err(Error::invalid(field, "the text holds a NUL character").advise("take it out")),
+    }
+}
+
+/// A prompt of a request as it is read.
+struct Words {
+    /// Without tags of adapters.
+    prompt: PromptText,
+    adapters: AdapterSet,
+    /// Names of the embeddings of this prompt and of the negative prompt.
+    embeddings: Vec<String>,
+    /// [`SessionOptions::chunks`] of its images.
+    chunks: usize,
+}
+
+/// All prompts of a request.
+struct AllTexts {
+    prompts: Vec<Words>,
+    negative: Option<PromptText>,
+    warnings: Vec<String>,
+}
+
+impl AllTexts {
+    fn read(asked: &Asked, guided: bool, offer: &Offer) -> Result<Self> {
+        let syntax: PromptSyntax = asked.prompt_syntax.as_deref().map_or(Ok(PromptSyntax::default()), str::parse)?;
+        let clip_skip = asked.clip_skip.unwrap_or(1);
+        let named = |name: &str, weight, adapters: &mut AdapterSet| adapters.push((offer.adapter)(name)?, weight);
+        let mut of_all = AdapterSet::default();
+        asked.loras.iter().try_for_each(|(name, weight)| named(name, *weight, &mut of_all))?;
+        let mut warnings = Vec::new();
+        let mut read = |what: &str, prompt: &PromptText| -> Result<Reading> {
+            let reading = offer.texts.measure(prompt).map_err(in_prompt)?;
+            if syntax.is_suspect(&prompt.text) {
+                let remedy = "prompt_syntax a1111 or comfy reads its signs";
+                warnings.push(format!("the {what} looks weighted, but is read as plain text; {remedy}"));
+            }
+            if !reading.lost.is_empty() {
+                let lost: String = reading.lost.chars().take(SHOWN).collect();
+                let remedy = "prompt_syntax a1111 or comfy uses all words";
+                warnings.push(format!("the {what} is too long; {remedy}, but these are not used: {lost}"));
+            }
+            Ok(reading)
+        };
+        let negative = (asked.negative_prompt.as_deref(), asked.negative_prompt_2.as_deref());
+        let negative = words(negative, syntax, clip_skip);
+        let of_none = Reading { chunks: 1, ..Reading::default() };
+        let beside = negative.as_ref().map_or(Ok(of_none), |negative| read("negative prompt", negative));
+        let beside = beside.map_err(of_negative)?;
+        let prompt = |text: &String| -> Result<Words> {
+            let (text, tags) = take_tags(text, syntax)?;
+            let mut adapters = of_all.clone();
+            for LoraTag { name, weight } in tags {
+                named(&name, weight, &mut adapters).map_err(|error| error.of_field("prompt"))?;
+            }
+            let prompt = PromptText::new(text).second(asked.prompt_2.clone()).syntax(syntax).clip_skip(clip_skip);
+            let reading = read("prompt", &prompt)?;
+            let chunks = if guided { common_chunks(reading.chunks, beside.chunks)? } else { reading.chunks };
+            let embeddings = reading.embeddings.union(&beside.embeddings).cloned().collect();
+            Ok(Words { prompt, adapters, embeddings, chunks })
+        };
+        let prompts = asked.prompts.iter().map(prompt).collect::<Result<_>>()?;
+        warnings.dedup();
+        Ok(AllTexts { prompts, negative, warnings })
+    }
+}
+
+/// The error about a prompt that is read, whose remedy is always in the prompt itself.
+fn in_prompt(error: Error) -> Error {
+    match error.subject() {
+        Subject::Field("lora_folder") => error.of_field("prompt"),
+        Subject::Field("embedding") => {
+            let renamed = Error::invalid("prompt", error.problem().to_string());
+            match error.advice() {
+                Some(advice) => renamed.advise(advice.to_string()),
+                None => renamed,
+            }
+        }
+        _ => error,
+    }
 }
 
 /// The concepts of each image, and warnings. A prompt that names an attribute of a group is left alone by that group;
@@ -153,26 +281,15 @@ fn concepts(asked: &Asked, (seed, guidance): (u64, f32), shelf: &dyn Shelf) -> R
     Ok((concepts, warnings))
 }
 
-/// Encodes the images' prompts, each text once, and tells which words were too many.
+/// Encodes the images' prompts, each text once.
 ///
 /// # Errors
 /// Those of [`Engine::encode`].
-pub(crate) fn encode(engine: &Engine, planned: &mut [Planned]) -> Result<Vec<String>> {
-    let images: Vec<Image> = planned.iter().flat_map(|planned| planned.request.images.iter().cloned()).collect();
-    let mut warnings = Vec::new();
-    for (planned, image) in planned.iter_mut().zip(encoded(engine, &images)?) {
-        for prompt in [Some(&image.prompt), image.negative.as_ref()].into_iter().flatten() {
-            if let Prompt::Encoded(encoding) = prompt
-                && !encoding.truncated().is_empty()
-            {
-                let words: String = encoding.truncated().chars().take(1000).collect();
-                warnings.push(format!("the prompt is too long; these words are not used: {words}"));
-            }
-        }
-        planned.request.images = vec![image];
-    }
-    warnings.dedup();
-    Ok(warnings)
+pub(crate) fn encode<'a>(engine: &Engine, planned: impl Iterator<Item = &'a mut Planned>) -> Result<()> {
+    let mut images: Vec<&mut Image> = planned.flat_map(|planned| &mut planned.request.images).collect();
+    let texts: Vec<Image> = images.iter().map(|image| (**image).clone()).collect();
+    images.iter_mut().zip(encoded(engine, &texts)?).for_each(|(image, encoded)| **image = encoded);
+    Ok(())
 }
 
 /// The error with the field by its name in requests.

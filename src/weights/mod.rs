@@ -15,7 +15,7 @@ mod stored;
 mod tensors;
 
 pub use adapter::{Adapter, AdapterInfo, Edition};
-pub(crate) use adapter::{Network, adapted};
+pub(crate) use adapter::{Network, adapted, stem};
 pub use embedding::Embedding;
 pub use parts::Composed;
 use parts::Vocabulary;

@@ -4,6 +4,7 @@
 mod audit;
 mod jobs;
 mod models;
+mod words;
 
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};

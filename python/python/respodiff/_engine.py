@@ -17,6 +17,9 @@ File = Union[str, "os.PathLike[str]"]
 Named = Union[str, Concept]
 """A concept: a file, the name of one of the demo's concepts, or one that was loaded."""
 
+Lora = Union[File, Tuple[File, float]]
+"""A LoRA or another adapter: a file, or a name in the engine's `lora_folder`; with a weight or without."""
+
 Weighted = Union[Named, Tuple[Named, float]]
 """A concept with its own strength, or with a weight."""
 
@@ -28,8 +31,9 @@ class Engine:
     taken from the local cache or downloaded. `device` is "auto", "cpu", "cuda" or a GPU by its number, such as
     "cuda:1"; `precision` is "full", "bf16" or "int8"; `tokenizer` is "fast" or "slow". `vae`, `text_encoder` and
     `text_encoder_2` are folders or files in place of the checkpoint's own, and `ema` takes the moving averages of its
-    UNet. `loras` are files of adapters, each with its weight or without. Up to `max_batch` pictures of a call are made
-    at once.
+    UNet. `loras` are files of adapters, each with its weight or without, and `lora_folder` is a folder in which calls
+    find adapters by name. `embeddings` are learnt words (textual inversion): files, or folders of them. Up to
+    `max_batch` pictures of a call are made at once.
 
     An engine may be used from several threads. It does not survive a fork: start processes by "spawn".
     """
@@ -45,20 +49,25 @@ class Engine:
         text_encoder: Optional[File] = None,
         text_encoder_2: Optional[File] = None,
         ema: bool = False,
-        loras: Sequence[Union[File, Tuple[File, float]]] = (),
+        loras: Sequence[Lora] = (),
+        lora_folder: Optional[File] = None,
+        embeddings: Sequence[File] = (),
         max_batch: int = 8,
     ) -> None:
-        parts = {"vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+        files = {
+            "vae": vae,
+            "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
+            "lora_folder": lora_folder,
+        }
         options = {
             "device": device,
             "precision": precision,
             "tokenizer": tokenizer,
-            **{name: os.fspath(path) for name, path in parts.items() if path is not None},
+            **{name: os.fspath(path) for name, path in files.items() if path is not None},
             "ema": ema,
-            "loras": [
-                {"file": os.fspath(lora[0]), "weight": lora[1]} if isinstance(lora, tuple) else os.fspath(lora)
-                for lora in loras
-            ],
+            "loras": [_lora(lora, "file") for lora in loras],
+            "embeddings": [os.fspath(path) for path in embeddings],
             "max_batch": max_batch,
         }
         self._engine = _respodiff.Engine(os.fspath(model), _dumped(options))
@@ -82,13 +91,20 @@ class Engine:
         sampler: Optional[str] = None,
         concepts: Union[Weighted, Sequence[Weighted]] = (),
         balance: Union[str, Sequence[Named], Sequence[Sequence[Named]]] = (),
+        loras: Sequence[Lora] = (),
+        prompt_syntax: Optional[str] = None,
+        clip_skip: Optional[int] = None,
+        prompt_2: Optional[str] = None,
+        negative_prompt_2: Optional[str] = None,
         progress: Optional[Callable[[int, int], object]] = None,
         **fields: Any,
     ) -> List[Picture]:
         """Makes pictures: `n` (1) of each prompt, picture `i` of all from seed `seed + i`.
 
         Every picture gets all of `concepts`, and one of each group of `balance` by exact quotas over the pictures of
-        the call whose prompts name no attribute of the group. `progress(done, total)` is called between steps, and
+        the call whose prompts name no attribute of the group. `loras` change the model for all pictures of the call, and
+        the engine is afterwards as it was. `prompt_syntax` is "plain", "a1111" or "comfy"; `clip_skip` counts as A1111
+        does; `prompt_2` and `negative_prompt_2` are for SDXL's second text encoder. `progress(done, total)` is called between steps, and
         ends the run by raising; so does Ctrl-C. Further fields are those of `respodiff serve`, whose names for the
         others (`num_inference_steps`) serve as well.
         """
@@ -105,6 +121,11 @@ class Engine:
             "sampler": sampler,
             "concepts": [_weighted(each, named) for each in _several(concepts)] or None,
             "balance": _groups(balance, named) or None,
+            "loras": [_lora(lora, "name") for lora in loras] or None,
+            "prompt_syntax": prompt_syntax,
+            "clip_skip": clip_skip,
+            "prompt_2": prompt_2,
+            "negative_prompt_2": negative_prompt_2,
         }
         request = {name: value for name, value in arguments.items() if value is not None}
         for name in request.keys() & fields.keys():
@@ -128,6 +149,13 @@ def _dumped(request: Mapping[str, Any]) -> str:
         except (TypeError, ValueError) as problem:
             raise made("invalid", name, f"{value!r:.80} cannot be sent ({problem})", None) from None
     return json.dumps(request)
+
+
+def _lora(lora: Lora, key: str) -> object:
+    """An adapter as requests and options have it, which call its file by different names."""
+    if isinstance(lora, tuple):
+        return {key: os.fspath(lora[0]), "weight": lora[1]}
+    return os.fspath(lora)
 
 
 def _several(concepts: Union[Weighted, Sequence[Weighted]]) -> Sequence[Weighted]:

@@ -2,8 +2,8 @@
 
 use super::Args;
 use crate::cli::prompts::{self, Item};
-use crate::cli::text;
 use crate::engine::{Conditioning, Engine, PromptText};
+use crate::pipeline::of_negative;
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -88,7 +88,7 @@ pub(super) fn encode(
     let pair = |item: &Item| {
         let negative = item.negative_prompt.as_deref().or(args.negative_prompt.as_deref());
         let negative = args.text.negative(negative, item.negative_prompt_2.as_deref());
-        let negative = negative.map(|text| encode("negative prompt", text).map_err(text::of_negative)).transpose()?;
+        let negative = negative.map(|text| encode("negative prompt", text).map_err(of_negative)).transpose()?;
         Ok((encode("prompt", args.text.prompt(&item.prompt, item.prompt_2.as_deref()))?, negative))
     };
     items.iter().map(pair).collect()

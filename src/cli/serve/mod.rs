@@ -3,6 +3,7 @@
 mod audit;
 mod jobs;
 mod keys;
+mod loras;
 mod models;
 mod plan;
 mod policy;
@@ -11,12 +12,15 @@ mod running;
 mod shelf;
 pub(super) mod verify;
 
-use super::{Place, note, parts, say, tell, warn};
+use super::{Place, note, parts, say, tell, text, warn};
 use crate::concept::Shelf;
-use crate::engine::Size;
+use crate::engine::Texts;
+use crate::models::tokenizer::TokenizerRules;
+use crate::weights::Embedding;
 use crate::{Error, ErrorKind, Result, Subject};
 use audit::Audit;
-use models::{Models, Served};
+use loras::Loras;
+use models::{Models, Offered, Served};
 use policy::Policy;
 use respodiff_serve::{self as http, Kind, Memory, Problem, Server, Settings, Store};
 use shelf::Concepts;
@@ -60,6 +64,12 @@ pub(super) struct Args {
     /// taken up while the server runs [default: for the demo, its own]
     #[arg(long, value_name = "FOLDER")]
     concepts: Option<PathBuf>,
+    #[command(flatten)]
+    embeddings: text::Embeddings,
+    /// Folder of adapters (LoRA and the like) that clients may ask for, by their names without the ending; those in folders
+    /// inside of it included. New and changed files are taken up while the server runs
+    #[arg(long, value_name = "FOLDER")]
+    lora_folder: Option<PathBuf>,
     /// Policy: a TOML file with concepts that every picture gets (`[[always]]`), and quotas over the stream of all
     /// pictures whose prompts name no attribute (`[[quota]]`); counts are kept in FILE.counts
     #[arg(long, value_name = "FILE")]
@@ -132,8 +142,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let models = Arc::new(Models::new(served.into_iter().map(Arc::new).collect(), args.memory, audit));
     // The first batch is planned before the server says that it is ready.
     let first = &models.served[0];
-    let Size { width, height } = first.outline.default_size();
-    drop(models.batch(first, (width, height))?);
+    drop(models.batch(first, &first.default_key())?);
     if let Some(folder) = folder {
         models.watch(folder);
     }
@@ -171,10 +180,13 @@ fn open(args: &Args, concepts: &Concepts) -> Result<Vec<Served>> {
     if args.policy.is_some() && ids.len() > 1 {
         return Err(Error::invalid("policy", "a policy counts the pictures of one model").advise("serve one model"));
     }
+    let loras = args.lora_folder.as_deref().map(Loras::open).transpose()?.map(Arc::new);
+    let embeddings = args.embeddings.open()?;
     let shifted = args.concepts.is_some() || !concepts.0.is_empty();
+    let offered = Offered { device, max_batch: args.max_batch, shifted, embeddings, loras };
     let mut served: Vec<Served> = Vec::new();
     for id in ids {
-        let next = Served::new(args.parts.source(id)?, device.clone(), args.max_batch, shifted)?;
+        let next = Served::new(args.parts.source(id)?, offered.clone())?;
         if served.iter().any(|other| other.name == next.name) {
             let problem = format!("two models are called {}", next.name);
             return Err(Error::invalid("model", problem).advise("rename the folder or file of one"));
@@ -182,10 +194,17 @@ fn open(args: &Args, concepts: &Concepts) -> Result<Vec<Served>> {
         next.offer(concepts);
         served.push(next);
     }
-    // A concept of another model is found now, and not by the first client.
+    // An embedding or concept of another model is found now, and not by the first client.
+    let takes = |embedding: &Arc<Embedding>| {
+        let mut all = served.iter().flat_map(|served| &served.offered.embeddings);
+        all.any(|own| Arc::ptr_eq(own, embedding))
+    };
+    if let Some(embedding) = offered.embeddings.iter().find(|embedding| !takes(embedding)) {
+        Texts::read(served[0].outline.source(), TokenizerRules::default(), std::slice::from_ref(embedding))?;
+    }
     let has = |name: &str| served.iter().any(|served| served.concepts().has(name));
     if let Some((_, concept)) = concepts.0.iter().find(|(name, _)| !has(name)) {
-        let options = served[0].options((0, 0)).size(served[0].outline.default_size());
+        let options = served[0].options(&served[0].default_key());
         concept.modules(served[0].outline.bottleneck(options))?;
     }
     Ok(served)

@@ -4,14 +4,17 @@
 use super::super::hashes;
 use super::super::{tell, warn};
 use super::audit::Audit;
+use super::loras::{Loras, of_loras};
+use super::plan::Asked;
 use super::policy::Policy;
 use super::problem;
 use super::running::Running;
 use super::shelf::{self, Concepts};
 use crate::diffusion::scheduler::Sampler;
-use crate::engine::{Engine, Outline, SessionOptions, Size};
-use crate::pipeline::Hashes;
-use crate::weights::Source;
+use crate::engine::{Engine, EngineOptions, Outline, SessionOptions, Size, Texts};
+use crate::models::tokenizer::TokenizerRules;
+use crate::pipeline::{AdapterSet, BatchKey, Hashes};
+use crate::weights::{Embedding, Source};
 use crate::{Device, Error, Result, Subject};
 use respodiff_serve::{self as http, Backend, Batch, Caller, Estimate, Kind, Model, Problem, Work};
 use std::collections::BTreeSet;
@@ -27,20 +30,32 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
+/// What all models have in common.
+#[derive(Clone)]
+pub(super) struct Offered {
+    pub(super) device: Device,
+    pub(super) max_batch: usize,
+    /// True if pictures may get concepts.
+    pub(super) shifted: bool,
+    /// Learnt words, of which each model takes those that fit it.
+    pub(super) embeddings: Vec<Arc<Embedding>>,
+    pub(super) loras: Option<Arc<Loras>>,
+}
+
 /// A model that is served.
 pub(super) struct Served {
     pub(super) name: String,
     pub(super) outline: Outline,
-    pub(super) device: Device,
+    pub(super) texts: Texts,
     pub(super) fingerprint: String,
+    pub(super) offered: Offered,
     source: Source,
     concepts: Mutex<Arc<Concepts>>,
     policy: Option<Mutex<Policy>>,
-    max_batch: usize,
-    /// True if pictures may get concepts.
-    shifted: bool,
     /// The weights, while they are loaded, and the bytes that they take.
     loaded: Mutex<Option<(Engine, usize)>>,
+    /// The same with the adapters of the running batch. Of all models, one has this at most.
+    adapted: Mutex<Option<(AdapterSet, Engine)>>,
     /// The time of the latest use, in uses of all models.
     used: AtomicU64,
     /// The hashes of the weights' files, once they are known.
@@ -48,19 +63,22 @@ pub(super) struct Served {
 }
 
 impl Served {
-    pub(super) fn new(source: Source, device: Device, max_batch: usize, shifted: bool) -> Result<Self> {
+    pub(super) fn new(source: Source, mut offered: Offered) -> Result<Self> {
         let outline = Outline::read(&source)?;
+        let rules = TokenizerRules::default();
+        // An embedding of another kind of model has vectors of another width.
+        offered.embeddings.retain(|embedding| Texts::read(&source, rules, std::slice::from_ref(embedding)).is_ok());
         Ok(Served {
             name: outline.name(),
             fingerprint: outline.fingerprint()?,
+            texts: Texts::read(&source, rules, &offered.embeddings)?,
             outline,
-            device,
+            offered,
             source,
             concepts: Mutex::default(),
             policy: None,
-            max_batch,
-            shifted,
             loaded: Mutex::default(),
+            adapted: Mutex::default(),
             used: AtomicU64::default(),
             hashes: Arc::default(),
         })
@@ -71,13 +89,35 @@ impl Served {
         self.policy = Some(Mutex::new(policy));
     }
 
-    pub(super) fn options(&self, (width, height): (usize, usize)) -> SessionOptions {
-        SessionOptions::new(Size::new(width, height)).batch(self.max_batch).concepts(self.shifted)
+    /// The options of its engines.
+    pub(super) fn engine_options(&self) -> EngineOptions {
+        EngineOptions::from(&self.offered.device).embeddings(self.offered.embeddings.clone())
+    }
+
+    /// The options of a batch.
+    pub(super) fn options(&self, key: &BatchKey) -> SessionOptions {
+        let Offered { max_batch, shifted, .. } = self.offered;
+        SessionOptions::new(key.size).batch(max_batch).concepts(shifted).chunks(key.chunks)
+    }
+
+    /// The key of pictures that ask for nothing of their own.
+    pub(super) fn default_key(&self) -> BatchKey {
+        BatchKey { size: self.outline.default_size(), chunks: 1, adapters: AdapterSet::default() }
     }
 
     /// The weights, if they are loaded.
     pub(super) fn engine(&self) -> Option<Engine> {
         locked(&self.loaded).as_ref().map(|(engine, _)| engine.clone())
+    }
+
+    /// The weights with these adapters, if they are there.
+    pub(super) fn engine_with(&self, adapters: &AdapterSet) -> Option<Engine> {
+        match adapters.is_empty() {
+            true => self.engine(),
+            false => {
+                locked(&self.adapted).as_ref().filter(|(own, _)| own == adapters).map(|(_, engine)| engine.clone())
+            }
+        }
     }
 
     pub(super) fn policy(&self) -> Option<MutexGuard<'_, Policy>> {
@@ -90,7 +130,7 @@ impl Served {
 
     /// Takes those of the concepts that fit the model. A policy whose concepts are gone stays as it was.
     pub(super) fn offer(&self, concepts: &Concepts) {
-        let options = self.options((0, 0)).size(self.outline.default_size());
+        let options = self.options(&self.default_key());
         let fitting = concepts.fitting(self.outline.bottleneck(options));
         if let Some(mut policy) = self.policy()
             && let Err(error) = policy.take(&fitting)
@@ -171,7 +211,7 @@ impl Models {
         }
         self.make_room(served, served.weight_bytes())?;
         let began = Instant::now();
-        let engine = Engine::open(&served.source, &served.device)?;
+        let engine = Engine::open(&served.source, served.engine_options())?;
         engine.fit_previews()?;
         let memory = engine.memory(engine.options())?;
         let bytes = memory.weights + memory.text;
@@ -185,12 +225,30 @@ impl Models {
         Ok(engine)
     }
 
-    /// A batch of a model, whose weights are loaded unless they are there.
-    pub(super) fn batch(&self, served: &Arc<Served>, size: (usize, usize)) -> Result<Running> {
-        let engine = self.load(served)?;
-        self.make_room(served, engine.memory(served.options(size))?.total())?;
-        let batch = engine.running_batch(served.options(size))?;
-        Ok(Running::new(served.clone(), batch, self.audit.clone()))
+    /// The model's weights with adapters. Those with the adapters of the batch before are given up first, so that one
+    /// model at most takes memory for weights that adapters change.
+    fn adapt(&self, served: &Arc<Served>, adapters: &AdapterSet) -> Result<Engine> {
+        let base = self.load(served)?;
+        if let Some(engine) = served.engine_with(adapters) {
+            let others = self.served.iter().filter(|other| other.name != served.name);
+            others.for_each(|other| *locked(&other.adapted) = None);
+            return Ok(engine);
+        }
+        self.served.iter().for_each(|served| *locked(&served.adapted) = None);
+        // The changed weights lie beside the others, and are as large at most. If that is more than the budget, it is seen
+        // when they are there whether they fit.
+        let _ = self.make_room(served, 2 * served.weight_bytes());
+        let engine = base.with_adapters(&adapters.0).map_err(of_loras)?;
+        *locked(&served.adapted) = Some((adapters.clone(), engine.clone()));
+        Ok(engine)
+    }
+
+    /// A batch of a model for pictures of a key. The model's weights are loaded unless they are there.
+    pub(super) fn batch(&self, served: &Arc<Served>, key: &BatchKey) -> Result<Running> {
+        let engine = self.adapt(served, &key.adapters)?;
+        self.make_room(served, engine.memory(served.options(key))?.total())?;
+        let batch = engine.running_batch(served.options(key))?;
+        Ok(Running::new(served.clone(), key.clone(), batch, self.audit.clone()))
     }
 
     /// Looks at the folder of concepts from time to time, on a thread of its own.
@@ -217,6 +275,8 @@ impl Backend for Models {
                 size: (width, height),
                 samplers: Sampler::ALL.iter().map(|sampler| sampler.a1111_name().to_string()).collect(),
                 concepts: served.concepts().0.keys().cloned().collect(),
+                loras: served.offered.loras.iter().flat_map(|loras| loras.names().into_keys()).collect(),
+                embeddings: served.offered.embeddings.iter().flat_map(|e| e.names().first().cloned()).collect(),
                 sha256: served.hashes().and_then(|hashes| hashes.sha256.clone()),
                 loaded: served.engine().is_some(),
             }
@@ -231,15 +291,19 @@ impl Backend for Models {
     fn estimate(&self, request: &http::Request) -> std::result::Result<Estimate, Problem> {
         let served = self.find(request.model.as_deref())?;
         let works = served.plan(request, &Caller::default())?;
-        let size = works.first().map_or((0, 0), |work| work.size);
-        let memory = served.engine().map(|engine| engine.memory(served.options(size))).transpose();
+        let key = works.first().and_then(|work| work.image.downcast_ref()).map(|asked: &Asked| &asked.planned.key);
+        // With adapters that are not loaded, it is the memory without them.
+        let engine = key.and_then(|key| Some((key, served.engine_with(&key.adapters).or(served.engine())?)));
+        let memory = engine.map(|(key, engine)| engine.memory(served.options(key))).transpose();
         let memory = memory.map_err(|error| problem(&error))?;
         let steps = works.iter().map(|work| work.steps).sum();
         Ok(Estimate { memory_bytes: memory.map(|memory| memory.total()), steps })
     }
 
-    fn open(&self, model: &str, size: (usize, usize)) -> std::result::Result<Box<dyn Batch>, Problem> {
-        let served = self.find(Some(model))?;
-        self.batch(served, size).map(|batch| Box::new(batch) as Box<dyn Batch>).map_err(|error| problem(&error))
+    fn open(&self, work: &Work) -> std::result::Result<Box<dyn Batch>, Problem> {
+        let served = self.find(Some(&work.model))?;
+        let asked = Asked::of(work)?;
+        let batch = self.batch(served, &asked.planned.key).map_err(|error| problem(&error))?;
+        Ok(Box::new(batch))
     }
 }

@@ -6,8 +6,9 @@ use super::plan::Asked;
 use super::problem;
 use crate::engine::{Event, ImageId, RunningBatch};
 use crate::image::GenerationInfo;
+use crate::pipeline::BatchKey;
 use crate::{ErrorKind, Result};
-use respodiff_serve::{self as http, Batch, Kind, Problem, Work};
+use respodiff_serve::{self as http, Batch, Problem, Work};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
@@ -21,6 +22,8 @@ struct InWork {
 
 pub(super) struct Running {
     served: Arc<Served>,
+    /// The key of its pictures.
+    key: BatchKey,
     batch: RunningBatch,
     images: HashMap<u64, InWork>,
     next: u64,
@@ -28,8 +31,13 @@ pub(super) struct Running {
 }
 
 impl Running {
-    pub(super) fn new(served: Arc<Served>, batch: RunningBatch, audit: Option<Arc<Mutex<Audit>>>) -> Self {
-        Running { served, batch, images: HashMap::new(), next: 0, audit }
+    pub(super) fn new(
+        served: Arc<Served>,
+        key: BatchKey,
+        batch: RunningBatch,
+        audit: Option<Arc<Mutex<Audit>>>,
+    ) -> Self {
+        Running { served, key, batch, images: HashMap::new(), next: 0, audit }
     }
 
     /// Lets a picture join. The stream is that of the pictures which are begun, in the order in which they are. The log
@@ -80,15 +88,16 @@ impl Running {
 }
 
 impl Batch for Running {
+    fn fits(&self, work: &Work) -> bool {
+        work.model == self.served.name && Asked::of(work).is_ok_and(|asked| asked.planned.key == self.key)
+    }
+
     fn free(&self) -> usize {
         self.batch.free()
     }
 
     fn join(&mut self, work: &Work) -> std::result::Result<u64, Problem> {
-        let Some(asked) = work.image.downcast_ref() else {
-            return Err(Problem::new(Kind::Internal, "another engine planned this picture"));
-        };
-        let image = self.begin(asked).map_err(|error| problem(&error))?;
+        let image = self.begin(Asked::of(work)?).map_err(|error| problem(&error))?;
         self.next += 1;
         self.images.insert(self.next, image);
         Ok(self.next)

@@ -155,13 +155,11 @@ impl Adapter {
         Ok(Adapter { path: path.into(), hash: hash.chars().take(12).collect(), tensors, modules, sha256 })
     }
 
-    /// The file of the adapter that is called `name` in A1111's prompts: `name.safetensors`, `name.pt` or the like in a
-    /// folder or in the folders inside of it.
+    /// The files of adapters in a folder and in the folders inside of it, those of one folder in the order of their names.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::NotFound`] if there is none, with the names that there are; [`crate::ErrorKind::Io`] if the
-    /// folder cannot be read.
-    pub fn find(folder: impl AsRef<Path>, name: &str) -> Result<PathBuf> {
+    /// [`crate::ErrorKind::Io`] if the folder cannot be read.
+    pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
         fn search(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) -> Result<()> {
             let entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
             let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
@@ -176,10 +174,20 @@ impl Adapter {
             }
             Ok(())
         }
-        let folder = folder.as_ref();
         let mut files = Vec::new();
         search(folder, 0, &mut files)?;
-        let stem = |path: &Path| path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned());
+        Ok(files)
+    }
+
+    /// The file of the adapter that is called `name` in A1111's prompts: `name.safetensors`, `name.pt` or the like in a
+    /// folder or in the folders inside of it.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::NotFound`] if there is none, with the names that there are; [`crate::ErrorKind::Io`] if the
+    /// folder cannot be read.
+    pub fn find(folder: impl AsRef<Path>, name: &str) -> Result<PathBuf> {
+        let folder = folder.as_ref();
+        let files = Adapter::files(folder)?;
         if let Some(path) = files.iter().find(|path| stem(path) == name) {
             return Ok(path.clone());
         }
@@ -193,7 +201,7 @@ impl Adapter {
 
     /// The file's name without its ending.
     pub fn name(&self) -> String {
-        self.path.file_stem().map_or_else(|| "adapter".into(), |stem| stem.to_string_lossy().into_owned())
+        stem(&self.path)
     }
 
     /// The file.
@@ -380,6 +388,11 @@ pub(crate) fn adapted(
     }
     let each = networks.into_iter().zip(changes);
     Ok(each.map(|(network, changes)| (network.component, network.tensors.adapted(changes))).collect())
+}
+
+/// A file's name without its ending.
+pub(crate) fn stem(path: &Path) -> String {
+    path.file_stem().map_or_else(String::new, |stem| stem.to_string_lossy().into_owned())
 }
 
 /// The first few of several names, and the number of others.
