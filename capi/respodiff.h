@@ -95,7 +95,7 @@ typedef enum {
 typedef struct respodiff_engine respodiff_engine;
 
 /*
- What failed.
+ A failure.
  */
 typedef struct respodiff_error respodiff_error;
 
@@ -129,8 +129,9 @@ const char *respodiff_version(void);
  taken from the local cache or downloaded. `options` is NULL or a JSON object: "device" ("auto", "cpu", "cuda",
  "cuda:1"), "precision" ("full", "bf16", "int8"), "tokenizer" ("fast", "slow"), "vae", "text_encoder" and
  "text_encoder_2" (folders or files in place of the checkpoint's own), "ema" (true for moving averages), "loras" (a
- list of files, or of {"file": "a.safetensors", "weight": 0.8}), "max_batch" (the most pictures that are made at
- once, 8 by default).
+ list of files, or of {"file": "a.safetensors", "weight": 0.8}), "lora_folder" (a folder in which requests find such
+ adapters by name), "embeddings" (a list of files and folders with learnt words), "max_batch" (the most pictures that
+ are made at once, 8 by default).
 
  # Safety
  The texts end with NUL; `engine` and `error` may be written, or are NULL.
@@ -141,7 +142,7 @@ respodiff_code respodiff_engine_open(const char *model,
                                      respodiff_error **error);
 
 /*
- What an engine is: a JSON object with "version", "model", "device", "width", "height", "guidance_scale",
+ Describes an engine by a JSON object with "version", "model", "device", "width", "height", "guidance_scale",
  "max_batch", "bottleneck", and lists of the "samplers" and of the demo's "concepts". NULL for NULL.
 
  # Safety
@@ -198,8 +199,9 @@ respodiff_code respodiff_engine_name_concept(const respodiff_engine *engine,
  Makes the pictures of a request: a JSON object with the fields of `respodiff serve`, of which "prompt" alone is
  needed: "prompt" (a text or a list of texts), "negative_prompt", "n" (pictures of each prompt), "size" ("512x512")
  or "width" and "height", "seed", "num_inference_steps", "guidance_scale", "sampler", "concepts" (["woman", {"name":
- "old.safetensors", "weight": 0.8}]), "balance" (["woman", "man"], or a list of such lists). A field that is not
- known is an error. `progress` is NULL or called between steps, with `user`.
+ "old.safetensors", "weight": 0.8}]), "balance" (["woman", "man"], or a list of such lists), "loras" (adapters of this
+ request: files, names in "lora_folder", or {"name": "a", "weight": 0.8}), "prompt_syntax" ("plain", "a1111", "comfy"),
+ "clip_skip", and for SDXL "prompt_2" and "negative_prompt_2". A field that is not known is an error. `progress` is NULL or called between steps, with `user`.
 
  # Safety
  `engine` is NULL or was not freed; the text ends with NUL; `result` and `error` may be written, or are NULL.
@@ -253,7 +255,7 @@ uint64_t respodiff_result_seed(const respodiff_result *result, size_t index);
 const uint8_t *respodiff_result_pixels(const respodiff_result *result, size_t index);
 
 /*
- How a picture was made, with its concepts, as the JSON object that is in its file. NULL if there is none.
+ Tells how a picture was made, with its concepts, by the JSON object that is in its file. NULL if there is none.
 
  # Safety
  `result` is NULL or was not freed.
@@ -306,7 +308,7 @@ respodiff_code respodiff_error_code(const respodiff_error *error);
 const char *respodiff_error_message(const respodiff_error *error);
 
 /*
- What an error is about: a field of the request, an argument, a file or a model; empty if it is nothing in
+ Names the field of the request, the argument, the file or the model that an error is about; empty if it is nothing in
  particular. NULL for NULL.
 
  # Safety
@@ -315,7 +317,7 @@ const char *respodiff_error_message(const respodiff_error *error);
 const char *respodiff_error_subject(const respodiff_error *error);
 
 /*
- What to do about an error, or NULL.
+ Tells what to do about an error; NULL if there is nothing to tell.
 
  # Safety
  `error` is NULL or an error that was not freed.

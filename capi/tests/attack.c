@@ -131,7 +131,7 @@ static void wrong_values(void) {
     refused("{\"prompt\": \"x\", \"clip_skip\": 0}", RESPODIFF_CODE_INVALID, "clip_skip: ");
     refused("{\"prompt\": \"x\", \"prompt_2\": \"y\"}", RESPODIFF_CODE_INVALID, "prompt_2: ");
     refused("{\"prompt\": \"x\", \"loras\": [\"/nowhere\"]}", RESPODIFF_CODE_NOT_FOUND, "/nowhere");
-    refused("{\"prompt\": \"x\", \"loras\": [\"/dev/null\"]}", RESPODIFF_CODE_DAMAGED, "/dev/null");
+    refused("{\"prompt\": \"x\", \"loras\": [\"/dev/null\"]}", RESPODIFF_CODE_IO, "/dev/null");
     refused("{\"prompt\": \"x\", \"balance\": [\"woman\"]}", RESPODIFF_CODE_INVALID, "two concepts");
     refused("{\"prompt\": \"x\", \"size\": \"8192x8192\", \"n\": 256}", RESPODIFF_CODE_OUT_OF_MEMORY, "GiB");
 }
