@@ -17,12 +17,17 @@ mod parameters;
 mod read;
 mod region;
 mod resize;
+mod sign;
 
 pub use parameters::Parameters;
 #[cfg(feature = "pictures")]
 pub use read::stored;
 pub use region::{LIGHT, Region};
 pub use resize::Filter;
+#[cfg(feature = "c2pa")]
+pub use sign::Signer;
+#[cfg(feature = "cli")]
+pub(crate) use sign::unsigned;
 
 /// PNG keyword of [`GenerationInfo::parameters`], which the A1111 web UI and its successors read.
 pub const PARAMETERS_KEYWORD: &str = "parameters";

@@ -34,6 +34,7 @@
 //! | `pictures` | `Picture::read`: pictures out of PNG, JPEG and WebP files |
 //! | `eval` | `eval`: measurement of fairness, safety, and the quality of pictures |
 //! | `detector` | `eval::safety::detector`: NudeNet as a judge of safety; takes a minute or two to compile |
+//! | `c2pa` | `Signer`: signed marks of generated pictures, and `--sign`; takes a minute or two to compile |
 //! | `cli` | the command `respodiff`, and all of the above but `detector` |
 //! | `emulated` | an emulator that runs the CUDA kernels on the CPU, slowly, for tests; needs a C++ compiler |
 //! | `unstable` | the internal modules: graphs, plans, executors and kernels, without any promise of stability |
@@ -123,6 +124,8 @@ pub use engine::{
     Output, Progress, Prompt, PromptText, Request, RunningBatch, Session, SessionOptions, Size, Start,
 };
 pub use error::{Error, ErrorKind, Result, Subject};
+#[cfg(feature = "c2pa")]
+pub use image::Signer;
 pub use image::{
     Filter, GenerationInfo, Picture, Region, UsedAdapter, UsedConcept, UsedEmbedding, UsedFile, UsedHires, UsedPart,
     UsedPicture,

@@ -23,6 +23,7 @@ mod rerun;
 mod sample;
 mod sampler;
 mod serve;
+mod sign;
 mod text;
 mod train;
 

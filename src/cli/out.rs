@@ -1,5 +1,6 @@
 //! Output of pictures: file names, templates and formats.
 
+use super::sign::Signing;
 use crate::files;
 use crate::image::{GenerationInfo, XMP, xmp_segment};
 use crate::{Error, ErrorKind, Picture, Result, Size, Subject};
@@ -25,6 +26,14 @@ impl Format {
             "webp" => Ok(Format::WebP),
             other => Err(Error::invalid("out", format!("`{other}` is not a picture format"))
                 .advise("end the name in .png, .jpg or .webp")),
+        }
+    }
+
+    fn media_type(self) -> &'static str {
+        match self {
+            Format::Png => "image/png",
+            Format::Jpeg => "image/jpeg",
+            Format::WebP => "image/webp",
         }
     }
 }
@@ -143,13 +152,14 @@ fn slug(prompt: &str) -> String {
 }
 
 /// Writes a picture in the format of its file name, together with its generation parameters.
-pub(super) fn save(picture: &Picture, path: &Path, info: &GenerationInfo) -> Result<()> {
-    files::write(path, &encode(picture, Format::of(path)?, info)?)
+pub(super) fn save(picture: &Picture, path: &Path, info: &GenerationInfo, signing: &Signing) -> Result<()> {
+    let format = Format::of(path)?;
+    files::write(path, &signing.sign(encode(picture, format, info)?, format.media_type())?)
 }
 
 /// Writes a picture to stdout, as PNG.
-pub(super) fn print(picture: &Picture, info: &GenerationInfo) -> Result<()> {
-    let bytes = picture.to_recorded_png(info)?;
+pub(super) fn print(picture: &Picture, info: &GenerationInfo, signing: &Signing) -> Result<()> {
+    let bytes = signing.sign(picture.to_recorded_png(info)?, Format::Png.media_type())?;
     let mut out = std::io::stdout().lock();
     out.write_all(&bytes).and_then(|()| out.flush()).map_err(Error::io("write", "stdout"))
 }

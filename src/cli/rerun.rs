@@ -3,14 +3,16 @@
 use super::hires::{Pass, Passes};
 use super::init_image::{self, Canvas};
 use super::progress::Progress as Shown;
-use super::{Place, adapters, hashes, interrupt_flag, model, out, say, tell, text, warn};
+use super::{Place, adapters, hashes, interrupt_flag, model, out, say, sign, tell, text, warn};
 use crate::backend::Precision;
 use crate::concept::{Concept, Strength};
 use crate::diffusion::noise::Rng;
 use crate::diffusion::scheduler::{SamplerChoice, Spacing};
 use crate::engine::{Engine, EngineOptions, Image, Progress, Request, SessionOptions, Size, Start};
 use crate::files::check_writable;
-use crate::image::{GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Parameters, UsedPicture, read_png_text};
+use crate::image::{
+    GenerationInfo, JSON_KEYWORD, PARAMETERS_KEYWORD, Parameters, UsedPicture, read_png_text, unsigned,
+};
 use crate::models::prompt::PromptSyntax;
 use crate::models::tokenizer::TokenizerRules;
 use crate::weights::Source;
@@ -36,6 +38,8 @@ pub(super) struct Args {
     /// Device to compute on; on another device than the picture's, numbers round differently
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
+    #[command(flatten)]
+    sign: sign::Flags,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -51,6 +55,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Err(Error::invalid("out", format!("{} is a folder", again.display())).advise("give a file's name"));
     }
     check_writable(&again)?;
+    let signing = args.sign.open()?;
     let engine = open(args, &info)?;
     if let Some(sampler) = foreign {
         // The spacing that A1111's "Automatic" stands for depends on the checkpoint.
@@ -60,10 +65,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
         info.model = engine.name();
     }
     let picture = remake(&engine, &info, &|file| Concept::open(file))?;
-    // Files with equal pixels and equal records have equal bytes.
-    let same = picture.to_recorded_png(&info)? == before;
+    // Files with equal pixels and equal records have equal bytes, but for a signature.
+    let same = picture.to_recorded_png(&info)? == unsigned(&before);
     let (version, device) = (env!("CARGO_PKG_VERSION").into(), Some(engine.device().name()));
-    out::save(&picture, &again, &GenerationInfo { version, device, ..info })?;
+    out::save(&picture, &again, &GenerationInfo { version, device, ..info }, &signing)?;
     say(&again.display().to_string());
     match same {
         _ if foreign.is_some() => tell("other programs round differently, so that details may differ"),

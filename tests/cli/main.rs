@@ -12,6 +12,8 @@ mod refusals;
 mod reports;
 mod rerun;
 mod sample;
+#[cfg(feature = "c2pa")]
+mod sign;
 #[path = "../support/mod.rs"]
 mod support;
 

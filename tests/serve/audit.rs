@@ -207,3 +207,22 @@ fn keys_have_names() {
     let output = command.args(["serve", "--port", "0"]).args(flags).output().unwrap();
     assert!(output.status.code() == Some(2) && text(&output.stderr).contains("no key has a name"));
 }
+
+/// The log has the hash of the file before it is signed, which the signed file's picture still has.
+#[cfg(feature = "c2pa")]
+#[test]
+fn signed_pictures_are_in_the_log_as_they_were_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("audit.log");
+    let [chain, key] = ["chain.pem", "key.pem"]
+        .map(|name| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/c2pa").join(name).display().to_string());
+    let server = Server::start(&["--audit", log.to_str().unwrap(), "--sign", &chain, "--sign-key", &key]);
+    let body = json!({"prompt": "a doctor", "seed": 3, "num_inference_steps": 2});
+    let png = draw(&server, "nobody", &body);
+    let reader = c2pa::Reader::from_context(c2pa::Context::new()).with_stream("image/png", std::io::Cursor::new(&png));
+    assert_eq!(reader.unwrap().validation_state(), c2pa::ValidationState::Valid);
+    drop(server);
+    let checked = verify(&log, &["--remake", "1"]);
+    assert!(checked.status.success(), "{}", text(&checked.stderr));
+    assert!(!std::fs::read_to_string(&log).unwrap().contains(&sha256(&png)));
+}

@@ -9,7 +9,7 @@ use super::init_image::{self, Canvas};
 use super::out::{self, Named, Pictures};
 use super::progress::Progress as Shown;
 use super::prompts::Item;
-use super::{Place, adapters, concepts, files, hashes, interrupt_flag, parts, sampler, text};
+use super::{Place, adapters, concepts, files, hashes, interrupt_flag, parts, sampler, sign, text};
 use crate::backend::Precision;
 use crate::concept::Assignment;
 use crate::diffusion::noise::Rng;
@@ -99,6 +99,8 @@ pub(super) struct Args {
     concepts: concepts::Flags,
     #[command(flatten)]
     adapters: adapters::Flags,
+    #[command(flatten)]
+    sign: sign::Flags,
     /// Device to compute on: auto, cpu, cuda, or a GPU by its number, such as cuda:1
     #[arg(long, default_value_t = Place::Auto)]
     device: Place,
@@ -132,6 +134,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let files = out::pictures(args.out.as_deref(), &names, base, size)?;
     args.check_files(&files, adapters.iter().map(|(adapter, _)| adapter.path().into()))?;
 
+    let signing = args.sign.open()?;
     let embeddings = args.text.embeddings.open()?;
     let source = args.parts.source(args.model.as_deref())?;
     let opening = Instant::now();
@@ -224,6 +227,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let memory = largest_memory(&engine, batches.iter().map(|batch| shape(batch).size(final_size)))?;
     let mut saved = Saved {
         files: &files,
+        signing: &signing,
         plan: &plan,
         assignment: &assignment,
         audited: args.concepts.any() && matches!(files, Pictures::Files(_)),

@@ -4,6 +4,7 @@ use super::plan::Planned;
 use crate::cli::out::{self, Pictures};
 use crate::cli::prompts::Item;
 use crate::cli::say;
+use crate::cli::sign::Signing;
 use crate::concept::{Assignment, Used};
 use crate::image::{GenerationInfo, UsedEmbedding};
 use crate::pipeline::Hashes;
@@ -20,6 +21,7 @@ pub(super) fn manifest_path(pictures: &[PathBuf]) -> Option<PathBuf> {
 /// The pictures written so far.
 pub(super) struct Saved<'a> {
     pub(super) files: &'a Pictures,
+    pub(super) signing: &'a Signing,
     pub(super) plan: &'a [Planned<'a>],
     pub(super) assignment: &'a Assignment,
     /// True if a manifest is kept.
@@ -70,11 +72,11 @@ impl Saved<'_> {
             };
             let file = match self.files {
                 Pictures::Stdout => {
-                    out::print(picture, &info)?;
+                    out::print(picture, &info, self.signing)?;
                     None
                 }
                 Pictures::Files(files) => {
-                    out::save(picture, &files[i], &info)?;
+                    out::save(picture, &files[i], &info, self.signing)?;
                     if self.named {
                         say(&files[i].display().to_string());
                     }

@@ -12,7 +12,7 @@ mod running;
 mod shelf;
 pub(super) mod verify;
 
-use super::{Place, note, parts, say, tell, text, warn};
+use super::{Place, note, parts, say, sign, tell, text, warn};
 use crate::concept::Shelf;
 use crate::engine::Texts;
 use crate::models::tokenizer::TokenizerRules;
@@ -23,6 +23,7 @@ use loras::Loras;
 use models::{Models, Offered, Served};
 use policy::Policy;
 use respodiff_serve::{self as http, Kind, Memory, Problem, Server, Settings, Store};
+use running::Output;
 use shelf::Concepts;
 use std::net::{IpAddr, TcpListener};
 use std::path::PathBuf;
@@ -78,6 +79,8 @@ pub(super) struct Args {
     /// `respodiff audit verify` checks it
     #[arg(long, value_name = "FILE")]
     audit: Option<PathBuf>,
+    #[command(flatten)]
+    sign: sign::Flags,
     /// Folder in which jobs are kept, so that accepted ones go on after the server was killed [default: in memory]
     #[arg(long, value_name = "FOLDER")]
     jobs: Option<PathBuf>,
@@ -139,7 +142,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         served[0].govern(policy);
     }
     let audit = audit.map(|audit| Arc::new(Mutex::new(audit)));
-    let models = Arc::new(Models::new(served.into_iter().map(Arc::new).collect(), args.memory, audit));
+    let output = Output { audit, signing: Arc::new(args.sign.open()?) };
+    let models = Arc::new(Models::new(served.into_iter().map(Arc::new).collect(), args.memory, output));
     // The first batch is planned before the server says that it is ready.
     let first = &models.served[0];
     drop(models.batch(first, &first.default_key())?);

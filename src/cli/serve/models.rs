@@ -3,12 +3,11 @@
 
 use super::super::hashes;
 use super::super::{tell, warn};
-use super::audit::Audit;
 use super::loras::{Loras, of_loras};
 use super::plan::Asked;
 use super::policy::Policy;
 use super::problem;
-use super::running::Running;
+use super::running::{Output, Running};
 use super::shelf::{self, Concepts};
 use crate::diffusion::scheduler::Sampler;
 use crate::engine::{Engine, EngineOptions, Outline, SessionOptions, Size, Texts};
@@ -164,13 +163,13 @@ pub(super) struct Models {
     pub(super) served: Vec<Arc<Served>>,
     /// Bytes that all models and the batch may take.
     pub(super) budget: Option<usize>,
-    pub(super) audit: Option<Arc<Mutex<Audit>>>,
+    output: Output,
     uses: AtomicU64,
 }
 
 impl Models {
-    pub(super) fn new(served: Vec<Arc<Served>>, budget: Option<usize>, audit: Option<Arc<Mutex<Audit>>>) -> Self {
-        Models { served, budget, audit, uses: AtomicU64::default() }
+    pub(super) fn new(served: Vec<Arc<Served>>, budget: Option<usize>, output: Output) -> Self {
+        Models { served, budget, output, uses: AtomicU64::default() }
     }
 
     fn find(&self, id: Option<&str>) -> std::result::Result<&Arc<Served>, Problem> {
@@ -248,7 +247,7 @@ impl Models {
         let engine = self.adapt(served, &key.adapters)?;
         self.make_room(served, engine.memory(served.options(key))?.total())?;
         let batch = engine.running_batch(served.options(key))?;
-        Ok(Running::new(served.clone(), key.clone(), batch, self.audit.clone()))
+        Ok(Running::new(served.clone(), key.clone(), batch, self.output.clone()))
     }
 
     /// Looks at the folder of concepts from time to time, on a thread of its own.

@@ -4,6 +4,7 @@ use super::audit::{Audit, Outcome};
 use super::models::{Served, locked};
 use super::plan::Asked;
 use super::problem;
+use crate::cli::sign::Signing;
 use crate::engine::{Event, ImageId, RunningBatch};
 use crate::image::GenerationInfo;
 use crate::pipeline::BatchKey;
@@ -20,6 +21,13 @@ struct InWork {
     begun: Option<String>,
 }
 
+/// Where pictures go besides their clients, and what they are given on the way.
+#[derive(Clone)]
+pub(super) struct Output {
+    pub(super) audit: Option<Arc<Mutex<Audit>>>,
+    pub(super) signing: Arc<Signing>,
+}
+
 pub(super) struct Running {
     served: Arc<Served>,
     /// The key of its pictures.
@@ -27,17 +35,12 @@ pub(super) struct Running {
     batch: RunningBatch,
     images: HashMap<u64, InWork>,
     next: u64,
-    audit: Option<Arc<Mutex<Audit>>>,
+    output: Output,
 }
 
 impl Running {
-    pub(super) fn new(
-        served: Arc<Served>,
-        key: BatchKey,
-        batch: RunningBatch,
-        audit: Option<Arc<Mutex<Audit>>>,
-    ) -> Self {
-        Running { served, key, batch, images: HashMap::new(), next: 0, audit }
+    pub(super) fn new(served: Arc<Served>, key: BatchKey, batch: RunningBatch, output: Output) -> Self {
+        Running { served, key, batch, images: HashMap::new(), next: 0, output }
     }
 
     /// Lets a picture join. The stream is that of the pictures which are begun, in the order in which they are. The log
@@ -55,7 +58,7 @@ impl Running {
         let (request, info) = planned.finish();
         let id = self.batch.join(&request)?;
         let mut record = || {
-            let begun = match &self.audit {
+            let begun = match &self.output.audit {
                 Some(audit) => Some(locked(audit).begun(&asked.caller, &info, &turns)?),
                 None => None,
             };
@@ -72,17 +75,19 @@ impl Running {
 
     /// Tells the audit log how a picture has ended.
     fn ended(&self, image: &InWork, outcome: Outcome, file: Option<&[u8]>) -> Result<()> {
-        match (&self.audit, &image.begun) {
+        match (&self.output.audit, &image.begun) {
             (Some(audit), Some(begun)) => locked(audit).ended(begun.clone(), outcome, file),
             _ => Ok(()),
         }
     }
 
-    /// The file of a finished picture. It goes to its client only after the log has its hash.
+    /// The file of a finished picture. It goes to its client only after the log has its hash, which is that of the file
+    /// before it is signed, since no two signatures are equal.
     fn finished(&self, image: &InWork, picture: &crate::Picture) -> Result<http::Picture> {
         let png = picture.to_recorded_png(&image.info)?;
         self.ended(image, Outcome::Finished, Some(&png))?;
         let parameters = serde_json::to_value(&image.info).unwrap_or_default();
+        let png = self.output.signing.sign(png, "image/png")?;
         Ok(http::Picture { png, seed: image.info.seed, parameters })
     }
 }
