@@ -381,7 +381,7 @@ pub struct UsedAdapter {
     pub weight: f32,
     /// SHA-256 of the file.
     pub sha256: String,
-    /// [`crate::Adapter::hash`], by which A1111 knows the file.
+    /// [`crate::adapters::Adapter::hash`], by which A1111 knows the file.
     pub hash: String,
     /// The file as it was given.
     pub file: String,

@@ -21,6 +21,9 @@
 //! # }
 //! ```
 //!
+//! Names that every program needs are at the root; modules hold those of one subject: [`adapters`], [`concepts`],
+//! [`pictures`], [`prompts`] and [`samplers`], and with their features `requests`, `training`, `eval` and `hub`.
+//!
 //! The library prints nothing, reads no environment variables and handles no signals. Errors are data: see [`Error`].
 //!
 //! # Features
@@ -111,36 +114,71 @@ mod weights;
 pub mod weights;
 
 pub use backend::Precision;
-pub use concept::{
-    Calibration, Concept, Group, Kind as ConceptKind, Metadata as ConceptMetadata, NumberFormat, Strength,
-};
-#[cfg(feature = "pipeline")]
-pub use concept::{Files as ConceptFiles, Shelf};
+pub use concept::{Concept, Strength};
 pub use device::{Device, Place};
-pub use diffusion::noise::Rng;
-pub use diffusion::scheduler::{Prediction, Preset, Sampler, SamplerChoice, Spacing, StepNoise, Tuning};
+pub use diffusion::scheduler::{Sampler, SamplerChoice};
 pub use engine::{
-    Conditioning, EncodedPicture, Engine, EngineOptions, Event, Image, ImageId, InitImage, MemoryPlan, Original,
-    Output, Progress, Prompt, PromptText, Request, RunningBatch, Session, SessionOptions, Size, Start,
+    Engine, EngineOptions, Event, Image, ImageId, MemoryPlan, Output, Progress, Prompt, Request, RunningBatch, Session,
+    SessionOptions, Size, Start,
 };
 pub use error::{Error, ErrorKind, Result, Subject};
-#[cfg(feature = "c2pa")]
-pub use image::Signer;
-pub use image::{
-    Filter, GenerationInfo, Picture, Region, UsedAdapter, UsedConcept, UsedEmbedding, UsedFile, UsedHires, UsedPart,
-    UsedPicture,
-};
-pub use models::prompt::{LoraTag, PromptSyntax, lora_tags};
-pub use models::tokenizer::TokenizerRules;
+pub use image::Picture;
 #[cfg(feature = "pipeline")]
-pub use pipeline::{Answer, Made, Pipeline};
-#[cfg(feature = "pipeline")]
-pub use respodiff_fields as fields;
+pub use pipeline::Pipeline;
 #[cfg(feature = "train")]
-pub use train::{Losses, Recipe, Task, Times as TrainingTimes, Trainer, TrainingMemory, Variant};
+pub use train::{Recipe, Task, Trainer};
+pub use weights::Source;
 #[cfg(feature = "download")]
 pub use weights::hub;
-pub use weights::{Adapter, AdapterInfo, Embedding, Format, Source};
+
+/// Files that change a model: LoRA and its kin, and textual inversion.
+pub mod adapters {
+    pub use crate::weights::{Adapter, AdapterInfo, Embedding, Format};
+}
+
+/// Parts of a concept's file, groups of concepts, and where concepts are found by name.
+pub mod concepts {
+    pub use crate::concept::{Calibration, Group, Kind, Metadata, NumberFormat};
+    #[cfg(feature = "pipeline")]
+    pub use crate::concept::{Files, Shelf};
+}
+
+/// Pictures that images begin with, and what the files of finished pictures say.
+pub mod pictures {
+    pub use crate::engine::{EncodedPicture, InitImage, Original};
+    #[cfg(feature = "c2pa")]
+    pub use crate::image::Signer;
+    pub use crate::image::{
+        Filter, GenerationInfo, Region, UsedAdapter, UsedConcept, UsedEmbedding, UsedFile, UsedHires, UsedPart,
+        UsedPicture,
+    };
+}
+
+/// Prompts with weights and of any length, and prompts that are encoded once for many images.
+pub mod prompts {
+    pub use crate::engine::{Conditioning, PromptText};
+    pub use crate::models::prompt::{LoraTag, PromptSyntax, lora_tags};
+    pub use crate::models::tokenizer::TokenizerRules;
+}
+
+/// Whole requests by the fields of the server.
+#[cfg(feature = "pipeline")]
+pub mod requests {
+    pub use crate::pipeline::{Answer, Made};
+    pub use respodiff_fields as fields;
+}
+
+/// The settings of samplers.
+pub mod samplers {
+    pub use crate::diffusion::noise::Rng;
+    pub use crate::diffusion::scheduler::{Prediction, Preset, Spacing, StepNoise, Tuning};
+}
+
+/// The parts of a training and its reports.
+#[cfg(feature = "train")]
+pub mod training {
+    pub use crate::train::{Losses, Times, TrainingMemory, Variant};
+}
 
 /// The README's example is compiled and run as a test.
 #[cfg(all(doctest, feature = "demo"))]

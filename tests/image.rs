@@ -22,7 +22,7 @@ fn info() -> GenerationInfo {
         guidance: 7.0,
         guidance_rescale: None,
         guidance_interval: None,
-        tuning: respodiff::Tuning::default(),
+        tuning: respodiff::samplers::Tuning::default(),
         seed: u64::MAX,
         rng: "torch-cuda".to_string(),
         width: 768,

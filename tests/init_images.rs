@@ -293,7 +293,7 @@ fn impossible_beginnings_are_refused() {
     let latents = |init| go(init, options).unwrap().latents;
     assert_eq!(latents(InitImage::encoded(encoded.clone(), 0.5)), latents(InitImage::new(picture, 0.5)));
     let mut drawn = vec![0.0; 4 * 5 * 7];
-    let mut generator = respodiff::diffusion::noise::NormalGenerator::new(respodiff::Rng::TorchCpu, 0);
+    let mut generator = respodiff::diffusion::noise::NormalGenerator::new(respodiff::samplers::Rng::TorchCpu, 0);
     (0..2).for_each(|_| generator.fill(&mut drawn));
     let given = InitImage::encoded(encoded.clone(), 0.5).noise(drawn.into());
     assert_eq!(latents(given), latents(InitImage::encoded(encoded.clone(), 0.5)));

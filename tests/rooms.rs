@@ -31,12 +31,11 @@ const ROOMS: [&str; 23] = [
 ];
 
 /// Items that the crate's root re-exports, and their modules.
-const ROOT: [(&str, &str); 15] = [
+const ROOT: [(&str, &str); 14] = [
     ("Error", "error"),
     ("ErrorKind", "error"),
     ("Result", "error"),
     ("Subject", "error"),
-    ("GenerationInfo", "image"),
     ("Picture", "image"),
     ("Source", "weights"),
     ("Precision", "backend"),

@@ -4,8 +4,10 @@
 mod failure;
 
 use failure::{Code, Failure, call, invalid, text};
+use respodiff::concepts::{Files, Shelf};
 use respodiff::hub::HubConfig;
-use respodiff::{Answer, Concept, ConceptFiles, Made, Pipeline, Result, Shelf};
+use respodiff::requests::{Answer, Made};
+use respodiff::{Concept, Pipeline, Result};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ops::ControlFlow;
@@ -22,11 +24,11 @@ pub struct Engine {
 
 impl Shelf for Engine {
     fn has(&self, name: &str) -> bool {
-        self.named(name).is_some() || ConceptFiles.has(name)
+        self.named(name).is_some() || Files.has(name)
     }
 
     fn find(&self, name: &str) -> Result<Arc<Concept>> {
-        self.named(name).map_or_else(|| ConceptFiles.find(name), Ok)
+        self.named(name).map_or_else(|| Files.find(name), Ok)
     }
 }
 

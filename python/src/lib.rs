@@ -4,8 +4,11 @@
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple, PyType};
+use respodiff::concepts::{Files, Shelf};
 use respodiff::hub::HubConfig;
-use respodiff::{ConceptFiles, ErrorKind, GenerationInfo, Made, Pipeline, Result, Shelf};
+use respodiff::pictures::GenerationInfo;
+use respodiff::requests::Made;
+use respodiff::{ErrorKind, Pipeline, Result};
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -51,11 +54,11 @@ struct Loaded(HashMap<String, Arc<respodiff::Concept>>);
 
 impl Shelf for Loaded {
     fn has(&self, name: &str) -> bool {
-        self.0.contains_key(name) || ConceptFiles.has(name)
+        self.0.contains_key(name) || Files.has(name)
     }
 
     fn find(&self, name: &str) -> Result<Arc<respodiff::Concept>> {
-        self.0.get(name).map_or_else(|| ConceptFiles.find(name), |concept| Ok(concept.clone()))
+        self.0.get(name).map_or_else(|| Files.find(name), |concept| Ok(concept.clone()))
     }
 }
 

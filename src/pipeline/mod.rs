@@ -31,14 +31,15 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 /// each with memory of its own.
 ///
 /// ```
-/// use respodiff::{ConceptFiles, Device, Pipeline, Source};
+/// use respodiff::concepts::Files;
+/// use respodiff::{Device, Pipeline, Source};
 /// use std::ops::ControlFlow;
 ///
 /// # fn main() -> respodiff::Result<()> {
 /// let pipeline = Pipeline::open(&Source::demo(), Device::cpu(), 4)?;
 /// let request = br#"{"prompt": "a photo of a nurse", "n": 2, "seed": 7, "num_inference_steps": 2,
 ///     "balance": ["woman", "man"]}"#;
-/// let made = pipeline.generate(&Pipeline::parse(request)?, &ConceptFiles, &mut |_, _| ControlFlow::Continue(()))?;
+/// let made = pipeline.generate(&Pipeline::parse(request)?, &Files, &mut |_, _| ControlFlow::Continue(()))?;
 /// let file = made.pictures[1].png()?;
 /// # assert!(file.starts_with(b"\x89PNG"));
 /// # Ok(())
