@@ -4,7 +4,7 @@ mod support;
 
 use respodiff::image::{Filter, Picture, Region};
 use respodiff::{
-    Device, Engine, ErrorKind, Image, InitImage, Output, Prompt, Request, SessionOptions, Size, Source, Start,
+    Device, Engine, ErrorKind, Image, Output, Prompt, Request, SessionOptions, Size, Source, Start, pictures::InitImage,
 };
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};

@@ -3,9 +3,10 @@
 
 mod support;
 
+use respodiff::samplers::Tuning;
 use respodiff::{
     Device, Engine, ErrorKind, Image, Output, Prompt, Recipe, Request, SamplerChoice, SessionOptions, Size, Source,
-    Start, Task, Trainer, Tuning,
+    Start, Task, Trainer,
 };
 use serde_json::from_str;
 use std::collections::HashMap;

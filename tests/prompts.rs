@@ -3,11 +3,13 @@
 
 mod support;
 
+use respodiff::adapters::Embedding;
 use respodiff::models::prompt::Part;
 use respodiff::models::tokenizer::Tokenizer;
+use respodiff::prompts::{PromptSyntax, PromptText, lora_tags};
 use respodiff::{
-    Device, Embedding, Engine, EngineOptions, Error, ErrorKind, Image, Output, PromptSyntax, PromptText, Request,
-    Sampler, SessionOptions, Size, Source, Subject, lora_tags,
+    Device, Engine, EngineOptions, Error, ErrorKind, Image, Output, Request, Sampler, SessionOptions, Size, Source,
+    Subject,
 };
 use serde_json::Value;
 use std::ops::ControlFlow;

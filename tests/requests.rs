@@ -1,6 +1,8 @@
 //! Whole requests to a `Pipeline`: their files are those of the command line, and nothing of one is left in the next.
 
-use respodiff::{Answer, ConceptFiles, Device, ErrorKind, Pipeline, Source};
+use respodiff::concepts::Files;
+use respodiff::requests::Answer;
+use respodiff::{Device, ErrorKind, Pipeline, Source};
 use std::ops::ControlFlow;
 use std::process::Command;
 
@@ -10,7 +12,7 @@ fn pipeline(max_batch: usize) -> Pipeline {
 
 fn asked(pipeline: &Pipeline, request: &str) -> respodiff::Result<Answer> {
     let request = Pipeline::parse(request.as_bytes())?;
-    pipeline.generate(&request, &ConceptFiles, &mut |_, _| ControlFlow::Continue(()))
+    pipeline.generate(&request, &Files, &mut |_, _| ControlFlow::Continue(()))
 }
 
 fn files(answer: &Answer) -> Vec<Vec<u8>> {
@@ -184,7 +186,7 @@ fn a_cancelled_request_leaves_nothing_behind() {
         Pipeline::parse(br#"{"prompt": "a cook", "n": 4, "num_inference_steps": 9, "sampler": "DDIM"}"#).unwrap();
     for until in [0, 4, 20] {
         let mut seen = Vec::new();
-        let outcome = pipeline.generate(&other, &ConceptFiles, &mut |done, total| {
+        let outcome = pipeline.generate(&other, &Files, &mut |done, total| {
             assert_eq!(total, 36);
             seen.push(done);
             if done >= until { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }

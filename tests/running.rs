@@ -4,10 +4,11 @@ mod support;
 
 use respodiff::concept::{Concept, Form, Metadata, Strength};
 use respodiff::diffusion::noise::Rng;
+use respodiff::pictures::InitImage;
 use respodiff::weights::Source;
 use respodiff::{
-    Device, Engine, ErrorKind, Event, Image, ImageId, InitImage, Picture, Request, RunningBatch, Sampler,
-    SamplerChoice, SessionOptions, Size, Start,
+    Device, Engine, ErrorKind, Event, Image, ImageId, Picture, Request, RunningBatch, Sampler, SamplerChoice,
+    SessionOptions, Size, Start,
 };
 use std::collections::HashMap;
 use std::ops::ControlFlow;
