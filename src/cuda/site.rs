@@ -111,7 +111,7 @@ impl Site<'_> {
 
     /// The address of the split counters, [`COUNTERS`] words, which are 0 between launches.
     pub fn counters(&self) -> u64 {
-        self.bindings.arena + self.plan.reserved() as u64
+        self.bindings.arena
     }
 
     /// The address of the node's scratch memory, of the size that its family's `workspace` returned.

@@ -14,18 +14,19 @@ pub(super) struct Interval {
 /// Buffers start at multiples of this many bytes: two cache lines of a CPU, one of a GPU.
 const ALIGN: usize = 128;
 
-/// Offsets of the buffers and the length of the arena.
-pub(super) fn place(intervals: &[Interval]) -> (Vec<usize>, usize) {
+/// Offsets of the buffers behind the first `reserved` bytes, and the length of the arena.
+pub(super) fn place(intervals: &[Interval], reserved: usize) -> (Vec<usize>, usize) {
+    let first = reserved.next_multiple_of(ALIGN);
     let mut by_size: Vec<usize> = (0..intervals.len()).filter(|&i| intervals[i].len > 0).collect();
     by_size.sort_by_key(|&i| (std::cmp::Reverse(intervals[i].len), i));
 
     let mut offsets = vec![0; intervals.len()];
     let mut placed: Vec<usize> = Vec::new(); // by offset
-    let mut arena_len = 0;
+    let mut arena_len = first;
     for i in by_size {
         let len = intervals[i].len.next_multiple_of(ALIGN);
         let mut best: Option<(usize, usize)> = None; // (gap, offset)
-        let mut end = 0;
+        let mut end = first;
         for &other in &placed {
             let (a, b) = (&intervals[i], &intervals[other]);
             if a.first > b.last || b.first > a.last {

@@ -27,7 +27,8 @@ pub trait Storage {
     /// Bytes of scratch memory that the node needs while it runs.
     fn workspace(&self, graph: &Graph, node: &Node) -> usize;
 
-    /// Bytes at the end of the arena that no activation ever takes. They belong to the executor and are zero at first.
+    /// Bytes at the beginning of the arena that no activation ever takes. They belong to the executor and are zero at
+    /// first. Plans that share an arena have them in common.
     fn reserved(&self) -> usize {
         0
     }
@@ -48,8 +49,6 @@ pub struct Plan {
     reusing: Vec<usize>,
     offsets: Vec<usize>,
     workspaces: Vec<(usize, usize)>,
-    /// Offset of the bytes that the storage reserved.
-    reserved: usize,
     arena_bytes: usize,
 }
 
@@ -98,14 +97,13 @@ impl Plan {
                 last: position,
             });
         }
-        let (offsets, reserved) = place(&lives);
-        let arena_bytes = reserved + storage.reserved();
+        let (offsets, arena_bytes) = place(&lives, storage.reserved());
         let workspaces = (0..steps).map(|i| (offsets[graph.shapes.len() + i], lives[graph.shapes.len() + i].len));
         let workspaces = workspaces.collect();
         let reusing = reusing(&graph, storage, &order[prologue..backward]);
         let reusing = reusing.into_iter().map(|position| prologue + position).collect();
         let storage = storage.name();
-        Plan { order, prologue, backward, reusing, offsets, workspaces, reserved, arena_bytes, storage, graph }
+        Plan { order, prologue, backward, reusing, offsets, workspaces, arena_bytes, storage, graph }
     }
 
     /// The graph that the plan was made from.
@@ -134,11 +132,6 @@ impl Plan {
     /// Bytes of the arena: all memory that a run needs in addition to the weights.
     pub fn arena_bytes(&self) -> usize {
         self.arena_bytes
-    }
-
-    /// Offset of the bytes that the storage reserved.
-    pub fn reserved(&self) -> usize {
-        self.reserved
     }
 
     /// Offset of an activation in the arena.
@@ -259,6 +252,10 @@ mod tests {
             fn workspace(&self, _: &Graph, node: &Node) -> usize {
                 if node.name == "c3" || node.name == "c5" { 5000 } else { 0 }
             }
+
+            fn reserved(&self) -> usize {
+                1000
+            }
         }
         let plan = Plan::new(b.finish(), &["fixed"], &Bytes);
         assert_eq!(plan.prologue().count(), 1);
@@ -278,7 +275,7 @@ mod tests {
         let span = |id: TensorId| plan.offset(id)..plan.offset(id) + graph.shape(id).len();
         let overlap = |a: &std::ops::Range<usize>, b: &std::ops::Range<usize>| a.start < b.end && b.start < a.end;
         for a in (0..graph.shapes.len()).map(TensorId) {
-            assert!(span(a).end <= plan.arena_bytes());
+            assert!(span(a).start >= 1000 && span(a).end <= plan.arena_bytes());
             for b in (0..a.0).map(TensorId) {
                 let ((f1, l1), (f2, l2)) = (life(a), life(b));
                 if f1 <= l2 && f2 <= l1 {
@@ -286,6 +283,7 @@ mod tests {
                 }
             }
             for (p, &(offset, len)) in plan.workspaces.iter().enumerate().filter(|w| w.1.1 > 0) {
+                assert!(offset >= 1000);
                 let (first, last) = life(a);
                 assert!(!(first..=last).contains(&p) || !overlap(&span(a), &(offset..offset + len)));
             }
