@@ -87,7 +87,10 @@ fn the_kernels_reuse_the_same_activations() {
 fn an_image_does_not_depend_on_its_batch_and_every_step_may_be_whole() {
     let engine = engine("sd1");
     let options = SessionOptions::new(Size::new(40, 56));
-    let images = [Image::new("a doctor").seed(3), Image::new("a cat").seed(4).negative("a hat")];
+    let images = [
+        Image::new("a doctor").seed(3).guidance_interval((700.0, 400.0)),
+        Image::new("a cat").seed(4).negative("a hat"),
+    ];
     let request = |images: &[Image]| Request::new(images.to_vec()).steps(6).sampler("euler a".parse().unwrap());
     let both = generate(&engine, options.batch(2).reuse(2), &request(&images));
     for (i, image) in images.iter().enumerate() {

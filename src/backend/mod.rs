@@ -3,7 +3,9 @@
 
 mod slots;
 
-pub use slots::{Active, AddedToBottleneck, Guidance, Kept, RunImage, Slots, capacity, level_after, picture_shape};
+pub use slots::{
+    Active, AddedToBottleneck, Guidance, Kept, RunImage, Slots, UNetBatch, capacity, level_after, picture_shape,
+};
 
 use crate::graph::{Graph, Node, TensorId, WeightSpec};
 use crate::image::Picture;
@@ -91,13 +93,17 @@ pub trait Backend: Send + Sync {
     /// [`crate::ErrorKind::Mismatch`] for a plan or weights of another device or network.
     fn executor(&self, plan: Plan, weights: &Weights) -> Result<Box<dyn Executor>>;
 
-    /// Makes a UNet ready to sample, and with it the VAE of a session if one is given. The UNet's plans are for batches
-    /// of rising size, given in images; they share the memory of the largest.
+    /// Makes a UNet ready to sample, and with it the VAE of a session if one is given. The UNet's plans are for several
+    /// batches, of which one runs at a time; they share the memory of the plan that needs most.
     ///
     /// # Errors
     /// As for [`Backend::executor`].
-    fn denoiser(&self, plans: Vec<(usize, Plan)>, weights: &Weights, vae: Option<Planned>)
-    -> Result<Box<dyn Denoiser>>;
+    fn denoiser(
+        &self,
+        plans: Vec<(UNetBatch, Plan)>,
+        weights: &Weights,
+        vae: Option<Planned>,
+    ) -> Result<Box<dyn Denoiser>>;
 
     /// Bytes that [`Backend::denoiser`] takes beside the arenas of the networks, for `images` images at most. On the
     /// CPU they are not counted.
@@ -218,11 +224,12 @@ pub trait Denoiser: Send {
     fn begin(&mut self, slot: usize, image: RunImage) -> Result<()>;
 
     /// Gives the rows of the UNet's batch to slots, writes the inputs that condition the rows, and runs the nodes that
-    /// depend on these alone. `inputs` are for a batch of [`Denoiser::capacity`] images, the unconditional rows first.
+    /// depend on these alone. `inputs` are for a batch of [`Denoiser::capacity`] images, if `guided` the unconditional
+    /// rows first. Without these a step takes the conditional predictions, whatever the images' guidance.
     ///
     /// # Errors
-    /// As for [`Executor::prologue`].
-    fn place(&mut self, slots: &[usize], inputs: &[(&'static str, Vec<f32>)]) -> Result<()>;
+    /// As for [`Executor::prologue`], and [`crate::ErrorKind::Internal`] if there is no plan for such a batch.
+    fn place(&mut self, slots: &[usize], guided: bool, inputs: &[(&'static str, Vec<f32>)]) -> Result<()>;
 
     /// Takes the next step of every image that has a row and is not done. The device may still be at work afterwards. If
     /// `reusing`, the UNet takes the activations that its graph keeps from the step before, which had the same rows.

@@ -13,10 +13,19 @@ pub fn picture_shape(vae: &Plan) -> Shape {
     vae.graph().shape(vae.graph().output("image"))
 }
 
-/// The smallest of rising sizes of a batch that holds `images` images; the largest if none does.
-pub fn capacity<T>(plans: &[(usize, T)], images: usize) -> usize {
-    let fits = plans.iter().find(|(size, _)| *size >= images);
-    fits.or(plans.last()).map_or(0, |(size, _)| *size)
+/// A batch for which a UNet is planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UNetBatch {
+    /// The number of images.
+    pub images: usize,
+    /// True if every image has two rows, the unconditional rows of all images first; else it has the conditional one.
+    pub guided: bool,
+}
+
+/// The number of images in the smallest batch that holds `images` images; in the largest if none does.
+pub fn capacity<T>(plans: &[(UNetBatch, T)], images: usize) -> usize {
+    let sizes = || plans.iter().map(|(batch, _)| batch.images);
+    sizes().filter(|&size| size >= images).min().or(sizes().max()).unwrap_or(0)
 }
 
 /// The numbers that are added to the bottleneck of one image, `[h, w, c]`.

@@ -23,7 +23,8 @@ pub(super) struct Flags {
     /// v-prediction and high scales
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, allow_negative_numbers = true)]
     guidance_rescale: f32,
-    /// Guidance only between these two timesteps (1000 is noise, 0 the picture), such as 900,200; it takes as long
+    /// Guidance only between these two timesteps (1000 is noise, 0 the picture), such as 900,200; the other steps take
+    /// half the time
     #[arg(long, value_name = "FROM,UNTIL", value_parser = interval)]
     guidance_interval: Option<(f32, f32)>,
     /// Sampler by diffusers', k-diffusion's or A1111's name, such as "DDIM" or "DPM++ 2M Karras" [default: the

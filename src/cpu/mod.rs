@@ -23,7 +23,7 @@ pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
 pub use weights::CpuWeights;
 
-use crate::backend::{Backend, Cache, Denoiser, Executor, Planned, Precision, Weights};
+use crate::backend::{Backend, Cache, Denoiser, Executor, Planned, Precision, UNetBatch, Weights};
 use crate::graph::{Graph, Node, Op, Shape, TensorId, WeightSpec};
 use crate::plan::{Plan, Storage};
 use crate::weights::Tensors;
@@ -104,12 +104,13 @@ impl Backend for Cpu {
 
     fn denoiser(
         &self,
-        plans: Vec<(usize, Plan)>,
+        plans: Vec<(UNetBatch, Plan)>,
         weights: &Weights,
         vae: Option<Planned>,
     ) -> Result<Box<dyn Denoiser>> {
-        let plans: Vec<_> = plans.into_iter().map(|(images, plan)| (images, Arc::new(plan))).collect();
-        let (_, largest) = plans.last().ok_or_else(|| Error::internal("a denoiser without a UNet"))?;
+        let plans: Vec<_> = plans.into_iter().map(|(batch, plan)| (batch, Arc::new(plan))).collect();
+        let largest = plans.iter().map(|(_, plan)| plan).max_by_key(|plan| plan.arena_bytes());
+        let largest = largest.ok_or_else(|| Error::internal("a denoiser without a UNet"))?;
         let unet = CpuExecutor::new(largest.clone(), loaded(weights)?)?;
         Ok(Box::new(CpuDenoiser::new(unet, plans, vae.map(ready).transpose()?)))
     }

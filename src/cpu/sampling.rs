@@ -2,7 +2,7 @@
 
 use super::{CpuExecutor, loaded};
 use crate::backend::{
-    AddedToBottleneck, Denoiser, Executor, Guidance, Kept, RunImage, Slots, Weights, capacity, level_after,
+    AddedToBottleneck, Denoiser, Executor, Guidance, Kept, RunImage, Slots, UNetBatch, Weights, capacity, level_after,
     picture_shape,
 };
 use crate::diffusion::scheduler::{NoiseLevel, SamplerState, Step};
@@ -15,10 +15,9 @@ use std::sync::Arc;
 /// A UNet and its samplers on the CPU, with a session's VAE.
 pub(super) struct CpuDenoiser {
     unet: CpuExecutor,
-    /// The UNet for batches of rising size, and those sizes in images.
-    plans: Vec<(usize, Arc<Plan>)>,
-    /// The number of images in the batch of the present plan.
-    capacity: usize,
+    plans: Vec<(UNetBatch, Arc<Plan>)>,
+    /// That of the present plan.
+    batch: UNetBatch,
     vae: Option<CpuExecutor>,
     slots: Slots,
     samples: Vec<Sample>,
@@ -38,15 +37,16 @@ struct Sample {
 
 impl CpuDenoiser {
     /// `unet` has memory for the largest of `plans`.
-    pub fn new(unet: CpuExecutor, plans: Vec<(usize, Arc<Plan>)>, vae: Option<CpuExecutor>) -> Self {
+    pub fn new(unet: CpuExecutor, plans: Vec<(UNetBatch, Arc<Plan>)>, vae: Option<CpuExecutor>) -> Self {
         let graph = unet.plan().graph();
         let shape = Shape { n: 1, ..graph.shape(graph.input("sample")) };
         let bottleneck = graph.find_input("shift").map_or(0, |shift| Shape { n: 1, ..graph.shape(shift) }.len());
-        let slots = plans.last().map_or(0, |(images, _)| *images);
+        let slots = capacity(&plans, usize::MAX);
         let sample = || Sample { latents: vec![0.0; shape.len()], state: SamplerState::new(shape.len()), fault: None };
         CpuDenoiser {
-            capacity: slots,
             plans,
+            // The first images bring their own.
+            batch: UNetBatch { images: 0, guided: false },
             vae,
             slots: Slots::new(slots, shape, bottleneck),
             samples: (0..slots).map(|_| sample()).collect(),
@@ -54,12 +54,6 @@ impl CpuDenoiser {
             prediction: vec![0.0; shape.len()],
             unet,
         }
-    }
-
-    /// True if the UNet has unconditional rows.
-    fn guided(&self) -> bool {
-        let graph = self.unet.plan().graph();
-        graph.shape(graph.input("sample")).n > self.capacity
     }
 }
 
@@ -78,12 +72,12 @@ impl Denoiser for CpuDenoiser {
         Ok(())
     }
 
-    fn place(&mut self, slots: &[usize], inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
+    fn place(&mut self, slots: &[usize], guided: bool, inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
         self.slots.place(slots);
-        self.capacity = self.capacity(slots.len());
-        if let Some((_, plan)) = self.plans.iter().find(|(images, _)| *images == self.capacity) {
-            self.unet.switch(plan);
-        }
+        self.batch = UNetBatch { images: self.capacity(slots.len()), guided };
+        let plan = self.plans.iter().find(|(batch, _)| *batch == self.batch);
+        let (_, plan) = plan.ok_or_else(|| Error::internal(format!("no plan for {:?}", self.batch)))?;
+        self.unet.switch(plan);
         for (name, values) in inputs {
             self.unet.write(name, values)?;
         }
@@ -91,7 +85,7 @@ impl Denoiser for CpuDenoiser {
     }
 
     fn step(&mut self, reusing: bool) -> Result<()> {
-        let (guided, one) = (self.guided(), self.noise.len());
+        let (UNetBatch { images, guided }, one) = (self.batch, self.noise.len());
         let rows: Vec<_> = self.slots.active().map(|(row, slot, _, step)| (row, slot, *step)).collect();
         for (_, slot, step) in rows.iter().filter(|(.., step)| step.churn != 0.0) {
             self.slots.draw(*slot, &mut self.noise);
@@ -102,13 +96,13 @@ impl Denoiser for CpuDenoiser {
         self.unet.input_mut("timestep").fill(0.0);
         for (row, slot, _, step) in self.slots.active() {
             let copies = if guided { 2 } else { 1 };
-            for row in (0..copies).map(|copy| copy * self.capacity + row) {
+            for row in (0..copies).map(|copy| copy * images + row) {
                 let input = &mut self.unet.input_mut("sample")[row * one..][..one];
                 input.iter_mut().zip(&self.samples[slot].latents).for_each(|(s, x)| *s = x * step.input_scale);
                 self.unet.input_mut("timestep")[row] = step.timestep;
             }
         }
-        if let Some(constant) = self.slots.added(self.capacity) {
+        if let Some(constant) = self.slots.added(images) {
             self.unet.write("shift", &constant)?;
         }
         let networks = |added: &dyn AddedToBottleneck| added.depends_on_bottleneck();
@@ -116,9 +110,9 @@ impl Denoiser for CpuDenoiser {
         match any {
             false => self.unet.run_step(reusing, None),
             true => {
-                let (slots, capacity) = (&self.slots, self.capacity);
+                let slots = &self.slots;
                 let write = |mid: &[f32], out: &mut [f32]| {
-                    let (mid, one) = (&mid[mid.len() - out.len()..], out.len() / capacity);
+                    let (mid, one) = (&mid[mid.len() - out.len()..], out.len() / images);
                     for (row, _, active, step) in slots.active() {
                         if let Some(added) = &active.image.added {
                             let range = row * one..(row + 1) * one;
@@ -137,7 +131,7 @@ impl Denoiser for CpuDenoiser {
             match guided {
                 false => self.prediction.copy_from_slice(first),
                 true => {
-                    let with = &out[(self.capacity + row) * one..][..one];
+                    let with = &out[(images + row) * one..][..one];
                     guide(&guidance, &step, first, with, &mut self.prediction);
                 }
             }

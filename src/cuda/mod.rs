@@ -45,7 +45,7 @@ pub use sampler::{DeviceSampler, SampledImage};
 pub use site::Element;
 pub use weights::CudaWeights;
 
-use crate::backend::{Backend, Cache, Denoiser, Executor, Planned, Precision, Weights};
+use crate::backend::{Backend, Cache, Denoiser, Executor, Planned, Precision, UNetBatch, Weights};
 use crate::graph::{Graph, Node, Op, TensorId, WeightSpec};
 use crate::plan::{Plan, Storage};
 use crate::weights::Tensors;
@@ -136,15 +136,19 @@ impl Backend for Kernels {
 
     fn denoiser(
         &self,
-        mut plans: Vec<(usize, Plan)>,
+        plans: Vec<(UNetBatch, Plan)>,
         weights: &Weights,
         vae: Option<Planned>,
     ) -> Result<Box<dyn Denoiser>> {
-        let (images, plan) = plans.pop().ok_or_else(|| Error::internal("a denoiser without a UNet"))?;
-        let largest = self.ready((plan, weights))?;
-        let beside = |(images, plan)| Ok((images, largest.sharing_memory(Arc::new(plan))?));
-        let mut unets = plans.into_iter().map(beside).collect::<Result<Vec<_>>>()?;
-        unets.push((images, largest));
+        let weights = loaded(weights, &self.0)?;
+        let bytes = plans.iter().map(|(_, plan)| plan.arena_bytes()).max().unwrap_or(0);
+        let arena = Arc::new(Buffer::zeroed(&self.0, bytes)?);
+        let unet = |(batch, plan)| {
+            let plan = Arc::new(plan);
+            check(&plan, &weights, &self.0)?;
+            Ok((batch, CudaExecutor::in_arena(&self.0, plan, weights.clone(), arena.clone())?))
+        };
+        let unets = plans.into_iter().map(unet).collect::<Result<_>>()?;
         Ok(Box::new(CudaDenoiser::new(unets, vae.map(|vae| self.ready(vae)).transpose()?)?))
     }
 
@@ -196,22 +200,8 @@ impl CudaExecutor {
         Self::in_arena(device, plan, weights, arena)
     }
 
-    /// An executor of another plan with the same weights and in the same memory: a run of one overwrites what the other
-    /// holds.
-    ///
-    /// # Errors
-    /// Those of [`CudaExecutor::new`], and [`crate::ErrorKind::Mismatch`] if the memory is too small.
-    pub fn sharing_memory(&self, plan: Arc<Plan>) -> Result<Self> {
-        plan.check(&self.device.limits(), self.weights.specs())?;
-        if plan.arena_bytes() > self.arena.len() {
-            return Err(Error::mismatch(
-                Subject::Run,
-                "the plan needs more memory than the one whose memory it shares",
-            ));
-        }
-        Self::in_arena(&self.device, plan, self.weights.clone(), self.arena.clone())
-    }
-
+    /// An executor in memory of this size or more, which was zeroed, and which executors of other plans may use too: a
+    /// run of one overwrites what the others hold.
     fn in_arena(
         device: &Arc<dyn CudaDevice>,
         plan: Arc<Plan>,

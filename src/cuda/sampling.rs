@@ -1,8 +1,8 @@
-//! The [`Denoiser`] of the kernels: the latents stay on the device, and one recording for each size of the batch serves
-//! every step of every request.
+//! The [`Denoiser`] of the kernels: the latents stay on the device, and one recording for each batch that is planned
+//! serves every step of every request.
 
 use super::{Buffer, CudaExecutor, DeviceSampler, Recording, SampledImage};
-use crate::backend::{Active, Denoiser, Executor, RunImage, Slots, Weights, capacity, picture_shape};
+use crate::backend::{Active, Denoiser, Executor, RunImage, Slots, UNetBatch, Weights, capacity, picture_shape};
 use crate::diffusion::noise::Rng;
 use crate::graph::Shape;
 use crate::image::Picture;
@@ -14,8 +14,8 @@ const CAPACITY: usize = 4096;
 
 /// A UNet and its samplers on the kernels, with a session's VAE.
 pub(super) struct CudaDenoiser {
-    /// The UNet for batches of rising size, and those sizes in images. All share one arena.
-    unets: Vec<(usize, Unet)>,
+    /// The UNet for several batches. All share one arena.
+    unets: Vec<(UNetBatch, Unet)>,
     /// The index of the present one.
     current: usize,
     sampler: DeviceSampler,
@@ -36,22 +36,23 @@ struct Unet {
 impl CudaDenoiser {
     /// # Errors
     /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
-    pub fn new(unets: Vec<(usize, CudaExecutor)>, vae: Option<CudaExecutor>) -> Result<Self> {
-        let Some((slots, largest)) = unets.last() else {
+    pub fn new(unets: Vec<(UNetBatch, CudaExecutor)>, vae: Option<CudaExecutor>) -> Result<Self> {
+        let Some((_, unet)) = unets.last() else {
             return Err(Error::internal("a denoiser without a UNet"));
         };
-        let graph = largest.plan().graph();
+        let slots = capacity(&unets, usize::MAX);
+        let graph = unet.plan().graph();
         let one = Shape { n: 1, ..graph.shape(graph.input("sample")) };
         let bottleneck = graph.find_input("shift").map_or(0, |shift| Shape { n: 1, ..graph.shape(shift) }.len());
-        let sampler = DeviceSampler::new(largest.device(), Shape { n: *slots, ..one }, CAPACITY)?;
+        let sampler = DeviceSampler::new(unet.device(), Shape { n: slots, ..one }, CAPACITY)?;
         let picture = |vae: &CudaExecutor| Buffer::new(vae.device(), picture_shape(vae.plan()).len());
         Ok(CudaDenoiser {
             sampler,
-            slots: Slots::new(*slots, one, bottleneck),
+            slots: Slots::new(slots, one, bottleneck),
             vae: vae.map(|vae| picture(&vae).map(|rgb| (vae, rgb))).transpose()?,
             noise: vec![0.0; one.len()],
             current: unets.len() - 1,
-            unets: unets.into_iter().map(|(n, executor)| (n, Unet { executor, steps: [None, None] })).collect(),
+            unets: unets.into_iter().map(|(batch, executor)| (batch, Unet { executor, steps: [None, None] })).collect(),
         })
     }
 
@@ -64,15 +65,14 @@ impl CudaDenoiser {
 }
 
 impl Unet {
-    /// The recorded step of `images` images, `reusing` activations or not.
-    fn recording(&mut self, images: usize, sampler: &DeviceSampler, reusing: bool) -> Result<&dyn Recording> {
+    /// The recorded step of its batch, `reusing` activations or not.
+    fn recording(&mut self, batch: UNetBatch, sampler: &DeviceSampler, reusing: bool) -> Result<&dyn Recording> {
+        let UNetBatch { images, guided } = batch;
         let step = &mut self.steps[usize::from(reusing)];
         let recording = match step.take() {
             Some(recording) => recording,
             None => {
                 let unet = &self.executor;
-                let graph = unet.plan().graph();
-                let guided = graph.shape(graph.input("sample")).n > images;
                 let (sample, timestep) = (unet.input_address("sample"), unet.input_address("timestep"));
                 let mut launches = vec![sampler.prepare(images, sample, timestep, guided)];
                 launches.extend_from_slice(match reusing {
@@ -124,9 +124,10 @@ impl Denoiser for CudaDenoiser {
         }
     }
 
-    fn place(&mut self, slots: &[usize], inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
-        let images = self.capacity(slots.len());
-        self.current = self.unets.iter().position(|(n, _)| *n == images).unwrap_or(self.current);
+    fn place(&mut self, slots: &[usize], guided: bool, inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
+        let wanted = UNetBatch { images: self.capacity(slots.len()), guided };
+        let place = self.unets.iter().position(|(batch, _)| *batch == wanted);
+        self.current = place.ok_or_else(|| Error::internal(format!("no plan for {wanted:?}")))?;
         self.slots.place(slots);
         self.sampler.place(slots)?;
         let unet = &mut self.unets[self.current].1.executor;
@@ -137,8 +138,8 @@ impl Denoiser for CudaDenoiser {
     }
 
     fn step(&mut self, reusing: bool) -> Result<()> {
-        let (images, unet) = &mut self.unets[self.current];
-        if let Some(constant) = self.slots.added(*images) {
+        let (batch, unet) = &mut self.unets[self.current];
+        if let Some(constant) = self.slots.added(batch.images) {
             unet.executor.write("shift", &constant)?;
         }
         let drawn_here =
@@ -147,7 +148,7 @@ impl Denoiser for CudaDenoiser {
             self.slots.draw(slot, &mut self.noise);
             self.sampler.write_noise(slot, &self.noise)?;
         }
-        unet.recording(*images, &self.sampler, reusing)?.replay()?;
+        unet.recording(*batch, &self.sampler, reusing)?.replay()?;
         self.slots.advance();
         Ok(())
     }

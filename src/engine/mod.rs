@@ -27,7 +27,7 @@ pub(crate) use session::encoded;
 pub use text::Conditioning;
 pub(crate) use text::UNetInputs;
 
-use crate::backend::{Denoiser, Precision, Weights};
+use crate::backend::{Denoiser, Precision, UNetBatch, Weights};
 use crate::device::Device;
 use crate::diffusion::scheduler::{Sampler, SamplerChoice, Schedule, SchedulerConfig};
 use crate::graph::{Extent, Shape};
@@ -72,8 +72,7 @@ struct Parts {
 
 /// The plans of a session's UNet and VAE.
 struct Plans {
-    /// For batches of rising size, and those sizes in images.
-    unet: Vec<(usize, Plan)>,
+    unet: Vec<(UNetBatch, Plan)>,
     vae: Plan,
 }
 
@@ -345,37 +344,41 @@ impl Engine {
 
     fn memory_of(&self, plans: &Plans) -> MemoryPlan {
         let parts = &*self.0;
-        let (unet, sampler) = plans.unet.last().map_or((0, 0), |(images, unet)| {
-            (unet.arena_bytes(), parts.device.denoiser_bytes(unet, *images, Some(&plans.vae)))
-        });
+        let unet = plans.unet.iter().map(|(_, unet)| unet.arena_bytes()).max();
+        let own = |(batch, unet): &(UNetBatch, _)| parts.device.denoiser_bytes(unet, batch.images, Some(&plans.vae));
+        let sampler = plans.unet.iter().map(own).max();
         MemoryPlan {
             weights: parts.text.weight_bytes() + parts.unet.bytes() + parts.vae.bytes(),
             text: parts.text.arena_bytes(),
-            unet,
+            unet: unet.unwrap_or(0),
             vae: plans.vae.arena_bytes(),
-            sampler,
+            sampler: sampler.unwrap_or(0),
         }
     }
 
-    /// The plans for batches of these sizes.
+    /// The plans for batches of these sizes. A session with guidance has one for all rows and one for steps in which no
+    /// image is guided: rows are the same to the last bit in both.
     fn plans(&self, options: SessionOptions, batches: &[usize]) -> Result<Plans> {
         let Parts { device, outline, .. } = &*self.0;
         let [_, _, h, w] = self.latent_shape(options);
         // This checks the sizes.
-        let unet = batches.iter().map(|&batch| Ok((batch, self.unet_plan(options.batch(batch))?)));
-        let unet = unet.collect::<Result<_>>()?;
+        let guided = if self.has_negatives(options) { &[true, false][..] } else { &[false] };
+        let batch = |&images| guided.iter().map(move |&guided| UNetBatch { images, guided });
+        let unet = |batch| Ok((batch, self.unet_plan(options, batch)?));
+        let unet = batches.iter().flat_map(batch).map(unet).collect::<Result<_>>()?;
         Ok(Plans { unet, vae: device.plan(vae_decoder(&outline.vae, 1, Extent { h, w }), &[]) })
     }
 
-    fn unet_plan(&self, options: SessionOptions) -> Result<Plan> {
-        self.0.outline.check_size(options)?;
-        let SessionOptions { size: Size { width, height }, batch, concepts, reuse, chunks, .. } = options;
+    fn unet_plan(&self, options: SessionOptions, batch: UNetBatch) -> Result<Plan> {
+        self.0.outline.check_size(options.batch(batch.images))?;
+        let SessionOptions { size: Size { width, height }, concepts, reuse, chunks, .. } = options;
         if concepts {
             self.check_concepts()?;
         }
         let scale = self.0.outline.vae.scale();
-        let rows = if self.has_negatives(options) { 2 * batch } else { batch };
-        let shifted = if concepts { batch } else { 0 };
+        let UNetBatch { images, guided } = batch;
+        let rows = if guided { 2 * images } else { images };
+        let shifted = if concepts { images } else { 0 };
         let Parts { device, text, outline, .. } = &*self.0;
         let tokens = text.tokens() * chunks;
         let input = UNetInput { rows, h: height / scale, w: width / scale, tokens, shifted };
@@ -383,14 +386,20 @@ impl Engine {
         Ok(device.plan(unet(&outline.unet, input), UNET_CONSTANTS))
     }
 
-    /// Plans and allocates the UNet with its sampler alone.
+    /// The batch of a session that makes all its images at once.
+    fn whole_batch(&self, options: SessionOptions) -> UNetBatch {
+        UNetBatch { images: options.batch, guided: self.has_negatives(options) }
+    }
+
+    /// Plans and allocates the UNet with its sampler alone, for steps of all rows.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] for sizes that are not possible, [`crate::ErrorKind::OutOfMemory`] when memory is
     /// short.
     pub(crate) fn denoiser(&self, options: SessionOptions) -> Result<Box<dyn Denoiser>> {
         let Parts { device, unet, .. } = &*self.0;
-        device.denoiser(vec![(options.batch, self.unet_plan(options)?)], unet.weights(), None)
+        let batch = self.whole_batch(options);
+        device.denoiser(vec![(batch, self.unet_plan(options, batch)?)], unet.weights(), None)
     }
 
     /// Memory of [`Engine::denoiser`] beside the weights.
@@ -398,7 +407,7 @@ impl Engine {
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] for sizes that are not possible.
     pub(crate) fn denoiser_bytes(&self, options: SessionOptions) -> Result<usize> {
-        let unet = self.unet_plan(options)?;
+        let unet = self.unet_plan(options, self.whole_batch(options))?;
         Ok(unet.arena_bytes() + self.0.device.denoiser_bytes(&unet, options.batch, None))
     }
 

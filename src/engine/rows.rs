@@ -72,13 +72,25 @@ struct InWork {
     /// [`Begun::masked`].
     masked: Option<Arc<[f32]>>,
     done: usize,
-    total: usize,
+    /// True for the steps in which it is guided, of all that it takes.
+    guided: Vec<bool>,
+}
+
+impl InWork {
+    /// True if its next step needs an unconditional row. Steps that reuse activations have the rows of the last whole
+    /// step, so those up to the next whole one have the same.
+    fn needs_guidance(&self, reuse: usize) -> bool {
+        let whole = self.done / reuse * reuse;
+        self.guided.iter().skip(whole).take(reuse).any(|&guided| guided)
+    }
 }
 
 /// The conditioning of the rows of the UNet's batch.
 struct Placed {
     /// The slots of the rows.
     slots: Vec<usize>,
+    /// True if there are unconditional rows.
+    guided: bool,
     /// The encodings of all rows.
     rows: Vec<Row>,
     /// The guidance scale of each row, if the UNet reads it.
@@ -89,11 +101,11 @@ struct Placed {
 
 impl Placed {
     fn is(&self, other: &Placed) -> bool {
-        let Placed { slots, rows, guidance, masked } = other;
+        let Placed { slots, guided, rows, guidance, masked } = other;
         let row = |((a, a_ids), (b, b_ids)): (&Row, &Row)| a.is(b) && a_ids == b_ids;
         let same_rows = self.rows.len() == rows.len() && self.rows.iter().zip(rows).all(row);
         let same_masked = self.masked.iter().zip(masked).all(|(a, b)| Arc::ptr_eq(a, b));
-        self.slots == *slots && self.guidance == *guidance && same_rows && same_masked
+        self.slots == *slots && self.guided == *guided && self.guidance == *guidance && same_rows && same_masked
     }
 }
 
@@ -152,13 +164,13 @@ impl Rows {
 
     /// The slots with an image that has steps to take.
     pub fn active(&self) -> Vec<usize> {
-        let unfinished = |image: &InWork| image.done < image.total;
+        let unfinished = |image: &InWork| image.done < image.guided.len();
         (0..self.images.len()).filter(|&slot| self.images[slot].as_ref().is_some_and(unfinished)).collect()
     }
 
     /// The steps that an image has taken, and all that it takes.
     pub fn progress(&self, slot: usize) -> (usize, usize) {
-        self.images[slot].as_ref().map_or((0, 0), |image| (image.done, image.total))
+        self.images[slot].as_ref().map_or((0, 0), |image| (image.done, image.guided.len()))
     }
 
     /// Checks an image's settings. What cannot be checked before an image joins is checked by [`Rows::join`].
@@ -235,6 +247,8 @@ impl Rows {
             _ => 0,
         };
         let schedule = settings.schedule(&self.engine, first)?;
+        let guides = |step| negative.is_some() && guidance.at(step) != 1.0;
+        let guided = schedule.steps.iter().map(guides).collect();
         let begun = self.begin(&image.start, &schedule, NormalGenerator::new(settings.rng, image.seed))?;
         let Begun { latents, drawn, kept, masked } = begun;
         let run = RunImage {
@@ -249,8 +263,8 @@ impl Rows {
             added: shift.transpose()?.map(|shift| Box::new(shift) as Box<dyn AddedToBottleneck>),
         };
         self.denoiser.begin(slot, run)?;
-        let (time_ids, total) = (settings.time_ids, schedule.steps.len());
-        self.images[slot] = Some(InWork { prompt, negative, time_ids, guidance: scale, masked, done: 0, total });
+        let time_ids = settings.time_ids;
+        self.images[slot] = Some(InWork { prompt, negative, time_ids, guidance: scale, masked, done: 0, guided });
         Ok(())
     }
 
@@ -296,9 +310,9 @@ impl Rows {
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`], and [`crate::ErrorKind::Mismatch`] for a prompt that another engine encoded.
     pub fn step(&mut self) -> Result<()> {
-        let active = self.active();
-        self.place(&active)?;
-        let reuse = self.options.reuse;
+        let (active, reuse) = (self.active(), self.options.reuse);
+        let guided = active.iter().any(|&slot| self.images[slot].as_ref().is_some_and(|i| i.needs_guidance(reuse)));
+        self.place(&active, guided)?;
         let reusing = reuse > 1 && active.iter().all(|&slot| !self.progress(slot).0.is_multiple_of(reuse));
         self.denoiser.step(reusing)?;
         for slot in active {
@@ -307,13 +321,13 @@ impl Rows {
         Ok(())
     }
 
-    /// Gives rows to slots and conditions them, the unconditional rows first, unless they are so already.
-    fn place(&mut self, slots: &[usize]) -> Result<()> {
+    /// Gives rows to slots and conditions them, if `guided` the unconditional rows first, unless they are so already.
+    fn place(&mut self, slots: &[usize], guided: bool) -> Result<()> {
         let images = || slots.iter().filter_map(|&slot| self.images[slot].as_ref());
         // Rows without an image are conditioned as the last one with an image.
         let capacity = self.denoiser.capacity(slots.len());
         let filled = || images().chain(images().next_back().into_iter().cycle()).take(capacity);
-        let without = filled().filter_map(|image| Some((image.negative.clone()?, image.time_ids)));
+        let without = filled().filter(|_| guided).filter_map(|image| Some((image.negative.clone()?, image.time_ids)));
         let rows: Vec<_> = without.chain(filled().map(|image| (image.prompt.clone(), image.time_ids))).collect();
         let guidance: Vec<f32> = match self.engine.reads_guidance() {
             true => filled().map(|image| image.guidance).collect(),
@@ -322,7 +336,7 @@ impl Rows {
         // The same for each half of a guided batch.
         let masked = filled().filter_map(|image| image.masked.clone());
         let masked = masked.clone().chain(masked.take(rows.len() - capacity)).collect();
-        let placed = Placed { slots: slots.to_vec(), rows, guidance, masked };
+        let placed = Placed { slots: slots.to_vec(), guided, rows, guidance, masked };
         if !self.placed.as_ref().is_some_and(|last| last.is(&placed)) {
             // A failure leaves the inputs half written.
             self.placed = None;
@@ -331,7 +345,7 @@ impl Rows {
             if !placed.masked.is_empty() {
                 inputs.push((MASK_AND_IMAGE, placed.masked.iter().flat_map(|pixels| pixels.iter().copied()).collect()));
             }
-            self.denoiser.place(slots, &inputs)?;
+            self.denoiser.place(slots, guided, &inputs)?;
             self.placed = Some(placed);
         }
         Ok(())
@@ -383,5 +397,115 @@ impl Rows {
     fn latents_shape(&self) -> Shape {
         let [_, c, h, w] = self.engine.latent_shape(self.options);
         Shape::new(1, h, w, c)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+    use crate::backend::Weights;
+    use crate::engine::Size;
+    use crate::weights::Source;
+    use std::sync::Mutex;
+
+    /// A denoiser that notes of every step if there were unconditional rows.
+    struct Noting {
+        of: Box<dyn Denoiser>,
+        guided: bool,
+        steps: Arc<Mutex<Vec<bool>>>,
+    }
+
+    impl Denoiser for Noting {
+        fn capacity(&self, images: usize) -> usize {
+            self.of.capacity(images)
+        }
+
+        fn begin(&mut self, slot: usize, image: RunImage) -> Result<()> {
+            self.of.begin(slot, image)
+        }
+
+        fn place(&mut self, slots: &[usize], guided: bool, inputs: &[(&'static str, Vec<f32>)]) -> Result<()> {
+            self.guided = guided;
+            self.of.place(slots, guided, inputs)
+        }
+
+        fn step(&mut self, reusing: bool) -> Result<()> {
+            self.steps.lock().unwrap().push(self.guided);
+            self.of.step(reusing)
+        }
+
+        fn switch(&mut self, weights: &Weights) -> Result<()> {
+            self.of.switch(weights)
+        }
+
+        fn fault(&mut self, slot: usize) -> Result<Option<usize>> {
+            self.of.fault(slot)
+        }
+
+        fn latents(&mut self, slot: usize) -> Result<Vec<f32>> {
+            self.of.latents(slot)
+        }
+
+        fn picture(&mut self, slot: usize, scaling_factor: f32) -> Result<Picture> {
+            self.of.picture(slot, scaling_factor)
+        }
+    }
+
+    /// The latents of two images, and for each step if it had unconditional rows.
+    fn run(engine: &Engine, options: SessionOptions, images: &[Image; 2]) -> ([Vec<f32>; 2], Vec<bool>) {
+        let request = Request::new(images.to_vec()).steps(6).sampler("ddim".parse().unwrap());
+        let settings = Settings::new(engine, options, &request).unwrap();
+        let rows = Rows::new(engine.clone(), options, engine.plans(options, &[2]).unwrap()).unwrap();
+        let steps = Arc::new(Mutex::new(Vec::new()));
+        let noting = Noting { of: rows.denoiser, guided: false, steps: steps.clone() };
+        let mut rows = Rows { denoiser: Box::new(noting), ..rows };
+        for (slot, image) in images.iter().enumerate() {
+            rows.join(slot, image, &settings).unwrap();
+        }
+        while !rows.active().is_empty() {
+            rows.step().unwrap();
+        }
+        let latents = [0, 1].map(|slot| rows.latents(slot).unwrap());
+        (latents, steps.lock().unwrap().clone())
+    }
+
+    /// Unconditional rows are computed only where an image is guided, and make no difference to one that is not.
+    #[test]
+    fn only_guided_steps_have_unconditional_rows() {
+        let checkpoint = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/checkpoints/sd1");
+        let devices = [
+            Device::cpu(),
+            #[cfg(feature = "emulated")]
+            Device::kernels(crate::cuda::Emulated::new(crate::cuda::Limits::A100, crate::cuda::Emulated::QUICK)),
+        ];
+        for device in devices {
+            let engine = Engine::open(&Source::folder(checkpoint).unwrap(), device).unwrap();
+            let schedule = engine.schedule("ddim".parse().unwrap(), 6).unwrap();
+            let of_steps = |first: usize, last: usize| (schedule.steps[first].timestep, schedule.steps[last].timestep);
+            let image = Image::new("a cat").guidance(2.0).seed(5);
+            let other = |guidance| Image::new("a hat").negative("a dog").guidance(guidance).seed(6);
+            let options = SessionOptions::new(Size::new(40, 56)).batch(2).concepts(true);
+            let cases = [
+                (1, of_steps(1, 2), [false, true, true, false, false, false]),
+                (1, of_steps(4, 5), [false, false, false, false, true, true]),
+                // The rows stay the same from one whole step to the next.
+                (2, of_steps(1, 2), [true, true, true, true, false, false]),
+                (4, of_steps(0, 0), [true, true, true, true, false, false]),
+            ];
+            // The emulator is slow.
+            let cases = if engine.device().is_cpu() { &cases[..] } else { &cases[..1] };
+            for &(reuse, interval, expected) in cases {
+                let image = image.clone().guidance_interval(interval);
+                let ([few, _], steps) = run(&engine, options.reuse(reuse), &[image.clone(), other(1.0)]);
+                assert_eq!(steps, expected, "reuse {reuse}, interval {interval:?}");
+                let ([all, _], steps) = run(&engine, options.reuse(reuse), &[image.clone(), other(1.5)]);
+                assert_eq!(steps, [true; 6]);
+                assert!(few == all, "reuse {reuse}, interval {interval:?}: other latents");
+                let ([never, _], steps) = run(&engine, options.reuse(reuse), &[image.guidance(1.0), other(1.0)]);
+                assert_eq!(steps, [false; 6]);
+                assert!(few != never, "reuse {reuse}, interval {interval:?}: guidance changes nothing");
+            }
+        }
     }
 }

@@ -170,7 +170,7 @@ impl Rollout {
     ) -> Result<Vec<f32>> {
         match &mut self.guided {
             Guided::Whole(denoiser) => {
-                denoiser.place(&(0..self.batch).collect::<Vec<_>>(), conditioning)?;
+                denoiser.place(&(0..self.batch).collect::<Vec<_>>(), true, conditioning)?;
                 for (slot, latents) in self.latents.chunks_exact(self.shape.len()).enumerate() {
                     let shift: Box<dyn AddedToBottleneck> = Box::new(Shift::of(modules, self.bottleneck));
                     // No step draws noise.
