@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -352,4 +353,25 @@ def lcm(folder):
     ).save_pretrained(folder / "unet")
 
 
-BUILDERS = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "turbo": turbo, "odd": odd, "small": small, "ssd": ssd, "lcm": lcm}
+def taesd(folder):
+    """TAESD, a VAE for any of these, with other blocks and widths than its releases."""
+    model = AutoencoderTiny(
+        encoder_block_out_channels=(12,) * 4,
+        decoder_block_out_channels=(16,) * 4,
+        num_encoder_blocks=(1, 2, 1, 2),
+        num_decoder_blocks=(2, 1, 2, 1),
+    )
+    randomise(model, "taesd/vae").half().save_pretrained(folder / "vae")
+
+
+BUILDERS = {
+    "sd1": sd1,
+    "sd2": sd2,
+    "sdxl": sdxl,
+    "turbo": turbo,
+    "odd": odd,
+    "small": small,
+    "ssd": ssd,
+    "lcm": lcm,
+    "taesd": taesd,
+}

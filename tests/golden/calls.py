@@ -1,7 +1,7 @@
 """Records single calls of the text encoders, UNets and VAEs."""
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from build import BOS, EOS
@@ -105,21 +105,27 @@ def record_unet(checkpoint, cases=range(len(UNET_CASES))):
         save_case(label, inputs | added | outputs, {"checkpoint": checkpoint})
 
 
+def vae_class(checkpoint):
+    return AutoencoderTiny if checkpoint == "taesd" else AutoencoderKL
+
+
+def vae_outputs(model, latents, image):
+    """What a VAE makes of latents and of an image. TAESD's latents have no distribution."""
+    encoded = model.encode(image)
+    outputs = {"image": model.decode(latents).sample}
+    if isinstance(model, AutoencoderTiny):
+        return outputs | {"latents": encoded.latents}
+    return outputs | {"mean": encoded.latent_dist.mean, "logvar": encoded.latent_dist.logvar}
+
+
 def record_vae(checkpoint):
-    model = load(AutoencoderKL, checkpoint, "vae")
+    model = load(vae_class(checkpoint), checkpoint, "vae")
     for index, (batch, height, columns) in enumerate(VAE_CASES):
         label = f"vae_{checkpoint}_{index}"
         latents = randn(f"{label}/latents", batch, 4, height, columns) * 4
         image = torch.rand(batch, 3, 8 * height, 8 * columns, generator=generator(label)) * 2 - 1
-        spread = model.encode(image).latent_dist
-        tensors = {
-            "latents": latents,
-            "image": image,
-            "out.image": model.decode(latents).sample,
-            "out.mean": spread.mean,
-            "out.logvar": spread.logvar,
-        }
-        save_case(label, tensors, {"checkpoint": checkpoint})
+        outputs = {f"out.{name}": out for name, out in vae_outputs(model, latents, image).items()}
+        save_case(label, {"latents": latents, "image": image} | outputs, {"checkpoint": checkpoint})
 
 
 @torch.no_grad()
@@ -130,5 +136,5 @@ def record():
         record_unet(checkpoint)
     for checkpoint, cases in UNUSUAL.items():
         record_unet(checkpoint, cases)
-    for checkpoint in ("sd1", "sd2", "sdxl"):
+    for checkpoint in ("sd1", "sd2", "sdxl", "taesd"):
         record_vae(checkpoint)

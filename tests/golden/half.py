@@ -8,7 +8,7 @@ import json
 from statistics import median
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 import calls
@@ -50,8 +50,7 @@ def unet(model, case):
 
 
 def vae(model, case):
-    spread = model.encode(case["image"]).latent_dist
-    return {"image": model.decode(case["latents"]).sample, "mean": spread.mean, "logvar": spread.logvar}
+    return calls.vae_outputs(model, case["latents"], case["image"])
 
 
 def gradient(model, case):
@@ -87,7 +86,7 @@ def halved(case):
 
 def record(args):
     texts = {f"text_{checkpoint}_{part}": (kind, checkpoint, part) for checkpoint, part, kind in calls.TEXT_ENCODERS}
-    parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    parts = {"unet": lambda _: UNet2DConditionModel, "vae": calls.vae_class}
     errors = {}
     for path in sorted(CASES.glob("*.safetensors")):
         name = path.stem
@@ -95,7 +94,7 @@ def record(args):
             run, model = torch.no_grad()(text), texts[name]
         elif name.startswith(("unet_", "vae_")):
             family, checkpoint, _ = name.split("_")
-            run, model = {"unet": torch.no_grad()(unet), "vae": torch.no_grad()(vae)}[family], (parts[family], checkpoint, family)
+            run, model = {"unet": torch.no_grad()(unet), "vae": torch.no_grad()(vae)}[family], (parts[family](checkpoint), checkpoint, family)
         elif name.startswith("gradient_"):
             run, model = gradient, (UNet2DConditionModel, name.split("_")[1], "unet")
         else:

@@ -59,6 +59,16 @@ RECORDINGS = [
         {},
         dict(prompt=[CAT, BOAT], steps=5, strength=0.6, seed=6, mask=(56, 40), nine=True),
     ),
+    # TAESD's latents are no distribution, so that nothing is drawn for the picture.
+    ("taesd", "taesd", EulerAncestralDiscreteScheduler, {}, dict(prompt=[CAT, BOAT], steps=5, strength=0.6, seed=2)),
+    ("taesd_inpaint", "taesd", DDIMScheduler, {}, dict(prompt=[BOAT], steps=4, strength=0.9, mask=(56, 40), seed=5)),
+    (
+        "taesd_nine",
+        "taesd",
+        DDIMScheduler,
+        {},
+        dict(prompt=[CAT], steps=4, strength=1.0, seed=7, mask=(56, 40), nine=True),
+    ),
 ]
 WIDTH, HEIGHT = 56, 40
 

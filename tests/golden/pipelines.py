@@ -7,6 +7,7 @@ import math
 
 import torch
 from diffusers import (
+    AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -116,14 +117,20 @@ RECORDINGS = [
     ("turbo_ddim", "turbo", DDIMScheduler, {"timestep_spacing": "leading"}, dict(prompt=[CAT], steps=3, guidance=3.0, seed=1)),
     # The UNet reads the guidance scale, and negative prompts have no effect.
     ("lcm", "lcm", LCMScheduler, {}, dict(prompt=[CAT, BOAT], steps=4, guidance=8.5, seed=3)),
+    ("taesd", "taesd", None, {}, dict(prompt=[CAT, BOAT], steps=3, seed=12, height=56, width=40)),
 ]
 
 
 def load(checkpoint):
-    """The checkpoint's pipeline in fp32, without a progress bar. `lcm` is `sd1` with another UNet."""
+    """The checkpoint's pipeline in fp32, without a progress bar. `lcm` is `sd1` with another UNet, `taesd` with another
+    VAE."""
     if checkpoint == "lcm":
         pipeline = load("sd1")
         pipeline.unet = UNet2DConditionModel.from_pretrained(CHECKPOINTS / "lcm/unet")
+        return pipeline
+    if checkpoint == "taesd":
+        pipeline = load("sd1")
+        pipeline.vae = AutoencoderTiny.from_pretrained(CHECKPOINTS / "taesd/vae", torch_dtype=torch.float32)
         return pipeline
     pipeline = DiffusionPipeline.from_pretrained(
         CHECKPOINTS / checkpoint,
