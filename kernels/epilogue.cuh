@@ -3,8 +3,8 @@
 #include "numeric.cuh"
 
 // out = scale * (activation(gain * sum + bias_gain * bias + per_image) + residual). With GEGLU, the columns of the
-// product alternate between values and gates, and value * gelu(gate) takes the place of the activation. Where a layer
-// norm is folded into the weights, the T of the column is added to the sum first.
+// product alternate between values and gates, and value * gelu(gate) takes the place of the activation. RELU follows
+// the residual. Where a layer norm is folded into the weights, the T of the column is added to the sum first.
 struct Epilogue {
     const float* bias;  // null if there is none, as are the other inputs below
     const float2* folded;  // S and T of each column of the product, see weights.cu
@@ -98,7 +98,7 @@ PTX_FN void finish(const Epilogue& e, float (&x)[8], float (&gate)[8], int row, 
 #pragma unroll
         for (int i = 0; i < 8; i++) gate[i] = fmaf(gate[i], e.gain, e.bias_gain * bias[i]);
     }
-    if (e.activation != NONE) {
+    if (e.activation != NONE && e.activation != RELU) {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const float y = activation_of(gated ? gate[i] : x[i], gated ? GELU : e.activation);
@@ -109,6 +109,10 @@ PTX_FN void finish(const Epilogue& e, float (&x)[8], float (&gate)[8], int row, 
         read8(e.residual + at, count, aligned, more);
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] += more[i];
+    }
+    if (e.activation == RELU) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = relu(x[i]);
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) x[i] *= e.scale;

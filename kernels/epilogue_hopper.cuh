@@ -166,6 +166,7 @@ template <int SUMS, class F> PTX_FN void apply(float (&d)[SUMS], F activation) {
     for (int i = 0; i < SUMS; i++) d[i] = activation(d[i]);
 }
 
+// RELU follows the residual, so it is not applied here; the functions of images have no kernel of this kind.
 template <int SUMS> PTX_FN void activate(float (&d)[SUMS], int activation) {
     if (activation == SILU || activation == QUICK_GELU) {
         float slope = activation == SILU ? 1.0f : 1.702f;
@@ -347,6 +348,7 @@ PTX_FN void store_tile(const ConvHopperParams& p, float (&d)[T::COLUMNS / 2], co
             }
         }
     }
+    if (!T::GATED && !T::PINGPONG && e.activation == RELU) apply(d, [](float x) { return relu(x); });
     if (e.scale != 1.0f) {
 #pragma unroll
         for (int i = 0; i < T::OUT / 2; i++) d[i] *= e.scale;

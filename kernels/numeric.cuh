@@ -94,15 +94,21 @@ __device__ __forceinline__ float normal_tail(float x) {
 // x times P(X < x). The second term makes NaN stay NaN.
 __device__ __forceinline__ float gelu(float x) { return fmaxf(x, 0.0f) - fabsf(x) * normal_tail(fabsf(x)); }
 __device__ __forceinline__ float quick_gelu(float x) { return x * sigmoid(1.702f * x); }
+// NaN does not compare less, so it is kept.
+__device__ __forceinline__ float relu(float x) { return x < 0.0f ? 0.0f : x; }
 
 // graph::Activation, in its order.
-enum Activation { NONE, SILU, GELU, QUICK_GELU, GEGLU };
+enum Activation { NONE, SILU, GELU, QUICK_GELU, GEGLU, RELU, SOFT_CLAMP, TO_UNIT, FROM_UNIT };
 
 __device__ __forceinline__ float activation_of(float x, int activation) {
     switch (activation) {
         case SILU: return silu(x);
         case GELU: return gelu(x);
         case QUICK_GELU: return quick_gelu(x);
+        case RELU: return relu(x);
+        case SOFT_CLAMP: return fmaf(6.0f, sigmoid(x * (2.0f / 3.0f)), -3.0f);
+        case TO_UNIT: return fmaf(0.5f, x, 0.5f);
+        case FROM_UNIT: return fmaf(2.0f, x, -1.0f);
         default: return x;
     }
 }
@@ -121,6 +127,13 @@ __device__ __forceinline__ float slope_of(float x, int activation) {
             float tail = normal_tail(fabsf(x));
             return (x > 0.0f ? 1.0f - tail : tail) + x * 0.39894228040143268f * __expf(-0.5f * x * x);
         }
+        case RELU: return x > 0.0f ? 1.0f : relu(x);
+        case SOFT_CLAMP: {
+            float s = sigmoid(x * (2.0f / 3.0f));
+            return 4.0f * s * (1.0f - s);
+        }
+        case TO_UNIT: return 0.5f;
+        case FROM_UNIT: return 2.0f;
         default: return 1.0f;
     }
 }

@@ -340,6 +340,10 @@ fn activations() {
         (Activation::Silu, &silu as &dyn Fn(f64) -> f64),
         (Activation::Gelu, &gelu),
         (Activation::QuickGelu, &|x| x * sigmoid(1.702 * x)),
+        (Activation::Relu, &|x| x.max(0.0)),
+        (Activation::SoftClamp, &|x| 3.0 * (x / 3.0).tanh()),
+        (Activation::ToUnit, &|x| (x + 1.0) / 2.0),
+        (Activation::FromUnit, &|x| 2.0 * x - 1.0),
         (Activation::None, &|x| x),
     ] {
         check(

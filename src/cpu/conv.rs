@@ -8,7 +8,7 @@
 
 use super::gemm::{Left, Matrix, PANEL, ROWS, multiply};
 use super::rounded::{Block, Rounded};
-use super::simd::{dispatch, gelu, quick_gelu, silu};
+use super::simd::{dispatch, gelu, quick_gelu, relu, silu, soft_clamp};
 use super::weights::source_column;
 use super::{CpuWeights, NodeMemory, SharedOutput, winograd, with_scratch};
 use crate::graph::{Activation, Conv, Extent, Shape, TensorId};
@@ -285,7 +285,7 @@ dispatch! {
                     each(x, &values[part(values)], |x, v| *x += v);
                 }
                 match activation {
-                    Activation::None => {}
+                    Activation::None | Activation::Relu => {}
                     Activation::Silu => x.iter_mut().for_each(|x| *x = silu(*x)),
                     Activation::Gelu => x.iter_mut().for_each(|x| *x = gelu(*x)),
                     Activation::QuickGelu => x.iter_mut().for_each(|x| *x = quick_gelu(*x)),
@@ -295,9 +295,15 @@ dispatch! {
                             *x *= gelu(*g);
                         }
                     }
+                    Activation::SoftClamp => x.iter_mut().for_each(|x| *x = soft_clamp(*x)),
+                    Activation::ToUnit => x.iter_mut().for_each(|x| *x = 0.5 * *x + 0.5),
+                    Activation::FromUnit => x.iter_mut().for_each(|x| *x = 2.0 * *x - 1.0),
                 }
                 if let Some(values) = residual {
                     each(x, &values[part(values)], |x, v| *x += v);
+                }
+                if activation == Activation::Relu {
+                    x.iter_mut().for_each(|x| *x = relu(*x));
                 }
                 x.iter_mut().for_each(|x| *x *= scale);
                 match out.len() {

@@ -1,7 +1,7 @@
 //! Small operations: activation functions on their own, sums, embeddings, token selection.
 
 use super::NodeMemory;
-use super::simd::{dispatch, exp, gelu, gelu_slope, quick_gelu, silu, silu_slope};
+use super::simd::{dispatch, exp, gelu, gelu_slope, quick_gelu, relu, silu, silu_slope, soft_clamp};
 use crate::graph::{Activation, TensorId};
 use rayon::prelude::*;
 
@@ -32,6 +32,10 @@ dispatch! {
             Activation::Gelu => gelu,
             Activation::QuickGelu => quick_gelu,
             Activation::None => |x| x,
+            Activation::Relu => relu,
+            Activation::SoftClamp => soft_clamp,
+            Activation::ToUnit => |x| 0.5 * x + 0.5,
+            Activation::FromUnit => |x| 2.0 * x - 1.0,
         };
         out.iter_mut().zip(x).for_each(|(o, x)| *o = f(*x));
     }
@@ -49,6 +53,13 @@ dispatch! {
     fn slope(activation: Activation, x: &[f32], d: &[f32], channels: usize, out: &mut [f32]) {
         match activation {
             Activation::None => out.copy_from_slice(d),
+            Activation::Relu => out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| *o = if *x > 0.0 { *d } else { 0.0 }),
+            Activation::SoftClamp => out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| {
+                let tanh = soft_clamp(*x) / 3.0;
+                *o = d * (1.0 - tanh * tanh);
+            }),
+            Activation::ToUnit => out.iter_mut().zip(d).for_each(|(o, d)| *o = 0.5 * d),
+            Activation::FromUnit => out.iter_mut().zip(d).for_each(|(o, d)| *o = 2.0 * d),
             Activation::Silu => out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| *o = d * silu_slope(*x)),
             Activation::Gelu => out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| *o = d * gelu_slope(*x)),
             Activation::QuickGelu => out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| {

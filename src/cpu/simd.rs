@@ -332,6 +332,18 @@ pub fn gelu_slope(x: f32) -> f32 {
     phi + x * DENSITY_AT_0 * exp(-z * z)
 }
 
+/// `max(x, 0)`. NaN does not compare less, so it is kept.
+#[inline(always)]
+pub fn relu(x: f32) -> f32 {
+    if x < 0.0 { 0.0 } else { x }
+}
+
+/// `3 tanh(x / 3)`.
+#[inline(always)]
+pub fn soft_clamp(x: f32) -> f32 {
+    3.0 - 6.0 / (1.0 + exp(2.0 / 3.0 * x))
+}
+
 #[cfg(test)]
 mod tests {
     /// Against the standard library in f64, and erf by Simpson's rule.
@@ -367,6 +379,7 @@ mod tests {
             let sigmoid = |t: f64| 1.0 / (1.0 + (-t).exp());
             assert!((super::silu(x as f32) as f64 - x * sigmoid(x)).abs() < 1e-6);
             assert!((super::quick_gelu(x as f32) as f64 - x * sigmoid(1.702 * x)).abs() < 1e-6);
+            assert!((super::soft_clamp(x as f32) as f64 - 3.0 * (x / 3.0).tanh()).abs() < 1e-6);
         }
     }
 }

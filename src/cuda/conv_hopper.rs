@@ -82,6 +82,10 @@ pub(super) fn area(graph: &Graph, conv: &Conv, out: TensorId) -> Result<Area, &'
             conv.sources.iter().all(|id| graph.shape(id).c.is_multiple_of(STEP)),
             "its sources' channels are not multiples of 64",
         ),
+        (
+            !matches!(conv.activation, Activation::SoftClamp | Activation::ToUnit | Activation::FromUnit),
+            "its activation function is one of images",
+        ),
         (shape.c.is_multiple_of(8), "its result's channels are not a multiple of 8"),
         (Element::of(graph, out) == Element::F16, "its results are fp32"),
         (plain || !gated, "it adds something to the gated values"),
@@ -391,6 +395,8 @@ mod tests {
             // Linear layers, whose rows fill no tile.
             case(2, (1, 77), [192, 0], 264, 1, Activation::QuickGelu, true),
             case(3, (10, 21), [128, 0], 336, 1, Activation::Geglu, false),
+            // ReLU, which follows the residual.
+            case(1, (9, 20), [64, 0], 64, 3, Activation::Relu, true),
             case(1, (1, 1), [320, 0], 16, 1, Activation::None, false),
             // Upsampled sources.
             Case { upsampled: true, ..case(3, (5, 7), [64, 0], 168, 3, Activation::None, false) },

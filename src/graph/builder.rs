@@ -25,7 +25,7 @@ pub struct ConvOptions {
     pub bias_gain: f32,
     /// Applied after bias and `per_image`.
     pub activation: Activation,
-    /// Added after the activation.
+    /// Added after the activation, but before [`Activation::Relu`].
     pub residual: Option<TensorId>,
     /// Multiplies the sum.
     pub scale: f32,

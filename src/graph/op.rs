@@ -15,6 +15,14 @@ pub enum Activation {
     QuickGelu,
     /// `value * gelu(gate)`, values before gates, halving the channels (Shazeer, arXiv 2002.05202).
     Geglu,
+    /// `max(x, 0)`. Unlike the others it follows a convolution's residual, as in residual networks without norms.
+    Relu,
+    /// `3 tanh(x / 3)`, by which TAESD keeps latents from -3 to 3.
+    SoftClamp,
+    /// `(x + 1) / 2`, from -1..1 to 0..1.
+    ToUnit,
+    /// `2 x - 1`, from 0..1 to -1..1.
+    FromUnit,
 }
 
 /// One activation, or two whose channels follow one another (a UNet skip connection) without being copied together.
@@ -55,7 +63,8 @@ impl From<TensorId> for View {
 }
 
 /// A convolution or linear layer:
-/// `out = (activation(gain * W * x + bias_gain * bias + per_image) + residual) * scale`.
+/// `out = (activation(gain * W * x + bias_gain * bias + per_image) + residual) * scale`, or with
+/// [`Activation::Relu`] `relu(gain * W * x + bias_gain * bias + per_image + residual) * scale`.
 #[derive(Clone, Debug)]
 pub struct Conv {
     /// Input of the convolution.
@@ -80,7 +89,7 @@ pub struct Conv {
     pub bias_gain: f32,
     /// Applied after bias and `per_image`.
     pub activation: Activation,
-    /// Added after the activation.
+    /// Added after the activation, but before [`Activation::Relu`].
     pub residual: Option<TensorId>,
     /// Multiplies the sum.
     pub scale: f32,

@@ -125,10 +125,14 @@ impl Case {
                 }
                 value = match o.activation {
                     Activation::Geglu => value * round(activated(sum(image, y, x, out.c + c), Activation::Gelu)),
+                    Activation::Relu => value,
                     other => activated(value, other),
                 };
                 if self.residual {
                     value = round(round(value) + rest[usize::from(self.per_image)][result.len()]);
+                }
+                if o.activation == Activation::Relu {
+                    value = activated(value, Activation::Relu);
                 }
                 result.push(round(value * o.scale as f64));
             }
@@ -270,7 +274,9 @@ fn concatenated_sources() {
 
 #[test]
 fn activations_and_gains() {
-    for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+    for activation in
+        [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::Relu, Activation::FromUnit]
+    {
         Case::linear(20, 48, 40)
             .with(|c| {
                 (c.options.activation, c.per_image, c.residual) = (activation, true, true);

@@ -3,10 +3,22 @@
 use super::*;
 use respodiff::graph::{Activation, ConvOptions};
 
+/// All but GEGLU.
+const ACTIVATIONS: [Activation; 8] = [
+    Activation::None,
+    Activation::Silu,
+    Activation::Gelu,
+    Activation::QuickGelu,
+    Activation::Relu,
+    Activation::SoftClamp,
+    Activation::ToUnit,
+    Activation::FromUnit,
+];
+
 #[test]
 fn activate() {
     for shape in [Shape::new(1, 1, 1, 1), Shape::new(2, 3, 5, 7), Shape::new(1, 4, 4, 320)] {
-        for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+        for activation in ACTIVATIONS {
             check(
                 &format!("{activation:?} {shape}"),
                 &[shape],
@@ -25,7 +37,7 @@ fn wide(len: usize, seed: u64) -> Numbers {
 #[test]
 fn activate_gradient() {
     for shape in [Shape::new(1, 1, 1, 1), Shape::new(2, 3, 5, 7), Shape::new(1, 4, 4, 320)] {
-        for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::None] {
+        for activation in ACTIVATIONS {
             check_gradient(
                 Limits::A100,
                 &format!("{activation:?} {shape}"),

@@ -256,6 +256,11 @@ pub fn activated(x: f64, activation: respodiff::graph::Activation) -> f64 {
         None | Geglu => x,
         Silu => x / (1.0 + (-x).exp()),
         QuickGelu => x / (1.0 + (-1.702 * x).exp()),
+        Relu if x < 0.0 => 0.0,
+        Relu => x,
+        SoftClamp => 3.0 * (x / 3.0).tanh(),
+        ToUnit => (x + 1.0) / 2.0,
+        FromUnit => 2.0 * x - 1.0,
         Gelu => {
             // erf by its Taylor series: exact in f64 for arguments of a few units.
             let z = x / 2f64.sqrt();
@@ -280,6 +285,11 @@ pub fn slope(x: f64, activation: respodiff::graph::Activation) -> f64 {
         None | Geglu => 1.0,
         Silu => gated(1.0),
         QuickGelu => gated(1.702),
+        Relu if x.is_nan() => x,
+        Relu => f64::from(x > 0.0),
+        SoftClamp => (x / 3.0).cosh().powi(-2),
+        ToUnit => 0.5,
+        FromUnit => 2.0,
         // Phi(x) and x times the normal density.
         Gelu if x == 0.0 => 0.5,
         Gelu => activated(x, Gelu) / x + x * (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt(),

@@ -26,6 +26,7 @@ const VAE: &str = r#"{"_class_name": "AutoencoderKL", "block_out_channels": [128
   "layers_per_block": 2, "latent_channels": 4, "sample_size": 512,
   "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
   "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]}"#;
+const TAESD: &str = r#"{"_class_name": "AutoencoderTiny"}"#;
 
 /// The name, the graph, and the least share of the multiprocessors' time that is spent on wanted sums, if all tiles
 /// were equally fast per multiply-add.
@@ -36,7 +37,7 @@ pub(in crate::cuda) fn networks() -> Vec<(&'static str, Graph, f64)> {
         let input = UNetInput { rows: 2, h: size, w: size, tokens: 77, shifted: 1 };
         unet(&UNetConfig::parse(text, path).unwrap(), input)
     };
-    let vae = VaeConfig::parse(VAE, path).unwrap();
+    let [vae, taesd] = [VAE, TAESD].map(|text| VaeConfig::parse(text, path).unwrap());
     vec![
         ("CLIP ViT-L", clip(CLIP_L), 0.55),
         ("CLIP ViT-bigG", clip(CLIP_G), 0.5),
@@ -45,6 +46,8 @@ pub(in crate::cuda) fn networks() -> Vec<(&'static str, Graph, f64)> {
         ("VAE decoder, 512", vae_decoder(&vae, 1, Extent::square(64)), 0.85),
         ("VAE encoder, 512", vae_encoder(&vae, 1, Extent::square(512)), 0.85),
         ("VAE decoder, 1024", vae_decoder(&vae, 1, Extent::square(128)), 0.85),
+        ("TAESD decoder, 512", vae_decoder(&taesd, 1, Extent::square(64)), 0.5),
+        ("TAESD encoder, 512", vae_encoder(&taesd, 1, Extent::square(512)), 0.5),
     ]
 }
 
