@@ -24,8 +24,8 @@ fn generate(engine: &Engine, options: SessionOptions, request: &Request) -> Outp
 /// The engine of a recorded run: its checkpoint, with the scheduler's settings in the file.
 fn engine_of(meta: &HashMap<String, String>) -> Engine {
     let folder = match meta["checkpoint"].as_str() {
-        // Another UNet, with the other parts of sd1.
-        "lcm" => support::copies(&["sd1", "lcm"]),
+        // Another UNet, or another VAE, with the other parts of sd1.
+        name @ ("lcm" | "taesd") => support::copies(&["sd1", name]),
         name => support::copy(name),
     };
     let mut config: serde_json::Value = serde_json::from_str(&meta["scheduler_config"]).unwrap();
@@ -36,7 +36,7 @@ fn engine_of(meta: &HashMap<String, String>) -> Engine {
 
 #[test]
 fn pipelines_match_diffusers() {
-    for case in cases("pipeline_", 23) {
+    for case in cases("pipeline_", 24) {
         let meta = case.metadata();
         let field = |name: &str| meta.get(name).map_or(serde_json::Value::Null, |text| from_str(text).unwrap());
         let prompts = |name: &str| match field(name) {

@@ -3,7 +3,7 @@
 use super::{Place, adapters, parts, say};
 use crate::engine::{UNET_CONSTANTS, read_config};
 use crate::graph::{Extent, Graph};
-use crate::models::{ClipConfig, MidBlock, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder};
+use crate::models::{ClipConfig, MidBlock, UNetConfig, UNetInput, VaeConfig, VaeKind, text_encoder, unet, vae_decoder};
 use crate::weights::Source;
 use crate::{Device, Result};
 use serde_json::{Value, json};
@@ -58,6 +58,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     if source.has("vae/config.json") {
         let config = read_config(&source, "vae", VaeConfig::parse)?;
+        report["vae"] = match &config.kind {
+            VaeKind::Kl(_) => config.kind.class().into(),
+            VaeKind::Tiny(_) => format!("{} (TAESD)", config.kind.class()).into(),
+        };
         report["width"] = (w * config.scale()).into();
         report["height"] = (h * config.scale()).into();
         components.push(component(&device, &source, "vae", vae_decoder(&config, 1, Extent { h, w }))?);
@@ -117,7 +121,13 @@ fn component(device: &Device, source: &Source, name: &str, graph: Graph) -> Resu
 
 fn print(report: &Value) {
     let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_string);
-    let keys = [("model", "model"), ("family", "family"), ("prediction", "prediction"), ("scheduler", "scheduler")];
+    let keys = [
+        ("model", "model"),
+        ("family", "family"),
+        ("prediction", "prediction"),
+        ("scheduler", "scheduler"),
+        ("vae", "VAE"),
+    ];
     for (key, name) in keys.into_iter().chain([("fingerprint", "weights"), ("device", "device")]) {
         if !report[key].is_null() {
             say(&format!("{name:11}{}", text(&report[key])));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 #[derive(clap::Args, Clone, Default)]
 #[group(skip)]
 pub(super) struct Flags {
-    /// VAE in place of the checkpoint's, or for one without: a diffusers folder or a file
+    /// VAE in place of the checkpoint's, or for one without: a diffusers folder or a file; TAESD too
     #[arg(long, value_name = "DIR|FILE")]
     vae: Option<PathBuf>,
     /// Text encoder likewise

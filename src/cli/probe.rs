@@ -33,7 +33,7 @@ enum Component {
     Unet,
     /// latents [B,4,H,W], already divided by the scaling factor -> image
     VaeDecode,
-    /// image [B,3,H,W] in [-1, 1] -> mean, logvar
+    /// image [B,3,H,W] in [-1, 1] -> mean, logvar; of TAESD latents
     VaeEncode,
     /// latents [B,4,H,W], timestep [1], neutral_embeds [1,77,D], target [B,4,H,W], ram, sam [C,R,R] (text_embeds,
     /// time_ids) -> loss_resp, loss_sem, grad_ram (of L_resp), grad_sam (of lambda L_sem)
@@ -352,6 +352,9 @@ fn encode(args: &Args, source: &Source, file: &TensorFile) -> Result<Vec<Named>>
     executor.write("image", &nhwc(&image.floats(), c, h * w))?;
     call(&mut *executor)?;
     let (_, shape, moments) = image_output(&*executor, "moments")?;
+    if shape[1] == config.latent_channels {
+        return Ok(vec![("latents", shape, moments)]);
+    }
     let one = moments.len() / n;
     let half =
         |from: usize| moments.chunks_exact(one).flat_map(|m| m[from..from + one / 2].to_vec()).collect::<Vec<_>>();

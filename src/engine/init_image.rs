@@ -102,13 +102,23 @@ impl std::fmt::Debug for EncodedPicture {
     }
 }
 
-/// The means of latents and then the logarithms of their variances, `[h, w, 2c]`.
+/// The means of latents and then the logarithms of their variances, `[h, w, 2c]`, or of a VAE whose latents have no
+/// variance the latents, `[h, w, c]`.
 struct Moments(Vec<f32>);
 
 impl Moments {
+    /// True if each seed draws its own latents.
+    fn vary(&self, shape: Shape) -> bool {
+        self.0.len() > shape.len()
+    }
+
     /// Draws latents, `[h, w, c]`: those of the VAE times `scaling_factor`.
     fn draw(&self, draws: &mut Draws, scaling_factor: f32) -> Vec<f32> {
-        let (shape, mut latents) = (draws.shape, draws.next());
+        let shape = draws.shape;
+        if !self.vary(shape) {
+            return self.0.iter().map(|x| scaling_factor * x).collect();
+        }
+        let mut latents = draws.next();
         for (pixel, moments) in latents.chunks_exact_mut(shape.c).zip(self.0.chunks_exact(2 * shape.c)) {
             let (means, log_variances) = moments.split_at(shape.c);
             for ((x, mean), log_variance) in pixel.iter_mut().zip(means).zip(log_variances) {
@@ -208,7 +218,9 @@ impl EncodedPicture {
             }
             (None, Some(_)) => {
                 // diffusers encodes the masked picture for every UNet.
-                draws.next();
+                if picture.vary(shape) {
+                    draws.next();
+                }
                 None
             }
             _ => None,
@@ -289,6 +301,14 @@ impl Engine {
             Some(weights) => weights.clone(),
             None => {
                 let tensors = outline.source.tensors("vae")?;
+                let holds = |part: &str| tensors.entries().any(|(name, _)| name.starts_with(part));
+                if holds("decoder.") && !holds("encoder.") {
+                    return Err(Error::unsupported(
+                        outline.source.path("vae/config.json"),
+                        "holds the decoder of a VAE without the encoder, which pictures to begin with need",
+                    )
+                    .advise("put the encoder (taesd_encoder) beside the decoder, or take another VAE"));
+                }
                 loaded.insert(device.weights(plan.graph().weights(), &tensors, &[], Precision::Full)?).clone()
             }
         };

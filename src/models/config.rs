@@ -522,7 +522,7 @@ fn text_time(r: &mut Reader) -> Result<Option<TextTime>> {
     }
 }
 
-/// `AutoencoderKL`.
+/// A VAE: `AutoencoderKL`, or TAESD's `AutoencoderTiny`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VaeConfig {
     /// Channels of an image that the encoder reads.
@@ -531,20 +531,49 @@ pub struct VaeConfig {
     pub out_channels: usize,
     /// Channels of the latents.
     pub latent_channels: usize,
+    /// Multiplies latents after encoding, divides them before decoding.
+    pub scaling_factor: f32,
+    /// The layers between images and latents.
+    pub kind: VaeKind,
+}
+
+/// The kind of a VAE.
+#[derive(Clone, Debug, PartialEq)]
+pub enum VaeKind {
+    /// `AutoencoderKL` (Rombach et al., arXiv 2112.10752).
+    Kl(KlConfig),
+    /// `AutoencoderTiny`, which is TAESD (github.com/madebyollin/taesd).
+    Tiny(TinyConfig),
+}
+
+/// The layers of `AutoencoderKL`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KlConfig {
     /// From the finest level to the coarsest.
     pub block_out_channels: Vec<usize>,
     /// Resnets of a level in the encoder; the decoder has one more.
     pub layers_per_block: usize,
     /// Groups of the group norms.
     pub norm_num_groups: usize,
-    /// Multiplies latents after encoding, divides them before decoding.
-    pub scaling_factor: f32,
     /// True if a 1x1 convolution follows the encoder.
     pub use_quant_conv: bool,
     /// True if a 1x1 convolution precedes the decoder.
     pub use_post_quant_conv: bool,
     /// True if the mid blocks have attention.
     pub mid_block_add_attention: bool,
+}
+
+/// The layers of `AutoencoderTiny`. The encoder and the decoder have the same number of levels.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TinyConfig {
+    /// Channels between the encoder's layers.
+    pub encoder_channels: usize,
+    /// Residual blocks of the encoder's levels, from the finest to the coarsest.
+    pub encoder_blocks: Vec<usize>,
+    /// Channels between the decoder's layers.
+    pub decoder_channels: usize,
+    /// Residual blocks of the decoder's levels, from the coarsest to the finest.
+    pub decoder_blocks: Vec<usize>,
 }
 
 impl VaeConfig {
@@ -554,30 +583,20 @@ impl VaeConfig {
     /// [`crate::ErrorKind::Damaged`] for a field that is missing, malformed or not supported.
     pub fn parse(text: &str, path: &Path) -> Result<Self> {
         let mut r = Reader::new(text, path)?;
-        r.only("_class_name", &["AutoencoderKL".into()])?;
-        r.only("act_fn", &["silu".into(), "swish".into()])?;
-        r.only("latents_mean", &[Value::Null])?;
-        r.only("latents_std", &[Value::Null])?;
-        r.only("shift_factor", &[Value::Null, 0.into()])?;
+        let classes = [("AutoencoderKL".into(), false), ("AutoencoderTiny".into(), true)];
+        let is_tiny = r.choice("_class_name", "AutoencoderKL".into(), &classes)?;
+        r.only("shift_factor", &[Value::Null, 0.into(), 0.0.into()])?;
         // The networks here keep activations within fp16 (models/vae.rs), so that none need fp32 arithmetic.
         r.ignore(&["sample_size", "force_upcast"]);
-        let channels = r.list("block_out_channels", &[64], MAX_LEVELS, MAX_CHANNELS)?;
-        for (key, block) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
-            r.names(key, json!([block]), channels.len(), &[(block.into(), ())])?;
-        }
-        let norm_num_groups = r.size("norm_num_groups", 32, MAX_CHANNELS)?;
-        check_groups(&r, &channels, norm_num_groups)?;
         let config = VaeConfig {
             in_channels: r.size("in_channels", 3, MAX_CHANNELS)?,
             out_channels: r.size("out_channels", 3, MAX_CHANNELS)?,
             latent_channels: r.size("latent_channels", 4, MAX_CHANNELS)?,
-            block_out_channels: channels,
-            layers_per_block: r.size("layers_per_block", 1, 16)?,
-            norm_num_groups,
-            scaling_factor: r.positive("scaling_factor", 0.18215)?,
-            use_quant_conv: r.flag("use_quant_conv", true)?,
-            use_post_quant_conv: r.flag("use_post_quant_conv", true)?,
-            mid_block_add_attention: r.flag("mid_block_add_attention", true)?,
+            scaling_factor: r.positive("scaling_factor", if is_tiny { 1.0 } else { 0.18215 })?,
+            kind: match is_tiny {
+                true => VaeKind::Tiny(TinyConfig::read(&mut r)?),
+                false => VaeKind::Kl(KlConfig::read(&mut r)?),
+            },
         };
         r.finish()?;
         Ok(config)
@@ -585,6 +604,75 @@ impl VaeConfig {
 
     /// The width of one latent in pixels.
     pub fn scale(&self) -> usize {
-        1 << (self.block_out_channels.len() - 1)
+        let levels = match &self.kind {
+            VaeKind::Kl(kl) => kl.block_out_channels.len(),
+            VaeKind::Tiny(tiny) => tiny.decoder_blocks.len(),
+        };
+        1 << (levels - 1)
+    }
+}
+
+impl VaeKind {
+    /// The class in diffusers.
+    pub fn class(&self) -> &'static str {
+        match self {
+            VaeKind::Kl(_) => "AutoencoderKL",
+            VaeKind::Tiny(_) => "AutoencoderTiny",
+        }
+    }
+}
+
+impl KlConfig {
+    fn read(r: &mut Reader) -> Result<Self> {
+        r.only("act_fn", &["silu".into(), "swish".into()])?;
+        r.only("latents_mean", &[Value::Null])?;
+        r.only("latents_std", &[Value::Null])?;
+        let channels = r.list("block_out_channels", &[64], MAX_LEVELS, MAX_CHANNELS)?;
+        for (key, block) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
+            r.names(key, json!([block]), channels.len(), &[(block.into(), ())])?;
+        }
+        let norm_num_groups = r.size("norm_num_groups", 32, MAX_CHANNELS)?;
+        check_groups(r, &channels, norm_num_groups)?;
+        Ok(KlConfig {
+            block_out_channels: channels,
+            layers_per_block: r.size("layers_per_block", 1, 16)?,
+            norm_num_groups,
+            use_quant_conv: r.flag("use_quant_conv", true)?,
+            use_post_quant_conv: r.flag("use_post_quant_conv", true)?,
+            mid_block_add_attention: r.flag("mid_block_add_attention", true)?,
+        })
+    }
+}
+
+impl TinyConfig {
+    fn read(r: &mut Reader) -> Result<Self> {
+        r.only("act_fn", &["relu".into()])?;
+        r.only("upsample_fn", &["nearest".into()])?;
+        r.only("upsampling_scaling_factor", &[2.into()])?;
+        r.ignore(&[
+            // A copy of the decoder's that diffusers adds.
+            "block_out_channels",
+            // Of the bytes as which latents may be stored.
+            "latent_magnitude",
+            "latent_shift",
+        ]);
+        let mut part = |name: &str, default: &[usize]| {
+            let blocks = r.list(&format!("num_{name}_blocks"), default, MAX_LEVELS, 16)?;
+            let key = format!("{name}_block_out_channels");
+            let channels = r.list(&key, &[64; 4], MAX_LEVELS, MAX_CHANNELS)?;
+            if channels.len() != blocks.len() || channels.iter().any(|c| *c != channels[0]) {
+                let count = blocks.len();
+                return Err(r.error(format!("`{key}` is {channels:?}; supported: the same number {count} times")));
+            }
+            Ok((channels[0], blocks))
+        };
+        let (encoder_channels, encoder_blocks) = part("encoder", &[1, 3, 3, 3])?;
+        let (decoder_channels, decoder_blocks) = part("decoder", &[3, 3, 3, 1])?;
+        if encoder_blocks.len() != decoder_blocks.len() {
+            let (down, up) = (encoder_blocks.len(), decoder_blocks.len());
+            let problem = format!("`num_encoder_blocks` has {down} levels, and `num_decoder_blocks` {up}");
+            return Err(r.error(problem));
+        }
+        Ok(TinyConfig { encoder_channels, encoder_blocks, decoder_channels, decoder_blocks })
     }
 }

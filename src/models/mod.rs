@@ -10,14 +10,15 @@ mod clip;
 mod config;
 pub mod prompt;
 mod reader;
+mod taesd;
 pub mod tokenizer;
 mod unet;
 mod vae;
 
 pub use clip::{ADDED_TOKENS, text_encoder, vision_encoder};
 pub use config::{
-    ClipConfig, ClipLayers, ClipStates, ClipVisionConfig, MidBlock, TextTime, UNetConfig, UNetLevel, VaeConfig,
-    parse_clip_model,
+    ClipConfig, ClipLayers, ClipStates, ClipVisionConfig, KlConfig, MidBlock, TextTime, TinyConfig, UNetConfig,
+    UNetLevel, VaeConfig, VaeKind, parse_clip_model,
 };
 pub use unet::{MASK_AND_IMAGE, UNetInput, guidance_embedding, unet, unet_halves, unet_with_reuse};
 pub use vae::{vae_decoder, vae_encoder};

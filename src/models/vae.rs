@@ -1,7 +1,7 @@
 //! The autoencoder between images and latents (Rombach et al., arXiv 2112.10752).
 
-use super::VaeConfig;
 use super::blocks::{Resnet, Time, attention, downsample, upsample};
+use super::{KlConfig, VaeConfig, VaeKind, taesd};
 use crate::graph::{ConvOptions, Extent, Graph, GraphBuilder, Shape, TensorId};
 
 /// Added to the variance in all norms of the VAE.
@@ -18,57 +18,73 @@ const SHRINK: f32 = 1.0 / 32.0;
 /// factor [`VaeConfig::scale`], with values from about -1 to 1.
 pub fn vae_decoder(config: &VaeConfig, batch: usize, latent: Extent) -> Graph {
     let mut g = GraphBuilder::new();
-    let mut x = g.input("latents", Shape::new(batch, latent.h, latent.w, config.latent_channels));
-    if config.use_post_quant_conv {
-        x = g.conv("post_quant_conv", x, config.latent_channels, ConvOptions::default()); // [n, h, w, latent]
-    }
-    let (levels, channels) = (config.block_out_channels.len(), &config.block_out_channels);
-    x = g.conv("decoder.conv_in", x, channels[levels - 1], first()); // [n, h, w, c]
-    x = middle(&mut g, config, "decoder", x);
-    for i in 0..levels {
-        let name = format!("decoder.up_blocks.{i}");
-        for j in 0..=config.layers_per_block {
-            x = resnet(config).build(&mut g, &format!("{name}.resnets.{j}"), x, channels[levels - 1 - i]);
-        }
-        if i + 1 < levels {
-            let size = g.shape(x).extent().doubled();
-            x = upsample(&mut g, &name, x, size, SHRINK); // [n, 2h, 2w, c]
-        }
-    }
-    x = finish(&mut g, config, "decoder", x, config.out_channels);
-    g.output("image", x);
+    let latents = g.input("latents", Shape::new(batch, latent.h, latent.w, config.latent_channels));
+    let image = match &config.kind {
+        VaeKind::Kl(kl) => decode(&mut g, kl, latents, config.out_channels),
+        VaeKind::Tiny(tiny) => taesd::decode(&mut g, tiny, latents, config.out_channels),
+    };
+    g.output("image", image);
     g.finish()
 }
 
 /// The encoder for `batch` images of size `image`, whose height and width are multiples of [`VaeConfig::scale`].
 ///
 /// Input: `image` `[batch, h, w, in_channels]` in -1 to 1. Output: `moments`, smaller by the same factor: the channels
-/// of the mean, then those of the log-variance, which is not clamped.
+/// of the mean, then those of the log-variance, which is not clamped. TAESD's latents have no variance, and `moments`
+/// are the latents.
 pub fn vae_encoder(config: &VaeConfig, batch: usize, image: Extent) -> Graph {
     let mut g = GraphBuilder::new();
-    let (levels, channels) = (config.block_out_channels.len(), &config.block_out_channels);
-    let mut x = g.input("image", Shape::new(batch, image.h, image.w, config.in_channels));
-    x = g.conv("encoder.conv_in", x, channels[0], first()); // [n, h, w, c]
-    for (i, &channels) in channels.iter().enumerate() {
-        let name = format!("encoder.down_blocks.{i}");
-        for j in 0..config.layers_per_block {
-            x = resnet(config).build(&mut g, &format!("{name}.resnets.{j}"), x, channels);
-        }
-        if i + 1 < levels {
-            x = downsample(&mut g, &name, x, 0, SHRINK); // [n, h / 2, w / 2, c]
-        }
-    }
-    x = middle(&mut g, config, "encoder", x);
-    let moments = 2 * config.latent_channels;
-    x = finish(&mut g, config, "encoder", x, moments);
-    if config.use_quant_conv {
-        x = g.conv("quant_conv", x, moments, ConvOptions::default()); // [n, h, w, 2 * latent]
-    }
-    g.output("moments", x);
+    let image = g.input("image", Shape::new(batch, image.h, image.w, config.in_channels));
+    let moments = match &config.kind {
+        VaeKind::Kl(kl) => encode(&mut g, kl, image, 2 * config.latent_channels),
+        VaeKind::Tiny(tiny) => taesd::encode(&mut g, tiny, image, config.latent_channels),
+    };
+    g.output("moments", moments);
     g.finish()
 }
 
-fn resnet(config: &VaeConfig) -> Resnet {
+fn decode(g: &mut GraphBuilder, config: &KlConfig, latents: TensorId, outputs: usize) -> TensorId {
+    let mut x = latents;
+    if config.use_post_quant_conv {
+        x = g.conv("post_quant_conv", x, g.shape(x).c, ConvOptions::default()); // [n, h, w, latent]
+    }
+    let (levels, channels) = (config.block_out_channels.len(), &config.block_out_channels);
+    x = g.conv("decoder.conv_in", x, channels[levels - 1], first()); // [n, h, w, c]
+    x = middle(g, config, "decoder", x);
+    for i in 0..levels {
+        let name = format!("decoder.up_blocks.{i}");
+        for j in 0..=config.layers_per_block {
+            x = resnet(config).build(g, &format!("{name}.resnets.{j}"), x, channels[levels - 1 - i]);
+        }
+        if i + 1 < levels {
+            let size = g.shape(x).extent().doubled();
+            x = upsample(g, &name, x, size, SHRINK); // [n, 2h, 2w, c]
+        }
+    }
+    finish(g, config, "decoder", x, outputs)
+}
+
+fn encode(g: &mut GraphBuilder, config: &KlConfig, image: TensorId, moments: usize) -> TensorId {
+    let (levels, channels) = (config.block_out_channels.len(), &config.block_out_channels);
+    let mut x = g.conv("encoder.conv_in", image, channels[0], first()); // [n, h, w, c]
+    for (i, &channels) in channels.iter().enumerate() {
+        let name = format!("encoder.down_blocks.{i}");
+        for j in 0..config.layers_per_block {
+            x = resnet(config).build(g, &format!("{name}.resnets.{j}"), x, channels);
+        }
+        if i + 1 < levels {
+            x = downsample(g, &name, x, 0, SHRINK); // [n, h / 2, w / 2, c]
+        }
+    }
+    x = middle(g, config, "encoder", x);
+    x = finish(g, config, "encoder", x, moments);
+    if config.use_quant_conv {
+        x = g.conv("quant_conv", x, moments, ConvOptions::default()); // [n, h, w, 2 * latent]
+    }
+    x
+}
+
+fn resnet(config: &KlConfig) -> Resnet {
     Resnet { groups: config.norm_num_groups, eps: EPS, time: Time::None, scale: 1.0, shrink: SHRINK }
 }
 
@@ -78,7 +94,7 @@ fn first() -> ConvOptions {
 }
 
 /// Two residual blocks and, between them, attention with one head.
-fn middle(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId) -> TensorId {
+fn middle(g: &mut GraphBuilder, config: &KlConfig, name: &str, x: TensorId) -> TensorId {
     let channels = g.shape(x).c;
     let mut x = resnet(config).build(g, &format!("{name}.mid_block.resnets.0"), x, channels);
     if config.mid_block_add_attention {
@@ -91,12 +107,12 @@ fn middle(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId) -> 
 }
 
 /// A group norm of shrunk activations, with the epsilon that belongs to them.
-fn norm(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId, silu: bool) -> TensorId {
+fn norm(g: &mut GraphBuilder, config: &KlConfig, name: &str, x: TensorId, silu: bool) -> TensorId {
     g.group_norm(name, x, config.norm_num_groups, EPS * SHRINK * SHRINK, silu, None)
 }
 
 /// The last norm and the convolution after it.
-fn finish(g: &mut GraphBuilder, config: &VaeConfig, name: &str, x: TensorId, channels: usize) -> TensorId {
+fn finish(g: &mut GraphBuilder, config: &KlConfig, name: &str, x: TensorId, channels: usize) -> TensorId {
     let x = norm(g, config, &format!("{name}.conv_norm_out"), x, true); // [n, h, w, c]
     g.conv(&format!("{name}.conv_out"), x, channels, ConvOptions::conv3x3()) // [n, h, w, channels]
 }

@@ -4,7 +4,9 @@ use super::single::{Family, OpenClip, original};
 use super::{Format, SingleFile, Source, Stored, Tensors};
 use crate::files::Draft;
 use crate::graph::{Extent, WeightSpec};
-use crate::models::{ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, vae_decoder, vae_encoder};
+use crate::models::{
+    ClipConfig, UNetConfig, UNetInput, VaeConfig, VaeKind, text_encoder, unet, vae_decoder, vae_encoder,
+};
 use crate::{Error, Result};
 use half::{bf16, f16};
 use serde_json::{Value, json};
@@ -50,7 +52,7 @@ impl Source {
         let networks = Networks::read(self)?;
         let components = networks.components(self)?;
         if destination.extension().is_none_or(|extension| extension != "safetensors") {
-            self.write_folder(draft.path(), &components, format)?;
+            self.write_folder(draft.path(), &networks, &components, format)?;
             draft.keep()?;
             return Ok(Vec::new());
         }
@@ -61,7 +63,13 @@ impl Source {
         Ok(notes)
     }
 
-    fn write_folder(&self, folder: &Path, components: &[Component], format: Option<Format>) -> Result<()> {
+    fn write_folder(
+        &self,
+        folder: &Path,
+        networks: &Networks,
+        components: &[Component],
+        format: Option<Format>,
+    ) -> Result<()> {
         let write = |relative: &str, bytes: &[u8]| {
             let path = folder.join(relative);
             let parent = path.parent().unwrap_or(folder);
@@ -95,7 +103,7 @@ impl Source {
             "_diffusers_version": "0.35.2",
             "scheduler": ["diffusers", class["_class_name"].as_str().unwrap_or("PNDMScheduler")],
             "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "vae": ["diffusers", networks.vae.kind.class()],
             "feature_extractor": [null, null],
             "image_encoder": [null, null],
         });
@@ -127,6 +135,11 @@ impl Source {
         format: Option<Format>,
     ) -> Result<()> {
         let family = self.family()?;
+        let VaeKind::Kl(vae) = &networks.vae.kind else {
+            let problem = "a file in the original layout cannot have TAESD as its VAE";
+            return Err(Error::unsupported(self.path("vae/config.json"), problem)
+                .advise("convert the checkpoint with its own VAE, or to a folder"));
+        };
         let unnamed = |name: &str| {
             let problem = format!("the original layout has no name for its tensor `{name}`");
             Error::unsupported(self.path("unet/config.json"), problem).advise("convert it to a folder")
@@ -145,7 +158,7 @@ impl Source {
                 let (stored, mut shape) = tensors.named(name)?;
                 let form = match *component {
                     "unet" => original::unet(name, &networks.unet).map(OpenClip::Whole),
-                    "vae" => original::vae(name, &networks.vae).map(|(name, is_convolution)| {
+                    "vae" => original::vae(name, vae).map(|(name, is_convolution)| {
                         if is_convolution {
                             shape.extend([1, 1].iter().take(4 - shape.len()));
                         }

@@ -122,6 +122,10 @@ impl SingleFile {
         let mut file = Self::empty(path);
         let missing = |what: &str| Error::unsupported(path, format!("holds no {what}: {}", describe(&all)));
         if component == "vae" {
+            if let Some(taesd) = taesd(path, &all)? {
+                file.add_taesd(taesd)?;
+                return Ok(file);
+            }
             let is_root = |root: &&str| all.has(&format!("{root}decoder.conv_in.weight"));
             let root = VAES.into_iter().find(is_root).ok_or_else(|| missing("VAE"))?;
             file.add_vae(&under(&all, root)?, family)?;
@@ -201,6 +205,20 @@ impl SingleFile {
         Ok(())
     }
 
+    fn add_taesd(&mut self, tensors: Tensors) -> Result<()> {
+        let path = &self.path;
+        let config = configs::taesd(&tensors)?.to_string();
+        let parsed = VaeConfig::parse(&config, path)?;
+        let mut networks = vec![vae_decoder(&parsed, 1, Extent::square(1))];
+        if starts(&tensors, "encoder.") {
+            networks.push(vae_encoder(&parsed, 1, Extent::square(parsed.scale())));
+        }
+        check(path, &tensors, &networks)?;
+        self.files.insert("vae/config.json".into(), config);
+        self.tensors.insert("vae", tensors);
+        Ok(())
+    }
+
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
@@ -248,6 +266,32 @@ fn starts(all: &Tensors, prefix: &str) -> bool {
     all.entries().any(|(name, _)| name.starts_with(prefix))
 }
 
+/// TAESD's tensors under diffusers' names, if the file at `path` holds them: the whole VAE in diffusers' layout, or the
+/// decoder in that of its authors, with the encoder from a file beside it whose name says `encoder` where this one's
+/// says `decoder`, if there is such a file.
+///
+/// # Errors
+/// [`crate::ErrorKind::Unsupported`] for an encoder alone.
+fn taesd(path: &Path, all: &Tensors) -> Result<Option<Tensors>> {
+    if all.has("decoder.layers.0.weight") {
+        return Ok(Some(all.clone()));
+    }
+    if all.has("0.weight") && all.has("1.conv.0.weight") {
+        return Err(Error::unsupported(path, "it is the encoder of TAESD alone")
+            .advise("give its decoder, beside which the encoder is found"));
+    }
+    if !(all.has("1.weight") && all.has("3.conv.0.weight")) {
+        return Ok(None);
+    }
+    let decoder = names::taesd(all, "decoder")?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let encoder = path.with_file_name(name.replace("decoder", "encoder"));
+    Ok(Some(match name.contains("decoder") && encoder.is_file() {
+        true => decoder.and(names::taesd(&Tensors::open_file(&encoder)?, "encoder")?),
+        false => decoder,
+    }))
+}
+
 /// Checks that the networks read every tensor and find every tensor that they read. Otherwise the file has another
 /// architecture, or is damaged.
 fn check(path: &Path, tensors: &Tensors, networks: &[Graph]) -> Result<()> {
@@ -285,6 +329,8 @@ pub(super) fn describe(all: &Tensors) -> String {
         "it is one component in diffusers' layout; give a checkpoint, and this beside it".into()
     } else if any(&["decoder.up.0.block."]) && !any(&[UNET]) {
         "it is a VAE alone; give a checkpoint, and this beside it".into()
+    } else if has("decoder.layers.0.weight") || has("3.conv.0.weight") {
+        "it is TAESD, which is a VAE; give a checkpoint, and this beside it".into()
     } else if has(FIRST) {
         "it is a whole checkpoint".into()
     } else if any(&[UNET, "double_blocks.", "joint_blocks."]) {

@@ -262,6 +262,15 @@ impl Tensors {
         self
     }
 
+    /// These tensors and those of other files, none of which has a name of these.
+    pub(super) fn and(mut self, others: Tensors) -> Self {
+        let files = self.files.len();
+        let moved = |(name, entry): (String, Entry)| (name, Entry { file: files + entry.file, ..entry });
+        self.index.extend(others.index.into_iter().map(moved));
+        self.files.extend(others.files);
+        self
+    }
+
     /// The metadata in a single file's header.
     pub(super) fn metadata(&self) -> HashMap<String, String> {
         let header = self.files.first().and_then(|(_, bytes)| SafeTensors::read_metadata(bytes.as_ref()).ok());

@@ -6,6 +6,7 @@ mod convert;
 mod parts;
 #[path = "../support/mod.rs"]
 mod support;
+mod taesd;
 
 use respodiff::models::{ClipConfig, UNetConfig, VaeConfig};
 use respodiff::weights::Source;

@@ -9,6 +9,9 @@ use serde_json::{Value, json};
 /// Channels of an attention head wherever the number of heads is not fixed.
 const HEAD_CHANNELS: usize = 64;
 
+/// More than the layers of any TAESD.
+const MAX_LAYERS: usize = 100;
+
 /// The families of Stable Diffusion models.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(in crate::weights) enum Family {
@@ -145,6 +148,44 @@ impl Family {
             _ => json!({"_class_name": "StableDiffusionPipeline"}),
         }
     }
+}
+
+/// The configuration of TAESD. If only the decoder is there, the encoder is assumed to be its mirror image.
+pub(super) fn taesd(t: &Tensors) -> Result<Value> {
+    let layer = |part: &str, i: usize| format!("{part}.layers.{i}.weight");
+    let last = |part: &str| (0..MAX_LAYERS).rev().find(|i| t.has(&layer(part, *i)));
+    // Convolutions outside of blocks begin and end the levels.
+    let blocks = |part: &str| {
+        let mut levels = vec![0usize];
+        for i in 1..last(part).unwrap_or(0) {
+            if t.has(&layer(part, i)) {
+                levels.push(0);
+            } else if t.has(&format!("{part}.layers.{i}.conv.0.weight")) {
+                levels.last_mut().into_iter().for_each(|blocks| *blocks += 1);
+            }
+        }
+        levels
+    };
+    let decoder = blocks("decoder");
+    let channels = size(t, "decoder.layers.0.weight", 0)?;
+    let outputs = size(t, &layer("decoder", last("decoder").unwrap_or(0)), 0)?;
+    let (encoder, encoder_channels, inputs) = match last("encoder") {
+        Some(_) => {
+            let first = |axis| size(t, "encoder.layers.0.weight", axis);
+            (blocks("encoder"), first(0)?, first(1)?)
+        }
+        None => (decoder.iter().rev().copied().collect(), channels, outputs),
+    };
+    Ok(json!({
+        "_class_name": "AutoencoderTiny",
+        "in_channels": inputs,
+        "out_channels": outputs,
+        "latent_channels": size(t, "decoder.layers.0.weight", 1)?,
+        "encoder_block_out_channels": vec![encoder_channels; encoder.len()],
+        "decoder_block_out_channels": vec![channels; decoder.len()],
+        "num_encoder_blocks": encoder,
+        "num_decoder_blocks": decoder,
+    }))
 }
 
 /// The class of the middle block; null if there is none.

@@ -147,6 +147,17 @@ pub(super) fn vae(original: &Tensors) -> Result<Tensors> {
     })
 }
 
+/// Renames the tensors of TAESD's `encoder` or `decoder`, which its authors save in files of their own. The layers of
+/// the original decoder are numbered from its first one, a clamp, which is none in diffusers. Unknown names stay.
+pub(super) fn taesd(original: &Tensors, part: &str) -> Result<Tensors> {
+    let before = usize::from(part == "decoder");
+    let rename = |name: &str| {
+        let (layer, rest) = name.split_once('.')?;
+        Some(format!("{part}.layers.{}.{rest}", layer.parse::<usize>().ok()?.checked_sub(before)?))
+    };
+    original.renamed(|name| vec![(rename(name).unwrap_or_else(|| name.into()), Part::Whole)])
+}
+
 /// The tensors of OpenAI's text encoder, which the original code loads from transformers, under transformers' full
 /// names, with the projection if `projected` is true. Others are dropped.
 pub(super) fn clip(original: &Tensors, projected: bool) -> Result<Tensors> {

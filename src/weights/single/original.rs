@@ -1,7 +1,7 @@
 //! The names of the original layout for tensors that have those of diffusers and transformers: the way back from
 //! `names.rs`.
 
-use crate::models::{UNetConfig, VaeConfig};
+use crate::models::{KlConfig, UNetConfig};
 
 /// CompVis' name of a UNet's tensor. Blocks are numbered in one row, each level's downsampler after its layers; an
 /// upsampler is within the last block of its level.
@@ -60,7 +60,7 @@ fn resnet(layer: &str) -> Option<&'static str> {
 
 /// CompVis' name of a VAE's tensor, and true if it is a matrix of the attention, which is a 1x1 convolution there. The
 /// levels of the up half are numbered from the finest.
-pub(in crate::weights) fn vae(name: &str, config: &VaeConfig) -> Option<(String, bool)> {
+pub(in crate::weights) fn vae(name: &str, config: &KlConfig) -> Option<(String, bool)> {
     let parts: Vec<&str> = name.split('.').collect();
     let layer = |layer: &str| if layer == "conv_shortcut" { "nin_shortcut".to_string() } else { layer.to_string() };
     let name = match parts[..] {
