@@ -146,6 +146,11 @@ fn check_latents(source: &Source, unet: &UNetConfig, vae: &VaeConfig) -> Result<
     if unet.out_channels == vae.latent_channels && (unet.in_channels == unet.out_channels || unet.reads_masks()) {
         return Ok(());
     }
+    if unet.in_channels == unet.out_channels {
+        let (own, other) = (vae.latent_channels, unet.out_channels);
+        let problem = format!("is for latents of {own} channels, and the UNet's have {other}");
+        return Err(Error::mismatch(source.path("vae/config.json"), problem).advise("give a VAE of the UNet's family"));
+    }
     let problem = format!(
         "has {} input and {} output channels for {} latent channels: depth models and the like are not supported",
         unet.in_channels, unet.out_channels, vae.latent_channels

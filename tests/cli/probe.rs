@@ -12,6 +12,8 @@ fn probes_give_what_diffusers_gave() {
         ("unet", "unet_sdxl_1", &["sample", "mid"]),
         ("vae-decode", "vae_sd1_1", &["image"]),
         ("vae-encode", "vae_sd2_0", &["mean", "logvar"]),
+        ("vae-decode", "vae_taesd_1", &["image"]),
+        ("vae-encode", "vae_taesd_2", &["latents"]),
         ("text", "text_sd2_text_encoder", &["last_hidden_state", "penultimate_hidden_state"]),
     ] {
         let golden = support::cases(case, 1).remove(0);

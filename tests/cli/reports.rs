@@ -6,10 +6,11 @@ use crate::support;
 #[test]
 fn info_tells_components_and_memory() {
     let folder = tempfile::tempdir().unwrap();
-    let model = support::golden().join("checkpoints/sdxl");
+    let [model, taesd] = ["sdxl", "taesd"].map(|name| support::golden().join("checkpoints").join(name));
     for (args, words) in [
         (&["info"][..], ["text_encoder ", "unet", "vae", "MiB"]),
-        (&["info", "--model", model.to_str().unwrap()], ["text_encoder_2", "unet", "vae", "128x128"]),
+        (&["info", "--model", model.to_str().unwrap()], ["text_encoder_2", "unet", "AutoencoderKL", "128x128"]),
+        (&["info", "--model", taesd.to_str().unwrap()], ["vae ", "AutoencoderTiny (TAESD)", "512x512", "MiB"]),
     ] {
         let output = respodiff(folder.path(), args);
         let report = text(&output.stdout);

@@ -149,7 +149,7 @@ fn incomplete_and_foreign_files() {
         expect(&engine(&path).err().unwrap_or_else(|| panic!("{} is larger", whole[i].0)), &[]);
     }
     let mut more = whole.clone();
-    more.push(("21.weight".into(), vec![3], Dtype::F16, vec![0; 6]));
+    more.push(("3.conv.6.bias".into(), vec![3], Dtype::F16, vec![0; 6]));
     write(&path, &more);
     refused(&["is called"]);
     write(&path, &whole);
@@ -164,7 +164,7 @@ fn incomplete_and_foreign_files() {
     first.1[1] *= 4;
     first.3 = first.3.repeat(4);
     write(&path, &wide);
-    refused(&["16 latent channels"]);
+    refused(&["latents of 16 channels", "the UNet's have 4"]);
     expect(&Source::file(&path).expect_err("refused"), &["TAESD", "give a checkpoint"]);
 
     // In diffusers' folder.
