@@ -4,11 +4,13 @@ mod support;
 
 use respodiff::concept::{Concept, Form, Metadata, Strength};
 use respodiff::diffusion::noise::Rng;
+use respodiff::graph::Extent;
+use respodiff::models::{VaeConfig, vae_decoder};
 use respodiff::pictures::InitImage;
 use respodiff::weights::Source;
 use respodiff::{
-    Device, Engine, ErrorKind, Event, Image, ImageId, Picture, Request, RunningBatch, Sampler, SamplerChoice,
-    SessionOptions, Size, Start,
+    Device, Engine, EngineOptions, ErrorKind, Event, Image, ImageId, Picture, Request, RunningBatch, Sampler,
+    SamplerChoice, SessionOptions, Size, Start,
 };
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -200,4 +202,43 @@ fn previews_show_what_the_vae_decodes() {
     let left: f64 = truths.iter().zip(&previews).map(|(truth, preview)| (truth - preview).powi(2)).sum();
     let explained = 1.0 - left / all;
     assert!(explained > 0.3, "{explained:.3} of the variance");
+}
+
+/// Previews by a VAE of their own are what it decodes of the latents at unit variance, and its memory is known before.
+#[test]
+fn previews_by_a_small_vae() {
+    let checkpoints = support::golden().join("checkpoints");
+    let [source, small] = ["sd1", "taesd"].map(|name| Source::folder(checkpoints.join(name)).unwrap());
+    let options = EngineOptions::new(Device::cpu());
+    let plain = Engine::open(&source, options.clone()).unwrap();
+    let engine = Engine::open(&source, options.preview_vae(checkpoints.join("taesd"))).unwrap();
+    let session = SessionOptions::new(Size::new(56, 40)).batch(2);
+    let [memory, without] = [&engine, &plain].map(|engine| engine.memory(session).unwrap());
+    assert!(memory.preview > 0 && without.preview == 0);
+    assert!(memory.weights > without.weights && memory.session() == without.session() + memory.preview);
+
+    let text = small.read_text("vae/config.json").unwrap();
+    let config = VaeConfig::parse(&text, std::path::Path::new("config.json")).unwrap();
+    let mut batch = engine.running_batch(session).unwrap();
+    let id = batch.join(&Request::from(Image::new("a cook").seed(4)).steps(4)).unwrap();
+    for step in 0..3 {
+        batch.step().unwrap();
+        let latents = batch.latents(id).unwrap().unwrap();
+        let deviation = (latents.iter().map(|x| x * x).sum::<f32>() / latents.len() as f32).sqrt().max(1.0);
+        let unit: Vec<f32> = support::nchw_to_nhwc(&latents, 1, 4).iter().map(|x| x / deviation).collect();
+        let graph = vae_decoder(&config, 1, Extent { h: 5, w: 7 });
+        let inputs = HashMap::from([("latents", unit)]);
+        let image = &support::run(&Device::cpu(), graph, &small.tensors("vae").unwrap(), &inputs)["image"];
+        let (preview, truth) = (batch.preview(id).unwrap().unwrap(), Picture::from_hwc(image, 40, 56).unwrap());
+        assert_eq!((preview.width, preview.height), (56, 40));
+        let far = preview.rgb.iter().zip(&truth.rgb).filter(|(a, b)| a.abs_diff(**b) > 1).count();
+        assert_eq!(far, 0, "step {step}");
+        assert!(preview.rgb.iter().any(|pixel| *pixel != preview.rgb[0]));
+    }
+    // The picture itself is the checkpoint's VAE's.
+    let ours = batch.picture(id).unwrap();
+    let mut batch = plain.running_batch(session).unwrap();
+    let id = batch.join(&Request::from(Image::new("a cook").seed(4)).steps(4)).unwrap();
+    (0..3).for_each(|_| drop(batch.step().unwrap()));
+    assert_eq!(ours, batch.picture(id).unwrap());
 }

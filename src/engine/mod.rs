@@ -38,7 +38,7 @@ use crate::weights::{Adapter, Source, Tensors};
 use crate::{Error, Result};
 use adapters::Adaptable;
 use init_image::PictureEncoder;
-use preview::Projection;
+use preview::{PreviewVae, Projection};
 use std::sync::{Arc, OnceLock};
 use text::{TextEncoders, time_ids};
 
@@ -68,12 +68,16 @@ struct Parts {
     encoder: Arc<PictureEncoder>,
     /// Made for the first preview.
     projection: Arc<OnceLock<Projection>>,
+    /// Decodes previews in place of the projection.
+    preview: Option<Arc<PreviewVae>>,
 }
 
 /// The plans of a session's UNet and VAE.
 struct Plans {
     unet: Vec<(UNetBatch, Plan)>,
     vae: Plan,
+    /// That of the VAE for previews, if the engine has one.
+    preview: Option<Plan>,
 }
 
 /// The number of chunks to which a prompt and a negative prompt of so many chunks are both repeated.
@@ -106,7 +110,7 @@ impl Engine {
     /// [`crate::ErrorKind::OutOfMemory`] when the weights do not fit the device's memory; [`crate::ErrorKind::Invalid`]
     /// for a precision that the device does not have; for adapters those of [`Engine::with_adapters`].
     pub fn open(source: &Source, options: impl Into<EngineOptions>) -> Result<Self> {
-        let EngineOptions { device, precision, tokenizer, adapters, embeddings } = options.into();
+        let EngineOptions { device, precision, tokenizer, adapters, embeddings, preview_vae } = options.into();
         crate::memory::start_threads()?;
         let outline = Outline::read(source)?;
         let adapted = Adapted::new(source, &adapters)?;
@@ -126,7 +130,8 @@ impl Engine {
         let text = Arc::new(text?);
         let (unet, vae) = (unet_weights?, vae_weights?);
         let (encoder, projection) = (Arc::default(), Arc::default());
-        let parts = Parts { outline, device, precision, text, unet, vae, encoder, adapters, projection };
+        let preview = preview_vae.map(|path| PreviewVae::open(&outline, &path, &device)).transpose()?.map(Arc::new);
+        let parts = Parts { outline, device, precision, text, unet, vae, encoder, adapters, projection, preview };
         Ok(Engine(Arc::new(parts)))
     }
 
@@ -347,11 +352,13 @@ impl Engine {
         let unet = plans.unet.iter().map(|(_, unet)| unet.arena_bytes()).max();
         let own = |(batch, unet): &(UNetBatch, _)| parts.device.denoiser_bytes(unet, batch.images, Some(&plans.vae));
         let sampler = plans.unet.iter().map(own).max();
+        let preview_weights = parts.preview.as_ref().map_or(0, |vae| vae.weights.bytes());
         MemoryPlan {
-            weights: parts.text.weight_bytes() + parts.unet.bytes() + parts.vae.bytes(),
+            weights: parts.text.weight_bytes() + parts.unet.bytes() + parts.vae.bytes() + preview_weights,
             text: parts.text.arena_bytes(),
             unet: unet.unwrap_or(0),
             vae: plans.vae.arena_bytes(),
+            preview: plans.preview.as_ref().map_or(0, Plan::arena_bytes),
             sampler: sampler.unwrap_or(0),
         }
     }
@@ -366,7 +373,9 @@ impl Engine {
         let batch = |&images| guided.iter().map(move |&guided| UNetBatch { images, guided });
         let unet = |batch| Ok((batch, self.unet_plan(options, batch)?));
         let unet = batches.iter().flat_map(batch).map(unet).collect::<Result<_>>()?;
-        Ok(Plans { unet, vae: device.plan(vae_decoder(&outline.vae, 1, Extent { h, w }), &[]) })
+        let vae = |config| device.plan(vae_decoder(config, 1, Extent { h, w }), &[]);
+        let preview = self.0.preview.as_ref().map(|preview| vae(&preview.config));
+        Ok(Plans { unet, vae: vae(&outline.vae), preview })
     }
 
     fn unet_plan(&self, options: SessionOptions, batch: UNetBatch) -> Result<Plan> {

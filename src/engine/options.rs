@@ -4,6 +4,7 @@ use crate::backend::Precision;
 use crate::device::Device;
 use crate::models::tokenizer::TokenizerRules;
 use crate::weights::{Adapter, Embedding};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// A picture's width and height in pixels.
@@ -43,6 +44,8 @@ pub struct EngineOptions {
     pub adapters: Vec<(Arc<Adapter>, f32)>,
     /// Learnt words that prompts may use.
     pub embeddings: Vec<Arc<Embedding>>,
+    /// The folder or file of a small VAE for the same latents, such as TAESD, by which previews are decoded.
+    pub preview_vae: Option<PathBuf>,
 }
 
 impl EngineOptions {
@@ -70,6 +73,12 @@ impl EngineOptions {
     /// The same with learnt words (textual inversion) that prompts may use.
     pub fn embeddings(self, embeddings: Vec<Arc<Embedding>>) -> Self {
         EngineOptions { embeddings, ..self }
+    }
+
+    /// The same with a small VAE for previews ([`crate::RunningBatch::preview`]), from a folder or file as
+    /// [`crate::Source::with_part`] takes it. Its memory is planned with that of sessions and running batches.
+    pub fn preview_vae(self, path: impl Into<PathBuf>) -> Self {
+        EngineOptions { preview_vae: Some(path.into()), ..self }
     }
 }
 
@@ -159,6 +168,8 @@ pub struct MemoryPlan {
     pub unet: usize,
     /// The VAE decoder's activations.
     pub vae: usize,
+    /// The activations of the VAE for previews ([`EngineOptions::preview_vae`]).
+    pub preview: usize,
     /// The latents, the sampler's history and coefficients, and one picture; on the CPU these are not counted.
     pub sampler: usize,
 }
@@ -166,7 +177,7 @@ pub struct MemoryPlan {
 impl MemoryPlan {
     /// Bytes that a session itself allocates.
     pub fn session(&self) -> usize {
-        self.unet + self.vae + self.sampler
+        self.unet + self.vae + self.preview + self.sampler
     }
 
     /// All of it: the memory of a device that an engine with one session occupies while it samples.

@@ -1,22 +1,73 @@
-//! Previews without the VAE: the pixels at a place of the latents as a linear function of the numbers there and around.
+//! Previews: by a small VAE, if the engine has one for them, or else without any: the pixels at a place of the latents as
+//! a linear function of the numbers there and around.
 //!
 //! The function is fitted by least squares to what the checkpoint's own VAE decodes, so it serves every checkpoint, and
 //! follows from the checkpoint alone. The latents of the fit are random numbers of unit variance, as real latents have
 //! it: half of them change from place to place, and half are the same in areas of two by two places.
 
-use super::Engine;
+use super::{Engine, Outline, read_config};
+use crate::backend::{Executor, Precision, Weights};
+use crate::device::Device;
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::graph::Extent;
 use crate::image::Picture;
-use crate::models::vae_decoder;
+use crate::models::{VaeConfig, vae_decoder};
 use crate::{Error, Result};
 use rayon::prelude::*;
+use std::path::Path;
 use std::sync::OnceLock;
 
 /// Height and width of the latents that are decoded for the fit.
 const SIDE: usize = 16;
 /// Sides of the areas that are the same, for each of the latents that are decoded.
 const AREAS: [usize; 4] = [1, 2, 1, 2];
+
+/// A VAE that decodes previews, in place of the checkpoint's own.
+pub(super) struct PreviewVae {
+    pub config: VaeConfig,
+    pub weights: Weights,
+}
+
+impl PreviewVae {
+    /// # Errors
+    /// [`crate::ErrorKind::Mismatch`] for a VAE of other latents than the checkpoint's, and those of reading it.
+    pub fn open(outline: &Outline, path: &Path, device: &Device) -> Result<Self> {
+        let source = outline.source.clone().with_part("vae", path)?;
+        let config = read_config(&source, "vae", VaeConfig::parse)?;
+        let of = |vae: &VaeConfig| (vae.latent_channels, vae.scale(), vae.out_channels);
+        let ((channels, scale, colours), (own_channels, own_scale, _)) = (of(&config), of(&outline.vae));
+        if (channels, scale, colours) != of(&outline.vae) {
+            let problem = format!(
+                "makes {colours} colours of latents with {channels} channels, a {scale}th of a picture's size, but the \
+                 checkpoint has latents with {own_channels} channels, a {own_scale}th of the size"
+            );
+            return Err(Error::mismatch(path, problem).advise("give a VAE that was made for the checkpoint's family"));
+        }
+        let graph = vae_decoder(&config, 1, Extent::square(8));
+        let weights = device.weights(graph.weights(), &source.tensors("vae")?, &[], Precision::Full)?;
+        Ok(PreviewVae { config, weights })
+    }
+
+    /// The picture of latents by `executor`, which has this VAE's decoder for their size.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::NonFinite`], [`crate::ErrorKind::DeviceLost`].
+    pub fn picture(&self, executor: &mut dyn Executor, latents: &[f32]) -> Result<Picture> {
+        let latents: Vec<f32> = unit(latents).iter().map(|x| x / self.config.scaling_factor).collect();
+        executor.write("latents", &latents)?;
+        executor.step()?;
+        let graph = executor.plan().graph();
+        let Extent { h, w } = graph.shape(graph.output("image")).extent();
+        Picture::from_hwc(&executor.read("image")?, h, w)
+    }
+}
+
+/// Latents brought to unit variance if theirs is larger: samplers like Euler begin with up to 14 times as much.
+fn unit(latents: &[f32]) -> Vec<f32> {
+    let squares: f64 = latents.iter().map(|x| f64::from(*x).powi(2)).sum();
+    let shrink = (squares / latents.len().max(1) as f64).sqrt().max(1.0) as f32;
+    latents.iter().map(|x| x / shrink).collect()
+}
 
 /// The pixels of latents.
 #[derive(Debug)]
@@ -43,13 +94,17 @@ fn around(latents: &[f32], (height, width, channels): (usize, usize, usize), y: 
 }
 
 impl Engine {
-    /// Prepares previews, which otherwise the first preview does: some decodings of small latents by the VAE.
+    /// Prepares previews without a VAE of their own, which otherwise the first preview does: some decodings of small
+    /// latents by the checkpoint's.
     ///
     /// # Errors
     /// Those of a small session.
     #[cfg(feature = "cli")]
     pub(crate) fn fit_previews(&self) -> Result<()> {
-        self.projection().map(|_| ())
+        match self.0.preview {
+            Some(_) => Ok(()),
+            None => self.projection().map(|_| ()),
+        }
     }
 
     /// The pixels of this checkpoint's latents.
@@ -104,16 +159,13 @@ impl Projection {
         }
     }
 
-    /// The picture of latents, `[height, width, channels]`. They are brought to unit variance if theirs is larger:
-    /// samplers like Euler begin with up to 14 times as much.
+    /// The picture of latents, `[height, width, channels]`, by their [`unit`].
     ///
     /// # Errors
     /// [`crate::ErrorKind::NonFinite`].
     pub(super) fn picture(&self, latents: &[f32], height: usize, width: usize) -> Result<Picture> {
         let Projection { channels, scale, ref factors } = *self;
-        let squares: f64 = latents.iter().map(|x| f64::from(*x).powi(2)).sum();
-        let shrink = (squares / latents.len().max(1) as f64).sqrt().max(1.0) as f32;
-        let latents: Vec<f32> = latents.iter().map(|x| x / shrink).collect();
+        let latents = unit(latents);
         let line = width * scale * 3;
         let mut values = vec![0.0; height * scale * line];
         values.par_chunks_mut(scale * line).enumerate().for_each(|(y, rows)| {

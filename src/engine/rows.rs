@@ -1,9 +1,10 @@
 //! The images that a UNet works on at once: what a [`super::Session`] and a [`super::RunningBatch`] have in common.
 
 use super::init_image::{Begun, EncodedPicture, InitImage, Original, nhwc};
+use super::preview::PreviewVae;
 use super::text::{Conditioning, Row, time_ids};
 use super::{Engine, Image, Plans, Request, SessionOptions, Start};
-use crate::backend::{AddedToBottleneck, Denoiser, Guidance, RunImage};
+use crate::backend::{AddedToBottleneck, Denoiser, Executor, Guidance, RunImage};
 use crate::concept::Shift;
 use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::{SamplerChoice, Schedule};
@@ -119,6 +120,8 @@ pub(super) struct Rows {
     placed: Option<Placed>,
     /// For a UNet for inpainting: its mask and picture if an image begins with noise.
     blank: Option<EncodedPicture>,
+    /// The VAE for previews with its memory, if the engine has one.
+    preview: Option<(Arc<PreviewVae>, Box<dyn Executor>)>,
 }
 
 impl Rows {
@@ -128,8 +131,12 @@ impl Rows {
         let parts = &*engine.0;
         let vae = (plans.vae, &parts.vae);
         let denoiser = parts.device.denoiser(plans.unet, parts.unet.weights(), Some(vae))?;
+        let preview = match parts.preview.clone().zip(plans.preview) {
+            Some((vae, plan)) => Some((vae.clone(), parts.device.executor(plan, &vae.weights)?)),
+            None => None,
+        };
         let images = (0..options.batch).map(|_| None).collect();
-        Ok(Rows { denoiser, engine, options, images, placed: None, blank: None })
+        Ok(Rows { denoiser, engine, options, images, placed: None, blank: None, preview })
     }
 
     pub fn engine(&self) -> &Engine {
@@ -375,14 +382,17 @@ impl Rows {
         Ok(nchw)
     }
 
-    /// A rough picture of an image, without the VAE.
+    /// A rough picture of an image, without the checkpoint's VAE.
     ///
     /// # Errors
     /// [`crate::ErrorKind::NonFinite`], [`crate::ErrorKind::DeviceLost`].
     pub fn preview(&mut self, slot: usize) -> Result<Picture> {
         let Shape { h, w, .. } = self.latents_shape();
         let latents = self.denoiser.latents(slot)?;
-        self.engine.projection()?.picture(&latents, h, w)
+        match &mut self.preview {
+            Some((vae, executor)) => vae.picture(&mut **executor, &latents),
+            None => self.engine.projection()?.picture(&latents, h, w),
+        }
     }
 
     /// Decodes an image.

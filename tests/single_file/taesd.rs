@@ -3,7 +3,7 @@
 use crate::support::{golden, torch_save};
 use respodiff::models::VaeConfig;
 use respodiff::weights::Source;
-use respodiff::{Device, Engine, Error, Image, Picture, Request, SessionOptions, Size};
+use respodiff::{Device, Engine, EngineOptions, Error, Image, Picture, Request, SessionOptions, Size};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use std::ops::ControlFlow;
@@ -165,6 +165,8 @@ fn incomplete_and_foreign_files() {
     first.3 = first.3.repeat(4);
     write(&path, &wide);
     refused(&["latents of 16 channels", "the UNet's have 4"]);
+    let options = EngineOptions::new(Device::cpu()).preview_vae(&path);
+    expect(&Engine::open(&sd1(), options).err().expect("refused"), &["latents with 16 channels", "4 channels"]);
     expect(&Source::file(&path).expect_err("refused"), &["TAESD", "give a checkpoint"]);
 
     // In diffusers' folder.

@@ -71,6 +71,10 @@ pub(super) struct Args {
     /// inside of it included. New and changed files are taken up while the server runs
     #[arg(long, value_name = "FOLDER")]
     lora_folder: Option<PathBuf>,
+    /// Small VAE for the same latents as the model's, such as TAESD, by which previews are decoded: a diffusers folder or
+    /// a file [default: previews are a linear function of the latents]
+    #[arg(long, value_name = "DIR|FILE")]
+    preview_vae: Option<PathBuf>,
     /// Policy: a TOML file with concepts that every picture gets (`[[always]]`), and quotas over the stream of all
     /// pictures whose prompts name no attribute (`[[quota]]`); counts are kept in FILE.counts
     #[arg(long, value_name = "FILE")]
@@ -184,10 +188,15 @@ fn open(args: &Args, concepts: &Concepts) -> Result<Vec<Served>> {
     if args.policy.is_some() && ids.len() > 1 {
         return Err(Error::invalid("policy", "a policy counts the pictures of one model").advise("serve one model"));
     }
+    if args.preview_vae.is_some() && ids.len() > 1 {
+        let problem = "a VAE for previews decodes the latents of one model";
+        return Err(Error::invalid("preview_vae", problem).advise("serve one model"));
+    }
     let loras = args.lora_folder.as_deref().map(Loras::open).transpose()?.map(Arc::new);
     let embeddings = args.embeddings.open()?;
     let shifted = args.concepts.is_some() || !concepts.0.is_empty();
-    let offered = Offered { device, max_batch: args.max_batch, shifted, embeddings, loras };
+    let preview_vae = args.preview_vae.clone();
+    let offered = Offered { device, max_batch: args.max_batch, shifted, embeddings, loras, preview_vae };
     let mut served: Vec<Served> = Vec::new();
     for id in ids {
         let next = Served::new(args.parts.source(id)?, offered.clone())?;

@@ -17,6 +17,7 @@ use crate::weights::{Embedding, Source};
 use crate::{Device, Error, Result, Subject};
 use respodiff_serve::{self as http, Backend, Batch, Caller, Estimate, Kind, Model, Problem, Work};
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
@@ -39,6 +40,8 @@ pub(super) struct Offered {
     /// Learnt words, of which each model takes those that fit it.
     pub(super) embeddings: Vec<Arc<Embedding>>,
     pub(super) loras: Option<Arc<Loras>>,
+    /// A VAE for previews, from a folder or file.
+    pub(super) preview_vae: Option<PathBuf>,
 }
 
 /// A model that is served.
@@ -90,7 +93,11 @@ impl Served {
 
     /// The options of its engines.
     pub(super) fn engine_options(&self) -> EngineOptions {
-        EngineOptions::from(&self.offered.device).embeddings(self.offered.embeddings.clone())
+        let options = EngineOptions::from(&self.offered.device).embeddings(self.offered.embeddings.clone());
+        match &self.offered.preview_vae {
+            Some(path) => options.preview_vae(path),
+            None => options,
+        }
     }
 
     /// The options of a batch.
@@ -153,7 +160,7 @@ impl Served {
             has_it.then(|| self.source.tensors(component).ok()).flatten()
         });
         let files: BTreeSet<_> =
-            parts.flat_map(|part| part.files().map(Into::into).collect::<Vec<std::path::PathBuf>>()).collect();
+            parts.flat_map(|part| part.files().map(Into::into).collect::<Vec<PathBuf>>()).collect();
         files.iter().filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len() as usize).sum()
     }
 }
