@@ -197,6 +197,7 @@ impl Case {
                 let Shape { n, h, w, c } = shape(node.output);
                 Case::GroupNorm { n, h, w, c, groups: norm.groups, silu: norm.silu }
             }
+            Op::GroupNormMoments { .. } => other("group norm moments", shape(node.output)),
             Op::LayerNorm { x, .. } => Case::LayerNorm { rows: shape(x).rows(), c: shape(x).c },
             Op::Activate { x, .. } => other("activate", shape(x)),
             Op::Add { a, .. } => other("add", shape(a)),

@@ -286,6 +286,9 @@ pub struct GenerationInfo {
     /// The recipe for tokens, such as `slow`, unless it was the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<String>,
+    /// Side in pixels of the tiles in which the VAE worked, unless it worked on whole pictures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vae_tile: Option<usize>,
     /// Every how many steps the whole UNet was computed, unless it was computed in every step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reuse: Option<usize>,
@@ -465,6 +468,7 @@ impl GenerationInfo {
             ("RNG", Some(self.rng.clone())),
             ("Precision", self.precision.clone()),
             ("Tokenizer", self.tokenizer.clone()),
+            ("VAE tile", self.vae_tile.map(|pixels| pixels.to_string())),
             ("Reuse", self.reuse.map(|reuse| reuse.to_string())),
             ("Concepts", each(|used| format!("{}:{}", used.name, used.weight))),
             ("Concepts until", each(|used| used.until.unwrap_or(0.0).to_string()).filter(|_| ends)),

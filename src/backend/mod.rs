@@ -1,11 +1,11 @@
 //! The face that the CPU and the CUDA kernels share: weights, executors of plans, and networks that sample. The modules
 //! `cpu` and `cuda` implement it, and everything above them sees these traits alone.
 
+mod parts;
 mod slots;
 
-pub use slots::{
-    Active, AddedToBottleneck, Guidance, Kept, RunImage, Slots, UNetBatch, capacity, level_after, picture_shape,
-};
+pub use parts::{Parts, Piece};
+pub use slots::{Active, AddedToBottleneck, Guidance, Kept, RunImage, Slots, UNetBatch, capacity, level_after};
 
 use crate::graph::{Graph, Node, TensorId, WeightSpec};
 use crate::image::Picture;
@@ -14,6 +14,7 @@ use crate::weights::Tensors;
 use crate::{Error, Result};
 use std::any::Any;
 use std::fmt::{self, Display, Formatter};
+use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -102,12 +103,12 @@ pub trait Backend: Send + Sync {
         &self,
         plans: Vec<(UNetBatch, Plan)>,
         weights: &Weights,
-        vae: Option<Planned>,
+        vae: Option<(Parts<Plan>, &Weights)>,
     ) -> Result<Box<dyn Denoiser>>;
 
     /// Bytes that [`Backend::denoiser`] takes beside the arenas of the networks, for `images` images at most. On the
     /// CPU they are not counted.
-    fn denoiser_bytes(&self, unet: &Plan, images: usize, vae: Option<&Plan>) -> usize;
+    fn denoiser_bytes(&self, unet: &Plan, images: usize, vae: Option<&Parts<Plan>>) -> usize;
 }
 
 /// A plan and the weights that it runs with.
@@ -149,8 +150,20 @@ pub trait Executor: Any + Send {
     /// # Panics
     /// If one graph has no such input, or the other no such output of its length.
     fn copy(&mut self, input: &str, from: &dyn Executor, output: &str) -> Result<()> {
-        self.write(input, &from.read(output)?)
+        let graph = from.plan().graph();
+        let length = graph.shape(graph.output(output)).len();
+        assert_eq!(length, self.plan().graph().shape(self.plan().graph().input(input)).len(), "input `{input}`");
+        self.copy_part((input, 0), from, (output, 0..length))
     }
+
+    /// The same with a part of the output, for the named input's numbers from a place on. They must not be indices.
+    ///
+    /// # Errors
+    /// As for [`Executor::copy`].
+    ///
+    /// # Panics
+    /// If one graph has no such input, or the other no such output, or either is too short.
+    fn copy_part(&mut self, to: (&str, usize), from: &dyn Executor, of: (&str, Range<usize>)) -> Result<()>;
 
     /// The named output of the last run.
     ///
@@ -159,7 +172,19 @@ pub trait Executor: Any + Send {
     ///
     /// # Panics
     /// If the graph has no such output.
-    fn read(&self, name: &str) -> Result<Vec<f32>>;
+    fn read(&self, name: &str) -> Result<Vec<f32>> {
+        let graph = self.plan().graph();
+        self.read_part(name, 0..graph.shape(graph.output(name)).len())
+    }
+
+    /// A part of the named output of the last run.
+    ///
+    /// # Errors
+    /// As for [`Executor::read`].
+    ///
+    /// # Panics
+    /// If the graph has no such output, or it is too short.
+    fn read_part(&self, name: &str, part: Range<usize>) -> Result<Vec<f32>>;
 
     /// Runs the nodes that depend on constant inputs alone; needed once after these change.
     ///
@@ -172,6 +197,15 @@ pub trait Executor: Any + Send {
     /// # Errors
     /// As for [`Executor::prologue`].
     fn step(&mut self) -> Result<()>;
+
+    /// Runs the nodes of a step up to the one that makes the named output.
+    ///
+    /// # Errors
+    /// As for [`Executor::prologue`].
+    ///
+    /// # Panics
+    /// If the graph has no such output.
+    fn step_to(&mut self, output: &str) -> Result<()>;
 
     /// Runs the backward nodes, from the last step's activations and the seed in the input `d.<output>`.
     ///

@@ -5,13 +5,7 @@ use crate::diffusion::noise::{NormalGenerator, Rng};
 use crate::diffusion::scheduler::{NoiseLevel, Step};
 use crate::graph::Shape;
 use crate::layout::nchw_to_nhwc;
-use crate::plan::Plan;
 use std::sync::Arc;
-
-/// Shape of a picture.
-pub fn picture_shape(vae: &Plan) -> Shape {
-    vae.graph().shape(vae.graph().output("image"))
-}
 
 /// A batch for which a UNet is planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

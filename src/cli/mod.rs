@@ -200,7 +200,9 @@ fn exit_code(kind: ErrorKind) -> u8 {
 
 /// The one-line message of an error, which calls the fields of requests and recipes by the names of their flags.
 fn message(error: &Error) -> String {
-    let Subject::Field(field) = error.subject() else { return error.to_string() };
+    let Subject::Field(field) = error.subject() else {
+        return error.to_string().replace("`vae_tile`", "--vae-tile");
+    };
     let flag = match *field {
         "prompt" => "the prompt".into(),
         "command" => "man".into(),

@@ -84,6 +84,7 @@ pub(super) fn remake(
     info: &GenerationInfo,
     find: &dyn Fn(&str) -> Result<Concept>,
 ) -> Result<Picture> {
+    let engine = &engine.with_vae_tile(info.vae_tile)?;
     let syntax: PromptSyntax = info.prompt_syntax.as_deref().map_or(Ok(PromptSyntax::default()), str::parse)?;
     let (prompt, negative) = text::recorded_prompts(info, syntax);
     let mut image = Image::new(prompt).seed(info.seed).guidance(info.guidance);

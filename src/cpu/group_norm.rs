@@ -38,15 +38,14 @@ fn parts<'a>(norm: &GroupNorm, memory: &'a NodeMemory) -> Parts<'a> {
     [part(norm.sources.x), norm.sources.skip.map_or((&[][..], 0), part)]
 }
 
-/// Statistics of every stretch, `[stretch][2][c]` per image: the mean of each group, repeated for its channels, and the
-/// sum of squared deviations of each channel.
-fn partial_statistics(parts: Parts, x: Shape, per_group: usize, partial: &mut [f32]) {
+/// Statistics of every stretch of `stretch` pixels, `[stretch][2][c]` per image: the mean of each group, repeated for its
+/// channels, and the sum of squared deviations of each channel.
+fn partial_statistics(parts: Parts, x: Shape, stretch: usize, per_group: usize, partial: &mut [f32]) {
     let channels: usize = parts.iter().map(|p| p.1).sum();
-    let (pixels, stretches) = (x.tokens(), x.tokens().div_ceil(STRETCH));
+    let (pixels, stretches) = (x.tokens(), x.tokens().div_ceil(stretch));
     partial.par_chunks_exact_mut(channels * 2).enumerate().for_each(|(i, out)| {
-        let (image, stretch) = (i / stretches, i % stretches);
-        let first = stretch * STRETCH;
-        let rows = image * pixels + first..image * pixels + (first + STRETCH).min(pixels);
+        let (image, first) = (i / stretches, i % stretches * stretch);
+        let rows = image * pixels + first..image * pixels + (first + stretch).min(pixels);
         let (means, squares) = out.split_at_mut(channels);
         statistics(parts, rows, per_group, means, squares);
     });
@@ -66,12 +65,13 @@ fn moments(image: &[f32], group: &Range<usize>, channels: usize, pixels: usize, 
     (mean, 1.0 / (squares / count + eps as f64).sqrt())
 }
 
-/// Computes from the statistics of the stretches the scale and the shift, `[n][2][c]`, that make the norm
+/// Computes from the statistics of the stretches, or from moments that are given, the scale and the shift, `[n][2][c]`, that make the norm
 /// `x * scale + shift` in each channel of each image.
 fn affine_of(norm: &GroupNorm, weights: &CpuWeights, memory: &NodeMemory, partial: &[f32], affine: &mut [f32]) {
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
     let (weight, bias) = (weights.get(norm.weight), weights.get(norm.bias));
     let per_group = channels / norm.groups;
+    let given = norm.moments.map(|id| memory.read(id));
     affine.par_chunks_exact_mut(channels * 2).enumerate().for_each(|(image, affine)| {
         let (scales, shifts) = affine.split_at_mut(channels);
         let modulation = norm.scale_shift.map(|view| {
@@ -80,7 +80,14 @@ fn affine_of(norm: &GroupNorm, weights: &CpuWeights, memory: &NodeMemory, partia
         });
         let partial = &partial[image * stretches * channels * 2..][..stretches * channels * 2];
         for group in (0..channels).step_by(per_group).map(|c| c..c + per_group) {
-            let (mean, inverse) = moments(partial, &group, channels, x.tokens(), norm.eps);
+            let (mean, inverse) = match given {
+                Some(given) => {
+                    let at = (image * norm.groups + group.start / per_group) * 2;
+                    let variance = given[at + 1] as f64 / (x.tokens() * per_group) as f64;
+                    (given[at] as f64, 1.0 / (variance + norm.eps as f64).sqrt())
+                }
+                None => moments(partial, &group, channels, x.tokens(), norm.eps),
+            };
             for c in group {
                 let mut scale = weight[c] as f64 * inverse;
                 let mut shift = bias[c] as f64 - mean * scale;
@@ -94,7 +101,7 @@ fn affine_of(norm: &GroupNorm, weights: &CpuWeights, memory: &NodeMemory, partia
     });
 }
 
-/// The two rows of an image in `[n][2][channels]`.
+/// Two rows of `[n][2][channels]`.
 fn pair(numbers: &[f32], image: usize, channels: usize) -> (&[f32], &[f32]) {
     numbers[image * channels * 2..][..channels * 2].split_at(channels)
 }
@@ -104,7 +111,9 @@ pub(super) fn run(norm: &GroupNorm, weights: &CpuWeights, out: TensorId, memory:
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
     let parts = parts(norm, memory);
     let (partial, affine) = memory.workspace().split_at_mut(x.n * stretches * channels * 2);
-    partial_statistics(parts, x, channels / norm.groups, partial);
+    if norm.moments.is_none() {
+        partial_statistics(parts, x, STRETCH, channels / norm.groups, partial);
+    }
     affine_of(norm, weights, memory, partial, affine);
 
     let affine = &*affine;
@@ -122,6 +131,26 @@ pub(super) fn run(norm: &GroupNorm, weights: &CpuWeights, out: TensorId, memory:
     });
 }
 
+/// Elements of scratch memory of [`row_moments`]: two numbers per channel and row of pixels.
+pub(super) fn row_moments_workspace(norm: &GroupNorm, shape: impl Fn(TensorId) -> Shape) -> usize {
+    let (x, _, channels) = sizes(norm, shape);
+    x.n * x.h * channels * 2
+}
+
+/// Runs an [`crate::graph::Op::GroupNormMoments`].
+pub(super) fn row_moments(norm: &GroupNorm, out: TensorId, memory: &NodeMemory) {
+    let (x, _, channels) = sizes(norm, |t| memory.shape(t));
+    let per_group = channels / norm.groups;
+    let partial = memory.workspace();
+    partial_statistics(parts(norm, memory), x, x.w, per_group, partial);
+    for (i, moments) in memory.write(out).chunks_exact_mut(2).enumerate() {
+        let (image, group, row) = (i / x.h / norm.groups, i / x.h % norm.groups, i % x.h);
+        let (means, squares) = pair(partial, image * x.h + row, channels);
+        moments[0] = means[group * per_group];
+        moments[1] = squares[group * per_group..][..per_group].iter().sum();
+    }
+}
+
 /// Runs an [`crate::graph::Op::GroupNormGradient`]: the gradient with respect to the first source. With
 /// `u = d silu'(y) scale`, where `scale` includes `1 / deviation`, and `x^` the normalised input, it is
 /// `u - mean(u) - x^ mean(u x^)` with means over the group, computed as `u - slope x - offset`.
@@ -134,7 +163,7 @@ pub(super) fn gradient(norm: &GroupNorm, weights: &CpuWeights, d: TensorId, out:
     let (partial, rest) = memory.workspace().split_at_mut(x.n * stretches * channels * 2);
     let (sums, rest) = rest.split_at_mut(x.n * stretches * channels * 2);
     let (affine, lines) = rest.split_at_mut(x.n * channels * 2);
-    partial_statistics(parts, x, per_group, partial);
+    partial_statistics(parts, x, STRETCH, per_group, partial);
     affine_of(norm, weights, memory, partial, affine);
 
     let (partial, affine) = (&*partial, &*affine);

@@ -23,7 +23,7 @@ pub use simd::{Isa, isa};
 pub(crate) use simd::{silu, silu_slope};
 pub use weights::CpuWeights;
 
-use crate::backend::{Backend, Cache, Denoiser, Executor, Planned, Precision, UNetBatch, Weights};
+use crate::backend::{Backend, Cache, Denoiser, Executor, Parts, Planned, Precision, UNetBatch, Weights};
 use crate::graph::{Graph, Node, Op, Shape, TensorId, WeightSpec};
 use crate::plan::{Plan, Storage};
 use crate::weights::Tensors;
@@ -31,6 +31,7 @@ use crate::{Error, Result, Subject, memory};
 use memmap2::MmapMut;
 use sampling::CpuDenoiser;
 use std::any::Any;
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
@@ -53,6 +54,7 @@ impl Storage for Fp32 {
         let numbers = match &node.op {
             Op::Conv(conv) => winograd::workspace(shape, conv, shape(node.output)),
             Op::GroupNorm(norm) => group_norm::workspace(norm, shape),
+            Op::GroupNormMoments { of } => group_norm::row_moments_workspace(of, shape),
             Op::GroupNormGradient { of, .. } => group_norm::gradient_workspace(of, shape),
             Op::Attention(attention) => attention::workspace(attention, shape),
             Op::AttentionGradient { of, fused, .. } => attention_gradient::workspace(of, *fused, shape),
@@ -106,16 +108,17 @@ impl Backend for Cpu {
         &self,
         plans: Vec<(UNetBatch, Plan)>,
         weights: &Weights,
-        vae: Option<Planned>,
+        vae: Option<(Parts<Plan>, &Weights)>,
     ) -> Result<Box<dyn Denoiser>> {
         let plans: Vec<_> = plans.into_iter().map(|(batch, plan)| (batch, Arc::new(plan))).collect();
         let largest = plans.iter().map(|(_, plan)| plan).max_by_key(|plan| plan.arena_bytes());
         let largest = largest.ok_or_else(|| Error::internal("a denoiser without a UNet"))?;
+        let vae = vae.map(|(parts, weights)| parts.ready(|plan| ready((plan, weights))));
         let unet = CpuExecutor::new(largest.clone(), loaded(weights)?)?;
-        Ok(Box::new(CpuDenoiser::new(unet, plans, vae.map(ready).transpose()?)))
+        Ok(Box::new(CpuDenoiser::new(unet, plans, vae.transpose()?)))
     }
 
-    fn denoiser_bytes(&self, _: &Plan, _: usize, _: Option<&Plan>) -> usize {
+    fn denoiser_bytes(&self, _: &Plan, _: usize, _: Option<&Parts<Plan>>) -> usize {
         0
     }
 }
@@ -229,6 +232,7 @@ impl CpuExecutor {
         match node.op {
             Op::Conv(ref conv) => conv::run(conv, out, &memory, weights),
             Op::GroupNorm(ref norm) => group_norm::run(norm, weights, out, &memory),
+            Op::GroupNormMoments { ref of } => group_norm::row_moments(of, out, &memory),
             Op::GroupNormGradient { ref of, d } => group_norm::gradient(of, weights, d, out, &memory),
             Op::LayerNorm { x, weight, bias, eps } => {
                 layer_norm::run(x, (weights.get(weight), weights.get(bias)), eps, out, &memory)
@@ -257,9 +261,35 @@ impl CpuExecutor {
     }
 }
 
+impl AsRef<dyn Executor> for CpuExecutor {
+    fn as_ref(&self) -> &(dyn Executor + 'static) {
+        self
+    }
+}
+
+impl AsMut<dyn Executor> for CpuExecutor {
+    fn as_mut(&mut self) -> &mut (dyn Executor + 'static) {
+        self
+    }
+}
+
 impl Executor for CpuExecutor {
     fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    fn copy_part(
+        &mut self,
+        (input, at): (&str, usize),
+        from: &dyn Executor,
+        (output, part): (&str, Range<usize>),
+    ) -> Result<()> {
+        let numbers = match (from as &dyn Any).downcast_ref() {
+            Some(from) => Self::output(from, output)[part].into(),
+            None => Cow::Owned(from.read_part(output, part)?),
+        };
+        self.input_mut(input)[at..][..numbers.len()].copy_from_slice(&numbers);
+        Ok(())
     }
 
     fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
@@ -268,8 +298,8 @@ impl Executor for CpuExecutor {
         Ok(())
     }
 
-    fn read(&self, name: &str) -> Result<Vec<f32>> {
-        Ok(self.output(name).to_vec())
+    fn read_part(&self, name: &str, part: Range<usize>) -> Result<Vec<f32>> {
+        Ok(self.output(name)[part].to_vec())
     }
 
     fn prologue(&mut self) -> Result<()> {
@@ -280,6 +310,13 @@ impl Executor for CpuExecutor {
 
     fn step(&mut self) -> Result<()> {
         self.run_step(false, None);
+        Ok(())
+    }
+
+    fn step_to(&mut self, output: &str) -> Result<()> {
+        let plan = self.plan.clone();
+        let nodes = plan.step_to(output);
+        self.all(&plan, plan.step().take(nodes));
         Ok(())
     }
 

@@ -2,8 +2,8 @@
 
 use super::{CpuExecutor, loaded};
 use crate::backend::{
-    AddedToBottleneck, Denoiser, Executor, Guidance, Kept, RunImage, Slots, UNetBatch, Weights, capacity, level_after,
-    picture_shape,
+    AddedToBottleneck, Denoiser, Executor, Guidance, Kept, Parts, Piece, RunImage, Slots, UNetBatch, Weights, capacity,
+    level_after,
 };
 use crate::diffusion::scheduler::{NoiseLevel, SamplerState, Step};
 use crate::graph::Shape;
@@ -18,7 +18,7 @@ pub(super) struct CpuDenoiser {
     plans: Vec<(UNetBatch, Arc<Plan>)>,
     /// That of the present plan.
     batch: UNetBatch,
-    vae: Option<CpuExecutor>,
+    vae: Option<Parts<CpuExecutor>>,
     slots: Slots,
     samples: Vec<Sample>,
     /// One image's noise and prediction.
@@ -37,7 +37,7 @@ struct Sample {
 
 impl CpuDenoiser {
     /// `unet` has memory for the largest of `plans`.
-    pub fn new(unet: CpuExecutor, plans: Vec<(UNetBatch, Arc<Plan>)>, vae: Option<CpuExecutor>) -> Self {
+    pub fn new(unet: CpuExecutor, plans: Vec<(UNetBatch, Arc<Plan>)>, vae: Option<Parts<CpuExecutor>>) -> Self {
         let graph = unet.plan().graph();
         let shape = Shape { n: 1, ..graph.shape(graph.input("sample")) };
         let bottleneck = graph.find_input("shift").map_or(0, |shift| Shape { n: 1, ..graph.shape(shift) }.len());
@@ -167,11 +167,15 @@ impl Denoiser for CpuDenoiser {
 
     fn picture(&mut self, slot: usize, scaling_factor: f32) -> Result<Picture> {
         let Some(vae) = &mut self.vae else { return Err(Error::internal("this UNet was made without a VAE")) };
-        let input = vae.input_mut("latents");
+        let input = vae.input().input_mut("latents");
         input.iter_mut().zip(&self.samples[slot].latents).for_each(|(v, x)| *v = x / scaling_factor);
-        vae.step()?;
-        let Shape { h, w, .. } = picture_shape(vae.plan());
-        Picture::from_hwc(vae.output("image"), h, w)
+        let shape = vae.shape();
+        let mut image = vec![0.0; shape.len()];
+        vae.run(&mut |vae, Piece { numbers, place }| {
+            image[place..][..numbers.len()].copy_from_slice(&vae.output("image")[numbers]);
+            Ok(())
+        })?;
+        Picture::from_hwc(&image, shape.h, shape.w)
     }
 }
 

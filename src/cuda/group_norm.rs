@@ -13,6 +13,9 @@ use bytemuck::NoUninit;
 const READ_UNITS: usize = 256;
 const MERGED: usize = 64;
 
+/// The kernels that compute the moments of stretches, for vectors and for single channels.
+const STATISTICS: [&str; 2] = ["group_norm_statistics_8", "group_norm_statistics_1"];
+
 crate::params! {
     pub(super) struct GroupNormParams {
         x: u64,
@@ -82,9 +85,14 @@ fn group_norm_params(norm: &GroupNorm, out: TensorId, site: &Site) -> (Vec<Launc
         pixel_units: cut.stretches as i32,
         padding: 0,
     };
+    if let Some(given) = norm.moments {
+        params.moments[0] = site.address(given);
+        params.unit_pixels = params.pixels;
+        params.pixel_units = 1;
+        return (Vec::new(), params, cut);
+    }
     let Some(left) = moments_left(norm, site) else {
-        let kernels = ["group_norm_statistics_8", "group_norm_statistics_1"];
-        let statistics = || cut.launch(kernels, x.n, cut.shared(per_group).1, &params);
+        let statistics = || cut.launch(STATISTICS, x.n, cut.shared(per_group).1, &params);
         return ((cut.stretches > 1).then(statistics).into_iter().collect(), params, cut);
     };
     let pixel_units = left[0].pixel_units(x);
@@ -119,13 +127,22 @@ impl Cut {
     }
 }
 
+/// The moments of each row of pixels: the statistics of stretches that are rows.
+pub(super) fn row_moments(norm: &GroupNorm, out: TensorId, site: &Site) -> Launch {
+    let Shape { n, h, w, .. } = site.shape(norm.sources.x);
+    let (_, params, cut) = group_norm_params(&GroupNorm { moments: Some(out), ..*norm }, out, site);
+    let params = GroupNormParams { partials: site.address(out), stretch: w as i32, ..params };
+    let cut = Cut { stretch: w, stretches: h, ..cut };
+    cut.launch(STATISTICS, n, cut.shared(params.per_group as usize).1, &params)
+}
+
 pub(super) fn group_norm(norm: &GroupNorm, out: TensorId, site: &Site, launches: &mut Vec<Launch>) {
     let images = site.shape(out).n;
     let (moments, mut params, mut cut) = group_norm_params(norm, out, site);
     let (groups, sums) = cut.shared(params.per_group as usize);
     launches.extend(moments);
     if cut.stretches == 1 {
-        if moments_left(norm, site).is_none() {
+        if norm.moments.is_none() && moments_left(norm, site).is_none() {
             launches.push(cut.launch(["group_norm_8", "group_norm_1"], images, groups + sums, &params));
             return;
         }

@@ -45,7 +45,7 @@ pub use sampler::{DeviceSampler, SampledImage};
 pub use site::Element;
 pub use weights::CudaWeights;
 
-use crate::backend::{Backend, Cache, Denoiser, Executor, Planned, Precision, UNetBatch, Weights};
+use crate::backend::{Backend, Cache, Denoiser, Executor, Parts, Planned, Precision, UNetBatch, Weights};
 use crate::graph::{Graph, Node, Op, TensorId, WeightSpec};
 use crate::plan::{Plan, Storage};
 use crate::weights::Tensors;
@@ -56,6 +56,7 @@ use program::Program;
 use sampling::CudaDenoiser;
 use site::{Bindings, COUNTERS};
 use std::any::Any;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -138,7 +139,7 @@ impl Backend for Kernels {
         &self,
         plans: Vec<(UNetBatch, Plan)>,
         weights: &Weights,
-        vae: Option<Planned>,
+        vae: Option<(Parts<Plan>, &Weights)>,
     ) -> Result<Box<dyn Denoiser>> {
         let weights = loaded(weights, &self.0)?;
         let bytes = plans.iter().map(|(_, plan)| plan.arena_bytes()).max().unwrap_or(0);
@@ -149,10 +150,11 @@ impl Backend for Kernels {
             Ok((batch, CudaExecutor::in_arena(&self.0, plan, weights.clone(), arena.clone())?))
         };
         let unets = plans.into_iter().map(unet).collect::<Result<_>>()?;
-        Ok(Box::new(CudaDenoiser::new(unets, vae.map(|vae| self.ready(vae)).transpose()?)?))
+        let vae = vae.map(|(parts, weights)| parts.ready(|plan| self.ready((plan, weights))));
+        Ok(Box::new(CudaDenoiser::new(unets, vae.transpose()?)?))
     }
 
-    fn denoiser_bytes(&self, unet: &Plan, images: usize, vae: Option<&Plan>) -> usize {
+    fn denoiser_bytes(&self, unet: &Plan, images: usize, vae: Option<&Parts<Plan>>) -> usize {
         CudaDenoiser::own_bytes(unet, images, vae)
     }
 }
@@ -238,6 +240,19 @@ impl CudaExecutor {
         self.arena.address() + self.plan.offset(self.plan.graph().output(name)) as u64
     }
 
+    /// Writes an input's numbers from a place on.
+    fn write_part(&self, id: TensorId, at: usize, values: &[f32]) -> Result<()> {
+        let element = Element::of(self.plan.graph(), id);
+        let offset = self.plan.offset(id) + at * element.bytes();
+        match element {
+            Element::F32 => self.arena.write(offset, bytemuck::cast_slice(values)),
+            Element::F16 => {
+                let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x.clamp(-HALF_MAX, HALF_MAX))).collect();
+                self.arena.write(offset, bytemuck::cast_slice(&halves))
+            }
+        }
+    }
+
     /// The launches of a step, for recordings that contain more than a step.
     pub fn step_launches(&self) -> &[Launch] {
         &self.program.step
@@ -249,46 +264,59 @@ impl CudaExecutor {
     }
 }
 
+impl AsRef<dyn Executor> for CudaExecutor {
+    fn as_ref(&self) -> &(dyn Executor + 'static) {
+        self
+    }
+}
+
+impl AsMut<dyn Executor> for CudaExecutor {
+    fn as_mut(&mut self) -> &mut (dyn Executor + 'static) {
+        self
+    }
+}
+
 impl Executor for CudaExecutor {
     fn plan(&self) -> &Plan {
         &self.plan
     }
 
     fn write(&mut self, name: &str, values: &[f32]) -> Result<()> {
-        let graph = self.plan.graph();
-        graph.check_values(name, values)?;
-        let id = graph.input(name);
-        match Element::of(graph, id) {
-            Element::F32 => self.arena.write(self.plan.offset(id), bytemuck::cast_slice(values)),
-            Element::F16 => {
-                let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x.clamp(-HALF_MAX, HALF_MAX))).collect();
-                self.arena.write(self.plan.offset(id), bytemuck::cast_slice(&halves))
-            }
-        }
+        self.plan.graph().check_values(name, values)?;
+        self.write_part(self.plan.graph().input(name), 0, values)
     }
 
-    fn copy(&mut self, input: &str, from: &dyn Executor, output: &str) -> Result<()> {
+    fn copy_part(
+        &mut self,
+        (input, at): (&str, usize),
+        from: &dyn Executor,
+        (output, part): (&str, Range<usize>),
+    ) -> Result<()> {
         let (to, of) = (self.plan.graph(), from.plan().graph());
         let (input_id, output_id) = (to.input(input), of.output(output));
-        let (length, element) = (to.shape(input_id).len(), Element::of(to, input_id));
-        assert_eq!(length, of.shape(output_id).len(), "input `{input}`");
+        assert!(to.choices(input_id).is_none() && at + part.len() <= to.shape(input_id).len(), "input `{input}`");
+        assert!(part.end <= of.shape(output_id).len(), "output `{output}`");
+        let element = Element::of(to, input_id);
         let here = (from as &dyn Any).downcast_ref().filter(|from: &&Self| from.arena.is_on(&self.device));
         match here {
-            Some(from) if element == Element::of(of, output_id) && to.choices(input_id).is_none() => {
-                let bytes = length * element.bytes();
+            Some(from) if element == Element::of(of, output_id) => {
+                let [to, of] = [(self.input_address(input), at), (from.output_address(output), part.start)]
+                    .map(|(address, first)| address + (first * element.bytes()) as u64);
                 // SAFETY: both are on this device, in the arenas of executors that are borrowed.
-                unsafe { self.device.copy(self.input_address(input), from.output_address(output), bytes) }
+                unsafe { self.device.copy(to, of, part.len() * element.bytes()) }
             }
-            _ => self.write(input, &from.read(output)?),
+            _ => self.write_part(input_id, at, &from.read_part(output, part)?),
         }
     }
 
-    fn read(&self, name: &str) -> Result<Vec<f32>> {
+    fn read_part(&self, name: &str, part: Range<usize>) -> Result<Vec<f32>> {
         let graph = self.plan.graph();
         let id = graph.output(name);
-        let mut bytes = vec![0; graph.shape(id).len() * Element::of(graph, id).bytes()];
-        self.arena.read(self.plan.offset(id), &mut bytes)?;
-        Ok(match Element::of(graph, id) {
+        assert!(part.end <= graph.shape(id).len(), "output `{name}`");
+        let element = Element::of(graph, id);
+        let mut bytes = vec![0; part.len() * element.bytes()];
+        self.arena.read(self.plan.offset(id) + part.start * element.bytes(), &mut bytes)?;
+        Ok(match element {
             Element::F32 => bytemuck::pod_collect_to_vec(&bytes),
             Element::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
         })
@@ -301,6 +329,12 @@ impl Executor for CudaExecutor {
 
     fn step(&mut self) -> Result<()> {
         replay(&self.device, &self.program.step, &mut self.recordings[0])
+    }
+
+    fn step_to(&mut self, output: &str) -> Result<()> {
+        let launches = self.program.step_ends[self.plan.step_to(output) - 1];
+        // SAFETY: as in `prologue`.
+        unsafe { self.device.run(&self.program.step[..launches]) }
     }
 
     fn backward(&mut self) -> Result<()> {

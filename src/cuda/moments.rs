@@ -52,7 +52,7 @@ pub(super) fn wanted(graph: &Graph, id: TensorId, limits: Limits) -> Option<Mome
     let mut unit = 0;
     for node in graph.readers(id) {
         let norm = match &node.op {
-            Op::GroupNorm(norm) => norm,
+            Op::GroupNorm(norm) if norm.moments.is_none() => norm,
             Op::GroupNormGradient { of, .. } if Cut::of(of, |id| graph.shape(id)).stretches > 1 => of,
             _ => continue,
         };

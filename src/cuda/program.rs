@@ -12,6 +12,8 @@ use crate::{Error, Result, Subject};
 pub(super) struct Program {
     pub prologue: Vec<Launch>,
     pub step: Vec<Launch>,
+    /// The number of launches of a step up to each of its nodes.
+    pub step_ends: Vec<usize>,
     /// Those of a step that reuses kept activations; empty if the graph keeps none.
     pub reusing: Vec<Launch>,
     pub backward: Vec<Launch>,
@@ -22,14 +24,19 @@ impl Program {
     /// [`crate::ErrorKind::Unsupported`] for an operation that has no kernel.
     pub fn new(plan: &Plan, bindings: &Bindings) -> Result<Self> {
         let lower = Self::lowering(plan, bindings);
-        let all = |nodes: &mut dyn Iterator<Item = (&Node, (usize, usize))>| {
-            let launches: Vec<Vec<Launch>> =
-                nodes.map(|(node, workspace)| lower(node, workspace)).collect::<Result<_>>()?;
-            Ok::<_, Error>(launches.concat())
+        let each = |nodes: &mut dyn Iterator<Item = (&Node, (usize, usize))>| {
+            nodes.map(|(node, workspace)| lower(node, workspace)).collect::<Result<Vec<Vec<Launch>>>>()
         };
+        let all = |nodes: &mut dyn Iterator<Item = (&Node, (usize, usize))>| Ok::<_, Error>(each(nodes)?.concat());
+        let step = each(&mut plan.step())?;
+        let ends = step.iter().scan(0, |end, launches| {
+            *end += launches.len();
+            Some(*end)
+        });
         Ok(Program {
             prologue: all(&mut plan.prologue())?,
-            step: all(&mut plan.step())?,
+            step_ends: ends.collect(),
+            step: step.concat(),
             reusing: if plan.graph().keeps() { all(&mut plan.reusing_step())? } else { Vec::new() },
             backward: all(&mut plan.backward())?,
         })
@@ -96,6 +103,7 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
         // The kernel that writes the unshifted activation also writes the shifted one.
         Op::Shift { x, .. } if epilogue::makes(site.graph(), x) => {}
         Op::GroupNorm(ref norm) => group_norm::group_norm(norm, out, site, launches),
+        Op::GroupNormMoments { ref of } => launches.push(group_norm::row_moments(of, out, site)),
         Op::LayerNorm { x, weight, bias, eps } => {
             launches.push(layer_norm::layer_norm(x, (weight, bias), eps, out, site));
         }
@@ -135,7 +143,7 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
 pub(super) fn workspace(graph: &Graph, node: &Node, limits: Limits) -> usize {
     match node.op {
         Op::Conv(ref op) => conv::workspace(graph, op, node.output, limits),
-        Op::GroupNorm(ref norm) => group_norm::workspace(graph, norm),
+        Op::GroupNorm(ref norm) if norm.moments.is_none() => group_norm::workspace(graph, norm),
         Op::AttentionGradient { ref of, fused, .. } => attention_gradient::workspace(graph, of, fused),
         Op::GroupNormGradient { ref of, .. } => 2 * group_norm::workspace(graph, of),
         _ => 0,

@@ -2,7 +2,7 @@
 //! serves every step of every request.
 
 use super::{Buffer, CudaExecutor, DeviceSampler, Recording, SampledImage};
-use crate::backend::{Active, Denoiser, Executor, RunImage, Slots, UNetBatch, Weights, capacity, picture_shape};
+use crate::backend::{Active, Denoiser, Executor, Parts, Piece, RunImage, Slots, UNetBatch, Weights, capacity};
 use crate::diffusion::noise::Rng;
 use crate::graph::Shape;
 use crate::image::Picture;
@@ -21,7 +21,7 @@ pub(super) struct CudaDenoiser {
     sampler: DeviceSampler,
     slots: Slots,
     /// The VAE, and memory for one picture's bytes.
-    vae: Option<(CudaExecutor, Buffer)>,
+    vae: Option<(Parts<CudaExecutor>, Buffer)>,
     /// One image's noise.
     noise: Vec<f32>,
 }
@@ -36,7 +36,7 @@ struct Unet {
 impl CudaDenoiser {
     /// # Errors
     /// [`crate::ErrorKind::OutOfMemory`] when memory is short.
-    pub fn new(unets: Vec<(UNetBatch, CudaExecutor)>, vae: Option<CudaExecutor>) -> Result<Self> {
+    pub fn new(unets: Vec<(UNetBatch, CudaExecutor)>, vae: Option<Parts<CudaExecutor>>) -> Result<Self> {
         let Some((_, unet)) = unets.last() else {
             return Err(Error::internal("a denoiser without a UNet"));
         };
@@ -45,7 +45,7 @@ impl CudaDenoiser {
         let one = Shape { n: 1, ..graph.shape(graph.input("sample")) };
         let bottleneck = graph.find_input("shift").map_or(0, |shift| Shape { n: 1, ..graph.shape(shift) }.len());
         let sampler = DeviceSampler::new(unet.device(), Shape { n: slots, ..one }, CAPACITY)?;
-        let picture = |vae: &CudaExecutor| Buffer::new(vae.device(), picture_shape(vae.plan()).len());
+        let picture = |vae: &Parts<CudaExecutor>| Buffer::new(unet.device(), vae.shape().len());
         Ok(CudaDenoiser {
             sampler,
             slots: Slots::new(slots, one, bottleneck),
@@ -57,10 +57,10 @@ impl CudaDenoiser {
     }
 
     /// Bytes of the samplers' memory and of a picture, for networks of these plans and the images of the largest batch.
-    pub fn own_bytes(unet: &Plan, images: usize, vae: Option<&Plan>) -> usize {
+    pub fn own_bytes(unet: &Plan, images: usize, vae: Option<&Parts<Plan>>) -> usize {
         let graph = unet.graph();
         let latents = Shape { n: images, ..graph.shape(graph.input("sample")) };
-        DeviceSampler::bytes(latents, CAPACITY) + vae.map_or(0, |vae| picture_shape(vae).len())
+        DeviceSampler::bytes(latents, CAPACITY) + vae.map_or(0, |vae| vae.shape().len())
     }
 }
 
@@ -173,21 +173,24 @@ impl Denoiser for CudaDenoiser {
         let Some((vae, rgb)) = &mut self.vae else {
             return Err(Error::internal("this UNet was made without a VAE"));
         };
-        let device = vae.device().clone();
         self.sampler.begin_picture(slot)?;
-        let first = self.sampler.latents_for_vae(slot, scaling_factor, vae.input_address("latents"));
-        let last = self.sampler.to_rgb8(slot, vae.output_address("image"), rgb.len(), rgb.address());
-        // SAFETY: the launches use the samplers' memory, the VAE's arena and `rgb`, all owned by `self`.
+        let input = vae.input();
+        let device = input.device().clone();
+        let first = self.sampler.latents_for_vae(slot, scaling_factor, input.input_address("latents"));
+        // SAFETY: the launches use the samplers' memory, the VAE's arenas and `rgb`, all owned by `self`.
         unsafe { device.run(&[first])? };
-        vae.step()?;
-        // SAFETY: as above.
-        unsafe { device.run(&[last])? };
+        vae.run(&mut |vae, Piece { numbers, place }| {
+            let image = vae.output_address("image") + (numbers.start * size_of::<f32>()) as u64;
+            let launch = self.sampler.to_rgb8(slot, image, numbers.len(), rgb.address() + place as u64);
+            // SAFETY: as above.
+            unsafe { device.run(&[launch]) }
+        })?;
         let mut bytes = vec![0; rgb.len()];
         rgb.read(0, &mut bytes)?;
         if self.sampler.picture_fault(slot)? {
             return Err(Error::non_finite("the VAE gave NaN or infinity, so no picture is made"));
         }
-        let Shape { h, w, .. } = picture_shape(vae.plan());
+        let Shape { h, w, .. } = vae.shape();
         Ok(Picture { width: w as u32, height: h as u32, rgb: bytes })
     }
 }

@@ -4,7 +4,7 @@ use super::device::{Limits, TensorTiles};
 use super::moments::Moments;
 use super::weights;
 use crate::Result;
-use crate::graph::{Graph, Node, Op, Shape, TensorId, View, WeightId};
+use crate::graph::{Graph, GroupNorm, Node, Op, Shape, TensorId, View, WeightId};
 use crate::plan::Plan;
 
 /// The storage format of an activation.
@@ -18,20 +18,22 @@ pub enum Element {
 
 impl Element {
     /// How `graph` stores an activation: fp16, except for numbers that are no activations (token ids, indices,
-    /// timesteps) and for the result of a network's last matrix product, whose fp16 rounding guidance would amplify.
+    /// timesteps), for moments, and for the result of a network's last matrix product, whose fp16 rounding guidance would
+    /// amplify.
     pub fn of(graph: &Graph, id: TensorId) -> Self {
         let exact = |node: &Node| match node.op {
             Op::Embed { ids, .. } => ids == id,
             Op::Sinusoid { x, .. } => x == id,
             Op::SelectToken { index, .. } => index == id,
+            Op::GroupNorm(GroupNorm { moments, .. }) => moments == Some(id),
             _ => false,
         };
-        let multiplied = graph.maker(id).is_some_and(|node| matches!(node.op, Op::Conv(_)));
-        if graph.readers(id).any(exact) || (multiplied && graph.readers(id).next().is_none()) {
-            Element::F32
-        } else {
-            Element::F16
-        }
+        let made_exact = graph.maker(id).is_some_and(|node| match node.op {
+            Op::Conv(_) => !graph.continued && graph.readers(id).next().is_none(),
+            Op::GroupNormMoments { .. } => true,
+            _ => false,
+        });
+        if made_exact || graph.readers(id).any(exact) { Element::F32 } else { Element::F16 }
     }
 
     /// Bytes of one number.

@@ -1,13 +1,13 @@
 //! Pictures to begin from: image to image (SDEdit, arXiv 2108.01073) and inpainting.
 
 use super::{Engine, Size};
-use crate::backend::{Kept, Precision, Weights};
+use crate::backend::{Kept, Piece, Precision, Weights};
 use crate::diffusion::noise::NormalGenerator;
 use crate::diffusion::scheduler::Schedule;
 use crate::graph::{Extent, Shape};
 use crate::image::{Filter, LIGHT, Picture};
 use crate::layout::nchw_to_nhwc;
-use crate::models::vae_encoder;
+use crate::models::{divisible_encoder, vae_encoder};
 use crate::{Error, ErrorKind, Result, Subject};
 use std::sync::{Arc, Mutex};
 
@@ -294,7 +294,9 @@ impl Engine {
     /// The encoder's outputs for pictures of a size, `[height, width, 3]` from -1 to 1.
     fn moments(&self, pictures: &[Vec<f32>], size: Size) -> Result<Vec<Vec<f32>>> {
         let super::Parts { outline, device, encoder, .. } = &*self.0;
-        let plan = device.plan(vae_encoder(&outline.vae, 1, Extent { h: size.height, w: size.width }), &[]);
+        let scale = outline.vae.scale();
+        let latents = Extent { h: size.height / scale, w: size.width / scale };
+        let plans = self.vae_parts(&divisible_encoder(&outline.vae, latents.w), latents);
         // A failed load leaves nothing behind.
         let mut loaded = encoder.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let weights = match &*loaded {
@@ -309,16 +311,22 @@ impl Engine {
                     )
                     .advise("put the encoder (taesd_encoder) beside the decoder, or take another VAE"));
                 }
-                loaded.insert(device.weights(plan.graph().weights(), &tensors, &[], Precision::Full)?).clone()
+                let specs = vae_encoder(&outline.vae, 1, Extent::square(scale));
+                loaded.insert(device.weights(specs.weights(), &tensors, &[], Precision::Full)?).clone()
             }
         };
         drop(loaded);
-        self.afford(plan.arena_bytes(), &format!("the encoding of a picture of {size}"))?;
-        let mut executor = device.executor(plan, &weights)?;
+        let affordable = self.afford(plans.arena_bytes(), &format!("the encoding of a picture of {size}"));
+        affordable.map_err(|error| self.advise_tiles(error))?;
+        let mut encoder = plans.ready(|plan| device.executor(plan, &weights))?;
         let mut encode = |pixels: &Vec<f32>| {
-            executor.write("image", pixels)?;
-            executor.step()?;
-            let moments = executor.read("moments")?;
+            encoder.input().write("image", pixels)?;
+            let mut moments = vec![0.0f32; encoder.shape().len()];
+            encoder.run(&mut |executor, Piece { numbers, place }| {
+                let part = executor.read_part("moments", numbers)?;
+                moments[place..][..part.len()].copy_from_slice(&part);
+                Ok(())
+            })?;
             match moments.iter().all(|x| x.is_finite()) {
                 true => Ok(moments),
                 false => Err(Error::new(ErrorKind::NonFinite, Subject::Field("image"), "the VAE gave NaN or infinity")),

@@ -27,12 +27,14 @@ pub(crate) use session::encoded;
 pub use text::Conditioning;
 pub(crate) use text::UNetInputs;
 
-use crate::backend::{Denoiser, Precision, UNetBatch, Weights};
+use crate::backend::{self, Denoiser, Precision, UNetBatch, Weights};
 use crate::device::Device;
 use crate::diffusion::scheduler::{Sampler, SamplerChoice, Schedule, SchedulerConfig};
-use crate::graph::{Extent, Shape};
+use crate::graph::{Divisible, Extent, Graph, Shape};
 use crate::models::chunks::MAX_CHUNKS;
-use crate::models::{MASK_AND_IMAGE, UNetConfig, UNetInput, guidance_embedding, unet, unet_with_reuse, vae_decoder};
+use crate::models::{
+    MASK_AND_IMAGE, UNetConfig, UNetInput, divisible_decoder, guidance_embedding, unet, unet_with_reuse, vae_decoder,
+};
 use crate::plan::Plan;
 use crate::weights::{Adapter, Source, Tensors};
 use crate::{Error, Result};
@@ -48,6 +50,8 @@ pub const UNET_CONSTANTS: &[&str] =
 
 /// Largest width and height.
 const MAX_SIZE: usize = 8192;
+/// Smallest side of a tile of the VAE. Of a smaller one nearly all work would be its halo.
+const MIN_TILE: usize = 64;
 /// Largest batch.
 const MAX_BATCH: usize = 256;
 
@@ -63,6 +67,7 @@ struct Parts {
     text: Arc<TextEncoders>,
     unet: Adaptable,
     vae: Weights,
+    vae_tile: Option<usize>,
     /// The adapters of the moment.
     adapters: Vec<(Arc<Adapter>, f32)>,
     encoder: Arc<PictureEncoder>,
@@ -75,7 +80,7 @@ struct Parts {
 /// The plans of a session's UNet and VAE.
 struct Plans {
     unet: Vec<(UNetBatch, Plan)>,
-    vae: Plan,
+    vae: backend::Parts<Plan>,
     /// That of the VAE for previews, if the engine has one.
     preview: Option<Plan>,
 }
@@ -90,6 +95,19 @@ pub(crate) fn common_chunks(prompt: usize, negative: usize) -> Result<usize> {
         let problem = format!("takes {prompt} chunks, and the negative prompt {negative}");
         Error::invalid("prompt", problem).advise("make both equally long, or shorten them")
     })
+}
+
+/// # Errors
+/// [`crate::ErrorKind::Invalid`] for tiles of the VAE that are too small to be of use.
+fn check_tile(pixels: Option<usize>) -> Result<()> {
+    match pixels {
+        Some(pixels) if !(MIN_TILE..=MAX_SIZE).contains(&pixels) => {
+            let problem = format!("tiles of {pixels} pixels are not possible");
+            Err(Error::invalid("vae_tile", problem)
+                .advise(format!("give {MIN_TILE} to {MAX_SIZE}; 512 takes as much memory as a picture of that size")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Reads and checks a component's config.json with `parse`.
@@ -110,7 +128,9 @@ impl Engine {
     /// [`crate::ErrorKind::OutOfMemory`] when the weights do not fit the device's memory; [`crate::ErrorKind::Invalid`]
     /// for a precision that the device does not have; for adapters those of [`Engine::with_adapters`].
     pub fn open(source: &Source, options: impl Into<EngineOptions>) -> Result<Self> {
-        let EngineOptions { device, precision, tokenizer, adapters, embeddings, preview_vae } = options.into();
+        let EngineOptions { device, precision, tokenizer, adapters, embeddings, preview_vae, vae_tile } =
+            options.into();
+        check_tile(vae_tile)?;
         crate::memory::start_threads()?;
         let outline = Outline::read(source)?;
         let adapted = Adapted::new(source, &adapters)?;
@@ -131,7 +151,8 @@ impl Engine {
         let (unet, vae) = (unet_weights?, vae_weights?);
         let (encoder, projection) = (Arc::default(), Arc::default());
         let preview = preview_vae.map(|path| PreviewVae::open(&outline, &path, &device)).transpose()?.map(Arc::new);
-        let parts = Parts { outline, device, precision, text, unet, vae, encoder, adapters, projection, preview };
+        let parts =
+            Parts { outline, device, precision, text, unet, vae, vae_tile, encoder, adapters, projection, preview };
         Ok(Engine(Arc::new(parts)))
     }
 
@@ -158,6 +179,16 @@ impl Engine {
     /// The adapters, and their weights.
     pub fn adapters(&self) -> &[(Arc<Adapter>, f32)] {
         &self.0.adapters
+    }
+
+    /// The same checkpoint with another [`EngineOptions::vae_tile`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] for tiles that are too small to be of use.
+    #[cfg(feature = "cli")]
+    pub(crate) fn with_vae_tile(&self, pixels: Option<usize>) -> Result<Self> {
+        check_tile(pixels)?;
+        Ok(Engine(Arc::new(Parts { vae_tile: pixels, ..Parts::clone(&self.0) })))
     }
 
     /// The configuration.
@@ -373,9 +404,18 @@ impl Engine {
         let batch = |&images| guided.iter().map(move |&guided| UNetBatch { images, guided });
         let unet = |batch| Ok((batch, self.unet_plan(options, batch)?));
         let unet = batches.iter().flat_map(batch).map(unet).collect::<Result<_>>()?;
-        let vae = |config| device.plan(vae_decoder(config, 1, Extent { h, w }), &[]);
-        let preview = self.0.preview.as_ref().map(|preview| vae(&preview.config));
-        Ok(Plans { unet, vae: vae(&outline.vae), preview })
+        let vae = self.vae_parts(&divisible_decoder(&outline.vae, w), Extent { h, w });
+        let preview = |preview: &Arc<PreviewVae>| device.plan(vae_decoder(&preview.config, 1, Extent { h, w }), &[]);
+        Ok(Plans { unet, vae, preview: self.0.preview.as_ref().map(preview) })
+    }
+
+    /// Plans the VAE's decoder or encoder, for latents of a size.
+    fn vae_parts(&self, network: &Divisible<impl Fn(usize) -> Graph>, latents: Extent) -> backend::Parts<Plan> {
+        let Parts { device, outline, vae_tile, .. } = &*self.0;
+        let Extent { h, w } = latents;
+        let scale = outline.vae.scale();
+        let strip = vae_tile.map_or(h, |tile| (tile * tile / (scale * scale * w)).max(1));
+        backend::Parts::new(network, h, strip, |graph| device.plan(graph, &[]))
     }
 
     fn unet_plan(&self, options: SessionOptions, batch: UNetBatch) -> Result<Plan> {
@@ -458,7 +498,8 @@ impl Engine {
     fn affordable(&self, options: SessionOptions, batches: &[usize]) -> Result<Plans> {
         let plans = self.plans(options, batches)?;
         let SessionOptions { size, batch, .. } = options;
-        self.afford(self.memory_of(&plans).session(), &format!("{size} in a batch of {batch}"))?;
+        let affordable = self.afford(self.memory_of(&plans).session(), &format!("{size} in a batch of {batch}"));
+        affordable.map_err(|error| self.advise_tiles(error))?;
         Ok(plans)
     }
 
@@ -487,6 +528,14 @@ impl Engine {
             ))
             .advise("make a smaller picture or batch")),
             _ => Ok(()),
+        }
+    }
+
+    /// The same lack of memory, with the advice to save what the VAE takes, unless that is saved already.
+    fn advise_tiles(&self, error: Error) -> Error {
+        match self.0.vae_tile {
+            Some(_) => error,
+            None => error.advise("make a smaller picture or batch, or set `vae_tile`, such as to 512"),
         }
     }
 }

@@ -44,6 +44,9 @@ pub struct EngineOptions {
     pub adapters: Vec<(Arc<Adapter>, f32)>,
     /// Learnt words that prompts may use.
     pub embeddings: Vec<Arc<Embedding>>,
+    /// Decode and encode pictures of more than so many pixels squared in strips as large, which takes less memory and
+    /// several times as long. The pictures are the same up to the order of sums. `None` for the whole picture at once.
+    pub vae_tile: Option<usize>,
     /// The folder or file of a small VAE for the same latents, such as TAESD, by which previews are decoded.
     pub preview_vae: Option<PathBuf>,
 }
@@ -73,6 +76,12 @@ impl EngineOptions {
     /// The same with learnt words (textual inversion) that prompts may use.
     pub fn embeddings(self, embeddings: Vec<Arc<Embedding>>) -> Self {
         EngineOptions { embeddings, ..self }
+    }
+
+    /// The same with pictures of more than `pixels` squared decoded and encoded in strips of that size:
+    /// [`EngineOptions::vae_tile`].
+    pub fn vae_tile(self, pixels: usize) -> Self {
+        EngineOptions { vae_tile: Some(pixels), ..self }
     }
 
     /// The same with a small VAE for previews ([`crate::RunningBatch::preview`]), from a folder or file as
@@ -166,7 +175,7 @@ pub struct MemoryPlan {
     pub text: usize,
     /// The UNet's activations.
     pub unet: usize,
-    /// The VAE decoder's activations.
+    /// The VAE decoder's activations; in strips those of one, and of the picture at low resolution.
     pub vae: usize,
     /// The activations of the VAE for previews ([`EngineOptions::preview_vae`]).
     pub preview: usize,

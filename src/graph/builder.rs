@@ -205,7 +205,11 @@ impl GraphBuilder {
         let channels = sources.iter().map(|t| self.shape(t).c).sum();
         let shape = Shape { c: channels, ..self.shape(sources.x) };
         let (weight, bias) = self.affine(name, channels);
-        self.node(name, Op::GroupNorm(GroupNorm { sources, weight, bias, groups, eps, scale_shift, silu }), shape)
+        self.node(
+            name,
+            Op::GroupNorm(GroupNorm { sources, weight, bias, groups, eps, scale_shift, silu, moments: None }),
+            shape,
+        )
     }
 
     /// Layer normalisation.

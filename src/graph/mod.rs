@@ -9,10 +9,12 @@
 mod builder;
 mod op;
 mod reverse;
+mod strip;
 
 pub use builder::{ConvOptions, GraphBuilder};
 pub use op::{Activation, Attention, Conv, GroupNorm, Op, Sources, View};
 pub use reverse::Keep;
+pub use strip::Divisible;
 
 use crate::{Error, Result};
 use std::fmt;
@@ -192,6 +194,8 @@ pub struct Graph {
     pub(crate) kept: Vec<TensorId>,
     /// Index of the first node of the backward half; see [`Graph::with_gradient`].
     pub(crate) backward: Option<usize>,
+    /// True if its output is an activation that another part of the network reads; see [`Graph::part`].
+    pub(crate) continued: bool,
     /// Maker and readers of each activation, once the graph is finished.
     links: Vec<Links>,
 }

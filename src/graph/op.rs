@@ -125,6 +125,10 @@ pub struct GroupNorm {
     pub scale_shift: Option<View>,
     /// True if SiLU follows.
     pub silu: bool,
+    /// `[n, 1, groups, 2]`: the mean of each group, and the sum of squared deviations from it over as many numbers as
+    /// the group has here. If given, they take the place of the sources' own: the sources are a strip of a larger
+    /// image ([`Graph::strip`](super::Graph::strip)).
+    pub moments: Option<TensorId>,
 }
 
 /// `softmax(q k^T * scale) v` for each image and head.
@@ -153,6 +157,12 @@ pub enum Op {
     Conv(Conv),
     /// See [`GroupNorm`].
     GroupNorm(GroupNorm),
+    /// The moments of the sources of a group norm, `[n, groups, h, 2]`: the mean of each group in each row of pixels, and
+    /// the sum of squared deviations from it.
+    GroupNormMoments {
+        /// The group norm.
+        of: GroupNorm,
+    },
     /// Layer normalisation over channels.
     LayerNorm {
         /// Input.
@@ -285,8 +295,9 @@ impl Op {
             }
             Op::GroupNorm(of) => {
                 let scale_shift = of.scale_shift.as_mut().map(|view| &mut view.tensor);
-                [Some(&mut of.sources.x), of.sources.skip.as_mut(), scale_shift, None]
+                [Some(&mut of.sources.x), of.sources.skip.as_mut(), scale_shift, of.moments.as_mut()]
             }
+            Op::GroupNormMoments { of } => [Some(&mut of.sources.x), of.sources.skip.as_mut(), None, None],
             Op::GroupNormGradient { of, d } => {
                 let scale_shift = of.scale_shift.as_mut().map(|view| &mut view.tensor);
                 [Some(&mut of.sources.x), of.sources.skip.as_mut(), scale_shift, Some(d)]

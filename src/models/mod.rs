@@ -21,4 +21,4 @@ pub use config::{
     UNetLevel, VaeConfig, VaeKind, parse_clip_model,
 };
 pub use unet::{MASK_AND_IMAGE, UNetInput, guidance_embedding, unet, unet_halves, unet_with_reuse};
-pub use vae::{vae_decoder, vae_encoder};
+pub use vae::{divisible_decoder, divisible_encoder, vae_decoder, vae_encoder};

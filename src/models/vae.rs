@@ -2,7 +2,7 @@
 
 use super::blocks::{Resnet, Time, attention, downsample, upsample};
 use super::{KlConfig, VaeConfig, VaeKind, taesd};
-use crate::graph::{ConvOptions, Extent, Graph, GraphBuilder, Shape, TensorId};
+use crate::graph::{ConvOptions, Divisible, Extent, Graph, GraphBuilder, Node, Op, Shape, TensorId};
 
 /// Added to the variance in all norms of the VAE.
 const EPS: f32 = 1e-6;
@@ -25,6 +25,30 @@ pub fn vae_decoder(config: &VaeConfig, batch: usize, latent: Extent) -> Graph {
     };
     g.output("image", image);
     g.finish()
+}
+
+/// The decoder for one image of latents `width` wide, which can run in two parts. It is cut before the last but one of its
+/// upsampling convolutions. The activations before the cut have a sixth of the size of the largest ones, and no attention
+/// comes after it. A cut further up would save more memory, but then more work has to be done again for every norm.
+pub fn divisible_decoder(config: &VaeConfig, width: usize) -> Divisible<impl Fn(usize) -> Graph> {
+    let graph = move |h| vae_decoder(config, 1, Extent { h, w: width });
+    let upsampled = |node: &Node| match &node.op {
+        Op::Conv(conv) if conv.resize.is_some() => Some(conv.sources.x),
+        _ => None,
+    };
+    let all: Vec<TensorId> = graph(1).nodes().iter().filter_map(upsampled).collect();
+    let cut = all.iter().rev().take(2).last().copied();
+    Divisible { graph, cut, input: "latents", output: "image" }
+}
+
+/// The encoder for one image of `width` latents, which can run in two parts. It is cut after the second of its
+/// downsampling convolutions.
+pub fn divisible_encoder(config: &VaeConfig, width: usize) -> Divisible<impl Fn(usize) -> Graph> {
+    let scale = config.scale();
+    let graph = move |h: usize| vae_encoder(config, 1, Extent { h: h * scale, w: width * scale });
+    let downsampled = |node: &Node| matches!(&node.op, Op::Conv(conv) if conv.stride == 2).then_some(node.output);
+    let cut = graph(1).nodes().iter().filter_map(downsampled).take(2).last();
+    Divisible { graph, cut, input: "image", output: "moments" }
 }
 
 /// The encoder for `batch` images of size `image`, whose height and width are multiples of [`VaeConfig::scale`].

@@ -399,13 +399,14 @@ fn run(
 
 /// What the records of all pictures of an engine have in common, but for the hashes.
 pub(crate) fn record(model: &Outline, options: &EngineOptions) -> GenerationInfo {
-    let EngineOptions { device, precision, tokenizer, adapters, .. } = options;
+    let EngineOptions { device, precision, tokenizer, adapters, vae_tile, .. } = options;
     GenerationInfo {
         model: model.name(),
         averages: model.source().is_averaged(),
         device: Some(device.name()),
         precision: told::<Precision>(*precision),
         tokenizer: told::<TokenizerRules>(*tokenizer),
+        vae_tile: *vae_tile,
         adapters: adapters.iter().map(|(adapter, weight)| adapter.record(*weight)).collect(),
         version: env!("CARGO_PKG_VERSION").into(),
         ..GenerationInfo::default()

@@ -46,7 +46,7 @@ impl Pipeline {
     /// `tokenizer` (`fast`, `slow`), `vae`, `text_encoder` and `text_encoder_2` (parts from elsewhere), `ema` (the
     /// moving averages of the UNet's weights), `loras` (adapters: files, or objects of `file` and `weight`),
     /// `lora_folder` (a folder in which requests find adapters by name), `embeddings` (learnt words: files, or folders
-    /// of them) and `max_batch` (8).
+    /// of them), `vae_tile` ([`EngineOptions::vae_tile`]) and `max_batch` (8).
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`] about a field, and those of [`Source::find`], [`Source::with_part`],
@@ -66,6 +66,7 @@ impl Pipeline {
         let lora_folder: Option<PathBuf> = fields.take("lora_folder", "a folder").map_err(refused)?;
         let embeddings: Option<Vec<PathBuf>> =
             fields.take("embeddings", "a list of files and folders").map_err(refused)?;
+        let vae_tile: Option<usize> = fields.take("vae_tile", "a whole number").map_err(refused)?;
         let max_batch: Option<usize> = fields.take("max_batch", "a whole number").map_err(refused)?;
         fields.finish().map_err(refused)?;
         let device: Place = device.as_deref().map_or(Ok(Place::Auto), str::parse)?;
@@ -87,7 +88,7 @@ impl Pipeline {
         }
         let embeddings = open_embeddings(&embeddings.unwrap_or_default())?;
         let options = EngineOptions::new(device.device()?).precision(precision).tokenizer(tokenizer);
-        let options = options.adapters(adapters).embeddings(embeddings);
+        let options = EngineOptions { vae_tile, ..options.adapters(adapters).embeddings(embeddings) };
         Ok(Self::open(&source, options, max_batch.unwrap_or(MAX_BATCH))?.lora_folder(lora_folder))
     }
 }

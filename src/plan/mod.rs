@@ -149,6 +149,16 @@ impl Plan {
         self.range(self.prologue..self.backward)
     }
 
+    /// The number of nodes of a step up to the one that makes the named output.
+    ///
+    /// # Panics
+    /// If the graph has no such output, or it is made in another phase.
+    pub fn step_to(&self, output: &str) -> usize {
+        let id = self.graph.output(output);
+        let place = self.step().position(|(node, _)| node.output == id);
+        place.unwrap_or_else(|| panic!("no step makes `{output}`")) + 1
+    }
+
     /// The nodes of a step that takes the activations which the graph keeps ([`crate::graph::GraphBuilder::keep`]) from
     /// the step before: those on which the outputs depend otherwise. Outputs that depend on a kept activation alone
     /// stay as they were.

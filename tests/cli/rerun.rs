@@ -8,6 +8,7 @@ fn pictures_are_made_again() {
     let folder = tempfile::tempdir().unwrap();
     let make = ["sample", "a doctor", "--steps", "2", "--seed", "4", "--batch", "2", "--balance", "woman,man"];
     let make = [&make[..], &["--concepts-until", "400", "--reuse", "2", "-o", "x.png", "-q"]].concat();
+    let make = [&make[..], &["--height", "96", "--vae-tile", "64"]].concat();
     let output = respodiff(folder.path(), &make);
     assert!(output.status.success(), "{}", text(&output.stderr));
     let output = respodiff(folder.path(), &["rerun", "x-1.png"]);
@@ -22,7 +23,7 @@ fn pictures_are_made_again() {
     assert_eq!(info["model_sha256"].as_str().unwrap().len(), 64);
     assert!(info["model_fingerprint"].is_string() && info["concepts"][0]["fingerprint"].is_string(), "{info}");
     let parameters = &tags.iter().find(|(k, _)| k == "parameters").unwrap().1;
-    for field in ["Model hash: ", "Model fingerprint: ", "Concepts until: 400", "Concept hashes: "] {
+    for field in ["Model hash: ", "Model fingerprint: ", "Concepts until: 400", "VAE tile: 64", "Concept hashes: "] {
         assert!(parameters.contains(field), "{field} is not in {parameters}");
     }
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/checkpoints/sd1");

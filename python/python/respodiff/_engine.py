@@ -32,8 +32,9 @@ class Engine:
     "cuda:1"; `precision` is "full", "bf16" or "int8"; `tokenizer` is "fast" or "slow". `vae`, `text_encoder` and
     `text_encoder_2` are folders or files in place of the checkpoint's own, and `ema` takes the moving averages of its
     UNet. `loras` are files of adapters, each with its weight or without, and `lora_folder` is a folder in which calls
-    find adapters by name. `embeddings` are learnt words (textual inversion): files, or folders of them. Up to
-    `max_batch` pictures of a call are made at once.
+    find adapters by name. `embeddings` are learnt words (textual inversion): files, or folders of them. Pictures of
+    more than `vae_tile` pixels squared are encoded and decoded in strips of that size, which takes less memory and
+    longer. Up to `max_batch` pictures of a call are made at once.
 
     An engine may be used from several threads. It does not survive a fork: start processes by "spawn".
     """
@@ -52,6 +53,7 @@ class Engine:
         loras: Sequence[Lora] = (),
         lora_folder: Optional[File] = None,
         embeddings: Sequence[File] = (),
+        vae_tile: Optional[int] = None,
         max_batch: int = 8,
     ) -> None:
         files = {
@@ -68,6 +70,7 @@ class Engine:
             "ema": ema,
             "loras": [_lora(lora, "file") for lora in loras],
             "embeddings": [os.fspath(path) for path in embeddings],
+            "vae_tile": vae_tile,
             "max_batch": max_batch,
         }
         self._engine = _respodiff.Engine(os.fspath(model), _dumped(options))

@@ -111,6 +111,10 @@ pub(super) struct Args {
     /// before. Faster, and less like the picture that all steps make. Concepts still act in every step
     #[arg(long, default_value_t = 1, value_name = "N")]
     reuse: usize,
+    /// Decode and encode pictures of more than PIXELS x PIXELS in strips as large. Takes less memory and several times as
+    /// long; the picture is the same, but for roundings
+    #[arg(long, value_name = "PIXELS")]
+    vae_tile: Option<usize>,
     /// Recipe by which prompts are split into tokens: that of transformers today, or of its slow tokenizer up to
     /// version 4. They differ on Chinese characters, emoji and control characters
     #[arg(long, default_value_t = TokenizerRules::Fast, value_name = "fast|slow")]
@@ -139,7 +143,8 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
     let source = args.parts.source(args.model.as_deref())?;
     let opening = Instant::now();
     let options = EngineOptions::new(device).precision(args.precision).tokenizer(args.tokenizer);
-    let options = options.adapters(adapters).embeddings(embeddings.clone());
+    let mut options = options.adapters(adapters).embeddings(embeddings.clone());
+    options.vae_tile = args.vae_tile;
     let engine = Engine::open(&source, options.clone())?;
     let loading = opening.elapsed();
     // Every picture records hashes of the weights. They are computed while the first pictures are made, since all

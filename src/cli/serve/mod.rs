@@ -51,6 +51,10 @@ pub(super) struct Args {
     /// Images that are made at once: requests of one size join the running batch between steps
     #[arg(long, default_value_t = 8)]
     max_batch: usize,
+    /// Decode and encode pictures of more than PIXELS x PIXELS in strips as large. Takes less memory and several times as
+    /// long; the picture is the same, but for roundings
+    #[arg(long, value_name = "PIXELS")]
+    vae_tile: Option<usize>,
     /// Images that may wait; beyond, clients are told when to come again
     #[arg(long, default_value_t = 64)]
     queue: usize,
@@ -196,7 +200,8 @@ fn open(args: &Args, concepts: &Concepts) -> Result<Vec<Served>> {
     let embeddings = args.embeddings.open()?;
     let shifted = args.concepts.is_some() || !concepts.0.is_empty();
     let preview_vae = args.preview_vae.clone();
-    let offered = Offered { device, max_batch: args.max_batch, shifted, embeddings, loras, preview_vae };
+    let Args { max_batch, vae_tile, .. } = *args;
+    let offered = Offered { device, max_batch, vae_tile, shifted, embeddings, loras, preview_vae };
     let mut served: Vec<Served> = Vec::new();
     for id in ids {
         let next = Served::new(args.parts.source(id)?, offered.clone())?;

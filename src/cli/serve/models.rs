@@ -35,6 +35,7 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) struct Offered {
     pub(super) device: Device,
     pub(super) max_batch: usize,
+    pub(super) vae_tile: Option<usize>,
     /// True if pictures may get concepts.
     pub(super) shifted: bool,
     /// Learnt words, of which each model takes those that fit it.
@@ -94,10 +95,8 @@ impl Served {
     /// The options of its engines.
     pub(super) fn engine_options(&self) -> EngineOptions {
         let options = EngineOptions::from(&self.offered.device).embeddings(self.offered.embeddings.clone());
-        match &self.offered.preview_vae {
-            Some(path) => options.preview_vae(path),
-            None => options,
-        }
+        let Offered { vae_tile, preview_vae, .. } = &self.offered;
+        EngineOptions { vae_tile: *vae_tile, preview_vae: preview_vae.clone(), ..options }
     }
 
     /// The options of a batch.

@@ -2,7 +2,8 @@ use super::*;
 use crate::cuda::conv::plan;
 use crate::graph::{Extent, Graph, Keep, Op};
 use crate::models::{
-    ClipConfig, UNetConfig, UNetInput, VaeConfig, text_encoder, unet, unet_halves, vae_decoder, vae_encoder,
+    ClipConfig, UNetConfig, UNetInput, VaeConfig, divisible_decoder, text_encoder, unet, unet_halves, vae_decoder,
+    vae_encoder,
 };
 use std::path::Path;
 
@@ -38,6 +39,9 @@ pub(in crate::cuda) fn networks() -> Vec<(&'static str, Graph, f64)> {
         unet(&UNetConfig::parse(text, path).unwrap(), input)
     };
     let [vae, taesd] = [VAE, TAESD].map(|text| VaeConfig::parse(text, path).unwrap());
+    let divisible = divisible_decoder(&vae, 128);
+    let decoder = (divisible.graph)(30);
+    let strip = decoder.part(divisible.cut.map(|cut| ("x", cut)), ("image", decoder.output("image")), false).strip();
     vec![
         ("CLIP ViT-L", clip(CLIP_L), 0.55),
         ("CLIP ViT-bigG", clip(CLIP_G), 0.5),
@@ -46,6 +50,7 @@ pub(in crate::cuda) fn networks() -> Vec<(&'static str, Graph, f64)> {
         ("VAE decoder, 512", vae_decoder(&vae, 1, Extent::square(64)), 0.85),
         ("VAE encoder, 512", vae_encoder(&vae, 1, Extent::square(512)), 0.85),
         ("VAE decoder, 1024", vae_decoder(&vae, 1, Extent::square(128)), 0.85),
+        ("VAE decoder, 1024, a strip", strip, 0.85),
         ("TAESD decoder, 512", vae_decoder(&taesd, 1, Extent::square(64)), 0.5),
         ("TAESD encoder, 512", vae_encoder(&taesd, 1, Extent::square(512)), 0.5),
     ]
