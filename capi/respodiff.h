@@ -130,8 +130,9 @@ const char *respodiff_version(void);
  "cuda:1"), "precision" ("full", "bf16", "int8"), "tokenizer" ("fast", "slow"), "vae", "text_encoder" and
  "text_encoder_2" (folders or files in place of the checkpoint's own), "ema" (true for moving averages), "loras" (a
  list of files, or of {"file": "a.safetensors", "weight": 0.8}), "lora_folder" (a folder in which requests find such
- adapters by name), "embeddings" (a list of files and folders with learnt words), "max_batch" (the most pictures that
- are made at once, 8 by default).
+ adapters by name), "embeddings" (a list of files and folders with learnt words), "vae_tile" (pixels: larger pictures
+ are encoded and decoded in strips of that size squared, in less memory), "max_batch" (the most pictures that are made
+ at once, 8 by default).
 
  # Safety
  The texts end with NUL; `engine` and `error` may be written, or are NULL.

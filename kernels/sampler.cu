@@ -179,7 +179,7 @@ struct RescaleParams {
 };
 LAYOUT(RescaleParams, slots, places, steps, out, one, rows, capacity, padding)
 
-// What a row's prediction is multiplied by, so that its standard deviation over the image comes nearer to that of the
+// Computes the factor that brings the standard deviation of a row's prediction over the image nearer to that of the
 // conditional prediction (section 3.4 of arXiv 2305.08891). One block per row; the order of the sums is that of the
 // CPU's `rescaling`. Products of two floats are exact in f64, so it does not matter where they are fused.
 KERNEL __launch_bounds__(256) rescale(const __grid_constant__ RescaleParams p) {

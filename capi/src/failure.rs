@@ -95,7 +95,7 @@ pub unsafe fn call(error: *mut *mut Failure, work: impl FnOnce() -> Result<(), E
         // SAFETY: the caller's promise.
         unsafe { error.write(std::ptr::null_mut()) };
     }
-    // What a panic leaves behind is either local to the call or, as the engine's own locks, safe to use after one.
+    // The state that a panic leaves behind is either local to the call or, as the engine's own locks, safe to use after one.
     let outcome = catch_unwind(AssertUnwindSafe(work));
     let failure = match outcome {
         Ok(Ok(())) => return Code::Ok,

@@ -49,7 +49,7 @@ pub struct Model {
     pub loaded: bool,
 }
 
-/// What a request would take.
+/// The memory and steps that a request would take.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
     /// Bytes of memory of the model and of a batch of this size, if the model is loaded.

@@ -254,7 +254,7 @@ pub async fn resume(app: &App) {
                 store.remove(&id)?;
                 continue;
             };
-            // What another version has written is left alone.
+            // Jobs that another version has written are left alone.
             let Ok(accepted) = serde_json::from_slice(&request) else { continue };
             let end = store.read(&id, END)?.and_then(|end| serde_json::from_slice(&end).ok());
             found.push(Job::new(id, accepted, end));

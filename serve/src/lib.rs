@@ -92,7 +92,7 @@ impl Default for Settings {
     }
 }
 
-/// What every route has at hand.
+/// The state that every route can use.
 #[derive(Clone)]
 struct App {
     backend: Arc<dyn Backend>,
@@ -236,7 +236,7 @@ pub async fn interrupted() {
     let _ = tokio::signal::ctrl_c().await;
 }
 
-/// What happens to every request: its key is checked, it gets an id, and its answer is counted.
+/// Handles every request around its route: checks the key, gives it an id, and counts the answer.
 async fn around(State(app): State<App>, mut request: axum::extract::Request, next: Next) -> Response {
     const ID: HeaderName = HeaderName::from_static("x-request-id");
     let given = request.headers().get(&ID).and_then(|id| id.to_str().ok()).filter(|id| id.len() <= 128);

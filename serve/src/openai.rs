@@ -22,7 +22,7 @@ use tokio_stream::wrappers::ReceiverStream;
 /// Largest number of pictures of a request.
 const MOST_PICTURES: usize = 64;
 
-/// What a client wants of the answer.
+/// The form of the answer that a client asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Answer {
     /// Server-sent events in place of one object.

@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use tokio::sync::Notify;
 
-/// What A1111 knows of its one request at a time: here that of each tenant's latest request.
+/// The progress that A1111's routes report. A1111 runs one request at a time; here it is each tenant's latest.
 #[derive(Default)]
 pub struct WebUi(Mutex<HashMap<Option<Arc<str>>, Arc<Latest>>>);
 

@@ -51,7 +51,7 @@ pub struct Pipeline {
     embeddings: Vec<Arc<Embedding>>,
     /// The folder in which requests find adapters by name.
     lora_folder: Option<PathBuf>,
-    /// What the records of all pictures have in common, but for the hashes.
+    /// The part of every picture's record that is the same for all, without the hashes.
     record: GenerationInfo,
     max_batch: usize,
     /// The batch of the last call with its adapters, for the next one of its size.
@@ -142,7 +142,7 @@ impl Made {
 pub struct Answer {
     /// The pictures, prompt by prompt.
     pub pictures: Vec<Made>,
-    /// What the caller may want to know, although it is no error: words of a prompt that were too many, a prompt that
+    /// Things that are no error but that the caller may want to know: words of a prompt that were too many, a prompt that
     /// was not balanced, a concept of another model.
     pub warnings: Vec<String>,
 }
@@ -397,7 +397,7 @@ fn run(
     outcome.map(|()| made)
 }
 
-/// What the records of all pictures of an engine have in common, but for the hashes.
+/// The part of a picture's record that is the same for all pictures of an engine, without the hashes.
 pub(crate) fn record(model: &Outline, options: &EngineOptions) -> GenerationInfo {
     let EngineOptions { device, precision, tokenizer, adapters, vae_tile, .. } = options;
     GenerationInfo {

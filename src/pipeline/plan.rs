@@ -29,15 +29,15 @@ pub(crate) struct Offer<'a> {
     /// The tokenizers, which know the embeddings.
     pub texts: &'a Texts,
     pub embeddings: &'a [Arc<Embedding>],
-    /// What the records of all its pictures have in common.
+    /// The part of a picture's record that is the same for all pictures of the model.
     pub record: &'a GenerationInfo,
     pub concepts: &'a dyn Shelf,
     /// Opens an adapter by its name.
     pub adapter: &'a dyn Fn(&str) -> Result<Arc<Adapter>>,
 }
 
-/// What pictures have in common that are made in one batch. A picture would be another one in a batch of another key,
-/// for the UNet's sums depend on the length of prompts, and the weights on the adapters.
+/// The settings that all pictures of one batch share. With another key a picture would be another one, since the UNet's
+/// sums depend on the length of prompts, and the weights on the adapters.
 #[derive(Clone, PartialEq)]
 pub(crate) struct BatchKey {
     pub size: Size,
@@ -74,7 +74,7 @@ impl Planned {
 /// The images of a request.
 pub(crate) struct Plan {
     pub images: Vec<Planned>,
-    /// What the caller may want to know, although it is no error.
+    /// Things that are no error but that the caller may want to know.
     pub warnings: Vec<String>,
 }
 

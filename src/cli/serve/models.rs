@@ -30,7 +30,7 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// What all models have in common.
+/// The settings that all models share.
 #[derive(Clone)]
 pub(super) struct Offered {
     pub(super) device: Device,

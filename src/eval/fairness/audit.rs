@@ -26,7 +26,7 @@ pub struct Audit {
     pub missing: usize,
 }
 
-/// What a judge sees of one group in the pictures.
+/// A judge's findings about one group in the pictures.
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Finding {

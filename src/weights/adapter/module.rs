@@ -51,7 +51,7 @@ impl Module {
     /// Checks that parts make a whole, and that their shapes fit each other.
     ///
     /// # Errors
-    /// What is wrong with the module, as the second half of a sentence that it begins.
+    /// The problem with the module, worded to follow its name in a sentence.
     pub fn new(
         name: &str,
         parts: BTreeMap<&'static str, String>,

@@ -19,7 +19,7 @@ pub(super) enum Function {
     FromBuffer,
     NumpyArray,
     NumpyType,
-    /// What trainers leave in checkpoints beside tensors. Calls of it give nothing.
+    /// An object that trainers leave in checkpoints beside tensors. Calling it gives nothing.
     Inert,
 }
 
