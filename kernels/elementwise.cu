@@ -46,6 +46,23 @@ KERNEL __launch_bounds__(256) add(const __grid_constant__ ElementParams p) {
 }
 EXPORT(add)
 
+__device__ __forceinline__ float mean(float x, float y) { return 0.5f * (x + y); }
+
+// The mean of two halves of a batch: y is the second half, and vectors of it are aligned only if a half has a multiple
+// of eight numbers.
+KERNEL __launch_bounds__(256) mean_of_halves_8(const __grid_constant__ ElementParams p) {
+    map<true>(p, [](float x, float y) { return mean(x, y); });
+}
+EXPORT(mean_of_halves_8)
+
+KERNEL __launch_bounds__(256) mean_of_halves_1(const __grid_constant__ ElementParams p) {
+    griddep_launch_dependents();
+    griddep_wait();
+    uint64_t i = uint64_t(blockIdx.x) * 256 + threadIdx.x;
+    if (i < p.length) p.out[i] = to_half(mean(__half2float(p.x[i]), __half2float(p.y[i])));
+}
+EXPORT(mean_of_halves_1)
+
 // Where a thread's W pairs begin: a row of x holds `channels` values and then as many gates. Returns false beyond the
 // last.
 template <int W> __device__ __forceinline__ bool pair_place(const ElementParams& p, uint64_t& value, uint64_t& result) {

@@ -201,6 +201,7 @@ impl Case {
             Op::LayerNorm { x, .. } => Case::LayerNorm { rows: shape(x).rows(), c: shape(x).c },
             Op::Activate { x, .. } => other("activate", shape(x)),
             Op::Add { a, .. } => other("add", shape(a)),
+            Op::MeanOfHalves { x } => other("mean of halves", shape(x)),
             Op::Embed { .. } => other("embed", shape(node.output)),
             Op::Sinusoid { .. } => other("sinusoid", shape(node.output)),
             Op::Shift { x, .. } => other("shift", shape(x)),

@@ -292,6 +292,9 @@ pub struct GenerationInfo {
     /// Every how many steps the whole UNet was computed, unless it was computed in every step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reuse: Option<usize>,
+    /// The steps after which there was no guidance and cross attention was reused, if there were such steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gate: Option<usize>,
     /// Concepts that shifted the bottleneck.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub concepts: Vec<UsedConcept>,
@@ -470,6 +473,7 @@ impl GenerationInfo {
             ("Tokenizer", self.tokenizer.clone()),
             ("VAE tile", self.vae_tile.map(|pixels| pixels.to_string())),
             ("Reuse", self.reuse.map(|reuse| reuse.to_string())),
+            ("Gate", self.gate.map(|gate| gate.to_string())),
             ("Concepts", each(|used| format!("{}:{}", used.name, used.weight))),
             ("Concepts until", each(|used| used.until.unwrap_or(0.0).to_string()).filter(|_| ends)),
             ("Loras", joined(&self.adapters, |used| format!("{}:{}", name(used), used.weight))),

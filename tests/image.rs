@@ -42,6 +42,7 @@ fn info() -> GenerationInfo {
         tokenizer: None,
         vae_tile: None,
         reuse: None,
+        gate: None,
         concepts: vec![],
         adapters: vec![],
         version: "0.1.0".to_string(),
@@ -165,6 +166,7 @@ fn parameters_are_those_of_a1111() {
         tokenizer: Some("slow".to_string()),
         vae_tile: Some(512),
         reuse: Some(3),
+        gate: Some(10),
         concepts: [("a woman", 0.5, Some(400.0), "2c3d"), ("a cook", 1.0, None, "4e5f")]
             .map(|(name, weight, until, fingerprint)| UsedConcept {
                 name: name.to_string(),
@@ -182,7 +184,7 @@ fn parameters_are_those_of_a1111() {
          Seed: 18446744073709551615, Size: 768x512, Original size: 1024x768, Crop: \"8,0\", \
          Model: \"a: \\\"b\\\", caf\u{e9}\", EMA: true, VAE hash: 735e4c3a44, VAE: better.safetensors, \
          Parts: \"text_encoder: clip.pt\", Model fingerprint: 0a1b, RNG: torch-cuda, Precision: int8, Tokenizer: slow, VAE tile: 512, \
-         Reuse: 3, Concepts: \"a woman:0.5, a cook:1\", Concepts until: \"400, 0\", \
+         Reuse: 3, Gate: 10, Concepts: \"a woman:0.5, a cook:1\", Concepts until: \"400, 0\", \
          Concept hashes: \"a woman: 2c3d, a cook: 4e5f\", Version: respodiff 0.1.0"
     );
 }

@@ -26,6 +26,7 @@ const REQUIRED: &[(&str, &str, &[&str])] = &[
     ("layer_norm*_8", "", &["LDG.E.128"]),
     ("activate*", "", &["LDG.E.128", "STG.E.128"]),
     ("add", "", &["LDG.E.128", "STG.E.128"]),
+    ("mean_of_halves_8", "", &["LDG.E.128", "STG.E.128"]),
     ("geglu*_8", "", &["LDG.E.128", "STG.E.128"]),
     ("resize_gradient_8", "", &["LDG.E.128", "STG.E.128"]),
     ("conformance_cp_async16*", "", &["LDGSTS.E.BYPASS.128"]),

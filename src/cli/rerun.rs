@@ -115,6 +115,7 @@ pub(super) fn remake(
     let options = SessionOptions::new(size)
         .guided(choice.guides(info.guidance))
         .reuse(info.reuse.unwrap_or(1))
+        .gate(info.gate)
         .concepts(!info.concepts.is_empty())
         .chunks(chunks);
     let cancelled = interrupt_flag();

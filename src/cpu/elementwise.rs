@@ -83,9 +83,20 @@ dispatch! {
 
 /// `a + b`.
 pub(super) fn add(a: TensorId, b: TensorId, out: TensorId, memory: &NodeMemory) {
-    let terms = memory.read(a).par_chunks(CHUNK).zip(memory.read(b).par_chunks(CHUNK));
-    memory.write(out).par_chunks_mut(CHUNK).zip(terms).for_each(|(out, (a, b))| {
-        out.iter_mut().zip(a.iter().zip(b)).for_each(|(o, (a, b))| *o = a + b);
+    pairs(memory.read(a), memory.read(b), memory.write(out), |a, b| a + b);
+}
+
+/// The mean of the first and the second half of the images.
+pub(super) fn mean_of_halves(x: TensorId, out: TensorId, memory: &NodeMemory) {
+    let (first, second) = memory.read(x).split_at(memory.shape(out).len());
+    pairs(first, second, memory.write(out), |a, b| 0.5 * (a + b));
+}
+
+/// `f` of each pair of numbers.
+fn pairs(a: &[f32], b: &[f32], out: &mut [f32], f: impl Fn(f32, f32) -> f32 + Sync) {
+    let chunks = a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK));
+    out.par_chunks_mut(CHUNK).zip(chunks).for_each(|(out, (a, b))| {
+        out.iter_mut().zip(a.iter().zip(b)).for_each(|(o, (a, b))| *o = f(*a, *b));
     });
 }
 

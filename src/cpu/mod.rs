@@ -243,6 +243,7 @@ impl CpuExecutor {
             Op::Attention(ref attention) => attention::run(attention, out, &memory),
             Op::AttentionGradient { ref of, fused, d } => attention_gradient::run(of, fused, d, out, &memory),
             Op::Add { a, b } => elementwise::add(a, b, out, &memory),
+            Op::MeanOfHalves { x } => elementwise::mean_of_halves(x, out, &memory),
             Op::ActivateGradient { x, activation, d } => elementwise::activate_gradient(x, activation, d, out, &memory),
             Op::ResizeGradient { d } => elementwise::resize_gradient(d, out, &memory),
             Op::Activate { x, activation } => elementwise::activate(x, activation, out, &memory),

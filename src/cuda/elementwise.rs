@@ -71,6 +71,14 @@ pub(super) fn add(a: TensorId, b: TensorId, out: TensorId, site: &Site) -> Launc
     ElementParams::new(a, Some(b), Activation::None, out, site).launch("add", VECTOR)
 }
 
+pub(super) fn mean_of_halves(x: TensorId, out: TensorId, site: &Site) -> Launch {
+    let mut params = ElementParams::new(x, None, Activation::None, out, site);
+    params.y = params.x + params.length * size_of::<half::f16>() as u64;
+    let vectors = params.length.is_multiple_of(VECTOR as u64);
+    let (kernel, width) = if vectors { ("mean_of_halves_8", VECTOR) } else { ("mean_of_halves_1", 1) };
+    params.launch(kernel, width)
+}
+
 crate::params! {
     pub(super) struct ResizeGradientParams {
         d: u64,

@@ -126,6 +126,7 @@ fn lower(node: &Node, site: &Site, launches: &mut Vec<Launch>) -> Result<()> {
             launches.push(elementwise::activate_gradient(x, activation, d, out, site));
         }
         Op::Add { a, b } => launches.push(elementwise::add(a, b, out, site)),
+        Op::MeanOfHalves { x } => launches.push(elementwise::mean_of_halves(x, out, site)),
         Op::ResizeGradient { d } => launches.push(elementwise::resize_gradient(d, out, site)),
         Op::Attention(ref of) => launches.push(attention::attention(of, out, site)?),
         Op::AttentionGradient { ref of, fused, d } => {

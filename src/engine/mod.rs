@@ -33,7 +33,8 @@ use crate::diffusion::scheduler::{Sampler, SamplerChoice, Schedule, SchedulerCon
 use crate::graph::{Divisible, Extent, Graph, Shape};
 use crate::models::chunks::MAX_CHUNKS;
 use crate::models::{
-    MASK_AND_IMAGE, UNetConfig, UNetInput, divisible_decoder, guidance_embedding, unet, unet_with_reuse, vae_decoder,
+    MASK_AND_IMAGE, UNetConfig, UNetInput, divisible_decoder, guidance_embedding, unet, unet_with_gate,
+    unet_with_reuse, vae_decoder,
 };
 use crate::plan::Plan;
 use crate::weights::{Adapter, Source, Tensors};
@@ -420,7 +421,7 @@ impl Engine {
 
     fn unet_plan(&self, options: SessionOptions, batch: UNetBatch) -> Result<Plan> {
         self.0.outline.check_size(options.batch(batch.images))?;
-        let SessionOptions { size: Size { width, height }, concepts, reuse, chunks, .. } = options;
+        let SessionOptions { size: Size { width, height }, concepts, reuse, gate, chunks, .. } = options;
         if concepts {
             self.check_concepts()?;
         }
@@ -431,8 +432,12 @@ impl Engine {
         let Parts { device, text, outline, .. } = &*self.0;
         let tokens = text.tokens() * chunks;
         let input = UNetInput { rows, h: height / scale, w: width / scale, tokens, shifted };
-        let unet = if reuse > 1 { unet_with_reuse } else { unet };
-        Ok(device.plan(unet(&outline.unet, input), UNET_CONSTANTS))
+        let graph = match gate {
+            Some(_) => unet_with_gate(&outline.unet, input, guided),
+            None if reuse > 1 => unet_with_reuse(&outline.unet, input),
+            None => unet(&outline.unet, input),
+        };
+        Ok(device.plan(graph, UNET_CONSTANTS))
     }
 
     /// The batch of a session that makes all its images at once.
@@ -475,10 +480,13 @@ impl Engine {
     /// Those of [`Engine::session`].
     pub fn running_batch(&self, options: SessionOptions) -> Result<RunningBatch> {
         self.0.outline.check_size(options)?;
+        // The images of a running batch are at different steps, and a picture must not depend on its neighbours.
+        let problem = "steps of images that join and leave cannot reuse activations";
         if options.reuse > 1 {
-            // The images of a running batch are at different steps, and a picture must not depend on its neighbours.
-            return Err(Error::invalid("reuse", "steps of images that join and leave cannot reuse activations")
-                .advise("give 1, or make a session"));
+            return Err(Error::invalid("reuse", problem).advise("give 1, or make a session"));
+        }
+        if options.gate.is_some() {
+            return Err(Error::invalid("gate", problem).advise("leave it out, or make a session"));
         }
         let mut batches: Vec<usize> = (0..).map(|i| 1 << i).take_while(|&batch| batch < options.batch).collect();
         batches.push(options.batch);

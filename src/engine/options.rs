@@ -122,6 +122,11 @@ pub struct SessionOptions {
     /// the UNet from the step before, which is faster and less exact (DeepCache, arXiv 2312.00858). If images may have
     /// concepts, they take only the down half (Faster Diffusion, arXiv 2312.09608), so that concepts act in every step.
     pub reuse: usize,
+    /// The number of steps, counted in calls of the UNet, after which there is no guidance, and cross attention is no
+    /// longer computed: the later steps take its outputs from the last of these, averaged over the two predictions of
+    /// guidance (T-GATE, arXiv 2404.02747, without its reuse of self attention). Not together with `reuse`. Concepts
+    /// act in every step.
+    pub gate: Option<usize>,
     /// The length of the prompts as the UNet reads them, in chunks of 77 tokens. An image's prompts are repeated to it,
     /// so it must be a multiple of the chunks of each. The UNet's sums depend on it: [`crate::Engine::chunks`] tells
     /// the number that an image has of its own.
@@ -131,7 +136,7 @@ pub struct SessionOptions {
 impl SessionOptions {
     /// One image at a time, with guidance and without concepts.
     pub const fn new(size: Size) -> Self {
-        SessionOptions { size, batch: 1, guided: true, concepts: false, reuse: 1, chunks: 1 }
+        SessionOptions { size, batch: 1, guided: true, concepts: false, reuse: 1, gate: None, chunks: 1 }
     }
 
     /// The same for pictures of another size.
@@ -157,6 +162,11 @@ impl SessionOptions {
     /// The same with the whole UNet in every `reuse`-th step alone.
     pub const fn reuse(self, reuse: usize) -> Self {
         SessionOptions { reuse, ..self }
+    }
+
+    /// The same with guidance and cross attention in the first `gate` steps alone.
+    pub const fn gate(self, gate: Option<usize>) -> Self {
+        SessionOptions { gate, ..self }
     }
 
     /// The same for prompts of other lengths.

@@ -138,6 +138,15 @@ impl Outline {
             return Err(Error::invalid("reuse", "the whole UNet has to be computed sometimes")
                 .advise("give 1 to compute it in every step, or 2 or more"));
         }
+        match options.gate {
+            Some(0) => Err(Error::invalid("gate", "cross attention has to be computed in a first step")
+                .advise("give 1 or more; a third to a half of the steps is usual")),
+            Some(_) if options.reuse > 1 => {
+                Err(Error::invalid("gate", "steps cannot take both inner activations and cross attention from others")
+                    .advise("choose one of the two"))
+            }
+            _ => Ok(()),
+        }?;
         Ok(())
     }
 }

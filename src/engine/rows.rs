@@ -180,6 +180,29 @@ impl Rows {
         self.images[slot].as_ref().map_or((0, 0), |image| (image.done, image.guided.len()))
     }
 
+    /// Checks that images which took no step yet can reuse activations of the same steps: if they reuse any at all, their
+    /// rows must be the same in all steps.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`].
+    pub fn check_reuse(&self) -> Result<()> {
+        let SessionOptions { reuse, gate, .. } = self.options;
+        let all = || self.images.iter().flatten().map(|image| &image.guided);
+        let differ = |of: &dyn Fn(&Vec<bool>) -> usize| all().any(|guided| all().any(|other| of(guided) != of(other)));
+        if (reuse > 1 || gate.is_some()) && differ(&Vec::len) {
+            let problem = "images that take different numbers of steps cannot reuse activations together";
+            return Err(Error::invalid("strength", problem).advise("give all the same, or make sessions of their own"));
+        }
+        // An unconditional prediction would be averaged into the outputs of an image that has none alone.
+        let gate = |guided: &Vec<bool>| gate.filter(|&gate| gate < guided.len());
+        let last = |guided: &Vec<bool>| gate(guided).map_or(0, |gate| usize::from(guided[gate - 1]));
+        if differ(&last) {
+            let problem = "images with guidance in the last step before the gate, and others without, cannot share it";
+            return Err(Error::invalid("guidance", problem).advise("give all the same, or make sessions of their own"));
+        }
+        Ok(())
+    }
+
     /// Checks an image's settings. What cannot be checked before an image joins is checked by [`Rows::join`].
     ///
     /// # Errors
@@ -254,8 +277,9 @@ impl Rows {
             _ => 0,
         };
         let schedule = settings.schedule(&self.engine, first)?;
-        let guides = |step| negative.is_some() && guidance.at(step) != 1.0;
-        let guided = schedule.steps.iter().map(guides).collect();
+        let gate = self.options.gate.unwrap_or(usize::MAX);
+        let guides = |(i, step)| negative.is_some() && i < gate && guidance.at(step) != 1.0;
+        let guided = schedule.steps.iter().enumerate().map(guides).collect();
         let begun = self.begin(&image.start, &schedule, NormalGenerator::new(settings.rng, image.seed))?;
         let Begun { latents, drawn, kept, masked } = begun;
         let run = RunImage {
@@ -317,10 +341,14 @@ impl Rows {
     /// # Errors
     /// [`crate::ErrorKind::DeviceLost`], and [`crate::ErrorKind::Mismatch`] for a prompt that another engine encoded.
     pub fn step(&mut self) -> Result<()> {
-        let (active, reuse) = (self.active(), self.options.reuse);
+        let (active, SessionOptions { reuse, gate, .. }) = (self.active(), self.options);
         let guided = active.iter().any(|&slot| self.images[slot].as_ref().is_some_and(|i| i.needs_guidance(reuse)));
         self.place(&active, guided)?;
-        let reusing = reuse > 1 && active.iter().all(|&slot| !self.progress(slot).0.is_multiple_of(reuse));
+        let reuses = |done: usize| match gate {
+            Some(gate) => done >= gate,
+            None => !done.is_multiple_of(reuse),
+        };
+        let reusing = active.iter().all(|&slot| reuses(self.progress(slot).0));
         self.denoiser.step(reusing)?;
         for slot in active {
             self.images[slot].iter_mut().for_each(|image| image.done += 1);

@@ -64,11 +64,7 @@ impl Session {
             rows.join(slot, image, &settings)?;
         }
         let total = (0..batch).map(|slot| rows.progress(slot).1).max().unwrap_or(0);
-        if rows.options().reuse > 1 && (0..batch).any(|slot| rows.progress(slot).1 != total) {
-            // A step that reuses activations needs the rows of the step before.
-            let problem = "images that take different numbers of steps cannot reuse activations together";
-            return Err(Error::invalid("strength", problem).advise("give all the same, or make sessions of their own"));
-        }
+        rows.check_reuse()?;
         for done in 0..total {
             if progress(Progress::Step { done, total }).is_break() {
                 return Err(Error::cancelled(format!("stopped after {done} of {total} steps, with no picture made")));

@@ -114,7 +114,9 @@ impl GraphBuilder {
     /// Keeps an activation from step to step, for steps that take it from the step before: see
     /// [`crate::plan::Plan::reusing_step`].
     pub fn keep(&mut self, id: TensorId) {
-        self.graph.kept.push(id);
+        if !self.graph.kept.contains(&id) {
+            self.graph.kept.push(id);
+        }
     }
 
     /// A convolution `name.weight`, `name.bias`.
@@ -243,6 +245,18 @@ impl GraphBuilder {
         let shape = self.shape(x);
         let shape = Shape { c: if activation == Activation::Geglu { shape.c / 2 } else { shape.c }, ..shape };
         self.node(name, Op::Activate { x, activation }, shape)
+    }
+
+    /// `a + b`.
+    pub fn add(&mut self, name: &str, a: TensorId, b: TensorId) -> TensorId {
+        let shape = self.shape(a);
+        self.node(name, Op::Add { a, b }, shape)
+    }
+
+    /// See [`Op::MeanOfHalves`].
+    pub fn mean_of_halves(&mut self, name: &str, x: TensorId) -> TensorId {
+        let shape = self.shape(x);
+        self.node(name, Op::MeanOfHalves { x }, Shape { n: shape.n / 2, ..shape })
     }
 
     /// Token embedding plus position embedding. `tokens` and `positions` are the names and the numbers of rows of the

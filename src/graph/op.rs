@@ -190,6 +190,11 @@ pub enum Op {
         /// The other.
         b: TensorId,
     },
+    /// The mean of the first and the second half of the images.
+    MeanOfHalves {
+        /// `[2n, h, w, c]`; the result is `[n, h, w, c]`.
+        x: TensorId,
+    },
     /// Gradient of [`Op::GroupNorm`] with respect to the first of its sources.
     GroupNormGradient {
         /// The operation.
@@ -302,9 +307,11 @@ impl Op {
                 let scale_shift = of.scale_shift.as_mut().map(|view| &mut view.tensor);
                 [Some(&mut of.sources.x), of.sources.skip.as_mut(), scale_shift, Some(d)]
             }
-            Op::LayerNorm { x, .. } | Op::Activate { x, .. } | Op::Sinusoid { x, .. } | Op::ClassToken { x, .. } => {
-                [Some(x), None, None, None]
-            }
+            Op::LayerNorm { x, .. }
+            | Op::Activate { x, .. }
+            | Op::MeanOfHalves { x }
+            | Op::Sinusoid { x, .. }
+            | Op::ClassToken { x, .. } => [Some(x), None, None, None],
             Op::LayerNormGradient { x, d, .. } | Op::ActivateGradient { x, d, .. } => [Some(x), Some(d), None, None],
             Op::Attention(of) => [Some(&mut of.q.tensor), Some(&mut of.k.tensor), Some(&mut of.v.tensor), None],
             Op::AttentionGradient { of, d, .. } => {

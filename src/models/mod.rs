@@ -20,5 +20,5 @@ pub use config::{
     ClipConfig, ClipLayers, ClipStates, ClipVisionConfig, KlConfig, MidBlock, TextTime, TinyConfig, UNetConfig,
     UNetLevel, VaeConfig, VaeKind, parse_clip_model,
 };
-pub use unet::{MASK_AND_IMAGE, UNetInput, guidance_embedding, unet, unet_halves, unet_with_reuse};
+pub use unet::{MASK_AND_IMAGE, UNetInput, guidance_embedding, unet, unet_halves, unet_with_gate, unet_with_reuse};
 pub use vae::{divisible_decoder, divisible_encoder, vae_decoder, vae_encoder};

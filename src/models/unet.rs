@@ -41,7 +41,7 @@ impl Default for UNetInput {
 /// `[shifted, h', w', c]`. Outputs: `sample`
 /// `[rows, h, w, out_channels]`, and `mid` `[rows, h', w', c]`, the bottleneck before the shift.
 pub fn unet(config: &UNetConfig, input: UNetInput) -> Graph {
-    whole(config, input, false)
+    whole(config, input, Kept::Nothing)
 }
 
 /// The same UNet, without the output `mid`, for steps that reuse activations of the step before
@@ -52,26 +52,47 @@ pub fn unet(config: &UNetConfig, input: UNetInput) -> Graph {
 /// and computes the bottleneck with its shift and the up half (Faster Diffusion, arXiv 2312.09608), so that a shift
 /// acts in every step.
 pub fn unet_with_reuse(config: &UNetConfig, input: UNetInput) -> Graph {
-    whole(config, input, true)
+    whole(config, input, Kept::Inner)
 }
 
-fn whole(config: &UNetConfig, input: UNetInput, reuse: bool) -> Graph {
+/// The same UNet, without the output `mid`, for steps that take the outputs of all cross-attention layers, before they
+/// are added to what they attend from, from an earlier step (T-GATE, arXiv 2404.02747).
+///
+/// If `guided`, the first half of the rows is unconditional, and what is kept is the mean of both halves. So it is as
+/// large as that of a UNet with the conditional rows alone, whose steps reuse it in the same arena.
+pub fn unet_with_gate(config: &UNetConfig, input: UNetInput, guided: bool) -> Graph {
+    whole(config, input, Kept::CrossAttention { guided })
+}
+
+/// The activations that a UNet keeps for later steps.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Nothing,
+    /// See [`unet_with_reuse`].
+    Inner,
+    /// See [`unet_with_gate`].
+    CrossAttention {
+        guided: bool,
+    },
+}
+
+fn whole(config: &UNetConfig, input: UNetInput, kept: Kept) -> Graph {
     let mut g = GraphBuilder::new();
     let sample = sample(&mut g, config, input);
     let time = time_embedding(&mut g, config, input.rows);
     let context = context(&mut g, config, input);
-    let mut net = UNet { config, g, time, context, projected: time.into() };
+    let mut net = UNet { config, g, time, context, projected: time.into(), kept };
     let (x, mut skips) = net.down(sample);
-    if reuse && input.shifted > 0 {
+    if kept == Kept::Inner && input.shifted > 0 {
         skips.iter().for_each(|&skip| net.g.keep(skip));
         net.g.keep(x);
     }
     let x = net.middle(x);
-    if !reuse {
+    if kept == Kept::Nothing {
         net.g.output("mid", x);
     }
     let x = net.shift(x, input.shifted);
-    net.up(x, &mut skips, reuse && input.shifted == 0);
+    net.up(x, &mut skips, kept == Kept::Inner && input.shifted == 0);
     net.g.finish()
 }
 
@@ -85,7 +106,8 @@ pub fn unet_halves(config: &UNetConfig, input: UNetInput) -> (Graph, Graph) {
     let sample = sample(&mut g, config, input);
     let time = time_embedding(&mut g, config, input.rows);
     let states = context(&mut g, config, input);
-    let mut first = UNet { config, g, time, context: states, projected: time.into() };
+    let kept = Kept::Nothing;
+    let mut first = UNet { config, g, time, context: states, projected: time.into(), kept };
     let (x, skips) = first.down(sample);
     let x = first.middle(x);
     first.g.output("mid", x);
@@ -101,7 +123,7 @@ pub fn unet_halves(config: &UNetConfig, input: UNetInput) -> (Graph, Graph) {
     let context = context(&mut g, config, input);
     let mut skips: Vec<TensorId> =
         skips.iter().enumerate().map(|(i, &skip)| g.input(&format!("skip.{i}"), first.shape(skip))).collect();
-    let mut second = UNet { config, g, time, context, projected: time.into() };
+    let mut second = UNet { config, g, time, context, projected: time.into(), kept };
     second.up(x, &mut skips, false);
     (first, second.g.finish())
 }
@@ -171,6 +193,7 @@ struct UNet<'a> {
     /// The projected timestep of the next residual block, followed by those of the blocks after it: see
     /// [`UNet::project_time`].
     projected: View,
+    kept: Kept,
 }
 
 impl UNet<'_> {
@@ -315,17 +338,33 @@ impl UNet<'_> {
     }
 
     fn transformer_block(&mut self, name: &str, x: TensorId, heads: usize, only_cross: bool) -> TensorId {
-        let g = &mut self.g;
-        let channels = g.shape(x).c;
+        let channels = self.g.shape(x).c;
         let layer = |suffix: &str| format!("{name}.{suffix}");
-        let add = |x| ConvOptions { residual: Some(x), ..ConvOptions::default() };
-        let y = g.layer_norm(&layer("norm1"), x, LAYER_EPS); // [n, h, w, c]
-        let x = attention(g, &layer("attn1"), y, only_cross.then_some(self.context), heads, false, add(x));
-        let y = g.layer_norm(&layer("norm2"), x, LAYER_EPS); // [n, h, w, c]
-        let x = attention(g, &layer("attn2"), y, Some(self.context), heads, false, add(x));
-        let y = g.layer_norm(&layer("norm3"), x, LAYER_EPS); // [n, h, w, c]
+        let y = self.g.layer_norm(&layer("norm1"), x, LAYER_EPS); // [n, h, w, c]
+        let x = self.attend(&layer("attn1"), y, x, only_cross.then_some(self.context), heads); // [n, h, w, c]
+        let y = self.g.layer_norm(&layer("norm2"), x, LAYER_EPS); // [n, h, w, c]
+        let x = self.attend(&layer("attn2"), y, x, Some(self.context), heads); // [n, h, w, c]
+        let y = self.g.layer_norm(&layer("norm3"), x, LAYER_EPS); // [n, h, w, c]
         let geglu = ConvOptions { activation: Activation::Geglu, ..ConvOptions::default() };
-        let y = g.linear(&layer("ff.net.0.proj"), y, 8 * channels, geglu); // [n, h, w, 4c]
-        g.linear(&layer("ff.net.2"), y, channels, add(x)) // [n, h, w, c]
+        let y = self.g.linear(&layer("ff.net.0.proj"), y, 8 * channels, geglu); // [n, h, w, 4c]
+        let add = ConvOptions { residual: Some(x), ..ConvOptions::default() };
+        self.g.linear(&layer("ff.net.2"), y, channels, add) // [n, h, w, c]
+    }
+
+    /// `x` plus the attention from `y` to `context`, or to `y` itself if there is none.
+    fn attend(&mut self, name: &str, y: TensorId, x: TensorId, context: Option<TensorId>, heads: usize) -> TensorId {
+        let g = &mut self.g;
+        match (self.kept, context) {
+            (Kept::CrossAttention { guided }, Some(_)) => {
+                let out = attention(g, name, y, context, heads, false, ConvOptions::default()); // [n, h, w, c]
+                let kept = if guided { g.mean_of_halves(&format!("{name}.mean"), out) } else { out };
+                g.keep(kept);
+                g.add(&format!("{name}.add"), out, x) // [n, h, w, c]
+            }
+            _ => {
+                let add = ConvOptions { residual: Some(x), ..ConvOptions::default() };
+                attention(g, name, y, context, heads, false, add) // [n, h, w, c]
+            }
+        }
     }
 }

@@ -12,11 +12,10 @@ pub(super) struct Interval {
 }
 
 /// Buffers start at multiples of this many bytes: two cache lines of a CPU, one of a GPU.
-const ALIGN: usize = 128;
+pub(super) const ALIGN: usize = 128;
 
-/// Offsets of the buffers behind the first `reserved` bytes, and the length of the arena.
-pub(super) fn place(intervals: &[Interval], reserved: usize) -> (Vec<usize>, usize) {
-    let first = reserved.next_multiple_of(ALIGN);
+/// Offsets of the buffers from `first` on, which is a multiple of [`ALIGN`], and the length of the arena.
+pub(super) fn place(intervals: &[Interval], first: usize) -> (Vec<usize>, usize) {
     let mut by_size: Vec<usize> = (0..intervals.len()).filter(|&i| intervals[i].len > 0).collect();
     by_size.sort_by_key(|&i| (std::cmp::Reverse(intervals[i].len), i));
 

@@ -9,7 +9,7 @@ mod arena;
 
 use crate::graph::{Graph, Node, Op, TensorId, WeightSpec};
 use crate::{Error, Result, Subject};
-use arena::{Interval, place};
+use arena::{ALIGN, Interval, place};
 
 /// The storage of a graph's activations by an executor.
 pub trait Storage {
@@ -78,9 +78,13 @@ impl Plan {
                 life.last = life.last.max(if life.first < prologue && position >= prologue { last } else { position });
             }
         }
-        // So do kept activations.
-        for id in &graph.kept {
-            (lives[id.0].first, lives[id.0].last) = (0, last);
+        // So do kept activations, which come first: plans that keep the same ones and share an arena find them where
+        // another left them.
+        let mut first = storage.reserved().next_multiple_of(ALIGN);
+        let mut kept: Vec<(TensorId, usize)> = Vec::new();
+        for &id in &graph.kept {
+            kept.push((id, first));
+            first += std::mem::take(&mut lives[id.0].len).next_multiple_of(ALIGN);
         }
         // Activations whose nodes the backward half dropped as unread have a shape but no node.
         lives.iter_mut().filter(|life| life.first == usize::MAX).for_each(|life| life.len = 0);
@@ -97,7 +101,8 @@ impl Plan {
                 last: position,
             });
         }
-        let (offsets, arena_bytes) = place(&lives, storage.reserved());
+        let (mut offsets, arena_bytes) = place(&lives, first);
+        kept.iter().for_each(|&(id, offset)| offsets[id.0] = offset);
         let workspaces = (0..steps).map(|i| (offsets[graph.shapes.len() + i], lives[graph.shapes.len() + i].len));
         let workspaces = workspaces.collect();
         let reusing = reusing(&graph, storage, &order[prologue..backward]);
@@ -267,13 +272,19 @@ mod tests {
                 1000
             }
         }
+        b.keep(shifted);
+        b.keep(x);
+        b.keep(shifted);
         let plan = Plan::new(b.finish(), &["fixed"], &Bytes);
+        // Kept activations come first, in their order, at multiples of the alignment.
+        assert_eq!((plan.offset(shifted), plan.offset(x)), (1024, 1024 + 8 * 8 * 48));
         assert_eq!(plan.prologue().count(), 1);
 
         let graph = plan.graph();
         let position = |id: TensorId| plan.order.iter().position(|&n| graph.nodes[n].output == id);
         let life = |id: TensorId| {
-            if [graph.input("x"), graph.input("fixed"), graph.input("shift"), graph.output("h")].contains(&id) {
+            let fixed = [graph.input("x"), graph.input("fixed"), graph.input("shift"), graph.output("h")];
+            if fixed.contains(&id) || graph.kept.contains(&id) {
                 return (0, usize::MAX);
             }
             // A shift's output may be written together with its input.

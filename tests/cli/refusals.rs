@@ -24,6 +24,8 @@ fn refuses_in_one_line() {
         (&["sample", "x", "--preset", "lcm", "--spacing", "karras"], 2, "--spacing"),
         (&["sample", "x", "--preset", "nonsense"], 2, "hyper-8"),
         (&["sample", "x", "--reuse", "0"], 2, "--reuse"),
+        (&["sample", "x", "--gate", "0"], 2, "--gate"),
+        (&["sample", "x", "--gate", "3", "--reuse", "2"], 2, "--gate"),
         (&["sample", "x", "--rng", "dice"], 2, "torch-cpu"),
         (&["sample", "x", "--device", "cuda"], 1, "CPU"),
         (&["sample", "x", "--out", "/dev/null/x.png"], 1, "/dev/null"),

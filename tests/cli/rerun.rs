@@ -33,6 +33,20 @@ fn pictures_are_made_again() {
     assert!(text(&output.stderr).contains("woman"), "{}", text(&output.stderr));
 }
 
+#[test]
+fn a_picture_with_a_gate_is_made_again() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, gate) in [("whole.png", &[][..]), ("gated.png", &["--gate", "1"])] {
+        let make = [&["sample", "a doctor", "--steps", "3", "--seed", "4", "-o", name, "-q"], gate].concat();
+        let output = respodiff(folder.path(), &make);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+    let output = respodiff(folder.path(), &["rerun", "gated.png"]);
+    assert!(text(&output.stderr).contains("the same picture"), "{}", text(&output.stderr));
+    let pixels = |name| respodiff::Picture::read(&folder.path().join(name), 0).unwrap();
+    assert_ne!(pixels("whole.png"), pixels("gated.png"));
+}
+
 /// Every sampler with every spacing is found again, including those that have the same name in the record.
 #[test]
 fn every_sampler_is_found_in_the_record() {

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 #: In order: what comes later reads the checkpoints that `models` writes.
-MODULES = ["models", "half", "gradients", "trainers", "concepts", "adapters", "reuse", "clip", "quality", "safety", "pickles", "pipelines", "init_images", "prompts", "single", "tokenizer", "rng", "schedulers", "samplers"]
+MODULES = ["models", "half", "gradients", "trainers", "concepts", "adapters", "reuse", "tgate", "clip", "quality", "safety", "pickles", "pipelines", "init_images", "prompts", "single", "tokenizer", "rng", "schedulers", "samplers"]
 
 
 def main():

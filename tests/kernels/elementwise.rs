@@ -29,6 +29,21 @@ fn activate() {
     }
 }
 
+#[test]
+fn mean_of_halves() {
+    for shape in [Shape::new(2, 1, 1, 1), Shape::new(6, 3, 5, 7), Shape::new(2, 4, 4, 320), Shape::new(4, 1, 2, 20)] {
+        check(
+            &format!("{shape}"),
+            &[shape],
+            |g, x| g.mean_of_halves("mean", x[0]),
+            |given, round| {
+                let (first, second) = given.inputs[0].split_at(shape.len() / 2);
+                first.iter().zip(second).map(|(a, b)| round((a + b) / 2.0)).collect()
+            },
+        );
+    }
+}
+
 /// Numbers in -4..4, where activations are curved.
 fn wide(len: usize, seed: u64) -> Numbers {
     random(len, seed).iter().map(|x| 4.0 * x).collect()

@@ -115,6 +115,10 @@ pub(super) struct Args {
     /// long; the picture is the same, but for roundings
     #[arg(long, value_name = "PIXELS")]
     vae_tile: Option<usize>,
+    /// Guide in the first STEPS steps alone; the later ones also take the outputs of cross attention from the last of
+    /// these. Faster, and less like the picture that all steps make. Concepts still act in every step
+    #[arg(long, value_name = "STEPS")]
+    gate: Option<usize>,
     /// Recipe by which prompts are split into tokens: that of transformers today, or of its slow tokenizer up to
     /// version 4. They differ on Chinese characters, emoji and control characters
     #[arg(long, default_value_t = TokenizerRules::Fast, value_name = "fast|slow")]
@@ -176,6 +180,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         .size(size)
         .guided(items.iter().any(|item| schedule.sampler.guides(guidance(item))))
         .reuse(args.reuse)
+        .gate(args.gate)
         .concepts(args.concepts.any());
     let shape = |batch: &Range<usize>| shared.batch(batch.len()).chunks(chunks[batch.start / each]);
     let second = args.hires.pass(size, sampling.steps)?;
@@ -225,6 +230,7 @@ pub(super) fn run(args: &Args, started: Instant) -> Result<()> {
         hires: second.as_ref().map(Pass::record),
         given_latents: latents.is_some(),
         reuse: Some(args.reuse).filter(|&reuse| reuse != 1),
+        gate: args.gate,
         ..record(engine.outline(), &options)
     };
     args.text.record(&mut info);
