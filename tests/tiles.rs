@@ -59,8 +59,14 @@ fn run(
 /// Strips of any size, those that do not divide the image and those with halos larger than themselves too.
 #[test]
 fn strips_make_the_whole_picture() {
-    let (source, cpu) = (source("sd1"), Device::cpu());
-    let (config, tensors) = (vae(&source), source.tensors("vae").unwrap());
+    for checkpoint in ["sd1", "taesd"] {
+        check_strips(&source(checkpoint));
+    }
+}
+
+fn check_strips(source: &Source) {
+    let cpu = Device::cpu();
+    let (config, tensors) = (vae(source), source.tensors("vae").unwrap());
     let (decoder, encoder) = (divisible_decoder(&config, 7), divisible_encoder(&config, 7));
     let decoded = run(&cpu, &tensors, &decoder, (23, 23));
     let encoded = run(&cpu, &tensors, &encoder, (23, 23));

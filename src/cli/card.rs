@@ -40,6 +40,9 @@ pub(super) fn card(path: &Path, reports: &[PathBuf]) -> Result<String> {
     };
     row("checkpoint", known(&metadata.base_model));
     row("its fingerprint", known(&metadata.fingerprint));
+    for used in &metadata.adapters {
+        row("changed by the adapter", format!("{}, weight {} ({})", used.name, used.weight, used.hash));
+    }
     row("neutral prompt, the only one that it was trained on", known(&metadata.neutral));
     row("iterations", if metadata.iterations > 0 { metadata.iterations.to_string() } else { known("") });
     if let Some([responsible, semantic]) = metadata.losses {

@@ -130,17 +130,12 @@ fn file_and_weight(text: &str) -> Result<(&str, Option<f32>)> {
     name_and_weight(text, |name| Path::new(name).exists())
 }
 
-/// Reads a concept, and warns if it was trained on another model.
+/// Reads a concept, and warns if it was trained on other weights.
 fn load(path: &Path, engine: &Engine) -> Result<Arc<Concept>> {
     let concept = Concept::open(path)?;
-    let base = &concept.metadata.fingerprint;
-    if !base.is_empty() && *base != engine.fingerprint()? {
-        warn(&format!(
-            "{} was trained on {}, not on {}; look at the pictures before you rely on it",
-            path.display(),
-            concept.metadata.base_model,
-            engine.name()
-        ));
+    let adapters: Vec<_> = engine.adapters().iter().map(|(adapter, weight)| adapter.record(*weight)).collect();
+    if let Some(other) = concept.metadata.other_weights(&engine.fingerprint()?, &engine.name(), &adapters) {
+        warn(&format!("{} {other}; look at the pictures before you rely on it", path.display()));
     }
     Ok(Arc::new(concept))
 }
@@ -274,7 +269,7 @@ fn summary(path: &Path) -> Result<serde_json::Value> {
     let norm = |module: &Module| module.parameters.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
     Ok(serde_json::json!({
         "file": path.display().to_string(), "concept": metadata.concept, "kind": metadata.kind.name(),
-        "neutral": metadata.neutral, "base_model": metadata.base_model, "base_fingerprint": metadata.fingerprint,
+        "neutral": metadata.neutral, "base_model": metadata.base_model, "base_fingerprint": metadata.fingerprint, "adapters": metadata.adapters,
         "fingerprint": concept.fingerprint(), "form": format!("{:?}", concept.ram.form()).to_lowercase(),
         "bottleneck": [shape.c, shape.h, shape.w],
         "ram_norm": norm(&concept.ram), "sam_norm": concept.sam.as_ref().map(norm),
@@ -297,6 +292,9 @@ fn show(path: &Path) -> Result<()> {
     row("neutral", metadata.neutral);
     let base = if metadata.fingerprint.is_empty() { String::new() } else { format!(" ({})", metadata.fingerprint) };
     row("base model", format!("{}{base}", metadata.base_model));
+    for used in &metadata.adapters {
+        row("changed by", format!("{}:{} ({})", used.name, used.weight, used.hash));
+    }
     row("bottleneck", format!("{} channels, {}x{}", shape.c, shape.h, shape.w));
     let norm = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
     if ram.form() == Form::Constant {

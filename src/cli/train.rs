@@ -1,9 +1,9 @@
 //! `respodiff train`.
 
 use super::progress::Progress;
-use super::{Place, interrupt_flag, parts, say, tell, warn};
+use super::{Place, adapters, interrupt_flag, parts, say, tell, warn};
 use crate::concept::{Concept, Form, Kind};
-use crate::engine::{Engine, Image, Request, Size};
+use crate::engine::{Engine, EngineOptions, Image, Request, Size};
 use crate::files::check_writable;
 use crate::image::Picture;
 use crate::train::{Recipe, Task, Trainer, Variant, loss_plot, sheet};
@@ -36,6 +36,8 @@ pub(super) struct Args {
     model: Option<String>,
     #[command(flatten)]
     parts: parts::Flags,
+    #[command(flatten)]
+    adapters: adapters::Flags,
     /// Recipe: default, official (that of the authors' code), or a TOML file with fields of a recipe
     #[arg(long, default_value = "default")]
     recipe: String,
@@ -126,7 +128,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
     let source = args.parts.source(args.model.as_deref())?;
     let device = args.device.open()?;
-    let engine = Engine::open(&source, &device)?;
+    let options = EngineOptions::new(device).adapters(args.adapters.load()?);
+    let engine = Engine::open(&source, options.clone())?;
     let Size { width, height } = engine.default_size();
     let size = Size::new(args.width.unwrap_or(width), args.height.unwrap_or(height));
     let mut trainer = Trainer::new(&engine, task.clone(), recipe.clone(), args.seed, size)?;
@@ -169,7 +172,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     drop(trainer);
     if args.sheet > 0 {
         let path = beside("sheet.png");
-        draw(args, &source, device, &task, concept, size)?.save_png(&path, &[])?;
+        draw(args, &source, options, &task, concept, size)?.save_png(&path, &[])?;
         report["sheet"] = path.display().to_string().into();
     }
     match args.json {
@@ -180,10 +183,19 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 /// The contact sheet: pictures of the neutral prompt, without the concept in the first row and with it in the second.
-fn draw(args: &Args, source: &Source, device: Device, task: &Task, concept: Concept, size: Size) -> Result<Picture> {
+fn draw(
+    args: &Args,
+    source: &Source,
+    mut options: EngineOptions,
+    task: &Task,
+    concept: Concept,
+    size: Size,
+) -> Result<Picture> {
     // Only the CPU can sample with concepts that are networks.
-    let device = if concept.ram.form() == Form::Constant { device } else { Device::cpu() };
-    let engine = Engine::open(source, device)?;
+    if concept.ram.form() != Form::Constant {
+        options.device = Device::cpu();
+    }
+    let engine = Engine::open(source, options)?;
     let mut session = engine.session(engine.options().size(size).concepts(true))?;
     let concept = Arc::new(concept);
     let mut row = |concepts: Vec<_>| -> Result<Vec<Picture>> {

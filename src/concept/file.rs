@@ -6,13 +6,14 @@
 
 use super::{Calibration, Form, Module, Strength};
 use crate::graph::Shape;
+use crate::image::UsedAdapter;
 use crate::layout::{nchw_to_nhwc, nhwc_to_nchw};
 use crate::{Error, Result, Subject};
 use half::f16;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Version of the file format.
@@ -79,6 +80,8 @@ pub struct Metadata {
     pub base_model: String,
     /// That checkpoint's [`crate::Engine::fingerprint`]; empty if unknown.
     pub fingerprint: String,
+    /// The adapters that changed that checkpoint while it was trained.
+    pub adapters: Vec<UsedAdapter>,
     /// The recipe of its training, as TOML.
     pub recipe: String,
     /// Iterations of its training; 0 if unknown.
@@ -95,6 +98,25 @@ impl Metadata {
     /// The metadata of a concept of that name and of unknown origin.
     pub fn new(concept: impl Into<String>) -> Self {
         Metadata { concept: concept.into(), ..Default::default() }
+    }
+
+    /// A sentence about the weights that it was trained on, if they are known and are not those of a run: those of a
+    /// checkpoint of this fingerprint and name, changed by these adapters.
+    pub(crate) fn other_weights(&self, fingerprint: &str, model: &str, adapters: &[UsedAdapter]) -> Option<String> {
+        let with = |model: &str, adapters: &[UsedAdapter]| match adapters {
+            [] => model.to_string(),
+            all => {
+                let named: Vec<String> = all.iter().map(|used| format!("{}:{}", used.name, used.weight)).collect();
+                format!("{model} with {}", named.join(" and "))
+            }
+        };
+        let changes = |adapters: &[UsedAdapter]| -> BTreeSet<(String, u32)> {
+            adapters.iter().map(|used| (used.sha256.clone(), used.weight.to_bits())).collect()
+        };
+        let same = self.fingerprint == fingerprint && changes(&self.adapters) == changes(adapters);
+        (!self.fingerprint.is_empty() && !same).then(|| {
+            format!("was trained on {}, not on {}", with(&self.base_model, &self.adapters), with(model, adapters))
+        })
     }
 }
 
@@ -221,6 +243,10 @@ impl Concept {
             neutral: take("neutral"),
             base_model: take("base_model"),
             fingerprint: take("fingerprint"),
+            adapters: match take("adapters").as_str() {
+                "" => Vec::new(),
+                text => serde_json::from_str(text).map_err(|e| bad(format!("`adapters` cannot be read: {e}")))?,
+            },
             recipe: take("recipe"),
             iterations: take("iterations").parse().unwrap_or_default(),
             losses: serde_json::from_str(&take("losses")).ok(),
@@ -321,7 +347,9 @@ impl Concept {
         let fields = fields.map(|(k, v)| (k.to_string(), v));
         let calibration = m.calibration.as_ref().and_then(|c| serde_json::to_string(c).ok());
         let calibration = calibration.map(|text| ("calibration".to_string(), text));
-        let all = m.other.clone().into_iter().chain(fields).chain(calibration).collect();
+        let adapters = (!m.adapters.is_empty()).then(|| serde_json::to_string(&m.adapters).ok()).flatten();
+        let adapters = adapters.map(|text| ("adapters".to_string(), text));
+        let all = m.other.clone().into_iter().chain(fields).chain(calibration).chain(adapters).collect();
         views
             .and_then(|views| crate::files::safetensors(views, &all))
             .map_err(|e| Error::internal(format!("the concept `{}` cannot be written: {e}", m.concept)))

@@ -22,7 +22,7 @@ use crate::{Error, ErrorKind, Result};
 use plan::{Plan, refused};
 use respodiff_fields::{Fields, Request as Asked};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -277,20 +277,20 @@ impl Pipeline {
         Ok(Answer { pictures: pictures.collect::<Result<_>>()?, warnings })
     }
 
-    /// Warnings about concepts that were trained on another model.
+    /// Warnings about concepts that were trained on other weights.
     fn foreign(&self, images: &[Planned]) -> Result<Vec<String>> {
-        let used = images.iter().flat_map(|image| &image.concepts);
-        let origin = |used: &Used| (used.file.clone(), used.concept.metadata.clone());
-        let known: BTreeMap<String, _> =
-            used.map(origin).filter(|(_, origin)| !origin.fingerprint.is_empty()).collect();
-        if known.is_empty() {
+        if images.iter().all(|image| image.concepts.is_empty()) {
             return Ok(Vec::new());
         }
         let (own, model) = (self.engine.fingerprint()?, self.engine.name());
-        let foreign = known.into_iter().filter(|(_, origin)| origin.fingerprint != own);
-        Ok(foreign
-            .map(|(file, origin)| format!("{file} was trained on {}, not on {model}", origin.base_model))
-            .collect())
+        let warnings = images.iter().flat_map(|image| {
+            let other = |used: &Used| {
+                let other = used.concept.metadata.other_weights(&own, &model, &image.info.adapters)?;
+                Some(format!("{} {other}", used.file))
+            };
+            image.concepts.iter().filter_map(other)
+        });
+        Ok(warnings.collect::<BTreeSet<_>>().into_iter().collect())
     }
 
     /// Hashes the weights while pictures are made, since all weights have to be read for it.

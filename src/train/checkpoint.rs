@@ -90,10 +90,13 @@ impl Trainer {
     fn identity(&self) -> String {
         let recipe = super::Recipe { iterations: 0, ..self.recipe().clone() };
         let (task, shape) = (self.task(), self.state.ram.shape());
-        serde_json::json!({
+        let mut identity = serde_json::json!({
             "kind": task.kind, "concept": task.concept, "neutral": task.neutral, "seed": self.seed(),
             "fingerprint": self.base().1, "bottleneck": [shape.h, shape.w, shape.c], "recipe": recipe,
-        })
-        .to_string()
+        });
+        if !self.adapters().is_empty() {
+            identity["adapters"] = self.adapters().iter().map(|used| (&*used.sha256, used.weight)).collect();
+        }
+        identity.to_string()
     }
 }

@@ -10,6 +10,7 @@ use crate::concept::{Concept, Form, Kind, Metadata, Module};
 use crate::draws::Draws;
 use crate::engine::{Engine, SessionOptions, Size};
 use crate::graph::Keep;
+use crate::image::UsedAdapter;
 use crate::models::UNetInput;
 use crate::{Error, ErrorKind, Result, Subject};
 use std::time::{Duration, Instant};
@@ -97,6 +98,7 @@ pub struct Trainer {
     seed: u64,
     base_model: String,
     fingerprint: String,
+    adapters: Vec<UsedAdapter>,
     neutral: Halves,
     pub(super) state: State,
     rollout: Rollout,
@@ -188,6 +190,7 @@ impl Trainer {
             seed,
             base_model: engine.name(),
             fingerprint: engine.fingerprint()?,
+            adapters: engine.adapters().iter().map(|(adapter, weight)| adapter.record(*weight)).collect(),
             neutral,
             state: State { ram, sam, adam, history: Vec::new(), rollouts: 0 },
             rollout,
@@ -216,6 +219,11 @@ impl Trainer {
     /// The name and the fingerprint of the model that it trains on.
     pub fn base(&self) -> (&str, &str) {
         (&self.base_model, &self.fingerprint)
+    }
+
+    /// The adapters that change that model.
+    pub(super) fn adapters(&self) -> &[UsedAdapter] {
+        &self.adapters
     }
 
     /// Losses of all iterations so far.
@@ -316,6 +324,7 @@ impl Trainer {
             neutral: self.task.neutral.clone(),
             base_model: self.base_model.clone(),
             fingerprint: self.fingerprint.clone(),
+            adapters: self.adapters.clone(),
             recipe: self.recipe.to_toml(),
             iterations: history.len() as u64,
             losses: (!tail.is_empty()).then(|| [mean(|l| l.resp), mean(|l| l.sem)]),

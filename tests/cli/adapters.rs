@@ -1,4 +1,4 @@
-//! `--lora` in `sample`, `rerun`, `probe` and `info`.
+//! `--lora` in `sample`, `rerun`, `train`, `probe` and `info`.
 
 use super::{respodiff, tensors, text};
 use crate::support;
@@ -152,4 +152,34 @@ fn adapters_are_described_and_probed() {
     let args = ["probe", "vae-decode", "--inputs", "a.st", "--output", "c.st", "--model", &model, "--lora", &lora];
     let error = text(&respodiff(folder.path(), &args).stderr);
     assert!(error.contains("--lora: adapters are for networks that they change"), "{error}");
+}
+
+/// A concept is trained on the weights that adapters change, its file says so, and other weights give a warning.
+#[test]
+fn concepts_know_the_adapters_that_they_were_trained_with() {
+    let (folder, model) = (tempfile::tempdir().unwrap(), golden("checkpoints/sd1"));
+    let loras = ["--lora", &format!("{}:0.5", golden("adapters/sd1_kohya.safetensors"))];
+    let run = |args: &[&str]| {
+        let output = respodiff(folder.path(), &[args, &["--model", &model]].concat());
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stderr).to_string()
+    };
+    let train = ["train", "--target", "a woman", "--iterations", "2", "--batch", "1", "--sheet", "2", "--out"];
+    run(&[&train[..], &["with.safetensors"], &loras].concat());
+    run(&[&train[..], &["without.safetensors"]].concat());
+    let load = |name: &str| respodiff::Concept::load(folder.path().join(name)).unwrap();
+    let (with, without) = (load("with.safetensors"), load("without.safetensors"));
+    assert_ne!(with.fingerprint(), without.fingerprint());
+    assert!(without.metadata.adapters.is_empty());
+    assert_eq!(with.metadata.adapters[0].weight, 0.5);
+    let shown = respodiff(folder.path(), &["concept", "show", "with.safetensors"]);
+    assert!(text(&shown.stdout).contains("sd1_kohya:0.5"), "{}", text(&shown.stdout));
+
+    let sample = ["sample", "a person", "--steps", "1", "-o", "x.png", "--concept"];
+    assert!(!run(&[&sample[..], &["without.safetensors"]].concat()).contains("was trained on"));
+    assert!(!run(&[&sample[..], &["with.safetensors"], &loras].concat()).contains("was trained on"));
+    let warned = run(&[&sample[..], &["with.safetensors"]].concat());
+    assert!(warned.contains("with sd1_kohya:0.5, not on "), "{warned}");
+    let warned = run(&[&sample[..], &["without.safetensors"], &loras].concat());
+    assert!(warned.contains("not on ") && warned.contains("with sd1_kohya:0.5; look"), "{warned}");
 }
