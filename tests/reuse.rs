@@ -192,6 +192,6 @@ fn impossible_reuse_is_refused() {
     let images = [2.0, 1.0].map(|guidance| Image::new("a cat").guidance(guidance));
     let mut session = engine.session(options.batch(2).gate(Some(2))).unwrap();
     let request = Request::new(images.to_vec()).steps(4);
-    let error = session.generate(&request, &mut |_| ControlFlow::Continue(())).err().expect("refused");
+    let error = session.generate(&request, &mut |_| ControlFlow::Continue(())).expect_err("refused");
     assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("guidance"), "{error}");
 }
