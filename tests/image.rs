@@ -183,8 +183,8 @@ fn parameters_are_those_of_a1111() {
         "a cat, a hat\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, \
          Seed: 18446744073709551615, Size: 768x512, Original size: 1024x768, Crop: \"8,0\", \
          Model: \"a: \\\"b\\\", caf\u{e9}\", EMA: true, VAE hash: 735e4c3a44, VAE: better.safetensors, \
-         Parts: \"text_encoder: clip.pt\", Model fingerprint: 0a1b, RNG: torch-cuda, Precision: int8, Tokenizer: slow, VAE tile: 512, \
-         Reuse: 3, Gate: 10, Concepts: \"a woman:0.5, a cook:1\", Concepts until: \"400, 0\", \
+         Parts: \"text_encoder: clip.pt\", Model fingerprint: 0a1b, RNG: torch-cuda, Precision: int8, Tokenizer: slow, \
+         VAE tile: 512, Reuse: 3, Gate: 10, Concepts: \"a woman:0.5, a cook:1\", Concepts until: \"400, 0\", \
          Concept hashes: \"a woman: 2c3d, a cook: 4e5f\", Version: respodiff 0.1.0"
     );
 }

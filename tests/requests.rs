@@ -67,7 +67,8 @@ fn found(checkpoint: &str, options: &str) -> respodiff::Result<Pipeline> {
     Pipeline::find(&golden(checkpoint), options.as_bytes(), &hub)
 }
 
-/// Prompts in every syntax, of one chunk and of several, with clip skip, embeddings and words for SDXL's second encoder.
+/// Prompts in every syntax, of one chunk and of several, with clip skip, embeddings and words for SDXL's second
+/// encoder.
 #[test]
 fn prompts_are_read_as_on_the_command_line() {
     let (sd1, xl) = (golden("checkpoints/sd1"), golden("checkpoints/sdxl"));

@@ -1,5 +1,5 @@
-//! Steps whose UNet takes activations from an earlier step, inner ones or the outputs of cross attention, against hooks in
-//! diffusers that do the same.
+//! Steps whose UNet takes activations from an earlier step, inner ones or the outputs of cross attention, against hooks
+//! in diffusers that do the same.
 
 mod support;
 

@@ -176,9 +176,9 @@ fn cancelled_and_failed_images_leave_the_others_alone() {
     }
 }
 
-/// Previews show what the VAE decodes at the same moment. Of 24 of the demo's pictures, a linear function that was fitted
-/// to these pictures explains .65 of the variance, and one that is fitted to noise .48 to .54 (with numpy). Of the six
-/// here it is .36.
+/// Previews show what the VAE decodes at the same moment. Of 24 of the demo's pictures, a linear function that was
+/// fitted to these pictures explains .65 of the variance, and one that is fitted to noise .48 to .54 (with numpy). Of
+/// the six here it is .36.
 #[test]
 fn previews_show_what_the_vae_decodes() {
     let engine = Engine::open(&Source::demo(), Device::cpu()).unwrap();

@@ -75,8 +75,8 @@ fn compare(name: &str) {
         // fp32 are large; so are they in a single step from the greatest sigma to the least.
         let tolerance = match schedule.init_noise_sigma > 4000.0 {
             true => 3e-4,
-            // diffusers computes the sigmas in the middle of ancestral steps in fp32, where large numbers cancel. The cases
-            // of k-diffusion, in float64, are closer.
+            // diffusers computes the sigmas in the middle of ancestral steps in fp32, where large numbers cancel. The
+            // cases of k-diffusion, in float64, are closer.
             false if schedule.sampler == Sampler::Dpm2Ancestral && name != "sampler_k_diffusion" => 2e-5,
             false if schedule.init_noise_sigma > 1.0 && case["steps"].as_u64() == Some(2) => 1e-5,
             false => 4e-6,
@@ -355,7 +355,8 @@ fn every_number_of_steps_has_finite_coefficients() {
                     let mut x = [schedule.init_noise_sigma];
                     schedule.steps.iter().for_each(|step| state.step(step, &[0.5], &mut x, &[0.5]));
                     assert!(x[0].is_finite() && schedule.init_noise_sigma > 0.0, "{choice:?} in {steps}");
-                    // As in diffusers, DPM2 with Karras' spacing rounds the timesteps of steps, and not those in the middle.
+                    // As in diffusers, DPM2 with Karras' spacing rounds the timesteps of steps, and not those in the
+                    // middle.
                     let falling = schedule.steps.windows(2).all(|pair| pair[0].timestep + 0.5 >= pair[1].timestep);
                     assert!(falling, "{choice:?} in {steps}");
                 }

@@ -98,8 +98,8 @@ fn the_kernels_make_the_whole_picture_of_strips() {
     assert!(error < 1e-2, "the image is off by {error:.1e}");
 }
 
-/// The kernels of compute capability 9.0, whose products leave moments for the norms of whole images, which are of no use
-/// here; and two parts of which both run in strips.
+/// The kernels of compute capability 9.0, whose products leave moments for the norms of whole images, which are of no
+/// use here; and two parts of which both run in strips.
 #[cfg(feature = "emulated")]
 #[test]
 fn products_that_leave_moments_work_in_strips() {

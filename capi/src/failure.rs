@@ -95,7 +95,8 @@ pub unsafe fn call(error: *mut *mut Failure, work: impl FnOnce() -> Result<(), E
         // SAFETY: the caller's promise.
         unsafe { error.write(std::ptr::null_mut()) };
     }
-    // The state that a panic leaves behind is either local to the call or, as the engine's own locks, safe to use after one.
+    // The state that a panic leaves behind is either local to the call or, as the engine's own locks, safe to use after
+    // one.
     let outcome = catch_unwind(AssertUnwindSafe(work));
     let failure = match outcome {
         Ok(Ok(())) => return Code::Ok,
@@ -135,8 +136,8 @@ pub unsafe extern "C" fn respodiff_error_message(error: *const Failure) -> *cons
     unsafe { error.as_ref() }.map_or(null(), |failure| failure.message.as_ptr())
 }
 
-/// Names the field of the request, the argument, the file or the model that an error is about; empty if it is nothing in
-/// particular. NULL for NULL.
+/// Names the field of the request, the argument, the file or the model that an error is about; empty if it is nothing
+/// in particular. NULL for NULL.
 ///
 /// # Safety
 /// `error` is NULL or an error that was not freed.

@@ -185,7 +185,8 @@ pub async fn models(State(app): State<App>) -> Json<Value> {
         json!({
             "id": model.id, "object": "model", "created": 0, "owned_by": "respodiff",
             "size": format!("{}x{}", model.size.0, model.size.1), "samplers": model.samplers,
-            "concepts": model.concepts, "loras": model.loras, "embeddings": model.embeddings, "sha256": model.sha256, "loaded": model.loaded,
+            "concepts": model.concepts, "loras": model.loras, "embeddings": model.embeddings,
+            "sha256": model.sha256, "loaded": model.loaded,
         })
     };
     Json(json!({"object": "list", "data": app.backend.models().into_iter().map(model).collect::<Vec<_>>()}))

@@ -1,8 +1,8 @@
 //! The bounded queue, and the thread that takes its images through a running batch.
 //!
-//! One thread owns the engine's batch. Between steps it lets images of the queue's head join as long as they fit the batch;
-//! one of another model, size or the like waits until the batch is empty. So order is kept, and no image waits for more
-//! than those before it. An image whose receiver is gone is taken out before the next step.
+//! One thread owns the engine's batch. Between steps it lets images of the queue's head join as long as they fit the
+//! batch; one of another model, size or the like waits until the batch is empty. So order is kept, and no image waits
+//! for more than those before it. An image whose receiver is gone is taken out before the next step.
 
 use crate::backend::{Backend, Batch, Event, Kind, Picture, Problem, Work};
 use crate::metrics::Metrics;

@@ -265,9 +265,9 @@ pub trait Denoiser: Send {
     /// As for [`Executor::prologue`], and [`crate::ErrorKind::Internal`] if there is no plan for such a batch.
     fn place(&mut self, slots: &[usize], guided: bool, inputs: &[(&'static str, Vec<f32>)]) -> Result<()>;
 
-    /// Takes the next step of every image that has a row and is not done. The device may still be at work afterwards. If
-    /// `reusing`, the UNet takes the activations that its graph keeps from the last whole step, which had the same images
-    /// and a graph that keeps activations of the same sizes.
+    /// Takes the next step of every image that has a row and is not done. The device may still be at work afterwards.
+    /// If `reusing`, the UNet takes the activations that its graph keeps from the last whole step, which had the same
+    /// images and a graph that keeps activations of the same sizes.
     ///
     /// # Errors
     /// As for [`Executor::prologue`].

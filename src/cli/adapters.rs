@@ -85,8 +85,8 @@ pub(super) fn recorded(used: &[UsedAdapter]) -> Result<Vec<(Arc<Adapter>, f32)>>
     used.iter().map(load).collect()
 }
 
-/// Parses `FILE` or `FILE:WEIGHT`. A colon that no number follows belongs to the name, as in `C:\loras\a.safetensors`, if
-/// the part before it is no file.
+/// Parses `FILE` or `FILE:WEIGHT`. A colon that no number follows belongs to the name, as in `C:\loras\a.safetensors`,
+/// if the part before it is no file.
 fn file_and_weight(text: &str) -> Result<(&str, Option<f32>)> {
     let is_file = |name: &str| Path::new(name).exists();
     let is_name = |text: &str| match text.rsplit_once(':') {

@@ -269,7 +269,8 @@ fn summary(path: &Path) -> Result<serde_json::Value> {
     let norm = |module: &Module| module.parameters.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
     Ok(serde_json::json!({
         "file": path.display().to_string(), "concept": metadata.concept, "kind": metadata.kind.name(),
-        "neutral": metadata.neutral, "base_model": metadata.base_model, "base_fingerprint": metadata.fingerprint, "adapters": metadata.adapters,
+        "neutral": metadata.neutral, "base_model": metadata.base_model, "base_fingerprint": metadata.fingerprint,
+        "adapters": metadata.adapters,
         "fingerprint": concept.fingerprint(), "form": format!("{:?}", concept.ram.form()).to_lowercase(),
         "bottleneck": [shape.c, shape.h, shape.w],
         "ram_norm": norm(&concept.ram), "sam_norm": concept.sam.as_ref().map(norm),

@@ -66,7 +66,8 @@ enum Command {
     Audit(Box<eval::audit::Args>),
     /// Show, calibrate, describe, convert, merge or import concept files
     Concept(concepts::Args),
-    /// Write a checkpoint anew: as a diffusers folder or as one file, in another number format, with parts from elsewhere
+    /// Write a checkpoint anew: as a diffusers folder or as one file, in another number format, with parts from
+    /// elsewhere
     Convert(convert::Args),
     /// Run one component on tensors from a file, in the layout of diffusers (NCHW, fp32)
     Probe(probe::Args),

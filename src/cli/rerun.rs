@@ -192,7 +192,8 @@ fn read(path: &Path) -> Result<(GenerationInfo, Option<SamplerChoice>)> {
     Ok((info, None))
 }
 
-/// The record of a picture, and its sampler, as read from A1111's text. Settings that are not honoured are named in a warning.
+/// The record of a picture, and its sampler, as read from A1111's text. Settings that are not honoured are named in a
+/// warning.
 fn of_parameters(path: &Path, parameters: &Parameters) -> Result<(GenerationInfo, SamplerChoice)> {
     // The last three say what made the picture, and change nothing.
     const HONOURED: [&str; 10] =

@@ -38,8 +38,8 @@ fn parts<'a>(norm: &GroupNorm, memory: &'a NodeMemory) -> Parts<'a> {
     [part(norm.sources.x), norm.sources.skip.map_or((&[][..], 0), part)]
 }
 
-/// Statistics of every stretch of `stretch` pixels, `[stretch][2][c]` per image: the mean of each group, repeated for its
-/// channels, and the sum of squared deviations of each channel.
+/// Statistics of every stretch of `stretch` pixels, `[stretch][2][c]` per image: the mean of each group, repeated for
+/// its channels, and the sum of squared deviations of each channel.
 fn partial_statistics(parts: Parts, x: Shape, stretch: usize, per_group: usize, partial: &mut [f32]) {
     let channels: usize = parts.iter().map(|p| p.1).sum();
     let (pixels, stretches) = (x.tokens(), x.tokens().div_ceil(stretch));
@@ -65,8 +65,8 @@ fn moments(image: &[f32], group: &Range<usize>, channels: usize, pixels: usize, 
     (mean, 1.0 / (squares / count + eps as f64).sqrt())
 }
 
-/// Computes from the statistics of the stretches, or from moments that are given, the scale and the shift, `[n][2][c]`, that make the norm
-/// `x * scale + shift` in each channel of each image.
+/// Computes from the statistics of the stretches, or from moments that are given, the scale and the shift, `[n][2][c]`,
+/// that make the norm `x * scale + shift` in each channel of each image.
 fn affine_of(norm: &GroupNorm, weights: &CpuWeights, memory: &NodeMemory, partial: &[f32], affine: &mut [f32]) {
     let (x, stretches, channels) = sizes(norm, |t| memory.shape(t));
     let (weight, bias) = (weights.get(norm.weight), weights.get(norm.bias));

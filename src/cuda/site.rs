@@ -18,8 +18,8 @@ pub enum Element {
 
 impl Element {
     /// How `graph` stores an activation: fp16, except for numbers that are no activations (token ids, indices,
-    /// timesteps), for moments, and for the result of a network's last matrix product, whose fp16 rounding guidance would
-    /// amplify.
+    /// timesteps), for moments, and for the result of a network's last matrix product, whose fp16 rounding guidance
+    /// would amplify.
     pub fn of(graph: &Graph, id: TensorId) -> Self {
         let exact = |node: &Node| match node.op {
             Op::Embed { ids, .. } => ids == id,

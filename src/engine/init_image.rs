@@ -164,8 +164,8 @@ pub(super) struct Begun {
     pub drawn: u32,
     /// The parts that stay as they are.
     pub kept: Option<Kept>,
-    /// The input of a UNet for inpainting beside the latents, `[h, w, 1 + c]`: 1 where it paints, and the latents of the
-    /// picture without those parts.
+    /// The input of a UNet for inpainting beside the latents, `[h, w, 1 + c]`: 1 where it paints, and the latents of
+    /// the picture without those parts.
     pub masked: Option<Arc<[f32]>>,
 }
 

@@ -254,8 +254,8 @@ impl Engine {
     }
 
     /// The number of chunks ([`SessionOptions::chunks`]) for which a session must be planned to make this image: the
-    /// least common multiple of the chunks of its prompt and, if the sampler guides it, of its negative prompt. Pictures are equal
-    /// to the last bit if they are made with this number, whatever else is in their batches.
+    /// least common multiple of the chunks of its prompt and, if the sampler guides it, of its negative prompt.
+    /// Pictures are equal to the last bit if they are made with this number, whatever else is in their batches.
     ///
     /// # Errors
     /// Those of [`Engine::encode`], and [`crate::ErrorKind::Invalid`] if there is no such number up to 64.

@@ -1,5 +1,5 @@
-//! Previews: by a small VAE, if the engine has one for them, or else without any: the pixels at a place of the latents as
-//! a linear function of the numbers there and around.
+//! Previews: by a small VAE, if the engine has one for them, or else without any: the pixels at a place of the latents
+//! as a linear function of the numbers there and around.
 //!
 //! The function is fitted by least squares to what the checkpoint's own VAE decodes, so it serves every checkpoint, and
 //! follows from the checkpoint alone. The latents of the fit are random numbers of unit variance, as real latents have

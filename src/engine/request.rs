@@ -138,8 +138,8 @@ pub struct Image {
     /// for the prompt: section 3.4 of arXiv 2305.08891, and `guidance_rescale` in diffusers.
     pub guidance_rescale: f32,
     /// The timesteps between which there is guidance, in either order (arXiv 2404.07724); all by default. At the others
-    /// the prediction for the prompt is taken alone. A step in which no image of the batch has guidance computes nothing
-    /// else, so it takes half the time.
+    /// the prediction for the prompt is taken alone. A step in which no image of the batch has guidance computes
+    /// nothing else, so it takes half the time.
     pub guidance_interval: Option<(f32, f32)>,
     /// Concepts and their strengths, which add up.
     pub concepts: Vec<(Arc<Concept>, Strength)>,

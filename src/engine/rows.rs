@@ -180,8 +180,8 @@ impl Rows {
         self.images[slot].as_ref().map_or((0, 0), |image| (image.done, image.guided.len()))
     }
 
-    /// Checks that images which took no step yet can reuse activations of the same steps: if they reuse any at all, their
-    /// rows must be the same in all steps.
+    /// Checks that images which took no step yet can reuse activations of the same steps: if they reuse any at all,
+    /// their rows must be the same in all steps.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Invalid`].

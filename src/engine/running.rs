@@ -179,8 +179,8 @@ impl RunningBatch {
     }
 
     /// A rough picture of an image as it is at the moment; `None` if the image is not there. It is decoded by
-    /// [`crate::EngineOptions::preview_vae`], or else takes milliseconds, since it is a linear function of the latents. The
-    /// function is fitted to the VAE, for which the first preview of an engine waits.
+    /// [`crate::EngineOptions::preview_vae`], or else takes milliseconds, since it is a linear function of the latents.
+    /// The function is fitted to the VAE, for which the first preview of an engine waits.
     ///
     /// # Errors
     /// [`ErrorKind::NonFinite`], [`ErrorKind::DeviceLost`].

@@ -157,8 +157,8 @@ pub enum Op {
     Conv(Conv),
     /// See [`GroupNorm`].
     GroupNorm(GroupNorm),
-    /// The moments of the sources of a group norm, `[n, groups, h, 2]`: the mean of each group in each row of pixels, and
-    /// the sum of squared deviations from it.
+    /// The moments of the sources of a group norm, `[n, groups, h, 2]`: the mean of each group in each row of pixels,
+    /// and the sum of squared deviations from it.
     GroupNormMoments {
         /// The group norm.
         of: GroupNorm,

@@ -1,11 +1,11 @@
-//! Parts of a network that run one after another, over strips of an image's rows: for images whose activations would not
-//! fit into memory as a whole.
+//! Parts of a network that run one after another, over strips of an image's rows: for images whose activations would
+//! not fit into memory as a whole.
 //!
 //! A strip is a range of rows over the whole width, which NHWC keeps in one piece. Convolutions read rows beyond their
-//! output, so a strip is read with a *halo* of rows above and below it, whose results are dropped. Where the image ends,
-//! the strip ends with it, so that convolutions find the zeros there that they would find in the whole image. Group norms
-//! read their moments over the whole image from inputs; a run over all strips computes those of one norm, from the
-//! moments of the norms before it. So the result is that of the whole image, up to the order of sums.
+//! output, so a strip is read with a *halo* of rows above and below it, whose results are dropped. Where the image
+//! ends, the strip ends with it, so that convolutions find the zeros there that they would find in the whole image.
+//! Group norms read their moments over the whole image from inputs; a run over all strips computes those of one norm,
+//! from the moments of the norms before it. So the result is that of the whole image, up to the order of sums.
 
 use super::{Graph, GroupNorm, Node, Op, Shape, TensorId};
 
@@ -53,8 +53,8 @@ impl Graph {
         part
     }
 
-    /// The same graph for strips: the moments of group norm number `i`, counted from 0, are read from the input `norm.i`
-    /// ([`GroupNorm::moments`]), and those of its sources, row by row, are the output `moments.i`.
+    /// The same graph for strips: the moments of group norm number `i`, counted from 0, are read from the input
+    /// `norm.i` ([`GroupNorm::moments`]), and those of its sources, row by row, are the output `moments.i`.
     pub(crate) fn strip(mut self) -> Graph {
         let mut nodes = Vec::new();
         for mut node in std::mem::take(&mut self.nodes) {

@@ -138,9 +138,8 @@ pub fn guidance_embedding(guidance: f32, width: usize) -> Vec<f32> {
     (0..half).map(move |i| angles(i).sin()).chain((0..half).map(move |i| angles(i).cos())).collect()
 }
 
-/// The input of a UNet that knows masks (those of inpainting models) beside its latents,
-/// `[rows, h, w, in_channels - out_channels]`: 1 where it paints and 0 elsewhere, then the latents of the picture that is
-/// grey where it paints.
+/// The input of a UNet that knows masks (those of inpainting models) beside its latents, `[rows, h, w, in_channels -
+/// out_channels]`: 1 where it paints and 0 elsewhere, then the latents of the picture that is grey where it paints.
 pub const MASK_AND_IMAGE: &str = "mask_and_image";
 
 /// The latents, and the channels that a UNet which knows masks reads beside them.
@@ -269,8 +268,8 @@ impl UNet<'_> {
         self.g.shift("mid_block.shift", x, shift) // [n, h, w, c]
     }
 
-    /// Builds the up half, from the bottleneck to the output `sample`. If `keep`, the activation that the residual block
-    /// before the last one reads is kept.
+    /// Builds the up half, from the bottleneck to the output `sample`. If `keep`, the activation that the residual
+    /// block before the last one reads is kept.
     fn up(&mut self, mut x: TensorId, skips: &mut Vec<TensorId>, keep: bool) {
         let resnets = self.config.levels.iter().rev().enumerate().flat_map(|(i, level)| {
             (0..=level.layers).map(move |j| (format!("up_blocks.{i}.resnets.{j}"), level.channels))

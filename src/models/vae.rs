@@ -27,9 +27,10 @@ pub fn vae_decoder(config: &VaeConfig, batch: usize, latent: Extent) -> Graph {
     g.finish()
 }
 
-/// The decoder for one image of latents `width` wide, which can run in two parts. It is cut before the last but one of its
-/// upsampling convolutions. The activations before the cut have a sixth of the size of the largest ones, and no attention
-/// comes after it. A cut further up would save more memory, but then more work has to be done again for every norm.
+/// The decoder for one image of latents `width` wide, which can run in two parts. It is cut before the last but one of
+/// its upsampling convolutions. The activations before the cut have a sixth of the size of the largest ones, and no
+/// attention comes after it. A cut further up would save more memory, but then more work has to be done again for every
+/// norm.
 pub fn divisible_decoder(config: &VaeConfig, width: usize) -> Divisible<impl Fn(usize) -> Graph> {
     let graph = move |h| vae_decoder(config, 1, Extent { h, w: width });
     let upsampled = |node: &Node| match &node.op {

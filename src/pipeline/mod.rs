@@ -142,8 +142,8 @@ impl Made {
 pub struct Answer {
     /// The pictures, prompt by prompt.
     pub pictures: Vec<Made>,
-    /// Things that are no error but that the caller may want to know: words of a prompt that were too many, a prompt that
-    /// was not balanced, a concept of another model.
+    /// Things that are no error but that the caller may want to know: words of a prompt that were too many, a prompt
+    /// that was not balanced, a concept of another model.
     pub warnings: Vec<String>,
 }
 
@@ -164,8 +164,8 @@ impl Pipeline {
         Ok(Pipeline { engine, texts, embeddings, lora_folder: None, record, max_batch, idle, hashes })
     }
 
-    /// The same, with a folder in which requests find adapters by name, those in folders inside of it included. Files are
-    /// found without it.
+    /// The same, with a folder in which requests find adapters by name, those in folders inside of it included. Files
+    /// are found without it.
     pub fn lora_folder(self, folder: Option<PathBuf>) -> Self {
         Pipeline { lora_folder: folder, ..self }
     }
@@ -347,8 +347,8 @@ fn by_key(images: Vec<Planned>) -> Vec<Vec<(usize, Planned)>> {
     groups
 }
 
-/// Makes the pictures of images, which keep their numbers, as many at once as the batch holds. `progress` is told how many
-/// steps are done, and may end the run. The batch is empty afterwards.
+/// Makes the pictures of images, which keep their numbers, as many at once as the batch holds. `progress` is told how
+/// many steps are done, and may end the run. The batch is empty afterwards.
 fn run(
     batch: &mut RunningBatch,
     images: Vec<(usize, Planned)>,

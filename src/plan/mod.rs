@@ -2,8 +2,9 @@
 //!
 //! A plan orders the nodes, gives each activation an offset in one arena by its lifetime, and splits off the
 //! *prologue*: the nodes that depend only on inputs which stay the same from step to step (a UNet's prompt keys and
-//! values). A step that reuses activations which the graph keeps needs only some of the nodes. For training it also splits off the *backward* nodes, which need the gradient that follows from a step's
-//! result. After that a step needs no further memory for activations and cannot run out of it. Plans know no device.
+//! values). A step that reuses activations which the graph keeps needs only some of the nodes. For training it also
+//! splits off the *backward* nodes, which need the gradient that follows from a step's result. After that a step needs
+//! no further memory for activations and cannot run out of it. Plans know no device.
 
 mod arena;
 

@@ -37,8 +37,8 @@ struct Networks {
 type Component = (&'static str, Tensors, Vec<WeightSpec>);
 
 impl Source {
-    /// Writes the checkpoint to `destination`: to a file in the original layout if the name ends in `.safetensors`, else
-    /// to a folder as diffusers writes it. Numbers keep their format, unless `format` names another one, but 8-bit
+    /// Writes the checkpoint to `destination`: to a file in the original layout if the name ends in `.safetensors`,
+    /// else to a folder as diffusers writes it. Numbers keep their format, unless `format` names another one, but 8-bit
     /// numbers become fp16, or with a scale fp32. The result appears whole or not at all.
     ///
     /// Returns what a file in the original layout does not say, for the user to know.

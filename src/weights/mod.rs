@@ -75,8 +75,8 @@ impl Source {
         .advise("give the folder that save_pretrained wrote"))
     }
 
-    /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL, of safetensors or of `torch.save`. Its
-    /// UNet suffices if the other parts come from elsewhere ([`Source::with_part`]).
+    /// A single file in the original layout of Stable Diffusion 1.x, 2.x or SDXL, of safetensors or of `torch.save`.
+    /// Its UNet suffices if the other parts come from elsewhere ([`Source::with_part`]).
     ///
     /// # Errors
     /// [`crate::ErrorKind::Unsupported`] if it is anything else, [`crate::ErrorKind::Damaged`] if it is not whole,
@@ -94,9 +94,9 @@ impl Source {
         if path.is_dir() { Self::folder(path) } else { Self::file(path) }
     }
 
-    /// The checkpoint that a text names: a folder or file that exists, otherwise a Hugging Face model id, which is taken
-    /// from the cache or downloaded. `config` is asked for an id alone; `progress` is called after every piece of a
-    /// download.
+    /// The checkpoint that a text names: a folder or file that exists, otherwise a Hugging Face model id, which is
+    /// taken from the cache or downloaded. `config` is asked for an id alone; `progress` is called after every piece of
+    /// a download.
     ///
     /// # Errors
     /// Those of [`Source::open`] and [`hub::resolve`].

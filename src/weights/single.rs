@@ -1,5 +1,5 @@
-//! Single-file checkpoints: one file of safetensors or of `torch.save` with all weights under the names of the original code (CompVis',
-//! Stability AI's, OpenCLIP's), and no configurations.
+//! Single-file checkpoints: one file of safetensors or of `torch.save` with all weights under the names of the original
+//! code (CompVis', Stability AI's, OpenCLIP's), and no configurations.
 
 mod configs;
 mod names;
@@ -66,8 +66,8 @@ impl fmt::Debug for SingleFile {
 const VAES: [&str; 2] = [VAE, ""];
 
 impl SingleFile {
-    /// A checkpoint, of which the file must hold at least the UNet. If `averages` is true, the UNet is that of the moving
-    /// averages (EMA) that some trainers save beside the weights.
+    /// A checkpoint, of which the file must hold at least the UNet. If `averages` is true, the UNet is that of the
+    /// moving averages (EMA) that some trainers save beside the weights.
     pub(super) fn open(path: &Path, averages: bool) -> Result<Self> {
         let refuse = |problem: &'static str| Error::unsupported(path, problem);
         let all = Tensors::open_file(path)?;

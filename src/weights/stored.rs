@@ -24,7 +24,8 @@ pub enum Format {
     F32,
     /// IEEE double precision.
     F64,
-    /// Eight bits with four of exponent, no infinities, and one NaN of each sign (Micikevicius et al., arXiv 2209.05433).
+    /// Eight bits with four of exponent, no infinities, and one NaN of each sign (Micikevicius et al., arXiv
+    /// 2209.05433).
     F8E4M3,
     /// Eight bits with five of exponent: the upper half of a number in half precision.
     F8E5M2,

@@ -116,8 +116,8 @@ impl Tensors {
         Tensors { files: Vec::new(), index: HashMap::new(), random: true, changes: Arc::default() }
     }
 
-    /// Finds and maps the weights of `component` in the folder `place`. Full precision is preferred to fp16, one file to
-    /// shards, and safetensors to files of `torch.save`.
+    /// Finds and maps the weights of `component` in the folder `place`. Full precision is preferred to fp16, one file
+    /// to shards, and safetensors to files of `torch.save`.
     pub(super) fn open(source: &Source, place: &str, component: &str) -> Result<Self> {
         if component.starts_with("text_encoder") {
             let tensors = Self::find_files(source, place, "model")?;
@@ -353,7 +353,8 @@ impl Tensors {
         (!files.is_empty()).then(|| hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// SHA-256 of everything behind the header of a single file of safetensors, or of all of another one, in hexadecimal.
+    /// SHA-256 of everything behind the header of a single file of safetensors, or of all of another one, in
+    /// hexadecimal.
     pub(super) fn sha256_of_numbers(&self) -> String {
         let bytes = self.files.first().map_or(&[][..], |(_, bytes)| bytes.as_ref());
         let header = match bytes.first_chunk::<8>() {

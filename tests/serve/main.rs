@@ -1,5 +1,5 @@
-//! `respodiff serve`: what it answers is what `respodiff sample` makes, whoever asks at the same time; and what it keeps
-//! survives being killed.
+//! `respodiff serve`: what it answers is what `respodiff sample` makes, whoever asks at the same time; and what it
+//! keeps survives being killed.
 
 mod audit;
 mod jobs;

@@ -127,8 +127,8 @@ fn parts_from_elsewhere() {
     ] {
         let whole = Original::named(name);
         let truth = whole.open().unwrap();
-        // A UNet without prefix, and everything else in files of its own. SDXL's keeps the encoder whose pooled prompt it
-        // reads, since these are narrower than any known one's.
+        // A UNet without prefix, and everything else in files of its own. SDXL's keeps the encoder whose pooled prompt
+        // it reads, since these are narrower than any known one's.
         let mut kept = Original::named(name);
         kept.keep(&["model.diffusion_model.", "conditioner.embedders.1."]);
         let unet = match name {

@@ -255,8 +255,8 @@ pub fn module(form: Form, shape: Shape, seed: u32) -> Module {
     module
 }
 
-/// A file of `torch.save` with these tensors, given as name, shape, format and bytes: a state dict, or a checkpoint of a
-/// trainer with one. It has the instructions that torch writes, without those that only save space.
+/// A file of `torch.save` with these tensors, given as name, shape, format and bytes: a state dict, or a checkpoint of
+/// a trainer with one. It has the instructions that torch writes, without those that only save space.
 pub fn torch_save(tensors: &[(String, Vec<usize>, Dtype, Vec<u8>)], wrapped: bool) -> Vec<u8> {
     use std::io::Write;
     let text = |text: &str| [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat();

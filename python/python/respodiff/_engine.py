@@ -105,11 +105,11 @@ class Engine:
         """Makes pictures: `n` (1) of each prompt, picture `i` of all from seed `seed + i`.
 
         Every picture gets all of `concepts`, and one of each group of `balance` by exact quotas over the pictures of
-        the call whose prompts name no attribute of the group. `loras` change the model for all pictures of the call, and
-        the engine is afterwards as it was. `prompt_syntax` is "plain", "a1111" or "comfy"; `clip_skip` counts as A1111
-        does; `prompt_2` and `negative_prompt_2` are for SDXL's second text encoder. `progress(done, total)` is called between steps, and
-        ends the run by raising; so does Ctrl-C. Further fields are those of `respodiff serve`, whose names for the
-        others (`num_inference_steps`) serve as well.
+        the call whose prompts name no attribute of the group. `loras` change the model for all pictures of the call,
+        and the engine is afterwards as it was. `prompt_syntax` is "plain", "a1111" or "comfy"; `clip_skip` counts as
+        A1111 does; `prompt_2` and `negative_prompt_2` are for SDXL's second text encoder. `progress(done, total)` is
+        called between steps, and ends the run by raising; so does Ctrl-C. Further fields are those of `respodiff
+        serve`, whose names for the others (`num_inference_steps`) serve as well.
         """
         named: Dict[str, Concept] = {}
         arguments = {

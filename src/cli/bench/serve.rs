@@ -33,8 +33,8 @@ pub(in super::super) struct Args {
     /// Clients at once
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..=256))]
     clients: u16,
-    /// Requests per second of the open loop, for example 5,10,20 [default: 0.5, 0.8, 1, 1.5 and 3 times what the clients
-    /// got]
+    /// Requests per second of the open loop, for example 5,10,20 [default: 0.5, 0.8, 1, 1.5 and 3 times what the
+    /// clients got]
     #[arg(long, value_delimiter = ',')]
     rates: Vec<f64>,
     /// Seconds for which requests come at each rate

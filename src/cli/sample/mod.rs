@@ -111,8 +111,8 @@ pub(super) struct Args {
     /// before. Faster, and less like the picture that all steps make. Concepts still act in every step
     #[arg(long, default_value_t = 1, value_name = "N")]
     reuse: usize,
-    /// Decode and encode pictures of more than PIXELS x PIXELS in strips as large. Takes less memory and several times as
-    /// long; the picture is the same, but for roundings
+    /// Decode and encode pictures of more than PIXELS x PIXELS in strips as large. Takes less memory and several times
+    /// as long; the picture is the same, but for roundings
     #[arg(long, value_name = "PIXELS")]
     vae_tile: Option<usize>,
     /// Guide in the first STEPS steps alone; the later ones also take the outputs of cross attention from the last of

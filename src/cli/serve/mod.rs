@@ -32,14 +32,14 @@ use std::time::Duration;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Checkpoint folder, single file or Hugging Face model id; repeat for several, of which the first is loaded at once
-    /// and the others when they are first asked for [default: the demo]
+    /// Checkpoint folder, single file or Hugging Face model id; repeat for several, of which the first is loaded at
+    /// once and the others when they are first asked for [default: the demo]
     #[arg(long)]
     model: Vec<String>,
     #[command(flatten)]
     parts: parts::Flags,
-    /// Memory that the models and the batch may take, such as 24GiB; beyond, the model that was not used for the longest
-    /// time is unloaded [default: all models stay loaded]
+    /// Memory that the models and the batch may take, such as 24GiB; beyond, the model that was not used for the
+    /// longest time is unloaded [default: all models stay loaded]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     memory: Option<usize>,
     /// Address to listen on
@@ -51,8 +51,8 @@ pub(super) struct Args {
     /// Images that are made at once: requests of one size join the running batch between steps
     #[arg(long, default_value_t = 8)]
     max_batch: usize,
-    /// Decode and encode pictures of more than PIXELS x PIXELS in strips as large. Takes less memory and several times as
-    /// long; the picture is the same, but for roundings
+    /// Decode and encode pictures of more than PIXELS x PIXELS in strips as large. Takes less memory and several times
+    /// as long; the picture is the same, but for roundings
     #[arg(long, value_name = "PIXELS")]
     vae_tile: Option<usize>,
     /// Images that may wait; beyond, clients are told when to come again
@@ -71,12 +71,12 @@ pub(super) struct Args {
     concepts: Option<PathBuf>,
     #[command(flatten)]
     embeddings: text::Embeddings,
-    /// Folder of adapters (LoRA and the like) that clients may ask for, by their names without the ending; those in folders
-    /// inside of it included. New and changed files are taken up while the server runs
+    /// Folder of adapters (LoRA and the like) that clients may ask for, by their names without the ending; those in
+    /// folders inside of it included. New and changed files are taken up while the server runs
     #[arg(long, value_name = "FOLDER")]
     lora_folder: Option<PathBuf>,
-    /// Small VAE for the same latents as the model's, such as TAESD, by which previews are decoded: a diffusers folder or
-    /// a file [default: previews are a linear function of the latents]
+    /// Small VAE for the same latents as the model's, such as TAESD, by which previews are decoded: a diffusers folder
+    /// or a file [default: previews are a linear function of the latents]
     #[arg(long, value_name = "DIR|FILE")]
     preview_vae: Option<PathBuf>,
     /// Policy: a TOML file with concepts that every picture gets (`[[always]]`), and quotas over the stream of all

@@ -240,8 +240,8 @@ impl Models {
             return Ok(engine);
         }
         self.served.iter().for_each(|served| *locked(&served.adapted) = None);
-        // The changed weights lie beside the others, and are as large at most. If that is more than the budget, it is seen
-        // when they are there whether they fit.
+        // The changed weights lie beside the others, and are as large at most. If that is more than the budget, it is
+        // seen when they are there whether they fit.
         let _ = self.make_room(served, 2 * served.weight_bytes());
         let engine = base.with_adapters(&adapters.0).map_err(of_loras)?;
         *locked(&served.adapted) = Some((adapters.clone(), engine.clone()));

@@ -66,8 +66,8 @@ impl Served {
         };
         let mut images = pipeline::plan(request, &offer)?.images;
         let texts: Vec<_> = images.iter().map(|image| image.request.images.clone()).collect();
-        // Weights that are not loaded encode the prompts when the batch is. It takes time, so it comes after all that can
-        // be refused.
+        // Weights that are not loaded encode the prompts when the batch is. It takes time, so it comes after all that
+        // can be refused.
         let mut sets: Vec<AdapterSet> = images.iter().map(|image| image.key.adapters.clone()).collect();
         sets.dedup();
         for set in sets {

@@ -1,5 +1,5 @@
-//! `respodiff audit verify`: whether an audit log is whole, whether the quotas in it were kept, and whether its pictures
-//! can be made again.
+//! `respodiff audit verify`: whether an audit log is whole, whether the quotas in it were kept, and whether its
+//! pictures can be made again.
 
 use super::super::{Place, parts, rerun, say, tell, warn};
 use super::audit::{Begun, Event, Line, Outcome, none, sha256};

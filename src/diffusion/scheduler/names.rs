@@ -277,7 +277,8 @@ impl Spacing {
         self.keys()[0]
     }
 
-    /// The "Schedule type" of A1111; a name that A1111 does not know if it has no such spacing; "Automatic" for leading.
+    /// The "Schedule type" of A1111; a name that A1111 does not know if it has no such spacing; "Automatic" for
+    /// leading.
     pub fn a1111_name(self) -> &'static str {
         match self {
             Spacing::Leading => "Automatic",

@@ -155,7 +155,8 @@ impl Adapter {
         Ok(Adapter { path: path.into(), hash: hash.chars().take(12).collect(), tensors, modules, sha256 })
     }
 
-    /// The files of adapters in a folder and in the folders inside of it, those of one folder in the order of their names.
+    /// The files of adapters in a folder and in the folders inside of it, those of one folder in the order of their
+    /// names.
     ///
     /// # Errors
     /// [`crate::ErrorKind::Io`] if the folder cannot be read.
@@ -368,8 +369,8 @@ impl std::fmt::Debug for Adapter {
     }
 }
 
-/// The tensors of a checkpoint's networks with adapters at weights added to them, by the networks' folders. All networks
-/// that the adapters may change have to be there.
+/// The tensors of a checkpoint's networks with adapters at weights added to them, by the networks' folders. All
+/// networks that the adapters may change have to be there.
 ///
 /// # Errors
 /// [`crate::ErrorKind::Invalid`] for a weight that is not finite; [`crate::ErrorKind::Mismatch`] for an adapter that

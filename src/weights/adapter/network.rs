@@ -30,8 +30,8 @@ pub(crate) struct Network<'a> {
 }
 
 impl<'a> Network<'a> {
-    /// A network that reads `specs` from `tensors`; `component` is its folder in a checkpoint, `unet` its configuration if
-    /// it is a UNet.
+    /// A network that reads `specs` from `tensors`; `component` is its folder in a checkpoint, `unet` its configuration
+    /// if it is a UNet.
     pub(crate) fn new(
         component: &'static str,
         specs: &'a [WeightSpec],

@@ -1,8 +1,8 @@
 //! Reads tensors from `torch.save` files and numpy's arrays from pickles without executing anything.
 //!
 //! A pickle is a program. This reader knows only those instructions that tensors in dictionaries and arrays need, and
-//! only those functions that build a tensor or an array. It refuses any other by name. A few classes that trainers leave
-//! in their checkpoints are known by name too, and stand for nothing.
+//! only those functions that build a tensor or an array. It refuses any other by name. A few classes that trainers
+//! leave in their checkpoints are known by name too, and stand for nothing.
 //!
 //! Storages are not read: a checkpoint's tensors are ranges of the mapped file.
 

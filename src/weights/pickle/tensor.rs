@@ -85,8 +85,8 @@ impl Lazy {
         }
     }
 
-    /// The bytes of a tensor without gaps in the file, where its storage has the range `storage`; `None` if they are not
-    /// within it.
+    /// The bytes of a tensor without gaps in the file, where its storage has the range `storage`; `None` if they are
+    /// not within it.
     pub fn range(&self, storage: &Range<usize>) -> Option<Range<usize>> {
         let start = self.offset.checked_mul(size(self.dtype))?.checked_add(storage.start)?;
         let range = start..start.checked_add(self.bytes())?;
