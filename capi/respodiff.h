@@ -131,8 +131,8 @@ const char *respodiff_version(void);
  "text_encoder_2" (folders or files in place of the checkpoint's own), "ema" (true for moving averages), "loras" (a
  list of files, or of {"file": "a.safetensors", "weight": 0.8}), "lora_folder" (a folder in which requests find such
  adapters by name), "embeddings" (a list of files and folders with learnt words), "vae_tile" (pixels: larger pictures
- are encoded and decoded in strips of that size squared, in less memory), "max_batch" (the most pictures that are made
- at once, 8 by default).
+ are encoded and decoded in strips of that size squared, in less memory), "max_batch" (the most pictures that are
+ made at once, 8 by default).
 
  # Safety
  The texts end with NUL; `engine` and `error` may be written, or are NULL.
@@ -200,9 +200,10 @@ respodiff_code respodiff_engine_name_concept(const respodiff_engine *engine,
  Makes the pictures of a request: a JSON object with the fields of `respodiff serve`, of which "prompt" alone is
  needed: "prompt" (a text or a list of texts), "negative_prompt", "n" (pictures of each prompt), "size" ("512x512")
  or "width" and "height", "seed", "num_inference_steps", "guidance_scale", "sampler", "concepts" (["woman", {"name":
- "old.safetensors", "weight": 0.8}]), "balance" (["woman", "man"], or a list of such lists), "loras" (adapters of this
- request: files, names in "lora_folder", or {"name": "a", "weight": 0.8}), "prompt_syntax" ("plain", "a1111", "comfy"),
- "clip_skip", and for SDXL "prompt_2" and "negative_prompt_2". A field that is not known is an error. `progress` is NULL or called between steps, with `user`.
+ "old.safetensors", "weight": 0.8}]), "balance" (["woman", "man"], or a list of such lists), "loras" (adapters of
+ this request: files, names in "lora_folder", or {"name": "a", "weight": 0.8}), "prompt_syntax" ("plain", "a1111",
+ "comfy"), "clip_skip", and for SDXL "prompt_2" and "negative_prompt_2". A field that is not known is an error.
+ `progress` is NULL or called between steps, with `user`.
 
  # Safety
  `engine` is NULL or was not freed; the text ends with NUL; `result` and `error` may be written, or are NULL.
@@ -309,8 +310,8 @@ respodiff_code respodiff_error_code(const respodiff_error *error);
 const char *respodiff_error_message(const respodiff_error *error);
 
 /*
- Names the field of the request, the argument, the file or the model that an error is about; empty if it is nothing in
- particular. NULL for NULL.
+ Names the field of the request, the argument, the file or the model that an error is about; empty if it is nothing
+ in particular. NULL for NULL.
 
  # Safety
  `error` is NULL or an error that was not freed.
