@@ -38,7 +38,7 @@ pub fn divisible_decoder(config: &VaeConfig, width: usize) -> Divisible<impl Fn(
         _ => None,
     };
     let all: Vec<TensorId> = graph(1).nodes().iter().filter_map(upsampled).collect();
-    let cut = all.iter().rev().take(2).last().copied();
+    let cut = all.get(all.len().saturating_sub(2)).copied();
     Divisible { graph, cut, input: "latents", output: "image" }
 }
 
@@ -48,7 +48,8 @@ pub fn divisible_encoder(config: &VaeConfig, width: usize) -> Divisible<impl Fn(
     let scale = config.scale();
     let graph = move |h: usize| vae_encoder(config, 1, Extent { h: h * scale, w: width * scale });
     let downsampled = |node: &Node| matches!(&node.op, Op::Conv(conv) if conv.stride == 2).then_some(node.output);
-    let cut = graph(1).nodes().iter().filter_map(downsampled).take(2).last();
+    let all: Vec<TensorId> = graph(1).nodes().iter().filter_map(downsampled).collect();
+    let cut = all.get(1).or(all.first()).copied();
     Divisible { graph, cut, input: "image", output: "moments" }
 }
 
