@@ -46,13 +46,13 @@ fn run(
     });
     parts.input().write(network.input, &numbers.collect::<Vec<f32>>()).unwrap();
     let (mut result, mut pieces) = (vec![f32::NAN; parts.shape().len()], 0);
-    let mut take = |executor: &Box<dyn respodiff::backend::Executor>, Piece { numbers, place }| {
+    let run = parts.run(&mut |executor, Piece { numbers, place }| {
         let part = executor.read_part(network.output, numbers)?;
         result[place..][..part.len()].copy_from_slice(&part);
         pieces += 1;
         Ok(())
-    };
-    parts.run(&mut take).unwrap();
+    });
+    run.unwrap();
     (result, pieces)
 }
 
