@@ -238,7 +238,8 @@ fn configs_of_another_model() {
         ("unet/config.json", "\"act_fn\": \"silu\"", "\"act_fn\": \"mish\"", "act_fn"),
         ("unet/config.json", "UNet2DConditionModel", "UNet3DConditionModel", "UNet3DConditionModel"),
         ("scheduler/scheduler_config.json", "scaled_linear", "quadratic", "quadratic"),
-        ("vae/config.json", "AutoencoderKL", "AutoencoderTiny", "AutoencoderTiny"),
+        ("vae/config.json", "AutoencoderKL", "AutoencoderDC", "AutoencoderDC"),
+        ("vae/config.json", "AutoencoderKL", "AutoencoderTiny", "act_fn"),
         ("unet/config.json", "{", "{{", "unet/config.json"),
     ] {
         let folder = copy("sd1");
