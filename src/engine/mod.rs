@@ -104,8 +104,7 @@ fn check_tile(pixels: Option<usize>) -> Result<()> {
     match pixels {
         Some(pixels) if !(MIN_TILE..=MAX_SIZE).contains(&pixels) => {
             let problem = format!("tiles of {pixels} pixels are not possible");
-            Err(Error::invalid("vae_tile", problem)
-                .advise(format!("give {MIN_TILE} to {MAX_SIZE}; 512 takes as much memory as a picture of that size")))
+            Err(Error::invalid("vae_tile", problem).advise(format!("give {MIN_TILE} to {MAX_SIZE}; 512 is usual")))
         }
         _ => Ok(()),
     }
