@@ -97,7 +97,11 @@ fn load(c: &mut Criterion, name: &str, source: &Source) {
 fn adapt(c: &mut Criterion, name: &str, source: &Source) {
     let mut file = Vec::new();
     for (component, graph) in networks(source, 1).expect("configurations") {
-        let prefix = if component == "unet" { "lora_unet" } else { "lora_te" };
+        let prefix = match component {
+            "unet" => "lora_unet",
+            "vae" => continue,
+            _ => "lora_te",
+        };
         let linear = |spec: &&WeightSpec| matches!(spec.kind, WeightKind::Matrix { kernel: 1, .. });
         for spec in graph.weights().iter().filter(linear) {
             for (tensor, &outputs) in spec.names.iter().zip(&spec.outputs) {
