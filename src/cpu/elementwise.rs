@@ -53,7 +53,10 @@ dispatch! {
     fn slope(activation: Activation, x: &[f32], d: &[f32], channels: usize, out: &mut [f32]) {
         match activation {
             Activation::None => out.copy_from_slice(d),
-            Activation::Relu => out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| *o = if *x > 0.0 { *d } else { 0.0 }),
+            Activation::Relu => {
+                let through = |x: f32, d: f32| if x > 0.0 { d } else { 0.0 };
+                out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| *o = through(*x, *d));
+            }
             Activation::SoftClamp => out.iter_mut().zip(x).zip(d).for_each(|((o, x), d)| {
                 let tanh = soft_clamp(*x) / 3.0;
                 *o = d * (1.0 - tanh * tanh);
